@@ -1,0 +1,1 @@
+"""Models of the DETR family: torch only, usable without the training platform."""

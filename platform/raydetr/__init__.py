@@ -1,0 +1,1 @@
+"""The training platform: shards, Ray Train workers, evaluation, search, MLflow."""

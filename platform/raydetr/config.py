@@ -1,0 +1,238 @@
+"""The configuration of a run: frozen, nested, validated. One vocabulary, the dotted path.
+
+`optim.lr` is the same word on the command line, in a search space, in an MLflow param and in a
+config file. An unknown key or a wrong type is an error that names the path and the nearest valid key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from detrs.zoo import ModelConfig
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the path, what was found and what to do."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and strict about keys and types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class TransformConfig(Section):
+    """What happens to an image between its file and the model."""
+
+    short_sides: tuple[PositiveInt, ...] = ()  # pixels; one is drawn per image; empty: keep the size
+    max_side: PositiveInt = 1333  # pixels; the long side never exceeds it when `short_sides` is given
+    horizontal_flip: float = Field(default=0.0, ge=0.0, le=1.0)  # probability
+
+
+class DataConfig(Section):
+    """Which shards are read and how they become batches."""
+
+    train: Path
+    val: Path
+    batch_size: PositiveInt  # images of one optimizer step, over all workers
+    eval_batch_size: PositiveInt  # images of one evaluation batch on one worker
+    label_map: Literal["contiguous", "category_id"] = "contiguous"
+    train_transform: TransformConfig = TransformConfig()
+    val_transform: TransformConfig = TransformConfig()
+    num_loader_workers: int = Field(default=0, ge=0)  # processes a worker; 0: load in the worker itself
+    limit_train_images: PositiveInt | None = None  # only the first images of the shards; None: all
+
+
+class OptimConfig(Section):
+    """AdamW, its schedule, clipping and the moving average of the weights."""
+
+    epochs: PositiveInt
+    lr: float = Field(gt=0)
+    lr_backbone: float = Field(gt=0)
+    lr_sampling: float = Field(gt=0)  # sampling offsets and reference points (Deformable DETR, A.4)
+    weight_decay: NonNegativeFloat = 1e-4
+    decay_norms_and_biases: bool = True  # the official code decays every parameter
+    schedule: Literal["step", "cosine"] = "step"
+    warmup_share: float = Field(default=0.0, ge=0.0, lt=1.0)  # of all steps, linear from 0
+    drop_epochs: tuple[PositiveInt, ...] = ()  # "step": lr is multiplied by 0.1 after each of these
+    final_lr_share: float = Field(default=0.0, ge=0.0, le=1.0)  # "cosine": of lr, at the last step
+    clip_norm: float | None = Field(default=0.1, gt=0)  # None: no clipping
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)  # None: no moving average
+
+
+class EvaluationConfig(Section):
+    """When the validation split is evaluated."""
+
+    every_epochs: PositiveInt = 1  # the last epoch is always evaluated
+
+
+class ClusterConfig(Section):
+    """Where the run happens."""
+
+    address: str | None = None  # None: the cluster of this job, else a new one on this machine
+    num_workers: PositiveInt = 1
+    use_gpu: bool = False
+    cpus_per_worker: PositiveInt = 1
+    max_failures: int = Field(default=3, ge=-1)  # restarts of the worker group; -1: without end
+
+
+class StorageConfig(Section):
+    """Where runs are kept. With more than one node this is storage that every node sees."""
+
+    path: Path = Path("runs")
+    keep_checkpoints: PositiveInt = 2
+
+
+class TrackingConfig(Section):
+    """Where MLflow holds the run."""
+
+    uri: str | None = None  # None: sqlite beside the runs
+    experiment: str = "raydetr"
+    log_every_steps: PositiveInt = 10
+
+
+class RunConfig(Section):
+    """A complete run. Recipes return one; nothing outside it changes what is trained."""
+
+    recipe: str
+    seed: int = Field(default=0, ge=0)
+    data: DataConfig
+    model: ModelConfig = Field(discriminator="paper")
+    optim: OptimConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    storage: StorageConfig = StorageConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """Validate nested values into a RunConfig.
+
+    Raises:
+        ConfigError: a key is unknown, missing, or has a value of the wrong type.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, values)) from None
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration as nested plain values (what YAML and JSON can hold)."""
+    return config.model_dump(mode="json")
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values as {dotted path: value}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        flat |= flatten(value, f"{path}.") if isinstance(value, Mapping) and value else {path: value}
+    return flat
+
+
+def override(config: RunConfig, assignments: Mapping[str, Any]) -> RunConfig:
+    """A copy of `config` with the values at some dotted paths replaced.
+
+    Raises:
+        ConfigError: a path does not exist (the nearest one is named) or a value does not fit.
+    """
+    values = to_dict(config)
+    for path, value in assignments.items():
+        _assign(values, path, value)
+    return from_dict(values)
+
+
+def parse_assignments(arguments: Iterable[str]) -> dict[str, Any]:
+    """`["optim.lr=2e-4"]` as {"optim.lr": 2e-4}; values are YAML scalars or lists.
+
+    Raises:
+        ConfigError: an argument is not of the form `path=value`.
+    """
+    assignments: dict[str, Any] = {}
+    for argument in arguments:
+        path, equals, text = argument.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"{argument!r} is not an override: write it as path=value, e.g. optim.lr=2e-4")
+        if path in assignments:
+            raise ConfigError(f"{path} is set twice, to {assignments[path]!r} and to {text!r}: keep one")
+        assignments[path] = _parse_value(path, text)
+    return assignments
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The configuration as YAML that `from_yaml` reads back to an equal one."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def from_yaml(path: Path) -> RunConfig:
+    """Read a configuration file.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML mapping, or does not hold a valid configuration.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML ({error})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds {type(values).__name__}, not a mapping; `raydetr config` prints one")
+    try:
+        return from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the known word most like `word`, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _parse_value(path: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: the value {text!r} is not YAML ({error})") from None
+    # YAML 1.1 reads 2e-4 as text, because it has no decimal point
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _assign(values: dict[str, Any], path: str, value: Any) -> None:
+    node: Any = values
+    *parents, leaf = path.split(".")
+    for key in [*parents, leaf]:
+        if not isinstance(node, dict) or key not in node:
+            raise ConfigError(f"{path}: no such setting{nearest(path, _all_paths(values))}")
+        if key is not leaf:
+            node = node[key]
+    if isinstance(node[leaf], dict):
+        raise ConfigError(f"{path} is a section: set one of {', '.join(sorted(node[leaf]))} below it")
+    node[leaf] = value
+
+
+def _all_paths(values: Mapping[str, Any]) -> list[str]:
+    return list(flatten(values))
+
+
+def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
+    lines = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"] if part not in ("dino", "deformable_detr"))
+        if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            lines.append(f"{path}: no such setting")
+        elif problem["type"] == "missing":
+            lines.append(f"{path}: missing")
+        else:
+            lines.append(f"{path}: {problem['msg']}, found {problem['input']!r}")
+    return "; ".join(lines)
