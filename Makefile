@@ -1,0 +1,96 @@
+# What a person types. `make` alone lists the verbs.
+#
+#   make test ARGS="tests/detrs -k dino"   some of the tests
+#   make test VENV=/tmp/environment        another virtual environment
+#   make setup PYTHON=python3.12           another interpreter
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup     torch without CUDA, far smaller
+
+VENV ?= .venv
+PYTHON ?=
+ARGS ?=
+PORT ?= 5000
+
+python := $(VENV)/bin/python
+pip := $(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+operator_sources := setup.py $(wildcard csrc/* csrc/*/*)
+
+# Both stamps lie in the environment, so that a new environment is set up from scratch.
+requirements := $(VENV)/.raydetr-requirements
+installed := $(VENV)/.raydetr-installed
+
+# An environment shared by two clones holds the editable install of the one that was set up last.
+ifneq ($(shell cat $(installed) 2>/dev/null),$(CURDIR))
+if_of_another_clone := always
+endif
+
+# Nothing here reports to anybody.
+export RAY_USAGE_STATS_ENABLED := 0
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: help quickstart test test-slow setup fix check bench ui clean always
+
+help: ## list the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+quickstart: setup ## generate data, train with two Ray workers, evaluate, log to MLflow
+	$(python) jobs/quickstart.py $(ARGS)
+
+test: setup ## run the tests
+	$(python) -m pytest $(ARGS)
+
+test-slow: setup ## run the tests that take minutes each
+	$(python) -m pytest -m slow $(ARGS)
+
+setup: $(installed) ## make the environment: pinned dependencies, the operator built
+
+fix: setup ## format the code and repair what can be repaired
+	$(python) -m ruff check --fix .
+	$(python) -m ruff format .
+	@$(clang_format) -i $(operator_files)
+
+check: setup ## ruff, mypy --strict, clang-format
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy --strict -p raydetr -p detrs
+	@$(clang_format) --dry-run -Werror $(operator_files)
+
+bench: $(patsubst benchmarks/%.py,bench-%,$(wildcard benchmarks/*.py)) ## run benchmarks/*.py; make bench-operator runs one
+
+bench-%: setup
+	$(python) benchmarks/$*.py $(ARGS)
+
+ui: setup ## show the runs in MLflow's pages, on this machine only
+	@test -f runs/mlflow.db || { echo "there is no run yet (no runs/mlflow.db): make quickstart makes one" >&2; exit 1; }
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(VENV)/bin/mlflow ui --host 127.0.0.1 --port $(PORT) \
+		--backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
+
+clean: ## remove what was built; the environment, runs/ and data/ stay
+	rm -rf build dist *.egg-info platform/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find models -name '*.so' -delete
+	rm -f $(installed)
+
+# The environment's clang-format, else the system's, else a line that says what was left out.
+operator_files := $(wildcard $(addprefix csrc/,*.h *.cpp *.cuh *.cu */*.h */*.cpp */*.cuh */*.cu))
+clang_format = tool=$$(command -v $(VENV)/bin/clang-format || command -v clang-format) \
+	|| { echo "clang-format is not installed: csrc/ was left out"; exit 0; }; $$tool
+
+$(requirements): pyproject.toml constraints.txt
+	@command -v $${CXX:-c++} >/dev/null || { \
+		echo "no C++ compiler found ($${CXX:-c++}); on Debian and Ubuntu: sudo apt install g++" >&2; exit 1; }
+	@test -x $(VENV)/bin/pip || for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			echo "creating $(VENV) with $$($$python --version)"; \
+			exec $$python -m venv $(VENV); \
+		fi; \
+	done; test -x $(VENV)/bin/pip || { \
+		echo "Python 3.11 or newer is needed, and $(or $(PYTHON),python3) is" \
+			"$$($(or $(PYTHON),python3) --version 2>&1): make setup PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "installing torch, which builds the operator"
+	@$(pip) torch setuptools wheel ninja
+	@touch $@
+
+# The operator is compiled against the installed torch, hence no build isolation.
+$(installed): $(requirements) $(operator_sources) $(if_of_another_clone)
+	@echo "installing the other dependencies and building the operator"
+	@$(pip) --no-build-isolation --editable '.[dev]'
+	@echo '$(CURDIR)' > $@
