@@ -1,0 +1,53 @@
+"""What a run ran on: versions, git revision, processor, GPUs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def describe_environment() -> dict[str, Any]:
+    """Plain values for JSON; `git` is None outside a git checkout of this package."""
+    return {
+        "python": sys.version,
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "num_cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+        "git": git_state(Path(__file__).parent),
+        "packages": dict(sorted((d.name, d.version) for d in metadata.distributions())),
+    }
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Revision and dirty flag of the checkout that tracks `folder`; None where there is none."""
+    # a virtual environment may lie inside the checkout of something else: only tracked files count
+    if not _git(folder, "ls-files", "."):
+        return None
+    revision = _git(folder, "rev-parse", "HEAD")
+    return {"revision": revision, "dirty": bool(_git(folder, "status", "--porcelain"))} if revision else None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
