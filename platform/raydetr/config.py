@@ -6,14 +6,19 @@ config file. An unknown key or a wrong type is an error that names the path and 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 from detrs.zoo import ModelConfig
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
+from pydantic_core import ErrorDetails
+
+
+_VARIANTS = ("dino", "deformable_detr")  # values of `model.paper`
 
 
 class ConfigError(ValueError):
@@ -45,7 +50,8 @@ class DataConfig(Section):
     train_transform: TransformConfig = TransformConfig()
     val_transform: TransformConfig = TransformConfig()
     num_loader_workers: int = Field(default=0, ge=0)  # processes a worker; 0: load in the worker itself
-    limit_train_images: PositiveInt | None = None  # only the first images of the shards; None: all
+    limit_images: PositiveInt | None = None  # only the first images of each split; None: all
+    sample: Literal["easy", "hard"] | None = None  # write sample shards to `train`, `val` if missing
 
 
 class OptimConfig(Section):
@@ -119,7 +125,7 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, values)) from None
+        raise ConfigError(_explain(error)) from None
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -225,14 +231,29 @@ def _all_paths(values: Mapping[str, Any]) -> list[str]:
     return list(flatten(values))
 
 
-def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
-    lines = []
-    for problem in error.errors():
-        path = ".".join(str(part) for part in problem["loc"] if part not in ("dino", "deformable_detr"))
-        if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            lines.append(f"{path}: no such setting")
-        elif problem["type"] == "missing":
-            lines.append(f"{path}: missing")
-        else:
-            lines.append(f"{path}: {problem['msg']}, found {problem['input']!r}")
-    return "; ".join(lines)
+def _explain(error: ValidationError) -> str:
+    return "; ".join(_explain_problem(problem) for problem in error.errors())
+
+
+def _explain_problem(problem: ErrorDetails) -> str:
+    # pydantic names the variant of `model` in the location: model.dino.num_queries
+    path = ".".join(str(part) for part in problem["loc"] if part not in _VARIANTS)
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{path}: no such setting{nearest(path, known_paths(RunConfig))}"
+    if problem["type"] == "missing":
+        return f"{path}: missing"
+    return f"{path}: {problem['msg']}, found {problem['input']!r}"
+
+
+def known_paths(kind: Any, prefix: str = "") -> list[str]:
+    """All dotted paths below a section's type, those of every variant of the model included."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        fields = {name: field.annotation for name, field in kind.model_fields.items()}
+    elif dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        hints = get_type_hints(kind)
+        fields = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    else:
+        variants = [part for part in get_args(kind) if isinstance(part, type)]
+        nested = [path for part in variants for path in known_paths(part, prefix)]
+        return list(dict.fromkeys(nested)) or [prefix.removesuffix(".")]
+    return [path for name, part in fields.items() for path in known_paths(part, f"{prefix}{name}.")]

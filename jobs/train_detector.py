@@ -1,0 +1,18 @@
+"""Train a detector: the job to submit to a cluster. The same as `raydetr train`.
+
+ray job submit --working-dir . -- python jobs/train_detector.py RECIPE [PATH=VALUE]...
+"""
+
+from __future__ import annotations
+
+import sys
+
+from _sources import add_sources
+
+add_sources()
+
+from raydetr.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.argv[1:1] = ["train"]
+    main()

@@ -1,0 +1,42 @@
+"""What a command says when it is done: the numbers, where things are, what to type next."""
+
+from __future__ import annotations
+
+from raydetr.evaluate.coco_ap import ApTable
+from raydetr.overfit import Overfit
+from raydetr.train.run import RunResult
+
+
+def summary(result: RunResult) -> str:
+    """The AP table of a run, its artifacts, and the next commands."""
+    table = ApTable.from_dict(result.metrics["table"])
+    return f"""
+{table.to_text()}
+trained and evaluated in {result.metrics["train_seconds"]:.0f} s ({result.seconds:.0f} s with start-up), \
+peak memory {result.metrics["peak_rss_mb"]:.0f} MB a worker
+
+run         {result.folder}
+checkpoint  {result.checkpoint}
+MLflow      {result.tracking_uri}, run {result.mlflow_run_id}
+artifacts   {result.folder / "predictions.png"}, {result.folder / "curves.png"}
+
+next:
+  make ui                                        # look at the run in the browser
+  raydetr predict {result.checkpoint} IMAGES --out predictions
+  raydetr evaluate {result.checkpoint}
+  raydetr train RECIPE optim.lr=2e-4             # change a setting; `raydetr config RECIPE` shows all
+  raydetr compare {result.name} OTHER_RUN
+"""
+
+
+def overfit_summary(outcome: Overfit) -> str:
+    """The verdict on an overfit."""
+    verdict = (
+        "the model learns these images: data, labels and set-up fit together"
+        if outcome.AP50 >= 0.8
+        else "the model did not learn them: look at the picture; are the boxes where the objects are?"
+    )
+    return (
+        f"{outcome.images} images, {outcome.steps} steps, {outcome.seconds:.0f} s: "
+        f"AP {outcome.AP:.3f}, AP50 {outcome.AP50:.3f}\n{verdict}\npicture  {outcome.picture}\nrun      {outcome.run}"
+    )

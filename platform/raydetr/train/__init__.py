@@ -1,0 +1,1 @@
+"""Training: the loop (free of Ray), what a checkpoint holds, and the launch on Ray Train."""

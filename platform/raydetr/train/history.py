@@ -1,0 +1,43 @@
+"""The metrics of a run as a file of lines beside its checkpoints; a resumed run continues it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class History:
+    """Rows {"step", "position", metric: value, ...} in the order they happened."""
+
+    def __init__(self, path: Path, position: int, is_writer: bool) -> None:
+        """Read what was logged up to `position`; what an interrupted attempt logged after it is dropped."""
+        self._path, self._is_writer = path, is_writer
+        lines = path.read_text().splitlines() if path.exists() else []
+        rows = [row for line in lines if (row := _parse(line)) is not None]
+        self.rows: list[dict[str, Any]] = [row for row in rows if row["position"] <= position]
+        if is_writer:
+            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def append(self, step: int, position: int, metrics: Mapping[str, float]) -> None:
+        """Add a row, on disk at once."""
+        assert self._is_writer
+        row = {"step": step, "position": position, **metrics}
+        self.rows.append(row)
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def last_ap(self) -> float | None:
+        """The AP of the last evaluation."""
+        values = [row["AP"] for row in self.rows if "AP" in row]
+        return values[-1] if values else None
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """A row, or None for a line that was cut off when the process was killed."""
+    try:
+        row: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row

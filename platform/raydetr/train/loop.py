@@ -1,0 +1,186 @@
+"""The training loop: one process among several, no Ray in it.
+
+Read `train` first: it is the whole run. A `Training` is the state it moves, which is also what a
+checkpoint holds. The position (samples consumed by the optimizer, over all epochs and workers) is
+the only clock: step, epoch, learning rate, data order and random draws are functions of it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detrs.zoo import Model
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raydetr.config import RunConfig
+from raydetr.data.batch import Batch, to_model
+from raydetr.data.index import Shards
+from raydetr.data.stream import evaluation_batches, train_batches
+from raydetr.data.transforms import Transform
+from raydetr.evaluate.evaluator import evaluate
+from raydetr.train.ema import Ema
+from raydetr.train.optim import build_optimizer, lr_factor, set_learning_rates
+from raydetr.train.world import World
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step. `terms` are means over the workers, present every `log_every_steps`."""
+
+    step: int  # counted from 1
+    position: int
+    terms: dict[str, float] | None
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """The state after an evaluation; `results` (COCO format, the whole split) on the first process."""
+
+    epoch: int
+    position: int
+    results: list[dict[str, Any]]
+
+
+class Training:
+    """Model, moving average, optimizer and position of a run, in one process."""
+
+    def __init__(self, config: RunConfig, model: Model, num_samples: int, world: World) -> None:
+        self.config, self.model, self.world, self.num_samples = config, model, world, num_samples
+        self.detector = model.detector.to(world.device)
+        self.criterion = model.criterion
+        decay = config.optim.ema_decay
+        self.ema = Ema(self.detector, decay) if decay is not None else None
+        self.optimizer = build_optimizer(self.detector, config.optim)
+        self.replica = _replicate(self.detector, world)
+        self.position = 0
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done so far."""
+        return self.position // self.config.data.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps_until(self.config.optim.epochs)
+
+    def steps_until(self, epoch: int) -> int:
+        """Steps after which every sample was seen `epoch` times."""
+        return math.ceil(epoch * self.num_samples / self.config.data.batch_size)
+
+    def finished_epoch(self) -> int | None:
+        """The epoch that the last step completed, if it completed one."""
+        epoch = self.position // self.num_samples
+        return epoch if epoch > 0 and self.step == self.steps_until(epoch) else None
+
+    def train_step(self, batch: Batch) -> dict[str, Tensor]:
+        """Forward, backward and update on this worker's share of a global batch; the loss terms.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; the message names the images.
+        """
+        # keyed by position, not carried along: a resumed run draws what an unbroken one would
+        torch.manual_seed(hash((self.config.seed, self.position, self.world.rank)))
+        set_learning_rates(
+            self.optimizer, lr_factor(self.config.optim, self.step, self.total_steps)
+        )
+        images, targets = to_model(batch, self.world.device)
+        count = torch.tensor(float(len(targets.labels)), device=self.world.device)
+        boxes = self.world.start_sum(count)
+        outputs = self.replica(images, targets)
+        num_boxes = (boxes.wait() / self.world.size).clamp(min=1)
+        losses = self.criterion(outputs, targets, num_boxes)
+        losses.total.backward()
+        norm = self._clip()
+        if not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"step {self.step + 1}: the gradient norm is {norm.item()} (loss {losses.total.item()}); "
+                f"images on rank {self.world.rank}: {batch.image_ids.tolist()}. "
+                "Lower optim.lr, or look at these images and their boxes."
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.detector)
+        self.position += self.config.data.batch_size
+        return {"loss": losses.total.detach(), **losses.terms, "grad_norm": norm}
+
+    def evaluate(self, shards: Shards) -> list[dict[str, Any]]:
+        """COCO results of the averaged weights (else the weights) on a split, this worker doing its share."""
+        data = self.config.data
+        batches = evaluation_batches(
+            shards,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            batch_size=data.eval_batch_size,
+            transform=Transform(data.val_transform),
+            num_workers=data.num_loader_workers,
+        )
+        weights = self.detector if self.ema is None else self.ema.model
+        label_map = shards.label_map(data.label_map)
+        return evaluate(
+            weights, self.model.postprocess, batches, label_map, self.world.gather, self.world.device
+        )
+
+    def mean_terms(self, terms: dict[str, Tensor]) -> dict[str, float]:
+        """The loss terms averaged over the workers, and the learning rates."""
+        stacked = torch.stack([term.detach().float() for term in terms.values()])
+        means = (self.world.start_sum(stacked).wait() / self.world.size).tolist()
+        rates = {f"lr/group_{i}": group["lr"] for i, group in enumerate(self.optimizer.param_groups)}
+        return {**dict(zip(terms, means, strict=True)), **rates}
+
+    def _clip(self) -> Tensor:
+        limit = self.config.optim.clip_norm
+        return nn.utils.clip_grad_norm_(self.detector.parameters(), math.inf if limit is None else limit)
+
+
+def train(
+    training: Training, train_shards: Shards, val_shards: Shards
+) -> Iterator[StepReport | EvaluationReport]:
+    """Run from the training's position to the end, reporting every step and every evaluation."""
+    config, world = training.config, training.world
+    if training.step >= training.total_steps:
+        return
+    batches = train_batches(
+        train_shards,
+        seed=config.seed,
+        position=training.position,
+        rank=world.rank,
+        world_size=world.size,
+        batch_size=config.data.batch_size // world.size,
+        transform=Transform(config.data.train_transform),
+        num_workers=config.data.num_loader_workers,
+        limit=config.data.limit_images,
+    )
+    began = time.perf_counter()
+    for batch in batches:
+        training.detector.train()
+        terms = training.train_step(batch)
+        now = time.perf_counter()
+        rate, began = config.data.batch_size / (now - began), now
+        is_logged = training.step % config.tracking.log_every_steps == 0
+        means = training.mean_terms(terms) if is_logged else None
+        yield StepReport(training.step, training.position, means, rate)
+        epoch = training.finished_epoch()
+        if epoch is not None and _is_evaluated(epoch, config):
+            yield EvaluationReport(epoch, training.position, training.evaluate(val_shards))
+            began = time.perf_counter()
+        if training.step >= training.total_steps:
+            return
+
+
+def _is_evaluated(epoch: int, config: RunConfig) -> bool:
+    return epoch % config.evaluation.every_epochs == 0 or epoch == config.optim.epochs
+
+
+def _replicate(detector: nn.Module, world: World) -> nn.Module:
+    if world.size == 1:
+        return detector
+    return DistributedDataParallel(detector, gradient_as_bucket_view=True)

@@ -1,0 +1,66 @@
+"""AdamW with a few parameter groups by rule, and a learning rate that is a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from raydetr.config import OptimConfig
+
+SAMPLING_NAMES = ("sampling_offsets", "reference_points")  # Deformable DETR, A.4: a tenth of the rate
+
+
+def build_optimizer(detector: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters of `detector`; each group carries its `base_lr`."""
+    return torch.optim.AdamW(parameter_groups(detector.named_parameters(), optim), lr=optim.lr, fused=True)
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig
+) -> list[dict[str, Any]]:
+    """One group for each pair of learning rate and weight decay that occurs, in order of appearance."""
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            continue
+        lr, weight_decay = _learning_rate(name, optim), _weight_decay(parameter, optim)
+        group = groups.setdefault(
+            (lr, weight_decay),
+            {"params": [], "base_lr": lr, "lr": lr, "weight_decay": weight_decay},
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def lr_factor(optim: OptimConfig, step: int, total_steps: int) -> float:
+    """What every base learning rate is multiplied by at `step` (counted from 0) of `total_steps`."""
+    warmup_steps = round(optim.warmup_share * total_steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if optim.schedule == "cosine":
+        progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        return optim.final_lr_share + (1 - optim.final_lr_share) * cosine
+    epoch = step * optim.epochs // total_steps
+    return float(0.1 ** sum(epoch >= drop for drop in optim.drop_epochs))
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Give every group `factor` times its base rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def _learning_rate(name: str, optim: OptimConfig) -> float:
+    if name.startswith("backbone."):
+        return optim.lr_backbone
+    return optim.lr_sampling if any(word in name for word in SAMPLING_NAMES) else optim.lr
+
+
+def _weight_decay(parameter: nn.Parameter, optim: OptimConfig) -> float:
+    decays = optim.decay_norms_and_biases or parameter.ndim > 1
+    return optim.weight_decay if decays else 0.0

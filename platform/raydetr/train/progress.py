@@ -1,0 +1,99 @@
+"""What a person sees while a run goes on: a live line in a terminal, else a plain line now and then."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. `seconds` counts from the first step of this process."""
+
+    step: int
+    total_steps: int
+    first_step: int  # the step this attempt began at
+    epoch: float
+    epochs: int
+    seconds: float
+    images_per_second: float
+    loss: float | None = None
+    ap: float | None = None
+    phase: str = "training"
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimate from the speed so far; None before the first step is done."""
+        done = self.step - self.first_step
+        return self.seconds / done * (self.total_steps - self.step) if done > 0 else None
+
+    def line(self) -> str:
+        """One line for people."""
+        parts = [
+            self.phase,
+            f"epoch {self.epoch:.2f}/{self.epochs}",
+            f"step {self.step}/{self.total_steps}",
+            f"loss {'-' if self.loss is None else f'{self.loss:.3f}'}",
+            f"{self.images_per_second:.0f} images/s",
+            f"left {duration(self.seconds_left)}",
+            f"AP {'-' if self.ap is None else f'{self.ap:.3f}'}",
+        ]
+        return "  ".join(parts)
+
+
+def duration(seconds: float | None) -> str:
+    """`1:02:03` or `2:03`, or `-` when unknown."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Display:
+    """Shows the latest Progress on a stream (standard error by default)."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._console = Console(file=stream or sys.stderr)
+        self._live = Live(console=self._console, auto_refresh=False, transient=True)
+        self._is_terminal = self._console.is_terminal
+        self._last_time = -PLAIN_SECONDS
+        self._last: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if self._is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._is_terminal:
+            self._live.stop()
+        if self._last is not None:
+            self._print(self._last)
+
+    def show(self, progress: Progress) -> None:
+        """Show `progress` if it is news."""
+        if progress == self._last:
+            return
+        news = self._last is None or progress.ap != self._last.ap or progress.phase != self._last.phase
+        self._last = progress
+        now = time.monotonic()
+        if self._is_terminal:
+            self._live.update(Text(progress.line()), refresh=True)
+        elif news or now - self._last_time >= PLAIN_SECONDS:
+            self._last_time = now
+            self._print(progress)
+
+    def _print(self, progress: Progress) -> None:
+        self._console.print(progress.line(), highlight=False, soft_wrap=True)

@@ -1,0 +1,216 @@
+"""A run from the driver's side: check, make its folder and its MLflow run, train, say what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raydetr import track
+from raydetr.config import ConfigError, RunConfig, flatten, from_yaml, override, to_dict, to_yaml
+from raydetr.data.index import Shards, open_shards
+from raydetr.data.sample_data import prepare_sample_shards
+from raydetr.environment import describe_environment
+from raydetr.train import checkpoint
+from raydetr.train.progress import Display, Progress
+from raydetr.train.session import Assignment, run_session
+from raydetr.train.world import World
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves."""
+
+    name: str
+    folder: Path
+    mlflow_run_id: str
+    tracking_uri: str
+    checkpoint: Path
+    metrics: Mapping[str, Any]  # AP, AP50, ..., per_class, peak_rss_mb, train_seconds
+    seconds: float
+
+
+def start(config: RunConfig, *, local: bool = False, parent_run_id: str | None = None) -> RunResult:
+    """Train a new run of `config`, on Ray, or in this process with `local`.
+
+    Raises:
+        ConfigError: the configuration contradicts itself or the data.
+        FileNotFoundError, ValueError: the shards cannot be used.
+        LaunchError: the cluster could not carry it out.
+    """
+    config = resolve(config)
+    name = f"{config.recipe}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+    folder = config.storage.path / name
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    uri = track.resolve_uri(config.tracking.uri, config.storage.path)
+    run_id = track.create_run(uri, config.tracking.experiment, name, parent_run_id=parent_run_id)
+    (folder / "mlflow_run_id").write_text(run_id)
+    _describe(uri, run_id, config)
+    return _execute(config, folder, uri, run_id, None, local)
+
+
+def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: bool = False) -> RunResult:
+    """Go on with the run in `folder` from its newest whole checkpoint, in the same MLflow run.
+
+    Raises:
+        ConfigError: `folder` is no run.
+        CheckpointError: the run has no whole checkpoint.
+    """
+    if not (folder / "config.yaml").exists():
+        raise ConfigError(f"{folder}: no run there (config.yaml is missing); runs are folders below storage.path")
+    config = override(from_yaml(folder / "config.yaml"), overrides or {})
+    config = resolve(config)
+    last, faults = checkpoint.newest(path.parent for path in folder.glob("*/*/meta.json"))
+    for fault in faults:
+        print(f"passed over: {fault}")
+    if last is None:
+        raise checkpoint.CheckpointError(f"{folder}: no whole checkpoint to resume from; start a new run")
+    run_id = (folder / "mlflow_run_id").read_text()
+    uri = track.resolve_uri(config.tracking.uri, config.storage.path)
+    track.reopen_run(uri, run_id)
+    return _execute(config, folder, uri, run_id, last, local)
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Make paths absolute and fill in what the data decides; check what contradicts.
+
+    Raises:
+        ConfigError: the classes differ between the splits or from `model.num_classes`, or the
+            batch cannot be divided among the workers.
+    """
+    config = _with_absolute_paths(config)
+    if config.data.sample is not None:
+        prepare_sample_shards(config.data.train, config.data.val, hard=config.data.sample == "hard")
+    train, val = open_shards(config.data.train), open_shards(config.data.val)
+    _check_same_categories(train, val, config)
+    num_classes = train.label_map(config.data.label_map).num_classes
+    given = config.model.num_classes
+    if given is None:
+        config = override(config, {"model.num_classes": num_classes})
+    elif given < num_classes or (given > num_classes and config.data.label_map == "contiguous"):
+        raise ConfigError(
+            f"model.num_classes is {given}, but {config.data.train} has {num_classes} classes with "
+            f"data.label_map={config.data.label_map}: leave model.num_classes unset, or set it to {num_classes}"
+        )
+    workers, batch = config.cluster.num_workers, config.data.batch_size
+    if batch % workers:
+        raise ConfigError(
+            f"data.batch_size={batch} is the batch of all workers and cannot be divided among "
+            f"cluster.num_workers={workers}: use a multiple of {workers}"
+        )
+    limit = config.data.limit_images
+    if limit is not None and limit > train.num_samples:
+        raise ConfigError(f"data.limit_images={limit}: {config.data.train} has {train.num_samples} images")
+    return config
+
+
+def _execute(
+    config: RunConfig, folder: Path, uri: str, run_id: str, resume_from: Path | None, local: bool
+) -> RunResult:
+    began = time.perf_counter()
+    assignment = Assignment(
+        config=to_dict(config),
+        run_name=folder.name,
+        folder=str(folder),
+        tracking_uri=uri,
+        mlflow_run_id=run_id,
+        resume_from=None if resume_from is None else str(resume_from),
+    )
+    attempt = f"attempt-{1 + sum(1 for _ in folder.glob('attempt-*')):02d}"
+    try:
+        metrics = _run_locally(assignment, config, attempt) if local else _run_on_ray(assignment, config, attempt)
+    except BaseException:
+        track.finish_run(uri, run_id, "FAILED")
+        raise
+    track.finish_run(uri, run_id, "FINISHED")
+    return RunResult(
+        name=folder.name,
+        folder=folder,
+        mlflow_run_id=run_id,
+        tracking_uri=uri,
+        checkpoint=Path(metrics["checkpoint"]),
+        metrics=metrics,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _run_on_ray(assignment: Assignment, config: RunConfig, attempt: str) -> dict[str, Any]:
+    from raydetr.train.launch import launch  # Ray takes seconds to import, and --local needs none of it
+
+    return launch(assignment, config.cluster, attempt, config.storage.keep_checkpoints)
+
+
+def _run_locally(assignment: Assignment, config: RunConfig, attempt: str) -> dict[str, Any]:
+    torch.set_num_threads(config.cluster.cpus_per_worker)
+    device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
+    with Display() as display:
+        host = LocalHost(Path(assignment.folder) / attempt, display)
+        run_session(assignment, World.alone(device), host)
+    assert host.last is not None
+    return host.last
+
+
+class LocalHost:
+    """Keeps checkpoints in a folder of the run and shows progress at once."""
+
+    def __init__(self, folder: Path, display: Display) -> None:
+        self._folder, self._display = folder, display
+        self.last: dict[str, Any] | None = None
+
+    def publish(self, name: str, metrics: Mapping[str, Any], write: checkpoint.Writer | None) -> None:
+        """Write the checkpoint where it stays."""
+        assert write is not None
+        write(self._folder / name)
+        self.last = {**metrics, "checkpoint": str(self._folder / name)}
+
+    def show(self, progress: Progress) -> None:
+        """Show at once."""
+        self._display.show(progress)
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Workers run elsewhere. In a Ray job the working directory is a copy that is deleted afterwards."""
+    base = Path.home() / "raydetr" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path.cwd()
+    paths = {
+        "data.train": config.data.train,
+        "data.val": config.data.val,
+        "storage.path": config.storage.path,
+    }
+    return override(config, {key: str(base / path.expanduser()) for key, path in paths.items()})
+
+
+def _check_same_categories(train: Shards, val: Shards, config: RunConfig) -> None:
+    ours = {category["id"]: category["name"] for category in train.manifest.categories}
+    theirs = {category["id"]: category["name"] for category in val.manifest.categories}
+    if ours != theirs:
+        different = sorted(set(ours.items()) ^ set(theirs.items()))[:5]
+        raise ConfigError(
+            f"the categories of data.train ({config.data.train}) and data.val ({config.data.val}) differ, "
+            f"for example {different}: write both from annotations with the same categories"
+        )
+
+
+def _describe(uri: str, run_id: str, config: RunConfig) -> None:
+    """What is known before the first step: settings, data, environment."""
+    track.log_params(uri, run_id, flatten(to_dict(config)))
+    for context, path in (("training", config.data.train), ("validation", config.data.val)):
+        manifest = open_shards(path).manifest
+        track.log_dataset(
+            uri,
+            run_id,
+            name=f"{path.parent.name}/{path.name}",
+            fingerprint=manifest.fingerprint,
+            source=str(path),
+            context=context,
+            profile={"num_images": manifest.num_samples, "num_annotations": manifest.num_annotations},
+        )
+    track.log_text(uri, run_id, to_yaml(config), "config.yaml")
+    track.log_text(uri, run_id, json.dumps(describe_environment(), indent=1), "environment.json")

@@ -1,0 +1,178 @@
+"""One process's part of a run: the loop, with its checkpoints, metrics, pictures and progress.
+
+What differs between Ray Train and a single local process comes in as a `Host`: how a checkpoint is
+published, how progress is shown. There is no Ray here.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from detrs import zoo
+
+from raydetr.config import RunConfig, from_dict
+from raydetr.data.index import Shards, open_shards
+from raydetr.evaluate.coco_ap import ApTable, coco_ap
+from raydetr.track import Tracker
+from raydetr.train import checkpoint
+from raydetr.train.artifacts import log_evaluation, log_final
+from raydetr.train.history import History
+from raydetr.train.loop import EvaluationReport, StepReport, Training, train
+from raydetr.train.progress import Progress
+from raydetr.train.world import World
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What every worker of a run is told."""
+
+    config: dict[str, Any]  # of the resolved RunConfig
+    run_name: str
+    folder: str  # of the run, seen by all workers
+    tracking_uri: str
+    mlflow_run_id: str
+    resume_from: str | None  # checkpoint folder
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for the way to a worker."""
+        return asdict(self)
+
+
+class Host(Protocol):
+    """What runs the session."""
+
+    def publish(self, name: str, metrics: Mapping[str, Any], write: checkpoint.Writer | None) -> None:
+        """Keep a checkpoint (`write` writes it into a folder; None on all but the first worker)."""
+
+    def show(self, progress: Progress) -> None:
+        """Show how far the run is."""
+
+
+def run_session(assignment: Assignment, world: World, host: Host) -> None:
+    """Train and evaluate to the end, as one of `world.size` processes.
+
+    Raises:
+        CheckpointError: `resume_from` cannot be used.
+        FloatingPointError: the training diverged.
+    """
+    config = from_dict(assignment.config)
+    train_shards, val_shards = open_shards(config.data.train), open_shards(config.data.val)
+    torch.manual_seed(config.seed)  # the initial weights are the same on every worker
+    num_samples = config.data.limit_images or train_shards.num_samples
+    training = Training(config, zoo.build(config.model), num_samples, world)
+    if assignment.resume_from is not None:
+        checkpoint.restore(Path(assignment.resume_from), training, train_shards)
+    session = _Session(assignment, training, train_shards, val_shards, host)
+    try:
+        session.run()
+    finally:
+        session.close()
+
+
+class _Session:
+    def __init__(
+        self,
+        assignment: Assignment,
+        training: Training,
+        train_shards: Shards,
+        val_shards: Shards,
+        host: Host,
+    ) -> None:
+        self.assignment, self.training, self.host = assignment, training, host
+        self.config: RunConfig = training.config
+        self.train_shards, self.val_shards = train_shards, val_shards
+        self.is_first = training.world.is_first
+        self.tracker = (
+            Tracker(assignment.tracking_uri, assignment.mlflow_run_id) if self.is_first else None
+        )
+        self.history = History(Path(assignment.folder) / "history.jsonl", training.position, self.is_first)
+        self.first_step = training.step
+        self.began = time.perf_counter()
+        self.shown_at = -1.0
+        self.loss: float | None = None
+        self.ap: float | None = self.history.last_ap()
+
+    def run(self) -> None:
+        for report in train(self.training, self.train_shards, self.val_shards):
+            match report:
+                case StepReport():
+                    self._on_step(report)
+                case EvaluationReport():
+                    self._on_evaluation(report)
+
+    def close(self) -> None:
+        if self.tracker is not None:
+            self.tracker.close()
+
+    def _on_step(self, report: StepReport) -> None:
+        if not self.is_first:
+            return
+        if report.terms is not None:
+            self.loss = report.terms["loss"]
+            metrics = {**report.terms, "images_per_second": report.images_per_second}
+            self._log(report.step, report.position, metrics)
+        now = time.perf_counter()
+        if now - self.shown_at > 0.5:
+            self.shown_at = now
+            self._show("training", report.images_per_second)
+
+    def _on_evaluation(self, report: EvaluationReport) -> None:
+        metrics: dict[str, Any] = {"epoch": report.epoch, "position": report.position}
+        if self.is_first:
+            table = coco_ap(self.val_shards.coco(), report.results)
+            metrics |= self._record(table, report)
+        metrics["peak_rss_mb"] = max(self.training.world.gather(_peak_rss_mb()))
+        metrics["train_seconds"] = time.perf_counter() - self.began
+        self.host.publish(f"epoch-{report.epoch:04d}", metrics, self._writer(report, metrics))
+
+    def _record(self, table: ApTable, report: EvaluationReport) -> dict[str, Any]:
+        """Log an evaluation on the first worker; returns its numbers."""
+        assert self.tracker is not None
+        numbers = {name: value for name, value in table.numbers.items() if value >= 0}  # -1: undefined
+        self.ap = numbers.get("AP")
+        self._log(self.training.step, report.position, numbers)
+        log_evaluation(self.tracker, table, report.epoch)
+        if report.epoch == self.config.optim.epochs:
+            log_final(self.tracker, self.training, self.val_shards, self.history, report.results)
+        self._show("evaluated", 0.0)
+        return {**numbers, "table": table.to_dict()}
+
+    def _log(self, step: int, position: int, metrics: Mapping[str, float]) -> None:
+        assert self.tracker is not None
+        self.tracker.metrics(step, metrics)
+        self.history.append(step, position, metrics)
+
+    def _writer(self, report: EvaluationReport, metrics: Mapping[str, Any]) -> checkpoint.Writer | None:
+        if not self.is_first:
+            return None
+        return lambda folder: checkpoint.save(
+            folder, self.training, self.train_shards, report.epoch, metrics
+        )
+
+    def _show(self, phase: str, images_per_second: float) -> None:
+        training = self.training
+        self.host.show(
+            Progress(
+                step=training.step,
+                total_steps=training.total_steps,
+                first_step=self.first_step,
+                epoch=training.position / training.num_samples,
+                epochs=self.config.optim.epochs,
+                seconds=time.perf_counter() - self.began,
+                images_per_second=images_per_second,
+                loss=self.loss,
+                ap=self.ap,
+                phase=phase,
+            )
+        )
+
+
+def _peak_rss_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,95 @@
+"""What a Ray Train worker runs: a session whose checkpoints and progress go through Ray."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from raydetr.evaluate.checkpoints import share_of_results
+from raydetr.train import checkpoint
+from raydetr.train.progress import Progress
+from raydetr.train.session import Assignment, run_session
+from raydetr.train.world import World
+
+
+class Board:
+    """A small actor that holds the latest word of the first worker to the driver."""
+
+    def __init__(self) -> None:
+        self._latest: Any = None
+
+    def post(self, word: Any) -> None:
+        """Replace what is held."""
+        self._latest = word
+
+    def read(self) -> Any:
+        """What was posted last; None before the first."""
+        return self._latest
+
+
+class RayHost:
+    """Publishes through `ray.train.report`, which every worker calls equally often."""
+
+    def __init__(self, board: ray.actor.ActorHandle) -> None:
+        self._board = board
+
+    def publish(self, name: str, metrics: Mapping[str, Any], write: checkpoint.Writer | None) -> None:
+        """Hand a checkpoint to Ray Train, which copies it to the run's storage.
+
+        The name is a function of the epoch, so that an epoch trained again after a failure
+        overwrites what the first try left.
+        """
+        with tempfile.TemporaryDirectory(prefix="raydetr-") as temporary:
+            kept = None
+            if write is not None:
+                write(Path(temporary))
+                kept = ray.train.Checkpoint.from_directory(temporary)
+            ray.train.report(dict(metrics), checkpoint=kept, checkpoint_dir_name=name)
+
+    def show(self, progress: Progress) -> None:
+        """Post to the board, without waiting."""
+        self._board.post.remote(progress)
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Train as one worker: `settings` = {"assignment": Assignment.as_dict(), "board", "cpus"}."""
+    assignment = Assignment(**settings["assignment"])
+    _check_storage(Path(assignment.folder))
+    run_session(_continued(assignment), _world(settings["cpus"]), RayHost(settings["board"]))
+
+
+def evaluate_worker(settings: dict[str, Any]) -> None:
+    """Evaluate as one worker: `settings` = {"checkpoint", "data", "board", "cpus"}."""
+    world = _world(settings["cpus"])
+    results = share_of_results(Path(settings["checkpoint"]), Path(settings["data"]), world)
+    if world.is_first:
+        ray.get(settings["board"].post.remote(results))
+
+
+def _world(cpus: int) -> World:
+    torch.set_num_threads(cpus)
+    context = ray.train.get_context()
+    return World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+
+
+def _continued(assignment: Assignment) -> Assignment:
+    """After a failure Ray Train starts the workers again, with the last checkpoint they reported."""
+    last = ray.train.get_checkpoint()
+    if last is None:
+        return assignment
+    return Assignment(**{**assignment.as_dict(), "resume_from": str(last.path)})
+
+
+def _check_storage(folder: Path) -> None:
+    if not (folder / "config.yaml").exists():
+        raise FileNotFoundError(
+            f"{folder} (storage.path) is not seen from node {ray.util.get_node_ip_address()}: "
+            "with more than one node, storage.path must be on storage that all nodes mount"
+        )

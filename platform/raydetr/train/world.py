@@ -1,0 +1,56 @@
+"""The processes that train together, as the loop sees them: a rank, a size, a device, two collectives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among `size`. With size 1 no process group is needed and nothing is communicated."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def alone(cls, device: torch.device | None = None) -> World:
+        """A single process: for debugging, tests and small data."""
+        return cls(0, 1, device or torch.device("cpu"))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and logs for all."""
+        return self.rank == 0
+
+    def start_sum(self, value: Tensor) -> PendingSum:
+        """Begin to add `value` over all processes (in place); `wait()` gives the sum."""
+        handle = dist.all_reduce(value, async_op=True) if self.size > 1 else None
+        return PendingSum(value, handle)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes in rank order, on every process."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+@dataclass(frozen=True)
+class PendingSum:
+    """A sum over all processes that may still be under way."""
+
+    value: Tensor
+    handle: dist.Work | None
+
+    def wait(self) -> Tensor:
+        """The sum."""
+        if self.handle is not None:
+            self.handle.wait()
+        return self.value

@@ -1,0 +1,124 @@
+"""The configuration: what it accepts, what it refuses, and what its errors say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raydetr import recipes
+from raydetr.config import (
+    ConfigError,
+    flatten,
+    from_dict,
+    from_yaml,
+    override,
+    parse_assignments,
+    to_dict,
+    to_yaml,
+)
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES, ids=lambda recipe: recipe.__name__)
+def test_every_recipe_survives_yaml(recipe, tmp_path: Path) -> None:
+    config = recipe()
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert from_yaml(file) == config
+    assert config.recipe == recipe.__name__
+    assert recipes.find(recipe.__name__) == config
+    assert len(recipes.summary(recipe)) > 20
+
+
+def test_override_changes_only_what_it_names() -> None:
+    before = flatten(to_dict(recipes.quickstart()))
+    changes = parse_assignments(["optim.lr=2e-4", "cluster.num_workers=4", "optim.drop_epochs=[3, 5]"])
+    after = flatten(to_dict(override(recipes.quickstart(), changes)))
+    different = {path: after[path] for path in after if after[path] != before[path]}
+    assert different == {"optim.lr": 2e-4, "cluster.num_workers": 4, "optim.drop_epochs": [3, 5]}
+    assert after.keys() == before.keys()
+
+
+def test_the_model_is_overridden_by_the_same_paths() -> None:
+    config = override(recipes.quickstart(), {"model.num_queries": 17, "model.backbone.weights": "r.pth"})
+    assert (config.model.num_queries, config.model.backbone.weights) == (17, "r.pth")
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("optim.lrr=1e-3", ["optim.lrr", "no such setting", "optim.lr?"]),
+        ("optm.lr=1e-3", ["optm.lr", "optim.lr?"]),
+        ("lr=1e-3", ["lr", "no such setting"]),
+        ("model.num_querys=3", ["model.num_querys", "model.num_queries?"]),
+        ("optim=3", ["optim", "section", "lr"]),
+        ("optim.lr.x=3", ["optim.lr.x", "no such setting"]),
+        ("optim.lr=fast", ["optim.lr", "number", "'fast'"]),
+        ("optim.lr=-1", ["optim.lr", "greater than 0", "-1"]),
+        ("optim.epochs=2.5", ["optim.epochs", "integer", "2.5"]),
+        ("data.label_map=raw", ["data.label_map", "'contiguous'", "'raw'"]),
+        ("model.num_queries=many", ["model.num_queries", "integer", "'many'"]),
+        ("optim.lr", ["optim.lr", "path=value"]),
+        ("optim.lr=[1", ["optim.lr", "YAML"]),
+    ],
+)
+def test_a_bad_override_names_path_value_and_remedy(argument: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        override(recipes.quickstart(), parse_assignments([argument]))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_setting_a_path_twice_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"optim\.lr is set twice"):
+        parse_assignments(["optim.lr=1", "optim.lr=2"])
+
+
+def test_unknown_keys_in_a_file_name_file_path_and_nearest(tmp_path: Path) -> None:
+    values = to_dict(recipes.quickstart())
+    values["optim"]["leaning_rate"] = 1.0
+    values["model"]["backbone"]["weigths"] = "x"
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError) as caught:
+        from_yaml(file)
+    message = str(caught.value)
+    assert str(file) in message
+    assert "optim.leaning_rate: no such setting" in message
+    assert "model.backbone.weigths: no such setting; did you mean model.backbone.weights?" in message
+
+
+def test_missing_keys_are_named() -> None:
+    values = to_dict(recipes.quickstart())
+    del values["data"]["train"]
+    with pytest.raises(ConfigError, match=r"data\.train: missing"):
+        from_dict(values)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "just words"])
+def test_a_file_that_is_no_mapping_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        from_yaml(file)
+    with pytest.raises(ConfigError, match=r"missing\.yaml"):
+        from_yaml(tmp_path / "missing.yaml")
+
+
+@given(st.floats(min_value=1e-12, max_value=1e12))
+def test_numbers_come_through_the_command_line_exactly(value: float) -> None:
+    assert parse_assignments([f"optim.lr={value!r}"]) == {"optim.lr": value}
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean quickstart"):
+        recipes.find("quikstart")
+
+
+def test_a_config_is_frozen() -> None:
+    config = recipes.quickstart()
+    with pytest.raises(ValueError, match="frozen"):
+        config.optim.lr = 1.0  # type: ignore[misc]
