@@ -14,12 +14,12 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 CLUSTER_FILE = Path(__file__).parents[1] / "ray_cluster.yaml"
 
-# What Ray's AWS provider reads (its own schema takes any key), and the fields of EC2's RunInstances that a cluster
-# can use (Ray adds SubnetIds). A key without a value: anything may stand below it.
+# What Ray's AWS provider reads (its own schema takes any key), and the fields of EC2's RunInstances that a
+# cluster can use (Ray adds SubnetIds). A key without a value: anything may stand below it.
 KNOWN_KEYS: dict[str, Any] = yaml.safe_load("""
 provider: {
-  type, region, availability_zone, cache_stopped_nodes, use_internal_ips, use_external_head_ip, security_group,
-  key_pair, aws_credentials, cloudwatch, disable_node_updaters}
+  type, region, availability_zone, cache_stopped_nodes, use_internal_ips, use_external_head_ip,
+  security_group, key_pair, aws_credentials, cloudwatch, disable_node_updaters}
 node_config:
   BlockDeviceMappings:
     Ebs: {
@@ -48,8 +48,8 @@ node_config:
   Monitoring: {Enabled}
   NetworkInterfaces:
   Placement: {
-    Affinity, AvailabilityZone, GroupId, GroupName, HostId, HostResourceGroupArn, PartitionNumber, SpreadDomain,
-    Tenancy}
+    Affinity, AvailabilityZone, GroupId, GroupName, HostId, HostResourceGroupArn, PartitionNumber,
+    SpreadDomain, Tenancy}
   SecurityGroupIds:
   SubnetId:
   SubnetIds:
@@ -74,9 +74,7 @@ def _problems_of_node_type(path: str, node_type: Mapping[str, Any], max_workers:
     found = _unknown(node_type["node_config"], KNOWN_KEYS["node_config"], f"{path}.node_config")
     own = node_type.get("max_workers", 0)
     if own > max_workers:
-        found.append(
-            f"{path}.max_workers: {own} is never reached, the cluster's max_workers is {max_workers}"
-        )
+        found.append(f"{path}.max_workers: {own} is out of reach: the cluster's is {max_workers}")
     return found
 
 
@@ -122,7 +120,8 @@ def _nearest(key: str, known: Iterable[str]) -> str:
 
 @pytest.fixture
 def cluster() -> dict[str, Any]:
-    return yaml.safe_load(CLUSTER_FILE.read_text())
+    content: dict[str, Any] = yaml.safe_load(CLUSTER_FILE.read_text())
+    return content
 
 
 def test_ray_accepts_the_cluster_file(cluster: dict[str, Any]) -> None:
@@ -175,17 +174,17 @@ HEAD = "available_node_types.head"
         (
             f"{WORKER}.node_config.BlockDeviceMappings",
             [{"Ebs": {"Size": 1}}],
-            "Mappings[0].Ebs.Size: no such key",
+            "[0].Ebs.Size: no such key",
         ),
         (f"{WORKER}.node_config.IamInstanceProfile", "name", "'name' where Arn, Name can stand"),
-        (f"{WORKER}.max_workers", 99, "99 is never reached, the cluster's max_workers is 4"),
+        (f"{WORKER}.max_workers", 99, "max_workers: 99 is out of reach: the cluster's is 4"),
         (f"{HEAD}.resources.CPU", 8, "the head has CPUs to give away"),
         (f"{HEAD}.resources", {}, "the head has CPUs to give away"),
         (f"{HEAD}.node_config.InstanceMarketOptions", {"MarketType": "spot"}, "losing it loses the cluster"),
         (
             "worker_start_ray_commands",
             ["ray start --address=$RAY_HEAD_IP:6379"],
-            "without RAY_AUTH_MODE=token",
+            "without RAY_AUTH",
         ),
         ("head_start_ray_commands", ["RAY_AUTH_MODE=token ray start --head"], "--dashboard-host=127.0.0.1"),
     ],
