@@ -188,15 +188,16 @@ def _paint(canvas: FloatArray, shape: Shape, variant: Variant, rng: np.random.Ge
 def _texture(shape: Shape, rng: np.random.Generator) -> FloatArray:
     """One of four textures: how much of the second colour each pixel has, [SIDE, SIDE] in [0, 1]."""
     kind = int(rng.integers(4))
-    frequency, phase = np.float32(rng.uniform(4.0, 9.0)), np.float32(rng.uniform(0.0, 6.28))
-    across, along = np.sin(frequency * shape.u + phase), np.sin(frequency * shape.v + phase)
+    frequency, phase = rng.uniform(4.0, 9.0), rng.uniform(0.0, 6.28)
+    across: FloatArray = np.sin(frequency * shape.u + phase)
+    along: FloatArray = np.sin(frequency * shape.v + phase)
     if kind == 0:  # plain
         return np.full_like(shape.u, 0.15)
     if kind == 1:  # stripes
         return np.heaviside(across, 0.0)
     if kind == 2:  # gradient
         return np.clip(0.5 + 0.5 * shape.v, 0, 1)
-    return np.heaviside(across * along, 0.0)  # checks
+    return np.heaviside(np.multiply(across, along), 0.0)  # checks
 
 
 def _background(rng: np.random.Generator) -> FloatArray:

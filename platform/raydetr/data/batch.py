@@ -1,0 +1,82 @@
+"""Batches: uint8 images padded to one size, with packed targets; normalised on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float32, Int64, UInt8
+from PIL import Image
+from torch import Tensor
+
+from detrs.structures import Images, Targets
+
+# of ImageNet in RGB, in units of 1/255 (what torchvision's backbones were trained with)
+MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One transformed image with its objects."""
+
+    image: Image.Image  # RGB
+    labels: npt.NDArray[np.int64]  # [t]
+    boxes_xyxy: npt.NDArray[np.float64]  # [t, 4] in pixels of `image`
+    image_id: int
+    original_size: tuple[int, int]  # (height, width) before the transform
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The images of one rank in one step. Image i owns the next `counts[i]` rows of labels and boxes."""
+
+    pixels: UInt8[Tensor, "b 3 h w"]  # padded with 0 at the right and at the bottom; channels last in memory
+    sizes: Int64[Tensor, "b 2"]  # (height, width) of each image without its padding
+    labels: Int64[Tensor, " t"]
+    boxes: Float32[Tensor, "t 4"]  # cxcywh in [0, 1], relative to `sizes`
+    counts: tuple[int, ...]
+    image_ids: Int64[Tensor, " b"]
+    original_sizes: Int64[Tensor, "b 2"]  # (height, width) before the transform
+    position: int  # of the first sample of the global batch, counted over the run
+
+
+def collate(samples: list[Sample], position: int) -> Batch:
+    """Pad images to the largest height and width and pack their targets."""
+    sizes = np.array([(sample.image.height, sample.image.width) for sample in samples], np.int64)
+    pixels = np.zeros((len(samples), *sizes.max(0), 3), np.uint8)
+    for canvas, sample in zip(pixels, samples, strict=True):
+        canvas[: sample.image.height, : sample.image.width] = np.asarray(sample.image)
+    counts = tuple(len(sample.labels) for sample in samples)
+    boxes = np.concatenate([sample.boxes_xyxy for sample in samples])
+    boxes /= np.repeat(sizes[:, [1, 0, 1, 0]], counts, axis=0)
+    cxcywh = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], axis=1)
+    return Batch(
+        pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2),
+        sizes=torch.from_numpy(sizes),
+        labels=torch.from_numpy(np.concatenate([sample.labels for sample in samples])),
+        boxes=torch.from_numpy(cxcywh.astype(np.float32)),
+        counts=counts,
+        image_ids=torch.tensor([sample.image_id for sample in samples]),
+        original_sizes=torch.tensor([sample.original_size for sample in samples]),
+        position=position,
+    )
+
+
+def to_model(batch: Batch, device: torch.device | str) -> tuple[Images, Targets]:
+    """Move a batch to the device and normalise it there; padding becomes 0 after the normalisation."""
+    pixels = batch.pixels.to(device, non_blocking=True)
+    sizes = batch.sizes.to(device, non_blocking=True)
+    height, width = pixels.shape[-2:]
+    below = torch.arange(height, device=device) >= sizes[:, 0, None]
+    right = torch.arange(width, device=device) >= sizes[:, 1, None]
+    padding = below[:, :, None] | right[:, None, :]
+    normalised = (pixels - _per_channel(MEAN, pixels)) / _per_channel(STD, pixels)
+    targets = Targets(batch.labels.to(device), batch.boxes.to(device), batch.counts)
+    return Images(normalised.masked_fill_(padding[:, None], 0.0), padding), targets
+
+
+def _per_channel(values: tuple[float, float, float], like: Tensor) -> Float32[Tensor, "3 1 1"]:
+    return torch.tensor(values, device=like.device)[:, None, None]
