@@ -64,7 +64,7 @@ ui: setup ## show the runs in MLflow's pages, on this machine only
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(VENV)/bin/mlflow ui --host 127.0.0.1 --port $(PORT) \
 		--backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
 
-clean: ## remove what was built; the environment, runs/ and data/ stay
+clean: ## remove what was built and build/; the environment, runs/ and data/ stay
 	rm -rf build dist *.egg-info platform/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find models -name '*.so' -delete
 	rm -f $(installed)
@@ -86,7 +86,7 @@ $(requirements): pyproject.toml constraints.txt
 		echo "Python 3.11 or newer is needed, and $(or $(PYTHON),python3) is" \
 			"$$($(or $(PYTHON),python3) --version 2>&1): make setup PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@echo "installing torch, which builds the operator"
-	@$(pip) torch setuptools wheel ninja
+	@$(pip) torch setuptools wheel
 	@touch $@
 
 # The operator is compiled against the installed torch, hence no build isolation.

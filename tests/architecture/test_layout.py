@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from fnmatch import fnmatch
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -16,11 +17,9 @@ def misplaced(root: Path) -> list[str]:
     """Files and folders that may not be where they are, each with the reason."""
     found = []
     for name, package in SOURCE_ROOTS.items():
-        # With platform/__init__.py any program started here imports it instead of the standard library's platform
-        found += [
-            f"{name}/{extra}: {name}/ holds {package}/ and nothing else"
-            for extra in _extras(root / name, package)
-        ]
+        # With platform/__init__.py a program started here gets it instead of the standard library's platform
+        extras = _extras(root / name, package)
+        found += [f"{name}/{extra}: {name}/ holds {package}/ and nothing else" for extra in extras]
     for file in sorted((root / "tests").rglob("__init__.py")):
         found.append(f"{file.relative_to(root)}: pytest would import the tests by the name of their folder")
     if (root / "tests/platform").exists():
@@ -48,9 +47,9 @@ def taken_names() -> frozenset[str]:
 
 
 def _extras(folder: Path, package: str) -> list[str]:
-    allowed = {package, "__pycache__"}
+    allowed = (package, "__pycache__", ".*", "*.egg-info")
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    return [name for name in names if name not in allowed and not name.endswith(".egg-info")]
+    return [name for name in names if not any(fnmatch(name, pattern) for pattern in allowed)]
 
 
 def _modules_in(folder: Path) -> set[str]:
