@@ -1,0 +1,48 @@
+// What the division of work (deform_attn.cpp) and the kernels (kernels.inc) say to each other.
+#pragma once
+
+#include "../deform_attn.h"
+
+namespace detrs {
+namespace cpu {
+
+// One head of one image as a kernel reads it: the channels of token t start at value + t * stride.
+template <class T>
+struct HeadView {
+  const T* value;
+  T* grad_value;  // backward only; same stride
+  int64_t stride;
+};
+
+// Which rows a kernel call does: these queries, seen by one head, in one image.
+struct Rows {
+  int64_t image, head, first_query, last_query;
+};
+
+template <class T>
+struct Kernels {
+  // A thread owns a scratch of this many T, readies it once a call, and uses it for all its rows.
+  int64_t (*scratch_size)(const Problem<T>&);
+  void (*prepare_scratch)(const Problem<T>&, T* scratch);
+  void (*forward)(const Problem<T>&, const HeadView<T>&, const Rows&, T* scratch);
+  void (*backward)(const Problem<T>&, const HeadView<T>&, const Rows&, T* scratch);
+  // One head of value -> contiguous [tokens, channels] of T, and from there into grad_value.
+  void (*pack)(const Problem<T>&, int64_t image, int64_t head, T* packed);
+  void (*unpack)(const Problem<T>&, int64_t image, int64_t head, const T* packed);
+};
+
+struct KernelSet {
+  const char* instruction_set;
+  Kernels<float> float_;
+  Kernels<double> double_;
+};
+
+// kernels.inc is compiled once for each of these.
+extern const KernelSet kernels_baseline;
+#if defined(__x86_64__)
+extern const KernelSet kernels_avx2;
+extern const KernelSet kernels_avx512;
+#endif
+
+}  // namespace cpu
+}  // namespace detrs

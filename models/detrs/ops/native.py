@@ -1,0 +1,94 @@
+"""The one boundary to the native library: loads it, and tells torch what its operators mean.
+
+The library (csrc/, built by setup.py) registers `torch.ops.detrs.*`; here come fake tensors and gradients.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("_C.so")
+
+
+@dataclass(frozen=True)
+class NativeStatus:
+    """Which path `deform_attn` takes on this machine.
+
+    `devices` are the device types with native kernels: on all others the pure-torch path serves.
+    `instruction_set` is the CPU kernels': "avx512", "avx2" or "baseline". `reason` is for people.
+    """
+
+    devices: tuple[str, ...]
+    instruction_set: str | None
+    library: Path
+    reason: str
+
+
+def native_status() -> NativeStatus:
+    """Which path is active, and why. Settled when this module was imported."""
+    return _status
+
+
+def _load() -> NativeStatus:
+    """Load and register the library; without it, one warning."""
+    try:
+        torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        problem = f"does not load ({error})" if LIBRARY.exists() else "does not exist"
+        reason = f"{LIBRARY} {problem}"
+        warnings.warn(
+            f"deformable attention runs in pure torch, several times slower: {reason}. To get the native"
+            " operator, install a C++ compiler and run `pip install --no-build-isolation -e .` again.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return NativeStatus((), None, LIBRARY, reason)
+    _register()
+    instruction_set = torch.ops.detrs.instruction_set()
+    return NativeStatus(("cpu",), instruction_set, LIBRARY, f"native kernels for {instruction_set}")
+
+
+def _register() -> None:
+    """Tell torch the operators' shapes and gradients."""
+    torch.library.register_fake("detrs::deform_attn", _fake_forward)
+    torch.library.register_fake("detrs::deform_attn_backward", _fake_backward)
+    torch.library.register_autograd("detrs::deform_attn", _backward, setup_context=_save_for_backward)
+    torch.library.register_autograd("detrs::deform_attn_backward", _double_backward)
+
+
+def _fake_forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
+    return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
+
+
+def _fake_backward(
+    grad_out: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        value.new_empty(value.shape),
+        locations.new_empty(locations.shape),
+        weights.new_empty(weights.shape),
+    )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, list[int], Tensor, Tensor], output: Tensor) -> None:
+    value, ctx.shapes, locations, weights = inputs
+    ctx.save_for_backward(value, locations, weights)
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+    value, locations, weights = ctx.saved_tensors
+    grads = torch.ops.detrs.deform_attn_backward(grad_out, value, ctx.shapes, locations, weights)
+    return grads[0], None, grads[1], grads[2]
+
+
+def _double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("deform_attn has no second derivative; detrs.ops.deform_attn_reference has one")
+
+
+_status = _load()

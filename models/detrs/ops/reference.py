@@ -1,0 +1,43 @@
+"""Multi-scale deformable attention in plain torch: what the native operator computes, and its fallback."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+Shapes = tuple[tuple[int, int], ...]
+
+
+def deform_attn_reference(
+    value: Float[Tensor, "n s m d"],
+    shapes: Shapes,
+    locations: Float[Tensor, "n q m l p 2"],
+    weights: Float[Tensor, "n q m l p"],
+) -> Float[Tensor, "n q m*d"]:
+    """Sum, for each query and head, `weights` times `value` read at `locations`.
+
+    The deformable attention of Zhu et al., "Deformable DETR" (arXiv 2010.04159), equation 3, without its two
+    linear maps.
+
+    Args:
+        value: one vector per token and head. The tokens are the pixels of all levels: level after level, row
+            by row.
+        shapes: (height, width) of each level.
+        locations: (x, y); (0, 0) is the outer corner of a level's first pixel and (1, 1) that of its last.
+            Between pixel centres values are interpolated linearly; outside the level they are zero.
+        weights: of each sample; usually a softmax over the last two axes.
+    """
+    num_images, num_queries, num_heads = locations.shape[:3]
+    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # [l, n*m, q, p, 2], edges -1 and 1
+    heads = value.permute(0, 2, 3, 1).flatten(0, 1)  # [n*m, d, s]
+    levels = torch.split(heads, [height * width for height, width in shapes], dim=2)
+    samples = [
+        F.grid_sample(level.reshape(*heads.shape[:2], *shape), grid, "bilinear", "zeros", align_corners=False)
+        for level, grid, shape in zip(levels, grids, shapes, strict=True)
+    ]
+    stacked = torch.stack(samples, dim=3)  # [n*m, d, q, l, p]
+    out = (stacked * weights.permute(0, 2, 1, 3, 4).flatten(0, 1).unsqueeze(1)).flatten(3).sum(3)
+    num_channels = num_heads * value.shape[3]
+    return out.reshape(num_images, num_channels, num_queries).permute(0, 2, 1)
