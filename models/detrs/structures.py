@@ -65,3 +65,29 @@ class Detections:
     scores: Float[Tensor, " k"]
     labels: Int64[Tensor, " k"]
     boxes_xyxy: Float[Tensor, "k 4"]
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """What the encoder predicted, as one layer; `proposals` are its boxes before regression."""
+
+    predictions: Predictions
+    proposals: Float[Tensor, "b q 4"]
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """Predictions of denoising queries: `num_groups` groups of `block` positives and `block` negatives."""
+
+    predictions: Predictions
+    num_groups: int
+    block: int
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Everything a detector predicts for a batch."""
+
+    predictions: Predictions
+    first_stage: FirstStage | None = None
+    denoised: Denoised | None = None

@@ -1,0 +1,273 @@
+"""The losses. Every prediction layer is matched and scored on its own; all layers in one tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from detrs.boxes import iou_and_giou
+from detrs.layers import full_precision
+from detrs.matcher import Costs, Matches, image_index, match
+from detrs.structures import Denoised, Outputs, Predictions, Targets
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Class loss, weights of the losses and of the matching costs.
+
+    Kinds: "focal" (sigmoid focal loss); "mal" (matchability-aware loss, DEIM, eq. 3: the target is the
+    matched box's IoU to the power `gamma`); "cross_entropy" (softmax with a no-object class, DETR).
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    kind: Literal["focal", "mal", "cross_entropy"] = "focal"
+    class_weight: float = 1.0
+    box_weight: float = 5.0
+    giou_weight: float = 2.0
+    class_cost: float = 2.0
+    box_cost: float = 5.0
+    giou_cost: float = 2.0
+    alpha: float = 0.25  # focal: weight of the positives
+    gamma: float = 2.0  # focal: usually 2; mal: 1.5
+    no_object_weight: float = 0.1  # cross_entropy
+
+
+@dataclass(frozen=True)
+class Losses:
+    """`total` is the weighted sum to minimise; `terms` the unweighted losses and the logged measures.
+
+    Names are the official ones: `loss_ce`, `loss_bbox`, `loss_giou` of the last decoder layer, with `_0`,
+    `_1`, ... for the others, `_enc` or `_interm` for the encoder's and `_dn` for the denoising queries'.
+    """
+
+    total: Float[Tensor, ""]
+    terms: dict[str, Float[Tensor, ""]]
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Indices of the matched pairs into [n, b, q] predictions and into the packed targets, each [n, m]."""
+
+    layer: Int64[Tensor, "n m"]
+    image: Int64[Tensor, "n m"]
+    query: Int64[Tensor, "n m"]
+    target: Int64[Tensor, "n m"]
+    label: Int64[Tensor, "n m"]
+
+
+class Criterion:
+    """Matches predictions with targets and scores them.
+
+    Args:
+        config: kind and weights.
+        giou_eps: see `detrs.boxes.iou_and_giou`.
+        aux_loss: score all decoder layers, not only the last.
+        denoising: the model has denoising queries; without them in a batch their terms are zeros.
+        first_stage: name of the encoder's terms, where it predicts.
+        first_stage_labels: "zero": the encoder tells objects from background only, as class 0.
+    """
+
+    def __init__(
+        self,
+        config: LossConfig,
+        *,
+        giou_eps: float,
+        aux_loss: bool = True,
+        denoising: bool = False,
+        first_stage: Literal["enc", "interm"] = "enc",
+        first_stage_labels: Literal["own", "zero"] = "own",
+    ) -> None:
+        self.config, self.giou_eps, self.aux_loss, self.denoising = config, giou_eps, aux_loss, denoising
+        self.first_stage, self.first_stage_labels = first_stage, first_stage_labels
+        softmax = config.kind == "cross_entropy"
+        # "mal" is matched with the focal cost too, whose gamma is 2
+        self.costs = Costs(
+            "softmax" if softmax else "focal", config.class_cost, config.box_cost, config.giou_cost,
+            giou_eps, config.alpha, config.gamma if config.kind == "focal" else 2.0,
+        )  # fmt: skip
+
+    def __call__(self, outputs: Outputs, targets: Targets, num_boxes: Float[Tensor, ""] | float) -> Losses:
+        """All losses, divided by `num_boxes`.
+
+        Args:
+            outputs: of a detector.
+            targets: of the same batch.
+            num_boxes: number of target boxes of the global batch over the number of processes, at least 1.
+
+        Raises:
+            ValueError: predictions or target boxes are not finite; names layer and image.
+        """
+        groups = self._groups(outputs, targets)
+        terms: dict[str, Tensor] = {}
+        totals = []
+        for (name, predictions, labels), matches in zip(
+            groups, match([(p, labels) for _, p, labels in groups], targets, self.costs), strict=True
+        ):
+            matched = _index(matches, labels, targets)
+            losses = self._score(predictions, matched, targets, num_boxes)
+            totals.append(self._weigh(losses))
+            if name == "decoder":
+                terms["class_error"] = _class_error(predictions, matched)
+                terms |= _name_layers(losses, "")
+            else:
+                terms |= {f"{key}_{name}": value[0] for key, value in losses.items()}
+        if self.denoising:
+            losses = self._score_denoising(outputs, targets, num_boxes)
+            totals.append(self._weigh(losses))
+            terms |= _name_layers(losses, "_dn")
+        return Losses(torch.stack(totals).sum(), {name: value.detach() for name, value in terms.items()})
+
+    def _groups(self, outputs: Outputs, targets: Targets) -> list[tuple[str, Predictions, Tensor]]:
+        groups = [("decoder", self._scored(outputs.predictions), targets.labels)]
+        if outputs.first_stage is not None:
+            zero = self.first_stage_labels == "zero"
+            labels = torch.zeros_like(targets.labels) if zero else targets.labels
+            groups.append((self.first_stage, _full(outputs.first_stage.predictions), labels))
+        return groups
+
+    def _scored(self, predictions: Predictions) -> Predictions:
+        first = 0 if self.aux_loss else -1
+        return _full(Predictions(predictions.logits[first:], predictions.boxes[first:]))
+
+    def _score_denoising(
+        self, outputs: Outputs, targets: Targets, num_boxes: Float[Tensor, ""] | float
+    ) -> dict[str, Tensor]:
+        denoised = outputs.denoised
+        if denoised is None or denoised.block == 0:
+            # exact zeros, as the official code's, and still one for each decoder layer
+            num_layers = len(outputs.predictions.logits) if self.aux_loss else 1
+            zeros = outputs.predictions.boxes.new_zeros(num_layers)
+            names = ("loss_ce", "loss_bbox", "loss_giou", "loss_xy", "loss_hw", "cardinality_error")
+            return dict.fromkeys(names, zeros)
+        predictions = self._scored(denoised.predictions)
+        matches = denoising_matches(denoised, targets, len(predictions.logits))
+        matched = _index(matches, targets.labels, targets)
+        return self._score(predictions, matched, targets, num_boxes * denoised.num_groups)
+
+    def _score(
+        self,
+        predictions: Predictions,
+        matched: Matched,
+        targets: Targets,
+        num_boxes: Float[Tensor, ""] | float,
+    ) -> dict[str, Tensor]:
+        """Each loss of each layer: [n]."""
+        boxes = predictions.boxes[matched.layer, matched.image, matched.query]
+        wanted = targets.boxes[matched.target].to(boxes.dtype)
+        iou, giou = iou_and_giou(boxes, wanted, self.giou_eps)
+        distance = (boxes - wanted).abs()
+        return {
+            "loss_ce": self._class_loss(predictions.logits, matched, iou.detach(), num_boxes),
+            "loss_bbox": distance.sum((1, 2)) / num_boxes,
+            "loss_giou": (1 - giou).sum(1) / num_boxes,
+            "loss_xy": distance[..., :2].sum((1, 2)).detach() / num_boxes,
+            "loss_hw": distance[..., 2:].sum((1, 2)).detach() / num_boxes,
+            "cardinality_error": _cardinality_error(predictions.logits, targets),
+        }
+
+    def _class_loss(
+        self,
+        logits: Float[Tensor, "n b q c"],
+        matched: Matched,
+        iou: Float[Tensor, "n m"],
+        num_boxes: Float[Tensor, ""] | float,
+    ) -> Float[Tensor, " n"]:
+        if self.config.kind == "cross_entropy":
+            return cross_entropy(logits, matched, self.config.no_object_weight)
+        if self.config.kind == "mal":
+            return mal_loss(logits, matched, iou, self.config.gamma) / num_boxes
+        return focal_loss(logits, matched, self.config.alpha, self.config.gamma) / num_boxes
+
+    def _weigh(self, losses: dict[str, Tensor]) -> Float[Tensor, ""]:
+        config = self.config
+        weighted = (
+            config.class_weight * losses["loss_ce"]
+            + config.box_weight * losses["loss_bbox"]
+            + config.giou_weight * losses["loss_giou"]
+        )
+        return weighted.sum()
+
+
+def focal_loss(
+    logits: Float[Tensor, "n b q c"], matched: Matched, alpha: float, gamma: float
+) -> Float[Tensor, " n"]:
+    """Sum of the sigmoid focal loss of each layer (Lin et al. 2017, eq. 5)."""
+    sign = torch.ones_like(logits)
+    sign[matched.layer, matched.image, matched.query, matched.label] = -1.0
+    wrong = sign * logits  # the logit of the wrong answer: of "object" where there is none, and vice versa
+    weight = (0.5 + 0.5 * sign) * (1 - alpha) + (0.5 - 0.5 * sign) * alpha
+    loss = -F.logsigmoid(-wrong) * wrong.sigmoid() ** gamma * weight
+    return loss.sum((1, 2, 3))
+
+
+def mal_loss(
+    logits: Float[Tensor, "n b q c"], matched: Matched, iou: Float[Tensor, "n m"], gamma: float
+) -> Float[Tensor, " n"]:
+    """Sum of the matchability-aware loss of each layer (Huang et al. 2025, DEIM, eq. 3)."""
+    index = (matched.layer, matched.image, matched.query, matched.label)
+    quality = torch.zeros_like(logits).index_put(index, iou.clamp(0, 1) ** gamma)
+    weight = (logits.detach().sigmoid() ** gamma).index_put(index, torch.ones_like(iou))
+    loss = F.binary_cross_entropy_with_logits(logits, quality, weight, reduction="none")
+    return loss.sum((1, 2, 3))
+
+
+def cross_entropy(
+    logits: Float[Tensor, "n b q c"], matched: Matched, no_object_weight: float
+) -> Float[Tensor, " n"]:
+    """Weighted mean cross entropy of each layer; the last class is "no object" (DETR, section 3.1)."""
+    no_object = logits.shape[-1] - 1
+    labels = torch.full(logits.shape[:3], no_object, dtype=torch.int64, device=logits.device)
+    labels[matched.layer, matched.image, matched.query] = matched.label
+    weights = torch.where(labels == no_object, no_object_weight, 1.0).to(logits.dtype)
+    likelihood = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    return -(likelihood * weights).sum((1, 2)) / weights.sum((1, 2))
+
+
+def denoising_matches(denoised: Denoised, targets: Targets, num_layers: int) -> Matches:
+    """Positive denoising queries with the targets they were made of, the same for every layer."""
+    device = targets.labels.device
+    place = torch.tensor([k for count in targets.counts for k in range(count)], device=device)
+    starts = torch.arange(denoised.num_groups, device=device)[:, None] * 2 * denoised.block
+    queries = (starts + place).flatten().expand(num_layers, -1)
+    rows = torch.arange(len(place), device=device).repeat(denoised.num_groups).expand(num_layers, -1)
+    return Matches(queries, rows)
+
+
+def _index(matches: Matches, labels: Int64[Tensor, " t"], targets: Targets) -> Matched:
+    layer = torch.arange(len(matches.queries), device=labels.device)[:, None].expand_as(matches.queries)
+    image = image_index(targets)[matches.targets]
+    return Matched(layer, image, matches.queries, matches.targets, labels[matches.targets])
+
+
+def _cardinality_error(logits: Float[Tensor, "n b q c"], targets: Targets) -> Float[Tensor, " n"]:
+    """Mean over images of |number of queries whose best class is not the last - number of targets|."""
+    counted = (logits.detach().argmax(-1) != logits.shape[-1] - 1).sum(2)
+    counts = torch.tensor(targets.counts, device=logits.device)
+    return (counted - counts).abs().to(logits.dtype).mean(1)
+
+
+def _class_error(predictions: Predictions, matched: Matched) -> Float[Tensor, ""]:
+    """Percentage of the last layer's matched queries whose best class is wrong; 100 without targets."""
+    if matched.label.shape[1] == 0:
+        return predictions.boxes.new_full((), 100.0)
+    logits = predictions.logits[-1, matched.image[-1], matched.query[-1]].detach()
+    return 100 - 100 * (logits.argmax(-1) == matched.label[-1]).to(logits.dtype).mean()
+
+
+def _name_layers(losses: dict[str, Tensor], suffix: str) -> dict[str, Tensor]:
+    terms = {}
+    for name, values in losses.items():
+        *others, last = values.unbind(0)
+        terms[f"{name}{suffix}"] = last
+        terms |= {f"{name}{suffix}_{layer}": value for layer, value in enumerate(others)}
+    return terms
+
+
+def _full(predictions: Predictions) -> Predictions:
+    return Predictions(full_precision(predictions.logits), full_precision(predictions.boxes))

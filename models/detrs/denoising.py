@@ -1,0 +1,158 @@
+"""Contrastive denoising: queries built from noised targets, whose assignment is known (DINO, section 3.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from detrs.boxes import to_cxcywh, to_xyxy
+from detrs.layers import inverse_sigmoid
+from detrs.structures import Queries, Targets
+
+GroupRule = Literal["official", "fill"]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one call. Its `r` rows are the targets, repeated for each block."""
+
+    label_chance: Float[Tensor, " r"]  # in [0, 1): a row's label is replaced when it is small
+    new_labels: Int64[Tensor, " k"]  # for the `k` replaced rows, in order
+    signs: Float[Tensor, "r 4"]  # 0 or 1: which way a corner coordinate moves
+    shares: Float[Tensor, "r 4"]  # in [0, 1): how far
+
+
+@dataclass(frozen=True)
+class NoisedQueries:
+    """Denoising queries in `num_groups` groups of two blocks, positives then negatives.
+
+    A block has a slot for each target of the fullest image (`block` slots); image i fills its first
+    `counts[i]`. `labels` are the rows' labels after noise.
+    """
+
+    content: Float[Tensor, "b p d"]
+    reference: Float[Tensor, "b p 4"]
+    labels: Int64[Tensor, " r"]
+    num_groups: int
+    block: int
+
+    @property
+    def num_slots(self) -> int:
+        """Denoising queries of one image: `p`."""
+        return 2 * self.num_groups * self.block
+
+
+class ContrastiveDenoising(nn.Module):
+    """Makes denoising queries and puts them in front of the matching queries.
+
+    Args:
+        num_classes: labels are drawn from [0, num_classes).
+        hidden_dim: width of a query.
+        num_denoising: the wanted number of positive queries of an image.
+        label_noise: twice the probability that a label is replaced by a random one.
+        box_noise: largest shift of a corner, as a share of half the box; negatives move up to twice as far.
+        group_rule: "official": as many groups as fit into `num_denoising`, but for `num_denoising` < 50 the
+            official code makes 2 * num_denoising groups however many targets there are. "fill": always as
+            many as fit, at least one.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        hidden_dim: int,
+        *,
+        num_denoising: int,
+        label_noise: float,
+        box_noise: float,
+        group_rule: GroupRule,
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.num_denoising, self.group_rule = num_classes, num_denoising, group_rule
+        self.label_noise, self.box_noise = label_noise, box_noise
+        self.label_embed = nn.Embedding(num_classes + 1, hidden_dim)  # the last row is never looked up
+
+    def num_groups(self, most_targets: int) -> int:
+        """Groups of a batch whose fullest image has `most_targets` targets."""
+        if most_targets == 0:
+            return 1
+        slots = 2 * self.num_denoising
+        if self.group_rule == "official" and slots < 100:
+            return max(slots, 1)
+        return max(slots // (2 * most_targets), 1)
+
+    def forward(self, targets: Targets, draws: Draws | None = None) -> NoisedQueries:
+        """Noise the targets; `draws` replaces the random numbers."""
+        block = max(targets.counts, default=0)
+        num_groups = self.num_groups(block)
+        labels, boxes = targets.labels.repeat(2 * num_groups), targets.boxes.repeat(2 * num_groups, 1)
+        negative = torch.arange(len(labels), device=labels.device) // max(len(targets.labels), 1) % 2 == 1
+        if draws is None:
+            draws = self.draw(labels, boxes)
+        labels = self._noise_labels(labels, draws)
+        boxes = self._noise_boxes(boxes, negative, draws)
+        shape = (len(targets.counts), 2 * num_groups * block)
+        image, slot = _slots(targets.counts, block, num_groups, labels.device)
+        embedded = self.label_embed(labels)
+        # an unfilled slot is zero in logit space, as in the official code
+        content = embedded.new_zeros(*shape, embedded.shape[-1]).index_put((image, slot), embedded)
+        reference = boxes.new_full((*shape, 4), 0.5)
+        reference = reference.index_put((image, slot), inverse_sigmoid(boxes, 1e-3).sigmoid())
+        return NoisedQueries(content, reference, labels, num_groups, block)
+
+    def draw(self, labels: Int64[Tensor, " r"], boxes: Float[Tensor, "r 4"]) -> Draws:
+        """Random numbers in the official order and precision (float32)."""
+        device = labels.device
+        label_chance = torch.rand(len(labels), device=device)
+        num_replaced = int((label_chance < self.label_noise * 0.5).sum())
+        new_labels = torch.randint(0, self.num_classes, (num_replaced,), device=device)
+        signs = torch.randint(0, 2, (len(boxes), 4), device=device).float()
+        return Draws(label_chance, new_labels, signs, torch.rand(len(boxes), 4, device=device))
+
+    def _noise_labels(self, labels: Int64[Tensor, " r"], draws: Draws) -> Int64[Tensor, " r"]:
+        replaced = draws.label_chance < self.label_noise * 0.5
+        return labels.masked_scatter(replaced, draws.new_labels)
+
+    def _noise_boxes(
+        self, boxes: Float[Tensor, "r 4"], negative: Bool[Tensor, " r"], draws: Draws
+    ) -> Float[Tensor, "r 4"]:
+        half = (boxes[:, 2:] / 2).repeat(1, 2)
+        shares = draws.shares.to(boxes.dtype) + negative[:, None]
+        moves = (2 * draws.signs.to(boxes.dtype) - 1) * shares * half * self.box_noise
+        return to_cxcywh((to_xyxy(boxes) + moves).clamp(min=0, max=1))
+
+
+def prepend(noised: NoisedQueries, queries: Queries) -> Queries:
+    """Put denoising queries in front of the matching queries, and block what must not be seen.
+
+    Matching queries do not see denoising queries, and groups do not see each other.
+    """
+    assert queries.reference is not None
+    num_slots, num_queries = noised.num_slots, queries.content.shape[1]
+    content = torch.cat((noised.content, queries.content), dim=1)
+    reference = torch.cat((noised.reference, queries.reference), dim=1)
+    blocked = blocked_attention(noised, num_queries, content.device) if num_slots else None
+    return Queries(content, reference=reference, blocked=blocked)
+
+
+def blocked_attention(noised: NoisedQueries, num_queries: int, device: torch.device) -> Bool[Tensor, "q q"]:
+    """True where a query (row) must not see another (column); denoising queries come first."""
+    size = noised.num_slots + num_queries
+    group = torch.arange(size, device=device) // max(2 * noised.block, 1)
+    matching = torch.arange(size, device=device) >= noised.num_slots
+    other_group = (group[:, None] != group) | matching[:, None]
+    return other_group & ~matching
+
+
+def _slots(
+    counts: tuple[int, ...], block: int, num_groups: int, device: torch.device
+) -> tuple[Int64[Tensor, " r"], Int64[Tensor, " r"]]:
+    """Image and slot of each row."""
+    image = torch.tensor([i for i, n in enumerate(counts) for _ in range(n)], dtype=torch.int64)
+    place = torch.tensor([k for n in counts for k in range(n)], dtype=torch.int64)
+    starts = torch.arange(2 * num_groups).repeat_interleave(len(place)) * block
+    image, slot = image.repeat(2 * num_groups), starts + place.repeat(2 * num_groups)
+    return image.to(device), slot.to(device)

@@ -1,0 +1,112 @@
+"""Small building blocks: perceptrons, sine encodings, the inverse of the sigmoid."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+PRIOR_LOGIT = -math.log((1 - 0.01) / 0.01)  # class bias that makes every first score 0.01 (RetinaNet, 4.1)
+
+
+class Mlp(nn.Module):
+    """Linear layers of the given widths with ReLU between them."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+
+    def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
+        """Map the last dimension from the first width to the last."""
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        out: Tensor = self.layers[-1](x)
+        return out
+
+
+class FeedForward(nn.Module):
+    """The two linear layers of a transformer layer, without the residual."""
+
+    def __init__(self, hidden_dim: int, ffn_dim: int, dropout: float, activation: nn.Module) -> None:
+        super().__init__()
+        self.linear1, self.linear2 = nn.Linear(hidden_dim, ffn_dim), nn.Linear(ffn_dim, hidden_dim)
+        self.activation, self.dropout = activation, nn.Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """Widen, activate, narrow."""
+        out: Tensor = self.linear2(self.dropout(self.activation(self.linear1(x))))
+        return out
+
+
+def class_head(hidden_dim: int, num_classes: int) -> nn.Linear:
+    """A linear classifier whose sigmoid scores start at 0.01."""
+    head = nn.Linear(hidden_dim, num_classes)
+    nn.init.constant_(head.bias, PRIOR_LOGIT)
+    return head
+
+
+def box_head(hidden_dim: int, size_bias: float = 0.0) -> Mlp:
+    """A box regressor that starts by changing nothing; `size_bias` is added to width and height."""
+    head = Mlp(hidden_dim, hidden_dim, hidden_dim, 4)
+    last = head.layers[-1]
+    assert isinstance(last, nn.Linear)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    last.bias.data[2:] = size_bias
+    return head
+
+
+def xavier_(module: nn.Module) -> None:
+    """Xavier-uniform for every parameter with more than one dimension, as all five papers do."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+
+
+def full_precision(x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """Half-precision values as float32; float32 and float64 as they are. For boxes and losses."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def inverse_sigmoid(x: Float[Tensor, "*n"], eps: float) -> Float[Tensor, "*n"]:
+    """The logit of x; x and 1 - x are each kept above `eps`, which the papers choose differently."""
+    x = x.clamp(min=0, max=1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+def sine_encoding(
+    coordinates: Float[Tensor, "*n k"], dim: int, temperature: float = 10000.0
+) -> Float[Tensor, "*n e"]:
+    """`dim` features for each coordinate (in [0, 1]): sine and cosine in turn, in the coordinates' order.
+
+    Source: DETR, A.4; the frequencies are `temperature ** (2i / dim)`, the scale is 2 pi.
+    """
+    frequencies = _frequencies(dim, temperature, coordinates.dtype, coordinates.device)
+    angles = coordinates[..., None] * (2 * math.pi) / frequencies
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-3)
+
+
+def image_encoding(
+    padding: Bool[Tensor, "b h w"], dim: int, temperature: float, offset: float, dtype: torch.dtype
+) -> Float[Tensor, "b h w e"]:
+    """Sine encoding (y, then x; `dim` features each) of every pixel's place in the unpadded image.
+
+    A place is the pixel's count from the border, moved by `offset`, over the number of unpadded pixels.
+    """
+    inside = (~padding).to(dtype)
+    y, x = inside.cumsum(1), inside.cumsum(2)
+    y = (y + offset) / (y[:, -1:, :] + 1e-6)
+    x = (x + offset) / (x[:, :, -1:] + 1e-6)
+    return sine_encoding(torch.stack((y, x), dim=-1), dim, temperature)
+
+
+@functools.lru_cache(maxsize=64)
+def _frequencies(dim: int, temperature: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        powers = torch.arange(dim // 2, dtype=dtype, device=device) * 2 / dim
+        return temperature**powers

@@ -1,0 +1,107 @@
+"""From backbone features to the memory: project each level, add what tells places and levels apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from detrs.layers import image_encoding
+from detrs.structures import Memory
+
+
+@dataclass(frozen=True)
+class PositionEncoding:
+    """The papers' sine encodings of a token's place; see `detrs.layers.image_encoding`."""
+
+    temperature: float = 10000.0
+    offset: float = 0.0
+
+
+class Neck(nn.Module):
+    """Projects feature levels to one width and flattens them into a Memory.
+
+    Args:
+        widths: channels of the backbone levels used, finest first.
+        hidden_dim: channels of a token.
+        num_levels: levels of the memory; those beyond the backbone's are strided 3x3 convolutions, the first
+            of the last backbone feature, each further one of the level before it.
+        position: the sine encoding.
+        group_norm: normalise the projections (Deformable DETR, DINO).
+        level_embed: add a learned vector per level to the position. Only an encoder looks at it.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        hidden_dim: int,
+        num_levels: int,
+        position: PositionEncoding,
+        *,
+        group_norm: bool,
+        level_embed: bool,
+    ) -> None:
+        super().__init__()
+        if num_levels < len(widths):
+            raise ValueError(
+                f"model.num_feature_levels: {num_levels} is less than the {len(widths)} of model.strides"
+            )
+        self.position, self.hidden_dim, self.num_backbone_levels = position, hidden_dim, len(widths)
+        convolutions = [nn.Conv2d(width, hidden_dim, 1) for width in widths]
+        for extra in range(num_levels - len(widths)):
+            convolutions.append(nn.Conv2d(hidden_dim if extra else widths[-1], hidden_dim, 3, 2, 1))
+        self.projections = nn.ModuleList(
+            nn.Sequential(conv, nn.GroupNorm(min(32, hidden_dim // 2), hidden_dim)) if group_norm else conv
+            for conv in convolutions
+        )
+        if group_norm:
+            for conv in convolutions:
+                nn.init.xavier_uniform_(conv.weight)
+                assert conv.bias is not None
+                nn.init.zeros_(conv.bias)
+        self.level_embed = nn.Parameter(torch.randn(num_levels, hidden_dim)) if level_embed else None
+
+    def forward(self, features: Sequence[Tensor], padding: Bool[Tensor, "b h w"]) -> Memory:
+        """Build the memory from the backbone levels ([b, width, h, w] each) and the image padding."""
+        levels = self._project(features)
+        masks = [_resize(padding, level) for level in levels]
+        dtype = next(self.projections.parameters()).dtype  # the model's, also under autocast
+        valid_ratios = torch.stack([_valid_ratio(mask, dtype) for mask in masks], dim=1)
+        return Memory(
+            tokens=torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1),
+            pos=torch.cat([self._encode(i, mask, dtype) for i, mask in enumerate(masks)], dim=1),
+            padding=torch.cat([mask.flatten(1) for mask in masks], dim=1),
+            shapes=tuple((level.shape[2], level.shape[3]) for level in levels),
+            valid_ratios=valid_ratios,
+        )
+
+    def _project(self, features: Sequence[Tensor]) -> list[Tensor]:
+        levels: list[Tensor] = []
+        for i, projection in enumerate(self.projections):
+            if i < self.num_backbone_levels:
+                source = features[i]
+            else:
+                source = features[-1] if i == self.num_backbone_levels else levels[-1]
+            levels.append(projection(source))
+        return levels
+
+    def _encode(self, level: int, mask: Bool[Tensor, "b h w"], dtype: torch.dtype) -> Float[Tensor, "b s d"]:
+        temperature, offset = self.position.temperature, self.position.offset
+        pos = image_encoding(mask, self.hidden_dim // 2, temperature, offset, dtype).flatten(1, 2)
+        return pos if self.level_embed is None else pos + self.level_embed[level]
+
+
+def _resize(padding: Bool[Tensor, "b h w"], level: Float[Tensor, "b c h2 w2"]) -> Bool[Tensor, "b h2 w2"]:
+    # nearest, as the official code: floor(i * ratio) computed in float32
+    resized = F.interpolate(padding[:, None].float(), size=level.shape[-2:])
+    return resized[:, 0].to(torch.bool)
+
+
+def _valid_ratio(mask: Bool[Tensor, "b h w"], dtype: torch.dtype) -> Float[Tensor, "b 2"]:
+    height, width = mask.shape[1:]
+    inside = (~mask).to(dtype)
+    return torch.stack((inside[:, 0, :].sum(1) / width, inside[:, :, 0].sum(1) / height), dim=-1)

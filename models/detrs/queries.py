@@ -1,0 +1,125 @@
+"""What the decoder starts from: learned queries, or the encoder's best tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from detrs.encoder import token_centres
+from detrs.layers import full_precision, sine_encoding
+from detrs.structures import FirstStage, Memory, Predictions, Queries
+
+ProposalScore = Literal["first_class", "best_class"]
+
+
+class LearnedQueries(nn.Module):
+    """Learned content and position, and a reference point read off the position (Deformable DETR)."""
+
+    def __init__(self, num_queries: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(num_queries, 2 * hidden_dim)
+        self.point = nn.Linear(hidden_dim, 2)
+        nn.init.xavier_uniform_(self.point.weight)
+        nn.init.zeros_(self.point.bias)
+
+    def forward(self, memory: Memory) -> tuple[Queries, None]:
+        """The same queries for every image."""
+        pos, content = self.embed.weight.chunk(2, dim=-1)
+        reference = full_precision(self.point(pos)).sigmoid()
+        pos, content, reference = (x.expand(len(memory.tokens), -1, -1) for x in (pos, content, reference))
+        return Queries(content, pos, reference), None
+
+
+class Proposals(nn.Module):
+    """Scores every token as an object and regresses its box, from a square prior at its place.
+
+    Tokens in the padding, or whose prior leaves (0.01, 0.99), have zero features and a prior at infinity.
+    Source: Deformable DETR, A.4; the official code's details.
+    """
+
+    def __init__(self, hidden_dim: int, class_head: nn.Module, box_head: nn.Module, size: float) -> None:
+        super().__init__()
+        self.project, self.norm = nn.Linear(hidden_dim, hidden_dim), nn.LayerNorm(hidden_dim)
+        nn.init.xavier_uniform_(self.project.weight)
+        self.class_head, self.box_head, self.size = class_head, box_head, size
+
+    def forward(
+        self, memory: Memory
+    ) -> tuple[
+        Float[Tensor, "b s d"], Float[Tensor, "b s c"], Float[Tensor, "b s 4"], Float[Tensor, "b s 4"]
+    ]:
+        """Features, class logits, box logits and prior logits of every token."""
+        prior, usable = self._priors(memory)
+        features = self.norm(self.project(memory.tokens.masked_fill(~usable[..., None], 0)))
+        logits = self.class_head(features)
+        return features, logits, full_precision(self.box_head(features)) + prior, prior
+
+    def _priors(self, memory: Memory) -> tuple[Float[Tensor, "b s 4"], Bool[Tensor, "b s"]]:
+        centres = token_centres(memory)
+        sides = torch.cat([
+            centres.new_full((height * width, 2), self.size * 2.0**level)
+            for level, (height, width) in enumerate(memory.shapes)
+        ])  # fmt: skip
+        prior = torch.cat((centres, sides.expand_as(centres)), dim=-1)
+        usable = ((prior > 0.01) & (prior < 0.99)).all(-1) & ~memory.padding
+        return torch.log(prior / (1 - prior)).masked_fill(~usable[..., None], math.inf), usable
+
+
+class EncoderBoxes(nn.Module):
+    """Mixed query selection: boxes from the encoder's best tokens, content learned (DINO, section 3.4)."""
+
+    def __init__(self, num_queries: int, hidden_dim: int, proposals: Proposals) -> None:
+        super().__init__()
+        self.proposals, self.content = proposals, nn.Embedding(num_queries, hidden_dim)
+        nn.init.xavier_uniform_(self.content.weight)
+
+    def forward(self, memory: Memory) -> tuple[Queries, FirstStage]:
+        """Queries, and the encoder's predictions for the chosen tokens."""
+        _, logits, boxes, prior = self.proposals(memory)
+        chosen = _best(logits.amax(-1), self.content.num_embeddings)
+        logits, boxes, prior = (_pick(x, chosen) for x in (logits, boxes, prior))
+        content = self.content.weight.expand(len(logits), -1, -1)
+        queries = Queries(content, reference=boxes.detach().sigmoid())
+        return queries, FirstStage(Predictions(logits[None], boxes.sigmoid()[None]), prior.sigmoid())
+
+
+class EncoderProposals(nn.Module):
+    """Content and position both computed from the encoder's best boxes (two-stage Deformable DETR).
+
+    The official code ranks tokens by the logit of class 0 ("first_class"), whatever class 0 is;
+    "best_class" ranks them by their best class.
+    """
+
+    def __init__(self, num_queries: int, hidden_dim: int, proposals: Proposals, score: ProposalScore) -> None:
+        super().__init__()
+        self.proposals, self.num_queries, self.score = proposals, num_queries, score
+        self.project = nn.Linear(2 * hidden_dim, 2 * hidden_dim)
+        nn.init.xavier_uniform_(self.project.weight)
+        self.norm = nn.LayerNorm(2 * hidden_dim)
+
+    def forward(self, memory: Memory) -> tuple[Queries, FirstStage]:
+        """Queries, and the encoder's predictions for every token."""
+        _, logits, boxes, prior = self.proposals(memory)
+        ranking = logits[..., 0] if self.score == "first_class" else logits.amax(-1)
+        reference = _pick(boxes, _best(ranking, self.num_queries)).detach().sigmoid()
+        encoding = sine_encoding(reference, memory.tokens.shape[-1] // 2)
+        pos, content = self.norm(self.project(encoding)).chunk(2, dim=-1)
+        first = FirstStage(Predictions(logits[None], boxes.sigmoid()[None]), prior.sigmoid())
+        return Queries(content, pos, reference), first
+
+
+def _best(scores: Float[Tensor, "b s"], num_queries: int) -> Int64[Tensor, "b q"]:
+    if scores.shape[1] < num_queries:
+        raise ValueError(
+            f"num_queries: {num_queries} queries are to be chosen from {scores.shape[1]} encoder tokens; "
+            "use larger images, more feature levels or fewer queries"
+        )
+    return scores.topk(num_queries, dim=1).indices
+
+
+def _pick(x: Float[Tensor, "b s k"], chosen: Int64[Tensor, "b q"]) -> Float[Tensor, "b q k"]:
+    return x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1]))

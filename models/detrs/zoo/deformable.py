@@ -1,0 +1,144 @@
+"""Deformable DETR (Zhu et al., ICLR 2021, arXiv:2010.04159).
+
+The idea: a query looks at a few sampled points around its reference on every feature level, so that
+attention costs no more on large feature maps and several of them can be used.
+
+Its parent is DETR. What differs:
+- deformable attention in the encoder and across in the decoder, over levels C3 to C6;
+- the content of the queries is learned, and a reference point is read off their position;
+- sigmoid focal loss without a no-object class;
+- variants: iterative box refinement (each layer corrects the boxes of the one before), and two-stage (the
+  encoder's best boxes become the queries).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from detrs.backbone import BackboneConfig, build_backbone
+from detrs.criterion import Criterion, LossConfig
+from detrs.decoder import Decoder
+from detrs.detector import Detector
+from detrs.layers import box_head, class_head
+from detrs.neck import Neck, PositionEncoding
+from detrs.postprocess import best_pairs
+from detrs.queries import EncoderProposals, LearnedQueries, Proposals, ProposalScore
+from detrs.where import LearnedPosition
+from detrs.zoo.parts import (
+    Model,
+    clones,
+    deformable_decoder_layers,
+    deformable_encoder,
+    level_widths,
+    require_heads,
+    require_num_classes,
+)
+
+
+@dataclass(frozen=True)
+class DeformableDetrConfig:
+    """The default is the paper's multi-scale ResNet-50 model, 40.1 M parameters with 91 classes."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    paper: Literal["deformable_detr"] = "deformable_detr"
+    num_classes: int | None = None  # None: filled in from the data
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    strides: tuple[int, ...] = (8, 16, 32)  # of the backbone levels used; single-scale: (32,)
+    num_feature_levels: int = 4  # those beyond the backbone's are strided convolutions
+    refinement: bool = False
+    two_stage: bool = False  # needs refinement
+    proposal_score: ProposalScore = "first_class"  # how two-stage ranks tokens; see EncoderProposals
+    hidden_dim: int = 256
+    num_heads: int = 8
+    num_encoder_layers: int = 6
+    num_decoder_layers: int = 6
+    ffn_dim: int = 1024
+    num_points: int = 4  # sampled by a decoder query, head and level
+    num_encoder_points: int = 4
+    dropout: float = 0.1
+    num_queries: int = 300
+    aux_loss: bool = True
+    loss: LossConfig = field(default_factory=lambda: LossConfig(class_weight=2.0))
+    num_select: int = 100  # detections an image
+
+
+def build_deformable_detr(config: DeformableDetrConfig) -> Model:
+    """A new Deformable DETR.
+
+    Raises:
+        ValueError: a setting that cannot be built; the message names it.
+    """
+    num_classes = require_num_classes(config.num_classes)
+    _check(config)
+    classify = class_head(config.hidden_dim, num_classes)
+    regress = box_head(config.hidden_dim)
+    queries: nn.Module = LearnedQueries(config.num_queries, config.hidden_dim)
+    if config.two_stage:
+        # the encoder's heads start as copies of the decoder's
+        proposals = Proposals(config.hidden_dim, clones(classify, 1)[0], clones(regress, 1)[0], size=0.05)
+        queries = EncoderProposals(config.num_queries, config.hidden_dim, proposals, config.proposal_score)
+    detector = Detector(
+        build_backbone(config.backbone),
+        config.strides,
+        _neck(config),
+        deformable_encoder(
+            config.num_encoder_layers, config.hidden_dim, config.num_heads, config.num_feature_levels,
+            config.num_encoder_points, config.ffn_dim, config.dropout,
+        ),
+        queries,
+        _decoder(config, classify, regress),
+    )  # fmt: skip
+    criterion = Criterion(
+        config.loss,
+        giou_eps=0.0,
+        aux_loss=config.aux_loss,
+        first_stage_labels="zero" if config.proposal_score == "first_class" else "own",
+    )
+    return Model(detector, criterion, functools.partial(best_pairs, num_select=config.num_select))
+
+
+def _check(config: DeformableDetrConfig) -> None:
+    require_heads(config.hidden_dim, config.num_heads)
+    if config.two_stage and not config.refinement:
+        raise ValueError("model.two_stage: needs model.refinement=true, as in the paper")
+    if config.refinement and not config.aux_loss:
+        raise ValueError(
+            "model.aux_loss: with refinement, the heads of all but the last layer are trained by it"
+        )
+
+
+def _neck(config: DeformableDetrConfig) -> Neck:
+    return Neck(
+        level_widths(config.backbone, config.strides),
+        config.hidden_dim,
+        config.num_feature_levels,
+        PositionEncoding(offset=-0.5),
+        group_norm=True,
+        level_embed=config.num_encoder_layers > 0,  # without an encoder nobody looks at positions
+    )
+
+
+def _decoder(config: DeformableDetrConfig, classify: nn.Module, regress: nn.Module) -> Decoder:
+    num_pairs = config.num_decoder_layers if config.refinement else 1
+    box_heads = clones(regress, num_pairs)
+    if not config.two_stage:
+        # the first boxes start with a size of sigmoid(-2); two-stage takes its sizes from the proposals
+        last = list(box_heads[0].parameters())[-1]
+        last.data[2:] = -2.0
+    return Decoder(
+        deformable_decoder_layers(
+            config.num_decoder_layers, config.hidden_dim, config.num_heads, config.num_feature_levels,
+            config.num_points, config.ffn_dim, config.dropout,
+        ),
+        LearnedPosition(),
+        clones(classify, num_pairs),
+        box_heads,
+        norm=None,
+        refinement="detached" if config.refinement else "none",
+        eps=1e-5,
+    )  # fmt: skip

@@ -1,0 +1,152 @@
+"""DINO: DETR with Improved DeNoising Anchor Boxes (Zhang et al., ICLR 2023, arXiv:2203.03605).
+
+The idea: teach the decoder with queries made of noised targets, and include near misses that it must reject
+(contrastive denoising).
+
+Its parent is two-stage Deformable DETR. What differs:
+- the encoder's best tokens, by their best class, give the queries' boxes, while their content is learned
+  (mixed query selection);
+- a query's position embedding is a function of its box (DAB-DETR);
+- a layer's box loss also reaches the layer before it (look forward twice);
+- the heads are shared by the decoder layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from detrs.backbone import BackboneConfig, build_backbone
+from detrs.criterion import Criterion, LossConfig
+from detrs.decoder import Decoder
+from detrs.denoising import ContrastiveDenoising, GroupRule
+from detrs.detector import Detector
+from detrs.layers import box_head, class_head, xavier_
+from detrs.neck import Neck, PositionEncoding
+from detrs.postprocess import best_pairs
+from detrs.queries import EncoderBoxes, Proposals
+from detrs.where import AnchorPosition
+from detrs.zoo.parts import (
+    Model,
+    clones,
+    deformable_decoder_layers,
+    deformable_encoder,
+    level_widths,
+    require_heads,
+    require_num_classes,
+)
+
+
+@dataclass(frozen=True)
+class DinoConfig:
+    """The default is the paper's 4-scale ResNet-50 model, 46.9 M parameters with 91 classes."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    paper: Literal["dino"] = "dino"
+    num_classes: int | None = None  # None: filled in from the data
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    strides: tuple[int, ...] = (8, 16, 32)  # of the backbone levels used; 5-scale: (4, 8, 16, 32)
+    num_feature_levels: int = 4  # those beyond the backbone's are strided convolutions
+    position_temperature: float = 20.0
+    hidden_dim: int = 256
+    num_heads: int = 8
+    num_encoder_layers: int = 6
+    num_decoder_layers: int = 6
+    ffn_dim: int = 2048
+    num_points: int = 4  # sampled by a decoder query, head and level
+    num_encoder_points: int = 4
+    dropout: float = 0.0
+    num_queries: int = 900
+    proposal_size: float = 0.05  # side of the encoder's box priors on the finest level, doubled a level
+    shared_heads: bool = True  # one pair of heads for all decoder layers
+    num_denoising: int = 100  # wanted positive denoising queries an image; 0: no denoising
+    denoising_groups: GroupRule = "official"
+    label_noise: float = 0.5
+    box_noise: float = 0.4
+    aux_loss: bool = True
+    loss: LossConfig = field(default_factory=LossConfig)
+    num_select: int = 300  # detections an image
+
+
+def build_dino(config: DinoConfig) -> Model:
+    """A new DINO.
+
+    Raises:
+        ValueError: a setting that cannot be built; the message names it.
+    """
+    num_classes = require_num_classes(config.num_classes)
+    require_heads(config.hidden_dim, config.num_heads)
+    classify, regress = class_head(config.hidden_dim, num_classes), box_head(config.hidden_dim)
+    # the encoder's heads start as copies of the decoder's
+    proposals = Proposals(
+        config.hidden_dim, copy.deepcopy(classify), copy.deepcopy(regress), config.proposal_size
+    )
+    detector = Detector(
+        build_backbone(config.backbone),
+        config.strides,
+        _neck(config),
+        deformable_encoder(
+            config.num_encoder_layers, config.hidden_dim, config.num_heads, config.num_feature_levels,
+            config.num_encoder_points, config.ffn_dim, config.dropout,
+        ),
+        EncoderBoxes(config.num_queries, config.hidden_dim, proposals),
+        _decoder(config, classify, regress),
+        _denoising(config, num_classes),
+    )  # fmt: skip
+    criterion = Criterion(
+        config.loss,
+        giou_eps=1e-6,
+        aux_loss=config.aux_loss,
+        denoising=detector.denoising is not None,
+        first_stage="interm",
+    )
+    return Model(detector, criterion, functools.partial(best_pairs, num_select=config.num_select))
+
+
+def _neck(config: DinoConfig) -> Neck:
+    return Neck(
+        level_widths(config.backbone, config.strides),
+        config.hidden_dim,
+        config.num_feature_levels,
+        PositionEncoding(config.position_temperature),
+        group_norm=True,
+        level_embed=config.num_encoder_layers > 0,  # without an encoder nobody looks at positions
+    )
+
+
+def _decoder(config: DinoConfig, classify: nn.Module, regress: nn.Module) -> Decoder:
+    num_heads_pairs = 1 if config.shared_heads else config.num_decoder_layers
+    if not (config.aux_loss or config.shared_heads):
+        raise ValueError("model.aux_loss: without it, heads that are not shared would never be trained")
+    where = AnchorPosition(config.hidden_dim)
+    xavier_(where)
+    return Decoder(
+        deformable_decoder_layers(
+            config.num_decoder_layers, config.hidden_dim, config.num_heads, config.num_feature_levels,
+            config.num_points, config.ffn_dim, config.dropout,
+        ),
+        where,
+        clones(classify, num_heads_pairs),
+        clones(regress, num_heads_pairs),
+        norm=nn.LayerNorm(config.hidden_dim),
+        refinement="look_forward_twice",
+        eps=1e-3,
+    )  # fmt: skip
+
+
+def _denoising(config: DinoConfig, num_classes: int) -> ContrastiveDenoising | None:
+    if config.num_denoising == 0:
+        return None
+    return ContrastiveDenoising(
+        num_classes,
+        config.hidden_dim,
+        num_denoising=config.num_denoising,
+        label_noise=config.label_noise,
+        box_noise=config.box_noise,
+        group_rule=config.denoising_groups,
+    )

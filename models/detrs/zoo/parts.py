@@ -1,0 +1,127 @@
+"""What several papers build the same way."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from detrs.attention import DeformableAttention, SelfAttention
+from detrs.backbone import BackboneConfig
+from detrs.criterion import Criterion
+from detrs.decoder import DecoderLayer
+from detrs.detector import STRIDES, Detector
+from detrs.encoder import Encoder, EncoderLayer
+from detrs.layers import FeedForward, xavier_
+from detrs.structures import Detections, Predictions
+
+Postprocess = Callable[[Predictions, Int[Tensor, "b 2"]], list[Detections]]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A detector with its criterion and its way from predictions to detections.
+
+    `postprocess(predictions, sizes)` takes the original (height, width) of each image in pixels.
+    """
+
+    detector: Detector
+    criterion: Criterion
+    postprocess: Postprocess
+
+
+def require_num_classes(num_classes: int | None) -> int:
+    """The number of classes.
+
+    Raises:
+        ValueError: it is not known.
+    """
+    if num_classes is None or num_classes < 1:
+        raise ValueError(
+            f"model.num_classes: {num_classes}; give the number of classes of the data, at least 1"
+        )
+    return num_classes
+
+
+def require_heads(hidden_dim: int, num_heads: int) -> None:
+    """Check that the heads share the width evenly and that positions can be encoded.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if hidden_dim % num_heads or hidden_dim % 4:
+        raise ValueError(
+            f"model.hidden_dim: {hidden_dim} is not a multiple of 4 and of num_heads, {num_heads}"
+        )
+
+
+def level_widths(backbone: BackboneConfig, strides: tuple[int, ...]) -> list[int]:
+    """Channels of the backbone levels with these strides.
+
+    Raises:
+        ValueError: there is no such level.
+    """
+    if not strides or not set(strides) <= set(STRIDES) or list(strides) != sorted(set(strides)):
+        raise ValueError(f"model.strides: {strides} is not an ascending choice of {STRIDES}")
+    return [backbone.widths[STRIDES.index(stride)] for stride in strides]
+
+
+def deformable_encoder(
+    num_layers: int,
+    hidden_dim: int,
+    num_heads: int,
+    num_levels: int,
+    num_points: int,
+    ffn_dim: int,
+    dropout: float,
+) -> Encoder:
+    """Encoder layers with deformable attention, initialised as the papers' code does."""
+
+    def layer() -> EncoderLayer:
+        attention = DeformableAttention(hidden_dim, num_heads, num_levels, num_points)
+        feed_forward = FeedForward(hidden_dim, ffn_dim, dropout, nn.ReLU())
+        return EncoderLayer(attention, feed_forward, hidden_dim, dropout, pre_norm=False)
+
+    encoder = Encoder(layer() for _ in range(num_layers))
+    initialise_(encoder)
+    return encoder
+
+
+def deformable_decoder_layers(
+    num_layers: int,
+    hidden_dim: int,
+    num_heads: int,
+    num_levels: int,
+    num_points: int,
+    ffn_dim: int,
+    dropout: float,
+) -> nn.ModuleList:
+    """Decoder layers with deformable cross-attention, initialised as the papers' code does."""
+    layers = nn.ModuleList(
+        DecoderLayer(
+            SelfAttention(hidden_dim, num_heads, dropout),
+            DeformableAttention(hidden_dim, num_heads, num_levels, num_points),
+            FeedForward(hidden_dim, ffn_dim, dropout, nn.ReLU()),
+            hidden_dim,
+            dropout,
+        )
+        for _ in range(num_layers)
+    )
+    initialise_(layers)
+    return layers
+
+
+def initialise_(transformer: nn.Module) -> None:
+    """Xavier everywhere, then deformable attention's own start."""
+    xavier_(transformer)
+    for module in transformer.modules():
+        if isinstance(module, DeformableAttention):
+            module.reset_parameters()
+
+
+def clones(module: nn.Module, number: int) -> list[nn.Module]:
+    """Copies that start equal and are trained apart."""
+    return [copy.deepcopy(module) for _ in range(number)]
