@@ -426,8 +426,9 @@ def _find_run(client: MlflowClient, uri: str, run_id_or_name: str) -> Run:
     if re.fullmatch("[0-9a-f]{32}", run_id_or_name):
         return client.get_run(run_id_or_name)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    quoted = run_id_or_name.replace("'", "''")
-    found = client.search_runs(experiments, f"attributes.run_name = '{quoted}'", ViewType.ACTIVE_ONLY)
+    quote = '"' if "'" in run_id_or_name else "'"
+    named = f"attributes.run_name = {quote}{run_id_or_name}{quote}"
+    found = client.search_runs(experiments, named, ViewType.ACTIVE_ONLY)
     if len(found) == 1:
         return found[0]
     if found:

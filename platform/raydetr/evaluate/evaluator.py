@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from detrs.structures import Detections, Predictions
 from raydetr.data.batch import Batch, to_model
+from raydetr.data.manifest import LabelMap
 from raydetr.evaluate.results import to_coco_results
 
 Postprocess = Callable[[Predictions, Tensor], list[Detections]]
@@ -26,37 +27,41 @@ def evaluate(
     detector: nn.Module,
     postprocess: Postprocess,
     batches: Iterator[Batch | None],
-    category_ids: Mapping[int, int],
+    label_map: LabelMap,
     gather: Gather = alone,
+    device: torch.device | str = "cpu",
 ) -> list[dict[str, Any]]:
     """COCO results of all ranks; what ranks other than 0 get is what `gather` gives them.
 
     Args:
-        detector: on the device where it shall run; it is in eval mode during the pass, and back in its
-            former mode after it.
+        detector: in eval mode during the pass, and back in its former mode after it.
         postprocess: (predictions, original sizes [b, 2] as height, width) -> one Detections an image.
         batches: this rank's share; `None` is padding, so that all ranks count equally many batches.
-        category_ids: label -> category_id.
+        label_map: gives each label its category_id.
         gather: called once on every rank at the end, with that rank's results.
+        device: where the detector is.
     """
     with _evaluating(detector), torch.inference_mode():
         results = [
             result
             for batch in batches
             if batch is not None
-            for result in _batch_results(detector, postprocess, batch, category_ids)
+            for result in _batch_results(detector, postprocess, batch, label_map, device)
         ]
     return [result for share in gather(results) for result in share]
 
 
 def _batch_results(
-    detector: nn.Module, postprocess: Postprocess, batch: Batch, category_ids: Mapping[int, int]
+    detector: nn.Module,
+    postprocess: Postprocess,
+    batch: Batch,
+    label_map: LabelMap,
+    device: torch.device | str,
 ) -> list[dict[str, Any]]:
-    device = next(detector.parameters()).device
     images, _ = to_model(batch, device)
     outputs = detector(images)
     detections = postprocess(outputs.predictions, batch.original_sizes.to(device))
-    return to_coco_results(batch.image_ids.tolist(), detections, category_ids)
+    return to_coco_results(batch.image_ids.tolist(), detections, label_map)
 
 
 @contextmanager
