@@ -106,13 +106,14 @@ def usable_boxes(
     Returns:
         boxes_xyxy [t, 4] in pixels and their category ids.
     """
-    kept = [annotation for annotation in annotations if not annotation.get("iscrowd", 0)]
-    boxes = np.array([annotation["bbox"] for annotation in kept], dtype=np.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    boxes[:, 0::2] = boxes[:, 0::2].clip(0, width)
-    boxes[:, 1::2] = boxes[:, 1::2].clip(0, height)
-    has_area = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    return boxes[has_area], [kept[index]["category_id"] for index in np.flatnonzero(has_area)]
+    boxes, category_ids = [], []
+    for annotation in annotations:  # there are few: quicker than arrays
+        x, y, w, h = annotation["bbox"]
+        x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
+        if x2 > x1 and y2 > y1 and not annotation.get("iscrowd", 0):
+            boxes.append((x1, y1, x2, y2))
+            category_ids.append(annotation["category_id"])
+    return np.array(boxes, dtype=np.float64).reshape(-1, 4), category_ids
 
 
 def _read_json(path: Path) -> tuple[Record, str]:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,7 +63,7 @@ class LabelMap:
         """Number of labels, from 0 on."""
         return len(self.category_ids)
 
-    @property
+    @cached_property
     def labels(self) -> dict[int, int]:
         """Label of each category id."""
         return {category_id: label for label, category_id in enumerate(self.category_ids)}

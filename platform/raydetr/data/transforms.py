@@ -5,6 +5,7 @@ Randomness is keyed by (seed, position), so it depends neither on ranks nor on w
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,9 +45,10 @@ class Transform:
         """Whether the sample at `position` is flipped, and its short side (None: the size is kept)."""
         if self.horizontal_flip in (0.0, 1.0) and len(self.short_sides) <= 1:
             return self.horizontal_flip == 1.0, next(iter(self.short_sides), None)
-        rng = np.random.Generator(np.random.Philox(key=np.array([seed, position], np.uint64)))
-        flip = bool(rng.random() < self.horizontal_flip)
-        return flip, int(rng.choice(self.short_sides)) if self.short_sides else None
+        rng = random.Random(seed << 64 | position)
+        flip = rng.random() < self.horizontal_flip
+        chosen = int(rng.random() * len(self.short_sides))
+        return flip, self.short_sides[chosen] if self.short_sides else None
 
 
 def resized_size(width: int, height: int, short_side: int, max_side: int) -> tuple[int, int]:
