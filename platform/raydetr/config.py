@@ -17,6 +17,7 @@ from detrs.zoo import ModelConfig
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
 from pydantic_core import ErrorDetails
 
+from raydetr.data.transforms import Transform
 
 _VARIANTS = ("dino", "deformable_detr")  # values of `model.paper`
 
@@ -37,6 +38,10 @@ class TransformConfig(Section):
     short_sides: tuple[PositiveInt, ...] = ()  # pixels; one is drawn per image; empty: keep the size
     max_side: PositiveInt = 1333  # pixels; the long side never exceeds it when `short_sides` is given
     horizontal_flip: float = Field(default=0.0, ge=0.0, le=1.0)  # probability
+
+    def build(self) -> Transform:
+        """The transform that these settings describe."""
+        return Transform(**self.model_dump())
 
 
 class DataConfig(Section):

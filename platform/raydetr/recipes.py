@@ -34,8 +34,8 @@ def quickstart() -> RunConfig:
     return RunConfig(
         recipe="quickstart",
         data=DataConfig(
-            train=Path("build/quickstart/shards/train"),
-            val=Path("build/quickstart/shards/val"),
+            train=Path("build/quickstart/train"),
+            val=Path("build/quickstart/val"),
             sample="easy",
             batch_size=16,
             eval_batch_size=25,
@@ -63,8 +63,8 @@ def quickstart_hard() -> RunConfig:
     easy = quickstart()
     data = easy.data.model_copy(
         update={
-            "train": Path("build/quickstart-hard/shards/train"),
-            "val": Path("build/quickstart-hard/shards/val"),
+            "train": Path("build/quickstart-hard/train"),
+            "val": Path("build/quickstart-hard/val"),
             "sample": "hard",
         }
     )
@@ -98,7 +98,7 @@ def deformable_detr_r50_two_stage_50ep() -> RunConfig:
     return RunConfig(
         recipe="deformable_detr_r50_two_stage_50ep",
         data=coco.model_copy(update={"batch_size": 32}),
-        model=DeformableDetrConfig(box_refinement=True, two_stage=True),
+        model=DeformableDetrConfig(refinement=True, two_stage=True),
         optim=OptimConfig(
             epochs=50, lr=2e-4, lr_backbone=2e-5, lr_sampling=2e-5, schedule="step", drop_epochs=(40,)
         ),
@@ -135,15 +135,20 @@ def summary(recipe: Callable[[], RunConfig]) -> str:
 def small_dino() -> DinoConfig:
     """DINO with 0.7 M parameters for 96-pixel images: no encoder, two decoder layers, three levels."""
     return DinoConfig(
-        backbone=BackboneConfig(name="small"),
+        backbone=BackboneConfig(name="small", norm="batch", num_frozen_stages=0),
+        num_feature_levels=3,
         hidden_dim=64,
         num_heads=4,
         num_encoder_layers=0,
         num_decoder_layers=2,
         ffn_dim=128,
         num_queries=25,
-        num_feature_levels=3,
-        loss=LossConfig(),
+        proposal_size=0.1,
+        shared_heads=False,
+        num_denoising=8,
+        denoising_groups="fill",
+        loss=LossConfig(kind="mal", class_weight=2.0, gamma=1.5),
+        num_select=100,
     )
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from raydetr.config import ConfigError
 from raydetr.data.index import Shards, open_shards
 from raydetr.data.stream import evaluation_batches
-from raydetr.data.transforms import Transform
 from raydetr.evaluate.coco_ap import ApTable, coco_ap
 from raydetr.evaluate.evaluator import evaluate
 from raydetr.train.checkpoint import Loaded, load_for_inference, read_meta
@@ -46,16 +45,14 @@ def share_of_results(checkpoint: Path, data: Path, world: World) -> list[dict[st
     loaded: Loaded = load_for_inference(checkpoint, world.device)
     settings = loaded.config.data
     batches = evaluation_batches(
-        open_shards(data),
+        open_shards(data, label_map=settings.label_map),
         rank=world.rank,
         world_size=world.size,
         batch_size=settings.eval_batch_size,
-        transform=Transform(settings.val_transform),
+        transform=settings.val_transform.build(),
         num_workers=settings.num_loader_workers,
     )
-    return evaluate(
-        loaded.model.detector, loaded.model.postprocess, batches, loaded.label_map.category_ids, world.gather
-    )
+    return evaluate(loaded.model.detector, loaded.model.postprocess, batches, loaded.label_map, world.gather)
 
 
 def _check_categories(checkpoint: Path, shards: Shards, data: Path) -> None:

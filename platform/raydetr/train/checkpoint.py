@@ -74,7 +74,7 @@ def save(
     meta = Meta(
         config=to_dict(training.config),
         categories=shards.manifest.categories,
-        fingerprint=shards.manifest.fingerprint,
+        fingerprint=shards.fingerprint,
         epoch=epoch,
         position=training.position,
         metrics=dict(metrics),
@@ -122,10 +122,10 @@ def restore(folder: Path, training: Training, shards: Shards) -> Meta:
     ours, theirs = to_dict(training.config)["model"], meta.config["model"]
     if ours != theirs:
         raise CheckpointError(f"{folder}: made by another model: {_differences(theirs, ours)}")
-    if meta.fingerprint != shards.manifest.fingerprint:
+    if meta.fingerprint != shards.fingerprint:
         raise CheckpointError(
             f"{folder}: made on other data (fingerprint {meta.fingerprint}); data.train "
-            f"{training.config.data.train} has {shards.manifest.fingerprint}. Resume on the same shards, "
+            f"{training.config.data.train} has {shards.fingerprint}. Resume on the same shards, "
             "or start a new run."
         )
     state = _load_state(folder, training.world.device)

@@ -33,7 +33,11 @@ class LaunchError(RuntimeError):
 
 
 def launch(
-    assignment: Assignment, cluster: ClusterConfig, attempt: str, keep_checkpoints: int
+    assignment: Assignment,
+    cluster: ClusterConfig,
+    attempt: str,
+    keep_checkpoints: int,
+    callbacks: Sequence[ray.train.UserCallback] = (),
 ) -> dict[str, Any]:
     """Train on Ray Train workers; returns the last reported metrics with `checkpoint`, its path.
 
@@ -45,7 +49,7 @@ def launch(
     with connected(cluster) as address:
         check_resources(cluster, address)
         board = ray.remote(num_cpus=0)(Board).remote()
-        trainer = build_trainer(assignment, cluster, attempt, keep_checkpoints, board)
+        trainer = build_trainer(assignment, cluster, attempt, keep_checkpoints, board, callbacks)
         with Display() as display, _polling(board, display):
             result = fit(trainer)
         kept = result.checkpoint

@@ -22,7 +22,6 @@ from raydetr.config import RunConfig
 from raydetr.data.batch import Batch, to_model
 from raydetr.data.index import Shards
 from raydetr.data.stream import evaluation_batches, train_batches
-from raydetr.data.transforms import Transform
 from raydetr.evaluate.evaluator import evaluate
 from raydetr.train.ema import Ema
 from raydetr.train.optim import build_optimizer, lr_factor, set_learning_rates
@@ -60,6 +59,11 @@ class Training:
         self.optimizer = build_optimizer(self.detector, config.optim)
         self.replica = _replicate(self.detector, world)
         self.position = 0
+
+    @property
+    def weights(self) -> nn.Module:
+        """The model that is evaluated: the moving average where there is one."""
+        return self.detector if self.ema is None else self.ema.model
 
     @property
     def step(self) -> int:
@@ -120,13 +124,16 @@ class Training:
             rank=self.world.rank,
             world_size=self.world.size,
             batch_size=data.eval_batch_size,
-            transform=Transform(data.val_transform),
+            transform=data.val_transform.build(),
             num_workers=data.num_loader_workers,
         )
-        weights = self.detector if self.ema is None else self.ema.model
-        label_map = shards.label_map(data.label_map)
         return evaluate(
-            weights, self.model.postprocess, batches, label_map, self.world.gather, self.world.device
+            self.weights,
+            self.model.postprocess,
+            batches,
+            shards.label_map,
+            self.world.gather,
+            self.world.device,
         )
 
     def mean_terms(self, terms: dict[str, Tensor]) -> dict[str, float]:
@@ -155,13 +162,12 @@ def train(
         rank=world.rank,
         world_size=world.size,
         batch_size=config.data.batch_size // world.size,
-        transform=Transform(config.data.train_transform),
+        transform=config.data.train_transform.build(),
         num_workers=config.data.num_loader_workers,
-        limit=config.data.limit_images,
     )
     began = time.perf_counter()
+    training.detector.train()
     for batch in batches:
-        training.detector.train()
         terms = training.train_step(batch)
         now = time.perf_counter()
         rate, began = config.data.batch_size / (now - began), now

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,8 +15,8 @@ import torch
 
 from raydetr import track
 from raydetr.config import ConfigError, RunConfig, flatten, from_yaml, override, to_dict, to_yaml
-from raydetr.data.index import Shards, open_shards
-from raydetr.data.sample_data import prepare_sample_shards
+from raydetr.data.index import check_same_categories
+from raydetr.data.splits import open_splits, write_missing_sample
 from raydetr.environment import describe_environment
 from raydetr.train import checkpoint
 from raydetr.train.progress import Display, Progress
@@ -37,8 +37,17 @@ class RunResult:
     seconds: float
 
 
-def start(config: RunConfig, *, local: bool = False, parent_run_id: str | None = None) -> RunResult:
+def start(
+    config: RunConfig,
+    *,
+    local: bool = False,
+    name: str | None = None,
+    parent_run_id: str | None = None,
+    callbacks: Sequence[Any] = (),
+) -> RunResult:
     """Train a new run of `config`, on Ray, or in this process with `local`.
+
+    A search gives its trials a name, an MLflow parent, and callbacks for Ray Train.
 
     Raises:
         ConfigError: the configuration contradicts itself or the data.
@@ -46,7 +55,7 @@ def start(config: RunConfig, *, local: bool = False, parent_run_id: str | None =
         LaunchError: the cluster could not carry it out.
     """
     config = resolve(config)
-    name = f"{config.recipe}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+    name = name or new_name(config.recipe)
     folder = config.storage.path / name
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))
@@ -54,7 +63,7 @@ def start(config: RunConfig, *, local: bool = False, parent_run_id: str | None =
     run_id = track.create_run(uri, config.tracking.experiment, name, parent_run_id=parent_run_id)
     (folder / "mlflow_run_id").write_text(run_id)
     _describe(uri, run_id, config)
-    return _execute(config, folder, uri, run_id, None, local)
+    return _execute(config, folder, uri, run_id, None, local, callbacks)
 
 
 def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: bool = False) -> RunResult:
@@ -65,7 +74,9 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
         CheckpointError: the run has no whole checkpoint.
     """
     if not (folder / "config.yaml").exists():
-        raise ConfigError(f"{folder}: no run there (config.yaml is missing); runs are folders below storage.path")
+        raise ConfigError(
+            f"{folder}: no run there (config.yaml is missing); runs are folders below storage.path"
+        )
     config = override(from_yaml(folder / "config.yaml"), overrides or {})
     config = resolve(config)
     last, faults = checkpoint.newest(path.parent for path in folder.glob("*/*/meta.json"))
@@ -79,6 +90,11 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
     return _execute(config, folder, uri, run_id, last, local)
 
 
+def new_name(prefix: str) -> str:
+    """A name that no other run has."""
+    return f"{prefix}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+
+
 def resolve(config: RunConfig) -> RunConfig:
     """Make paths absolute and fill in what the data decides; check what contradicts.
 
@@ -87,11 +103,10 @@ def resolve(config: RunConfig) -> RunConfig:
             batch cannot be divided among the workers.
     """
     config = _with_absolute_paths(config)
-    if config.data.sample is not None:
-        prepare_sample_shards(config.data.train, config.data.val, hard=config.data.sample == "hard")
-    train, val = open_shards(config.data.train), open_shards(config.data.val)
-    _check_same_categories(train, val, config)
-    num_classes = train.label_map(config.data.label_map).num_classes
+    write_missing_sample(config.data)
+    train, val = open_splits(config.data)
+    check_same_categories(train, val)
+    num_classes = train.label_map.num_classes
     given = config.model.num_classes
     if given is None:
         config = override(config, {"model.num_classes": num_classes})
@@ -106,14 +121,17 @@ def resolve(config: RunConfig) -> RunConfig:
             f"data.batch_size={batch} is the batch of all workers and cannot be divided among "
             f"cluster.num_workers={workers}: use a multiple of {workers}"
         )
-    limit = config.data.limit_images
-    if limit is not None and limit > train.num_samples:
-        raise ConfigError(f"data.limit_images={limit}: {config.data.train} has {train.num_samples} images")
     return config
 
 
 def _execute(
-    config: RunConfig, folder: Path, uri: str, run_id: str, resume_from: Path | None, local: bool
+    config: RunConfig,
+    folder: Path,
+    uri: str,
+    run_id: str,
+    resume_from: Path | None,
+    local: bool,
+    callbacks: Sequence[Any] = (),
 ) -> RunResult:
     began = time.perf_counter()
     assignment = Assignment(
@@ -126,7 +144,10 @@ def _execute(
     )
     attempt = f"attempt-{1 + sum(1 for _ in folder.glob('attempt-*')):02d}"
     try:
-        metrics = _run_locally(assignment, config, attempt) if local else _run_on_ray(assignment, config, attempt)
+        if local:
+            metrics = _run_locally(assignment, config, attempt)
+        else:
+            metrics = _run_on_ray(assignment, config, attempt, callbacks)
     except BaseException:
         track.finish_run(uri, run_id, "FAILED")
         raise
@@ -142,10 +163,12 @@ def _execute(
     )
 
 
-def _run_on_ray(assignment: Assignment, config: RunConfig, attempt: str) -> dict[str, Any]:
+def _run_on_ray(
+    assignment: Assignment, config: RunConfig, attempt: str, callbacks: Sequence[Any]
+) -> dict[str, Any]:
     from raydetr.train.launch import launch  # Ray takes seconds to import, and --local needs none of it
 
-    return launch(assignment, config.cluster, attempt, config.storage.keep_checkpoints)
+    return launch(assignment, config.cluster, attempt, config.storage.keep_checkpoints, callbacks)
 
 
 def _run_locally(assignment: Assignment, config: RunConfig, attempt: str) -> dict[str, Any]:
@@ -187,30 +210,21 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     return override(config, {key: str(base / path.expanduser()) for key, path in paths.items()})
 
 
-def _check_same_categories(train: Shards, val: Shards, config: RunConfig) -> None:
-    ours = {category["id"]: category["name"] for category in train.manifest.categories}
-    theirs = {category["id"]: category["name"] for category in val.manifest.categories}
-    if ours != theirs:
-        different = sorted(set(ours.items()) ^ set(theirs.items()))[:5]
-        raise ConfigError(
-            f"the categories of data.train ({config.data.train}) and data.val ({config.data.val}) differ, "
-            f"for example {different}: write both from annotations with the same categories"
-        )
-
-
 def _describe(uri: str, run_id: str, config: RunConfig) -> None:
     """What is known before the first step: settings, data, environment."""
     track.log_params(uri, run_id, flatten(to_dict(config)))
-    for context, path in (("training", config.data.train), ("validation", config.data.val)):
-        manifest = open_shards(path).manifest
+    for context, shards in zip(("training", "validation"), open_splits(config.data), strict=True):
         track.log_dataset(
             uri,
             run_id,
-            name=f"{path.parent.name}/{path.name}",
-            fingerprint=manifest.fingerprint,
-            source=str(path),
+            name=f"{shards.path.parent.name}/{shards.path.name}",
+            fingerprint=shards.fingerprint,
+            source=str(shards.path),
             context=context,
-            profile={"num_images": manifest.num_samples, "num_annotations": manifest.num_annotations},
+            profile={
+                "num_images": shards.num_samples,
+                "num_annotations": int(shards.samples["num_annotations"].sum()),
+            },
         )
     track.log_text(uri, run_id, to_yaml(config), "config.yaml")
     track.log_text(uri, run_id, json.dumps(describe_environment(), indent=1), "environment.json")

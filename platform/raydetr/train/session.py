@@ -18,7 +18,8 @@ import torch
 from detrs import zoo
 
 from raydetr.config import RunConfig, from_dict
-from raydetr.data.index import Shards, open_shards
+from raydetr.data.index import Shards
+from raydetr.data.splits import open_splits
 from raydetr.evaluate.coco_ap import ApTable, coco_ap
 from raydetr.track import Tracker
 from raydetr.train import checkpoint
@@ -63,10 +64,9 @@ def run_session(assignment: Assignment, world: World, host: Host) -> None:
         FloatingPointError: the training diverged.
     """
     config = from_dict(assignment.config)
-    train_shards, val_shards = open_shards(config.data.train), open_shards(config.data.val)
+    train_shards, val_shards = open_splits(config.data)
     torch.manual_seed(config.seed)  # the initial weights are the same on every worker
-    num_samples = config.data.limit_images or train_shards.num_samples
-    training = Training(config, zoo.build(config.model), num_samples, world)
+    training = Training(config, zoo.build(config.model), train_shards.num_samples, world)
     if assignment.resume_from is not None:
         checkpoint.restore(Path(assignment.resume_from), training, train_shards)
     session = _Session(assignment, training, train_shards, val_shards, host)
