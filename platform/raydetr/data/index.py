@@ -23,6 +23,7 @@ from raydetr.data.manifest import (
     Samples,
     data_fingerprint,
     make_label_map,
+    sample_key,
 )
 
 MAX_OPEN_FILES = 64
@@ -48,7 +49,6 @@ class ShardFiles:
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
         self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor
-        self._owner = os.getpid()
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
         """Read `length` bytes, or fewer where the file ends."""
@@ -63,11 +63,8 @@ class ShardFiles:
             self._open[shard] = os.open(self.paths[shard], os.O_RDONLY)
         return self._open[shard]
 
-    def __getstate__(self) -> list[Path]:
-        return self.paths
-
-    def __setstate__(self, paths: list[Path]) -> None:
-        self.__init__(paths)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[ShardFiles], tuple[list[Path]]]:
+        return ShardFiles, (self.paths,)  # another process opens the files itself
 
     def __del__(self) -> None:
         for descriptor in self._open.values():
@@ -116,14 +113,14 @@ class Shards:
             self.samples[index].item()
         )
         raw = self.files.read(shard, offset, length)
-        key = raw[:100].partition(b".")[0].decode("latin-1")
         if len(raw) != length:
             self.refuse(index, f"the shard ends after {len(raw)} of its {length} bytes")
         if zlib.crc32(raw) != crc32:
             self.refuse(index, f"its crc32 is {zlib.crc32(raw):#010x}, the index says {crc32:#010x}")
+        key = raw[:100].partition(b".")[0].decode("latin-1")  # the tar header begins with the member's name
         content = json.loads(raw[json_at : json_at + json_length])
-        if content["image"]["id"] != image_id or not key.isascii():
-            self.refuse(index, f"it holds image id {content['image']['id']}, key {key!r}")
+        if key != sample_key(image_id) or content["image"]["id"] != image_id:
+            self.refuse(index, f"it holds the key {key!r} and image id {content['image']['id']}")
         return RawSample(
             key, raw[image_at : image_at + image_length], content["image"], content["annotations"]
         )
@@ -146,7 +143,7 @@ class Shards:
         row = self.samples[index]
         shard = self.files.paths[row["shard"]]
         raise ShardError(
-            f"{shard}: sample {row['image_id']:012d} at byte {row['offset']} is damaged: "
+            f"{shard}: sample {sample_key(row['image_id'])} at byte {row['offset']} is damaged: "
             f"{fault}; copy the shard again, or write the shards again"
         )
 

@@ -68,19 +68,6 @@ class LabelMap:
         """Label of each category id."""
         return {category_id: label for label, category_id in enumerate(self.category_ids)}
 
-    def resolve_num_classes(self, configured: int | None) -> int:
-        """The number of classes a model needs: what is configured, else what the data has.
-
-        Raises:
-            ValueError: fewer classes are configured than the data has labels.
-        """
-        if configured is not None and configured < self.num_classes:
-            raise ValueError(
-                f"model.num_classes is {configured}, but the data has labels up to {self.num_classes - 1} "
-                f"({self.kind} label map): leave it out, or set at least {self.num_classes}"
-            )
-        return configured or self.num_classes
-
 
 def make_label_map(categories: list[dict[str, Any]], kind: LabelMapKind) -> LabelMap:
     """The label map of some categories.
@@ -139,6 +126,11 @@ class Manifest:
             return Manifest(shards=shards, **values)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: is no manifest of shards ({error}): write the shards again") from None
+
+
+def sample_key(image_id: int) -> str:
+    """The WebDataset key of an image: no dot, sorts like the id."""
+    return f"{image_id:012d}"
 
 
 def data_fingerprint(samples: Samples, categories: list[dict[str, Any]]) -> str:

@@ -197,7 +197,8 @@ def _texture(shape: Shape, rng: np.random.Generator) -> FloatArray:
         return np.heaviside(across, 0.0)
     if kind == 2:  # gradient
         return np.clip(0.5 + 0.5 * shape.v, 0, 1)
-    return np.heaviside(np.multiply(across, along), 0.0)  # checks
+    checks: FloatArray = np.heaviside(across * along, 0.0)
+    return checks
 
 
 def _background(rng: np.random.Generator) -> FloatArray:

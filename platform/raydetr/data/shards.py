@@ -31,6 +31,7 @@ from raydetr.data.manifest import (
     Samples,
     ShardFile,
     data_fingerprint,
+    sample_key,
 )
 
 Progress = Callable[[int, int], None]
@@ -73,11 +74,6 @@ def write_shards(
         manifest.save(folder)
         _flush(folder)
     return manifest
-
-
-def sample_key(image_id: int) -> str:
-    """The WebDataset key of an image: no dot, sorts like the id."""
-    return f"{image_id:012d}"
 
 
 def index_shard(path: Path, number: int) -> Samples:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from raydetr.data.batch import Batch, Sample, collate
 from raydetr.data.coco import usable_boxes
-from raydetr.data.images import decode_rgb
+from raydetr.data.images import UNREADABLE, decode_rgb
 from raydetr.data.index import Shards
 from raydetr.data.plan import Plan
 from raydetr.data.transforms import Transform
@@ -30,7 +30,6 @@ def train_batches(
     batch_size: int,
     transform: Transform,
     num_workers: int = 0,
-    limit: int | None = None,
 ) -> Iterator[Batch]:
     """The batches of one rank, without end, from `position` on.
 
@@ -46,19 +45,15 @@ def train_batches(
         batch_size: images per rank and step.
         transform: applied with randomness keyed by (seed, position of the sample).
         num_workers: loader processes; 0 loads in this process.
-        limit: take only the first images of the shards.
 
     Raises:
         ShardError: a sample is damaged.
-        ValueError: `limit` exceeds the number of images.
     """
     assert 0 <= rank < world_size, (rank, world_size)
     assert batch_size >= 1, batch_size
     assert position >= 0, position
-    chosen = shards.head(limit) if limit is not None else shards
-    yield from _load(
-        _TrainBatches(chosen, transform, seed, position, rank, world_size, batch_size), num_workers
-    )
+    batches = _TrainBatches(shards, transform, seed, position, rank, world_size, batch_size)
+    yield from _load(batches, num_workers)
 
 
 def evaluation_batches(
@@ -98,7 +93,7 @@ def load_sample(shards: Shards, index: int, transform: Transform, *, seed: int, 
     raw = shards.read(index)
     try:
         image = decode_rgb(raw.image)
-    except OSError as error:
+    except UNREADABLE as error:
         shards.refuse(index, f"its image cannot be decoded ({error})")
     original_size = (image.height, image.width)
     boxes, category_ids = usable_boxes(raw.annotations, image.width, image.height)
