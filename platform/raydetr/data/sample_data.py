@@ -189,16 +189,15 @@ def _texture(shape: Shape, rng: np.random.Generator) -> FloatArray:
     """One of four textures: how much of the second colour each pixel has, [SIDE, SIDE] in [0, 1]."""
     kind = int(rng.integers(4))
     frequency, phase = rng.uniform(4.0, 9.0), rng.uniform(0.0, 6.28)
-    across: FloatArray = np.sin(frequency * shape.u + phase)
-    along: FloatArray = np.sin(frequency * shape.v + phase)
     if kind == 0:  # plain
         return np.full_like(shape.u, 0.15)
-    if kind == 1:  # stripes
-        return np.heaviside(across, 0.0)
-    if kind == 2:  # gradient
+    if kind == 1:  # gradient
         return np.clip(0.5 + 0.5 * shape.v, 0, 1)
-    checks: FloatArray = np.heaviside(across * along, 0.0)
-    return checks
+    pattern: FloatArray = np.sin(frequency * shape.u + phase)  # stripes
+    if kind == 3:  # checks
+        pattern = pattern * np.sin(frequency * shape.v + phase)
+    pattern = np.heaviside(pattern, 0.0)
+    return pattern
 
 
 def _background(rng: np.random.Generator) -> FloatArray:
