@@ -196,8 +196,7 @@ def _texture(shape: Shape, rng: np.random.Generator) -> FloatArray:
     pattern: FloatArray = np.sin(frequency * shape.u + phase)  # stripes
     if kind == 3:  # checks
         pattern = pattern * np.sin(frequency * shape.v + phase)
-    pattern = np.heaviside(pattern, 0.0)
-    return pattern
+    return (pattern > 0).astype(np.float32)
 
 
 def _background(rng: np.random.Generator) -> FloatArray:
