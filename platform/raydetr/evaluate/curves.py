@@ -1,0 +1,58 @@
+"""Learning curves: losses and learning rates over steps, AP over epochs. No pyplot, so no global state."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Curves = Mapping[str, Sequence[tuple[float, float]]]  # name -> (x, value), by x
+
+MAX_LEGEND = 10
+
+
+def learning_curves(losses: Curves, rates: Curves, precision: Curves) -> Figure:
+    """Three panels in one figure.
+
+    Args:
+        losses: over steps; `loss` is drawn thick, terms of single decoder layers (`..._0`, `..._1`) faintly.
+        rates: learning rates over steps.
+        precision: AP, AP50, ... over epochs.
+    """
+    figure = Figure(figsize=(15, 4.5), dpi=100, layout="constrained")
+    loss_panel, rate_panel, precision_panel = figure.subplots(1, 3)
+    _plot(loss_panel, losses, "loss", "step")
+    _plot(rate_panel, rates, "learning rate", "step")
+    _plot(precision_panel, precision, "average precision", "epoch", marker="o")
+    if any(value > 0 for points in losses.values() for _, value in points):
+        loss_panel.set_yscale("log")
+    rate_panel.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    precision_panel.set_ylim(0, 1)
+    return figure
+
+
+def _plot(panel: Axes, curves: Curves, title: str, x_label: str, marker: str = "") -> None:
+    panel.set_title(title)
+    panel.set_xlabel(x_label)
+    panel.grid(alpha=0.3)
+    drawn = {name: points for name, points in curves.items() if points}
+    if not drawn:
+        panel.text(0.5, 0.5, "no values yet", ha="center", va="center", transform=panel.transAxes)
+        return
+    num_named = 0
+    for name, points in sorted(drawn.items(), key=lambda curve: (_is_layer(curve[0]), curve[0])):
+        x, values = zip(*points, strict=True)
+        if _is_layer(name) or num_named == MAX_LEGEND:
+            panel.plot(x, values, color="0.75", linewidth=0.6, zorder=1)
+            continue
+        num_named += 1
+        style = {"color": "black", "linewidth": 2.0} if name == "loss" else {"linewidth": 1.2}
+        # a single value would be a line without length
+        panel.plot(x, values, label=name, marker=marker or ("." if len(points) == 1 else ""), **style)
+    panel.legend(fontsize=8)
+
+
+def _is_layer(name: str) -> bool:
+    return re.search(r"_\d+$", name) is not None and not name.startswith("lr")

@@ -1,0 +1,277 @@
+"""Pictures for the eye: boxes on images, and a grid that sets true and predicted boxes side by side.
+
+Small images are enlarged before anything is drawn, so that text can be read. A category has the same colour
+everywhere. True boxes are dashed, predicted ones solid with their score.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from PIL import Image, ImageDraw, ImageFont
+
+Rectangle = tuple[float, float, float, float]  # left, top, right, bottom
+Color = tuple[int, int, int]
+
+SMALLEST_SIDE = 320  # pixels of the long side: smaller images are enlarged
+PANEL_SIDE = 480  # pixels of the long side of a grid's panel
+MAX_COVERED = 0.05  # share of a label that other labels may cover; where no place is better it is left out
+MANY_BOXES = 12
+
+_BLACK, _WHITE, _PAPER, _INK = (0, 0, 0), (255, 255, 255), (250, 250, 250), (30, 30, 30)
+_GAP = 10
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box in pixels of its image. `score` is None for a true box."""
+
+    category_id: int
+    name: str
+    xyxy: Rectangle
+    score: float | None = None
+
+    @property
+    def label(self) -> str:
+        """What stands at the box."""
+        return self.name if self.score is None else f"{self.name} {self.score:.2f}"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image with its true and its predicted boxes."""
+
+    title: str
+    image: Image.Image
+    true: tuple[Box, ...]
+    predicted: tuple[Box, ...]
+
+
+def coco_boxes(
+    records: Iterable[Mapping[str, Any]], names: Mapping[int, str], score_threshold: float = 0.0
+) -> tuple[Box, ...]:
+    """Boxes of COCO annotations or of COCO results of one image, best first.
+
+    Args:
+        records: with `category_id`, `bbox` (xywh) and perhaps `score`.
+        names: category_id -> name.
+        score_threshold: results below it are left out.
+    """
+    boxes = []
+    for record in records:
+        left, top, width, height = record["bbox"]
+        score = record.get("score")
+        if score is None or score >= score_threshold:
+            name = names.get(record["category_id"], f"category {record['category_id']}")
+            crowd = " (crowd)" if record.get("iscrowd", 0) else ""
+            rectangle = (left, top, left + width, top + height)
+            boxes.append(Box(record["category_id"], name + crowd, rectangle, score))
+    return tuple(sorted(boxes, key=lambda box: -(box.score or 0.0)))
+
+
+def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
+    """A copy of the image with boxes and their labels; small images come back enlarged.
+
+    Labels stay inside the picture and off each other. The best boxes (first in `boxes`) choose first; a label
+    that would cover others is left out.
+    """
+    return _draw(_at_least(image, SMALLEST_SIDE), image.size, boxes)
+
+
+def draw_grid(pictures: Sequence[Picture], *, score_threshold: float, num_columns: int = 2) -> Image.Image:
+    """A page of pictures, each twice: true boxes at the left, predicted ones at the right.
+
+    Args:
+        score_threshold: only said in the heading; see `coco_boxes`.
+        num_columns: pictures in a row.
+    """
+    heading = (
+        "each image twice:  left, dashed: true boxes    "
+        f"right, solid: predicted boxes with score ≥ {score_threshold:g}"
+    )
+    cells = [_cell(picture) for picture in pictures]
+    rows = [cells[start : start + num_columns] for start in range(0, len(cells), num_columns)]
+    page = [_text_image(heading, 16), *(_beside(row, 2 * _GAP) for row in rows)]
+    return _framed(_stacked(page, _GAP))
+
+
+def color_of(category_id: int) -> Color:
+    """The colour of a category: hues far apart for neighbouring ids, in three strengths."""
+    hue = category_id * 0.61803398875 % 1.0
+    saturation, value = ((0.85, 1.0), (0.55, 1.0), (1.0, 0.75))[category_id // 7 % 3]
+    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+# --- boxes and labels ---
+
+
+def _draw(canvas: Image.Image, size: tuple[int, int], boxes: Sequence[Box]) -> Image.Image:
+    """Draw boxes, given in pixels of an image of `size`, on its scaled copy `canvas`."""
+    x_scale, y_scale = canvas.width / size[0], canvas.height / size[1]
+    scaled = [
+        _inside((x0 * x_scale, y0 * y_scale, x1 * x_scale, y1 * y_scale), canvas.size)
+        for x0, y0, x1, y1 in (box.xyxy for box in boxes)
+    ]
+    draw = ImageDraw.Draw(canvas)
+    thickness = max(2, round(max(canvas.size) / 240))
+    for box, rectangle in reversed(list(zip(boxes, scaled, strict=True))):
+        _outline(draw, rectangle, color_of(box.category_id), thickness, dashed=box.score is None)
+    # a crowd gets smaller labels, so that something of it remains visible
+    font = _font(max(11, round(max(canvas.size) / (36 if len(boxes) <= MANY_BOXES else 44))))
+    taken: list[Rectangle] = []
+    for box, rectangle in zip(boxes, scaled, strict=True):
+        text = _shortened(box, font, canvas.width)
+        place = _free_place(rectangle, _text_size(text, font), canvas.size, taken)
+        if place is not None:
+            taken.append(place)
+            _label(draw, place, text, color_of(box.category_id), font)
+    return canvas
+
+
+def _outline(
+    draw: ImageDraw.ImageDraw, rectangle: Rectangle, color: Color, thickness: int, *, dashed: bool
+) -> None:
+    left, top, right, bottom = rectangle
+    # the dark line beneath keeps a box visible on ground of its own colour
+    draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=_BLACK, width=thickness + 2)
+    if not dashed:
+        draw.rectangle(rectangle, outline=color, width=thickness)
+        return
+    dash, inset = 4 * thickness, thickness - 1
+    for start in range(round(left), round(right), 2 * dash):
+        end = min(start + dash, right)
+        draw.rectangle((start, top, end, top + inset), fill=color)
+        draw.rectangle((start, bottom - inset, end, bottom), fill=color)
+    for start in range(round(top), round(bottom), 2 * dash):
+        end = min(start + dash, bottom)
+        draw.rectangle((left, start, left + inset, end), fill=color)
+        draw.rectangle((right - inset, start, right, end), fill=color)
+
+
+def _label(
+    draw: ImageDraw.ImageDraw, place: Rectangle, text: str, color: Color, font: ImageFont.FreeTypeFont
+) -> None:
+    draw.rectangle(place, fill=color)
+    luminance = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+    middle = ((place[0] + place[2]) / 2, (place[1] + place[3]) / 2)
+    draw.text(middle, text, fill=_BLACK if luminance > 120 else _WHITE, font=font, anchor="mm")
+
+
+def _free_place(
+    box: Rectangle, size: tuple[int, int], canvas: tuple[int, int], taken: Sequence[Rectangle]
+) -> Rectangle | None:
+    """Where a label of `size` goes: at the box, inside the canvas, off the labels that are there."""
+    left, top, right, bottom = box
+    width, height = size
+    corners = [
+        (x, y)
+        for y in (top - height, top, bottom - height, bottom, (top + bottom - height) / 2)
+        for x in (left, right - width, (left + right - width) / 2)
+    ]
+    places = [_pushed_inside((x, y, x + width, y + height), canvas) for x, y in corners]
+    covered = [sum(_overlap(place, other) for other in taken) / (width * height) for place in places]
+    best = min(range(len(places)), key=covered.__getitem__)
+    return places[best] if covered[best] <= MAX_COVERED else None
+
+
+def _shortened(box: Box, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The label, with the class name cut where it is wider than the picture; the score always stays."""
+    text, name = box.label, box.name
+    while _text_size(text, font)[0] > width and name:
+        name = name[:-1]
+        text = f"{name.rstrip()}… {'' if box.score is None else f'{box.score:.2f}'}".rstrip()
+    return text
+
+
+def _overlap(a: Rectangle, b: Rectangle) -> float:
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return max(width, 0.0) * max(height, 0.0)
+
+
+def _inside(box: Rectangle, canvas: tuple[int, int]) -> Rectangle:
+    """The part of a box that the canvas shows; at least a point at its border."""
+    x0, x1 = (min(max(x, 1.0), canvas[0] - 2.0) for x in (box[0], box[2]))
+    y0, y1 = (min(max(y, 1.0), canvas[1] - 2.0) for y in (box[1], box[3]))
+    return min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)
+
+
+def _pushed_inside(place: Rectangle, canvas: tuple[int, int]) -> Rectangle:
+    x = max(0.0, min(place[0], canvas[0] - 1 - (place[2] - place[0])))
+    y = max(0.0, min(place[1], canvas[1] - 1 - (place[3] - place[1])))
+    return x, y, x + place[2] - place[0], y + place[3] - place[1]
+
+
+# --- pages ---
+
+
+def _cell(picture: Picture) -> Image.Image:
+    panels = [
+        _draw(_panel(picture.image), picture.image.size, boxes) for boxes in (picture.true, picture.predicted)
+    ]
+    title = f"{picture.title}    {len(picture.true)} true, {len(picture.predicted)} predicted"
+    return _stacked([_text_image(title, 13), _beside(panels, 4)], 2)
+
+
+def _panel(image: Image.Image) -> Image.Image:
+    copy = _at_least(image, SMALLEST_SIDE)
+    copy.thumbnail((PANEL_SIDE, PANEL_SIDE), Image.Resampling.LANCZOS)
+    return copy
+
+
+def _at_least(image: Image.Image, side: int) -> Image.Image:
+    """A copy in RGB whose long side has at least `side` pixels."""
+    scale = max(1.0, side / max(image.size))
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    copy = image.convert("RGB")
+    return copy.resize(size, Image.Resampling.BICUBIC) if scale > 1 else copy.copy()
+
+
+def _stacked(images: Sequence[Image.Image], gap: int) -> Image.Image:
+    height = sum(image.height for image in images) + gap * (len(images) - 1)
+    page = Image.new("RGB", (max(image.width for image in images), height), _PAPER)
+    top = 0
+    for image in images:
+        page.paste(image, (0, top))
+        top += image.height + gap
+    return page
+
+
+def _beside(images: Sequence[Image.Image], gap: int) -> Image.Image:
+    width = sum(image.width for image in images) + gap * (len(images) - 1)
+    page = Image.new("RGB", (width, max(image.height for image in images)), _PAPER)
+    left = 0
+    for image in images:
+        page.paste(image, (left, 0))
+        left += image.width + gap
+    return page
+
+
+def _framed(image: Image.Image) -> Image.Image:
+    page = Image.new("RGB", (image.width + 2 * _GAP, image.height + 2 * _GAP), _PAPER)
+    page.paste(image, (_GAP, _GAP))
+    return page
+
+
+def _text_image(text: str, size: int) -> Image.Image:
+    font = _font(size)
+    page = Image.new("RGB", _text_size(text, font), _PAPER)
+    ImageDraw.Draw(page).text((page.width / 2, page.height / 2), text, fill=_INK, font=font, anchor="mm")
+    return page
+
+
+def _text_size(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int]:
+    ascent, descent = font.getmetrics()
+    return round(font.getlength(text)) + 6, ascent + descent + 2
+
+
+@lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    # matplotlib brings a font that knows most alphabets
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
