@@ -31,7 +31,7 @@ except ImportError:  # setuptools < 70.1
 ROOT = Path(__file__).parent.resolve()
 OBJECTS = ROOT / "build" / "csrc"
 
-# kernels.inc is compiled once per instruction set; the library picks one when it runs
+# kernel_code.h is compiled once per instruction set; the library picks one when it runs
 KERNEL_FLAGS = {
     "csrc/cpu/kernels_baseline.cpp": [],
     "csrc/cpu/kernels_avx2.cpp": ["-mavx2", "-mfma"],
@@ -40,11 +40,12 @@ KERNEL_FLAGS = {
 if platform.machine() not in ("x86_64", "AMD64"):
     KERNEL_FLAGS = {"csrc/cpu/kernels_baseline.cpp": []}
 SOURCES = ["csrc/library.cpp", "csrc/cpu/deform_attn.cpp", *KERNEL_FLAGS]
-HEADERS = sorted(str(p.relative_to(ROOT)) for s in ("*.h", "*.inc") for p in (ROOT / "csrc").rglob(s))
+HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
 
 COMPILE_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 # Both only allow the compiler to vectorise floor and comparisons; NaN and infinity keep their meaning.
 COMPILE_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
+COMPILE_FLAGS += [f"-ffile-prefix-map={ROOT}/="]  # the same library whatever folder it is built in
 TORCH_2_11 = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 

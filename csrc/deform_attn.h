@@ -1,5 +1,6 @@
 // Multi-scale deformable attention: what the Python boundary (library.cpp), the division of work
-// (cpu/deform_attn.cpp) and the kernels (cpu/kernels.inc) say to each other. README.md has the whole picture.
+// (cpu/deform_attn.cpp) and the kernels (cpu/kernel_code.h) say to each other. README.md has the whole
+// picture.
 #pragma once
 
 #include <cstdint>

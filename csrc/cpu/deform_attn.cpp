@@ -11,8 +11,7 @@
 
 #include "kernels.h"
 
-namespace detrs {
-namespace cpu {
+namespace detrs::cpu {
 namespace {
 
 const KernelSet& choose_kernels() {
@@ -170,5 +169,4 @@ template void forward(const Problem<double>&);
 template void backward(const Problem<float>&);
 template void backward(const Problem<double>&);
 
-}  // namespace cpu
-}  // namespace detrs
+}  // namespace detrs::cpu

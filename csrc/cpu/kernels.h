@@ -1,10 +1,9 @@
-// What the division of work (deform_attn.cpp) and the kernels (kernels.inc) say to each other.
+// What the division of work (deform_attn.cpp) and the kernels (kernel_code.h) say to each other.
 #pragma once
 
 #include "../deform_attn.h"
 
-namespace detrs {
-namespace cpu {
+namespace detrs::cpu {
 
 // One head of one image as a kernel reads it: the channels of token t start at value + t * stride.
 template <class T>
@@ -37,12 +36,11 @@ struct KernelSet {
   Kernels<double> double_;
 };
 
-// kernels.inc is compiled once for each of these.
+// kernel_code.h is compiled once for each of these.
 extern const KernelSet kernels_baseline;
 #if defined(__x86_64__)
 extern const KernelSet kernels_avx2;
 extern const KernelSet kernels_avx512;
 #endif
 
-}  // namespace cpu
-}  // namespace detrs
+}  // namespace detrs::cpu

@@ -2,4 +2,4 @@
 #define DETRS_KERNELS kernels_avx2
 #define DETRS_NAME "avx2"
 #define DETRS_VECTOR_BYTES 32
-#include "kernels.inc"
+#include "kernel_code.h"

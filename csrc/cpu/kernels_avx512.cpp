@@ -2,4 +2,4 @@
 #define DETRS_KERNELS kernels_avx512
 #define DETRS_NAME "avx512"
 #define DETRS_VECTOR_BYTES 64
-#include "kernels.inc"
+#include "kernel_code.h"

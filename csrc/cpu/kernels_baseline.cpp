@@ -2,4 +2,4 @@
 #define DETRS_KERNELS kernels_baseline
 #define DETRS_NAME "baseline"
 #define DETRS_VECTOR_BYTES 16
-#include "kernels.inc"
+#include "kernel_code.h"

@@ -2,6 +2,12 @@
 // Everything is local to the file that includes this: a function compiled for AVX-512 must never be merged by
 // the linker with its namesake for an older machine. For the same reason no standard header with functions is
 // used.
+#pragma once
+
+#include <cstdint>
+
+namespace detrs::cpu {
+namespace {
 
 template <class T>
 constexpr int lanes_of() {
@@ -66,3 +72,6 @@ inline typename Simd<T, 4>::Vector sums_of_four(const T* from) {
   auto cd = DETRS_SHUFFLE(T, c, d, 0, 4, 1, 5) + DETRS_SHUFFLE(T, c, d, 2, 6, 3, 7);
   return DETRS_SHUFFLE(T, ab, cd, 0, 1, 4, 5) + DETRS_SHUFFLE(T, ab, cd, 2, 3, 6, 7);
 }
+
+}  // namespace
+}  // namespace detrs::cpu

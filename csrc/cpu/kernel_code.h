@@ -2,13 +2,11 @@
 //   DETRS_KERNELS       the KernelSet to define      DETRS_VECTOR_BYTES  how wide its vectors are
 //   DETRS_NAME          its name
 #include "kernels.h"
+#include "simd.h"
+#include "storage.h"
 
-namespace detrs {
-namespace cpu {
+namespace detrs::cpu {
 namespace {
-
-#include "simd.inc"
-#include "storage.inc"
 
 // One row's samples, as one array per quantity, padded to whole vectors. The corners of a sample are its four
 // nearest pixels: 0 top left, 1 top right, 2 bottom left, 3 bottom right.
@@ -342,5 +340,4 @@ constexpr Kernels<T> table() {
 
 const KernelSet DETRS_KERNELS = {DETRS_NAME, table<float>(), table<double>()};
 
-}  // namespace cpu
-}  // namespace detrs
+}  // namespace detrs::cpu

@@ -1,4 +1,10 @@
 // Between the numbers in memory and the numbers in the arithmetic (float, or double for float64).
+#pragma once
+
+#include "kernels.h"
+
+namespace detrs::cpu {
+namespace {
 
 template <class To, class From>
 inline To bits_as(From from) {
@@ -78,3 +84,6 @@ template <class Stored, class T>
 inline void narrow_all(const T* from, Stored* to, int64_t count) {
   for (int64_t i = 0; i < count; i++) narrow(from[i], to + i);
 }
+
+}  // namespace
+}  // namespace detrs::cpu

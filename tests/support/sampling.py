@@ -1,0 +1,49 @@
+"""Inputs for deformable attention, and a slow definition of it that shares no code with the others."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+Shapes = tuple[tuple[int, int], ...]
+
+
+def random_inputs(
+    shapes: Shapes,
+    *,
+    num_images: int = 2,
+    num_heads: int = 3,
+    num_channels: int = 8,
+    num_queries: int = 5,
+    num_points: int = 2,
+    dtype: torch.dtype = torch.float64,
+    margin: float = 0.3,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`value`, `locations` (up to `margin` outside the levels) and `weights`."""
+    generator = torch.Generator().manual_seed(seed)
+    num_tokens = sum(height * width for height, width in shapes)
+    rows = (num_images, num_queries, num_heads, len(shapes), num_points)
+    value = torch.randn(num_images, num_tokens, num_heads, num_channels, generator=generator, dtype=dtype)
+    locations = torch.rand(*rows, 2, generator=generator, dtype=dtype) * (1 + 2 * margin) - margin
+    weights = torch.randn(rows, generator=generator, dtype=dtype)
+    return value, locations, weights.flatten(3).softmax(3).reshape(rows)
+
+
+def deform_attn_loop(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+    """One sample at a time, one pixel at a time, in Python numbers (which are float64)."""
+    num_images, num_queries, num_heads = locations.shape[:3]
+    out = torch.zeros(num_images, num_queries, num_heads, value.shape[3], dtype=torch.float64)
+    starts = [sum(height * width for height, width in shapes[:level]) for level in range(len(shapes))]
+    for sample in itertools.product(*(range(size) for size in weights.shape)):
+        image, query, head, level = sample[:4]
+        height, width = shapes[level]
+        x = float(locations[sample][0]) * width - 0.5
+        y = float(locations[sample][1]) * height - 0.5
+        for row, column in itertools.product(range(height), range(width)):
+            share = max(0.0, 1 - abs(x - column)) * max(0.0, 1 - abs(y - row))
+            token = starts[level] + row * width + column
+            out[image, query, head] += float(weights[sample]) * share * value[image, token, head].double()
+    return out.flatten(2)
