@@ -145,6 +145,13 @@ def log_params(uri: str, run_id: str, params: Mapping[str, Any]) -> dict[str, tu
     return changed
 
 
+def set_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a run; a tag that it has is replaced."""
+    with _explained(uri, f"set tags of run {run_id}"):
+        for name, value in tags.items():
+            _client(uri).set_tag(run_id, name, value[:_TAG_LENGTH])
+
+
 def log_dataset(
     uri: str,
     run_id: str,

@@ -1,0 +1,1 @@
+"""Searching hyper-parameters: what may vary, and trials that are Ray Train runs."""

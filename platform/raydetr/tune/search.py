@@ -1,0 +1,213 @@
+"""A search from the driver's side: ASHA over trials that are Ray Train runs, below one MLflow parent run.
+
+ASHA (Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning"): after `grace_epochs` and again
+at each power of `reduction_factor` more, a trial goes on only if it is among the best 1 / reduction_factor of
+those that came this far.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+from raydetr import track
+from raydetr.config import RunConfig, flatten, override, to_dict, to_yaml
+from raydetr.train import run
+from raydetr.train.launch import connected
+from raydetr.tune import cluster, outcome
+from raydetr.tune.cluster import Leftover
+from raydetr.tune.outcome import Outcome
+from raydetr.tune.space import Distribution, Space
+from raydetr.tune.trial import Study, run_trial
+from raydetr.tune.watch import Watch, say
+
+# A trial's own process does nothing but wait. Every trial takes a share of the head, which nothing else uses:
+# with a CPU each, two trials on two CPUs would wait for their workers without end.
+TRIAL_RESOURCES = {"node:__internal_head__": 0.001}
+
+# Ray reads these in this process; a value that the user has set stays
+SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow holds the results
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # AP is undefined where the data has no boxes
+    "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: no output but ours
+}
+
+
+class SearchError(RuntimeError):
+    """A search in which no trial was evaluated; the message holds the table of trials and their causes."""
+
+
+def search(
+    config: RunConfig,
+    space: Space,
+    *,
+    num_trials: int,
+    max_concurrent: int = 1,
+    grace_epochs: int = 1,
+    reduction_factor: int = 3,
+) -> Outcome:
+    """Try `num_trials` configurations drawn from `space`, the same ones for the same `config.seed`.
+
+    `max_concurrent` is lowered to what the cluster holds at once.
+
+    Raises:
+        ConfigError, ValueError: the configuration or the shards cannot be used.
+        LaunchError: the cluster holds no trial, or has no dashboard.
+        SearchError: no trial was evaluated.
+        KeyboardInterrupt: Ctrl-C; the trials are ended, and what they found is kept in the folder.
+    """
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    resolved = run.resolve(config)
+    with connected(resolved.cluster):
+        cluster.check_dashboard()
+        fitting = cluster.concurrent_trials(resolved.cluster, max_concurrent)
+        if fitting < max_concurrent:
+            say(f"the cluster holds {fitting} trials at once, not {max_concurrent}")
+        study = _begin(config, resolved, space)
+        watch = Watch(study, resolved)
+        before = cluster.remains(_job_id())
+        try:
+            _run_trials(
+                study, space, watch, _asha(resolved, grace_epochs, reduction_factor), num_trials, fitting
+            )
+        finally:
+            result = _conclude(config, study, watch, num_trials, before)
+    if watch.num_ended < num_trials:
+        say(result.to_text())
+        raise KeyboardInterrupt
+    if result.best is None:
+        raise SearchError(f"no trial was evaluated\n{result.to_text()}")
+    return result
+
+
+class _Asha(ASHAScheduler):
+    """Never stops a trial at its last evaluation: it is done, and still storing its results."""
+
+    def __init__(self, epochs: int, **settings: Any) -> None:
+        super().__init__(max_t=epochs, **settings)
+        self._epochs = epochs
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result.get("epoch", 0) >= self._epochs:
+            return str(TrialScheduler.CONTINUE)
+        return str(super().on_trial_result(tune_controller, trial, result))
+
+
+def _asha(config: RunConfig, grace_epochs: int, reduction_factor: int) -> _Asha:
+    return _Asha(
+        config.optim.epochs,
+        time_attr="epoch",
+        grace_period=min(grace_epochs, config.optim.epochs),
+        reduction_factor=reduction_factor,
+    )
+
+
+def _begin(config: RunConfig, resolved: RunConfig, space: Space) -> Study:
+    """Make the search's folder and the parent run, and describe both."""
+    name = run.new_name(f"tune-{config.recipe}")
+    folder = resolved.storage.path / name
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    (folder / "space.yaml").write_text(space.text)
+    uri = track.resolve_uri(resolved.tracking.uri, resolved.storage.path)
+    parent = track.create_run(uri, resolved.tracking.experiment, name, tags={"raydetr.kind": "search"})
+    searched = {f"search.{path}": f"{d.kind} {list(d.values)}" for path, d in space.distributions.items()}
+    fixed = {
+        path: value for path, value in flatten(to_dict(resolved)).items() if path not in space.distributions
+    }
+    track.log_params(uri, parent, fixed | searched)
+    track.log_text(uri, parent, space.text, "space.yaml")
+    track.log_text(uri, parent, to_yaml(config), "config.yaml")
+    say(f"search {folder}\nMLflow {uri}, run {parent}")
+    inside = override(resolved, {"storage.path": str(folder), "tracking.uri": uri})
+    return Study(to_dict(inside), name, parent)
+
+
+def _run_trials(
+    study: Study, space: Space, watch: Watch, asha: _Asha, num_trials: int, max_concurrent: int
+) -> None:
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(run_trial, study=study), TRIAL_RESOURCES),
+        param_space={path: _domain(distribution) for path, distribution in space.distributions.items()},
+        tune_config=tune.TuneConfig(
+            metric="AP",
+            mode="max",
+            scheduler=asha,
+            search_alg=BasicVariantGenerator(
+                max_concurrent=max_concurrent, random_state=study.config["seed"]
+            ),
+            num_samples=num_trials,
+        ),
+        run_config=tune.RunConfig(
+            name="tune", storage_path=study.config["storage"]["path"], callbacks=[watch], verbose=0
+        ),
+    )
+    tuner.fit()
+
+
+def _domain(distribution: Distribution) -> Any:
+    """The distribution as Ray Tune has it; the upper end of its `randint` is never drawn."""
+    values = distribution.values
+    match distribution.kind:
+        case "uniform":
+            return tune.uniform(*values)
+        case "loguniform":
+            return tune.loguniform(*values)
+        case "randint":
+            return tune.randint(values[0], values[1] + 1)
+        case "choice":
+            return tune.choice(list(values))
+
+
+def _conclude(
+    config: RunConfig, study: Study, watch: Watch, num_trials: int, before: list[Leftover]
+) -> Outcome:
+    """Clear the cluster, settle the trials' runs, and write down what came out."""
+    left = cluster.clear(_job_id(), before)
+    watch.settle()
+    trials = outcome.ranked(list(watch.trials.values()))
+    folder = Path(study.config["storage"]["path"])
+    best = outcome.best(trials)
+    result = Outcome(
+        name=study.name,
+        folder=folder,
+        tracking_uri=study.config["tracking"]["uri"],
+        mlflow_run_id=study.parent_run_id,
+        epochs=config.optim.epochs,
+        trials=trials,
+        command=outcome.train_command(config, best.overrides, folder / "config.yaml") if best else None,
+        leftovers=tuple(left),
+    )
+    _record(result, is_complete=watch.num_ended == num_trials)
+    return result
+
+
+def _record(result: Outcome, *, is_complete: bool) -> None:
+    """Write the outcome into the search's folder and its MLflow run, and end that run."""
+    uri, parent, best = result.tracking_uri, result.mlflow_run_id, result.best
+    for file, text in (
+        ("trials.txt", result.to_text()),
+        ("trials.json", outcome.trials_as_json(result.trials)),
+    ):
+        (result.folder / file).write_text(text + "\n")
+        track.log_text(uri, parent, text, file)
+    if best is not None:
+        assert result.command is not None
+        track.log_params(uri, parent, {f"best.{path}": value for path, value in best.overrides.items()})
+        track.set_tags(uri, parent, {"raydetr.best_trial": best.name, "raydetr.best_command": result.command})
+        tracker = track.Tracker(uri, parent)
+        numbers = {"AP": best.AP, "AP50": best.AP50}
+        tracker.metrics(0, {name: value for name, value in numbers.items() if value is not None})
+        tracker.close()
+    track.finish_run(uri, parent, "KILLED" if not is_complete else "FAILED" if best is None else "FINISHED")
+
+
+def _job_id() -> str:
+    return str(ray.get_runtime_context().get_job_id())

@@ -1,0 +1,177 @@
+"""What a search varies: a YAML file of dotted paths and the distributions their values are drawn from.
+
+    optim.lr: {loguniform: [1e-4, 1e-2]}
+    optim.weight_decay: {uniform: [0.0, 1e-3]}
+    model.num_queries: {randint: [10, 50]}      # both ends can be drawn
+    optim.schedule: {choice: [step, cosine]}
+
+Every path and every end or choice is tried on the configuration when the file is read: a search does not
+find out at its tenth trial that a value does not fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from raydetr.config import ConfigError, RunConfig, nearest, override
+
+Kind = Literal["uniform", "loguniform", "randint", "choice"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+# A path, or a section with a dot at its end, and why a search cannot vary it
+FIXED = {
+    "recipe": "it only names the run",
+    "data.train": "trials on other data cannot be compared; run one search for each",
+    "data.val": "trials on other data cannot be compared; run one search for each",
+    "data.sample": "trials on other data cannot be compared; run one search for each",
+    "data.limit_images": "trials on other data cannot be compared; set it on the command line",
+    "data.label_map": "it is a property of the data",
+    "optim.epochs": "trials are compared at the same epoch of the same schedule; set it on the command line",
+    "evaluation.": "trials are compared at the same epochs; set it on the command line",
+    "cluster.": "it says where trials run, not what they learn; set it on the command line",
+    "storage.": "it says where trials are kept; set it on the command line",
+    "tracking.": "it says where trials are logged; set it on the command line",
+}
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """What a value is drawn from: the two ends of a range, or the choices."""
+
+    kind: Kind
+    values: tuple[Any, ...]
+
+    def probes(self) -> tuple[Any, ...]:
+        """Values that stand for all it can give: the ends and one between them, or each choice."""
+        if self.kind not in ("uniform", "loguniform"):
+            return self.values
+        low, high = self.values
+        return low, high, low + (high - low) * 0.381966  # between: 64.0 passes for an integer, 71.3 does not
+
+
+@dataclass(frozen=True)
+class Space:
+    """The distributions of a search by dotted path, and the file they come from."""
+
+    path: Path
+    text: str
+    distributions: Mapping[str, Distribution]
+
+
+def read_space(path: Path, config: RunConfig) -> Space:
+    """Read a search space and try it on `config`.
+
+    Raises:
+        ConfigError: the file is missing or no mapping of paths to distributions; a path does not exist, is a
+            section, is given twice or cannot be searched; a distribution is unknown or its values do not fit.
+    """
+    try:
+        text = path.read_text()
+        values = yaml.load(text, _StrictLoader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; --space takes a YAML file of paths to search") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML ({error})") from None
+    if not isinstance(values, dict) or not values:
+        raise ConfigError(f"{path}: holds no paths to search; write lines such as optim.lr: {_EXAMPLE}")
+    try:
+        distributions = {str(key): _read_distribution(str(key), value) for key, value in values.items()}
+        for key, distribution in distributions.items():
+            _try_on(config, key, distribution)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return Space(path, text, distributions)
+
+
+_EXAMPLE = "{loguniform: [1e-4, 1e-2]}"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} is given twice: keep one", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_distribution(path: str, value: Any) -> Distribution:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: found {value!r}, not a distribution; write it as {_EXAMPLE}")
+    if len(value) != 1:
+        names = ", ".join(map(str, value)) or "none"
+        raise ConfigError(f"{path}: takes one distribution, found {names}; write it as {_EXAMPLE}")
+    (name, values), *_ = value.items()
+    if name not in KINDS:
+        known = ", ".join(KINDS)
+        below = "; for a setting in a section write the whole dotted path" if isinstance(values, dict) else ""
+        raise ConfigError(
+            f"{path}: no distribution {name!r} (there are {known}){nearest(str(name), KINDS)}{below}"
+        )
+    if not isinstance(values, list):
+        raise ConfigError(f"{path}: {name} takes a list in [ ], found {values!r}")
+    read = _read_choices if name == "choice" else _read_ends
+    return Distribution(name, read(path, name, values))
+
+
+def _read_choices(path: str, name: str, values: list[Any]) -> tuple[Any, ...]:
+    choices = tuple(_number(value) for value in values)
+    if len(choices) < 2:
+        raise ConfigError(
+            f"{path}: choice takes two values or more, found {values!r}; a single one is an override: "
+            f"{path}=VALUE"
+        )
+    repeated = [choice for i, choice in enumerate(choices) if choice in choices[:i]]
+    if repeated:
+        raise ConfigError(f"{path}: choice holds {repeated[0]!r} twice: keep one")
+    return choices
+
+
+def _read_ends(path: str, name: str, values: list[Any]) -> tuple[Any, ...]:
+    number = int if name == "randint" else (int, float)
+    ends = tuple(_number(value) for value in values)
+    if len(ends) != 2 or not all(_is_number(end, number) for end in ends):
+        kind = "two integers" if name == "randint" else "two numbers"
+        raise ConfigError(f"{path}: {name} takes {kind} [low, high], found {values!r}")
+    low, high = ends
+    if low >= high:
+        raise ConfigError(f"{path}: {name} takes [low, high] with low below high, found {values!r}")
+    if name == "loguniform" and low <= 0:
+        raise ConfigError(f"{path}: loguniform needs ends above 0, found {values!r}; or use uniform")
+    return ends if name == "randint" else (float(low), float(high))
+
+
+def _is_number(value: Any, number: Any) -> bool:
+    return isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text, because it has no decimal point; so does the command line."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _try_on(config: RunConfig, path: str, distribution: Distribution) -> None:
+    for fixed, reason in FIXED.items():
+        if path == fixed or (fixed.endswith(".") and path.startswith(fixed)):
+            raise ConfigError(f"{path} cannot be searched: {reason}")
+    for value in distribution.probes():
+        try:
+            override(config, {path: value})
+        except ConfigError as error:
+            raise ConfigError(f"{error} ({distribution.kind} can give {value!r})") from None
