@@ -91,7 +91,7 @@ class ContrastiveDenoising(nn.Module):
         labels, boxes = targets.labels.repeat(2 * num_groups), targets.boxes.repeat(2 * num_groups, 1)
         negative = torch.arange(len(labels), device=labels.device) // max(len(targets.labels), 1) % 2 == 1
         if draws is None:
-            draws = self.draw(labels, boxes)
+            draws = self.draw(labels)
         labels = self._noise_labels(labels, draws)
         boxes = self._noise_boxes(boxes, negative, draws)
         shape = (len(targets.counts), 2 * num_groups * block)
@@ -103,14 +103,20 @@ class ContrastiveDenoising(nn.Module):
         reference = reference.index_put((image, slot), inverse_sigmoid(boxes, 1e-3).sigmoid())
         return NoisedQueries(content, reference, labels, num_groups, block)
 
-    def draw(self, labels: Int64[Tensor, " r"], boxes: Float[Tensor, "r 4"]) -> Draws:
-        """Random numbers in the official order and precision (float32)."""
-        device = labels.device
-        label_chance = torch.rand(len(labels), device=device)
-        num_replaced = int((label_chance < self.label_noise * 0.5).sum())
-        new_labels = torch.randint(0, self.num_classes, (num_replaced,), device=device)
-        signs = torch.randint(0, 2, (len(boxes), 4), device=device).float()
-        return Draws(label_chance, new_labels, signs, torch.rand(len(boxes), 4, device=device))
+    def draw(self, labels: Int64[Tensor, " r"]) -> Draws:
+        """Random numbers in the official order and precision (float32); no noise draws nothing."""
+        device, num_rows = labels.device, len(labels)
+        label_chance = torch.ones(num_rows, device=device)
+        new_labels = torch.zeros(0, dtype=torch.int64, device=device)
+        signs = shares = torch.zeros(num_rows, 4, device=device)
+        if self.label_noise > 0:
+            label_chance = torch.rand(num_rows, device=device)
+            num_replaced = int((label_chance < self.label_noise * 0.5).sum())
+            new_labels = torch.randint(0, self.num_classes, (num_replaced,), device=device)
+        if self.box_noise > 0:
+            signs = torch.randint(0, 2, (num_rows, 4), device=device).float()
+            shares = torch.rand(num_rows, 4, device=device)
+        return Draws(label_chance, new_labels, signs, shares)
 
     def _noise_labels(self, labels: Int64[Tensor, " r"], draws: Draws) -> Int64[Tensor, " r"]:
         replaced = draws.label_chance < self.label_noise * 0.5

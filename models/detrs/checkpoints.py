@@ -1,0 +1,145 @@
+"""Names of the official repositories' checkpoints, as data, and the way there and back.
+
+A rule is a pattern of our names with the official names of the same tensor; an official state dict holds a
+shared tensor under several names, which must agree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from detrs.zoo import DeformableDetrConfig, DinoConfig, ModelConfig
+
+Rules = dict[str, tuple[str, ...]]  # {0}, {1}: the pattern's groups
+
+_ENCODER, _DECODER = "transformer.encoder.layers.{0}", "transformer.decoder.layers.{0}"
+
+_COMMON: Rules = {
+    r"backbone\.(.*)": ("backbone.0.body.{0}",),
+    r"encoder\.layers\.(\d+)\.feed_forward\.(.*)": (_ENCODER + ".{1}",),
+    r"encoder\.layers\.(\d+)\.(norm\d\..*)": (_ENCODER + ".{1}",),
+    r"decoder\.layers\.(\d+)\.feed_forward\.(.*)": (_DECODER + ".{1}",),
+    r"decoder\.norm\.(.*)": ("transformer.decoder.norm.{0}",),
+}
+
+_MULTI_SCALE: Rules = _COMMON | {
+    r"neck\.projections\.(.*)": ("input_proj.{0}",),
+    r"neck\.level_embed": ("transformer.level_embed",),
+    r"encoder\.layers\.(\d+)\.attention\.(.*)": (_ENCODER + ".self_attn.{1}",),
+    r"decoder\.layers\.(\d+)\.self_attention\.in_proj\.(.*)": (_DECODER + ".self_attn.in_proj_{1}",),
+    r"decoder\.layers\.(\d+)\.self_attention\.out_proj\.(.*)": (_DECODER + ".self_attn.out_proj.{1}",),
+    r"decoder\.layers\.(\d+)\.cross_attention\.(.*)": (_DECODER + ".cross_attn.{1}",),
+    # the official code numbers the norms of a decoder layer in another order
+    r"decoder\.layers\.(\d+)\.norm1\.(.*)": (_DECODER + ".norm2.{1}",),
+    r"decoder\.layers\.(\d+)\.norm2\.(.*)": (_DECODER + ".norm1.{1}",),
+    r"decoder\.layers\.(\d+)\.norm3\.(.*)": (_DECODER + ".norm3.{1}",),
+    r"queries\.proposals\.project\.(.*)": ("transformer.enc_output.{0}",),
+    r"queries\.proposals\.norm\.(.*)": ("transformer.enc_output_norm.{0}",),
+}
+
+_DEFORMABLE: Rules = _MULTI_SCALE | {
+    r"queries\.embed\.weight": ("query_embed.weight",),
+    r"queries\.point\.(.*)": ("transformer.reference_points.{0}",),
+    r"queries\.project\.(.*)": ("transformer.pos_trans.{0}",),
+    r"queries\.norm\.(.*)": ("transformer.pos_trans_norm.{0}",),
+}
+
+_DINO: Rules = _MULTI_SCALE | {
+    r"queries\.content\.weight": ("transformer.tgt_embed.weight",),
+    r"queries\.proposals\.class_head\.(.*)": ("transformer.enc_out_class_embed.{0}",),
+    r"queries\.proposals\.box_head\.(.*)": ("transformer.enc_out_bbox_embed.{0}",),
+    r"decoder\.where\.embed\.(.*)": ("transformer.decoder.ref_point_head.{0}",),
+    r"denoising\.label_embed\.weight": ("label_enc.weight",),
+}
+
+
+def rules(config: ModelConfig) -> Rules:
+    """The rules of a model; heads that are shared have a name for each layer."""
+    layers = range(config.num_decoder_layers)
+    match config:
+        case DinoConfig():
+            prefixes = ("{kind}_embed", "transformer.decoder.{kind}_embed")
+            return _DINO | _heads(prefixes, prefixes, layers if config.shared_heads else None)
+        case DeformableDetrConfig():
+            own, both = ("{kind}_embed",), ("{kind}_embed", "transformer.decoder.{kind}_embed")
+            class_prefixes, box_prefixes = (
+                both if config.two_stage else own,
+                both if config.refinement else own,
+            )
+            heads = _heads(class_prefixes, box_prefixes, None if config.refinement else layers)
+            # the encoder's heads follow those of the decoder layers
+            for kind, prefixes in (("class", class_prefixes), ("box", box_prefixes)):
+                heads[rf"queries\.proposals\.{kind}_head\.(.*)"] = tuple(
+                    f"{_prefix(prefix, kind)}.{len(layers)}.{{0}}" for prefix in prefixes
+                )
+            return _DEFORMABLE | heads
+
+
+def official_names(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The official names of each of our names; the first in alphabetical order comes first."""
+    table = [(re.compile(pattern), templates) for pattern, templates in rules(config).items()]
+    found = {}
+    for name in names:
+        matches = [(m, templates) for pattern, templates in table if (m := pattern.fullmatch(name))]
+        assert len(matches) == 1, f"{name} has {len(matches)} rules"
+        (match, templates) = matches[0]
+        found[name] = tuple(sorted(template.format(*match.groups()) for template in templates))
+    return found
+
+
+def to_official(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An official state dict, shared tensors under all their names."""
+    names = official_names(config, state)
+    return {official: state[ours] for ours in state for official in names[ours]}
+
+
+def from_official(
+    config: ModelConfig, official: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """A state dict of ours from an official one; `own` is the model's, for names and shapes.
+
+    Raises:
+        ValueError: names are missing or left over, shapes differ, or names of one tensor disagree.
+    """
+    names = official_names(config, own)
+    expected = {name: ours for ours, group in names.items() for name in group}
+    missing, unexpected = sorted(expected.keys() - official.keys()), sorted(official.keys() - expected.keys())
+    common = expected.keys() & official.keys()
+    shapes = sorted(name for name in common if official[name].shape != own[expected[name]].shape)
+    if missing or unexpected or shapes:
+        raise ValueError(
+            f"not a checkpoint of this {config.paper} model: missing {_some(missing)}; "
+            f"unexpected {_some(unexpected)}; other shape {_some(shapes)}"
+        )
+    for ours, group in names.items():
+        for other in group[1:]:
+            if not torch.equal(official[group[0]], official[other]):
+                raise ValueError(f"{group[0]} and {other} are one tensor ({ours}), but their values differ")
+    return {ours: official[group[0]] for ours, group in names.items()}
+
+
+def _heads(class_prefixes: tuple[str, ...], box_prefixes: tuple[str, ...], shared_by: range | None) -> Rules:
+    heads: Rules = {}
+    for kind, prefixes in (("class", class_prefixes), ("box", box_prefixes)):
+        pattern = rf"decoder\.{kind}_heads\.(\d+)\.(.*)"
+        if shared_by is None:
+            heads[pattern] = tuple(f"{_prefix(prefix, kind)}.{{0}}.{{1}}" for prefix in prefixes)
+        else:
+            heads[pattern] = tuple(
+                f"{_prefix(prefix, kind)}.{layer}.{{1}}" for prefix in prefixes for layer in shared_by
+            )
+    return heads
+
+
+def _prefix(template: str, kind: str) -> str:
+    return template.format(kind="bbox" if kind == "box" else kind)
+
+
+def _some(names: list[str]) -> str:
+    return (
+        "none" if not names else f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    )

@@ -1,0 +1,236 @@
+"""Golden vectors of the official repositories: files, weights, configurations.
+
+A folder of goldens holds `NAME.json` (the manifest) and `NAME.npz` (the arrays) for each variant, and
+`inputs.npz`. The folder is tests/golden, or that of the environment variable RAYDETR_GOLDEN.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detrs.checkpoints import official_names
+from detrs.denoising import Draws
+from detrs.structures import Images, Targets
+from detrs.zoo import BackboneConfig, DeformableDetrConfig, DinoConfig, LossConfig, Model, ModelConfig, build
+
+FOLDER = Path(os.environ.get("RAYDETR_GOLDEN") or Path(__file__).parents[1] / "golden")
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One golden: what was run, and what came out."""
+
+    manifest: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest["name"])
+
+    @property
+    def paper(self) -> str:
+        repository = (self.manifest.get("official_repo") or self.manifest["repo"]).split("/")[1]
+        return {"DINO": "dino", "Deformable-DETR": "deformable_detr"}[repository]
+
+    def tensor(self, name: str, dtype: torch.dtype = torch.float64) -> Tensor:
+        value = torch.from_numpy(self.arrays[name])
+        return value.to(dtype) if value.is_floating_point() else value
+
+
+def names(kind: str) -> list[str]:
+    """Names of the goldens of a kind: model, edge, full or traj."""
+    found = []
+    for path in sorted(FOLDER.glob("*.json")):
+        prefix = path.stem.split("_")[0]
+        is_model = "grad_names" in path.read_text() and path.with_suffix(".npz").exists()
+        if (kind == "model" and is_model) or (kind != "model" and prefix == kind):
+            found.append(path.stem)
+    return found
+
+
+def read(name: str) -> Golden:
+    manifest = json.loads((FOLDER / f"{name}.json").read_text())
+    arrays = FOLDER / f"{name}.npz"
+    return Golden(manifest, dict(np.load(arrays)) if arrays.exists() else {})
+
+
+def config_of(args: dict[str, Any], paper: str, options: dict[str, Any] | None = None) -> ModelConfig:
+    """The configuration that an official run's arguments mean."""
+    return {"dino": _dino, "deformable_detr": _deformable}[paper](args, options or {})
+
+
+def _shared(args: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "backbone": BackboneConfig(args["backbone"], dilation=args["dilation"]),
+        "hidden_dim": args["hidden_dim"],
+        "num_heads": args["nheads"],
+        "num_encoder_layers": args["enc_layers"],
+        "num_decoder_layers": args["dec_layers"],
+        "ffn_dim": args["dim_feedforward"],
+        "dropout": float(args["dropout"]),
+        "num_queries": args["num_queries"],
+        "aux_loss": args["aux_loss"],
+    }
+
+
+def _loss(args: dict[str, Any]) -> LossConfig:
+    return LossConfig(
+        class_weight=float(args["cls_loss_coef"]),
+        box_weight=float(args["bbox_loss_coef"]),
+        giou_weight=float(args["giou_loss_coef"]),
+        class_cost=float(args["set_cost_class"]),
+        box_cost=float(args["set_cost_bbox"]),
+        giou_cost=float(args["set_cost_giou"]),
+        alpha=float(args["focal_alpha"]),
+    )
+
+
+def _deformable(args: dict[str, Any], options: dict[str, Any]) -> DeformableDetrConfig:
+    single = args["num_feature_levels"] == 1
+    return DeformableDetrConfig(
+        num_classes=91,
+        strides=(32,) if single else (8, 16, 32),
+        num_feature_levels=args["num_feature_levels"],
+        refinement=args["with_box_refine"],
+        two_stage=args["two_stage"],
+        num_points=args["dec_n_points"],
+        num_encoder_points=args["enc_n_points"],
+        loss=_loss(args),
+        **_shared(args),
+    )
+
+
+def _dino(args: dict[str, Any], options: dict[str, Any]) -> DinoConfig:
+    assert args["pe_temperatureH"] == args["pe_temperatureW"]
+    return DinoConfig(
+        num_classes=args["num_classes"],
+        strides=tuple(4 * 2**index for index in args["return_interm_indices"]),
+        num_feature_levels=args["num_feature_levels"],
+        position_temperature=float(args["pe_temperatureH"]),
+        num_points=args["dec_n_points"],
+        num_encoder_points=args["enc_n_points"],
+        proposal_size=float(args["two_stage_default_hw"]),
+        shared_heads=args["dec_pred_bbox_embed_share"],
+        num_denoising=args["dn_number"] if args["use_dn"] else 0,
+        label_noise=float(args["dn_label_noise_ratio"]),
+        box_noise=float(args["dn_box_noise_scale"]),
+        num_select=args["num_select"],
+        loss=_loss(args),
+        **_shared(args),
+    )
+
+
+def build_filled(config: ModelConfig, dtype: torch.dtype) -> Model:
+    """A model with the weights of the goldens' rule."""
+    model = build(config)
+    detector = model.detector
+    with torch.no_grad():
+        state = detector.state_dict()
+        for ours, official in official_names(config, state).items():
+            state[ours].copy_(rule_weight(official[0], tuple(state[ours].shape)))
+    detector.to(dtype)
+    return model
+
+
+def build_edge(golden: Golden, case: dict[str, Any]) -> Model:
+    """A model for an edge case, of which only criterion and post-processing count: the rest is tiny."""
+    weights, costs = golden.manifest["weight_dict"], golden.manifest["matcher"]
+    loss = LossConfig(
+        kind="cross_entropy" if golden.paper == "detr" else "focal",
+        class_weight=float(weights["loss_ce"]),
+        box_weight=float(weights["loss_bbox"]),
+        giou_weight=float(weights["loss_giou"]),
+        class_cost=float(costs["set_cost_class"]),
+        box_cost=float(costs["set_cost_bbox"]),
+        giou_cost=float(costs["set_cost_giou"]),
+        alpha=float(golden.manifest.get("focal_alpha", 0.25)),
+    )
+    num_select = golden.arrays[f"{case['name']}/post_scores"].shape[1]
+    config = {"dino": DinoConfig, "deformable_detr": DeformableDetrConfig}[golden.paper]
+    return build(
+        config(
+            num_classes=91,
+            backbone=BackboneConfig("small", "batch", 0),
+            hidden_dim=8,
+            num_heads=2,
+            num_encoder_layers=1,
+            num_decoder_layers=2,
+            loss=loss,
+            num_select=num_select,
+        )
+    )
+
+
+@functools.lru_cache(maxsize=1000)
+def rule_weight(name: str, shape: tuple[int, ...]) -> Tensor:
+    """The value the goldens' README gives the official parameter `name`."""
+    generator = np.random.default_rng(zlib.crc32(name.encode()))
+    last = name.split(".")[-1]
+    if last == "running_var":
+        return torch.from_numpy(generator.uniform(0.5, 1.5, shape)).float()
+    z = generator.standard_normal(shape)
+    fan_in = np.sqrt(np.prod(shape[1:]))
+    if last == "running_mean":
+        z = 0.1 * z
+    elif len(shape) == 1 and last == "weight":
+        z = 0.25 * (1 + 0.1 * z) if name.endswith("activation.weight") else 1 + 0.1 * z
+    elif len(shape) <= 1:
+        z = 0.1 * z
+    elif name.endswith("sampling_offsets.weight"):
+        z = z / fan_in * 0.5
+    else:
+        z = z / fan_in
+    return torch.from_numpy(np.asarray(z)).float()
+
+
+def inputs(manifest: dict[str, Any], dtype: torch.dtype) -> tuple[Images, Targets, Tensor]:
+    """The batch of a model golden, and the original sizes."""
+    arrays = dict(np.load(FOLDER / manifest["inputs"]["file"]))
+    pixels = [
+        torch.from_numpy(arrays[f"image{i}"]).to(dtype) for i in range(len(manifest["inputs"]["n_targets"]))
+    ]
+    targets = packed_targets(arrays, len(pixels), dtype)
+    return collate(pixels), targets, torch.from_numpy(arrays["orig_sizes_hw"])
+
+
+def packed_targets(
+    arrays: dict[str, np.ndarray], num_images: int, dtype: torch.dtype, prefix: str = ""
+) -> Targets:
+    labels = [torch.from_numpy(arrays[f"{prefix}target{i}_labels"]) for i in range(num_images)]
+    boxes = [torch.from_numpy(arrays[f"{prefix}target{i}_boxes"]).to(dtype) for i in range(num_images)]
+    return Targets(torch.cat(labels), torch.cat(boxes), tuple(len(x) for x in labels))
+
+
+def collate(pixels: list[Tensor]) -> Images:
+    height, width = (max(x.shape[side] for x in pixels) for side in (1, 2))
+    batch = pixels[0].new_zeros(len(pixels), 3, height, width)
+    padding = torch.ones(len(pixels), height, width, dtype=torch.bool)
+    for i, image in enumerate(pixels):
+        batch[i, :, : image.shape[1], : image.shape[2]] = image
+        padding[i, : image.shape[1], : image.shape[2]] = False
+    return Images(batch, padding)
+
+
+def draws(golden: Golden, prefix: str = "dn_") -> Draws | None:
+    """The random numbers of denoising; None where a golden has none.
+
+    A kind of noise that is off draws nothing: zeros stand for it.
+    """
+    found = [golden.tensor(name, torch.float32) for name in sorted(golden.arrays) if f"{prefix}draw" in name]
+    if not found:
+        return None
+    flat, wide = [x for x in found if x.dim() == 1], [x for x in found if x.dim() == 2]
+    num_rows = len(found[0])
+    label_chance, new_labels = flat or (torch.ones(num_rows), torch.zeros(0, dtype=torch.int64))
+    signs, shares = wide or (torch.zeros(num_rows, 4), torch.zeros(num_rows, 4))
+    return Draws(label_chance, new_labels, signs, shares)

@@ -1,0 +1,180 @@
+"""Comparing runs of our models with goldens; used by the parity tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from detrs.checkpoints import official_names
+from detrs.criterion import Losses
+from detrs.matcher import match
+from detrs.structures import Detections, Images, Outputs, Predictions, Targets
+from detrs.zoo import Model, ModelConfig
+from goldens import Golden
+
+Pairs = dict[str, list[list[tuple[int, int]]]]  # for each prediction layer and image: (query, target)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """From the README of the goldens."""
+
+    logits: float
+    boxes: float
+    loss: float  # relative
+    loss_floor: float
+    gradient: float  # relative
+    pixels: float
+
+
+TOLERANCES = {
+    torch.float64: Tolerance(1e-9, 1e-10, 1e-9, 1e-12, 1e-8, 1e-6),
+    torch.float32: Tolerance(5e-5, 5e-6, 1e-5, 1e-5, 2e-3, 5e-3),
+}
+DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One forward and backward pass of a golden's model on the golden's batch."""
+
+    golden: Golden
+    config: ModelConfig
+    model: Model
+    images: Images
+    targets: Targets
+    sizes: Tensor
+    outputs: Outputs
+    losses: Losses
+
+
+def check_outputs(this: Run, tolerance: Tolerance) -> None:
+    found = {"": this.outputs.predictions}
+    if this.outputs.denoised is not None:
+        found["dn_"] = this.outputs.denoised.predictions
+    for prefix, predictions in found.items():
+        num_layers = len(predictions.logits)
+        for layer in range(num_layers):
+            key = f"{prefix}aux{layer}_" if layer + 1 < num_layers else prefix
+            check_predictions(this.golden, key, predictions, layer, tolerance)
+    if this.outputs.first_stage is not None:
+        first = this.outputs.first_stage
+        key = "enc_" if "enc_pred_logits" in this.golden.arrays else "interm_"
+        check_predictions(this.golden, key, first.predictions, 0, tolerance)
+        if "interm_pre_pred_boxes" in this.golden.arrays:
+            expected = this.golden.tensor("interm_pre_pred_boxes")
+            assert distance(first.proposals, expected) <= tolerance.boxes
+    assert len([key for key in this.golden.arrays if key.endswith("_pred_boxes") or key == "pred_boxes"]) == (
+        sum(len(predictions.logits) for predictions in found.values())
+        + (0 if this.outputs.first_stage is None else 1)
+        + ("interm_pre_pred_boxes" in this.golden.arrays)
+    )
+
+
+def check_predictions(
+    golden: Golden, key: str, predictions: Predictions, layer: int, tolerance: Tolerance
+) -> None:
+    logits, boxes = golden.tensor(f"{key}pred_logits"), golden.tensor(f"{key}pred_boxes")
+    # the goldens keep the encoder's logits in float32
+    rounding = 1e-6 if golden.arrays[f"{key}pred_logits"].dtype == "float32" else 0
+    assert distance(predictions.logits[layer], logits) <= tolerance.logits + rounding, key
+    assert distance(predictions.boxes[layer], boxes) <= tolerance.boxes, key
+
+
+def check_losses(losses: Losses, expected: dict[str, Any], tolerance: Tolerance) -> None:
+    for name, value in expected["losses"].items():
+        limit = tolerance.loss * abs(value) + tolerance.loss_floor
+        assert abs(losses.terms[name].item() - value) <= limit, name
+    # the split of the box loss is logged for every paper, officially only for some
+    extra = {name for name in losses.terms if not name.startswith(("loss_xy", "loss_hw"))}
+    assert extra <= expected["losses"].keys()
+    total = expected["total_weighted_loss"]
+    assert abs(losses.total.item() - total) <= tolerance.loss * abs(total) + tolerance.loss_floor
+
+
+def check_matches(this: Run) -> None:
+    expected = expected_pairs(this.golden.manifest["matcher_indices"])
+    assert matched_pairs(this.model, this.outputs, this.targets) == expected
+
+
+def expected_pairs(indices: dict[str, Any]) -> Pairs:
+    return {name: [sorted_pairs(*image) for image in images] for name, images in indices.items()}
+
+
+def matched_pairs(model: Model, outputs: Outputs, targets: Targets) -> Pairs:
+    groups = [(outputs.predictions, targets.labels)]
+    name = model.criterion.first_stage
+    if outputs.first_stage is not None:
+        zero = model.criterion.first_stage_labels == "zero"
+        groups.append(
+            (outputs.first_stage.predictions, torch.zeros_like(targets.labels) if zero else targets.labels)
+        )
+    decoder, *first = match(groups, targets, model.criterion.costs)
+    num_layers = len(decoder.queries)
+    found: Pairs = {}
+    for layer in range(num_layers):
+        key = f"aux{layer}" if layer + 1 < num_layers else "final"
+        found[key] = by_image(decoder.queries[layer], decoder.targets[layer], targets.counts)
+    for matches in first:
+        found[name] = by_image(matches.queries[0], matches.targets[0], targets.counts)
+    return found
+
+
+def by_image(queries: Tensor, rows: Tensor, counts: tuple[int, ...]) -> list[list[tuple[int, int]]]:
+    pairs: list[list[tuple[int, int]]] = []
+    start = 0
+    for count in counts:
+        inside = (rows >= start) & (rows < start + count)
+        pairs.append(sorted_pairs(queries[inside].tolist(), (rows[inside] - start).tolist()))
+        start += count
+    return pairs
+
+
+def sorted_pairs(queries: list[int], rows: list[int]) -> list[tuple[int, int]]:
+    return sorted(zip(queries, rows, strict=True))
+
+
+def check_detections(this: Run, tolerance: Tolerance) -> None:
+    predictions = this.outputs.predictions
+    detections = this.model.postprocess(predictions, this.sizes)
+    for i, image in enumerate(detections):
+        check_detection(this.golden, "", i, image, tolerance)
+
+
+def check_detection(golden: Golden, prefix: str, i: int, image: Detections, tolerance: Tolerance) -> None:
+    scores, labels, boxes = (golden.tensor(f"{prefix}post_{x}")[i] for x in ("scores", "labels", "boxes"))
+    order = scores.sort(descending=True, stable=True).indices  # DETR's are in the order of the queries
+    assert distance(image.scores, scores[order]) <= tolerance.logits
+    assert torch.equal(image.labels, labels[order])
+    assert distance(image.boxes_xyxy, boxes[order]) <= tolerance.pixels
+
+
+def check_gradients(this: Run, tolerance: Tolerance) -> None:
+    manifest = this.golden.manifest
+    parameters = dict(this.model.detector.named_parameters())
+    official = official_names(this.config, parameters)
+    found = {official[name][0]: parameter for name, parameter in parameters.items()}
+    frozen = {name for name, parameter in found.items() if not parameter.requires_grad}
+    assert frozen == set(manifest["frozen_params"])
+    assert found.keys() - frozen == set(manifest["grad_names"]) | set(manifest["grad_none"])
+    norms, firsts = this.golden.tensor("grad_norm"), this.golden.tensor("grad_first5")
+    floor = 1e-6 * norms.max()
+    for name, norm, first in zip(manifest["grad_names"], norms, firsts, strict=True):
+        if name in manifest["grad_numerically_zero"]:
+            continue
+        gradient = found[name].grad
+        if gradient is None:  # only where the official code keeps an unused parameter in its graph
+            assert norm == 0, name
+            continue
+        limit = tolerance.gradient * torch.maximum(norm, floor)
+        assert (gradient.double().norm() - norm).abs() <= limit, name
+        values = gradient.double().flatten()[:5]
+        assert (values - first[: len(values)]).abs().max() <= limit, name
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return (found.double() - expected.double()).abs().max().item()
