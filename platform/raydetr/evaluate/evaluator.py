@@ -29,7 +29,7 @@ def evaluate(
     batches: Iterator[Batch | None],
     label_map: LabelMap,
     gather: Gather = alone,
-    device: torch.device | str = "cpu",
+    device: torch.device | None = None,
 ) -> list[dict[str, Any]]:
     """COCO results of all ranks; what ranks other than 0 get is what `gather` gives them.
 
@@ -39,8 +39,9 @@ def evaluate(
         batches: this rank's share; `None` is padding, so that all ranks count equally many batches.
         label_map: gives each label its category_id.
         gather: called once on every rank at the end, with that rank's results.
-        device: where the detector is.
+        device: where the detector is; None: where its parameters are.
     """
+    device = device or next(detector.parameters()).device
     with _evaluating(detector), torch.inference_mode():
         results = [
             result
@@ -56,7 +57,7 @@ def _batch_results(
     postprocess: Postprocess,
     batch: Batch,
     label_map: LabelMap,
-    device: torch.device | str,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
     images, _ = to_model(batch, device)
     outputs = detector(images)
