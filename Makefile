@@ -12,13 +12,12 @@ PORT ?= 5000
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-operator_sources := setup.py $(wildcard csrc/* csrc/*/*)
+operator := models/detrs/ops/_C.so
+operator_files := $(wildcard $(addprefix csrc/,*.h *.inc *.cpp *.cuh *.cu */*.h */*.inc */*.cpp */*.cuh */*.cu))
 
-# Both stamps lie in the environment, so that a new environment is set up from scratch.
-requirements := $(VENV)/.raydetr-requirements
+# The stamp lies in the environment, so that a new one is set up from scratch, and names the clone: an environment
+# that two clones share holds the editable install of the one that was set up last.
 installed := $(VENV)/.raydetr-installed
-
-# An environment shared by two clones holds the editable install of the one that was set up last.
 ifneq ($(shell cat $(installed) 2>/dev/null),$(CURDIR))
 if_of_another_clone := always
 endif
@@ -41,7 +40,7 @@ test: setup ## run the tests
 test-slow: setup ## run the tests that take minutes each
 	$(python) -m pytest -m slow $(ARGS)
 
-setup: $(installed) ## make the environment: pinned dependencies, the operator built
+setup: $(installed) $(operator) ## make the environment: pinned dependencies, the operator built
 
 fix: setup ## format the code and repair what can be repaired
 	$(python) -m ruff check --fix .
@@ -66,15 +65,13 @@ ui: setup ## show the runs in MLflow's pages, on this machine only
 
 clean: ## remove what was built and build/; the environment, runs/ and data/ stay
 	rm -rf build dist *.egg-info platform/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find models -name '*.so' -delete
-	rm -f $(installed)
+	rm -f $(operator)
 
 # The environment's clang-format, else the system's, else a line that says what was left out.
-operator_files := $(wildcard $(addprefix csrc/,*.h *.cpp *.cuh *.cu */*.h */*.cpp */*.cuh */*.cu))
 clang_format = tool=$$(command -v $(VENV)/bin/clang-format || command -v clang-format) \
 	|| { echo "clang-format is not installed: csrc/ was left out"; exit 0; }; $$tool
 
-$(requirements): pyproject.toml constraints.txt
+$(installed): pyproject.toml constraints.txt $(if_of_another_clone)
 	@command -v $${CXX:-c++} >/dev/null || { \
 		echo "no C++ compiler found ($${CXX:-c++}); on Debian and Ubuntu: sudo apt install g++" >&2; exit 1; }
 	@test -x $(VENV)/bin/pip || for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
@@ -84,13 +81,14 @@ $(requirements): pyproject.toml constraints.txt
 		fi; \
 	done; test -x $(VENV)/bin/pip || { \
 		echo "Python 3.11 or newer is needed, and $(or $(PYTHON),python3) is" \
-			"$$($(or $(PYTHON),python3) --version 2>&1): make setup PYTHON=/path/to/python3.12" >&2; exit 1; }
-	@echo "installing torch, which builds the operator"
+			"$$($(or $(PYTHON),python3) --version 2>&1 | head -n 1): make setup PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "installing torch, against which the operator is compiled"
 	@$(pip) torch setuptools wheel
-	@touch $@
-
-# The operator is compiled against the installed torch, hence no build isolation.
-$(installed): $(requirements) $(operator_sources) $(if_of_another_clone)
-	@echo "installing the other dependencies and building the operator"
+	@echo "installing the other dependencies and building the operator: minutes, the first time"
 	@$(pip) --no-build-isolation --editable '.[dev]'
 	@echo '$(CURDIR)' > $@
+
+# After a change in csrc/ only the operator is built.
+$(operator): setup.py $(operator_files) | $(installed)
+	$(python) setup.py --quiet build_ext --inplace
+	@touch $@
