@@ -151,11 +151,10 @@ def build_backbone(config: BackboneConfig) -> ResNet:
     backbone = ResNet(config)
     if config.weights is not None:
         load_torchvision(backbone, read_weights(config.weights), config.weights)
-    stem: list[nn.Module] = [backbone.conv1, backbone.bn1]
-    stages = [stem, [backbone.layer1], [backbone.layer2], [backbone.layer3], [backbone.layer4]]
-    for parts in stages[: config.num_frozen_stages]:
-        for part in parts:
-            part.requires_grad_(False)
+    stem = nn.ModuleList([backbone.conv1, backbone.bn1])
+    stages = [stem, backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4]
+    for stage in stages[: config.num_frozen_stages]:
+        stage.requires_grad_(False)
     channels_last: ResNet = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return channels_last
 

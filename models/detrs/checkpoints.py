@@ -65,16 +65,14 @@ def rules(config: ModelConfig) -> Rules:
             prefixes = ("{kind}_embed", "transformer.decoder.{kind}_embed")
             return _DINO | _heads(prefixes, prefixes, layers if config.shared_heads else None)
         case DeformableDetrConfig():
-            own, both = ("{kind}_embed",), ("{kind}_embed", "transformer.decoder.{kind}_embed")
-            class_prefixes, box_prefixes = (
-                both if config.two_stage else own,
-                both if config.refinement else own,
-            )
+            everywhere: tuple[str, ...] = ("{kind}_embed", "transformer.decoder.{kind}_embed")
+            class_prefixes = everywhere if config.two_stage else everywhere[:1]
+            box_prefixes = everywhere if config.refinement else everywhere[:1]
             heads = _heads(class_prefixes, box_prefixes, None if config.refinement else layers)
             # the encoder's heads follow those of the decoder layers
-            for kind, prefixes in (("class", class_prefixes), ("box", box_prefixes)):
+            for kind, names in (("class", class_prefixes), ("box", box_prefixes)):
                 heads[rf"queries\.proposals\.{kind}_head\.(.*)"] = tuple(
-                    f"{_prefix(prefix, kind)}.{len(layers)}.{{0}}" for prefix in prefixes
+                    f"{_prefix(prefix, kind)}.{len(layers)}.{{0}}" for prefix in names
                 )
             return _DEFORMABLE | heads
 

@@ -99,9 +99,10 @@ def pair_costs(
 
 
 def _focal_cost(logits: Float[Tensor, "n t q"], costs: Costs) -> Float[Tensor, "n t q"]:
-    score = logits.sigmoid()
-    negative = (1 - costs.alpha) * score**costs.gamma * -(1 - score + 1e-8).log()
-    positive = costs.alpha * (1 - score) ** costs.gamma * -(score + 1e-8).log()
+    # 1 - score from the logit itself: in float32 the difference has too few digits near a score of 1
+    score, rest = logits.sigmoid(), (-logits).sigmoid()
+    negative = (1 - costs.alpha) * score**costs.gamma * -(rest + 1e-8).log()
+    positive = costs.alpha * rest**costs.gamma * -(score + 1e-8).log()
     return positive - negative
 
 

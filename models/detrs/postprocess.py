@@ -18,13 +18,12 @@ def best_pairs(predictions: Predictions, sizes: Int[Tensor, "b 2"], num_select: 
         sizes: (height, width) of the original images in pixels.
         num_select: pairs an image; a query can appear with several classes.
     """
-    logits = full_precision(predictions.logits[-1])
-    num_classes = logits.shape[-1]
-    # ranked by logit, which still tells scores apart that are rounded to 1
-    best, pairs = logits.flatten(1).topk(min(num_select, logits[0].numel()), dim=1)
+    scores = full_precision(predictions.logits[-1]).sigmoid()
+    num_classes = scores.shape[-1]
+    best, pairs = scores.flatten(1).topk(min(num_select, scores[0].numel()), dim=1)
     queries, labels = pairs // num_classes, pairs % num_classes
     boxes = _to_pixels(predictions.boxes[-1], sizes)
-    return [Detections(best[i].sigmoid(), labels[i], boxes[i, queries[i]]) for i in range(len(boxes))]
+    return [Detections(best[i], labels[i], boxes[i, queries[i]]) for i in range(len(boxes))]
 
 
 def best_classes(predictions: Predictions, sizes: Int[Tensor, "b 2"]) -> list[Detections]:

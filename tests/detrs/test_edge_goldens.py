@@ -56,7 +56,7 @@ def synthetic_outputs(
         for key in golden.arrays
         if key.startswith(f"{case['name']}/") and "_pred_" in key and "grad" not in key
     }
-    layers = sorted({key.split("_pred")[0] for key in leaves if key.startswith("aux")}) + ["final"]
+    layers = [*sorted({key.split("_pred")[0] for key in leaves if key.startswith("aux")}), "final"]
     logits = torch.stack([leaves[f"{layer}_pred_logits"] for layer in layers])
     boxes = torch.stack([leaves[f"{layer}_pred_boxes"] for layer in layers])
     first = None
