@@ -91,7 +91,7 @@ def _scores(name: str, columns: Sequence[Mapping[str, float]]) -> list[Text]:
 
 
 def _differences(columns: Sequence[_Run]) -> list[list[Text]]:
-    paths = dict.fromkeys(path for column in columns for path in column.params)
+    paths = sorted({path for column in columns for path in column.params})
     rows = ((path, [column.params.get(path, "-") for column in columns]) for path in paths)
     return [[Text(path), *map(Text, values)] for path, values in rows if len(set(values)) > 1]
 
@@ -115,4 +115,5 @@ def _rendered(tables: Sequence[Table], plain: bool) -> str:
             table.box = None
             table.title_style = table.header_style = ""
         console.print(table)
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+        console.print()
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).rstrip() + "\n"

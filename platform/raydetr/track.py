@@ -286,9 +286,11 @@ class Tracker:
 
     def _run(self) -> None:
         client = None
-        while not self._closed:
+        while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._hurry or self._closed, self._interval_s)
+                if self._closed:
+                    return
                 self._hurry = False
             try:
                 client = client or _client(self.uri)

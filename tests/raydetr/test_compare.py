@@ -64,7 +64,7 @@ def test_best_values_are_marked_and_equal_ones_are_not(uri: str) -> None:
 def test_only_differing_settings_are_shown(uri: str) -> None:
     rows = cells(compare(uri, ["better", "base"], plain=True))
     assert rows["optim.lr"] == ["0.0002", "0.0001"]
-    assert rows["new.field"] == ["null", "-"]
+    assert rows["new"] == ["null", "-"]
     assert "seed" not in rows
 
 

@@ -212,13 +212,13 @@ def test_an_outage_costs_neither_time_nor_values(server: MlflowServer) -> None:
 
     server.freeze()
     _record(tracker, range(1, 50))
-    _flush_fails(tracker, server.uri, within_s=20)
+    _flush_fails(tracker, server.uri, within_s=40)
     server.thaw()
     tracker.flush()
 
     server.kill()
     _record(tracker, range(50, 100))
-    _flush_fails(tracker, server.uri, within_s=10)
+    _flush_fails(tracker, server.uri, within_s=40)
     with pytest.raises(track.TrackingError, match=server.uri):
         track.finish_run(server.uri, run_id, "FINISHED")
     server.start()
@@ -236,7 +236,7 @@ def test_close_ends_in_bounded_time_without_a_server() -> None:
     started = time.monotonic()
     with pytest.raises(track.TrackingError, match=f"1 metric values and 0 files .* {uri}"):
         tracker.close()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 40
     assert not tracker._thread.is_alive()
 
 
@@ -245,7 +245,7 @@ def _record(tracker: track.Tracker, steps: range) -> None:
     for step in steps:
         tracker.metrics(step, {"loss": step})
         time.sleep(0.01)
-    assert time.monotonic() - started < 0.01 * len(steps) + 1.0
+    assert time.monotonic() - started < 5.0  # one value that waited for the server would take longer
 
 
 def _flush_fails(tracker: track.Tracker, uri: str, within_s: float) -> None:
