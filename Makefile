@@ -53,10 +53,10 @@ check: setup ## ruff, mypy --strict, clang-format
 	$(python) -m mypy --strict -p raydetr -p detrs
 	@$(clang_format) --dry-run -Werror $(operator_files)
 
-bench: $(patsubst benchmarks/%.py,bench-%,$(wildcard benchmarks/*.py)) ## run benchmarks/*.py; make bench-operator runs one
+bench: $(patsubst benchmarks/bench_%.py,bench-%,$(wildcard benchmarks/bench_*.py)) ## run benchmarks/bench_*.py; make bench-operator runs one
 
 bench-%: setup
-	$(python) benchmarks/$*.py $(ARGS)
+	$(python) benchmarks/bench_$*.py $(ARGS)
 
 ui: setup ## show the runs in MLflow's pages, on this machine only
 	@test -f runs/mlflow.db || { echo "there is no run yet (no runs/mlflow.db): make quickstart makes one" >&2; exit 1; }

@@ -30,11 +30,11 @@ def misplaced(root: Path) -> list[str]:
 def shadowing(root: Path, taken: frozenset[str]) -> list[str]:
     """Modules that Ray, pytest or Python put before the module of the same name in `taken`.
 
-    Ray's workers search the root of the working directory first, and a job's driver searches jobs/ first.
+    Ray's workers search the root of the working directory first; a program searches its own folder first.
     """
     own = set(SOURCE_ROOTS.values())
     found = []
-    for folder in (root, root / "jobs", root / "tests/support"):
+    for folder in (root, root / "jobs", root / "benchmarks", root / "tests/support"):
         for name in sorted(_modules_in(folder)):
             if name in taken - own:
                 found.append(f"{(folder / name).relative_to(root)}: shadows the module {name}")
@@ -92,6 +92,7 @@ def test_a_planted_file_is_misplaced(tmp_path: Path, planted: str) -> None:
     [
         ("jobs/queue.py", "queue"),
         ("jobs/torch.py", "torch"),
+        ("benchmarks/operator.py", "operator"),
         ("jobs/mlflow/__init__.py", "mlflow"),
         ("tests/support/yaml.py", "yaml"),
         ("code.py", "code"),
