@@ -39,7 +39,7 @@ def new_folder(out: Path, *, last: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if not existed and out.is_dir() and not any(out.iterdir()):
             out.rmdir()
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno is not None:
             remedy = "free space or check permissions, then run again"
             raise OSError(
                 error.errno, f"{out}: writing stopped ({error.strerror or error}); {remedy}"

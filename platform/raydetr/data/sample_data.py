@@ -192,7 +192,7 @@ def _texture(shape: Shape, rng: np.random.Generator) -> FloatArray:
     if kind == 0:  # plain
         return np.full_like(shape.u, 0.15)
     if kind == 1:  # gradient
-        return np.clip(0.5 + 0.5 * shape.v, 0, 1)
+        return np.asarray(np.clip(0.5 + 0.5 * shape.v, 0, 1))
     pattern: FloatArray = np.sin(frequency * shape.u + phase)  # stripes
     if kind == 3:  # checks
         pattern = pattern * np.sin(frequency * shape.v + phase)

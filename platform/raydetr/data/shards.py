@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from webdataset.writer import TarWriter
@@ -80,22 +81,27 @@ def index_shard(path: Path, number: int) -> Samples:
     """Index the samples of a tar file as they lie on disk.
 
     Args:
-        path: a plain tar of alternating image and json members.
+        path: a plain tar; each two members are a sample, one of them its json.
         number: the shard's number, to be noted in each row.
     """
-    rows = []
     with tarfile.open(path, "r:") as tar, path.open("rb") as file:
         members = tar.getmembers()
-        for image, record in zip(members[::2], members[1::2], strict=True):
-            end = record.offset_data + -(-record.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            file.seek(image.offset)
-            raw = file.read(end - image.offset)
-            part = slice(record.offset_data - image.offset, record.offset_data - image.offset + record.size)
-            content = json.loads(raw[part])
-            row = (number, image.offset, len(raw), image.offset_data - image.offset, image.size, part.start)
-            size = (record.size, content["image"]["width"], content["image"]["height"])
-            rows.append((*row, *size, len(content["annotations"]), content["image"]["id"], zlib.crc32(raw)))
+        rows = [_index_row(file, number, pair) for pair in zip(members[::2], members[1::2], strict=True)]
     return np.array(rows, dtype=SAMPLE_DTYPE)
+
+
+def _index_row(file: BinaryIO, number: int, pair: tuple[tarfile.TarInfo, tarfile.TarInfo]) -> tuple[int, ...]:
+    begin, last = pair[0].offset, pair[1]
+    end = last.offset_data + -(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    file.seek(begin)
+    raw = file.read(end - begin)
+    image, record = sorted(pair, key=lambda member: member.name.endswith(".json"))  # they lie in either order
+    image_at, json_at = image.offset_data - begin, record.offset_data - begin
+    content = json.loads(raw[json_at : json_at + record.size])
+    parts = (image_at, image.size, json_at, record.size)
+    size = (content["image"]["width"], content["image"]["height"])
+    checks = (len(content["annotations"]), content["image"]["id"], zlib.crc32(raw))
+    return (number, begin, len(raw), *parts, *size, *checks)
 
 
 def _write_tars(
