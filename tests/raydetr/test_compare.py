@@ -25,7 +25,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
         "better",
         0.625,
         {"disc": 0.5, "ring [8]": 0.75},
-        {"optim.lr": 2e-4, "seed": 0, "new.field": None},
+        {"optim.lr": 2e-4, "seed": 0, "new": None},
     )
     track.create_run(uri, "other experiment", "empty")
     return uri
