@@ -1,0 +1,59 @@
+"""Small models and batches for tests that need no official weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from detrs.structures import Images, Targets
+from detrs.zoo import BackboneConfig, DeformableDetrConfig, DinoConfig, LossConfig, ModelConfig
+
+SMALL: dict[str, Any] = {
+    "num_classes": 4,
+    "backbone": BackboneConfig("small", "batch", 0),
+    "hidden_dim": 32,
+    "num_heads": 4,
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 2,
+    "ffn_dim": 64,
+    "num_queries": 10,
+    "dropout": 0.0,
+}
+LEVELS: dict[str, Any] = {"num_feature_levels": 3, "num_points": 2, "num_encoder_points": 2}
+
+CONFIGS: dict[str, ModelConfig] = {
+    "dino": DinoConfig(**SMALL, **LEVELS, num_denoising=8, denoising_groups="fill"),
+    "dino_quickstart": DinoConfig(
+        **{**SMALL, "num_encoder_layers": 0},
+        **LEVELS,
+        num_denoising=8,
+        denoising_groups="fill",
+        shared_heads=False,
+        loss=LossConfig("mal", class_weight=2.0, gamma=1.5),
+    ),
+    "deformable": DeformableDetrConfig(**SMALL, **LEVELS),
+    "deformable_refine": DeformableDetrConfig(**SMALL, **LEVELS, refinement=True),
+    "deformable_two_stage": DeformableDetrConfig(**SMALL, **LEVELS, refinement=True, two_stage=True),
+    "deformable_two_stage_best_class": DeformableDetrConfig(
+        **SMALL, **LEVELS, refinement=True, two_stage=True, proposal_score="best_class"
+    ),
+    "deformable_single_scale": DeformableDetrConfig(**SMALL, strides=(32,), num_feature_levels=1),
+}
+
+
+def batch(counts: tuple[int, ...], size: tuple[int, int] = (64, 96), seed: int = 0) -> tuple[Images, Targets]:
+    """Random images without padding, each with its number of random targets."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(len(counts), 3, *size, generator=generator)
+    total = sum(counts)
+    boxes = torch.cat(
+        (
+            0.3 + 0.4 * torch.rand(total, 2, generator=generator),
+            0.1 + 0.3 * torch.rand(total, 2, generator=generator),
+        ),
+        dim=1,
+    )
+    labels = torch.randint(0, 4, (total,), generator=generator)
+    padding = torch.zeros(len(counts), *size, dtype=torch.bool)
+    return Images(pixels, padding), Targets(labels, boxes, counts)
