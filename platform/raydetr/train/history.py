@@ -33,6 +33,15 @@ class History:
         values = [row["AP"] for row in self.rows if "AP" in row]
         return values[-1] if values else None
 
+    def curves(self, prefix: str, over: str) -> dict[str, list[tuple[float, float]]]:
+        """The metrics whose names begin with `prefix`, as (value of `over`, value) points."""
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for row in self.rows:
+            for name, value in row.items():
+                if name.startswith(prefix) and over in row:
+                    curves.setdefault(name, []).append((row[over], value))
+        return curves
+
 
 def _parse(line: str) -> dict[str, Any] | None:
     """A row, or None for a line that was cut off when the process was killed."""

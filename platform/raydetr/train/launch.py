@@ -14,9 +14,10 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from raydetr.config import ClusterConfig
+from raydetr.train.board import Board
 from raydetr.train.progress import Display
 from raydetr.train.session import Assignment
-from raydetr.train.worker import Board, evaluate_worker, train_worker
+from raydetr.train.worker import evaluate_worker, train_worker
 
 POLL_SECONDS = 0.5  # between two looks at the progress board
 

@@ -140,7 +140,7 @@ class Training:
         """The loss terms averaged over the workers, and the learning rates."""
         stacked = torch.stack([term.detach().float() for term in terms.values()])
         means = (self.world.start_sum(stacked).wait() / self.world.size).tolist()
-        rates = {f"lr/group_{i}": group["lr"] for i, group in enumerate(self.optimizer.param_groups)}
+        rates = {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         return {**dict(zip(terms, means, strict=True)), **rates}
 
     def _clip(self) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 
 from raydetr.config import OptimConfig
 
-SAMPLING_NAMES = ("sampling_offsets", "reference_points")  # Deformable DETR, A.4: a tenth of the rate
+SAMPLING_NAMES = ("sampling_offsets", "queries.point.")  # Deformable DETR, A.4: a tenth of the rate
 
 
 def build_optimizer(detector: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
@@ -22,16 +22,15 @@ def build_optimizer(detector: nn.Module, optim: OptimConfig) -> torch.optim.Adam
 def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig
 ) -> list[dict[str, Any]]:
-    """One group for each pair of learning rate and weight decay that occurs, in order of appearance."""
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    """Groups by kind ("backbone", "sampling" or "rest", as `name`) and weight decay, in order of appearance."""
+    rates = {"backbone": optim.lr_backbone, "sampling": optim.lr_sampling, "rest": optim.lr}
+    groups: dict[tuple[str, float], dict[str, Any]] = {}
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
-        lr, weight_decay = _learning_rate(name, optim), _weight_decay(parameter, optim)
-        group = groups.setdefault(
-            (lr, weight_decay),
-            {"params": [], "base_lr": lr, "lr": lr, "weight_decay": weight_decay},
-        )
+        kind, weight_decay = _kind(name), _weight_decay(parameter, optim)
+        empty = {"name": kind, "params": [], "base_lr": rates[kind], "lr": rates[kind]}
+        group = groups.setdefault((kind, weight_decay), {**empty, "weight_decay": weight_decay})
         group["params"].append(parameter)
     return list(groups.values())
 
@@ -55,10 +54,10 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["base_lr"] * factor
 
 
-def _learning_rate(name: str, optim: OptimConfig) -> float:
+def _kind(name: str) -> str:
     if name.startswith("backbone."):
-        return optim.lr_backbone
-    return optim.lr_sampling if any(word in name for word in SAMPLING_NAMES) else optim.lr
+        return "backbone"
+    return "sampling" if any(word in name for word in SAMPLING_NAMES) else "rest"
 
 
 def _weight_decay(parameter: nn.Parameter, optim: OptimConfig) -> float:

@@ -84,6 +84,12 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
         print(f"passed over: {fault}")
     if last is None:
         raise checkpoint.CheckpointError(f"{folder}: no whole checkpoint to resume from; start a new run")
+    epochs = config.optim.epochs
+    if checkpoint.read_meta(last).position >= epochs * open_splits(config.data)[0].num_samples:
+        raise ConfigError(
+            f"{folder}: has trained all {epochs} epochs already; set optim.epochs higher to go on, "
+            "or start a new run"
+        )
     run_id = (folder / "mlflow_run_id").read_text()
     uri = track.resolve_uri(config.tracking.uri, config.storage.path)
     track.reopen_run(uri, run_id)

@@ -23,7 +23,7 @@ from raydetr.data.splits import open_splits
 from raydetr.evaluate.coco_ap import ApTable, coco_ap
 from raydetr.track import Tracker
 from raydetr.train import checkpoint
-from raydetr.train.artifacts import log_evaluation, log_final
+from raydetr.train.artifacts import log_pictures, log_table
 from raydetr.train.history import History
 from raydetr.train.loop import EvaluationReport, StepReport, Training, train
 from raydetr.train.progress import Progress
@@ -137,10 +137,10 @@ class _Session:
         assert self.tracker is not None
         numbers = {name: value for name, value in table.numbers.items() if value >= 0}  # -1: undefined
         self.ap = numbers.get("AP")
-        self._log(self.training.step, report.position, numbers)
-        log_evaluation(self.tracker, table, report.epoch)
-        if report.epoch == self.config.optim.epochs:
-            log_final(self.tracker, self.training, self.val_shards, self.history, report.results)
+        self._log(self.training.step, report.position, {**numbers, "epoch": report.epoch})
+        log_table(self.tracker, table)
+        folder = Path(self.assignment.folder)
+        log_pictures(self.tracker, folder, self.history, self.val_shards, report.results)
         self._show("evaluated", 0.0)
         return {**numbers, "table": table.to_dict()}
 

@@ -19,21 +19,6 @@ from raydetr.train.session import Assignment, run_session
 from raydetr.train.world import World
 
 
-class Board:
-    """A small actor that holds the latest word of the first worker to the driver."""
-
-    def __init__(self) -> None:
-        self._latest: Any = None
-
-    def post(self, word: Any) -> None:
-        """Replace what is held."""
-        self._latest = word
-
-    def read(self) -> Any:
-        """What was posted last; None before the first."""
-        return self._latest
-
-
 class RayHost:
     """Publishes through `ray.train.report`, which every worker calls equally often."""
 

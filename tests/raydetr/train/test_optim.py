@@ -67,11 +67,9 @@ def test_cosine_schedule_with_warm_up() -> None:
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert max(factors) == factors[9] == 1.0
     assert factors[-1] == pytest.approx(0.02)
-    middle = 10 + (99 - 10) / 2
     expected = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (54 - 10) / 89))
     assert factors[54] == pytest.approx(expected)
-    assert abs(middle - 54.5) < 1e-9
-    assert all(a > b for a, b in zip(factors[9:], factors[10:], strict=False))
+    assert all(a > b for a, b in zip(factors[10:], factors[11:], strict=False))
 
 
 def test_step_schedule_drops_tenfold_after_the_named_epochs() -> None:
