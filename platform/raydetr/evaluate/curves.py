@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 Curves = Mapping[str, Sequence[tuple[float, float]]]  # name -> (x, value), by x
 
-MAX_LEGEND = 10
+MAX_LEGEND = 12
+# curves that lie on each other, such as equal rates, are both seen
+_LINES: tuple[Literal["--", "-", "-."], ...] = ("--", "-", "-.")
 
 
 def learning_curves(losses: Curves, rates: Curves, precision: Curves) -> Figure:
@@ -21,7 +25,7 @@ def learning_curves(losses: Curves, rates: Curves, precision: Curves) -> Figure:
         rates: learning rates over steps.
         precision: AP, AP50, ... over epochs.
     """
-    figure = Figure(figsize=(15, 4.5), dpi=100, layout="constrained")
+    figure = Figure(figsize=(15, 5), dpi=100, layout="constrained")
     loss_panel, rate_panel, precision_panel = figure.subplots(1, 3)
     _plot(loss_panel, losses, "loss", "step")
     _plot(rate_panel, rates, "learning rate", "step")
@@ -30,6 +34,7 @@ def learning_curves(losses: Curves, rates: Curves, precision: Curves) -> Figure:
         loss_panel.set_yscale("log")
     rate_panel.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     precision_panel.set_ylim(0, 1)
+    precision_panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
@@ -48,10 +53,13 @@ def _plot(panel: Axes, curves: Curves, title: str, x_label: str, marker: str = "
             panel.plot(x, values, color="0.75", linewidth=0.6, zorder=1)
             continue
         num_named += 1
-        style = {"color": "black", "linewidth": 2.0} if name == "loss" else {"linewidth": 1.2}
         # a single value would be a line without length
-        panel.plot(x, values, label=name, marker=marker or ("." if len(points) == 1 else ""), **style)
-    panel.legend(fontsize=8)
+        (line,) = panel.plot(x, values, label=name, marker=marker or ("." if len(points) == 1 else ""))
+        if name == "loss":
+            line.set(color="black", linewidth=2.5)
+        line.set_linestyle(_LINES[num_named % len(_LINES)])
+    # outside, where it hides no curve
+    panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
 
 
 def _is_layer(name: str) -> bool:

@@ -36,5 +36,5 @@ def test_renders_without_pyplot_whatever_the_values() -> None:
     for losses in ({"loss": odd, "none": []}, {"loss": [(1, math.nan)]}):
         buffer = io.BytesIO()
         learning_curves(losses, {}, {"AP": [(1, 0.5)]}).savefig(buffer, format="png")
-        assert Image.open(buffer).size == (1500, 450)
+        assert Image.open(buffer).size == (1500, 500)
     assert Gcf.figs == {}
