@@ -8,11 +8,13 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
 import time
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,6 +179,24 @@ def test_exif_orientation_is_ignored_where_the_stored_size_fits(tmp_path: Path) 
     assert "1 images carry an EXIF orientation, which is not applied" in " ".join(manifest.notices)
 
 
+def png16(pixels: np.ndarray) -> bytes:
+    """A PNG of 16 bits a channel [h, w, 3], which Pillow reads but does not write."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+RGB16 = np.random.default_rng(0).integers(0, 2**16, (20, 30, 3), np.uint16)
 GRAY16 = (np.arange(600).reshape(20, 30) * 109).astype(np.uint16)
 ODD_IMAGES: dict[str, bytes] = {
     "gray": encoded(noise().convert("L")),
@@ -187,6 +207,7 @@ ODD_IMAGES: dict[str, bytes] = {
     "palette with transparency": encoded(noise().quantize(16), "PNG", transparency=bytes(range(16))),
     "1 bit": encoded(noise().convert("1"), "PNG"),
     "16 bit": encoded(Image.fromarray(GRAY16), "PNG"),
+    "16 bit colour": png16(RGB16),
     "png named jpg": encoded(noise(), "PNG"),
 }
 
@@ -203,6 +224,8 @@ def test_other_colour_modes_become_rgb(tmp_path: Path, name: str) -> None:
     assert (image.mode, image.size) == ("RGB", (30, 20))
     if name == "16 bit":
         np.testing.assert_array_equal(np.asarray(image)[..., 0], np.round(GRAY16 / 257))
+    elif name == "16 bit colour":
+        np.testing.assert_allclose(np.asarray(image), RGB16 / 257, atol=1)
     elif name in ("rgba", "png named jpg"):
         np.testing.assert_array_equal(np.asarray(image), np.asarray(noise()))
 
