@@ -17,6 +17,8 @@ from raydetr.config import ClusterConfig
 from raydetr.train.launch import LaunchError
 
 PATIENCE_SECONDS = 20.0  # for what ends by itself after a search; Ray's own cleaners look once a second
+# Ray's own, one for all jobs of a cluster; it holds no resources and stays as long as the cluster
+RAY_SERVICES = ("_AutoscalingCoordinatorActor",)
 STATE_LIMIT = 10_000  # actors and placement groups that the cluster is asked for
 
 
@@ -90,7 +92,11 @@ def remains(job_id: str) -> list[Leftover]:
         filters=[("creator_job_id", "=", job_id), ("state", "!=", "REMOVED")], limit=STATE_LIMIT, detail=True
     )
     return [
-        *(Leftover("actor", actor.actor_id, actor.class_name) for actor in actors),
+        *(
+            Leftover("actor", actor.actor_id, actor.class_name)
+            for actor in actors
+            if actor.class_name not in RAY_SERVICES
+        ),
         *(
             Leftover("placement group", group.placement_group_id, f"{len(group.bundles or [])} bundles")
             for group in groups

@@ -7,6 +7,7 @@ those that came this far.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,8 @@ def _run_trials(
             name="tune", storage_path=study.config["storage"]["path"], callbacks=[watch], verbose=0
         ),
     )
+    # what Tune logs, and its traces of failed trials, are in our own lines and in the table
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     tuner.fit()
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.exceptions import RayTaskError
 from rich.console import Console
 
 from raydetr import track
@@ -69,7 +72,7 @@ class Watch(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has failed."""
         number = trial_number(trial.trial_id)
-        self._end(replace(self.trials[number], status="failed", cause=_cause(trial.get_error())))
+        self._end(replace(self.trials[number], status="failed", cause=_cause(Path(trial.pickled_error_file))))
 
     def settle(self) -> None:
         """After all trials' processes are gone: what still runs was interrupted; make MLflow agree.
@@ -151,8 +154,9 @@ def _numbers(trial: Trial, epochs: int) -> str:
     )
 
 
-def _cause(error: BaseException | None) -> str:
-    """What went wrong in one line, without the traces of Ray's layers."""
+def _cause(error_file: Path) -> str:
+    """What went wrong in one line, without the traces of Ray's layers; Tune keeps those in error.txt beside."""
+    error = pickle.loads(error_file.read_bytes())
     inner = getattr(error, "cause", None) or error
-    lines = str(inner).strip().splitlines()
-    return lines[-1].strip() if lines else type(inner).__name__
+    lines = str(inner).strip().splitlines() or [type(inner).__name__]
+    return lines[-1].strip() if isinstance(inner, RayTaskError) else lines[0]

@@ -1,0 +1,128 @@
+"""A Ray head node in processes of its own, as `ray start` makes one, ended by process id."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "OMP_NUM_THREADS": "1",
+}
+START_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class RayHead:
+    """Where a head node answers, and where it keeps its files."""
+
+    address: str
+    dashboard: str  # URL
+    folder: Path
+
+    def environment(self) -> dict[str, str]:
+        """That of a client of this cluster: no variable of another one in it."""
+        inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        return inherited | ENVIRONMENT
+
+    def living(self, resource: str) -> list[dict[str, Any]]:
+        """The cluster's actors, placement_groups or jobs that have not ended, from the dashboard's REST API."""
+        url = f"{self.dashboard}/api/v0/{resource}?limit=1000&detail=1"
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            rows: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
+        return [row for row in rows if row.get("state") not in ("DEAD", "REMOVED")]
+
+    def processes(self) -> list[psutil.Process]:
+        """The processes that belong to this cluster, workers and drivers included."""
+        return [process for process in psutil.process_iter() if str(self.folder) in _command(process)]
+
+
+@contextmanager
+def ray_head(num_cpus: int) -> Iterator[RayHead]:
+    """A head node with a dashboard on loopback and free ports, gone with all its processes afterwards."""
+    # sockets live in it: a path of pytest's would be too long for them
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        port, dashboard, agent, metrics, client, environment_agent, grpc = free_ports(7)
+        head = RayHead(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", folder)
+        with (folder / "head.log").open("w") as log:
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
+                    *("--node-ip-address=127.0.0.1", f"--port={port}", f"--num-cpus={num_cpus}"),
+                    *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
+                    *(f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"),
+                    *(f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}"),
+                    *(f"--runtime-env-agent-port={environment_agent}", f"--temp-dir={folder}"),
+                    "--disable-usage-stats",
+                ],
+                env=head.environment(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+            try:
+                _wait_for(head, process)
+                yield head
+            finally:
+                _end(process, head)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on, all different."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def _wait_for(head: RayHead, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{head.dashboard}/api/version", timeout=5):
+                head.living("actors")
+                return
+        except (OSError, KeyError, TypeError):
+            time.sleep(0.5)
+    log = (head.folder / "head.log").read_text()
+    raise RuntimeError(f"no Ray head node within {START_SECONDS} s:\n{log}")
+
+
+def _end(process: subprocess.Popen[bytes], head: RayHead) -> None:
+    family = {*psutil.Process(process.pid).children(recursive=True), *head.processes()}
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    for each in alive:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(alive, timeout=10)
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
