@@ -82,6 +82,67 @@ class DenseAttention(PackedAttention):
         return self._attend(content + where.pos, memory.tokens + memory.pos, memory.tokens, attended)
 
 
+class SeparateSelfAttention(nn.Module):
+    """Queries look at each other with own projections of content and position (Conditional DETR)."""
+
+    def __init__(self, hidden_dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.content_query, self.content_key = _linear(hidden_dim), _linear(hidden_dim)
+        self.pos_query, self.pos_key = _linear(hidden_dim), _linear(hidden_dim)
+        self.value, self.out_proj = _linear(hidden_dim), _linear(hidden_dim)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(
+        self, content: Float[Tensor, "b q d"], where: Where, blocked: Bool[Tensor, "q q"] | None
+    ) -> Float[Tensor, "b q d"]:
+        """Mix the queries; `blocked[i, j]`: query i does not see query j."""
+        query = self.content_query(content) + self.pos_query(where.pos)
+        key = self.content_key(content) + self.pos_key(where.pos)
+        dropout = self.dropout if self.training else 0.0
+        attended = None if blocked is None else ~blocked
+        gathered = attend(query, key, self.value(content), self.num_heads, attended, dropout)
+        out: Tensor = self.out_proj(gathered)
+        return out
+
+
+class ConditionalAttention(nn.Module):
+    """Content is compared with content and place with place, head by head (Conditional DETR, section 3.3).
+
+    With `add_position` the queries' positions also join the content, as in DETR; official models do this
+    in the first layer only.
+    """
+
+    def __init__(self, hidden_dim: int, num_heads: int, dropout: float, *, add_position: bool) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.content_query, self.content_key = _linear(hidden_dim), _linear(hidden_dim)
+        self.pos_query = _linear(hidden_dim) if add_position else None
+        self.pos_key, self.spatial_query = _linear(hidden_dim), _linear(hidden_dim)
+        self.value, self.out_proj = _linear(hidden_dim), _linear(hidden_dim)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(
+        self, content: Float[Tensor, "b q d"], where: Where, memory: Memory
+    ) -> Float[Tensor, "b q d"]:
+        """Gather from the unpadded tokens."""
+        assert where.spatial is not None
+        query, key = self.content_query(content), self.content_key(memory.tokens)
+        place = self.pos_key(memory.pos)
+        if self.pos_query is not None:
+            query, key = query + self.pos_query(where.pos), key + place
+        query = self._pair(query, self.spatial_query(where.spatial))
+        attended, dropout = ~memory.padding[:, None, None, :], self.dropout if self.training else 0.0
+        value = self.value(memory.tokens)
+        gathered = attend(query, self._pair(key, place), value, self.num_heads, attended, dropout)
+        out: Tensor = self.out_proj(gathered)
+        return out
+
+    def _pair(self, content: Float[Tensor, "b n d"], place: Float[Tensor, "b n d"]) -> Float[Tensor, "b n e"]:
+        heads = (*content.shape[:2], self.num_heads, -1)
+        return torch.cat((content.view(heads), place.view(heads)), dim=-1).flatten(2)
+
+
 class DeformableAttention(nn.Module):
     """Every query looks at a few points a level around its reference (Deformable DETR, eq. 3)."""
 
@@ -144,6 +205,10 @@ class DeformableAttention(nn.Module):
             return centres + offsets / level_sizes(memory.shapes, offsets.dtype, offsets.device)[:, None]
         sides = (reference[:, :, None, 2:] * ratios)[:, :, None, :, None]
         return centres + offsets / self.num_points * sides * 0.5
+
+
+def _linear(hidden_dim: int) -> nn.Linear:
+    return nn.Linear(hidden_dim, hidden_dim)
 
 
 @functools.lru_cache(maxsize=64)

@@ -12,7 +12,14 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from detrs.zoo import DeformableDetrConfig, DinoConfig, ModelConfig
+from detrs.zoo import (
+    ConditionalDetrConfig,
+    DabDetrConfig,
+    DeformableDetrConfig,
+    DetrConfig,
+    DinoConfig,
+    ModelConfig,
+)
 
 Rules = dict[str, tuple[str, ...]]  # {0}, {1}: the pattern's groups
 
@@ -24,6 +31,63 @@ _COMMON: Rules = {
     r"encoder\.layers\.(\d+)\.(norm\d\..*)": (_ENCODER + ".{1}",),
     r"decoder\.layers\.(\d+)\.feed_forward\.(.*)": (_DECODER + ".{1}",),
     r"decoder\.norm\.(.*)": ("transformer.decoder.norm.{0}",),
+}
+
+_DENSE: Rules = _COMMON | {
+    r"neck\.projections\.0\.(.*)": ("input_proj.{0}",),
+    r"encoder\.layers\.(\d+)\.attention\.in_proj\.(.*)": (_ENCODER + ".self_attn.in_proj_{1}",),
+    r"encoder\.layers\.(\d+)\.attention\.out_proj\.(.*)": (_ENCODER + ".self_attn.out_proj.{1}",),
+    r"encoder\.norm\.(.*)": ("transformer.encoder.norm.{0}",),
+    r"decoder\.layers\.(\d+)\.(norm\d\..*)": (_DECODER + ".{1}",),
+    r"decoder\.class_heads\.0\.(.*)": ("class_embed.{0}",),
+    r"queries\.embed\.weight": ("query_embed.weight",),
+}
+
+_DETR: Rules = _DENSE | {
+    r"decoder\.layers\.(\d+)\.self_attention\.in_proj\.(.*)": (_DECODER + ".self_attn.in_proj_{1}",),
+    r"decoder\.layers\.(\d+)\.self_attention\.out_proj\.(.*)": (_DECODER + ".self_attn.out_proj.{1}",),
+    r"decoder\.layers\.(\d+)\.cross_attention\.in_proj\.(.*)": (_DECODER + ".multihead_attn.in_proj_{1}",),
+    r"decoder\.layers\.(\d+)\.cross_attention\.out_proj\.(.*)": (_DECODER + ".multihead_attn.out_proj.{1}",),
+    r"decoder\.box_heads\.0\.(.*)": ("bbox_embed.{0}",),
+}
+
+_CONDITIONAL_ATTENTION = {
+    "self_attention": ("sa", {"content_query": "qcontent", "content_key": "kcontent", "pos_query": "qpos",
+                              "pos_key": "kpos", "value": "v"}),
+    "cross_attention": ("ca", {"content_query": "qcontent", "content_key": "kcontent", "pos_query": "qpos",
+                               "pos_key": "kpos", "value": "v", "spatial_query": "qpos_sine"}),
+}  # fmt: skip
+
+_CONDITIONAL_FAMILY: Rules = (
+    _DENSE
+    | {
+        rf"decoder\.layers\.(\d+)\.{attention}\.{ours}\.(.*)": (f"{_DECODER}.{prefix}_{official}_proj.{{1}}",)
+        for attention, (prefix, projections) in _CONDITIONAL_ATTENTION.items()
+        for ours, official in projections.items()
+    }
+    | {
+        r"decoder\.layers\.(\d+)\.self_attention\.out_proj\.(.*)": (_DECODER + ".self_attn.out_proj.{1}",),
+        r"decoder\.layers\.(\d+)\.cross_attention\.out_proj\.(.*)": (_DECODER + ".cross_attn.out_proj.{1}",),
+        r"decoder\.where\.scale\.(.*)": ("transformer.decoder.query_scale.{0}",),
+    }
+)
+
+_CONDITIONAL: Rules = _CONDITIONAL_FAMILY | {
+    r"queries\.point\.(.*)": ("transformer.decoder.ref_point_head.{0}",),
+    r"decoder\.box_heads\.0\.(.*)": ("bbox_embed.{0}",),
+}
+
+_DAB: Rules = _CONDITIONAL_FAMILY | {
+    r"encoder\.position_scale\.(.*)": ("transformer.encoder.query_scale.{0}",),
+    r"queries\.anchors\.weight": ("refpoint_embed.weight",),
+    r"queries\.patterns\.weight": ("transformer.patterns.weight",),
+    r"decoder\.where\.embed\.(.*)": ("transformer.decoder.ref_point_head.{0}",),
+    r"decoder\.where\.sides\.(.*)": ("transformer.decoder.ref_anchor_head.{0}",),
+}
+
+_DAB_HEADS: dict[bool, Rules] = {
+    True: {r"decoder\.box_heads\.0\.(.*)": ("bbox_embed.{0}", "transformer.decoder.bbox_embed.{0}")},
+    False: {r"decoder\.box_heads\.(.*)": ("bbox_embed.{0}", "transformer.decoder.bbox_embed.{0}")},
 }
 
 _MULTI_SCALE: Rules = _COMMON | {
@@ -61,6 +125,12 @@ def rules(config: ModelConfig) -> Rules:
     """The rules of a model; heads that are shared have a name for each layer."""
     layers = range(config.num_decoder_layers)
     match config:
+        case DetrConfig():
+            return _DETR
+        case ConditionalDetrConfig():
+            return _CONDITIONAL
+        case DabDetrConfig():
+            return _DAB | _DAB_HEADS[config.shared_box_heads]
         case DinoConfig():
             prefixes = ("{kind}_embed", "transformer.decoder.{kind}_embed")
             return _DINO | _heads(prefixes, prefixes, layers if config.shared_heads else None)

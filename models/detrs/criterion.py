@@ -224,7 +224,7 @@ def cross_entropy(
     no_object = logits.shape[-1] - 1
     labels = torch.full(logits.shape[:3], no_object, dtype=torch.int64, device=logits.device)
     labels[matched.layer, matched.image, matched.query] = matched.label
-    weights = torch.where(labels == no_object, no_object_weight, 1.0).to(logits.dtype)
+    weights = torch.ones_like(logits[..., 0]).masked_fill(labels == no_object, no_object_weight)
     likelihood = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
     return -(likelihood * weights).sum((1, 2)) / weights.sum((1, 2))
 

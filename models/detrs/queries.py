@@ -10,10 +10,56 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from detrs.encoder import token_centres
-from detrs.layers import full_precision, sine_encoding
+from detrs.layers import Mlp, full_precision, inverse_sigmoid, sine_encoding
 from detrs.structures import FirstStage, Memory, Predictions, Queries
 
 ProposalScore = Literal["first_class", "best_class"]
+
+
+class PositionQueries(nn.Module):
+    """Learned positions; the content starts at zero (DETR).
+
+    With `point`, a reference point is read off the position (Conditional DETR, section 3.3).
+    """
+
+    def __init__(self, num_queries: int, hidden_dim: int, *, point: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(num_queries, hidden_dim)
+        self.point = Mlp(hidden_dim, hidden_dim, 2) if point else None
+
+    def forward(self, memory: Memory) -> tuple[Queries, None]:
+        """The same queries for every image."""
+        pos = self.embed.weight.expand(len(memory.tokens), -1, -1)
+        reference = None if self.point is None else full_precision(self.point(pos)).sigmoid()
+        return Queries(torch.zeros_like(pos), pos, reference), None
+
+
+class AnchorQueries(nn.Module):
+    """Learned boxes (DAB-DETR, section 4.1); the content starts at zero.
+
+    With `num_patterns`, each box is asked once for each of as many learned contents (Anchor DETR).
+    `random_points` spreads the first centres evenly over the image; they are trained all the same.
+    """
+
+    def __init__(self, num_queries: int, hidden_dim: int, num_patterns: int, *, random_points: bool) -> None:
+        super().__init__()
+        self.anchors, self.hidden_dim = nn.Embedding(num_queries, 4), hidden_dim
+        self.patterns = nn.Embedding(num_patterns, hidden_dim) if num_patterns else None
+        if self.patterns is not None:
+            nn.init.xavier_uniform_(self.patterns.weight)
+        if random_points:
+            centres = torch.rand(num_queries, 2)
+            self.anchors.weight.data[:, :2] = inverse_sigmoid(centres, 1e-3)
+
+    def forward(self, memory: Memory) -> tuple[Queries, None]:
+        """The same queries for every image; all boxes of the first pattern come first."""
+        reference, num_anchors = self.anchors.weight.sigmoid(), self.anchors.num_embeddings
+        content = reference.new_zeros(num_anchors, self.hidden_dim)
+        if self.patterns is not None:
+            content = self.patterns.weight.repeat_interleave(num_anchors, dim=0)
+            reference = reference.repeat(self.patterns.num_embeddings, 1)
+        content, reference = (x.expand(len(memory.tokens), -1, -1) for x in (content, reference))
+        return Queries(content, reference=reference), None
 
 
 class LearnedQueries(nn.Module):

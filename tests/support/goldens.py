@@ -6,6 +6,7 @@ A folder of goldens holds `NAME.json` (the manifest) and `NAME.npz` (the arrays)
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -21,9 +22,29 @@ from torch import Tensor
 from detrs.checkpoints import official_names
 from detrs.denoising import Draws
 from detrs.structures import Images, Targets
-from detrs.zoo import BackboneConfig, DeformableDetrConfig, DinoConfig, LossConfig, Model, ModelConfig, build
+from detrs.zoo import (
+    BackboneConfig,
+    ConditionalDetrConfig,
+    DabDetrConfig,
+    DeformableDetrConfig,
+    DetrConfig,
+    DinoConfig,
+    LossConfig,
+    Model,
+    ModelConfig,
+    build,
+)
 
 FOLDER = Path(os.environ.get("RAYDETR_GOLDEN") or Path(__file__).parents[1] / "golden")
+
+
+PAPERS = {
+    "detr": "detr",
+    "ConditionalDETR": "conditional_detr",
+    "DAB-DETR": "dab_detr",
+    "Deformable-DETR": "deformable_detr",
+    "DINO": "dino",
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +61,7 @@ class Golden:
     @property
     def paper(self) -> str:
         repository = (self.manifest.get("official_repo") or self.manifest["repo"]).split("/")[1]
-        return {"DINO": "dino", "Deformable-DETR": "deformable_detr"}[repository]
+        return PAPERS[repository]
 
     def tensor(self, name: str, dtype: torch.dtype = torch.float64) -> Tensor:
         value = torch.from_numpy(self.arrays[name])
@@ -66,7 +87,14 @@ def read(name: str) -> Golden:
 
 def config_of(args: dict[str, Any], paper: str, options: dict[str, Any] | None = None) -> ModelConfig:
     """The configuration that an official run's arguments mean."""
-    return {"dino": _dino, "deformable_detr": _deformable}[paper](args, options or {})
+    readers = {
+        "detr": _detr,
+        "conditional_detr": _conditional,
+        "dab_detr": _dab,
+        "deformable_detr": _deformable,
+        "dino": _dino,
+    }
+    return readers[paper](args, options or {})
 
 
 def _shared(args: dict[str, Any]) -> dict[str, Any]:
@@ -92,6 +120,37 @@ def _loss(args: dict[str, Any]) -> LossConfig:
         box_cost=float(args["set_cost_bbox"]),
         giou_cost=float(args["set_cost_giou"]),
         alpha=float(args["focal_alpha"]),
+    )
+
+
+def _detr(args: dict[str, Any], options: dict[str, Any]) -> DetrConfig:
+    coefficients = {"cls_loss_coef": 1.0, "focal_alpha": 0.25}  # not arguments of this paper
+    loss = dataclasses.replace(
+        _loss(coefficients | args), kind="cross_entropy", no_object_weight=float(args["eos_coef"])
+    )
+    return DetrConfig(num_classes=91, pre_norm=args["pre_norm"], loss=loss, **_shared(args))
+
+
+def _conditional(args: dict[str, Any], options: dict[str, Any]) -> ConditionalDetrConfig:
+    return ConditionalDetrConfig(num_classes=91, loss=_loss(args), **_shared(args))
+
+
+def _dab(args: dict[str, Any], options: dict[str, Any]) -> DabDetrConfig:
+    assert args["pe_temperatureH"] == args["pe_temperatureW"]
+    scales = {"cond_elewise": "elementwise", "cond_scalar": "scalar", "fix_elewise": "learned"}
+    return DabDetrConfig(
+        num_classes=91,
+        position_temperature=float(args["pe_temperatureH"]),
+        activation=args["transformer_activation"],
+        num_patterns=args["num_patterns"],
+        random_points=args["random_refpoints_xy"],
+        modulate_attention=options.get("modulate_hw_attn", True),
+        position_scale=scales[options.get("query_scale_type", "cond_elewise")],
+        keep_query_position=options.get("keep_query_pos", False),
+        shared_box_heads=not options.get("bbox_embed_diff_each_layer", False),
+        num_select=args["num_select"],
+        loss=_loss(args),
+        **_shared(args),
     )
 
 
@@ -155,20 +214,25 @@ def build_edge(golden: Golden, case: dict[str, Any]) -> Model:
         giou_cost=float(costs["set_cost_giou"]),
         alpha=float(golden.manifest.get("focal_alpha", 0.25)),
     )
+    tiny: dict[str, Any] = {
+        "num_classes": golden.manifest["num_logit_columns"] - (golden.paper == "detr"),
+        "backbone": BackboneConfig("small", "batch", 0),
+        "hidden_dim": 8,
+        "num_heads": 2,
+        "num_encoder_layers": 1,
+        "num_decoder_layers": 2,
+        "loss": loss,
+    }
+    if golden.paper == "detr":
+        return build(DetrConfig(**tiny))
+    configs = {
+        "conditional_detr": ConditionalDetrConfig,
+        "dab_detr": DabDetrConfig,
+        "deformable_detr": DeformableDetrConfig,
+        "dino": DinoConfig,
+    }
     num_select = golden.arrays[f"{case['name']}/post_scores"].shape[1]
-    config = {"dino": DinoConfig, "deformable_detr": DeformableDetrConfig}[golden.paper]
-    return build(
-        config(
-            num_classes=91,
-            backbone=BackboneConfig("small", "batch", 0),
-            hidden_dim=8,
-            num_heads=2,
-            num_encoder_layers=1,
-            num_decoder_layers=2,
-            loss=loss,
-            num_select=num_select,
-        )
-    )
+    return build(configs[golden.paper](num_select=num_select, **tiny))
 
 
 @functools.lru_cache(maxsize=1000)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from detrs.backbone import BackboneConfig
 from detrs.criterion import LossConfig
+from detrs.zoo.conditional import ConditionalDetrConfig, build_conditional_detr
+from detrs.zoo.dab import DabDetrConfig, build_dab_detr
 from detrs.zoo.deformable import DeformableDetrConfig, build_deformable_detr
+from detrs.zoo.detr import DetrConfig, build_detr
 from detrs.zoo.dino import DinoConfig, build_dino
 from detrs.zoo.parts import Model
 
-ModelConfig = DinoConfig | DeformableDetrConfig
+ModelConfig = DetrConfig | ConditionalDetrConfig | DabDetrConfig | DeformableDetrConfig | DinoConfig
 
 __all__ = [
     "BackboneConfig",
+    "ConditionalDetrConfig",
+    "DabDetrConfig",
     "DeformableDetrConfig",
+    "DetrConfig",
     "DinoConfig",
     "LossConfig",
     "Model",
@@ -28,6 +34,12 @@ def build(config: ModelConfig) -> Model:
         ValueError: a setting that cannot be built; the message names it.
     """
     match config:
+        case DetrConfig():
+            return build_detr(config)
+        case ConditionalDetrConfig():
+            return build_conditional_detr(config)
+        case DabDetrConfig():
+            return build_dab_detr(config)
         case DinoConfig():
             return build_dino(config)
         case DeformableDetrConfig():

@@ -9,13 +9,20 @@ from dataclasses import dataclass
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from detrs.attention import DeformableAttention, SelfAttention
+from detrs.attention import (
+    ConditionalAttention,
+    DeformableAttention,
+    DenseAttention,
+    SelfAttention,
+    SeparateSelfAttention,
+)
 from detrs.backbone import BackboneConfig
 from detrs.criterion import Criterion
 from detrs.decoder import DecoderLayer
 from detrs.detector import STRIDES, Detector
 from detrs.encoder import Encoder, EncoderLayer
-from detrs.layers import FeedForward, xavier_
+from detrs.layers import FeedForward, Mlp, xavier_
+from detrs.neck import Neck, PositionEncoding
 from detrs.structures import Detections, Predictions
 
 Postprocess = Callable[[Predictions, Int[Tensor, "b 2"]], list[Detections]]
@@ -67,6 +74,64 @@ def level_widths(backbone: BackboneConfig, strides: tuple[int, ...]) -> list[int
     if not strides or not set(strides) <= set(STRIDES) or list(strides) != sorted(set(strides)):
         raise ValueError(f"model.strides: {strides} is not an ascending choice of {STRIDES}")
     return [backbone.widths[STRIDES.index(stride)] for stride in strides]
+
+
+def dense_neck(backbone: BackboneConfig, hidden_dim: int, temperature: float) -> Neck:
+    """One level, layer4, as in DETR: projected without a norm."""
+    position = PositionEncoding(temperature)
+    return Neck([backbone.widths[-1]], hidden_dim, 1, position, group_norm=False, level_embed=False)
+
+
+def dense_encoder(
+    num_layers: int,
+    hidden_dim: int,
+    num_heads: int,
+    ffn_dim: int,
+    dropout: float,
+    *,
+    activation: type[nn.Module] = nn.ReLU,
+    pre_norm: bool = False,
+    scale_position: bool = False,
+) -> Encoder:
+    """Encoder layers with dense attention, initialised as the papers' code does."""
+
+    def layer() -> EncoderLayer:
+        feed_forward = FeedForward(hidden_dim, ffn_dim, dropout, activation())
+        attention = DenseAttention(hidden_dim, num_heads, dropout)
+        return EncoderLayer(attention, feed_forward, hidden_dim, dropout, pre_norm)
+
+    encoder = Encoder(
+        (layer() for _ in range(num_layers)),
+        norm=nn.LayerNorm(hidden_dim) if pre_norm else None,
+        position_scale=Mlp(hidden_dim, hidden_dim, hidden_dim) if scale_position else None,
+    )
+    xavier_(encoder)
+    return encoder
+
+
+def conditional_decoder_layers(
+    num_layers: int,
+    hidden_dim: int,
+    num_heads: int,
+    ffn_dim: int,
+    dropout: float,
+    *,
+    activation: type[nn.Module] = nn.ReLU,
+    add_position: bool = False,
+) -> nn.ModuleList:
+    """Decoder layers with conditional cross-attention; the first, or all, add the queries' positions."""
+    layers = nn.ModuleList(
+        DecoderLayer(
+            SeparateSelfAttention(hidden_dim, num_heads, dropout),
+            ConditionalAttention(hidden_dim, num_heads, dropout, add_position=add_position or i == 0),
+            FeedForward(hidden_dim, ffn_dim, dropout, activation()),
+            hidden_dim,
+            dropout,
+        )
+        for i in range(num_layers)
+    )
+    xavier_(layers)
+    return layers
 
 
 def deformable_encoder(

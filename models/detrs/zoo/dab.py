@@ -1,0 +1,130 @@
+"""DAB-DETR: Dynamic Anchor Boxes are Better Queries for DETR (Liu et al., ICLR 2022, arXiv:2201.12329).
+
+The idea: a query's position is a box, learned, refined from layer to layer, and used to place and to shape
+the attention.
+
+Its parent is Conditional DETR. What differs:
+- the position embedding is a function of the box, and each layer corrects the box;
+- attention is stretched along the box's width and height;
+- the encoder scales its position encoding by the content;
+- PReLU instead of ReLU, no dropout, a hotter position encoding (temperature 20).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from detrs.backbone import BackboneConfig, build_backbone
+from detrs.criterion import Criterion, LossConfig
+from detrs.decoder import Decoder
+from detrs.detector import Detector
+from detrs.layers import box_head, class_head, xavier_
+from detrs.postprocess import best_pairs
+from detrs.queries import AnchorQueries
+from detrs.where import ModulatedAnchorPosition, PositionScale
+from detrs.zoo.parts import (
+    Model,
+    conditional_decoder_layers,
+    dense_encoder,
+    dense_neck,
+    require_heads,
+    require_num_classes,
+)
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "prelu": nn.PReLU,
+    "selu": nn.SELU,
+}
+
+
+@dataclass(frozen=True)
+class DabDetrConfig:
+    """The default is the paper's R50 model, 43.7 M parameters with 91 classes (DC5: backbone.dilation)."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    paper: Literal["dab_detr"] = "dab_detr"
+    num_classes: int | None = None  # None: filled in from the data
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    position_temperature: float = 20.0
+    hidden_dim: int = 256
+    num_heads: int = 8
+    num_encoder_layers: int = 6
+    num_decoder_layers: int = 6
+    ffn_dim: int = 2048
+    dropout: float = 0.0
+    activation: Literal["relu", "gelu", "prelu", "selu"] = "prelu"
+    num_queries: int = 300
+    num_patterns: int = 0  # learned contents each box is asked with; 0: one content of zeros
+    random_points: bool = False  # boxes start with centres spread over the image
+    modulate_attention: bool = True  # stretch attention along the boxes' sides
+    position_scale: PositionScale = "elementwise"  # see ModulatedAnchorPosition
+    keep_query_position: bool = False  # all layers add the queries' positions, not only the first
+    shared_box_heads: bool = True
+    aux_loss: bool = True
+    loss: LossConfig = field(default_factory=LossConfig)
+    num_select: int = 300  # detections an image
+
+
+def build_dab_detr(config: DabDetrConfig) -> Model:
+    """A new DAB-DETR.
+
+    Raises:
+        ValueError: a setting that cannot be built; the message names it.
+    """
+    num_classes = require_num_classes(config.num_classes)
+    require_heads(config.hidden_dim, config.num_heads)
+    detector = Detector(
+        build_backbone(config.backbone),
+        (32,),
+        dense_neck(config.backbone, config.hidden_dim, config.position_temperature),
+        dense_encoder(
+            config.num_encoder_layers,
+            config.hidden_dim,
+            config.num_heads,
+            config.ffn_dim,
+            config.dropout,
+            activation=_ACTIVATIONS[config.activation],
+            scale_position=config.num_encoder_layers > 0,
+        ),
+        AnchorQueries(
+            config.num_queries, config.hidden_dim, config.num_patterns, random_points=config.random_points
+        ),
+        _decoder(config, num_classes),
+    )
+    criterion = Criterion(config.loss, giou_eps=1e-6, aux_loss=config.aux_loss)
+    return Model(detector, criterion, functools.partial(best_pairs, num_select=config.num_select))
+
+
+def _decoder(config: DabDetrConfig, num_classes: int) -> Decoder:
+    where = ModulatedAnchorPosition(
+        config.hidden_dim,
+        config.num_decoder_layers,
+        config.position_scale,
+        modulate=config.modulate_attention,
+    )
+    xavier_(where)
+    num_box_heads = 1 if config.shared_box_heads else config.num_decoder_layers
+    return Decoder(
+        conditional_decoder_layers(
+            config.num_decoder_layers,
+            config.hidden_dim,
+            config.num_heads,
+            config.ffn_dim,
+            config.dropout,
+            activation=_ACTIVATIONS[config.activation],
+            add_position=config.keep_query_position,
+        ),
+        where,
+        [class_head(config.hidden_dim, num_classes)],
+        [box_head(config.hidden_dim) for _ in range(num_box_heads)],
+        norm=nn.LayerNorm(config.hidden_dim),
+        refinement="look_forward_twice",
+        eps=1e-3,
+    )
