@@ -54,8 +54,8 @@ class Detector(nn.Module):
         memory = self.encoder(memory)
         queries, first_stage = self.queries(memory)
         noised = None
-        if self.denoising is not None and self.training:
-            if targets is not None:
+        if self.denoising is not None:
+            if self.training and targets is not None:
                 noised = self.denoising(targets, draws)
             queries = with_denoising(queries, noised, self.denoising)
         predictions = self.decoder(queries, memory)
@@ -68,7 +68,7 @@ class Detector(nn.Module):
 def with_denoising(
     queries: Queries, noised: NoisedQueries | None, denoising: ContrastiveDenoising
 ) -> Queries:
-    """Denoising queries in front, if any; the label embedding is part of every training step's graph."""
+    """Denoising queries in front, if any; the label embedding is always part of the graph."""
     if noised is not None:
         queries = prepend(noised, queries)
     # with DistributedDataParallel every parameter needs a gradient, also in a batch without targets

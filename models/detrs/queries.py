@@ -45,8 +45,6 @@ class AnchorQueries(nn.Module):
         super().__init__()
         self.anchors, self.hidden_dim = nn.Embedding(num_queries, 4), hidden_dim
         self.patterns = nn.Embedding(num_patterns, hidden_dim) if num_patterns else None
-        if self.patterns is not None:
-            nn.init.xavier_uniform_(self.patterns.weight)
         if random_points:
             centres = torch.rand(num_queries, 2)
             self.anchors.weight.data[:, :2] = inverse_sigmoid(centres, 1e-3)

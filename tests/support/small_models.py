@@ -7,7 +7,16 @@ from typing import Any
 import torch
 
 from detrs.structures import Images, Targets
-from detrs.zoo import BackboneConfig, DeformableDetrConfig, DinoConfig, LossConfig, ModelConfig
+from detrs.zoo import (
+    BackboneConfig,
+    ConditionalDetrConfig,
+    DabDetrConfig,
+    DeformableDetrConfig,
+    DetrConfig,
+    DinoConfig,
+    LossConfig,
+    ModelConfig,
+)
 
 SMALL: dict[str, Any] = {
     "num_classes": 4,
@@ -23,6 +32,20 @@ SMALL: dict[str, Any] = {
 LEVELS: dict[str, Any] = {"num_feature_levels": 3, "num_points": 2, "num_encoder_points": 2}
 
 CONFIGS: dict[str, ModelConfig] = {
+    "detr": DetrConfig(**SMALL),
+    "detr_pre_norm": DetrConfig(**SMALL, pre_norm=True),
+    "conditional": ConditionalDetrConfig(**SMALL),
+    "dab": DabDetrConfig(**SMALL),
+    "dab_scalar": DabDetrConfig(**SMALL, position_scale="scalar", shared_box_heads=False),
+    "dab_patterns": DabDetrConfig(
+        **{**SMALL, "num_queries": 5},
+        num_patterns=2,
+        random_points=True,
+        modulate_attention=False,
+        position_scale="learned",
+        keep_query_position=True,
+        activation="gelu",
+    ),
     "dino": DinoConfig(**SMALL, **LEVELS, num_denoising=8, denoising_groups="fill"),
     "dino_quickstart": DinoConfig(
         **{**SMALL, "num_encoder_layers": 0},

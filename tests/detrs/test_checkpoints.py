@@ -1,0 +1,110 @@
+"""Official checkpoints: names, shapes and aliases of the full-size models, there and back; first values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import goldens
+from detrs.checkpoints import from_official, official_names, to_official
+from detrs.zoo import ModelConfig, build
+
+FULL = goldens.names("full")
+
+
+def full_config(manifest: dict[str, Any]) -> ModelConfig:
+    paper = goldens.PAPERS[manifest["official_repo"].split("/")[1]]
+    return goldens.config_of(manifest["args"], paper, manifest["constructor_options"])
+
+
+def meta_detector(config: ModelConfig) -> nn.Module:
+    with torch.device("meta"):
+        return build(config).detector
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_every_official_name_is_ours(name: str) -> None:
+    manifest = goldens.read(name).manifest
+    config = full_config(manifest)
+    detector = meta_detector(config)
+    official = to_official(config, detector.state_dict())
+    assert {key: list(value.shape) for key, value in official.items()} == {
+        key: shape for key, (shape, _) in manifest["state_dict"].items()
+    }
+    assert len(official) == manifest["n_state_dict_entries"]
+    groups = official_names(config, detector.state_dict()).values()
+    aliases = {first: sorted(others) for first, *others in groups if others}
+    assert aliases == {first: sorted(x) for first, x in manifest["aliases_first_name_wins"].items()}
+    assert sum(p.numel() for p in detector.parameters()) == manifest["n_params_total"]
+    trained = sum(p.numel() for p in detector.parameters() if p.requires_grad)
+    assert trained == manifest["n_params_trainable"]
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_there_and_back_is_lossless(name: str) -> None:
+    config = full_config(goldens.read(name).manifest)
+    own = meta_detector(config).state_dict()
+    # one number a tensor stands for its values; expand keeps the shape without the memory
+    state = {key: torch.tensor(float(i)).expand(value.shape) for i, (key, value) in enumerate(own.items())}
+    back = from_official(config, to_official(config, state), own)
+    assert back.keys() == state.keys()
+    assert all(back[key].flatten()[0] == state[key].flatten()[0] for key in state)
+
+
+def test_misfits_are_named() -> None:
+    config = full_config(goldens.read(FULL[0]).manifest)
+    own = meta_detector(config).state_dict()
+    official = to_official(config, {key: torch.zeros(1).expand(value.shape) for key, value in own.items()})
+    first = next(iter(official))
+    changed: dict[str, Tensor] = {key: value for key, value in official.items() if key != first}
+    changed["somewhere.else"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"missing 1 .*unexpected 1 \(somewhere.else\)"):
+        from_official(config, changed, own)
+    with pytest.raises(ValueError, match=r"other shape 1"):
+        from_official(config, official | {first: torch.zeros(7, 7, 7)}, own)
+
+
+def test_names_of_one_tensor_must_agree() -> None:
+    name = next(name for name in FULL if goldens.read(name).manifest["aliases_first_name_wins"])
+    manifest = goldens.read(name).manifest
+    config = full_config(manifest)
+    own = meta_detector(config).state_dict()
+    official = to_official(config, {key: torch.zeros(1).expand(value.shape) for key, value in own.items()})
+    alias = next(iter(manifest["aliases_first_name_wins"].values()))[0]
+    with pytest.raises(ValueError, match="are one tensor"):
+        from_official(config, official | {alias: torch.ones_like(official[alias])}, own)
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_initial_values_are_distributed_as_the_official_ones(name: str) -> None:
+    manifest = goldens.read(name).manifest
+    config = full_config(manifest)
+    torch.manual_seed(1)
+    official = to_official(config, build(config).detector.state_dict())
+    compared = 0
+    for key, (mean, std, low, high) in manifest["init_stats_seed0"].items():
+        if key.startswith("backbone"):
+            continue  # loaded from ImageNet weights
+        check_distribution(key, official[key], mean, std, low, high)
+        compared += 1
+    assert compared > 50
+
+
+def check_distribution(key: str, value: Tensor, mean: float, std: float, low: float, high: float) -> None:
+    number = value.numel()
+    if std == 0:
+        assert value.min().item() == pytest.approx(low, abs=1e-5), key
+        assert value.max().item() == pytest.approx(high, abs=1e-5), key
+        return
+    if "sampling_offsets.bias" in key or (number == 4 and low == -2 and high == 0):
+        assert value.min().item() == pytest.approx(low, abs=1e-5), key
+        assert value.std(correction=0 if number == 4 else 1).item() == pytest.approx(std, rel=1e-1), key
+        return
+    # two samples of one distribution; six standard errors, and more for the few numbers of a small tensor
+    assert abs(value.mean().item() - mean) < 6 * std * (2 / number) ** 0.5, key
+    if number >= 16:
+        assert abs(value.std().item() / std - 1) < 6 * (1 / number) ** 0.5, key
+        assert max(abs(value.min().item()), abs(value.max().item())) < 2 * max(abs(low), abs(high)), key
