@@ -67,11 +67,6 @@ struct Scratch : Buffer<T> {
 };
 
 template <class T>
-bool stored_as_computed(const Problem<T>& problem) {
-  return problem.storage == Storage::float32 || problem.storage == Storage::float64;
-}
-
-template <class T>
 int64_t head_size(const Problem<T>& problem) {
   return problem.num_tokens * problem.num_channels;
 }
@@ -85,14 +80,12 @@ HeadView<T> view_in_place(const Problem<T>& problem, int64_t image, int64_t head
   return {static_cast<const T*>(problem.value) + offset, grad_value, stride};
 }
 
-// Copying a head together first pays when its rows are read often enough: see README.md, "Packing".
+// Whether to copy each head together before reading it: to convert it, or because it is read often enough to
+// repay the copy. README.md, "Packing", has the measurements.
 template <class T>
-bool packing_pays(const Problem<T>& problem) {
-  if (!stored_as_computed(problem)) return true;  // the copy is also the conversion
-  int64_t num_heads_in_all = problem.num_images * problem.num_heads;
-  bool enough_tasks = num_heads_in_all >= int64_t(torch::stable::get_num_threads());
-  bool large = head_size(problem) * problem.num_heads * int64_t(sizeof(T)) > (int64_t(1) << 20);
-  return enough_tasks && large && 2 * problem.num_queries >= problem.num_tokens;
+bool should_pack(const Problem<T>& problem) {
+  bool stored_as_computed = problem.storage == Storage::float32 || problem.storage == Storage::float64;
+  return !stored_as_computed || 2 * problem.num_queries >= problem.num_tokens;
 }
 
 template <class T>
@@ -143,13 +136,12 @@ void backward_head(const Problem<T>& problem, const Rows& rows, T* packed, T* sc
 
 template <class T>
 void forward(const Problem<T>& problem) {
-  if (packing_pays(problem)) return forward_packed(problem);
-  forward_in_place(problem);
+  should_pack(problem) ? forward_packed(problem) : forward_in_place(problem);
 }
 
 template <class T>
 void backward(const Problem<T>& problem) {
-  const bool pack = packing_pays(problem);
+  const bool pack = should_pack(problem);
   torch::stable::parallel_for(0, problem.num_images * problem.num_heads, 1, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(problem);
     Buffer<T> packed(pack ? 2 * head_size(problem) : 0);

@@ -8,65 +8,68 @@
 namespace detrs::cpu {
 namespace {
 
-// One row's samples, as one array per quantity, padded to whole vectors. The corners of a sample are its four
-// nearest pixels: 0 top left, 1 top right, 2 bottom left, 3 bottom right.
+// A row's samples are worked on in blocks of at most this many, as one array per quantity.
+constexpr int64_t kBlock = 32;
+
+// What the call's level shapes mean to the samples of one block; the same for every row.
 template <class T>
-struct Row {
-  int64_t count, padded;
-  T *width, *height;                            // of the sample's level
-  Index<T>*width_index, *height_index, *start;  // the same as integers; the level's first token
-  T *x, *y, *weight;                            // location in [0, 1], attention weight
-  T *left, *right, *top, *bottom;               // bilinear factors, 0 for a pixel outside the level
-  T *in_left, *in_right, *in_top, *in_bottom;   // 1 inside, 0 outside
-  Index<T>* token[4];                           // corner pixels, clamped into the level
-  T* factor[4];                                 // what a corner counts for: bilinear times attention
-  T* dot[4];                                    // backward: grad_out . value at the corner
-  T* partial;                                   // backward: those dots before the last summation
-  T* channels;                                  // one row of out or grad_out as T
+struct alignas(64) BlockLevels {
+  T width[kBlock], height[kBlock];
+  Index<T> width_index[kBlock], height_index[kBlock];  // the same numbers as integers
+  Index<T> start[kBlock];                              // the level's first token
+};
 
-  static int64_t size(const Problem<T>& problem) {
-    int64_t padded = padded_count(problem);
-    return padded * (28 + 4 * lanes_of<T>()) + problem.num_channels;
-  }
+// One block of one row. The corners of a sample are its four nearest pixels: 0 top left, 1 top right, 2
+// bottom left, 3 bottom right.
+template <class T>
+struct alignas(64) Block {
+  int64_t count;
+  T x[kBlock], y[kBlock], weight[kBlock];  // location in [0, 1], attention weight
+  Index<T> token[4][kBlock];               // corner pixels, clamped into the level
+  T factor[4][kBlock];                     // what a corner counts for: bilinear times attention
+  // for the backward pass
+  T left[kBlock], right[kBlock], top[kBlock], bottom[kBlock];              // bilinear factors, 0 outside
+  T in_left[kBlock], in_right[kBlock], in_top[kBlock], in_bottom[kBlock];  // 1 inside, 0 outside
+  T partial[4 * kBlock * lanes_of<T>()];                                   // dot before its last summation
+  T dot[4][kBlock];                                                        // grad_out . value at the corner
+};
 
-  Row(const Problem<T>& problem, T* scratch) : count(problem.num_samples()), padded(padded_count(problem)) {
-    auto numbers = [&] { return (scratch += padded) - padded; };
-    auto indices = [&] { return reinterpret_cast<Index<T>*>(numbers()); };
-    width = numbers(), height = numbers();
-    width_index = indices(), height_index = indices(), start = indices();
-    x = numbers(), y = numbers(), weight = numbers();
-    left = numbers(), right = numbers(), top = numbers(), bottom = numbers();
-    in_left = numbers(), in_right = numbers(), in_top = numbers(), in_bottom = numbers();
-    for (int corner = 0; corner < 4; corner++) {
-      token[corner] = indices();
-      factor[corner] = numbers();
-      dot[corner] = numbers();
-    }
-    partial = scratch;
-    channels = scratch + 4 * padded * lanes_of<T>();
-  }
+template <class T>
+int64_t num_blocks(const Problem<T>& problem) {
+  return (problem.num_samples() + kBlock - 1) / kBlock;
+}
 
-  static int64_t padded_count(const Problem<T>& problem) {
-    return (problem.num_samples() + lanes_of<T>() - 1) / lanes_of<T>() * lanes_of<T>();
+// A thread's scratch: the blocks' levels, and one row of out or grad_out as T.
+template <class T>
+struct Scratch {
+  BlockLevels<T>* levels;
+  T* channels;
+
+  static int64_t levels_size(const Problem<T>& problem) {
+    return num_blocks(problem) * int64_t(sizeof(BlockLevels<T>) / sizeof(T));
   }
+  Scratch(const Problem<T>& problem, T* scratch)
+      : levels(reinterpret_cast<BlockLevels<T>*>(scratch)), channels(scratch + levels_size(problem)) {}
 };
 
 template <class T>
 int64_t scratch_size(const Problem<T>& problem) {
-  return Row<T>::size(problem);
+  return Scratch<T>::levels_size(problem) + problem.num_channels;
 }
 
 template <class T>
-void prepare_scratch(const Problem<T>& problem, T* scratch) {
-  Row<T> row(problem, scratch);
-  __builtin_memset(scratch, 0, sizeof(T) * Row<T>::size(problem));
+void prepare_scratch(const Problem<T>& problem, T* memory) {
+  const Scratch<T> scratch(problem, memory);
+  for (int64_t channel = 0; channel < problem.num_channels; channel++) scratch.channels[channel] = 0;
   int64_t start = 0;
-  for (int64_t sample = 0; sample < row.padded; sample++) {
-    bool real = sample < row.count;
+  for (int64_t sample = 0; sample < num_blocks(problem) * kBlock; sample++) {
+    bool real = sample < problem.num_samples();
     const int64_t* shape = problem.shapes + 2 * (real ? sample / problem.num_points : 0);
-    row.height[sample] = T(row.height_index[sample] = Index<T>(shape[0]));
-    row.width[sample] = T(row.width_index[sample] = Index<T>(shape[1]));
-    row.start[sample] = Index<T>(real ? start : 0);
+    BlockLevels<T>& levels = scratch.levels[sample / kBlock];
+    int64_t at = sample % kBlock;
+    levels.height[at] = T(levels.height_index[at] = Index<T>(shape[0]));
+    levels.width[at] = T(levels.width_index[at] = Index<T>(shape[1]));
+    levels.start[at] = Index<T>(real ? start : 0);
     if ((sample + 1) % problem.num_points == 0) start += shape[0] * shape[1];
   }
 }
@@ -76,14 +79,24 @@ inline int64_t row_number(const Problem<T>& problem, const Rows& rows, int64_t q
   return (rows.image * problem.num_queries + query) * problem.num_heads + rows.head;
 }
 
+// Asks for memory that will be needed soon; an address behind the end does no harm.
 template <class T>
-inline void load_samples(const Problem<T>& problem, int64_t row_index, const Row<T>& row) {
-  const T* locations = problem.locations + row_index * row.count * 2;
-  const T* weights = problem.weights + row_index * row.count;
-  for (int64_t sample = 0; sample < row.count; sample++) {
-    row.x[sample] = locations[2 * sample];
-    row.y[sample] = locations[2 * sample + 1];
-    row.weight[sample] = weights[sample];
+inline void prefetch(const T* from, int64_t count) {
+  for (int64_t at = 0; at < count; at += 64 / sizeof(T)) __builtin_prefetch(from + at);
+}
+
+template <class T>
+inline void load_samples(const Problem<T>& problem, int64_t first_sample, int64_t count, Block<T>& block) {
+  const T* __restrict locations = problem.locations + 2 * first_sample;
+  const T* __restrict weights = problem.weights + first_sample;
+  const int64_t rows_ahead = 4 * problem.num_heads * problem.num_samples();  // same head, four queries on
+  prefetch(locations + 2 * rows_ahead, 2 * count);
+  prefetch(weights + rows_ahead, count);
+  block.count = count;
+  for (int64_t at = 0; at < count; at++) {
+    block.x[at] = locations[2 * at];
+    block.y[at] = locations[2 * at + 1];
+    block.weight[at] = weights[at];
   }
 }
 
@@ -116,39 +129,39 @@ struct Neighbours {
 // From locations to corner tokens and factors. NaN and infinite locations fail the comparisons: they lie
 // outside.
 template <bool kBackward, class T>
-inline void locate(const Row<T>& row) {
+inline void locate(const BlockLevels<T>& levels, Block<T>& block) {
   constexpr int kLanes = lanes_of<T>();
   typedef typename Neighbours<T>::Vector Vector;
   typedef typename Neighbours<T>::Indices Indices;
   const Vector zero = {}, one = zero + 1;
-  for (int64_t at = 0; at < row.padded; at += kLanes) {
-    Vector width = load<kLanes>(row.width + at), height = load<kLanes>(row.height + at);
-    Vector x = load<kLanes>(row.x + at) * width - T(0.5), y = load<kLanes>(row.y + at) * height - T(0.5);
+  for (int64_t at = 0; at < block.count; at += kLanes) {
+    Vector width = load<kLanes>(levels.width + at), height = load<kLanes>(levels.height + at);
+    Vector x = load<kLanes>(block.x + at) * width - T(0.5), y = load<kLanes>(block.y + at) * height - T(0.5);
     Indices valid = (x >= -one) & (x < width) & (y >= -one) & (y < height);
-    Indices width_index = load<kLanes>(row.width_index + at);
+    Indices width_index = load<kLanes>(levels.width_index + at);
     Neighbours<T> across(x, width_index, valid);
-    Neighbours<T> down(y, load<kLanes>(row.height_index + at), valid);
-    Indices start = load<kLanes>(row.start + at);
+    Neighbours<T> down(y, load<kLanes>(levels.height_index + at), valid);
+    Indices start = load<kLanes>(levels.start + at);
     Indices top = start + down.before * width_index, bottom = start + down.after * width_index;
-    store<kLanes>(row.token[0] + at, top + across.before);
-    store<kLanes>(row.token[1] + at, top + across.after);
-    store<kLanes>(row.token[2] + at, bottom + across.before);
-    store<kLanes>(row.token[3] + at, bottom + across.after);
-    Vector weight = load<kLanes>(row.weight + at);
+    store<kLanes>(block.token[0] + at, top + across.before);
+    store<kLanes>(block.token[1] + at, top + across.after);
+    store<kLanes>(block.token[2] + at, bottom + across.before);
+    store<kLanes>(block.token[3] + at, bottom + across.after);
+    Vector weight = load<kLanes>(block.weight + at);
     Vector above = weight * down.before_factor, below = weight * down.after_factor;
-    store<kLanes>(row.factor[0] + at, above * across.before_factor);
-    store<kLanes>(row.factor[1] + at, above * across.after_factor);
-    store<kLanes>(row.factor[2] + at, below * across.before_factor);
-    store<kLanes>(row.factor[3] + at, below * across.after_factor);
+    store<kLanes>(block.factor[0] + at, above * across.before_factor);
+    store<kLanes>(block.factor[1] + at, above * across.after_factor);
+    store<kLanes>(block.factor[2] + at, below * across.before_factor);
+    store<kLanes>(block.factor[3] + at, below * across.after_factor);
     if (!kBackward) continue;
-    store<kLanes>(row.left + at, across.before_factor);
-    store<kLanes>(row.right + at, across.after_factor);
-    store<kLanes>(row.top + at, down.before_factor);
-    store<kLanes>(row.bottom + at, down.after_factor);
-    store<kLanes>(row.in_left + at, across.in_before ? one : zero);
-    store<kLanes>(row.in_right + at, across.in_after ? one : zero);
-    store<kLanes>(row.in_top + at, down.in_before ? one : zero);
-    store<kLanes>(row.in_bottom + at, down.in_after ? one : zero);
+    store<kLanes>(block.left + at, across.before_factor);
+    store<kLanes>(block.right + at, across.after_factor);
+    store<kLanes>(block.top + at, down.before_factor);
+    store<kLanes>(block.bottom + at, down.after_factor);
+    store<kLanes>(block.in_left + at, across.in_before ? one : zero);
+    store<kLanes>(block.in_right + at, across.in_after ? one : zero);
+    store<kLanes>(block.in_top + at, down.in_before ? one : zero);
+    store<kLanes>(block.in_bottom + at, down.in_after ? one : zero);
   }
 }
 
@@ -171,17 +184,17 @@ constexpr int run_lanes() {
   return N < lanes_of<T>() ? N : lanes_of<T>();
 }
 
-// out[0..N) = sum over samples and corners of factor * value
+// out[0..N) = (or +=) sum over the block's samples and corners of factor * value
 template <int N, class T>
-inline void gather(Width<N>, const Row<T>& row, const T* __restrict value, int64_t stride,
-                   T* __restrict out) {
+inline void gather(Width<N>, const Block<T>& block, const T* value, int64_t stride, T* out, bool is_first) {
   constexpr int kLanes = run_lanes<T, N>(), kVectors = N / kLanes;
   typename Simd<T, kLanes>::Vector upper[kVectors] = {}, lower[kVectors] = {};  // two chains hide the latency
-  for (int64_t sample = 0; sample < row.count; sample++) {
+  for (int64_t sample = 0; sample < block.count; sample++) {
+#pragma GCC unroll 2
     for (int corner = 0; corner < 2; corner++) {
-      const T* above = value + row.token[corner][sample] * stride;
-      const T* below = value + row.token[corner + 2][sample] * stride;
-      T above_factor = row.factor[corner][sample], below_factor = row.factor[corner + 2][sample];
+      const T* above = value + block.token[corner][sample] * stride;
+      const T* below = value + block.token[corner + 2][sample] * stride;
+      T above_factor = block.factor[corner][sample], below_factor = block.factor[corner + 2][sample];
 #pragma GCC unroll 8
       for (int i = 0; i < kVectors; i++) upper[i] += above_factor * load<kLanes>(above + i * kLanes);
 #pragma GCC unroll 8
@@ -189,19 +202,22 @@ inline void gather(Width<N>, const Row<T>& row, const T* __restrict value, int64
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < kVectors; i++) store<kLanes>(out + i * kLanes, upper[i] + lower[i]);
+  for (int i = 0; i < kVectors; i++) {
+    auto sum = upper[i] + lower[i];
+    store<kLanes>(out + i * kLanes, is_first ? sum : sum + load<kLanes>(out + i * kLanes));
+  }
 }
 
-// partial[0..4) of each sample -> dot, adding to what earlier channel runs left there
+// The last summation of `partial`, into `dot`, which holds what earlier channel runs gave.
 template <int N, class T>
-inline void finish_dots(const Row<T>& row, bool is_first_run) {
+inline void finish_dots(Block<T>& block, bool is_first_run) {
   for (int corner = 0; corner < 4; corner++) {
-    const T* partial = row.partial + corner * row.padded * N;
-    T* dot = row.dot[corner];
+    const T* partial = block.partial + corner * kBlock * N;
+    T* dot = block.dot[corner];
     if constexpr (N == 1) {
-      for (int64_t at = 0; at < row.count; at++) dot[at] = partial[at] + (is_first_run ? 0 : dot[at]);
+      for (int64_t at = 0; at < block.count; at++) dot[at] = partial[at] + (is_first_run ? 0 : dot[at]);
     } else {
-      for (int64_t at = 0; at < row.padded; at += 4) {
+      for (int64_t at = 0; at < block.count; at += 4) {
         auto sums = sums_of_four<N>(partial + at * N);
         store<4>(dot + at, is_first_run ? sums : sums + load<4>(dot + at));
       }
@@ -211,97 +227,116 @@ inline void finish_dots(const Row<T>& row, bool is_first_run) {
 
 // grad_value += factor * grad_out, and dot = grad_out . value, at every corner
 template <int N, class T>
-inline void scatter(Width<N>, const Row<T>& row, const HeadView<T>& head, int64_t first_channel,
+inline void scatter(Width<N>, Block<T>& block, const HeadView<T>& head, int64_t first_channel,
                     const T* grad_out) {
   constexpr int kLanes = run_lanes<T, N>(), kVectors = N / kLanes;
+  const T* __restrict value = head.value + first_channel;
+  T* __restrict grad_value = head.grad_value + first_channel;
+  T* __restrict partials = block.partial;
+  const int64_t stride = head.stride;
   typename Simd<T, kLanes>::Vector grad[kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kVectors; i++) grad[i] = load<kLanes>(grad_out + first_channel + i * kLanes);
-  for (int64_t sample = 0; sample < row.count; sample++) {
+  for (int64_t sample = 0; sample < block.count; sample++) {
+#pragma GCC unroll 4
     for (int corner = 0; corner < 4; corner++) {
-      int64_t offset = row.token[corner][sample] * head.stride + first_channel;
-      const T* value = head.value + offset;
-      T* grad_value = head.grad_value + offset;
-      T factor = row.factor[corner][sample];
-      auto partial = grad[0] * load<kLanes>(value);
+      int64_t offset = block.token[corner][sample] * stride;
+      T factor = block.factor[corner][sample];
+      auto partial = grad[0] * load<kLanes>(value + offset);
 #pragma GCC unroll 8
-      for (int i = 1; i < kVectors; i++) partial += grad[i] * load<kLanes>(value + i * kLanes);
-      store<kLanes>(row.partial + (corner * row.padded + sample) * kLanes, partial);
+      for (int i = 1; i < kVectors; i++) partial += grad[i] * load<kLanes>(value + offset + i * kLanes);
+      store<kLanes>(partials + (corner * kBlock + sample) * kLanes, partial);
 #pragma GCC unroll 8
       for (int i = 0; i < kVectors; i++) {
-        store<kLanes>(grad_value + i * kLanes, load<kLanes>(grad_value + i * kLanes) + factor * grad[i]);
+        T* to = grad_value + offset + i * kLanes;
+        store<kLanes>(to, load<kLanes>(to) + factor * grad[i]);
       }
     }
   }
-  finish_dots<kLanes>(row, first_channel == 0);
+  finish_dots<kLanes>(block, first_channel == 0);
 }
 
 // From the corners' dots to the gradients of x, y and weight, which take the place of dot[0..3).
 template <class T>
-inline void differentiate(const Row<T>& row) {
+inline void differentiate(const BlockLevels<T>& levels, Block<T>& block) {
   constexpr int kLanes = lanes_of<T>();
-  auto get = [](const T* from) { return load<kLanes>(from); };
-  for (int64_t at = 0; at < row.padded; at += kLanes) {
-    auto dot0 = get(row.dot[0] + at), dot1 = get(row.dot[1] + at), dot2 = get(row.dot[2] + at),
-         dot3 = get(row.dot[3] + at);
-    auto left = get(row.left + at), right = get(row.right + at), top = get(row.top + at),
-         bottom = get(row.bottom + at), weight = get(row.weight + at);
-    auto in_left = get(row.in_left + at), in_right = get(row.in_right + at), in_top = get(row.in_top + at),
-         in_bottom = get(row.in_bottom + at);
+  for (int64_t at = 0; at < block.count; at += kLanes) {
+    auto get = [at](const T* from) { return load<kLanes>(from + at); };
+    auto dot0 = get(block.dot[0]), dot1 = get(block.dot[1]), dot2 = get(block.dot[2]),
+         dot3 = get(block.dot[3]);
+    auto left = get(block.left), right = get(block.right), top = get(block.top), bottom = get(block.bottom);
+    auto in_left = get(block.in_left), in_right = get(block.in_right), in_top = get(block.in_top),
+         in_bottom = get(block.in_bottom), weight = get(block.weight);
     auto grad_x = top * (in_right * dot1 - in_left * dot0) + bottom * (in_right * dot3 - in_left * dot2);
     auto grad_y = left * (in_bottom * dot2 - in_top * dot0) + right * (in_bottom * dot3 - in_top * dot1);
-    store<kLanes>(row.dot[0] + at, grad_x * weight * get(row.width + at));
-    store<kLanes>(row.dot[1] + at, grad_y * weight * get(row.height + at));
-    store<kLanes>(row.dot[2] + at,
-                  top * (left * dot0 + right * dot1) + bottom * (left * dot2 + right * dot3));
+    auto grad_weight = top * (left * dot0 + right * dot1) + bottom * (left * dot2 + right * dot3);
+    store<kLanes>(block.dot[0] + at, grad_x * weight * get(levels.width));
+    store<kLanes>(block.dot[1] + at, grad_y * weight * get(levels.height));
+    store<kLanes>(block.dot[2] + at, grad_weight);
   }
 }
 
 template <class T>
-inline void store_sample_grads(const Problem<T>& problem, int64_t row_index, const Row<T>& row) {
-  T* grad_locations = problem.grad_locations + row_index * row.count * 2;
-  T* grad_weights = problem.grad_weights + row_index * row.count;
-  for (int64_t sample = 0; sample < row.count; sample++) {
-    grad_locations[2 * sample] = row.dot[0][sample];
-    grad_locations[2 * sample + 1] = row.dot[1][sample];
-    grad_weights[sample] = row.dot[2][sample];
+inline void store_sample_grads(const Problem<T>& problem, int64_t first_sample, const Block<T>& block) {
+  T* __restrict grad_locations = problem.grad_locations + 2 * first_sample;
+  T* __restrict grad_weights = problem.grad_weights + first_sample;
+  for (int64_t at = 0; at < block.count; at++) {
+    grad_locations[2 * at] = block.dot[0][at];
+    grad_locations[2 * at + 1] = block.dot[1][at];
+    grad_weights[at] = block.dot[2][at];
+  }
+}
+
+// Calls use(first sample, count, levels) for each block of a row.
+template <class T, class Use>
+inline void for_blocks(const Problem<T>& problem, const Scratch<T>& scratch, const Use& use) {
+  for (int64_t first = 0; first < problem.num_samples(); first += kBlock) {
+    int64_t left_over = problem.num_samples() - first;
+    use(first, left_over < kBlock ? left_over : kBlock, scratch.levels[first / kBlock]);
   }
 }
 
 template <class T>
-void forward(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* scratch) {
-  const Row<T> row(problem, scratch);
+void forward(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* memory) {
+  const Scratch<T> scratch(problem, memory);
   const int64_t num_channels = problem.num_channels;
+  Block<T> block = {};
   for (int64_t query = rows.first_query; query < rows.last_query; query++) {
-    int64_t row_index = row_number(problem, rows, query);
-    load_samples(problem, row_index, row);
-    locate<false>(row);
-    for_channel_runs(num_channels, [&](auto width, int64_t first) {
-      gather(width, row, head.value + first, head.stride, row.channels + first);
+    const int64_t row = row_number(problem, rows, query);
+    for_blocks(problem, scratch, [&](int64_t first, int64_t count, const BlockLevels<T>& levels) {
+      load_samples(problem, row * problem.num_samples() + first, count, block);
+      locate<false>(levels, block);
+      for_channel_runs(num_channels, [&](auto width, int64_t channel) {
+        gather(width, block, head.value + channel, head.stride, scratch.channels + channel, first == 0);
+      });
     });
     with_storage(problem.storage, T(), [&](auto stored) {
-      auto* out = static_cast<decltype(stored)*>(problem.out) + row_index * num_channels;
-      narrow_all(row.channels, out, num_channels);
+      auto* out = static_cast<decltype(stored)*>(problem.out) + row * num_channels;
+      narrow_all(scratch.channels, out, num_channels);
     });
   }
 }
 
 template <class T>
-void backward(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* scratch) {
-  const Row<T> row(problem, scratch);
+void backward(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* memory) {
+  const Scratch<T> scratch(problem, memory);
   const int64_t num_channels = problem.num_channels;
+  Block<T> block = {};
   for (int64_t query = rows.first_query; query < rows.last_query; query++) {
-    int64_t row_index = row_number(problem, rows, query);
+    const int64_t row = row_number(problem, rows, query);
     with_storage(problem.storage, T(), [&](auto stored) {
-      auto* grad_out = static_cast<const decltype(stored)*>(problem.grad_out) + row_index * num_channels;
-      widen_all(grad_out, row.channels, num_channels);
+      auto* grad_out = static_cast<const decltype(stored)*>(problem.grad_out) + row * num_channels;
+      widen_all(grad_out, scratch.channels, num_channels);
     });
-    load_samples(problem, row_index, row);
-    locate<true>(row);
-    for_channel_runs(num_channels,
-                     [&](auto width, int64_t first) { scatter(width, row, head, first, row.channels); });
-    differentiate(row);
-    store_sample_grads(problem, row_index, row);
+    for_blocks(problem, scratch, [&](int64_t first, int64_t count, const BlockLevels<T>& levels) {
+      load_samples(problem, row * problem.num_samples() + first, count, block);
+      locate<true>(levels, block);
+      for_channel_runs(num_channels, [&](auto width, int64_t channel) {
+        scatter(width, block, head, channel, scratch.channels);
+      });
+      differentiate(levels, block);
+      store_sample_grads(problem, row * problem.num_samples() + first, block);
+    });
   }
 }
 

@@ -1,0 +1,191 @@
+"""Deformable attention: our operator against eager `grid_sample`, interleaved in one process.
+
+    make bench-operator                      all cases
+    make bench-operator ARGS="--only decoder --seconds 2"
+
+Prints a table and writes build/bench/operator.json, a list of
+{case, direction, threads, ours_ms, anchor_ms, ratio}; "memory" rows hold megabytes instead of milliseconds.
+Ratios are medians over pairs of runs that follow each other, so that a busy machine slows both. Times are CPU
+time for one thread and wall time for more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from detrs.ops import deform_attn, deform_attn_reference, native_status
+
+OUT = Path("build/bench/operator.json")
+LEVELS_22K = ((100, 167), (50, 84), (25, 42), (13, 21))  # an image of 800 x 1333
+LEVELS_5K = ((48, 80), (24, 40), (12, 20), (6, 10))  # 384 x 640
+LEVELS_128PX = ((16, 16), (8, 8), (4, 4), (2, 2))
+LEVELS_QUICKSTART = ((12, 12), (6, 6), (3, 3))  # 96 x 96
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size. `num_queries` None means an encoder: every token asks, near its own place."""
+
+    name: str
+    shapes: tuple[tuple[int, int], ...]
+    num_queries: int | None = None
+    num_images: int = 1
+    num_heads: int = 8
+    num_channels: int = 32
+    num_points: int = 4
+    dtype: torch.dtype = torch.float32
+
+
+CASES = (
+    Case("encoder 22223", LEVELS_22K),
+    Case("encoder 22223 bf16", LEVELS_22K, dtype=torch.bfloat16),
+    Case("encoder 5100", LEVELS_5K),
+    Case("encoder 5100 bf16", LEVELS_5K, dtype=torch.bfloat16),
+    Case("decoder 300 on 22223", LEVELS_22K, num_queries=300),
+    Case("decoder 300 on 5100", LEVELS_5K, num_queries=300),
+    Case("encoder 128px", LEVELS_128PX, num_images=2),
+    Case("decoder 300 128px", LEVELS_128PX, num_queries=300, num_images=2),
+    Case("decoder 50 quickstart", LEVELS_QUICKSTART, 50, num_images=8, num_heads=4, num_channels=16),
+)
+
+
+def pixel_centres(shapes: tuple[tuple[int, int], ...]) -> Tensor:
+    """[S, 2], (x, y) in [0, 1] of every token."""
+    grids = [
+        torch.cartesian_prod((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width)
+        for height, width in shapes
+    ]
+    return torch.cat(grids).flip(1)
+
+
+def make_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, locations a few pixels around each query's place, and weights."""
+    torch.manual_seed(0)
+    num_tokens = sum(height * width for height, width in case.shapes)
+    centres = pixel_centres(case.shapes) if case.num_queries is None else torch.rand(case.num_queries, 2)
+    rows = (case.num_images, len(centres), case.num_heads, len(case.shapes), case.num_points)
+    sizes = torch.tensor(case.shapes, dtype=torch.float32).flip(1)[:, None]
+    locations = centres[:, None, None, None] + 2 * torch.randn(*rows, 2) / sizes
+    weights = torch.randn(rows).flatten(3).softmax(3).reshape(rows)
+    value = torch.randn(case.num_images, num_tokens, case.num_heads, case.num_channels)
+    return value.to(case.dtype), locations, weights
+
+
+def make_runs(case: Case, direction: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Ours and the anchor (float32 in every case) as functions without arguments."""
+    value, locations, weights = make_inputs(case)
+    train = direction == "forward+backward"
+    ours = [tensor.requires_grad_(train) for tensor in (value, locations, weights)]
+    anchor = [tensor.detach().float().requires_grad_(train) for tensor in (value, locations, weights)]
+
+    def run(function: Callable[..., Tensor], inputs: list[Tensor]) -> object:
+        out = function(inputs[0], case.shapes, inputs[1], inputs[2])
+        return torch.autograd.grad(out, inputs, torch.ones_like(out)) if train else out
+
+    return lambda: run(deform_attn, ours), lambda: run(deform_attn_reference, anchor)
+
+
+def time_interleaved(runs: tuple[Callable[[], object], ...], seconds: float) -> list[list[float]]:
+    """Milliseconds of each run, taken in turns until `seconds` have passed (and three rounds at least)."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    for run in runs:
+        run()
+    times: list[list[float]] = [[] for _ in runs]
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[0]) < 3:
+        for run, record in zip(runs, times, strict=True):
+            start = clock()
+            run()
+            record.append(1e3 * (clock() - start))
+    return times
+
+
+def measure(case: Case, direction: str, threads: int, seconds: float) -> dict[str, object]:
+    """One row of the table."""
+    torch.set_num_threads(threads)
+    ours, anchor = time_interleaved(make_runs(case, direction), seconds)
+    ratio = median(slow / fast for fast, slow in zip(ours, anchor, strict=True))
+    row = {"case": case.name, "direction": direction, "threads": threads}
+    return {**row, "ours_ms": median(ours), "anchor_ms": median(anchor), "ratio": ratio}
+
+
+def peak_megabytes(case: Case, which: int) -> float:
+    """What one training step of ours (0) or the anchor (1) needs beside its inputs; Linux only."""
+    torch.set_num_threads(1)
+    make_runs(Case("warm-up", LEVELS_128PX), "forward+backward")[which]()
+    run = make_runs(case, "forward+backward")[which]
+
+    def status(field: str) -> int:
+        found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found is not None
+        return int(found[1])
+
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = status("VmRSS")
+    run()
+    return (status("VmHWM") - before) / 1024
+
+
+def measure_memory(case: Case) -> dict[str, object]:
+    """A row of the table, each side in a process of its own."""
+    peaks = []
+    for which in (0, 1):
+        command = [sys.executable, __file__, "--peak", str(CASES.index(case)), str(which)]
+        peaks.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    row = {"case": case.name, "direction": "memory", "threads": 1}
+    return {**row, "ours_mb": peaks[0], "anchor_mb": peaks[1], "ratio": peaks[1] / peaks[0]}
+
+
+def print_row(row: dict[str, object]) -> None:
+    """One line of the table; times in ms, memory in MB."""
+    ours, anchor = (row.get(f"{side}_ms", row.get(f"{side}_mb")) for side in ("ours", "anchor"))
+    print(
+        f"{row['case']:<24}{row['direction']:<18}{row['threads']:>7}{ours:>11.2f}{anchor:>11.2f}{row['ratio']:>9.1f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each row")
+    parser.add_argument("--peak", type=int, nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak is not None:
+        print(peak_megabytes(CASES[args.peak[0]], args.peak[1]))
+        return
+    cases = [case for case in CASES if args.only in case.name]
+    print(f"{platform.machine()}, torch {torch.__version__}, {native_status().reason}")
+    print(f"{'case':<24}{'direction':<18}{'threads':>7}{'ours':>11}{'anchor':>11}{'ratio':>9}")
+    rows = []
+    for case in cases:
+        for threads in args.threads:
+            for direction in ("forward", "forward+backward"):
+                rows.append(measure(case, direction, threads, args.seconds))
+                print_row(rows[-1])
+        if case.num_queries is None and sys.platform == "linux":
+            rows.append(measure_memory(case))
+            print_row(rows[-1])
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
