@@ -50,8 +50,10 @@ def sample_data(
 
     with _progress("images") as progress:
         write_sample_data(out, hard=hard, seed=seed, progress=progress)
-    typer.echo(f"wrote {out}\nnext: raydetr shards write --images {out}/train --annotations "
-               f"{out}/annotations/instances_train.json --out {out}/shards/train")
+    typer.echo(
+        f"wrote {out}\nnext: raydetr shards write --images {out}/train --annotations "
+        f"{out}/annotations/instances_train.json --out {out}/shards/train"
+    )
 
 
 @shards_app.command("write")
@@ -65,8 +67,10 @@ def shards_write(
 
     with _progress("images") as progress:
         manifest = write_shards(images, annotations, out, progress=progress)
-    typer.echo(f"wrote {out}: {manifest.num_samples} images, {len(manifest.shards)} shards, "
-               f"{len(manifest.categories)} classes, fingerprint {manifest.fingerprint[:12]}")
+    typer.echo(
+        f"wrote {out}: {manifest.num_samples} images, {len(manifest.shards)} shards, "
+        f"{len(manifest.categories)} classes, fingerprint {manifest.fingerprint[:12]}"
+    )
     for notice in manifest.notices:
         typer.echo(f"note: {notice}")
 
@@ -153,9 +157,7 @@ def overfit(
     from raydetr.report import overfit_summary
 
     chosen = read_config(arguments or [], config)
-    outcome = run_overfit(
-        chosen, data, num_images=images, num_steps=steps, long_side=long_side, out=out
-    )
+    outcome = run_overfit(chosen, data, num_images=images, num_steps=steps, long_side=long_side, out=out)
     typer.echo(overfit_summary(outcome))
 
 

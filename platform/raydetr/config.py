@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
-from detrs.zoo import ModelConfig
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
 from pydantic_core import ErrorDetails
 
+from detrs.zoo import ModelConfig
 from raydetr.data.transforms import Transform
 
 _VARIANTS = ("dino", "deformable_detr")  # values of `model.paper`
@@ -192,7 +192,9 @@ def from_yaml(path: Path) -> RunConfig:
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML ({error})") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds {type(values).__name__}, not a mapping; `raydetr config` prints one")
+        raise ConfigError(
+            f"{path}: holds {type(values).__name__}, not a mapping; `raydetr config` prints one"
+        )
     try:
         return from_dict(values)
     except ConfigError as error:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from detrs.zoo import BackboneConfig, DeformableDetrConfig, DinoConfig, LossConfig
-
 from raydetr.config import (
     ClusterConfig,
     ConfigError,
@@ -160,9 +159,7 @@ def coco_data() -> DataConfig:
         batch_size=16,
         eval_batch_size=2,
         label_map="category_id",
-        train_transform=TransformConfig(
-            short_sides=OFFICIAL_SHORT_SIDES, max_side=1333, horizontal_flip=0.5
-        ),
+        train_transform=TransformConfig(short_sides=OFFICIAL_SHORT_SIDES, max_side=1333, horizontal_flip=0.5),
         val_transform=TransformConfig(short_sides=(800,), max_side=1333),
         num_loader_workers=3,
     )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
 from raydetr.config import DataConfig
 from raydetr.data.index import Shards, open_shards
 from raydetr.data.manifest import MANIFEST
 from raydetr.data.sample_data import write_sample_data
 from raydetr.data.shards import write_shards
+from raydetr.train.progress import say
 
 
 def open_splits(data: DataConfig) -> tuple[Shards, Shards]:
@@ -37,15 +36,11 @@ def write_missing_sample(data: DataConfig) -> None:
         if (out / MANIFEST).exists():
             continue
         if not (coco / "annotations").exists():
-            _say(f"generating sample data in {coco}")
+            say(f"generating sample data in {coco}")
             write_sample_data(coco, hard=data.sample == "hard")
-        _say(f"writing shards to {out}")
+        say(f"writing shards to {out}")
         write_shards(coco / split, _annotations(coco, split), out)
 
 
 def _annotations(coco: Path, split: str) -> Path:
     return coco / "annotations" / f"instances_{split}.json"
-
-
-def _say(text: str) -> None:
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True)

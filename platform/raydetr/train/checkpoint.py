@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detrs import zoo
 from torch import nn
 
+from detrs import zoo
 from raydetr.config import ConfigError, RunConfig, from_dict, to_dict
 from raydetr.data.index import Shards
 from raydetr.data.manifest import LabelMap, make_label_map
@@ -54,9 +54,7 @@ class Loaded:
     label_map: LabelMap
 
 
-def save(
-    folder: Path, training: Training, shards: Shards, epoch: int, metrics: Mapping[str, float]
-) -> None:
+def save(folder: Path, training: Training, shards: Shards, epoch: int, metrics: Mapping[str, float]) -> None:
     """Write the state of `training`, trained on `shards`, into the (new or empty) `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     ema = training.ema
@@ -102,7 +100,9 @@ def read_meta(folder: Path) -> Meta:
     except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder}/meta.json: not a checkpoint's description ({error})") from None
     if meta.format != FORMAT:
-        raise CheckpointError(f"{folder}: checkpoint format {meta.format}; this version reads format {FORMAT}")
+        raise CheckpointError(
+            f"{folder}: checkpoint format {meta.format}; this version reads format {FORMAT}"
+        )
     state = folder / "state.pt"
     size = state.stat().st_size if state.exists() else 0
     if size != meta.state_bytes:
@@ -132,7 +132,9 @@ def restore(folder: Path, training: Training, shards: Shards) -> Meta:
     if state["seed"] != training.config.seed:
         raise CheckpointError(f"{folder}: made with seed {state['seed']}, the run has {training.config.seed}")
     if (state["ema"] is None) != (training.ema is None):
-        raise CheckpointError(f"{folder}: optim.ema_decay was {'not ' if state['ema'] is None else ''}set there")
+        raise CheckpointError(
+            f"{folder}: optim.ema_decay was {'not ' if state['ema'] is None else ''}set there"
+        )
     training.detector.load_state_dict(state["model"])
     training.optimizer.load_state_dict(state["optimizer"])
     if training.ema is not None:
@@ -184,7 +186,9 @@ def _load_weights(detector: nn.Module, weights: Mapping[str, Any], folder: Path)
     try:
         detector.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f"{folder}: the weights do not fit the model of its configuration: {error}") from None
+        raise CheckpointError(
+            f"{folder}: the weights do not fit the model of its configuration: {error}"
+        ) from None
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:

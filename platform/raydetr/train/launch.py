@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +17,12 @@ from ray.train.torch import TorchTrainer
 
 from raydetr.config import ClusterConfig
 from raydetr.train.board import Board
-from raydetr.train.progress import Display
+from raydetr.train.progress import Display, say
 from raydetr.train.session import Assignment
 from raydetr.train.worker import evaluate_worker, train_worker
 
 POLL_SECONDS = 0.5  # between two looks at the progress board
+WAITING_SECONDS = 60.0  # without a first step, before a line says what the run waits for
 
 # Ray reads these when it starts its processes; a value that the user has set stays
 SETTINGS = {
@@ -38,7 +41,7 @@ def launch(
     cluster: ClusterConfig,
     attempt: str,
     keep_checkpoints: int,
-    callbacks: Sequence[ray.train.UserCallback] = (),
+    callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Train on Ray Train workers; returns the last reported metrics with `checkpoint`, its path.
 
@@ -49,9 +52,9 @@ def launch(
     """
     with connected(cluster) as address:
         check_resources(cluster, address)
-        board = ray.remote(num_cpus=0)(Board).remote()
+        board = _new_board()
         trainer = build_trainer(assignment, cluster, attempt, keep_checkpoints, board, callbacks)
-        with Display() as display, _polling(board, display):
+        with Display() as display, _polling(board, display, cluster):
             result = fit(trainer)
         kept = result.checkpoint
         return {**(result.metrics or {}), "checkpoint": None if kept is None else str(kept.path)}
@@ -69,7 +72,7 @@ def launch_evaluation(
     """
     with connected(cluster) as address:
         check_resources(cluster, address)
-        board = ray.remote(num_cpus=0)(Board).remote()
+        board = _new_board()
         settings = {"checkpoint": str(checkpoint), "data": str(data), "board": board}
         run_config = ray.train.RunConfig(name=scratch.name, storage_path=str(scratch.parent))
         fit(_trainer(evaluate_worker, settings, cluster, run_config))
@@ -83,7 +86,7 @@ def build_trainer(
     attempt: str,
     keep_checkpoints: int,
     board: Any,
-    callbacks: Sequence[ray.train.UserCallback] = (),
+    callbacks: Sequence[Any] = (),
 ) -> TorchTrainer:
     """The Ray Train run that carries out `assignment`."""
     run_config = ray.train.RunConfig(
@@ -120,13 +123,16 @@ def connected(cluster: ClusterConfig) -> Iterator[str]:
     if ray.is_initialized():  # a search, or a caller, holds the connection
         yield "existing"
         return
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
-    local = {} if address else {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+    address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
     ray.init(
-        address=address, log_to_driver=False, runtime_env=_runtime_env(), logging_level="WARNING", **local
+        address=address,
+        include_dashboard=True,  # on loopback; without it stopped trials leak their resources
+        log_to_driver=False,
+        runtime_env=_runtime_env(),
+        logging_level=logging.WARNING,
     )
     try:
-        yield address or "local"
+        yield address
     finally:
         ray.shutdown()
 
@@ -139,7 +145,7 @@ def check_resources(cluster: ClusterConfig, address: str) -> None:
     """
     if address != "local":
         return
-    have = ray.cluster_resources()
+    have = _resources()
     for name, setting, need in (
         ("CPU", f"cpus_per_worker={cluster.cpus_per_worker}", cluster.num_workers * cluster.cpus_per_worker),
         ("GPU", f"use_gpu={cluster.use_gpu}", cluster.num_workers * cluster.use_gpu),
@@ -149,6 +155,15 @@ def check_resources(cluster: ClusterConfig, address: str) -> None:
                 f"cluster.num_workers={cluster.num_workers} with cluster.{setting} needs {need} {name}s, this "
                 f"machine has {have.get(name, 0):.0f}: lower them, or set cluster.address to a larger cluster"
             )
+
+
+def _resources() -> dict[str, float]:
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources
+
+
+def _new_board() -> Any:
+    return ray.remote(num_cpus=0)(Board).remote()
 
 
 def _runtime_env() -> dict[str, Any]:
@@ -185,16 +200,32 @@ def _root_cause(error: BaseException) -> str:
     return f"worker {rank}: {getattr(cause, 'cause', None) or cause}"
 
 
+def _waiting(cluster: ClusterConfig) -> str:
+    """Why nothing has happened yet, as far as can be seen from here."""
+    have = _resources()
+    need = (
+        f"{cluster.num_workers} workers with {cluster.cpus_per_worker} CPUs" + " and 1 GPU" * cluster.use_gpu
+    )
+    return (
+        f"waiting for {need} each; the cluster has {have.get('CPU', 0):.0f} CPUs and {have.get('GPU', 0):.0f} "
+        "GPUs in all (more, if it grows); `ray status` says what is free"
+    )
+
+
 @contextmanager
-def _polling(board: Any, display: Display) -> Iterator[None]:
+def _polling(board: Any, display: Display, cluster: ClusterConfig) -> Iterator[None]:
     """Show what is on the board from a thread, while the caller waits for the training."""
     done = threading.Event()
 
     def poll() -> None:
+        wait_until = time.monotonic() + WAITING_SECONDS
         while not done.wait(POLL_SECONDS):
             progress = ray.get(board.read.remote())
             if progress is not None:
                 display.show(progress)
+            elif time.monotonic() > wait_until:
+                wait_until += WAITING_SECONDS
+                say(_waiting(cluster))
 
     thread = threading.Thread(target=poll, name="progress", daemon=True)
     thread.start()

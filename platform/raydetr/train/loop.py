@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from detrs.zoo import Model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from detrs.zoo import Model
 from raydetr.config import RunConfig
 from raydetr.data.batch import Batch, to_model
 from raydetr.data.index import Shards
@@ -92,16 +92,14 @@ class Training:
         """
         # keyed by position, not carried along: a resumed run draws what an unbroken one would
         torch.manual_seed(hash((self.config.seed, self.position, self.world.rank)))
-        set_learning_rates(
-            self.optimizer, lr_factor(self.config.optim, self.step, self.total_steps)
-        )
+        set_learning_rates(self.optimizer, lr_factor(self.config.optim, self.step, self.total_steps))
         images, targets = to_model(batch, self.world.device)
         count = torch.tensor(float(len(targets.labels)), device=self.world.device)
         boxes = self.world.start_sum(count)
         outputs = self.replica(images, targets)
         num_boxes = (boxes.wait() / self.world.size).clamp(min=1)
         losses = self.criterion(outputs, targets, num_boxes)
-        losses.total.backward()
+        torch.autograd.backward(losses.total)
         norm = self._clip()
         if not torch.isfinite(norm):
             raise FloatingPointError(

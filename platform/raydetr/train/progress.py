@@ -59,6 +59,11 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def say(text: str) -> None:
+    """A line for the person at the command line, on standard error."""
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False)
+
+
 class Display:
     """Shows the latest Progress on a stream (standard error by default)."""
 
@@ -96,4 +101,4 @@ class Display:
             self._print(progress)
 
     def _print(self, progress: Progress) -> None:
-        self._console.print(progress.line(), highlight=False, soft_wrap=True)
+        self._console.print(progress.line(), highlight=False, soft_wrap=True, markup=False)

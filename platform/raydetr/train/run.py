@@ -19,7 +19,7 @@ from raydetr.data.index import check_same_categories
 from raydetr.data.splits import open_splits, write_missing_sample
 from raydetr.environment import describe_environment
 from raydetr.train import checkpoint
-from raydetr.train.progress import Display, Progress
+from raydetr.train.progress import Display, Progress, say
 from raydetr.train.session import Assignment, run_session
 from raydetr.train.world import World
 
@@ -81,7 +81,7 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
     config = resolve(config)
     last, faults = checkpoint.newest(path.parent for path in folder.glob("*/*/meta.json"))
     for fault in faults:
-        print(f"passed over: {fault}")
+        say(f"passed over: {fault}")
     if last is None:
         raise checkpoint.CheckpointError(f"{folder}: no whole checkpoint to resume from; start a new run")
     epochs = config.optim.epochs
@@ -93,6 +93,9 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
     run_id = (folder / "mlflow_run_id").read_text()
     uri = track.resolve_uri(config.tracking.uri, config.storage.path)
     track.reopen_run(uri, run_id)
+    for path, (old, new) in track.log_params(uri, run_id, flatten(to_dict(config))).items():
+        say(f"changed for the resumed run: {path} from {old} to {new}")
+    (folder / "config.yaml").write_text(to_yaml(config))
     return _execute(config, folder, uri, run_id, last, local)
 
 
@@ -154,10 +157,13 @@ def _execute(
             metrics = _run_locally(assignment, config, attempt)
         else:
             metrics = _run_on_ray(assignment, config, attempt, callbacks)
-    except BaseException:
-        track.finish_run(uri, run_id, "FAILED")
+    except KeyboardInterrupt:
+        _finish(uri, run_id, "KILLED")
         raise
-    track.finish_run(uri, run_id, "FINISHED")
+    except BaseException:
+        _finish(uri, run_id, "FAILED")
+        raise
+    _finish(uri, run_id, "FINISHED")
     return RunResult(
         name=folder.name,
         folder=folder,
@@ -167,6 +173,14 @@ def _execute(
         metrics=metrics,
         seconds=time.perf_counter() - began,
     )
+
+
+def _finish(uri: str, run_id: str, status: track.Status) -> None:
+    """End the MLflow run; a server that is down then must not take the result of the training with it."""
+    try:
+        track.finish_run(uri, run_id, status)
+    except track.TrackingError as error:
+        say(f"warning: {error}; the run's folder holds its checkpoints and metrics")
 
 
 def _run_on_ray(

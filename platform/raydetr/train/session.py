@@ -6,7 +6,7 @@ published, how progress is shown. There is no Ray here.
 
 from __future__ import annotations
 
-import json
+import logging
 import resource
 import time
 from collections.abc import Mapping
@@ -15,19 +15,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from detrs import zoo
 
+from detrs import zoo
 from raydetr.config import RunConfig, from_dict
 from raydetr.data.index import Shards
 from raydetr.data.splits import open_splits
 from raydetr.evaluate.coco_ap import ApTable, coco_ap
-from raydetr.track import Tracker
+from raydetr.track import Tracker, TrackingError
 from raydetr.train import checkpoint
 from raydetr.train.artifacts import log_pictures, log_table
 from raydetr.train.history import History
 from raydetr.train.loop import EvaluationReport, StepReport, Training, train
 from raydetr.train.progress import Progress
 from raydetr.train.world import World
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,7 @@ class _Session:
         self.config: RunConfig = training.config
         self.train_shards, self.val_shards = train_shards, val_shards
         self.is_first = training.world.is_first
-        self.tracker = (
-            Tracker(assignment.tracking_uri, assignment.mlflow_run_id) if self.is_first else None
-        )
+        self.tracker = Tracker(assignment.tracking_uri, assignment.mlflow_run_id) if self.is_first else None
         self.history = History(Path(assignment.folder) / "history.jsonl", training.position, self.is_first)
         self.first_step = training.step
         self.began = time.perf_counter()
@@ -108,8 +108,12 @@ class _Session:
                     self._on_evaluation(report)
 
     def close(self) -> None:
+        """Send what is left to MLflow. A server that is down does not undo a training that is done."""
         if self.tracker is not None:
-            self.tracker.close()
+            try:
+                self.tracker.close()
+            except TrackingError as error:
+                log.error("%s; history.jsonl in %s has the metrics", error, self.assignment.folder)
 
     def _on_step(self, report: StepReport) -> None:
         if not self.is_first:
@@ -152,9 +156,7 @@ class _Session:
     def _writer(self, report: EvaluationReport, metrics: Mapping[str, Any]) -> checkpoint.Writer | None:
         if not self.is_first:
             return None
-        return lambda folder: checkpoint.save(
-            folder, self.training, self.train_shards, report.epoch, metrics
-        )
+        return lambda folder: checkpoint.save(folder, self.training, self.train_shards, report.epoch, metrics)
 
     def _show(self, phase: str, images_per_second: float) -> None:
         training = self.training

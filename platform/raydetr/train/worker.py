@@ -22,7 +22,7 @@ from raydetr.train.world import World
 class RayHost:
     """Publishes through `ray.train.report`, which every worker calls equally often."""
 
-    def __init__(self, board: ray.actor.ActorHandle) -> None:
+    def __init__(self, board: Any) -> None:
         self._board = board
 
     def publish(self, name: str, metrics: Mapping[str, Any], write: checkpoint.Writer | None) -> None:
@@ -74,7 +74,8 @@ def _continued(assignment: Assignment) -> Assignment:
 
 def _check_storage(folder: Path) -> None:
     if not (folder / "config.yaml").exists():
+        node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         raise FileNotFoundError(
-            f"{folder} (storage.path) is not seen from node {ray.util.get_node_ip_address()}: "
+            f"{folder} (storage.path) is not seen from node {node}: "
             "with more than one node, storage.path must be on storage that all nodes mount"
         )

@@ -9,10 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from detrs import zoo
 
-from raydetr.config import RunConfig, override, to_dict
-from raydetr.config import from_dict
+from detrs import zoo
+from raydetr.config import RunConfig, from_dict, override, to_dict
 from raydetr.data.splits import open_splits
 from raydetr.data.stream import train_batches
 from raydetr.train.loop import Training
@@ -55,7 +54,9 @@ def worker(rank: int, size: int, values: dict[str, Any], folder: str) -> None:
         dist.destroy_process_group()
 
 
-def test_two_workers_make_the_steps_of_one_on_the_same_global_batch(plain_run: RunConfig, tmp_path: Path) -> None:
+def test_two_workers_make_the_steps_of_one_on_the_same_global_batch(
+    plain_run: RunConfig, tmp_path: Path
+) -> None:
     mp.spawn(worker, args=(2, to_dict(plain_run), str(tmp_path)), nprocs=2)
     (first,), (second,) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -69,7 +70,7 @@ def test_cosine_schedule_with_warm_up() -> None:
     assert factors[-1] == pytest.approx(0.02)
     expected = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (54 - 10) / 89))
     assert factors[54] == pytest.approx(expected)
-    assert all(a > b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(factors[10:]))
 
 
 def test_step_schedule_drops_tenfold_after_the_named_epochs() -> None:

@@ -8,7 +8,14 @@ from dataclasses import replace
 from raydetr.train.progress import Display, Progress, duration
 
 HALF = Progress(
-    step=50, total_steps=100, first_step=20, epoch=1.0, epochs=2, seconds=60.0, images_per_second=80.0, loss=1.5
+    step=50,
+    total_steps=100,
+    first_step=20,
+    epoch=1.0,
+    epochs=2,
+    seconds=60.0,
+    images_per_second=80.0,
+    loss=1.5,
 )
 
 

@@ -37,7 +37,9 @@ def test_a_run_leaves_checkpoints_metrics_and_artifacts(tiny_run: RunConfig) -> 
     tracked = track.fetch_run(result.tracking_uri, result.mlflow_run_id)
     assert tracked.status == "FINISHED"
     assert tracked.params["optim.lr"] == "0.004"
-    assert {"AP", "AP50", "loss", "loss_giou_dn", "lr/backbone", "grad_norm", "images_per_second"} <= set(tracked.metrics)
+    assert {"AP", "AP50", "loss", "loss_giou_dn", "lr/backbone", "grad_norm", "images_per_second"} <= set(
+        tracked.metrics
+    )
     assert set(tracked.artifacts) == {
         "config.yaml", "environment.json", "evaluation/ap.json", "evaluation/ap.md", "curves.png", "predictions.png",
     }  # fmt: skip
@@ -102,12 +104,16 @@ def test_resuming_a_finished_run_says_that_there_is_nothing_to_do(tiny_run: RunC
         run.resume(finished.folder, local=True)
 
 
-def test_resume_refuses_other_data_another_model_and_no_run(tiny_run: RunConfig, tiny_data: Path, tmp_path: Path) -> None:
+def test_resume_refuses_other_data_another_model_and_no_run(
+    tiny_run: RunConfig, tiny_data: Path, tmp_path: Path
+) -> None:
     done = run.start(override(tiny_run, {"optim.epochs": 1}), local=True)
     with pytest.raises(CheckpointError, match=r"model\.num_queries is 25 there and 30 here"):
         run.resume(done.folder, overrides={"model.num_queries": 30, "optim.epochs": 2}, local=True)
     with pytest.raises(CheckpointError, match=r"other data \(fingerprint .*\).*start a new run"):
-        run.resume(done.folder, overrides={"data.train": str(tiny_data / "val"), "optim.epochs": 9}, local=True)
+        run.resume(
+            done.folder, overrides={"data.train": str(tiny_data / "val"), "optim.epochs": 9}, local=True
+        )
     with pytest.raises(CheckpointError, match="made with seed 0, the run has 3"):
         run.resume(done.folder, overrides={"seed": 3, "optim.epochs": 2}, local=True)
     with pytest.raises(ConfigError, match=r"no run there \(config\.yaml is missing\)"):
@@ -128,17 +134,21 @@ def test_num_classes_that_contradicts_the_data_is_refused(tiny_run: RunConfig) -
 
 
 def test_a_batch_that_the_workers_cannot_share_is_refused(tiny_run: RunConfig) -> None:
-    with pytest.raises(ConfigError, match=r"data\.batch_size=8 .* cluster\.num_workers=3: use a multiple of 3"):
+    with pytest.raises(
+        ConfigError, match=r"data\.batch_size=8 .* cluster\.num_workers=3: use a multiple of 3"
+    ):
         run.resolve(override(tiny_run, {"cluster.num_workers": 3}))
 
 
-def test_splits_with_other_categories_are_refused(tiny_run: RunConfig, tiny_data: Path, tmp_path: Path) -> None:
+def test_splits_with_other_categories_are_refused(
+    tiny_run: RunConfig, tiny_data: Path, tmp_path: Path
+) -> None:
     annotations = json.loads((tiny_data / "coco/annotations/instances_val.json").read_text())
     annotations["categories"][0]["name"] = "plate"
     renamed = tmp_path / "renamed.json"
     renamed.write_text(json.dumps(annotations))
     write_shards(tiny_data / "coco/val", renamed, tmp_path / "val")
-    with pytest.raises(ValueError, match="different categories.*plate"):
+    with pytest.raises(ValueError, match=r"different categories.*plate"):
         run.resolve(override(tiny_run, {"data.val": str(tmp_path / "val")}))
 
 
