@@ -6,11 +6,13 @@ shared tensor under several names, which must agree.
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detrs.zoo import (
     ConditionalDetrConfig,
@@ -119,6 +121,69 @@ _DINO: Rules = _MULTI_SCALE | {
     r"decoder\.where\.embed\.(.*)": ("transformer.decoder.ref_point_head.{0}",),
     r"denoising\.label_embed\.weight": ("label_enc.weight",),
 }
+
+
+# a checkpoint is of the first paper whose parameter it has
+_SIGNATURES = {
+    "dino": "transformer.tgt_embed.weight",
+    "dab_detr": "refpoint_embed.weight",
+    "deformable_detr": "transformer.level_embed",
+    "conditional_detr": "transformer.decoder.query_scale.layers.0.weight",
+    "detr": "transformer.decoder.layers.0.multihead_attn.in_proj_weight",
+}
+
+_CLASS_DEPENDENT = re.compile(
+    r"(decoder\.class_heads|queries\.proposals\.class_head|denoising\.label_embed)\..*"
+)
+
+
+def recognise(official: Iterable[str]) -> str | None:
+    """The paper whose parameter names these are."""
+    names = set(official)
+    return next((paper for paper, name in _SIGNATURES.items() if name in names), None)
+
+
+def read_official(path: Path) -> dict[str, Tensor]:
+    """The state dict in an official checkpoint file, which also holds arguments and optimizer states.
+
+    Raises:
+        ValueError: there is no such file, or no state dict in it.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give the path of an official checkpoint")
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the official files hold their arguments
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    state = content.get("model", content) if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: no state dict in this file, neither as a whole nor under 'model'")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def load_official(detector: nn.Module, config: ModelConfig, path: Path) -> list[str]:
+    """Load an official checkpoint; returns our names of what keeps its new values.
+
+    These are the class heads and the label embedding, where the checkpoint has another number of classes.
+
+    Raises:
+        ValueError: the file is no checkpoint of this model; the message says what was found.
+    """
+    official, own = read_official(path), detector.state_dict()
+    paper = recognise(official)
+    if paper != config.paper:
+        raise ValueError(f"{path}: a checkpoint of {paper or 'no known paper'}, not of {config.paper}")
+    names = official_names(config, own)
+    heads = [name for name in own if _CLASS_DEPENDENT.fullmatch(name)]
+    renewed = [name for name in heads if _differs(official, names[name], own[name])]
+    for name in renewed:
+        official |= dict.fromkeys(names[name], own[name])
+    detector.load_state_dict(from_official(config, official, own))
+    return renewed
+
+
+def _differs(official: Mapping[str, Tensor], names: tuple[str, ...], own: Tensor) -> bool:
+    """Whether the checkpoint's tensor is the same but for the number of classes."""
+    given = official.get(names[0])
+    return given is not None and given.shape != own.shape and given.shape[1:] == own.shape[1:]
 
 
 def rules(config: ModelConfig) -> Rules:

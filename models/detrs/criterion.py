@@ -71,6 +71,7 @@ class Criterion:
         denoising: the model has denoising queries; without them in a batch their terms are zeros.
         first_stage: name of the encoder's terms, where it predicts.
         first_stage_labels: "zero": the encoder tells objects from background only, as class 0.
+        cost_alpha: alpha of the focal matching cost; None: that of the loss.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Criterion:
         denoising: bool = False,
         first_stage: Literal["enc", "interm"] = "enc",
         first_stage_labels: Literal["own", "zero"] = "own",
+        cost_alpha: float | None = None,
     ) -> None:
         self.config, self.giou_eps, self.aux_loss, self.denoising = config, giou_eps, aux_loss, denoising
         self.first_stage, self.first_stage_labels = first_stage, first_stage_labels
@@ -89,7 +91,8 @@ class Criterion:
         # "mal" is matched with the focal cost too, whose gamma is 2
         self.costs = Costs(
             "softmax" if softmax else "focal", config.class_cost, config.box_cost, config.giou_cost,
-            giou_eps, config.alpha, config.gamma if config.kind == "focal" else 2.0,
+            giou_eps, config.alpha if cost_alpha is None else cost_alpha,
+            config.gamma if config.kind == "focal" else 2.0,
         )  # fmt: skip
 
     def __call__(self, outputs: Outputs, targets: Targets, num_boxes: Float[Tensor, ""] | float) -> Losses:

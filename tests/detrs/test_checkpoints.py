@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 import goldens
-from detrs.checkpoints import from_official, official_names, to_official
+import small_models
+from detrs.checkpoints import (
+    from_official,
+    load_official,
+    official_names,
+    read_official,
+    recognise,
+    to_official,
+)
 from detrs.zoo import ModelConfig, build
 
 FULL = goldens.names("full")
@@ -54,12 +65,17 @@ def test_there_and_back_is_lossless(name: str) -> None:
     assert all(back[key].flatten()[0] == state[key].flatten()[0] for key in state)
 
 
-def test_misfits_are_named() -> None:
-    config = full_config(goldens.read(FULL[0]).manifest)
+def official_zeros(config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(our state dict without values, an official one of zeros)"""
     own = meta_detector(config).state_dict()
-    official = to_official(config, {key: torch.zeros(1).expand(value.shape) for key, value in own.items()})
+    return own, to_official(config, {key: torch.zeros(1).expand(value.shape) for key, value in own.items()})
+
+
+def test_misfits_are_named() -> None:
+    config = small_models.CONFIGS["detr"]
+    own, official = official_zeros(config)
     first = next(iter(official))
-    changed: dict[str, Tensor] = {key: value for key, value in official.items() if key != first}
+    changed = {key: value for key, value in official.items() if key != first}
     changed["somewhere.else"] = torch.zeros(1)
     with pytest.raises(ValueError, match=r"missing 1 .*unexpected 1 \(somewhere.else\)"):
         from_official(config, changed, own)
@@ -68,12 +84,9 @@ def test_misfits_are_named() -> None:
 
 
 def test_names_of_one_tensor_must_agree() -> None:
-    name = next(name for name in FULL if goldens.read(name).manifest["aliases_first_name_wins"])
-    manifest = goldens.read(name).manifest
-    config = full_config(manifest)
-    own = meta_detector(config).state_dict()
-    official = to_official(config, {key: torch.zeros(1).expand(value.shape) for key, value in own.items()})
-    alias = next(iter(manifest["aliases_first_name_wins"].values()))[0]
+    config = small_models.CONFIGS["dino"]
+    own, official = official_zeros(config)
+    alias = "transformer.decoder.class_embed.1.weight"
     with pytest.raises(ValueError, match="are one tensor"):
         from_official(config, official | {alias: torch.ones_like(official[alias])}, own)
 
@@ -108,3 +121,60 @@ def check_distribution(key: str, value: Tensor, mean: float, std: float, low: fl
     if number >= 16:
         assert abs(value.std().item() / std - 1) < 6 * (1 / number) ** 0.5, key
         assert max(abs(value.min().item()), abs(value.max().item())) < 2 * max(abs(low), abs(high)), key
+
+
+SMALL = ["detr", "conditional", "dab", "deformable_two_stage", "dino"]
+
+
+def save_official(config: ModelConfig, path: Path) -> dict[str, Tensor]:
+    """A file such as the official training scripts write."""
+    state = build(config).detector.state_dict()
+    official = {f"module.{name}": value for name, value in to_official(config, state).items()}
+    torch.save({"model": official, "args": argparse.Namespace(lr=1e-4), "epoch": 49}, path)
+    return state
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_official_file_loads(name: str, tmp_path: Path) -> None:
+    config = small_models.CONFIGS[name]
+    state = save_official(config, tmp_path / "checkpoint.pth")
+    detector = build(config).detector
+    assert load_official(detector, config, tmp_path / "checkpoint.pth") == []
+    assert all(torch.equal(value, state[key]) for key, value in detector.state_dict().items())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_heads_start_anew_for_other_classes(name: str, tmp_path: Path) -> None:
+    config = small_models.CONFIGS[name]
+    state = save_official(config, tmp_path / "checkpoint.pth")
+    other = dataclasses.replace(config, num_classes=7)
+    detector = build(other).detector
+    new = {key: value.clone() for key, value in detector.state_dict().items()}
+    renewed = load_official(detector, other, tmp_path / "checkpoint.pth")
+    assert {"decoder.class_heads.0.weight", "decoder.class_heads.0.bias"} <= set(renewed)
+    for key, value in detector.state_dict().items():
+        assert torch.equal(value, new[key] if key in renewed else state[key]), key
+    assert {key for key in state if state[key].shape != new[key].shape} == set(renewed)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_another_papers_checkpoint_is_recognised(name: str, tmp_path: Path) -> None:
+    save_official(small_models.CONFIGS[name], tmp_path / "checkpoint.pth")
+    other = small_models.CONFIGS["dab" if name != "dab" else "dino"]
+    paper = small_models.CONFIGS[name].paper
+    with pytest.raises(ValueError, match=f"a checkpoint of {paper}, not of {other.paper}"):
+        load_official(build(other).detector, other, tmp_path / "checkpoint.pth")
+
+
+def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        read_official(tmp_path / "nothing.pth")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    with pytest.raises(ValueError, match="no state dict"):
+        read_official(tmp_path / "empty.pth")
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_full_models_are_recognised(name: str) -> None:
+    manifest = goldens.read(name).manifest
+    assert recognise(manifest["state_dict"]) == full_config(manifest).paper

@@ -38,9 +38,16 @@ def test_gradients_reach_every_parameter(name: str, counts: tuple[int, ...]) -> 
     assert [n for n, gradient in gradients.items() if gradient is None] == []
     assert [n for n, gradient in gradients.items() if not gradient.isfinite().all()] == []
     if min(counts) > 0:
-        assert [n for n, gradient in gradients.items() if gradient.abs().max() == 0] == []
+        zero = {n for n, gradient in gradients.items() if gradient.abs().max() == 0}
+        # content that starts as zeros is the same for all queries: the first self-attention mixes nothing
+        same = ("decoder.layers.0.self_attention", "decoder.layers.0.norm1.weight")
+        assert {n for n in zero if not (starts_at_zero(name) and n.startswith(same))} == set()
     assert outputs.predictions.boxes.min() >= 0
     assert outputs.predictions.boxes.max() <= 1
+
+
+def starts_at_zero(name: str) -> bool:
+    return name.startswith(("detr", "conditional", "dab")) and "patterns" not in name
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -98,6 +98,7 @@ def build_deformable_detr(config: DeformableDetrConfig) -> Model:
         giou_eps=0.0,
         aux_loss=config.aux_loss,
         first_stage_labels="zero" if config.proposal_score == "first_class" else "own",
+        cost_alpha=0.25,  # fixed in the official matcher
     )
     return Model(detector, criterion, functools.partial(best_pairs, num_select=config.num_select))
 
