@@ -37,12 +37,13 @@ class RayHead:
     folder: Path
 
     def environment(self) -> dict[str, str]:
-        """That of a client of this cluster: no variable of another one in it."""
+        """That of a client of this cluster, with `python` this one, and no variable of another cluster."""
         inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        return inherited | ENVIRONMENT
+        path = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
+        return inherited | ENVIRONMENT | {"PATH": path}
 
     def living(self, resource: str) -> list[dict[str, Any]]:
-        """The cluster's actors, placement_groups or jobs that have not ended, from the dashboard's REST API."""
+        """The cluster's actors, placement_groups or jobs that have not ended, by the REST API."""
         url = f"{self.dashboard}/api/v0/{resource}?limit=1000&detail=1"
         with urllib.request.urlopen(url, timeout=30) as answer:
             rows: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
@@ -66,7 +67,11 @@ def ray_head(num_cpus: int) -> Iterator[RayHead]:
                 [
                     *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
                     *("--node-ip-address=127.0.0.1", f"--port={port}", f"--num-cpus={num_cpus}"),
-                    *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
+                    *(
+                        "--include-dashboard=true",
+                        "--dashboard-host=127.0.0.1",
+                        f"--dashboard-port={dashboard}",
+                    ),
                     *(f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"),
                     *(f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}"),
                     *(f"--runtime-env-agent-port={environment_agent}", f"--temp-dir={folder}"),
@@ -114,6 +119,7 @@ def _end(process: subprocess.Popen[bytes], head: RayHead) -> None:
         process.wait(timeout=30)
     except subprocess.TimeoutExpired:
         process.kill()
+        process.wait()
     _, alive = psutil.wait_procs(family, timeout=10)
     for each in alive:
         with suppress(psutil.NoSuchProcess):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -67,7 +68,7 @@ class Outcome:
 def ranked(trials: Sequence[Trial]) -> tuple[Trial, ...]:
     """Best first: by AP, but a trial that was stopped never comes before one that finished."""
     return tuple(
-        sorted(trials, key=lambda t: (ORDER.index(t.status), -1.0 if t.AP is None else -t.AP, t.number))
+        sorted(trials, key=lambda t: (ORDER.index(t.status), math.inf if t.AP is None else -t.AP, t.number))
     )
 
 

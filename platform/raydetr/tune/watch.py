@@ -155,7 +155,7 @@ def _numbers(trial: Trial, epochs: int) -> str:
 
 
 def _cause(error_file: Path) -> str:
-    """What went wrong in one line, without the traces of Ray's layers; Tune keeps those in error.txt beside."""
+    """What went wrong in one line; the traces of Ray's layers are in error.txt beside the file."""
     error = pickle.loads(error_file.read_bytes())
     inner = getattr(error, "cause", None) or error
     lines = str(inner).strip().splitlines() or [type(inner).__name__]
