@@ -1,5 +1,7 @@
 """Deformable attention: our operator against eager `grid_sample`, interleaved in one process.
 
+The fused form is measured against our plain one, with softmax and location arithmetic before it.
+
     make bench-operator                      all cases
     make bench-operator ARGS="--only decoder --seconds 2"
 
@@ -26,8 +28,15 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from detrs.ops import deform_attn, deform_attn_reference, native_status
+from detrs.ops import (
+    deform_attn,
+    deform_attn_fused,
+    deform_attn_reference,
+    native_status,
+    sampling_locations,
+)
 
+Shapes = tuple[tuple[int, int], ...]
 OUT = Path("build/bench/operator.json")
 LEVELS_22K = ((100, 167), (50, 84), (25, 42), (13, 21))  # an image of 800 x 1333
 LEVELS_5K = ((48, 80), (24, 40), (12, 20), (6, 10))  # 384 x 640
@@ -40,18 +49,22 @@ class Case:
     """One size. `num_queries` None means an encoder: every token asks, near its own place."""
 
     name: str
-    shapes: tuple[tuple[int, int], ...]
+    shapes: Shapes
     num_queries: int | None = None
     num_images: int = 1
     num_heads: int = 8
     num_channels: int = 32
     num_points: int = 4
     dtype: torch.dtype = torch.float32
+    fused: bool = (
+        False  # our fused form; the anchor is our plain one after eager softmax and location arithmetic
+    )
 
 
 CASES = (
     Case("encoder 22223", LEVELS_22K),
     Case("encoder 22223 bf16", LEVELS_22K, dtype=torch.bfloat16),
+    Case("fused encoder 22223", LEVELS_22K, fused=True),
     Case("encoder 5100", LEVELS_5K),
     Case("encoder 5100 bf16", LEVELS_5K, dtype=torch.bfloat16),
     Case("decoder 300 on 22223", LEVELS_22K, num_queries=300),
@@ -59,10 +72,19 @@ CASES = (
     Case("encoder 128px", LEVELS_128PX, num_images=2),
     Case("decoder 300 128px", LEVELS_128PX, num_queries=300, num_images=2),
     Case("decoder 50 quickstart", LEVELS_QUICKSTART, 50, num_images=8, num_heads=4, num_channels=16),
+    Case(
+        "fused decoder 50 quickstart",
+        LEVELS_QUICKSTART,
+        50,
+        num_images=8,
+        num_heads=4,
+        num_channels=16,
+        fused=True,
+    ),
 )
 
 
-def pixel_centres(shapes: tuple[tuple[int, int], ...]) -> Tensor:
+def pixel_centres(shapes: Shapes) -> Tensor:
     """[S, 2], (x, y) in [0, 1] of every token."""
     grids = [
         torch.cartesian_prod((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width)
@@ -71,31 +93,50 @@ def pixel_centres(shapes: tuple[tuple[int, int], ...]) -> Tensor:
     return torch.cat(grids).flip(1)
 
 
-def make_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, locations a few pixels around each query's place, and weights."""
+def make_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Value, reference points, offsets of a few pixels, and logits."""
     torch.manual_seed(0)
     num_tokens = sum(height * width for height, width in case.shapes)
     centres = pixel_centres(case.shapes) if case.num_queries is None else torch.rand(case.num_queries, 2)
     rows = (case.num_images, len(centres), case.num_heads, len(case.shapes), case.num_points)
-    sizes = torch.tensor(case.shapes, dtype=torch.float32).flip(1)[:, None]
-    locations = centres[:, None, None, None] + 2 * torch.randn(*rows, 2) / sizes
-    weights = torch.randn(rows).flatten(3).softmax(3).reshape(rows)
     value = torch.randn(case.num_images, num_tokens, case.num_heads, case.num_channels)
-    return value.to(case.dtype), locations, weights
+    reference = centres[None, :, None].expand(case.num_images, -1, len(case.shapes), -1).contiguous()
+    return value, reference, 2 * torch.randn(*rows, 2), torch.randn(rows)
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Over levels and points."""
+    return logits.flatten(3).softmax(3).reshape(logits.shape)
+
+
+def then_plain(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+    """What the fused form does, in steps."""
+    locations = sampling_locations(shapes, reference, offsets)
+    return deform_attn(value, shapes, locations, softmax(logits))
 
 
 def make_runs(case: Case, direction: str) -> tuple[Callable[[], object], Callable[[], object]]:
     """Ours and the anchor (float32 in every case) as functions without arguments."""
-    value, locations, weights = make_inputs(case)
+    value, reference, offsets, logits = make_inputs(case)
+    samples = (sampling_locations(case.shapes, reference, offsets), softmax(logits))
+    if case.fused:
+        samples = (offsets, logits)
     train = direction == "forward+backward"
-    ours = [tensor.requires_grad_(train) for tensor in (value, locations, weights)]
-    anchor = [tensor.detach().float().requires_grad_(train) for tensor in (value, locations, weights)]
 
-    def run(function: Callable[..., Tensor], inputs: list[Tensor]) -> object:
-        out = function(inputs[0], case.shapes, inputs[1], inputs[2])
-        return torch.autograd.grad(out, inputs, torch.ones_like(out)) if train else out
+    def make_run(function: Callable[..., Tensor], dtype: torch.dtype) -> Callable[[], object]:
+        leaves = [value.to(dtype).detach(), *(tensor.detach().clone() for tensor in samples)]
+        for leaf in leaves:
+            leaf.requires_grad_(train)
+        others = (reference,) if case.fused else ()
 
-    return lambda: run(deform_attn, ours), lambda: run(deform_attn_reference, anchor)
+        def run() -> object:
+            out = function(leaves[0], case.shapes, *others, *leaves[1:])
+            return torch.autograd.grad(out, leaves, torch.ones_like(out)) if train else out
+
+        return run
+
+    ours, anchor = (deform_attn_fused, then_plain) if case.fused else (deform_attn, deform_attn_reference)
+    return make_run(ours, case.dtype), make_run(anchor, torch.float32)
 
 
 def time_interleaved(runs: tuple[Callable[[], object], ...], seconds: float) -> list[list[float]]:
@@ -153,7 +194,7 @@ def print_row(row: dict[str, object]) -> None:
     """One line of the table; times in ms, memory in MB."""
     ours, anchor = (row.get(f"{side}_ms", row.get(f"{side}_mb")) for side in ("ours", "anchor"))
     print(
-        f"{row['case']:<24}{row['direction']:<18}{row['threads']:>7}{ours:>11.2f}{anchor:>11.2f}{row['ratio']:>9.1f}",
+        f"{row['case']:<28}{row['direction']:<18}{row['threads']:>7}{ours:>11.2f}{anchor:>11.2f}{row['ratio']:>9.1f}",
         flush=True,
     )
 
@@ -173,7 +214,7 @@ def main() -> None:
         return
     cases = [case for case in CASES if args.only in case.name]
     print(f"{platform.machine()}, torch {torch.__version__}, {native_status().reason}")
-    print(f"{'case':<24}{'direction':<18}{'threads':>7}{'ours':>11}{'anchor':>11}{'ratio':>9}")
+    print(f"{'case':<28}{'direction':<18}{'threads':>7}{'ours':>11}{'anchor':>11}{'ratio':>9}")
     rows = []
     for case in cases:
         for threads in args.threads:

@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -38,102 +39,160 @@ ScalarType arithmetic_type(Storage storage) {
   return storage == Storage::float64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// Throws unless the kernels may trust the sizes.
-void check(const Tensor& value, const std::vector<int64_t>& shapes, const Tensor& locations,
-           const Tensor& weights) {
-  STD_TORCH_CHECK(value.dim() == 4 && locations.dim() == 6 && weights.dim() == 5,
-                  "wrong number of dimensions");
-  bool same = locations.size(0) == value.size(0) && locations.size(2) == value.size(2) &&
-              locations.size(5) == 2 && int64_t(shapes.size()) == 2 * locations.size(3);
-  for (int i = 0; i < 5; i++) same = same && locations.size(i) == weights.size(i);
-  STD_TORCH_CHECK(same, "value, shapes, locations and weights disagree");
+// What both forms take. In the fused one `locations` are offsets and `weights` logits, and there is a
+// reference.
+struct Inputs {
+  Tensor value;
+  std::vector<int64_t> shapes;
+  Tensor locations, weights;
+  std::optional<Tensor> reference;
+
+  // All contiguous.
+  Inputs packed() const {
+    std::optional<Tensor> packed_reference;
+    if (reference) packed_reference = torch::stable::contiguous(*reference);
+    return {torch::stable::contiguous(value), shapes, torch::stable::contiguous(locations),
+            torch::stable::contiguous(weights), packed_reference};
+  }
+};
+
+void check_levels(const Tensor& value, const std::vector<int64_t>& shapes) {
+  STD_TORCH_CHECK(shapes.size() % 2 == 0, "shapes: expected height and width of each level");
   int64_t num_tokens = 0;
-  for (size_t level = 0; level + 1 < shapes.size(); level += 2) {
+  for (size_t level = 0; level < shapes.size(); level += 2) {
     STD_TORCH_CHECK(shapes[level] > 0 && shapes[level + 1] > 0, "a level without pixels");
     num_tokens += shapes[level] * shapes[level + 1];
   }
   STD_TORCH_CHECK(num_tokens == value.size(1), "shapes do not add up to value's tokens");
   STD_TORCH_CHECK(num_tokens < (int64_t(1) << 31), "more than 2^31 tokens");
-  ScalarType expected = arithmetic_type(storage_of(value));
-  STD_TORCH_CHECK(locations.scalar_type() == expected && weights.scalar_type() == expected,
-                  "locations and weights must be float64 with a float64 value, else float32");
 }
 
-// The inputs' part of a Problem; the tensors must be contiguous and outlive it.
+// Throws unless the kernels may trust the sizes.
+void check(const Inputs& in) {
+  STD_TORCH_CHECK(in.value.dim() == 4 && in.locations.dim() == 6 && in.weights.dim() == 5,
+                  "wrong number of dimensions");
+  bool same = in.locations.size(0) == in.value.size(0) && in.locations.size(2) == in.value.size(2) &&
+              in.locations.size(5) == 2 && int64_t(in.shapes.size()) == 2 * in.locations.size(3);
+  for (int i = 0; i < 5; i++) same = same && in.locations.size(i) == in.weights.size(i);
+  STD_TORCH_CHECK(same, "value, shapes, locations and weights disagree");
+  check_levels(in.value, in.shapes);
+  ScalarType expected = arithmetic_type(storage_of(in.value));
+  STD_TORCH_CHECK(in.locations.scalar_type() == expected && in.weights.scalar_type() == expected,
+                  "locations and weights must be float64 with a float64 value, else float32");
+  if (!in.reference) return;
+  const Tensor& reference = *in.reference;
+  STD_TORCH_CHECK(reference.dim() == 4 && reference.size(0) == in.value.size(0) &&
+                      reference.size(1) == in.locations.size(1) &&
+                      reference.size(2) == in.locations.size(3) &&
+                      (reference.size(3) == 2 || reference.size(3) == 4),
+                  "reference: expected [images, queries, levels, 2 or 4]");
+  STD_TORCH_CHECK(reference.scalar_type() == expected, "reference must have locations' dtype");
+}
+
 template <class T>
-Problem<T> problem_of(const Tensor& value, const std::vector<int64_t>& shapes, const Tensor& locations,
-                      const Tensor& weights) {
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+// The inputs' part of a Problem; they must be contiguous and outlive it.
+template <class T>
+Problem<T> problem_of(const Inputs& in) {
   Problem<T> problem{};
-  problem.num_images = value.size(0), problem.num_tokens = value.size(1);
-  problem.num_heads = value.size(2), problem.num_channels = value.size(3);
-  problem.num_queries = locations.size(1), problem.num_levels = locations.size(3);
-  problem.num_points = locations.size(4);
-  problem.shapes = shapes.data();
-  problem.storage = storage_of(value);
-  problem.value = value.const_data_ptr();
-  problem.locations = static_cast<const T*>(locations.const_data_ptr());
-  problem.weights = static_cast<const T*>(weights.const_data_ptr());
+  problem.num_images = in.value.size(0), problem.num_tokens = in.value.size(1);
+  problem.num_heads = in.value.size(2), problem.num_channels = in.value.size(3);
+  problem.num_queries = in.locations.size(1), problem.num_levels = in.locations.size(3);
+  problem.num_points = in.locations.size(4);
+  problem.reference_size = in.reference ? in.reference->size(3) : 0;
+  problem.shapes = in.shapes.data();
+  problem.storage = storage_of(in.value);
+  problem.value = in.value.const_data_ptr();
+  problem.reference = in.reference ? data<T>(*in.reference) : nullptr;
+  problem.locations = data<T>(in.locations);
+  problem.weights = data<T>(in.weights);
   return problem;
 }
 
 template <class T>
-void run_forward(const Tensor& value, const std::vector<int64_t>& shapes, const Tensor& locations,
-                 const Tensor& weights, const Tensor& out) {
-  Problem<T> problem = problem_of<T>(value, shapes, locations, weights);
+void run_forward(const Inputs& in, const Tensor& out) {
+  Problem<T> problem = problem_of<T>(in);
   problem.out = out.mutable_data_ptr();
   cpu::forward(problem);
 }
 
-Tensor deform_attn(Tensor value, std::vector<int64_t> shapes, Tensor locations, Tensor weights) {
-  check(value, shapes, locations, weights);
-  value = torch::stable::contiguous(value);
-  locations = torch::stable::contiguous(locations);
-  weights = torch::stable::contiguous(weights);
+Tensor forward(const Inputs& given) {
+  check(given);
+  const Inputs in = given.packed();
+  const Tensor& value = in.value;
   Tensor out =
-      torch::stable::new_empty(value, {value.size(0), locations.size(1), value.size(2) * value.size(3)});
-  if (value.scalar_type() == ScalarType::Double) {
-    run_forward<double>(value, shapes, locations, weights, out);
-  } else {
-    run_forward<float>(value, shapes, locations, weights, out);
-  }
+      torch::stable::new_empty(value, {value.size(0), in.locations.size(1), value.size(2) * value.size(3)});
+  bool is_double = value.scalar_type() == ScalarType::Double;
+  is_double ? run_forward<double>(in, out) : run_forward<float>(in, out);
   return out;
 }
 
+struct Gradients {
+  Tensor value, locations, weights, reference;
+};
+
 template <class T>
-void run_backward(const Tensor& grad_out, const Tensor& value, const std::vector<int64_t>& shapes,
-                  const Tensor& locations, const Tensor& weights, const Tensor& grad_value,
-                  const Tensor& grad_locations, const Tensor& grad_weights) {
-  Problem<T> problem = problem_of<T>(value, shapes, locations, weights);
+void run_backward(const Tensor& grad_out, const Inputs& in, const Gradients& gradients) {
+  Problem<T> problem = problem_of<T>(in);
   problem.grad_out = grad_out.const_data_ptr();
-  problem.grad_value = grad_value.mutable_data_ptr();
-  problem.grad_locations = static_cast<T*>(grad_locations.mutable_data_ptr());
-  problem.grad_weights = static_cast<T*>(grad_weights.mutable_data_ptr());
+  problem.grad_value = gradients.value.mutable_data_ptr();
+  problem.grad_locations = static_cast<T*>(gradients.locations.mutable_data_ptr());
+  problem.grad_weights = static_cast<T*>(gradients.weights.mutable_data_ptr());
+  bool wants_reference = gradients.reference.dim() == 5;
+  problem.grad_reference =
+      wants_reference ? static_cast<T*>(gradients.reference.mutable_data_ptr()) : nullptr;
   cpu::backward(problem);
+}
+
+Gradients backward(const Tensor& grad_out, const Inputs& given, bool reference_needs_grad) {
+  check(given);
+  STD_TORCH_CHECK(grad_out.scalar_type() == given.value.scalar_type() && grad_out.dim() == 3 &&
+                      grad_out.size(0) == given.value.size(0) &&
+                      grad_out.size(1) == given.locations.size(1) &&
+                      grad_out.size(2) == given.value.size(2) * given.value.size(3),
+                  "grad_out must look like the operator's result");
+  const Inputs in = given.packed();
+  std::vector<int64_t> by_head = {0};
+  if (reference_needs_grad)
+    by_head = {in.value.size(0), in.locations.size(1), in.value.size(2), in.locations.size(3),
+               in.reference->size(3)};
+  Gradients gradients{torch::stable::new_zeros(in.value, in.value.sizes()),
+                      torch::stable::new_empty(in.locations, in.locations.sizes()),
+                      torch::stable::new_empty(in.weights, in.weights.sizes()),
+                      torch::stable::new_zeros(in.locations, by_head)};
+  const Tensor contiguous_grad = torch::stable::contiguous(grad_out);
+  bool is_double = in.value.scalar_type() == ScalarType::Double;
+  is_double ? run_backward<double>(contiguous_grad, in, gradients)
+            : run_backward<float>(contiguous_grad, in, gradients);
+  return gradients;
+}
+
+Tensor deform_attn(Tensor value, std::vector<int64_t> shapes, Tensor locations, Tensor weights) {
+  return forward({value, shapes, locations, weights, std::nullopt});
 }
 
 std::tuple<Tensor, Tensor, Tensor> deform_attn_backward(Tensor grad_out, Tensor value,
                                                         std::vector<int64_t> shapes, Tensor locations,
                                                         Tensor weights) {
-  check(value, shapes, locations, weights);
-  STD_TORCH_CHECK(grad_out.scalar_type() == value.scalar_type() && grad_out.dim() == 3 &&
-                      grad_out.size(0) == value.size(0) && grad_out.size(1) == locations.size(1) &&
-                      grad_out.size(2) == value.size(2) * value.size(3),
-                  "grad_out must look like deform_attn's result");
-  grad_out = torch::stable::contiguous(grad_out);
-  value = torch::stable::contiguous(value);
-  locations = torch::stable::contiguous(locations);
-  weights = torch::stable::contiguous(weights);
-  Tensor grad_value = torch::stable::new_zeros(value, value.sizes());
-  Tensor grad_locations = torch::stable::new_empty(locations, locations.sizes());
-  Tensor grad_weights = torch::stable::new_empty(weights, weights.sizes());
-  if (value.scalar_type() == ScalarType::Double) {
-    run_backward<double>(grad_out, value, shapes, locations, weights, grad_value, grad_locations,
-                         grad_weights);
-  } else {
-    run_backward<float>(grad_out, value, shapes, locations, weights, grad_value, grad_locations,
-                        grad_weights);
-  }
-  return {grad_value, grad_locations, grad_weights};
+  Gradients gradients = backward(grad_out, {value, shapes, locations, weights, std::nullopt}, false);
+  return {gradients.value, gradients.locations, gradients.weights};
+}
+
+Tensor deform_attn_fused(Tensor value, std::vector<int64_t> shapes, Tensor reference, Tensor offsets,
+                         Tensor logits) {
+  return forward({value, shapes, offsets, logits, reference});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> deform_attn_fused_backward(Tensor grad_out, Tensor value,
+                                                                      std::vector<int64_t> shapes,
+                                                                      Tensor reference, Tensor offsets,
+                                                                      Tensor logits,
+                                                                      bool reference_needs_grad) {
+  Gradients gradients = backward(grad_out, {value, shapes, offsets, logits, reference}, reference_needs_grad);
+  return {gradients.value, gradients.reference, gradients.locations, gradients.weights};
 }
 
 std::string instruction_set() {
@@ -148,12 +207,23 @@ STABLE_TORCH_LIBRARY(detrs, library) {
   library.def(
       "deform_attn_backward(Tensor grad_out, Tensor value, int[] shapes, Tensor locations, Tensor weights) "
       "-> (Tensor grad_value, Tensor grad_locations, Tensor grad_weights)");
+  library.def(
+      "deform_attn_fused(Tensor value, int[] shapes, Tensor reference, Tensor offsets, Tensor logits) -> "
+      "Tensor");
+  // grad_reference comes per head, [images, queries, heads, levels, 2 or 4], or empty if it is not needed
+  library.def(
+      "deform_attn_fused_backward(Tensor grad_out, Tensor value, int[] shapes, Tensor reference, Tensor "
+      "offsets, "
+      "Tensor logits, bool reference_needs_grad) "
+      "-> (Tensor grad_value, Tensor grad_reference, Tensor grad_offsets, Tensor grad_logits)");
   library.def("instruction_set() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(detrs, CPU, library) {
   library.impl("deform_attn", TORCH_BOX(&detrs::deform_attn));
   library.impl("deform_attn_backward", TORCH_BOX(&detrs::deform_attn_backward));
+  library.impl("deform_attn_fused", TORCH_BOX(&detrs::deform_attn_fused));
+  library.impl("deform_attn_fused_backward", TORCH_BOX(&detrs::deform_attn_fused_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(detrs, CompositeExplicitAutograd, library) {

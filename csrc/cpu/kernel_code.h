@@ -17,6 +17,7 @@ struct alignas(64) BlockLevels {
   T width[kBlock], height[kBlock];
   Index<T> width_index[kBlock], height_index[kBlock];  // the same numbers as integers
   Index<T> start[kBlock];                              // the level's first token
+  Index<T> level[kBlock];
 };
 
 // One block of one row. The corners of a sample are its four nearest pixels: 0 top left, 1 top right, 2
@@ -25,6 +26,7 @@ template <class T>
 struct alignas(64) Block {
   int64_t count;
   T x[kBlock], y[kBlock], weight[kBlock];  // location in [0, 1], attention weight
+  T scale_x[kBlock], scale_y[kBlock];      // fused: how far an offset of 1 moves the location
   Index<T> token[4][kBlock];               // corner pixels, clamped into the level
   T factor[4][kBlock];                     // what a corner counts for: bilinear times attention
   // for the backward pass
@@ -39,22 +41,25 @@ int64_t num_blocks(const Problem<T>& problem) {
   return (problem.num_samples() + kBlock - 1) / kBlock;
 }
 
-// A thread's scratch: the blocks' levels, and one row of out or grad_out as T.
+// A thread's scratch.
 template <class T>
 struct Scratch {
-  BlockLevels<T>* levels;
-  T* channels;
+  BlockLevels<T>* levels;  // [blocks]
+  T* weights;              // fused: one row's weights, [blocks * kBlock]
+  T* channels;             // one row of out or grad_out, as T
 
   static int64_t levels_size(const Problem<T>& problem) {
     return num_blocks(problem) * int64_t(sizeof(BlockLevels<T>) / sizeof(T));
   }
-  Scratch(const Problem<T>& problem, T* scratch)
-      : levels(reinterpret_cast<BlockLevels<T>*>(scratch)), channels(scratch + levels_size(problem)) {}
+  Scratch(const Problem<T>& problem, T* memory)
+      : levels(reinterpret_cast<BlockLevels<T>*>(memory)),
+        weights(memory + levels_size(problem)),
+        channels(weights + num_blocks(problem) * kBlock) {}
 };
 
 template <class T>
 int64_t scratch_size(const Problem<T>& problem) {
-  return Scratch<T>::levels_size(problem) + problem.num_channels;
+  return Scratch<T>::levels_size(problem) + num_blocks(problem) * kBlock + problem.num_channels;
 }
 
 template <class T>
@@ -64,12 +69,14 @@ void prepare_scratch(const Problem<T>& problem, T* memory) {
   int64_t start = 0;
   for (int64_t sample = 0; sample < num_blocks(problem) * kBlock; sample++) {
     bool real = sample < problem.num_samples();
-    const int64_t* shape = problem.shapes + 2 * (real ? sample / problem.num_points : 0);
+    int64_t level = real ? sample / problem.num_points : 0;
+    const int64_t* shape = problem.shapes + 2 * level;
     BlockLevels<T>& levels = scratch.levels[sample / kBlock];
     int64_t at = sample % kBlock;
     levels.height[at] = T(levels.height_index[at] = Index<T>(shape[0]));
     levels.width[at] = T(levels.width_index[at] = Index<T>(shape[1]));
     levels.start[at] = Index<T>(real ? start : 0);
+    levels.level[at] = Index<T>(level);
     if ((sample + 1) % problem.num_points == 0) start += shape[0] * shape[1];
   }
 }
@@ -85,17 +92,78 @@ inline void prefetch(const T* from, int64_t count) {
   for (int64_t at = 0; at < count; at += 64 / sizeof(T)) __builtin_prefetch(from + at);
 }
 
+// Fused: scratch.weights = softmax of the row's logits.
 template <class T>
-inline void load_samples(const Problem<T>& problem, int64_t first_sample, int64_t count, Block<T>& block) {
-  const T* __restrict locations = problem.locations + 2 * first_sample;
-  const T* __restrict weights = problem.weights + first_sample;
+inline void softmax_row(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch) {
+  constexpr int kLanes = lanes_of<T>();
+  typedef typename Simd<T, kLanes>::Vector Vector;
+  typedef typename Simd<Index<T>, kLanes>::Vector Indices;
+  const int64_t count = problem.num_samples();
+  const T* __restrict logits = problem.weights + row * count;
+  T* __restrict weights = scratch.weights;
+  prefetch(logits + 4 * problem.num_heads * count, count);
+  for (int64_t at = 0; at < count; at++) weights[at] = logits[at];
+  for (int64_t at = count; at % kLanes != 0; at++) weights[at] = logits[0] - 100;  // e^-100 adds nothing
+  Vector largest = load<kLanes>(weights), sum = {};
+  for (int64_t at = kLanes; at < count; at += kLanes) {
+    Vector next = load<kLanes>(weights + at);
+    largest = next > largest ? next : largest;
+  }
+  T top = largest[0];
+  for (int lane = 1; lane < kLanes; lane++) top = largest[lane] > top ? largest[lane] : top;
+  for (int64_t at = 0; at < count; at += kLanes) {
+    Vector power = exp_negative(load<kLanes>(weights + at) - top, T(), Indices());
+    store<kLanes>(weights + at, power);
+    sum += power;
+  }
+  T total = 0;
+  for (int lane = 0; lane < kLanes; lane++) total += sum[lane];
+  for (int64_t at = 0; at < count; at += kLanes)
+    store<kLanes>(weights + at, load<kLanes>(weights + at) / total);
+}
+
+// Where a block's samples stand: in its row, and in the tensors.
+struct Place {
+  int64_t row, first, count;  // the row; the block's first sample within it; how many
+};
+
+// The plain form's x, y and weight.
+template <class T>
+inline void load_samples(const Problem<T>& problem, const Place& place, Block<T>& block) {
+  const int64_t first = place.row * problem.num_samples() + place.first;
+  const T* __restrict locations = problem.locations + 2 * first;
+  const T* __restrict weights = problem.weights + first;
   const int64_t rows_ahead = 4 * problem.num_heads * problem.num_samples();  // same head, four queries on
-  prefetch(locations + 2 * rows_ahead, 2 * count);
-  prefetch(weights + rows_ahead, count);
-  block.count = count;
-  for (int64_t at = 0; at < count; at++) {
+  prefetch(locations + 2 * rows_ahead, 2 * place.count);
+  prefetch(weights + rows_ahead, place.count);
+  for (int64_t at = 0; at < place.count; at++) {
     block.x[at] = locations[2 * at];
     block.y[at] = locations[2 * at + 1];
+    block.weight[at] = weights[at];
+  }
+}
+
+template <class T>
+inline const T* row_reference(const Problem<T>& problem, int64_t row) {
+  return problem.reference + row / problem.num_heads * problem.num_levels * problem.reference_size;
+}
+
+// The fused form's, from reference and offsets; softmax_row has been there.
+template <class T>
+inline void place_samples(const Problem<T>& problem, const Scratch<T>& scratch, const Place& place,
+                          const BlockLevels<T>& levels, Block<T>& block) {
+  const T* __restrict offsets = problem.locations + 2 * (place.row * problem.num_samples() + place.first);
+  const T* __restrict reference = row_reference(problem, place.row);
+  const T* __restrict weights = scratch.weights + place.first;
+  const int64_t size = problem.reference_size;
+  const T half_step = T(0.5) / T(problem.num_points);
+  prefetch(offsets + 8 * problem.num_heads * problem.num_samples(), 2 * place.count);
+  for (int64_t at = 0; at < place.count; at++) {
+    const T* anchor = reference + levels.level[at] * size;
+    block.scale_x[at] = size == 4 ? anchor[2] * half_step : 1 / levels.width[at];
+    block.scale_y[at] = size == 4 ? anchor[3] * half_step : 1 / levels.height[at];
+    block.x[at] = anchor[0] + offsets[2 * at] * block.scale_x[at];
+    block.y[at] = anchor[1] + offsets[2 * at + 1] * block.scale_y[at];
     block.weight[at] = weights[at];
   }
 }
@@ -277,22 +345,64 @@ inline void differentiate(const BlockLevels<T>& levels, Block<T>& block) {
 }
 
 template <class T>
-inline void store_sample_grads(const Problem<T>& problem, int64_t first_sample, const Block<T>& block) {
-  T* __restrict grad_locations = problem.grad_locations + 2 * first_sample;
-  T* __restrict grad_weights = problem.grad_weights + first_sample;
-  for (int64_t at = 0; at < block.count; at++) {
+inline void store_sample_grads(const Problem<T>& problem, const Place& place, const Block<T>& block) {
+  const int64_t first = place.row * problem.num_samples() + place.first;
+  T* __restrict grad_locations = problem.grad_locations + 2 * first;
+  T* __restrict grad_weights = problem.grad_weights + first;
+  for (int64_t at = 0; at < place.count; at++) {
     grad_locations[2 * at] = block.dot[0][at];
     grad_locations[2 * at + 1] = block.dot[1][at];
     grad_weights[at] = block.dot[2][at];
   }
 }
 
-// Calls use(first sample, count, levels) for each block of a row.
-template <class T, class Use>
-inline void for_blocks(const Problem<T>& problem, const Scratch<T>& scratch, const Use& use) {
+// Fused, before store_sample_grads: the reference's gradient, and from locations' to offsets'.
+template <class T>
+inline void offset_grads(const Problem<T>& problem, const Place& place, const BlockLevels<T>& levels,
+                         Block<T>& block) {
+  const int64_t size = problem.reference_size;
+  if (problem.grad_reference != nullptr) {
+    const T* offsets = problem.locations + 2 * (place.row * problem.num_samples() + place.first);
+    const T half_step = T(0.5) / T(problem.num_points);
+    for (int64_t at = 0; at < place.count; at++) {
+      T* grad = problem.grad_reference + (place.row * problem.num_levels + levels.level[at]) * size;
+      grad[0] += block.dot[0][at];
+      grad[1] += block.dot[1][at];
+      if (size != 4) continue;
+      grad[2] += block.dot[0][at] * offsets[2 * at] * half_step;
+      grad[3] += block.dot[1][at] * offsets[2 * at + 1] * half_step;
+    }
+  }
+  for (int64_t at = 0; at < place.count; at++) {
+    block.dot[0][at] *= block.scale_x[at];
+    block.dot[1][at] *= block.scale_y[at];
+  }
+}
+
+// Fused, at the row's end: from weights' gradients to logits'.
+template <class T>
+inline void logit_grads(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch) {
+  const int64_t count = problem.num_samples();
+  T* __restrict grad = problem.grad_weights + row * count;
+  T mean = 0;
+  for (int64_t at = 0; at < count; at++) mean += scratch.weights[at] * grad[at];
+  for (int64_t at = 0; at < count; at++) grad[at] = scratch.weights[at] * (grad[at] - mean);
+}
+
+// Fills the block for each part of a row in turn and calls use(place, levels).
+template <bool kBackward, class T, class Use>
+inline void for_blocks(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch, Block<T>& block,
+                       const Use& use) {
+  const bool fused = problem.reference_size != 0;
+  if (fused && problem.num_samples() != 0) softmax_row(problem, row, scratch);
   for (int64_t first = 0; first < problem.num_samples(); first += kBlock) {
     int64_t left_over = problem.num_samples() - first;
-    use(first, left_over < kBlock ? left_over : kBlock, scratch.levels[first / kBlock]);
+    const Place place{row, first, left_over < kBlock ? left_over : kBlock};
+    const BlockLevels<T>& levels = scratch.levels[first / kBlock];
+    block.count = place.count;
+    fused ? place_samples(problem, scratch, place, levels, block) : load_samples(problem, place, block);
+    locate<kBackward>(levels, block);
+    use(place, levels);
   }
 }
 
@@ -303,11 +413,9 @@ void forward(const Problem<T>& problem, const HeadView<T>& head, const Rows& row
   Block<T> block = {};
   for (int64_t query = rows.first_query; query < rows.last_query; query++) {
     const int64_t row = row_number(problem, rows, query);
-    for_blocks(problem, scratch, [&](int64_t first, int64_t count, const BlockLevels<T>& levels) {
-      load_samples(problem, row * problem.num_samples() + first, count, block);
-      locate<false>(levels, block);
+    for_blocks<false>(problem, row, scratch, block, [&](const Place& place, const BlockLevels<T>&) {
       for_channel_runs(num_channels, [&](auto width, int64_t channel) {
-        gather(width, block, head.value + channel, head.stride, scratch.channels + channel, first == 0);
+        gather(width, block, head.value + channel, head.stride, scratch.channels + channel, place.first == 0);
       });
     });
     with_storage(problem.storage, T(), [&](auto stored) {
@@ -321,6 +429,7 @@ template <class T>
 void backward(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* memory) {
   const Scratch<T> scratch(problem, memory);
   const int64_t num_channels = problem.num_channels;
+  const bool fused = problem.reference_size != 0;
   Block<T> block = {};
   for (int64_t query = rows.first_query; query < rows.last_query; query++) {
     const int64_t row = row_number(problem, rows, query);
@@ -328,15 +437,15 @@ void backward(const Problem<T>& problem, const HeadView<T>& head, const Rows& ro
       auto* grad_out = static_cast<const decltype(stored)*>(problem.grad_out) + row * num_channels;
       widen_all(grad_out, scratch.channels, num_channels);
     });
-    for_blocks(problem, scratch, [&](int64_t first, int64_t count, const BlockLevels<T>& levels) {
-      load_samples(problem, row * problem.num_samples() + first, count, block);
-      locate<true>(levels, block);
+    for_blocks<true>(problem, row, scratch, block, [&](const Place& place, const BlockLevels<T>& levels) {
       for_channel_runs(num_channels, [&](auto width, int64_t channel) {
         scatter(width, block, head, channel, scratch.channels);
       });
       differentiate(levels, block);
-      store_sample_grads(problem, row * problem.num_samples() + first, block);
+      if (fused) offset_grads(problem, place, levels, block);
+      store_sample_grads(problem, place, block);
     });
+    if (fused) logit_grads(problem, row, scratch);
   }
 }
 

@@ -73,5 +73,33 @@ inline typename Simd<T, 4>::Vector sums_of_four(const T* from) {
   return DETRS_SHUFFLE(T, ab, cd, 0, 1, 4, 5) + DETRS_SHUFFLE(T, ab, cd, 2, 3, 6, 7);
 }
 
+// e to the x <= 0, for one vector. What would be less than 1e-37 is about that.
+template <class Vector, class Indices>
+inline Vector exp_negative(Vector x, float, Indices) {
+  const Vector lowest = Vector{} - 87;
+  x = x < lowest ? lowest : x;  // in this order NaN stays
+  Indices twos = __builtin_convertvector(x * 1.44269504f - 0.5f, Indices);
+  Vector power = __builtin_convertvector(twos, Vector);
+  Vector rest =
+      x - power * 0.693359375f + power * 2.12194440e-4f;  // ln 2 in two parts: rest is exact to the last bit
+  Vector sum = rest * (1.0f / 5040) + 1.0f / 720;         // Taylor; |rest| < 0.35 leaves 5e-9
+  sum = sum * rest + 1.0f / 120;
+  sum = sum * rest + 1.0f / 24;
+  sum = sum * rest + 1.0f / 6;
+  sum = sum * rest + 0.5f;
+  sum = sum * rest + 1;
+  sum = sum * rest + 1;
+  Indices bits = (twos + 127) << 23;
+  Vector scale;
+  __builtin_memcpy(&scale, &bits, sizeof(scale));
+  return sum * scale;
+}
+
+template <class Vector, class Indices>
+inline Vector exp_negative(Vector x, double, Indices) {
+  for (unsigned lane = 0; lane < sizeof(Vector) / sizeof(double); lane++) x[lane] = __builtin_exp(x[lane]);
+  return x;
+}
+
 }  // namespace
 }  // namespace detrs::cpu

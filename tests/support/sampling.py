@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -47,3 +48,10 @@ def deform_attn_loop(value: Tensor, shapes: Shapes, locations: Tensor, weights: 
             token = starts[level] + row * width + column
             out[image, query, head] += float(weights[sample]) * share * value[image, token, head].double()
     return out.flatten(2)
+
+
+def assert_close_to_largest(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
+    """Each pair within `tolerance` of 1 + the largest number expected."""
+    for one, other in zip(found, expected, strict=True):
+        limit = tolerance * float(1 + other.abs().max()) if other.numel() else 0
+        torch.testing.assert_close(one.to(other.dtype), other, rtol=0, atol=limit)

@@ -1,14 +1,13 @@
-"""`deform_attn`: the arguments checked, then the native operator or its pure-torch twin."""
+"""The operator's two forms: the arguments checked, then the native operator or its pure-torch twin."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from detrs.ops.checks import check_kinds, check_levels, check_reference, check_samples
 from detrs.ops.native import native_status
-from detrs.ops.reference import Shapes, deform_attn_reference
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from detrs.ops.reference import Shapes, deform_attn_fused_reference, deform_attn_reference
 
 
 def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
@@ -34,46 +33,56 @@ def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tenso
         ValueError: a shape, dtype or device does not fit; names the argument, what was found and expected.
     """
     # The parameters' types are plain: with shapes in them a run-time type checker would answer first.
-    _check_levels(value, shapes)
-    _check_samples(value, shapes, locations, weights)
-    _check_kinds(value, {"locations": locations, "weights": weights})
-    compute_dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    locations, weights = locations.to(compute_dtype), weights.to(compute_dtype)
+    samples = {"locations": locations, "weights": weights}
+    check_levels(value, shapes)
+    check_samples(value, shapes, samples)
+    check_kinds(value, samples)
+    dtype = _compute_dtype(value)
+    locations, weights = locations.to(dtype), weights.to(dtype)
     if value.device.type in native_status().devices:
-        sizes = [size for shape in shapes for size in shape]
-        out: Tensor = torch.ops.detrs.deform_attn(value, sizes, locations, weights)
+        out: Tensor = torch.ops.detrs.deform_attn(value, _flat(shapes), locations, weights)
         return out
-    return deform_attn_reference(value.to(compute_dtype), shapes, locations, weights).to(value.dtype)
+    return deform_attn_reference(value.to(dtype), shapes, locations, weights).to(value.dtype)
 
 
-def _check_levels(value: Tensor, shapes: Shapes) -> None:
-    if value.dim() != 4:
-        raise ValueError(f"value: found shape {list(value.shape)}, expected [N, S, M, D]")
-    if len(shapes) == 0 or any(len(shape) != 2 or min(shape) < 1 for shape in shapes):
-        raise ValueError(f"shapes: found {shapes}, expected a (height, width), each at least 1, per level")
-    num_tokens = sum(height * width for height, width in shapes)
-    if value.shape[1] != num_tokens:
-        raise ValueError(f"value: found {value.shape[1]} tokens, expected {num_tokens}, the area of {shapes}")
+def deform_attn_fused(
+    value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """`deform_attn` from what the network predicts: locations and softmax never become tensors.
+
+    `deform_attn_fused_reference` defines it. What `deform_attn` says of dtypes, of places outside the levels and of
+    second derivatives holds here too.
+
+    Args:
+        value: [N, S, M, D], a vector per image, token and head.
+        shapes: (height, width) of each of the L levels; their areas sum up to S.
+        reference: [N, Q, L, 2], points (x, y), or [N, Q, L, 4], boxes cxcywh; in [0, 1] of the level.
+        offsets: [N, Q, M, L, P, 2], (x, y): pixels of the level around a point; around a box's centre, units in
+            which P is half a side.
+        logits: [N, Q, M, L, P]; the weights are their softmax over the last two axes.
+
+    Returns:
+        [N, Q, M*D], in the dtype of `value`.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; names the argument, what was found and expected.
+    """
+    samples = {"offsets": offsets, "logits": logits}
+    check_levels(value, shapes)
+    check_samples(value, shapes, samples)
+    check_reference(reference, offsets)
+    check_kinds(value, {"reference": reference, **samples})
+    dtype = _compute_dtype(value)
+    reference, offsets, logits = reference.to(dtype), offsets.to(dtype), logits.to(dtype)
+    if value.device.type in native_status().devices:
+        out: Tensor = torch.ops.detrs.deform_attn_fused(value, _flat(shapes), reference, offsets, logits)
+        return out
+    return deform_attn_fused_reference(value.to(dtype), shapes, reference, offsets, logits).to(value.dtype)
 
 
-def _check_samples(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> None:
-    if locations.dim() != 6:
-        raise ValueError(f"locations: found shape {list(locations.shape)}, expected [N, Q, M, L, P, 2]")
-    num_queries, num_points = locations.shape[1], locations.shape[4]
-    expected = [value.shape[0], num_queries, value.shape[2], len(shapes), num_points]
-    if list(locations.shape) != [*expected, 2]:
-        raise ValueError(f"locations: found shape {list(locations.shape)}, expected {[*expected, 2]}")
-    if list(weights.shape) != expected:
-        raise ValueError(f"weights: found shape {list(weights.shape)}, expected {expected}")
+def _compute_dtype(value: Tensor) -> torch.dtype:
+    return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
-def _check_kinds(value: Tensor, others: dict[str, Tensor]) -> None:
-    for name, tensor in {"value": value, **others}.items():
-        if tensor.dtype not in DTYPES:
-            expected = ", ".join(str(dtype) for dtype in DTYPES)
-            raise ValueError(f"{name}: found dtype {tensor.dtype}, expected one of {expected}")
-        if (tensor.dtype == torch.float64) != (value.dtype == torch.float64):
-            expected = f"torch.float64 for all or none (value has {value.dtype})"
-            raise ValueError(f"{name}: found dtype {tensor.dtype}, expected {expected}")
-        if tensor.device != value.device:
-            raise ValueError(f"{name}: found device {tensor.device}, expected {value.device}, where value is")
+def _flat(shapes: Shapes) -> list[int]:
+    return [size for shape in shapes for size in shape]

@@ -60,6 +60,12 @@ def _register() -> None:
     torch.library.register_fake("detrs::deform_attn_backward", _fake_backward)
     torch.library.register_autograd("detrs::deform_attn", _backward, setup_context=_save_for_backward)
     torch.library.register_autograd("detrs::deform_attn_backward", _double_backward)
+    torch.library.register_fake("detrs::deform_attn_fused", _fake_fused_forward)
+    torch.library.register_fake("detrs::deform_attn_fused_backward", _fake_fused_backward)
+    torch.library.register_autograd(
+        "detrs::deform_attn_fused", _fused_backward, setup_context=_save_for_fused_backward
+    )
+    torch.library.register_autograd("detrs::deform_attn_fused_backward", _double_backward)
 
 
 def _fake_forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
@@ -85,6 +91,42 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, Tensor, Tensor]
     value, locations, weights = ctx.saved_tensors
     grads = torch.ops.detrs.deform_attn_backward(grad_out, value, ctx.shapes, locations, weights)
     return grads[0], None, grads[1], grads[2]
+
+
+def _fake_fused_forward(
+    value: Tensor, shapes: list[int], reference: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    return _fake_forward(value, shapes, offsets, logits)
+
+
+def _fake_fused_backward(
+    grad_out: Tensor,
+    value: Tensor,
+    shapes: list[int],
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    reference_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    by_head = (*offsets.shape[:4], reference.shape[3]) if reference_needs_grad else (0,)
+    grads = _fake_backward(grad_out, value, shapes, offsets, logits)
+    return grads[0], reference.new_empty(by_head), grads[1], grads[2]
+
+
+def _save_for_fused_backward(
+    ctx: Any, inputs: tuple[Tensor, list[int], Tensor, Tensor, Tensor], output: Tensor
+) -> None:
+    value, ctx.shapes, reference, offsets, logits = inputs
+    ctx.save_for_backward(value, reference, offsets, logits)
+
+
+def _fused_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, Tensor | None, Tensor, Tensor]:
+    value, reference, offsets, logits = ctx.saved_tensors
+    needed = ctx.needs_input_grad[2]
+    grads = torch.ops.detrs.deform_attn_fused_backward(
+        grad_out, value, ctx.shapes, reference, offsets, logits, needed
+    )
+    return grads[0], None, grads[1].sum(2) if needed else None, grads[2], grads[3]
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> None:

@@ -41,3 +41,29 @@ def deform_attn_reference(
     out = (stacked * weights.permute(0, 2, 1, 3, 4).flatten(0, 1).unsqueeze(1)).flatten(3).sum(3)
     num_channels = num_heads * value.shape[3]
     return out.reshape(num_images, num_channels, num_queries).permute(0, 2, 1)
+
+
+def deform_attn_fused_reference(
+    value: Float[Tensor, "n s m d"],
+    shapes: Shapes,
+    reference: Float[Tensor, "n q l k"],
+    offsets: Float[Tensor, "n q m l p 2"],
+    logits: Float[Tensor, "n q m l p"],
+) -> Float[Tensor, "n q m*d"]:
+    """`deform_attn_reference` at `sampling_locations`, with the softmax of `logits` as weights."""
+    weights = logits.flatten(3).softmax(3).reshape(logits.shape)
+    return deform_attn_reference(value, shapes, sampling_locations(shapes, reference, offsets), weights)
+
+
+def sampling_locations(
+    shapes: Shapes, reference: Float[Tensor, "n q l k"], offsets: Float[Tensor, "n q m l p 2"]
+) -> Float[Tensor, "n q m l p 2"]:
+    """Offsets count in pixels around a point (k = 2), in halves of a side over P within a box (k = 4).
+
+    Deformable DETR, section 4.1 and appendix A.3.
+    """
+    anchors = reference[:, :, None, :, None]
+    if reference.shape[3] == 4:
+        return anchors[..., :2] + offsets / offsets.shape[4] * anchors[..., 2:] * 0.5
+    sizes = torch.tensor([(width, height) for height, width in shapes], device=offsets.device)
+    return anchors + offsets / sizes[:, None]

@@ -14,7 +14,7 @@ MODELS = Path(__file__).parents[3] / "models"
 
 PARITY = """
 import torch
-from detrs.ops import deform_attn, deform_attn_reference, native_status
+from detrs.ops import *
 from sampling import random_inputs
 shapes = ((9, 7), (4, 3))
 for num_channels in (1, 4, 16, 30, 32, 64):
@@ -28,6 +28,10 @@ for num_channels in (1, 4, 16, 30, 32, 64):
         for one, other in zip(*results, strict=True):
             limit = tolerance * float(1 + other.detach().abs().max())
             torch.testing.assert_close(one, other, rtol=tolerance, atol=limit)
+reference = torch.rand(2, 5, 2, 4)
+value, locations, weights = random_inputs(shapes, num_channels=16, dtype=torch.float32)
+results = [f(value, shapes, reference, locations, weights) for f in (deform_attn_fused, deform_attn_fused_reference)]
+torch.testing.assert_close(*results)
 print(native_status().instruction_set, native_status().devices)
 """
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from detrs.ops import deform_attn, deform_attn_reference, native_status
 from fresh_interpreter import run_python
-from sampling import random_inputs
+from sampling import assert_close_to_largest, random_inputs
 
 pytestmark = pytest.mark.skipif("cpu" not in native_status().devices, reason=native_status().reason)
 SHAPES = ((5, 7), (3, 2), (1, 1))
@@ -21,13 +21,6 @@ def forward_and_gradients(function, shapes, inputs, grad_out=None):
     if grad_out is None:
         grad_out = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
     return [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
-
-
-def assert_same(found, expected, tolerance):
-    """Within `tolerance` of the largest number."""
-    for one, other in zip(found, expected, strict=True):
-        limit = tolerance * float(1 + other.abs().max()) if other.numel() else 0
-        torch.testing.assert_close(one.to(other.dtype), other, rtol=0, atol=limit)
 
 
 @settings(deadline=None, max_examples=40)
@@ -47,7 +40,7 @@ def test_equals_the_reference_at_any_size(shapes, num_queries, dtype, **sizes):
     found = forward_and_gradients(deform_attn, shapes, [tensor.to(dtype) for tensor in inputs])
     if dtype == torch.float32:  # rounding may carry a location over a kink, where its gradient jumps
         expected[2], found[2] = expected[2] * 0, found[2] * 0
-    assert_same(found, expected, 1e-12 if dtype == torch.float64 else 2e-5)
+    assert_close_to_largest(found, expected, 1e-12 if dtype == torch.float64 else 2e-5)
 
 
 @pytest.mark.parametrize("num_channels", [16, 24, 32])
@@ -57,7 +50,7 @@ def test_large_inputs_that_are_packed_by_head(num_channels):
         shapes, num_images=1, num_heads=4, num_channels=num_channels, num_queries=6000, num_points=4
     )
     expected = forward_and_gradients(deform_attn_reference, shapes, inputs)
-    assert_same(forward_and_gradients(deform_attn, shapes, inputs), expected, 1e-12)
+    assert_close_to_largest(forward_and_gradients(deform_attn, shapes, inputs), expected, 1e-12)
 
 
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
@@ -71,7 +64,7 @@ def test_half_precision_is_rounded_once(dtype, unit):
     assert [tensor.dtype for tensor in found] == [dtype, dtype, torch.float32, torch.float32]
     assert torch.equal(found[0], exact[0].to(dtype))
     assert torch.equal(found[1], exact[1].to(dtype))
-    assert_same(found[2:], exact[2:], 1e-6)
+    assert_close_to_largest(found[2:], exact[2:], 1e-6)
     all_half = forward_and_gradients(
         deform_attn, SHAPES, [value, locations.to(dtype), weights.to(dtype)], grad_out
     )
@@ -79,7 +72,7 @@ def test_half_precision_is_rounded_once(dtype, unit):
     rounded = forward_and_gradients(
         deform_attn, SHAPES, [value.float(), locations.to(dtype).float(), weights.to(dtype).float()]
     )
-    assert_same(all_half[:1], rounded[:1], 2 * unit)
+    assert_close_to_largest(all_half[:1], rounded[:1], 2 * unit)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -212,7 +205,7 @@ def test_a_direct_call_cannot_read_out_of_bounds():
 COMPILED = """
 import torch
 from detrs.ops import deform_attn
-from sampling import random_inputs
+from sampling import assert_close_to_largest, random_inputs
 
 class Scaled(torch.nn.Module):
     def forward(self, value, locations, weights):
