@@ -68,7 +68,7 @@ def test_there_and_back_is_lossless(name: str) -> None:
 def official_zeros(config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(our state dict without values, an official one of zeros)"""
     own = meta_detector(config).state_dict()
-    return own, to_official(config, {key: torch.zeros(1).expand(value.shape) for key, value in own.items()})
+    return own, to_official(config, {key: torch.zeros(()).expand(value.shape) for key, value in own.items()})
 
 
 def test_misfits_are_named() -> None:
