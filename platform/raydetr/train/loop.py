@@ -117,6 +117,8 @@ class Training:
     def evaluate(self, shards: Shards) -> list[dict[str, Any]]:
         """COCO results of the averaged weights (else the weights) on a split, this worker doing its share."""
         data = self.config.data
+        # batch norm's statistics differ between the workers, and those of the first one are checkpointed
+        self.world.take_from_first(self.weights.buffers())
         batches = evaluation_batches(
             shards,
             rank=self.world.rank,

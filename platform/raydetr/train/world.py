@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,12 @@ class World:
         """Begin to add `value` over all processes (in place); `wait()` gives the sum."""
         handle = dist.all_reduce(value, async_op=True) if self.size > 1 else None
         return PendingSum(value, handle)
+
+    def take_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite the tensors with those of the first process."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes in rank order, on every process."""

@@ -14,7 +14,7 @@ from detrs import zoo
 from raydetr.config import RunConfig, from_dict, override, to_dict
 from raydetr.data.splits import open_splits
 from raydetr.data.stream import train_batches
-from raydetr.train.loop import Training
+from raydetr.train.loop import EvaluationReport, Training, train
 from raydetr.train.world import World
 
 STEPS = 3
@@ -83,3 +83,31 @@ def test_the_shares_of_the_first_batches_hold_different_numbers_of_boxes(plain_r
         )  # fmt: skip
         boxes.append([len(batch.labels) for batch, _ in zip(batches, range(STEPS), strict=False)])
     assert boxes[0] != boxes[1]
+
+
+def evaluate_worker(rank: int, size: int, values: dict[str, Any], folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
+    try:
+        config = from_dict(values)
+        train_shards, val_shards = open_splits(config.data)
+        torch.manual_seed(0)
+        world = World(rank, size, torch.device("cpu"))
+        training = Training(config, zoo.build(config.model), train_shards.num_samples, world)
+        for report in train(training, train_shards, val_shards):
+            if isinstance(report, EvaluationReport):
+                buffers = dict(training.weights.named_buffers())
+                torch.save({"results": report.results, "buffers": buffers}, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_every_worker_evaluates_the_same_model(tiny_run: RunConfig, tmp_path: Path) -> None:
+    """With batch norm each worker has its own running statistics, and so does the moving average."""
+    config = override(tiny_run, {"model.num_classes": 4, "optim.epochs": 1})
+    mp.spawn(evaluate_worker, args=(2, to_dict(config), str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert any("running_mean" in name for name in first["buffers"])
+    for name, value in first["buffers"].items():
+        assert torch.equal(value, second["buffers"][name]), name
+    assert first["results"] == second["results"]

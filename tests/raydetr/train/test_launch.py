@@ -1,0 +1,110 @@
+"""Runs on a real Ray cluster of several nodes on this machine: complete, killed, resumed, evaluated."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from raydetr import track
+from raydetr.config import ClusterConfig, RunConfig, override
+from raydetr.evaluate.checkpoints import evaluate_checkpoint
+from raydetr.train import launch, run
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning:ray")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head without CPUs and two nodes with two each; this process is connected to it."""
+    for name, value in launch.SETTINGS.items():
+        os.environ.setdefault(name, value)
+    nodes = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1"},
+    )
+    for _ in range(2):
+        nodes.add_node(num_cpus=2)
+    ray.init(address=nodes.address, log_to_driver=False)
+    yield nodes
+    ray.shutdown()
+    nodes.shutdown()
+
+
+@pytest.fixture
+def two_workers(tiny_run: RunConfig) -> RunConfig:
+    return override(tiny_run, {"cluster.num_workers": 2, "optim.epochs": 3})
+
+
+def train_workers() -> list[psutil.Process]:
+    """The processes of this machine in which Ray Train workers of this test run."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "username"]):
+        title = " ".join(process.info["cmdline"] or ())
+        if title.startswith("ray::RayTrainWorker"):
+            found.append(process)
+    return found
+
+
+def states(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "state.pt", weights_only=True)["model"]
+
+
+def kill_a_worker_after(epoch: Path, killed: list[int]) -> None:
+    """Wait until a checkpoint is complete, then end one worker without warning."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (epoch / "meta.json").exists() and (workers := train_workers()):
+            victim = workers[0].pid
+            os.kill(victim, signal.SIGKILL)
+            killed.append(victim)
+            return
+        time.sleep(0.05)
+
+
+def test_a_killed_worker_costs_time_but_not_a_bit(cluster: Cluster, two_workers: RunConfig) -> None:
+    whole = run.start(override(two_workers, {"optim.epochs": 6}))
+    killed: list[int] = []
+    first_epoch = Path(two_workers.storage.path) / "hit" / "attempt-01" / "epoch-0001"
+    killer = threading.Thread(target=kill_a_worker_after, args=(first_epoch, killed))
+    killer.start()
+    hit = run.start(override(two_workers, {"optim.epochs": 6}), name="hit")
+    killer.join()
+    assert killed, "the run ended before it could be hit"
+    ours, theirs = states(hit.checkpoint), states(whole.checkpoint)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+    assert hit.metrics["AP"] == whole.metrics["AP"]
+    tracked = track.fetch_run(hit.tracking_uri, hit.mlflow_run_id)
+    assert tracked.status == "FINISHED"
+    assert set(tracked.artifacts) >= {"predictions.png", "curves.png", "evaluation/ap.json"}
+    # evaluated by two workers, by one process, and during the training: the same digits
+    on_ray, alone = (evaluate_checkpoint(whole.checkpoint, None, local=local) for local in (False, True))
+    assert on_ray == alone
+    assert alone["AP"] == whole.metrics["AP"]
+    assert not train_workers()
+
+
+def test_a_run_that_fails_says_what_its_worker_said(cluster: Cluster, two_workers: RunConfig) -> None:
+    wild = override(
+        two_workers,
+        {"optim.lr": 1e30, "optim.lr_backbone": 1e30, "optim.warmup_share": 0.0, "cluster.max_failures": 0},
+    )
+    with pytest.raises(launch.LaunchError, match=r"worker \d: .*(finite|nan)"):
+        run.start(wild)
+
+
+def test_workers_that_a_local_cluster_cannot_hold_are_refused(cluster: Cluster) -> None:
+    with pytest.raises(launch.LaunchError, match=r"num_workers=9 .* needs 9 CPUs, this machine has 4"):
+        launch.check_resources(ClusterConfig(num_workers=9), "local")
+    launch.check_resources(ClusterConfig(num_workers=9), "ray://elsewhere")  # it may grow
