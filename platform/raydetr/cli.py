@@ -14,6 +14,7 @@ from rich.console import Console
 from raydetr import config as configuration
 from raydetr import recipes as recipe_book
 from raydetr.config import ConfigError, RunConfig
+from raydetr.train.progress import say
 
 app = typer.Typer(
     help="Train detectors of the DETR family on your COCO-format data: on a laptop, or on a Ray cluster.",
@@ -44,12 +45,14 @@ def sample_data(
     out: Annotated[Path, typer.Option(help="The folder to write; must be empty or new.")],
     hard: Annotated[bool, typer.Option(help="5 classes, no colour cue, objects of 11-60 pixels.")] = False,
     seed: Annotated[int, typer.Option(help="Another seed gives other images.")] = 0,
+    num_train: Annotated[int, typer.Option(min=1, help="Training images.")] = 2400,
+    num_val: Annotated[int, typer.Option(min=1, help="Validation images.")] = 500,
 ) -> None:
     """Generate a small COCO-format data set of drawn shapes: something to try things on."""
     from raydetr.data.sample_data import write_sample_data
 
     with _progress("images") as progress:
-        write_sample_data(out, hard=hard, seed=seed, progress=progress)
+        write_sample_data(out, hard=hard, seed=seed, num_train=num_train, num_val=num_val, progress=progress)
     typer.echo(
         f"wrote {out}\nnext: raydetr shards write --images {out}/train --annotations "
         f"{out}/annotations/instances_train.json --out {out}/shards/train"
@@ -189,7 +192,7 @@ def compare(
     from raydetr import track
     from raydetr.compare import compare as compare_runs
 
-    typer.echo(compare_runs(uri or track.default_uri(Path("runs").resolve()), runs))
+    typer.echo(compare_runs(uri or track.default_uri(Path("runs")), runs, plain=not sys.stdout.isatty()))
 
 
 def read_config(arguments: list[str], config_file: Path | None) -> RunConfig:
@@ -214,7 +217,7 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         if not _is_meant_for_users(error):
             raise
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        say(f"error: {error}")
         sys.exit(1)
 
 
@@ -244,9 +247,13 @@ class _progress:
         self._task: Any = None
 
     def __enter__(self) -> Callable[[int, int], None]:
-        self._progress.start()
-        self._task = self._progress.add_task(self._unit, total=None)
-        return lambda done, total: self._progress.update(self._task, completed=done, total=total)
+        return self._update
+
+    def _update(self, done: int, total: int) -> None:
+        if self._task is None:  # not before there is something to show: an error stands alone
+            self._progress.start()
+            self._task = self._progress.add_task(self._unit, total=total)
+        self._progress.update(self._task, completed=done)
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
