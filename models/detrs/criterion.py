@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detrs.boxes import iou_and_giou
 from detrs.layers import full_precision
-from detrs.matcher import Costs, Matches, image_index, match
+from detrs.matcher import Costs, Matches, match
 from detrs.structures import Denoised, Outputs, Predictions, Targets
 
 
@@ -201,12 +201,37 @@ def focal_loss(
     logits: Float[Tensor, "n b q c"], matched: Matched, alpha: float, gamma: float
 ) -> Float[Tensor, " n"]:
     """Sum of the sigmoid focal loss of each layer (Lin et al. 2017, eq. 5)."""
-    sign = torch.ones_like(logits)
-    sign[matched.layer, matched.image, matched.query, matched.label] = -1.0
-    wrong = sign * logits  # the logit of the wrong answer: of "object" where there is none, and vice versa
-    weight = (0.5 + 0.5 * sign) * (1 - alpha) + (0.5 - 0.5 * sign) * alpha
-    loss = -F.logsigmoid(-wrong) * wrong.sigmoid() ** gamma * weight
-    return loss.sum((1, 2, 3))
+    # as if there were no objects
+    everywhere: Tensor = (1 - alpha) * _Background.apply(logits, gamma)  # type: ignore[no-untyped-call]
+    there = logits[matched.layer, matched.image, matched.query, matched.label]
+    return everywhere + (_focal(-there, alpha, gamma) - _focal(there, 1 - alpha, gamma)).sum(1)
+
+
+class _Background(torch.autograd.Function):
+    """Sum over a layer's queries and classes of sigmoid(x)^gamma * softplus(x).
+
+    The derivative is formed in the forward pass: there are only three large tensors, and one is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Float[Tensor, "n b q c"], gamma: float) -> Float[Tensor, " n"]:
+        score = logits.sigmoid()
+        softplus = logits.abs().neg_().exp_().log1p_().add_(logits.clamp(min=0))
+        power = score**gamma
+        if ctx.needs_input_grad[0]:
+            # gamma * power * (1 - score) * softplus + power * score
+            ctx.save_for_backward((1 - score).mul_(softplus).mul_(gamma).add_(score).mul_(power))
+        return power.mul_(softplus).sum((1, 2, 3))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Float[Tensor, " n"]) -> tuple[Float[Tensor, "n b q c"], None]:
+        (slope,) = ctx.saved_tensors
+        return slope * gradient[:, None, None, None], None
+
+
+def _focal(wrong: Float[Tensor, "*n"], weight: float, gamma: float) -> Float[Tensor, "*n"]:
+    """The loss given the logit of the wrong answer."""
+    return wrong.sigmoid() ** gamma * F.logsigmoid(-wrong) * -weight
 
 
 def mal_loss(
@@ -234,24 +259,27 @@ def cross_entropy(
 
 def denoising_matches(denoised: Denoised, targets: Targets, num_layers: int) -> Matches:
     """Positive denoising queries with the targets they were made of, the same for every layer."""
-    device = targets.labels.device
-    place = torch.tensor([k for count in targets.counts for k in range(count)], device=device)
-    starts = torch.arange(denoised.num_groups, device=device)[:, None] * 2 * denoised.block
+    _, place = targets.places()
+    starts = torch.arange(denoised.num_groups, device=place.device)[:, None] * 2 * denoised.block
     queries = (starts + place).flatten().expand(num_layers, -1)
-    rows = torch.arange(len(place), device=device).repeat(denoised.num_groups).expand(num_layers, -1)
-    return Matches(queries, rows)
+    rows = torch.arange(len(place), device=place.device).repeat(denoised.num_groups)
+    return Matches(queries, rows.expand(num_layers, -1))
 
 
 def _index(matches: Matches, labels: Int64[Tensor, " t"], targets: Targets) -> Matched:
     layer = torch.arange(len(matches.queries), device=labels.device)[:, None].expand_as(matches.queries)
-    image = image_index(targets)[matches.targets]
+    image = targets.places()[0][matches.targets]
     return Matched(layer, image, matches.queries, matches.targets, labels[matches.targets])
 
 
 def _cardinality_error(logits: Float[Tensor, "n b q c"], targets: Targets) -> Float[Tensor, " n"]:
     """Mean over images of |number of queries whose best class is not the last - number of targets|."""
-    counted = (logits.detach().argmax(-1) != logits.shape[-1] - 1).sum(2)
-    counts = torch.tensor(targets.counts, device=logits.device)
+    if logits.shape[-1] == 1:
+        counted = torch.zeros(logits.shape[:2], dtype=torch.int64, device=logits.device)
+    else:
+        counted = (logits[..., :-1].detach().amax(-1) >= logits[..., -1]).sum(2)
+    image, _ = targets.places()
+    counts = (image == torch.arange(len(targets.counts), device=image.device)[:, None]).sum(1)
     return (counted - counts).abs().to(logits.dtype).mean(1)
 
 

@@ -95,7 +95,7 @@ class ContrastiveDenoising(nn.Module):
         labels = self._noise_labels(labels, draws)
         boxes = self._noise_boxes(boxes, negative, draws)
         shape = (len(targets.counts), 2 * num_groups * block)
-        image, slot = _slots(targets.counts, block, num_groups, labels.device)
+        image, slot = _slots(targets, num_groups)
         embedded = self.label_embed(labels)
         # an unfilled slot is zero in logit space, as in the official code
         content = embedded.new_zeros(*shape, embedded.shape[-1]).index_put((image, slot), embedded)
@@ -153,12 +153,9 @@ def blocked_attention(noised: NoisedQueries, num_queries: int, device: torch.dev
     return other_group & ~matching
 
 
-def _slots(
-    counts: tuple[int, ...], block: int, num_groups: int, device: torch.device
-) -> tuple[Int64[Tensor, " r"], Int64[Tensor, " r"]]:
+def _slots(targets: Targets, num_groups: int) -> tuple[Int64[Tensor, " r"], Int64[Tensor, " r"]]:
     """Image and slot of each row."""
-    image = torch.tensor([i for i, n in enumerate(counts) for _ in range(n)], dtype=torch.int64)
-    place = torch.tensor([k for n in counts for k in range(n)], dtype=torch.int64)
-    starts = torch.arange(2 * num_groups).repeat_interleave(len(place)) * block
-    image, slot = image.repeat(2 * num_groups), starts + place.repeat(2 * num_groups)
-    return image.to(device), slot.to(device)
+    image, place = targets.places()
+    block = max(targets.counts, default=0)
+    starts = torch.arange(2 * num_groups, device=place.device) * block
+    return image.repeat(2 * num_groups), (starts[:, None] + place).flatten()

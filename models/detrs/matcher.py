@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from detrs.boxes import iou_and_giou
+from detrs.boxes import to_xyxy
 from detrs.structures import Predictions, Targets
 
 
@@ -55,11 +55,10 @@ def match(
     Raises:
         ValueError: predictions or target boxes are not finite; names layer and image.
     """
-    image_of = image_index(targets)
-    with torch.no_grad():
-        parts = [pair_costs(predictions, labels, targets, image_of, costs) for predictions, labels in groups]
-        finite = [_finite(predictions) for predictions, _ in groups]
-        host = torch.cat([x.flatten() for x in (*parts, *finite)]).cpu().numpy()
+    image_of, _ = targets.places()
+    parts = [pair_costs(predictions, labels, targets, image_of, costs) for predictions, labels in groups]
+    finite = [_finite(predictions) for predictions, _ in groups]
+    host = torch.cat([x.flatten() for x in (*parts, *finite)]).cpu().numpy()
     if not np.isfinite(host).all():
         _raise_not_finite(host[sum(part.numel() for part in parts) :], groups, targets)
     pairs, start = [], 0
@@ -72,12 +71,7 @@ def match(
     return [Matches(*column.reshape(x.shape).unbind(0)) for column, x in zip(columns, pairs, strict=True)]
 
 
-def image_index(targets: Targets) -> Int64[Tensor, " t"]:
-    """The image of each packed target."""
-    images = [i for i, count in enumerate(targets.counts) for _ in range(count)]
-    return torch.tensor(images, dtype=torch.int64).to(targets.labels.device)
-
-
+@torch.no_grad()
 def pair_costs(
     predictions: Predictions,
     labels: Int64[Tensor, " t"],
@@ -85,30 +79,52 @@ def pair_costs(
     image_of: Int64[Tensor, " t"],
     costs: Costs,
 ) -> Float[Tensor, "n t q"]:
-    """Cost of each target with each query of its image."""
-    boxes = predictions.boxes[:, image_of]
-    wanted = targets.boxes[:, None]
-    l1 = (boxes - wanted).abs().sum(-1)
-    _, giou = iou_and_giou(boxes, wanted, costs.giou_eps)
+    """Cost of each target with each query of its image; no gradient is kept."""
+    l1 = _l1(predictions.boxes, targets.boxes, image_of)
+    giou = _giou(predictions.boxes, targets.boxes, image_of, costs.giou_eps)
     if costs.kind == "softmax":
-        logits = predictions.logits.softmax(-1)[:, image_of, :, labels].transpose(0, 1)
-        class_cost = -logits
+        class_cost = -predictions.logits.softmax(-1).transpose(2, 3)[:, image_of, labels]
     else:
-        class_cost = _focal_cost(predictions.logits[:, image_of, :, labels].transpose(0, 1), costs)
-    return costs.box_weight * l1 + costs.class_weight * class_cost - costs.giou_weight * giou
+        class_cost = _focal_cost(predictions.logits.transpose(2, 3)[:, image_of, labels], costs)
+    total = l1.mul_(costs.box_weight).add_(class_cost, alpha=costs.class_weight)
+    return total.add_(giou, alpha=-costs.giou_weight)
+
+
+def _l1(
+    boxes: Float[Tensor, "n b q 4"], wanted: Float[Tensor, "t 4"], image_of: Int64[Tensor, " t"]
+) -> Float[Tensor, "n t q"]:
+    # coordinate by coordinate: contiguous planes are several times faster than rows of four
+    pairs = zip(boxes.unbind(-1), wanted.unbind(-1), strict=True)
+    planes = [(plane[:, image_of] - value[:, None]).abs_() for plane, value in pairs]
+    return planes[0].add_(planes[1]).add_(planes[2]).add_(planes[3])
+
+
+def _giou(
+    boxes: Float[Tensor, "n b q 4"], wanted: Float[Tensor, "t 4"], image_of: Int64[Tensor, " t"], eps: float
+) -> Float[Tensor, "n t q"]:
+    """`detrs.boxes.iou_and_giou` of all pairs, in planes and in place; of boxes with sizes of at least 0."""
+    x1, y1, x2, y2 = (plane[:, image_of] for plane in to_xyxy(boxes).unbind(-1))
+    wanted_x1, wanted_y1, wanted_x2, wanted_y2 = (c[:, None] for c in to_xyxy(wanted).unbind(-1))
+    overlap = (torch.minimum(x2, wanted_x2) - torch.maximum(x1, wanted_x1)).clamp_(min=0)
+    overlap *= (torch.minimum(y2, wanted_y2) - torch.maximum(y1, wanted_y1)).clamp_(min=0)
+    union = (boxes[..., 2] * boxes[..., 3])[:, image_of] + (wanted[:, 2] * wanted[:, 3])[:, None]
+    union -= overlap
+    hull = torch.maximum(x2, wanted_x2) - torch.minimum(x1, wanted_x1)
+    hull *= torch.maximum(y2, wanted_y2) - torch.minimum(y1, wanted_y1)
+    return overlap.div_(union + eps).sub_(hull.sub(union).div_(hull.add_(eps)))
 
 
 def _focal_cost(logits: Float[Tensor, "n t q"], costs: Costs) -> Float[Tensor, "n t q"]:
     # 1 - score from the logit itself: in float32 the difference has too few digits near a score of 1
     score, rest = logits.sigmoid(), (-logits).sigmoid()
-    negative = (1 - costs.alpha) * score**costs.gamma * -(rest + 1e-8).log()
-    positive = costs.alpha * rest**costs.gamma * -(score + 1e-8).log()
-    return positive - negative
+    negative = (rest + 1e-8).log_().mul_(score**costs.gamma).mul_(costs.alpha - 1)
+    positive = (score + 1e-8).log_().mul_(rest**costs.gamma).mul_(-costs.alpha)
+    return positive.sub_(negative)
 
 
 def _finite(predictions: Predictions) -> Float[Tensor, "n b"]:
     # a sum is not finite when one of its terms is not: one number for each layer and image
-    return predictions.logits.sum((2, 3)) + predictions.boxes.sum((2, 3))
+    return predictions.logits.detach().sum((2, 3)) + predictions.boxes.detach().sum((2, 3))
 
 
 def _assign(costs: npt.NDArray[np.floating], counts: tuple[int, ...]) -> npt.NDArray[np.int64]:
@@ -143,7 +159,7 @@ def _raise_not_finite(
                 f"the predictions of {name} for image {image} of the batch are not finite; "
                 "lower the learning rate, or look at this batch"
             )
-    for row, image in enumerate(image_index(targets).tolist()):
+    for row, image in enumerate(targets.places()[0].tolist()):
         if not targets.boxes[row].isfinite().all():
             raise ValueError(
                 f"a target box of image {image} of the batch is not finite; check the annotations"

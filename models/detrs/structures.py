@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
@@ -27,6 +28,14 @@ class Targets:
     labels: Int64[Tensor, " t"]
     boxes: Float[Tensor, "t 4"]
     counts: tuple[int, ...]
+
+    def places(self) -> tuple[Int64[Tensor, " t"], Int64[Tensor, " t"]]:
+        """The image of each row, and the row's number within it; made on the device, without a transfer."""
+        device = self.labels.device
+        empty = [torch.zeros(0, dtype=torch.int64, device=device)]
+        image = [torch.full((count,), i, device=device) for i, count in enumerate(self.counts)]
+        place = [torch.arange(count, device=device) for count in self.counts]
+        return torch.cat(empty + image), torch.cat(empty + place)
 
 
 @dataclass(frozen=True)

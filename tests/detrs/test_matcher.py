@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detrs.boxes import to_xyxy
-from detrs.matcher import Costs, image_index, match, pair_costs
+from detrs.matcher import Costs, match, pair_costs
 from detrs.structures import Predictions, Targets
 
 FOCAL = Costs("focal", class_weight=2.0, box_weight=5.0, giou_weight=2.0, giou_eps=0.0)
@@ -49,8 +49,8 @@ def cheapest(costs: np.ndarray) -> float:
 def test_no_assignment_is_cheaper(seed: int, counts: tuple[int, ...], num_queries: int, costs: Costs) -> None:
     predictions, targets = random_case(seed, counts, num_queries)
     (matches,) = match([(predictions, targets.labels)], targets, costs)
-    table = pair_costs(predictions, targets.labels, targets, image_index(targets), costs).numpy()
-    owner = image_index(targets)
+    table = pair_costs(predictions, targets.labels, targets, targets.places()[0], costs).numpy()
+    owner = targets.places()[0]
     for layer in range(2):
         for image, count in enumerate(counts):
             mine = owner[matches.targets[layer]] == image
@@ -64,7 +64,7 @@ def test_no_assignment_is_cheaper(seed: int, counts: tuple[int, ...], num_querie
 
 def test_costs_are_those_of_the_definition() -> None:
     predictions, targets = random_case(0, (2, 1), 3)
-    table = pair_costs(predictions, targets.labels, targets, image_index(targets), FOCAL)
+    table = pair_costs(predictions, targets.labels, targets, targets.places()[0], FOCAL)
     for layer, target, query in itertools.product(range(2), range(3), range(3)):
         image = 0 if target < 2 else 1
         score = predictions.logits[layer, image, query, targets.labels[target]].sigmoid().item()
