@@ -19,13 +19,15 @@ from typing import Any
 
 import psutil
 
+START_SECONDS = 120
+
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "OMP_NUM_THREADS": "1",
+    "RAY_raylet_start_wait_time_s": str(START_SECONDS),  # 30 s are not enough where the cores are shared
 }
-START_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class RayHead:
         return inherited | ENVIRONMENT | {"PATH": path}
 
     def living(self, resource: str) -> list[dict[str, Any]]:
-        """The cluster's actors, placement_groups or jobs that have not ended, by the REST API."""
+        """The cluster's actors, placement_groups or nodes that have not ended, by the REST API."""
         url = f"{self.dashboard}/api/v0/{resource}?limit=1000&detail=1"
         with urllib.request.urlopen(url, timeout=30) as answer:
             rows: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
@@ -104,10 +106,11 @@ def _wait_for(head: RayHead, process: subprocess.Popen[bytes]) -> None:
     while time.monotonic() < deadline and process.poll() is None:
         try:
             with urllib.request.urlopen(f"{head.dashboard}/api/version", timeout=5):
-                head.living("actors")
-                return
+                if head.living("nodes"):
+                    return
         except (OSError, KeyError, TypeError):
-            time.sleep(0.5)
+            pass
+        time.sleep(0.5)
     log = (head.folder / "head.log").read_text()
     raise RuntimeError(f"no Ray head node within {START_SECONDS} s:\n{log}")
 

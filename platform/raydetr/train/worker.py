@@ -36,7 +36,10 @@ class RayHost:
             if write is not None:
                 write(Path(temporary))
                 kept = ray.train.Checkpoint.from_directory(temporary)
-            ray.train.report(dict(metrics), checkpoint=kept, checkpoint_dir_name=name)
+            group = ray.util.get_current_placement_group()  # a search frees it should it stop this run
+            assert group is not None
+            reported = {**metrics, "placement_group": group.id.hex()}
+            ray.train.report(reported, checkpoint=kept, checkpoint_dir_name=name)
 
     def show(self, progress: Progress) -> None:
         """Post to the board, without waiting."""

@@ -44,7 +44,7 @@ def check_dashboard() -> None:
         LaunchError: the dashboard does not answer.
     """
     try:
-        list_actors(limit=1, raise_on_missing_output=False)
+        list_actors(_address(), limit=1, raise_on_missing_output=False)
     except (RayStateApiException, ConnectionError, OSError) as error:
         raise LaunchError(
             "the cluster's dashboard does not answer, and without it trials that are stopped early would "
@@ -86,10 +86,13 @@ def num_fitting(nodes: list[Mapping[str, float]], cluster: ClusterConfig) -> int
 def remains(job_id: str) -> list[Leftover]:
     """The living actors and the placement groups that a job has made."""
     actors = list_actors(
-        filters=[("job_id", "=", job_id), ("state", "!=", "DEAD")], limit=STATE_LIMIT, detail=True
+        _address(), filters=[("job_id", "=", job_id), ("state", "!=", "DEAD")], limit=STATE_LIMIT, detail=True
     )
     groups = list_placement_groups(
-        filters=[("creator_job_id", "=", job_id), ("state", "!=", "REMOVED")], limit=STATE_LIMIT, detail=True
+        _address(),
+        filters=[("creator_job_id", "=", job_id), ("state", "!=", "REMOVED")],
+        limit=STATE_LIMIT,
+        detail=True,
     )
     return [
         *(
@@ -115,9 +118,19 @@ def clear(job_id: str, before: list[Leftover]) -> list[Leftover]:
             break
         time.sleep(0.5)
     for leftover in left:
-        if leftover.kind == "placement group":  # with it, Ray ends the workers that run in it
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(leftover.id))))
+        if leftover.kind == "placement group":
+            remove_group(leftover.id)
     return left
+
+
+def remove_group(group_id: str) -> None:
+    """Free what a placement group holds; Ray ends the workers that run in it. One that is gone does no harm."""
+    remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
+
+
+def _address() -> str:
+    """Of the cluster we are connected to: on its own, the state API is at a loss where a machine has two."""
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def _grows() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from raydetr import track
 from raydetr.config import RunConfig
+from raydetr.tune import cluster
 from raydetr.tune.outcome import Status, Trial
 from raydetr.tune.trial import Study, plain, trial_number
 
@@ -26,6 +28,7 @@ MLFLOW_STATUS: dict[Status, track.Status] = {
     "interrupted": "KILLED",
     "failed": "FAILED",
 }
+FREE_SECONDS = 15.0  # after the end of a trial; its controller is gone by then, and starts no workers again
 ENDED_TAG = "raydetr.ended"
 
 
@@ -37,6 +40,8 @@ class Watch(tune.Callback):
         self._epochs, self._batch_size = config.optim.epochs, config.data.batch_size
         self._uri, self._experiment = study.config["tracking"]["uri"], config.tracking.experiment
         self._positions: dict[int, int] = {}  # of the last evaluation
+        self._groups: dict[int, str] = {}  # placement groups of the trials' workers
+        self._to_free: list[tuple[float, str]] = []  # when, and which placement group
         self.trials: dict[int, Trial] = {}
 
     @property
@@ -60,6 +65,7 @@ class Watch(tune.Callback):
             return
         now = replace(before, epoch=result["epoch"], AP=result.get("AP"), AP50=result.get("AP50"))
         self.trials[number], self._positions[number] = now, result["position"]
+        self._groups[number] = result["placement_group"]
         if now != before:
             say(f"trial {number}  {_numbers(now, self._epochs)}  {_overrides(now)}")
 
@@ -68,6 +74,17 @@ class Watch(tune.Callback):
         number = trial_number(trial.trial_id)
         finished = self.trials[number].epoch >= self._epochs
         self._end(replace(self.trials[number], status="finished" if finished else "stopped by ASHA"))
+        if number in self._groups:
+            self._to_free.append((time.monotonic() + FREE_SECONDS, self._groups[number]))
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Between two looks at the trials: free what a trial that ended may still hold.
+
+        Ray's own cleaner does so at once, but it asks the dashboard, and not every time gets an answer; then the
+        next trial would wait without end.
+        """
+        while self._to_free and self._to_free[0][0] < time.monotonic():
+            cluster.remove_group(self._to_free.pop(0)[1])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has failed."""
