@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """A copy of a model whose floating tensors trail the original's.
+    """A copy of a model whose floating tensors trail the original's (which must stay where they are).
 
     The decay ramps up, min(decay, (1 + n) / (10 + n)) after n updates, so that the random
     initial weights are forgotten early in a short run.
@@ -19,16 +19,19 @@ class Ema:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.num_updates = 0
+        # collected once: walking the modules at each step costs more than the arithmetic
+        pairs = list(zip(_tensors(self.model), _tensors(model), strict=True))
+        floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._ours, self._theirs = ([pair[side] for pair in floating] for side in (0, 1))
+        self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move towards `model`'s current weights and buffers."""
+    def update(self) -> None:
+        """Move towards the original's current weights and buffers."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        ours, theirs = _tensors(self.model), _tensors(model)
-        floating = [i for i, tensor in enumerate(ours) if tensor.is_floating_point()]
-        torch._foreach_lerp_([ours[i] for i in floating], [theirs[i] for i in floating], 1 - decay)
-        for i in set(range(len(ours))) - set(floating):  # counters, e.g. of batch norm
-            ours[i].copy_(theirs[i])
+        torch._foreach_lerp_(self._ours, self._theirs, 1 - decay)
+        for ours, theirs in self._counters:  # of batch norm
+            ours.copy_(theirs)
         self.num_updates += 1
 
 

@@ -110,7 +110,7 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
-            self.ema.update(self.detector)
+            self.ema.update()
         self.position += self.config.data.batch_size
         return {"loss": losses.total.detach(), **losses.terms, "grad_norm": norm}
 

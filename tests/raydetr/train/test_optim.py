@@ -89,7 +89,7 @@ def test_ema_follows_its_formula_in_float64_and_keeps_counters() -> None:
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter))
         model.backbone(torch.randn(8, 3, 2, 2).double())  # moves the running statistics
-        ema.update(model)
+        ema.update()
         decay = min(0.5, (1 + update) / (10 + update))
         for name, value in model.state_dict().items():
             old = expected[name]
@@ -103,7 +103,7 @@ def test_ema_follows_its_formula_in_float64_and_keeps_counters() -> None:
 def test_ema_does_not_touch_the_model() -> None:
     model = Small()
     before = copy.deepcopy(model.state_dict())
-    Ema(model, 0.9).update(model)
+    Ema(model, 0.9).update()
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
 
