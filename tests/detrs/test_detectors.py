@@ -200,30 +200,3 @@ def test_pydantic_reads_what_it_writes(config: ModelConfig) -> None:
 def test_pydantic_refuses_unknown_settings(extra: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         TypeAdapter(DinoConfig).validate_python({"paper": "dino", **extra})
-
-
-COMPILED = [
-    pytest.param("aot_eager", name, marks=[] if name in ("dino", "dab") else pytest.mark.slow)
-    for name in NAMES
-] + [pytest.param("inductor", name, marks=pytest.mark.slow) for name in ("dino", "detr")]
-
-
-@pytest.mark.parametrize(("backend", "name"), COMPILED)
-def test_compiled_models_give_the_same_numbers(backend: str, name: str) -> None:
-    torch.manual_seed(0)
-    model = build(small_models.CONFIGS[name])
-    model.detector.eval()
-    images, targets = small_models.batch((2, 1), size=(64, 64))
-    torch.compiler.reset()
-    # one graph each: nothing in them falls back to Python
-    compiled = torch.compile(model.detector, backend=backend, fullgraph=True)
-    gradients = []
-    for detector in (model.detector, compiled):
-        outputs = detector(images)
-        losses = model.criterion(outputs, targets, 3.0)
-        gradients.append(torch.autograd.grad(losses.total, list(model.detector.parameters())))
-        gradients[-1] = [*gradients[-1], outputs.predictions.logits, outputs.predictions.boxes]
-    for found, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(
-            found, expected, rtol=1e-4, atol=1e-4 * max(expected.abs().max().item(), 1)
-        )
