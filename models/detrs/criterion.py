@@ -104,7 +104,7 @@ class Criterion:
             num_boxes: number of target boxes of the global batch over the number of processes, at least 1.
 
         Raises:
-            ValueError: predictions or target boxes are not finite; names layer and image.
+            NotFiniteError: predictions or target boxes are not finite; names layer and image.
         """
         groups = self._groups(outputs, targets)
         terms: dict[str, Tensor] = {}

@@ -21,6 +21,10 @@ from detrs.boxes import to_xyxy
 from detrs.structures import Predictions, Targets
 
 
+class NotFiniteError(ValueError):
+    """Predictions or targets hold NaN or infinity; the message names layer and image."""
+
+
 @dataclass(frozen=True)
 class Costs:
     """Weights of the matching cost and the details that differ between the papers."""
@@ -53,7 +57,7 @@ def match(
         costs: the weights.
 
     Raises:
-        ValueError: predictions or target boxes are not finite; names layer and image.
+        NotFiniteError: predictions or target boxes are not finite; names layer and image.
     """
     image_of, _ = targets.places()
     parts = [pair_costs(predictions, labels, targets, image_of, costs) for predictions, labels in groups]
@@ -155,13 +159,13 @@ def _raise_not_finite(
         if len(bad):
             layer, image = (int(x) for x in bad[0])
             name = f"decoder layer {layer}" if number == 0 else "the encoder"
-            raise ValueError(
+            raise NotFiniteError(
                 f"the predictions of {name} for image {image} of the batch are not finite; "
                 "lower the learning rate, or look at this batch"
             )
     for row, image in enumerate(targets.places()[0].tolist()):
         if not targets.boxes[row].isfinite().all():
-            raise ValueError(
+            raise NotFiniteError(
                 f"a target box of image {image} of the batch is not finite; check the annotations"
             )
-    raise ValueError("a matching cost is not finite: a predicted and a target box both have no area")
+    raise NotFiniteError("a matching cost is not finite: a predicted and a target box both have no area")
