@@ -5,7 +5,6 @@ An encoder layer is the special case in which the content is the memory's tokens
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from detrs.layers import full_precision
-from detrs.ops import deform_attn
+from detrs.ops import deform_attn_fused
 from detrs.structures import Memory
 
 
@@ -182,39 +181,21 @@ class DeformableAttention(nn.Module):
         """Gather from sampled points. Sampling happens in float32 at least."""
         query = content + where.pos
         samples = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)
-        weights = full_precision(self.attention_weights(query)).view(*samples[:3], -1).softmax(-1)
+        logits = full_precision(self.attention_weights(query)).view(samples)
         offsets = full_precision(self.sampling_offsets(query)).view(*samples, 2)
         value = self.value_proj(memory.tokens).masked_fill(memory.padding[..., None], 0)
         value = full_precision(value).view(*value.shape[:2], self.num_heads, -1)
         assert where.reference is not None
-        locations = self._locations(where.reference, offsets, memory)
-        gathered = deform_attn(value, memory.shapes, locations, weights.view(samples))
-        out: Tensor = self.output_proj(gathered)
+        reference = on_levels(where.reference, memory)
+        out: Tensor = self.output_proj(deform_attn_fused(value, memory.shapes, reference, offsets, logits))
         return out
 
-    def _locations(
-        self,
-        reference: Float[Tensor, "b q k"],
-        offsets: Float[Tensor, "b q m l p 2"],
-        memory: Memory,
-    ) -> Float[Tensor, "b q m l p 2"]:
-        """Offsets count in pixels around a point, in halves of the box over `num_points` inside a box."""
-        ratios = memory.valid_ratios[:, None]  # [b, 1, l, 2]
-        centres = (reference[:, :, None, :2] * ratios)[:, :, None, :, None]
-        if reference.shape[-1] == 2:
-            return centres + offsets / level_sizes(memory.shapes, offsets.dtype, offsets.device)[:, None]
-        sides = (reference[:, :, None, 2:] * ratios)[:, :, None, :, None]
-        return centres + offsets / self.num_points * sides * 0.5
+
+def on_levels(reference: Float[Tensor, "b q k"], memory: Memory) -> Float[Tensor, "b q l k"]:
+    """Points or boxes relative to each padded level instead of to the image."""
+    ratios = memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)
+    return reference[:, :, None] * ratios[:, None]
 
 
 def _linear(hidden_dim: int) -> nn.Linear:
     return nn.Linear(hidden_dim, hidden_dim)
-
-
-@functools.lru_cache(maxsize=64)
-def level_sizes(
-    shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device
-) -> Float[Tensor, "l 2"]:
-    """(width, height) of each level; kept, so that no layer copies it to the device again."""
-    with torch.inference_mode(False):
-        return torch.tensor([(width, height) for height, width in shapes], dtype=dtype, device=device)
