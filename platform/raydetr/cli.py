@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -212,6 +213,8 @@ def read_config(arguments: list[str], config_file: Path | None) -> RunConfig:
 
 def main() -> None:
     """Run the command line; a mistake of the user ends in one clear line, not in a traceback."""
+    # `ray job stop` and schedulers send SIGTERM: end as after Ctrl-C, with the MLflow run closed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:

@@ -29,6 +29,7 @@ SETTINGS = {
     "RAY_AUTH_MODE": "disabled",  # else a token in the home folder decides, and other clusters refuse us
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for this poll: 2 s by default
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints would appear twice
+    "RAY_raylet_start_wait_time_s": "120",  # 30 s are too few on a busy machine
 }
 
 
