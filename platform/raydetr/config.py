@@ -10,10 +10,18 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, Self, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from detrs.zoo import ModelConfig
@@ -38,6 +46,16 @@ class TransformConfig(Section):
     short_sides: tuple[PositiveInt, ...] = ()  # pixels; one is drawn per image; empty: keep the size
     max_side: PositiveInt = 1333  # pixels; the long side never exceeds it when `short_sides` is given
     horizontal_flip: float = Field(default=0.0, ge=0.0, le=1.0)  # probability
+    crop_probability: float = Field(default=0.0, ge=0.0, le=1.0)  # of a random crop before the resize
+    crop_short_sides: tuple[PositiveInt, ...] = ()  # pixels; resize to one of them before the crop
+    crop_min_side: PositiveInt = 384  # pixels; the sides of the crop are drawn from crop_min_side
+    crop_max_side: PositiveInt = 600  # to crop_max_side, or to the image's side where that is smaller
+
+    @model_validator(mode="after")
+    def _check_crop(self) -> Self:
+        if self.crop_min_side > self.crop_max_side:
+            raise ValueError(f"crop_min_side {self.crop_min_side} exceeds crop_max_side {self.crop_max_side}")
+        return self
 
     def build(self) -> Transform:
         """The transform that these settings describe."""
@@ -74,6 +92,13 @@ class OptimConfig(Section):
     final_lr_share: float = Field(default=0.0, ge=0.0, le=1.0)  # "cosine": of lr, at the last step
     clip_norm: float | None = Field(default=0.1, gt=0)  # None: no clipping
     ema_decay: float | None = Field(default=None, gt=0, lt=1)  # None: no moving average
+
+
+class InitConfig(Section):
+    """What the weights start from."""
+
+    # a checkpoint of a run, or what `raydetr import-checkpoint` wrote; None: new ones
+    checkpoint: Path | None = None
 
 
 class EvaluationConfig(Section):
@@ -115,6 +140,7 @@ class RunConfig(Section):
     data: DataConfig
     model: ModelConfig = Field(discriminator="paper")
     optim: OptimConfig
+    init: InitConfig = InitConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
     storage: StorageConfig = StorageConfig()

@@ -98,10 +98,9 @@ def load_sample(shards: Shards, index: int, transform: Transform, *, seed: int, 
     original_size = (image.height, image.width)
     boxes, category_ids = usable_boxes(raw.annotations, image.width, image.height)
     labels = shards.label_map.labels
-    image, boxes = transform(image, boxes, seed=seed, position=position)
-    return Sample(
-        image, np.array([labels[i] for i in category_ids], np.int64), boxes, raw.record["id"], original_size
-    )
+    image, boxes, kept = transform(image, boxes, seed=seed, position=position)
+    kept_labels = np.array([labels[i] for i in category_ids], np.int64)[kept]
+    return Sample(image, kept_labels, boxes, raw.record["id"], original_size)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,112 @@
+"""Recipes: functions that return a complete RunConfig. A variant calls its parent and changes fields.
+
+The docstring's first line is what `raydetr recipes` shows; the rest says what to expect. A recipe is trained
+with `raydetr train NAME`; docs/recipes.md says which settings are yours to fill in.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from raydetr.config import ConfigError, RunConfig, nearest
+from raydetr.recipes.conditional import (
+    conditional_detr_r50_50ep,
+    conditional_detr_r50_dc5_50ep,
+    conditional_detr_r101_50ep,
+    conditional_detr_r101_dc5_50ep,
+)
+from raydetr.recipes.dab import (
+    dab_detr_r50_3patterns_50ep,
+    dab_detr_r50_50ep,
+    dab_detr_r50_dc5_3patterns_50ep,
+    dab_detr_r50_dc5_50ep,
+    dab_detr_r101_50ep,
+    dab_detr_r101_dc5_50ep,
+)
+from raydetr.recipes.deformable import (
+    deformable_detr_r50_50ep,
+    deformable_detr_r50_refine_50ep,
+    deformable_detr_r50_single_scale_50ep,
+    deformable_detr_r50_single_scale_dc5_50ep,
+    deformable_detr_r50_two_stage_50ep,
+)
+from raydetr.recipes.detr import (
+    detr_r50_150ep,
+    detr_r50_500ep,
+    detr_r50_dc5_500ep,
+    detr_r101_500ep,
+    detr_r101_dc5_500ep,
+)
+from raydetr.recipes.dino import (
+    dino_r50_4scale_12ep,
+    dino_r50_4scale_24ep,
+    dino_r50_4scale_36ep,
+    dino_r50_5scale_12ep,
+    dino_r50_5scale_24ep,
+    dino_r50_5scale_36ep,
+)
+from raydetr.recipes.finetune import (
+    finetune_conditional_detr_r50,
+    finetune_dab_detr_r50,
+    finetune_deformable_detr_r50,
+    finetune_detr_r50,
+    finetune_dino_r50,
+)
+from raydetr.recipes.quickstart import quickstart, quickstart_hard
+
+__all__ = ["RECIPES", "find", "quickstart", "quickstart_hard", "summary"]
+
+RECIPES: tuple[Callable[[], RunConfig], ...] = (
+    quickstart,
+    quickstart_hard,
+    finetune_dino_r50,
+    finetune_deformable_detr_r50,
+    finetune_dab_detr_r50,
+    finetune_conditional_detr_r50,
+    finetune_detr_r50,
+    dino_r50_4scale_12ep,
+    dino_r50_4scale_24ep,
+    dino_r50_4scale_36ep,
+    dino_r50_5scale_12ep,
+    dino_r50_5scale_24ep,
+    dino_r50_5scale_36ep,
+    deformable_detr_r50_50ep,
+    deformable_detr_r50_refine_50ep,
+    deformable_detr_r50_two_stage_50ep,
+    deformable_detr_r50_single_scale_50ep,
+    deformable_detr_r50_single_scale_dc5_50ep,
+    dab_detr_r50_50ep,
+    dab_detr_r50_3patterns_50ep,
+    dab_detr_r50_dc5_50ep,
+    dab_detr_r50_dc5_3patterns_50ep,
+    dab_detr_r101_50ep,
+    dab_detr_r101_dc5_50ep,
+    conditional_detr_r50_50ep,
+    conditional_detr_r50_dc5_50ep,
+    conditional_detr_r101_50ep,
+    conditional_detr_r101_dc5_50ep,
+    detr_r50_500ep,
+    detr_r50_150ep,
+    detr_r50_dc5_500ep,
+    detr_r101_500ep,
+    detr_r101_dc5_500ep,
+)
+
+
+def find(name: str) -> RunConfig:
+    """The configuration of the recipe called `name`.
+
+    Raises:
+        ConfigError: there is no such recipe; the nearest one is named.
+    """
+    for recipe in RECIPES:
+        if recipe.__name__ == name:
+            return recipe()
+    names = [recipe.__name__ for recipe in RECIPES]
+    raise ConfigError(f"no recipe {name!r}{nearest(name, names)} There are: {', '.join(names)}")
+
+
+def summary(recipe: Callable[[], RunConfig]) -> str:
+    """The first line of a recipe's docstring."""
+    return (inspect.getdoc(recipe) or "").splitlines()[0]

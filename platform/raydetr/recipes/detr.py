@@ -1,0 +1,55 @@
+"""DETR: the official schedules (Carion et al., ECCV 2020, arXiv:2005.12872; AP of the official models)."""
+
+from __future__ import annotations
+
+from detrs.zoo import DetrConfig
+from raydetr.config import RunConfig, override
+from raydetr.recipes.coco import official_optim, official_run
+
+
+def detr_r50_500ep() -> RunConfig:
+    """DETR, ResNet-50, 500 epochs on COCO (Carion et al. 2020); official AP 42.0.
+
+    The rate drops after 400 epochs; 64 images a batch, as in the paper. Cost: 86 GFLOPs an image, about 2000
+    V100 hours. Command: `raydetr train detr_r50_500ep`.
+    """
+    optim = official_optim(epochs=500, drop_epoch=400, lr=1e-4, lr_backbone=1e-5, lr_sampling=1e-4)
+    return official_run("detr_r50_500ep", DetrConfig(), optim, batch_size=64)
+
+
+def detr_r50_150ep() -> RunConfig:
+    """DETR, ResNet-50, 150 epochs on COCO (Carion et al. 2020); official AP 39.5.
+
+    The official short schedule, on one machine: the rate drops after 100 epochs, 16 images a batch. Cost: 86
+    GFLOPs an image, about 580 V100 hours (3 days on 8). Command: `raydetr train detr_r50_150ep`.
+    """
+    changes = {"optim.epochs": 150, "optim.drop_epochs": [100], "data.batch_size": 16}
+    return override(detr_r50_500ep(), {"recipe": "detr_r50_150ep", **changes})
+
+
+def detr_r50_dc5_500ep() -> RunConfig:
+    """DETR-DC5 (dilated last stage), ResNet-50, 500 epochs on COCO (Carion et al. 2020); official AP 43.3.
+
+    Cost: 187 GFLOPs an image, about 7000 V100 hours. It was trained with one image a GPU and loses AP when
+    evaluated with more, because of the padding. Command: `raydetr train detr_r50_dc5_500ep`.
+    """
+    changes = {"model.backbone.dilation": True, "data.eval_batch_size": 1}
+    return override(detr_r50_500ep(), {"recipe": "detr_r50_dc5_500ep", **changes})
+
+
+def detr_r101_500ep() -> RunConfig:
+    """DETR, ResNet-101, 500 epochs on COCO (Carion et al. 2020); official AP 43.5.
+
+    Cost: 152 GFLOPs an image. Command: `raydetr train detr_r101_500ep`.
+    """
+    changes = {"model.backbone.name": "resnet101"}
+    return override(detr_r50_500ep(), {"recipe": "detr_r101_500ep", **changes})
+
+
+def detr_r101_dc5_500ep() -> RunConfig:
+    """DETR-DC5 (dilated last stage), ResNet-101, 500 epochs on COCO (Carion et al. 2020); official AP 44.9.
+
+    Cost: 253 GFLOPs an image. Command: `raydetr train detr_r101_dc5_500ep`.
+    """
+    changes = {"model.backbone.name": "resnet101"}
+    return override(detr_r50_dc5_500ep(), {"recipe": "detr_r101_dc5_500ep", **changes})
