@@ -30,7 +30,7 @@ class Neck(nn.Module):
         hidden_dim: channels of a token.
         num_levels: levels of the memory; those beyond the backbone's are strided 3x3 convolutions, the first
             of the last backbone feature, each further one of the level before it.
-        position: the sine encoding.
+        position: the sine encoding; None: zeros, where nobody looks at positions.
         group_norm: normalise the projections (Deformable DETR, DINO).
         level_embed: add a learned vector per level to the position. Only an encoder looks at it.
     """
@@ -40,7 +40,7 @@ class Neck(nn.Module):
         widths: Sequence[int],
         hidden_dim: int,
         num_levels: int,
-        position: PositionEncoding,
+        position: PositionEncoding | None,
         *,
         group_norm: bool,
         level_embed: bool,
@@ -90,6 +90,10 @@ class Neck(nn.Module):
         return levels
 
     def _encode(self, level: int, mask: Bool[Tensor, "b h w"], dtype: torch.dtype) -> Float[Tensor, "b s d"]:
+        if self.position is None:
+            return torch.zeros(1, dtype=dtype, device=mask.device).expand(
+                *mask.flatten(1).shape, self.hidden_dim
+            )
         temperature, offset = self.position.temperature, self.position.offset
         pos = image_encoding(mask, self.hidden_dim // 2, temperature, offset, dtype).flatten(1, 2)
         return pos if self.level_embed is None else pos + self.level_embed[level]

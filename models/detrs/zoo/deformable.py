@@ -114,13 +114,14 @@ def _check(config: DeformableDetrConfig) -> None:
 
 
 def _neck(config: DeformableDetrConfig) -> Neck:
+    encoded = config.num_encoder_layers > 0  # without an encoder nobody looks at positions
     return Neck(
         level_widths(config.backbone, config.strides),
         config.hidden_dim,
         config.num_feature_levels,
-        PositionEncoding(offset=-0.5),
+        PositionEncoding(offset=-0.5) if encoded else None,
         group_norm=True,
-        level_embed=config.num_encoder_layers > 0,  # without an encoder nobody looks at positions
+        level_embed=encoded,
     )
 
 

@@ -109,13 +109,14 @@ def build_dino(config: DinoConfig) -> Model:
 
 
 def _neck(config: DinoConfig) -> Neck:
+    encoded = config.num_encoder_layers > 0  # without an encoder nobody looks at positions
     return Neck(
         level_widths(config.backbone, config.strides),
         config.hidden_dim,
         config.num_feature_levels,
-        PositionEncoding(config.position_temperature),
+        PositionEncoding(config.position_temperature) if encoded else None,
         group_norm=True,
-        level_embed=config.num_encoder_layers > 0,  # without an encoder nobody looks at positions
+        level_embed=encoded,
     )
 
 
