@@ -7,6 +7,7 @@ shared tensor under several names, which must agree.
 from __future__ import annotations
 
 import argparse
+import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,17 @@ from detrs.zoo import (
     DetrConfig,
     DinoConfig,
     ModelConfig,
+)
+
+# what torch.load raises on files that are cut off, or are something else
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ValueError,
+    AttributeError,
+    TypeError,
 )
 
 Rules = dict[str, tuple[str, ...]]  # {0}, {1}: the pattern's groups
@@ -132,7 +144,8 @@ _SIGNATURES = {
     "detr": "transformer.decoder.layers.0.multihead_attn.in_proj_weight",
 }
 
-_CLASS_DEPENDENT = re.compile(
+# our names of what has a size by the number of classes
+CLASS_DEPENDENT = re.compile(
     r"(decoder\.class_heads|queries\.proposals\.class_head|denoising\.label_embed)\..*"
 )
 
@@ -147,12 +160,21 @@ def read_official(path: Path) -> dict[str, Tensor]:
     """The state dict in an official checkpoint file, which also holds arguments and optimizer states.
 
     Raises:
-        ValueError: there is no such file, or no state dict in it.
+        ValueError: there is no such file, it is damaged or something else, or there is no state dict in it.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the path of an official checkpoint")
-    with torch.serialization.safe_globals([argparse.Namespace]):  # the official files hold their arguments
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # the official files hold their arguments
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{path}: cannot be read as a checkpoint of tensors and plain arguments ({reason}); "
+            "is the download complete, and is it a .pth file?"
+        ) from None
     state = content.get("model", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: no state dict in this file, neither as a whole nor under 'model'")
@@ -172,7 +194,7 @@ def load_official(detector: nn.Module, config: ModelConfig, path: Path) -> list[
     if paper != config.paper:
         raise ValueError(f"{path}: a checkpoint of {paper or 'no known paper'}, not of {config.paper}")
     names = official_names(config, own)
-    heads = [name for name in own if _CLASS_DEPENDENT.fullmatch(name)]
+    heads = [name for name in own if CLASS_DEPENDENT.fullmatch(name)]
     renewed = [name for name in heads if _differs(official, names[name], own[name])]
     for name in renewed:
         official |= dict.fromkeys(names[name], own[name])

@@ -118,7 +118,7 @@ def train(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder of a run.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, of a run or imported.")],
     data: Annotated[Path | None, typer.Option(help="Shards; by default those the run validates on.")] = None,
     out: Annotated[Path | None, typer.Option(help="A JSON file for the AP table.")] = None,
     local: Local = False,
@@ -134,7 +134,7 @@ def evaluate(
 
 @app.command()
 def predict(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder of a run.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, of a run or imported.")],
     images: Annotated[list[Path], typer.Argument(help="Images, and folders of images.")],
     out: Annotated[Path, typer.Option(help="The folder to write; must be empty or new.")],
     score_threshold: Annotated[float, typer.Option(help="Draw boxes with at least this score.")] = 0.3,
@@ -144,6 +144,26 @@ def predict(
 
     run_prediction(checkpoint, images, out, score_threshold=score_threshold)
     typer.echo(f"wrote {out}")
+
+
+@app.command("import-checkpoint")
+def import_checkpoint(
+    file: Annotated[Path, typer.Argument(help="An official checkpoint (.pth).")],
+    model: Annotated[str, typer.Option(help="A recipe, with or without its epochs, or a paper.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; must be empty or new.")],
+    annotations: Annotated[
+        Path | None, typer.Option(help="A COCO JSON file with its categories; by default COCO's own.")
+    ] = None,
+) -> None:
+    """Convert an official checkpoint, to evaluate it, predict with it, or fine-tune from it."""
+    from raydetr.import_checkpoint import import_checkpoint as run_import
+
+    found = run_import(file, model, out, annotations)
+    typer.echo(
+        f"{file}: a checkpoint of {found.paper}, {found.num_parameters:,} numbers, {found.num_classes} classes\n"
+        f"wrote {out}, with the settings of {found.recipe}\n"
+        f"next: raydetr evaluate {out} --data SHARDS, or raydetr train RECIPE init.checkpoint={out}"
+    )
 
 
 @app.command()

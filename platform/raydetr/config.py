@@ -27,7 +27,7 @@ from pydantic_core import ErrorDetails
 from detrs.zoo import ModelConfig
 from raydetr.data.transforms import Transform
 
-_VARIANTS = ("dino", "deformable_detr")  # values of `model.paper`
+_VARIANTS = tuple(kind.paper for kind in get_args(ModelConfig))  # values of `model.paper`
 
 
 class ConfigError(ValueError):

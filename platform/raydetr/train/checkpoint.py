@@ -67,20 +67,24 @@ def save(folder: Path, training: Training, shards: Shards, epoch: int, metrics: 
         "position": training.position,
         "seed": training.config.seed,
     }
+    meta = {
+        "config": to_dict(training.config),
+        "categories": shards.manifest.categories,
+        "fingerprint": shards.fingerprint,
+        "epoch": epoch,
+        "position": training.position,
+        "metrics": dict(metrics),
+    }
+    write(folder, state, meta)
+
+
+def write(folder: Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    """Write `state`, and the fields of Meta but those about the file, into `folder`, the description last."""
     path = folder / "state.pt"
     torch.save(state, path)
-    meta = Meta(
-        config=to_dict(training.config),
-        categories=shards.manifest.categories,
-        fingerprint=shards.fingerprint,
-        epoch=epoch,
-        position=training.position,
-        metrics=dict(metrics),
-        state_bytes=path.stat().st_size,
-        state_crc32=_crc32(path),
-    )
+    whole = Meta(**meta, state_bytes=path.stat().st_size, state_crc32=_crc32(path))
     partial = folder / "meta.json.partial"
-    partial.write_text(json.dumps(asdict(meta), indent=1))
+    partial.write_text(json.dumps(asdict(whole), indent=1))
     partial.rename(folder / "meta.json")
 
 

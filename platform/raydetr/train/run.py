@@ -18,7 +18,7 @@ from raydetr.config import ConfigError, RunConfig, flatten, from_yaml, override,
 from raydetr.data.index import check_same_categories
 from raydetr.data.splits import open_splits, write_missing_sample
 from raydetr.environment import describe_environment
-from raydetr.train import checkpoint
+from raydetr.train import checkpoint, initial
 from raydetr.train.progress import Display, Progress, say
 from raydetr.train.session import Assignment, run_session
 from raydetr.train.world import World
@@ -55,6 +55,8 @@ def start(
         LaunchError: the cluster could not carry it out.
     """
     config = resolve(config)
+    for line in initial.describe(config):
+        say(line)
     name = name or new_name(config.recipe)
     folder = config.storage.path / name
     folder.mkdir(parents=True)
@@ -226,8 +228,9 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         "data.train": config.data.train,
         "data.val": config.data.val,
         "storage.path": config.storage.path,
+        "init.checkpoint": config.init.checkpoint,
     }
-    return override(config, {key: str(base / path.expanduser()) for key, path in paths.items()})
+    return override(config, {key: str(base / path.expanduser()) for key, path in paths.items() if path})
 
 
 def _describe(uri: str, run_id: str, config: RunConfig) -> None:

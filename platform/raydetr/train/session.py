@@ -22,7 +22,7 @@ from raydetr.data.index import Shards
 from raydetr.data.splits import open_splits
 from raydetr.evaluate.coco_ap import ApTable, coco_ap
 from raydetr.track import Tracker, TrackingError
-from raydetr.train import checkpoint
+from raydetr.train import checkpoint, initial
 from raydetr.train.artifacts import log_pictures, log_table
 from raydetr.train.history import History
 from raydetr.train.loop import EvaluationReport, StepReport, Training, train
@@ -62,13 +62,16 @@ def run_session(assignment: Assignment, world: World, host: Host) -> None:
     """Train and evaluate to the end, as one of `world.size` processes.
 
     Raises:
-        CheckpointError: `resume_from` cannot be used.
+        CheckpointError: `resume_from` or `init.checkpoint` cannot be used.
         FloatingPointError: the training diverged.
     """
     config = from_dict(assignment.config)
     train_shards, val_shards = open_splits(config.data)
     torch.manual_seed(config.seed)  # the initial weights are the same on every worker
-    training = Training(config, zoo.build(config.model), train_shards.num_samples, world)
+    model = zoo.build(config.model)
+    if assignment.resume_from is None:
+        initial.load(model.detector, config)
+    training = Training(config, model, train_shards.num_samples, world)
     if assignment.resume_from is not None:
         checkpoint.restore(Path(assignment.resume_from), training, train_shards)
     session = _Session(assignment, training, train_shards, val_shards, host)
