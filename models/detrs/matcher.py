@@ -151,6 +151,12 @@ def _raise_not_finite(
     groups: Sequence[tuple[Predictions, Int64[Tensor, " t"]]],
     targets: Targets,
 ) -> NoReturn:
+    # targets first: denoising carries their NaN into the predictions
+    for row, image in enumerate(targets.places()[0].tolist()):
+        if not targets.boxes[row].isfinite().all():
+            raise NotFiniteError(
+                f"a target box of image {image} of the batch is not finite; check the annotations"
+            )
     start = 0
     for number, (predictions, _) in enumerate(groups):
         shape = predictions.logits.shape[:2]
@@ -162,10 +168,5 @@ def _raise_not_finite(
             raise NotFiniteError(
                 f"the predictions of {name} for image {image} of the batch are not finite; "
                 "lower the learning rate, or look at this batch"
-            )
-    for row, image in enumerate(targets.places()[0].tolist()):
-        if not targets.boxes[row].isfinite().all():
-            raise NotFiniteError(
-                f"a target box of image {image} of the batch is not finite; check the annotations"
             )
     raise NotFiniteError("a matching cost is not finite: a predicted and a target box both have no area")

@@ -92,6 +92,8 @@ class OptimConfig(Section):
     final_lr_share: float = Field(default=0.0, ge=0.0, le=1.0)  # "cosine": of lr, at the last step
     clip_norm: float | None = Field(default=0.1, gt=0)  # None: no clipping
     ema_decay: float | None = Field(default=None, gt=0, lt=1)  # None: no moving average
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the model; losses and boxes are float32 always
+    max_skipped_steps: int = Field(default=10, ge=0)  # steps with NaN or infinity before a run stops
 
 
 class InitConfig(Section):

@@ -63,6 +63,8 @@ def save(folder: Path, training: Training, shards: Shards, epoch: int, metrics: 
         "ema": None if ema is None else ema.model.state_dict(),
         "ema_updates": 0 if ema is None else ema.num_updates,
         "optimizer": training.optimizer.state_dict(),
+        "scaler": training.scaler.state_dict(),
+        "skipped_steps": training.skipped_steps,
         # schedule, data order and random draws are functions of these two
         "position": training.position,
         "seed": training.config.seed,
@@ -144,6 +146,10 @@ def restore(folder: Path, training: Training, shards: Shards) -> Meta:
     if training.ema is not None:
         training.ema.model.load_state_dict(state["ema"])
         training.ema.num_updates = state["ema_updates"]
+    # the first checkpoints had neither; and a resumed run may have another precision
+    if state.get("scaler") and training.scaler.is_enabled():
+        training.scaler.load_state_dict(state["scaler"])
+    training.skipped_steps = state.get("skipped_steps", 0)
     training.position = state["position"]
     return meta
 

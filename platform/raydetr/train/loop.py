@@ -24,6 +24,7 @@ from raydetr.data.index import Shards
 from raydetr.data.stream import evaluation_batches, train_batches
 from raydetr.evaluate.evaluator import evaluate
 from raydetr.train.ema import Ema
+from raydetr.train.finite import Fault, Score, Skipped, Statistics, score
 from raydetr.train.optim import build_optimizer, lr_factor, set_learning_rates
 from raydetr.train.world import World
 
@@ -36,6 +37,7 @@ class StepReport:
     position: int
     terms: dict[str, float] | None
     images_per_second: float
+    skipped: Skipped | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,11 @@ class Training:
         self.ema = Ema(self.detector, decay) if decay is not None else None
         self.optimizer = build_optimizer(self.detector, config.optim)
         self.replica = _replicate(self.detector, world)
+        self.statistics = Statistics(self.detector)
+        # float16 underflows: the loss is scaled up, as far as the gradient allows
+        self.scaler = torch.amp.GradScaler("cuda", enabled=config.optim.precision == "fp16")
         self.position = 0
+        self.skipped_steps = 0  # because of NaN or infinity
 
     @property
     def weights(self) -> nn.Module:
@@ -84,35 +90,39 @@ class Training:
         epoch = self.position // self.num_samples
         return epoch if epoch > 0 and self.step == self.steps_until(epoch) else None
 
-    def train_step(self, batch: Batch) -> dict[str, Tensor]:
+    @property
+    def random_seed(self) -> int:
+        """Of this worker's random draws in the next step; a resumed run draws what an unbroken one would."""
+        return hash((self.config.seed, self.position, self.world.rank))
+
+    def train_step(self, batch: Batch) -> dict[str, Tensor] | Skipped:
         """Forward, backward and update on this worker's share of a global batch; the loss terms.
 
-        Raises:
-            FloatingPointError: the gradient is not finite; the message names the images.
+        Where the loss or the gradient of any worker is not finite, all of them skip the step: only the
+        position moves on.
         """
-        # keyed by position, not carried along: a resumed run draws what an unbroken one would
-        torch.manual_seed(hash((self.config.seed, self.position, self.world.rank)))
+        torch.manual_seed(self.random_seed)
         set_learning_rates(self.optimizer, lr_factor(self.config.optim, self.step, self.total_steps))
         images, targets = to_model(batch, self.world.device)
         count = torch.tensor(float(len(targets.labels)), device=self.world.device)
         boxes = self.world.start_sum(count)
-        outputs = self.replica(images, targets)
+        self.statistics.keep()
+        with self._autocast():
+            outputs = self.replica(images, targets)
         num_boxes = (boxes.wait() / self.world.size).clamp(min=1)
-        losses = self.criterion(outputs, targets, num_boxes)
-        torch.autograd.backward(losses.total)
-        norm = self._clip()
-        if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"step {self.step + 1}: the gradient norm is {norm.item()} (loss {losses.total.item()}); "
-                f"images on rank {self.world.rank}: {batch.image_ids.tolist()}. "
-                "Lower optim.lr, or look at these images and their boxes."
-            )
-        self.optimizer.step()
+        scored = score(self.criterion, outputs, targets, num_boxes)
+        torch.autograd.backward(self.scaler.scale(scored.total))
+        self.scaler.unscale_(self.optimizer)
+        norm = self._clip()  # of the summed gradient: the same on every worker
+        outcome: dict[str, Tensor] | Skipped
+        if torch.isfinite(norm):
+            self._update()
+            outcome = {"loss": scored.total.detach(), **scored.terms, "grad_norm": norm}
+        else:
+            outcome = self._skip(batch, scored)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update()
         self.position += self.config.data.batch_size
-        return {"loss": losses.total.detach(), **losses.terms, "grad_norm": norm}
+        return outcome
 
     def evaluate(self, shards: Shards) -> list[dict[str, Any]]:
         """COCO results of the averaged weights (else the weights) on a split, this worker doing its share."""
@@ -143,6 +153,34 @@ class Training:
         rates = {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         return {**dict(zip(terms, means, strict=True)), **rates}
 
+    def _autocast(self) -> torch.autocast:
+        precision = self.config.optim.precision
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.world.device.type, dtype, enabled=precision != "fp32")
+
+    def _update(self) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update()
+
+    def _skip(self, batch: Batch, scored: Score) -> Skipped:
+        """Undo what the forward pass changed; find out what was wrong, together with the other workers."""
+        self.statistics.bring_back()
+        faults = self._faults(batch, scored)
+        self.skipped_steps += bool(faults)
+        # a scale is lowered when the gradient outgrew it, but no scale helps against a fault
+        self.scaler.update(self.scaler.get_scale() if faults else None)
+        return Skipped(self.step + 1, self.random_seed, faults, batch, scored.terms)
+
+    def _faults(self, batch: Batch, scored: Score) -> tuple[Fault, ...]:
+        shares = self.world.gather((scored.fault(), tuple(batch.image_ids.tolist())))
+        if all(cause is None for cause, _ in shares):
+            if self.scaler.get_scale() > 1:
+                return ()
+            shares = [("the loss is finite, but not the gradient of all workers", ids) for _, ids in shares]
+        return tuple(Fault(rank, cause, ids) for rank, (cause, ids) in enumerate(shares) if cause is not None)
+
     def _clip(self) -> Tensor:
         limit = self.config.optim.clip_norm
         return nn.utils.clip_grad_norm_(self.detector.parameters(), math.inf if limit is None else limit)
@@ -168,12 +206,13 @@ def train(
     began = time.perf_counter()
     training.detector.train()
     for batch in batches:
-        terms = training.train_step(batch)
+        outcome = training.train_step(batch)
+        skipped = outcome if isinstance(outcome, Skipped) else None
         now = time.perf_counter()
         rate, began = config.data.batch_size / (now - began), now
         is_logged = training.step % config.tracking.log_every_steps == 0
-        means = training.mean_terms(terms) if is_logged else None
-        yield StepReport(training.step, training.position, means, rate)
+        means = training.mean_terms(outcome) if is_logged and not isinstance(outcome, Skipped) else None
+        yield StepReport(training.step, training.position, means, rate, skipped)
         epoch = training.finished_epoch()
         if epoch is not None and _is_evaluated(epoch, config):
             yield EvaluationReport(epoch, training.position, training.evaluate(val_shards))

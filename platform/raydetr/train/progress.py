@@ -29,6 +29,7 @@ class Progress:
     loss: float | None = None
     ap: float | None = None
     phase: str = "training"
+    warning: str | None = None  # the latest; said once, on a line of its own
 
     @property
     def seconds_left(self) -> float | None:
@@ -92,6 +93,8 @@ class Display:
         if progress == self._last:
             return
         news = self._last is None or progress.ap != self._last.ap or progress.phase != self._last.phase
+        if progress.warning is not None and (self._last is None or progress.warning != self._last.warning):
+            self._say(f"warning: {progress.warning}")
         self._last = progress
         now = time.monotonic()
         if self._is_terminal:
@@ -101,4 +104,7 @@ class Display:
             self._print(progress)
 
     def _print(self, progress: Progress) -> None:
-        self._console.print(progress.line(), highlight=False, soft_wrap=True, markup=False)
+        self._say(progress.line())
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)

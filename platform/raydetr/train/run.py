@@ -110,8 +110,8 @@ def resolve(config: RunConfig) -> RunConfig:
     """Make paths absolute and fill in what the data decides; check what contradicts.
 
     Raises:
-        ConfigError: the classes differ between the splits or from `model.num_classes`, or the
-            batch cannot be divided among the workers.
+        ConfigError: the classes differ between the splits or from `model.num_classes`, the batch
+            cannot be divided among the workers, or the precision does not go with the device.
     """
     config = _with_absolute_paths(config)
     write_missing_sample(config.data)
@@ -125,6 +125,10 @@ def resolve(config: RunConfig) -> RunConfig:
         raise ConfigError(
             f"model.num_classes is {given}, but {config.data.train} has {num_classes} classes with "
             f"data.label_map={config.data.label_map}: leave model.num_classes unset, or set it to {num_classes}"
+        )
+    if config.optim.precision == "fp16" and not config.cluster.use_gpu:
+        raise ConfigError(
+            "optim.precision=fp16 is for GPUs: set cluster.use_gpu=true, or optim.precision=bf16 for a CPU"
         )
     workers, batch = config.cluster.num_workers, config.data.batch_size
     if batch % workers:

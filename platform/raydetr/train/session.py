@@ -24,6 +24,7 @@ from raydetr.evaluate.coco_ap import ApTable, coco_ap
 from raydetr.track import Tracker, TrackingError
 from raydetr.train import checkpoint, initial
 from raydetr.train.artifacts import log_pictures, log_table
+from raydetr.train.finite import Skipped
 from raydetr.train.history import History
 from raydetr.train.loop import EvaluationReport, StepReport, Training, train
 from raydetr.train.progress import Progress
@@ -63,7 +64,7 @@ def run_session(assignment: Assignment, world: World, host: Host) -> None:
 
     Raises:
         CheckpointError: `resume_from` or `init.checkpoint` cannot be used.
-        FloatingPointError: the training diverged.
+        FloatingPointError: more steps than `optim.max_skipped_steps` were not finite.
     """
     config = from_dict(assignment.config)
     train_shards, val_shards = open_splits(config.data)
@@ -101,6 +102,7 @@ class _Session:
         self.shown_at = -1.0
         self.loss: float | None = None
         self.ap: float | None = self.history.last_ap()
+        self.warning: str | None = None
 
     def run(self) -> None:
         for report in train(self.training, self.train_shards, self.val_shards):
@@ -119,6 +121,8 @@ class _Session:
                 log.error("%s; history.jsonl in %s has the metrics", error, self.assignment.folder)
 
     def _on_step(self, report: StepReport) -> None:
+        if report.skipped is not None and report.skipped.faults:
+            self._on_skipped(report, report.skipped)
         if not self.is_first:
             return
         if report.terms is not None:
@@ -130,11 +134,29 @@ class _Session:
             self.shown_at = now
             self._show("training", report.images_per_second)
 
+    def _on_skipped(self, report: StepReport, skipped: Skipped) -> None:
+        """Keep what is needed to find the cause; stop the run, on every worker, when it was too often."""
+        training, run = self.training, Path(self.assignment.folder)
+        skipped.dump(run, training.world.rank)
+        training.world.gather(None)  # all dumps are complete before anybody stops
+        self.warning = f"skipped {skipped.describe(run)}"
+        if self.is_first:
+            self._log(report.step, report.position, {"skipped_steps": training.skipped_steps})
+            self._show("training", report.images_per_second)
+        budget = self.config.optim.max_skipped_steps
+        if training.skipped_steps > budget:
+            raise FloatingPointError(
+                f"{skipped.describe(run)}. Steps skipped because they were not finite: "
+                f"{training.skipped_steps}, and optim.max_skipped_steps is {budget}. "
+                "Lower optim.lr, or look at these images and their boxes."
+            )
+
     def _on_evaluation(self, report: EvaluationReport) -> None:
         metrics: dict[str, Any] = {"epoch": report.epoch, "position": report.position}
         if self.is_first:
             table = coco_ap(self.val_shards.coco(), report.results)
             metrics |= self._record(table, report)
+        metrics["skipped_steps"] = self.training.skipped_steps
         metrics["peak_rss_mb"] = max(self.training.world.gather(_peak_rss_mb()))
         metrics["train_seconds"] = time.perf_counter() - self.began
         self.host.publish(f"epoch-{report.epoch:04d}", metrics, self._writer(report, metrics))
@@ -175,6 +197,7 @@ class _Session:
                 loss=self.loss,
                 ap=self.ap,
                 phase=phase,
+                warning=self.warning,
             )
         )
 
