@@ -2,6 +2,7 @@
 #
 #   make test ARGS="tests/detrs -k dino"   some of the tests
 #   make test VENV=/tmp/environment        another virtual environment
+#   make parity GOLDEN=/path/to/goldens    other numbers of the official code, in the format of tests/golden
 #   make setup PYTHON=python3.12           another interpreter
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup     torch without CUDA, far smaller
 
@@ -9,11 +10,17 @@ VENV ?= .venv
 PYTHON ?=
 ARGS ?=
 PORT ?= 5000
+GOLDEN ?= tests/golden
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 operator := models/detrs/ops/_C.so
 operator_files := $(wildcard $(addprefix csrc/,*.h *.inc *.cpp *.cuh *.cu */*.h */*.inc */*.cpp */*.cuh */*.cu))
+
+# What a folder of goldens lacks is not asked for: the models' are found by themselves.
+parity_tests := $(addprefix tests/detrs/test_,parity.py trajectories.py edge_goldens.py checkpoints.py) \
+	$(if $(wildcard $(GOLDEN)/msda.json),tests/detrs/ops/test_reference.py) \
+	$(if $(wildcard $(GOLDEN)/data.json),$(addprefix tests/raydetr/data/test_,transforms.py coco.py batch.py))
 
 # The stamp lies in the environment, so that a new one is set up from scratch, and names the clone: an environment
 # that two clones share holds the editable install of the one that was set up last.
@@ -26,7 +33,7 @@ endif
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help quickstart test test-slow setup fix check bench ui clean always
+.PHONY: help quickstart test test-slow parity setup fix check bench ui clean always
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +46,10 @@ test: setup ## run the tests
 
 test-slow: setup ## run the tests that take minutes each
 	$(python) -m pytest -m slow $(ARGS)
+
+parity: setup ## compare with the official code's numbers in tests/golden, or in GOLDEN=DIR
+	@test -n '$(wildcard $(GOLDEN)/*.json)' || { echo "$(GOLDEN): no goldens there: give their folder as GOLDEN=DIR" >&2; exit 1; }
+	RAYDETR_GOLDEN='$(abspath $(GOLDEN))' $(python) -m pytest -m 'slow or not slow' $(parity_tests) $(ARGS)
 
 setup: $(installed) $(operator) ## make the environment: pinned dependencies, the operator built
 

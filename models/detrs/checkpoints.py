@@ -27,6 +27,7 @@ from detrs.zoo import (
 # what torch.load raises on files that are cut off, or are something else
 _UNREADABLE = (
     pickle.UnpicklingError,
+    OSError,
     RuntimeError,
     EOFError,
     LookupError,

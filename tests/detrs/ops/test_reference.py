@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import goldens
 from detrs.ops import deform_attn, deform_attn_reference
 from sampling import deform_attn_loop, random_inputs
 
-GOLDEN = Path(__file__).parents[2] / "golden"
+GOLDEN = goldens.FOLDER
 CASES = json.loads((GOLDEN / "msda.json").read_text())["cases"]
 NAMES = ("value", "sampling_locations", "attention_weights")
 

@@ -1,16 +1,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+import goldens
 from raydetr.data.batch import Batch, Sample, collate, to_model
 from raydetr.data.transforms import resize
 
-GOLDEN = Path(__file__).parents[2] / "golden"
+GOLDEN = goldens.FOLDER
 
 
 def sample(width: int, height: int, boxes: list[list[float]], image_id: int = 1) -> Sample:

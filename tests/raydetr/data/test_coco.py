@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+import goldens
 from made_coco import write_json
 from raydetr.data.coco import load_coco, usable_boxes
 
-GOLDEN = Path(__file__).parents[2] / "golden"
+GOLDEN = goldens.FOLDER
 
 VALID: dict[str, Any] = {
     "info": {"year": 2017},
