@@ -43,10 +43,15 @@ def describe(config: RunConfig) -> list[str]:
 
     Raises:
         CheckpointError: `init.checkpoint` is no whole checkpoint.
-        ConfigError: its weights do not fit the model; the message names where they differ.
+        ConfigError: there is no such folder, or its weights do not fit the model; the message says where.
     """
     if config.init.checkpoint is None:
         return _describe_backbone(config)
+    if not config.init.checkpoint.is_dir():
+        raise ConfigError(
+            f"init.checkpoint {config.init.checkpoint}: no such folder; name a checkpoint of a run, or write one "
+            "from an official file with `raydetr import-checkpoint`"
+        )
     meta = read_meta(config.init.checkpoint)
     renewed = new_names(meta, config)
     said = [f"starting from {config.init.checkpoint}"]

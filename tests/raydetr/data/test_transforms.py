@@ -14,6 +14,8 @@ from PIL import Image
 import goldens
 from raydetr.config import ConfigError, override
 from raydetr.data.coco import usable_boxes
+from raydetr.data.index import Shards
+from raydetr.data.stream import load_sample
 from raydetr.data.transforms import Choices, Crop, Transform, flip_horizontally, resize, resized_size
 from raydetr.recipes import quickstart
 from raydetr.recipes.coco import official_training_transform
@@ -209,3 +211,22 @@ def test_a_mark_stays_in_its_box() -> None:
             found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             np.testing.assert_allclose(found, boxes[0], atol=scale)
     assert 0 < num_lost < 30
+
+
+def test_labels_stay_with_their_boxes_in_a_crop(shards: Shards) -> None:
+    """A box that the crop does not cut has the size of an object with its label, and no other is there."""
+    transform = Transform(crop_probability=1.0, crop_min_side=20, crop_max_side=60)
+    labels = shards.label_map.labels
+    num_whole = num_dropped = 0
+    for index in range(shards.num_samples):
+        found = load_sample(shards, index, transform, seed=2, position=index)
+        assert len(found.boxes_xyxy) == len(found.labels)
+        annotations = [a for a in shards.read(index).annotations if not a.get("iscrowd")]
+        num_dropped += len(annotations) - len(found.labels)
+        for label, (x0, y0, x1, y1) in zip(found.labels, found.boxes_xyxy, strict=True):
+            if x0 > 0 and y0 > 0 and x1 < found.image.width and y1 < found.image.height:
+                sizes = [a["bbox"][2:] for a in annotations if labels[a["category_id"]] == label]
+                assert any(np.allclose((x1 - x0, y1 - y0), size, atol=1e-6) for size in sizes)
+                num_whole += 1
+    assert num_whole > 5
+    assert num_dropped > 5

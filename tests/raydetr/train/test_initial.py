@@ -123,6 +123,9 @@ def test_weights_that_do_not_fit_are_refused_before_the_run_starts(
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tiny_run: RunConfig, tmp_path: Path) -> None:
     config = with_model(tiny_run, small_models.CONFIGS["dino"], tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"nowhere: no such folder; .*raydetr import-checkpoint"):
+        run.start(config, local=True)
+    (tmp_path / "nowhere").mkdir()
     with pytest.raises(CheckpointError, match="nowhere: no checkpoint"):
         run.start(config, local=True)
 
