@@ -62,7 +62,7 @@ class Training:
         self.replica = _replicate(self.detector, world)
         self.statistics = Statistics(self.detector)
         # float16 underflows: the loss is scaled up, as far as the gradient allows
-        self.scaler = torch.amp.GradScaler("cuda", enabled=config.optim.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16")
         self.position = 0
         self.skipped_steps = 0  # because of NaN or infinity
 
