@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -162,3 +163,16 @@ def test_overfit_keeps_its_numbers_and_picture(raydetr, tmp_path: Path) -> None:
     assert numbers["images"] == 2
     assert numbers["AP50"] > 0.3  # 60 steps are few; learning by heart takes 300
     assert (tmp_path / "build" / "overfit.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_eight_real_photographs_are_learned_by_heart(raydetr, tmp_path: Path) -> None:
+    if "RAYDETR_COCO_TINY" not in os.environ:
+        pytest.skip("RAYDETR_COCO_TINY names no folder of photographs")
+    photographs = Path(os.environ["RAYDETR_COCO_TINY"])
+    annotations = photographs / "annotations" / "instances_train2017.json"
+    write_shards(photographs / "train2017", annotations, Path("shards"))
+    assert raydetr("overfit", "quickstart", "--data", "shards", "--images", 8).code == 0
+    numbers = json.loads((tmp_path / "build" / "overfit.json").read_text())
+    assert numbers["AP50"] >= 0.8

@@ -118,29 +118,39 @@ def read_meta(folder: Path) -> Meta:
     return meta
 
 
+def check_fits(folder: Path, config: RunConfig, shards: Shards) -> Meta:
+    """Make sure that a run of `config` on `shards` can go on from a checkpoint.
+
+    Raises:
+        CheckpointError: it is damaged, or was made by another model, with other settings, or on other data.
+    """
+    meta = read_meta(folder)
+    ours, theirs = to_dict(config), meta.config
+    if ours["model"] != theirs["model"]:
+        raise CheckpointError(
+            f"{folder}: made by another model: {_differences(theirs['model'], ours['model'])}"
+        )
+    if meta.fingerprint != shards.fingerprint:
+        raise CheckpointError(
+            f"{folder}: made on other data (fingerprint {meta.fingerprint}); data.train {config.data.train} "
+            f"has {shards.fingerprint}. Resume on the same shards, or start a new run."
+        )
+    if theirs["seed"] != config.seed:
+        raise CheckpointError(f"{folder}: made with seed {theirs['seed']}, the run has {config.seed}")
+    if (theirs["optim"]["ema_decay"] is None) != (config.optim.ema_decay is None):
+        was = theirs["optim"]["ema_decay"]
+        raise CheckpointError(f"{folder}: optim.ema_decay was {was}, the run has {config.optim.ema_decay}")
+    return meta
+
+
 def restore(folder: Path, training: Training, shards: Shards) -> Meta:
     """Load a checkpoint into `training`, which goes on where it stopped.
 
     Raises:
-        CheckpointError: it is damaged, or was made by another model, or on other data.
+        CheckpointError: as `check_fits`.
     """
-    meta = read_meta(folder)
-    ours, theirs = to_dict(training.config)["model"], meta.config["model"]
-    if ours != theirs:
-        raise CheckpointError(f"{folder}: made by another model: {_differences(theirs, ours)}")
-    if meta.fingerprint != shards.fingerprint:
-        raise CheckpointError(
-            f"{folder}: made on other data (fingerprint {meta.fingerprint}); data.train "
-            f"{training.config.data.train} has {shards.fingerprint}. Resume on the same shards, "
-            "or start a new run."
-        )
+    meta = check_fits(folder, training.config, shards)
     state = _load_state(folder, training.world.device)
-    if state["seed"] != training.config.seed:
-        raise CheckpointError(f"{folder}: made with seed {state['seed']}, the run has {training.config.seed}")
-    if (state["ema"] is None) != (training.ema is None):
-        raise CheckpointError(
-            f"{folder}: optim.ema_decay was {'not ' if state['ema'] is None else ''}set there"
-        )
     training.detector.load_state_dict(state["model"])
     training.optimizer.load_state_dict(state["optimizer"])
     if training.ema is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
 
     Raises:
         ConfigError: `folder` is no run.
-        CheckpointError: the run has no whole checkpoint.
+        CheckpointError: the run has no whole checkpoint, or the overrides do not fit it.
     """
     if not (folder / "config.yaml").exists():
         raise ConfigError(
@@ -86,8 +87,9 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
         say(f"passed over: {fault}")
     if last is None:
         raise checkpoint.CheckpointError(f"{folder}: no whole checkpoint to resume from; start a new run")
+    train_shards, _ = open_splits(config.data)
     epochs = config.optim.epochs
-    if checkpoint.read_meta(last).position >= epochs * open_splits(config.data)[0].num_samples:
+    if checkpoint.check_fits(last, config, train_shards).position >= epochs * train_shards.num_samples:
         raise ConfigError(
             f"{folder}: has trained all {epochs} epochs already; set optim.epochs higher to go on, "
             "or start a new run"
@@ -169,7 +171,7 @@ def _execute(
     except BaseException:
         _finish(uri, run_id, "FAILED")
         raise
-    _finish(uri, run_id, "FINISHED")
+    _finish(uri, run_id, "FINISHED", Path(metrics["checkpoint"]))
     return RunResult(
         name=folder.name,
         folder=folder,
@@ -181,9 +183,14 @@ def _execute(
     )
 
 
-def _finish(uri: str, run_id: str, status: track.Status) -> None:
+def _finish(uri: str, run_id: str, status: track.Status, last: Path | None = None) -> None:
     """End the MLflow run; a server that is down then must not take the result of the training with it."""
     try:
+        if last is not None:
+            meta = checkpoint.read_meta(last)
+            reference = {"path": str(last), "epoch": meta.epoch, "position": meta.position,
+                         "fingerprint": meta.fingerprint, "state_crc32": meta.state_crc32}  # fmt: skip
+            track.log_text(uri, run_id, json.dumps(reference, indent=1), "checkpoint.json")
         track.finish_run(uri, run_id, status)
     except track.TrackingError as error:
         say(f"warning: {error}; the run's folder holds its checkpoints and metrics")
@@ -201,7 +208,8 @@ def _run_locally(assignment: Assignment, config: RunConfig, attempt: str) -> dic
     torch.set_num_threads(config.cluster.cpus_per_worker)
     device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
     with Display() as display:
-        host = LocalHost(Path(assignment.folder) / attempt, display)
+        folder = Path(assignment.folder) / attempt
+        host = LocalHost(folder, config.storage.keep_checkpoints, display)
         run_session(assignment, World.alone(device), host)
     assert host.last is not None
     return host.last
@@ -210,14 +218,16 @@ def _run_locally(assignment: Assignment, config: RunConfig, attempt: str) -> dic
 class LocalHost:
     """Keeps checkpoints in a folder of the run and shows progress at once."""
 
-    def __init__(self, folder: Path, display: Display) -> None:
-        self._folder, self._display = folder, display
+    def __init__(self, folder: Path, keep_checkpoints: int, display: Display) -> None:
+        self._folder, self._keep, self._display = folder, keep_checkpoints, display
         self.last: dict[str, Any] | None = None
 
     def publish(self, name: str, metrics: Mapping[str, Any], write: checkpoint.Writer | None) -> None:
-        """Write the checkpoint where it stays."""
+        """Write the checkpoint where it stays, and drop the oldest beyond those that are kept."""
         assert write is not None
         write(self._folder / name)
+        for old in sorted(self._folder.iterdir())[: -self._keep]:
+            shutil.rmtree(old)
         self.last = {**metrics, "checkpoint": str(self._folder / name)}
 
     def show(self, progress: Progress) -> None:

@@ -38,6 +38,7 @@ def tiny_run(tiny_data: Path, tmp_path: Path) -> RunConfig:
             "evaluation.every_epochs": 1,
             "cluster.num_workers": 1,
             "storage.path": str(tmp_path / "runs"),
+            "storage.keep_checkpoints": 9,
             "tracking.log_every_steps": 2,
         },
     )

@@ -41,8 +41,11 @@ def test_a_run_leaves_checkpoints_metrics_and_artifacts(tiny_run: RunConfig) -> 
         tracked.metrics
     )
     assert set(tracked.artifacts) == {
-        "config.yaml", "environment.json", "evaluation/ap.json", "evaluation/ap.md", "curves.png", "predictions.png",
+        "config.yaml", "environment.json", "checkpoint.json", "evaluation/ap.json", "evaluation/ap.md",
+        "curves.png", "predictions.png",
     }  # fmt: skip
+    reference = json.loads(track.fetch_artifact(result.tracking_uri, result.mlflow_run_id, "checkpoint.json"))
+    assert checkpoint.read_meta(Path(reference["path"])).fingerprint == reference["fingerprint"]
     table = json.loads(track.fetch_artifact(result.tracking_uri, result.mlflow_run_id, "evaluation/ap.json"))
     assert table["AP"] == result.metrics["AP"] == tracked.metrics["AP"]
     assert [row["name"] for row in table["classes"]] == ["disc", "ring", "square", "triangle"]
@@ -90,6 +93,11 @@ def test_an_epoch_that_no_batch_size_divides_still_ends_and_the_run_too(tiny_run
     assert [p.name for p in sorted((result.folder / "attempt-01").iterdir())] == [
         "epoch-0001", "epoch-0002", "epoch-0003",
     ]  # fmt: skip
+
+
+def test_only_the_newest_checkpoints_are_kept(tiny_run: RunConfig) -> None:
+    result = run.start(override(tiny_run, {"optim.epochs": 3, "storage.keep_checkpoints": 1}), local=True)
+    assert [p.name for p in (result.folder / "attempt-01").iterdir()] == ["epoch-0003"]
 
 
 def test_more_epochs_on_a_finished_run_go_on_from_its_end(tiny_run: RunConfig) -> None:
