@@ -66,10 +66,11 @@ def test_two_workers_make_the_steps_of_one_on_the_same_global_batch(
     counts = [len(batch) for batch in first["terms"]]
     assert counts == [len(alone["terms"][0])] * STEPS
     # a normaliser per worker, instead of one for the global batch, is off by percents: the
-    # shares of these batches hold different numbers of boxes
-    for ours, theirs in zip(first["terms"], alone["terms"], strict=True):
+    # shares of these batches hold different numbers of boxes. Later steps start from weights that
+    # Adam moved by the sign of gradients which rounding can turn.
+    for step, (ours, theirs) in enumerate(zip(first["terms"], alone["terms"], strict=True)):
         for name in ("loss", "loss_bbox", "loss_giou", "loss_ce", "loss_ce_interm", "grad_norm"):
-            assert ours[name] == pytest.approx(theirs[name], rel=2e-4), name
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5 if step == 0 else 5e-3), (step, name)
 
 
 def test_the_shares_of_the_first_batches_hold_different_numbers_of_boxes(plain_run: RunConfig) -> None:
