@@ -87,7 +87,8 @@ class Training:
 
     def finished_epoch(self) -> int | None:
         """The epoch that the last step completed, if it completed one."""
-        epoch = self.position // self.num_samples
+        # the last batch can reach beyond the last epoch, by whole epochs where it is larger than the data
+        epoch = min(self.position // self.num_samples, self.config.optim.epochs)
         return epoch if epoch > 0 and self.step == self.steps_until(epoch) else None
 
     @property

@@ -95,6 +95,15 @@ def test_an_epoch_that_no_batch_size_divides_still_ends_and_the_run_too(tiny_run
     ]  # fmt: skip
 
 
+def test_fewer_images_than_a_batch_still_end_with_an_evaluation(tiny_run: RunConfig) -> None:
+    config = override(
+        tiny_run, {"data.limit_images": 3, "evaluation.every_epochs": 4}
+    )  # 12 samples, 2 steps of 8
+    result = run.start(config, local=True)
+    assert checkpoint.read_meta(result.checkpoint).epoch == 4
+    assert checkpoint.read_meta(result.checkpoint).position == 16
+
+
 def test_only_the_newest_checkpoints_are_kept(tiny_run: RunConfig) -> None:
     result = run.start(override(tiny_run, {"optim.epochs": 3, "storage.keep_checkpoints": 1}), local=True)
     assert [p.name for p in (result.folder / "attempt-01").iterdir()] == ["epoch-0003"]
