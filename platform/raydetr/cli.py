@@ -150,7 +150,9 @@ def predict(
 def import_checkpoint(
     file: Annotated[Path, typer.Argument(help="An official checkpoint (.pth).")],
     model: Annotated[str, typer.Option(help="A recipe, with or without its epochs, or a paper.")],
-    out: Annotated[Path, typer.Option(help="The folder to write; must be empty or new.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write, empty or new; by default named like the file.")
+    ] = None,
     annotations: Annotated[
         Path | None, typer.Option(help="A COCO JSON file with its categories; by default COCO's own.")
     ] = None,
@@ -158,6 +160,7 @@ def import_checkpoint(
     """Convert an official checkpoint, to evaluate it, predict with it, or fine-tune from it."""
     from raydetr.import_checkpoint import import_checkpoint as run_import
 
+    out = out or Path(file.stem)
     found = run_import(file, model, out, annotations)
     typer.echo(
         f"{file}: a checkpoint of {found.paper}, {found.num_parameters:,} numbers, {found.num_classes} classes\n"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+
 from raydetr.evaluate.coco_ap import ApTable
 from raydetr.overfit import Overfit
 from raydetr.train.run import RunResult
@@ -10,6 +13,7 @@ from raydetr.train.run import RunResult
 def summary(result: RunResult) -> str:
     """The AP table of a run, its artifacts, and the next commands."""
     table = ApTable.from_dict(result.metrics["table"])
+    activate = "" if shutil.which("raydetr") else f"\n  source {sys.prefix}/bin/activate"
     return f"""
 {table.to_text()}
 trained and evaluated in {result.metrics["train_seconds"]:.0f} s ({result.seconds:.0f} s with start-up), \
@@ -20,7 +24,7 @@ checkpoint  {result.checkpoint}
 MLflow      {result.tracking_uri}, run {result.mlflow_run_id}
 artifacts   {result.folder / "predictions.png"}, {result.folder / "curves.png"}
 
-next:
+next:{activate}
   make ui                                        # look at the run in the browser
   raydetr predict {result.checkpoint} IMAGES --out predictions
   raydetr evaluate {result.checkpoint}
