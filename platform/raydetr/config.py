@@ -95,6 +95,15 @@ class OptimConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the model; losses and boxes are float32 always
     max_skipped_steps: int = Field(default=10, ge=0)  # steps with NaN or infinity before a run stops
 
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        """A setting that has no effect is a mistake, and not what its user believes."""
+        if self.schedule == "cosine" and self.drop_epochs:
+            raise ValueError(f"drop_epochs {list(self.drop_epochs)} has no effect with schedule=cosine")
+        if self.schedule == "step" and self.final_lr_share:
+            raise ValueError(f"final_lr_share {self.final_lr_share} has no effect with schedule=step")
+        return self
+
 
 class InitConfig(Section):
     """What the weights start from."""
@@ -277,6 +286,8 @@ def _explain_problem(problem: ErrorDetails) -> str:
         return f"{path}: no such setting{nearest(path, known_paths(RunConfig))}"
     if problem["type"] == "missing":
         return f"{path}: missing"
+    if problem["type"] == "value_error":  # of a whole section, by our own check
+        return f"{path}: {problem['msg'].removeprefix('Value error, ')}"
     return f"{path}: {problem['msg']}, found {problem['input']!r}"
 
 

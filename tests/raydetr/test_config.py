@@ -35,10 +35,12 @@ def test_every_recipe_survives_yaml(recipe, tmp_path: Path) -> None:
 
 def test_override_changes_only_what_it_names() -> None:
     before = flatten(to_dict(recipes.quickstart()))
-    changes = parse_assignments(["optim.lr=2e-4", "cluster.num_workers=4", "optim.drop_epochs=[3, 5]"])
+    changes = parse_assignments(
+        ["optim.lr=2e-4", "cluster.num_workers=4", "data.val_transform.short_sides=[3, 5]"]
+    )
     after = flatten(to_dict(override(recipes.quickstart(), changes)))
     different = {path: after[path] for path in after if after[path] != before[path]}
-    assert different == {"optim.lr": 2e-4, "cluster.num_workers": 4, "optim.drop_epochs": [3, 5]}
+    assert different == {"optim.lr": 2e-4, "cluster.num_workers": 4, "data.val_transform.short_sides": [3, 5]}
     assert after.keys() == before.keys()
 
 
@@ -61,6 +63,8 @@ def test_the_model_is_overridden_by_the_same_paths() -> None:
         ("optim.epochs=2.5", ["optim.epochs", "integer", "2.5"]),
         ("data.label_map=raw", ["data.label_map", "'contiguous'", "'raw'"]),
         ("model.num_queries=many", ["model.num_queries", "integer", "'many'"]),
+        ("optim.drop_epochs=[3]", ["optim: drop_epochs [3] has no effect with schedule=cosine"]),
+        ("optim.schedule=step", ["optim: final_lr_share 0.02 has no effect with schedule=step"]),
         ("optim.lr", ["optim.lr", "path=value"]),
         ("optim.lr=[1", ["optim.lr", "YAML"]),
     ],

@@ -49,7 +49,7 @@ def test_an_outcome_without_an_evaluated_trial_has_no_best() -> None:
     [
         {"optim.lr": 0.0012345678901234567, "model.num_queries": 31},
         {"optim.lr": 1e-7, "optim.ema_decay": None, "optim.decay_norms_and_biases": True},
-        {"optim.schedule": "step", "optim.drop_epochs": [3, 5]},
+        {"optim.schedule": "step", "optim.final_lr_share": 0.0, "optim.drop_epochs": [3, 5]},
         {"data.train_transform.short_sides": [], "model.loss.kind": "focal"},
     ],
 )

@@ -33,7 +33,7 @@ def test_each_distribution_is_read_with_its_numbers(tmp_path: Path) -> None:
         optim.lr: {loguniform: [1e-4, 1e-2]}
         optim.weight_decay: {uniform: [0, 1.0e-3]}
         model.num_queries: {randint: [10, 50]}
-        optim.schedule: {choice: [step, cosine]}
+        optim.precision: {choice: [fp32, bf16]}
         optim.ema_decay: {choice: [null, 0.99, 9e-1]}
         data.train_transform.short_sides: {choice: [[96], [96, 128]]}
         """,
@@ -42,7 +42,7 @@ def test_each_distribution_is_read_with_its_numbers(tmp_path: Path) -> None:
         "optim.lr": Distribution("loguniform", (1e-4, 1e-2)),
         "optim.weight_decay": Distribution("uniform", (0.0, 1e-3)),
         "model.num_queries": Distribution("randint", (10, 50)),
-        "optim.schedule": Distribution("choice", ("step", "cosine")),
+        "optim.precision": Distribution("choice", ("fp32", "bf16")),
         "optim.ema_decay": Distribution("choice", (None, 0.99, 0.9)),
         "data.train_transform.short_sides": Distribution("choice", ([96], [96, 128])),
     }
@@ -71,7 +71,7 @@ def test_the_example_fits_the_recipe_it_is_for() -> None:
         ("optim.lr: {uniform: [-1, 1]}", ["optim.lr", "greater than 0", "-1.0"]),
         ("optim.lr: {choice: [0.1]}", ["optim.lr", "two values", "override"]),
         ("optim.lr: {choice: [0.1, 1e-1]}", ["optim.lr", "0.1 twice"]),
-        ("optim.schedule: {choice: [step, steps]}", ["optim.schedule", "'steps'"]),
+        ("optim.precision: {choice: [fp32, fp8]}", ["optim.precision", "'fp8'"]),
         ("model.num_queries: {randint: [1, 2.5]}", ["model.num_queries", "two integers", "2.5"]),
         ("model.num_queries: {uniform: [10, 20]}", ["model.num_queries", "integer", "uniform can give"]),
         ("cluster.num_workers: {choice: [1, 2]}", ["cluster.num_workers cannot be searched", "command line"]),
