@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from raydetr import config as configuration
 from raydetr import recipes as recipe_book
 from raydetr.config import ConfigError, RunConfig
+from raydetr.progress_bar import progress_bar
+from raydetr.shards_cli import shards_app
 from raydetr.train.progress import say
 
 app = typer.Typer(
@@ -24,7 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-shards_app = typer.Typer(help="Write WebDataset shards.", no_args_is_help=True)
 app.add_typer(shards_app, name="shards")
 
 RecipeAndOverrides = Annotated[
@@ -52,31 +51,12 @@ def sample_data(
     """Generate a small COCO-format data set of drawn shapes: something to try things on."""
     from raydetr.data.sample_data import write_sample_data
 
-    with _progress("images") as progress:
+    with progress_bar("images") as progress:
         write_sample_data(out, hard=hard, seed=seed, num_train=num_train, num_val=num_val, progress=progress)
     typer.echo(
         f"wrote {out}\nnext: raydetr shards write --images {out}/train --annotations "
         f"{out}/annotations/instances_train.json --out {out}/shards/train"
     )
-
-
-@shards_app.command("write")
-def shards_write(
-    images: Annotated[Path, typer.Option(help="The folder that holds the images.")],
-    annotations: Annotated[Path, typer.Option(help="The COCO JSON file with their annotations.")],
-    out: Annotated[Path, typer.Option(help="The folder to write; must be empty or new.")],
-) -> None:
-    """Check a COCO data set and write it as WebDataset shards with an index and a manifest."""
-    from raydetr.data.shards import write_shards
-
-    with _progress("images") as progress:
-        manifest = write_shards(images, annotations, out, progress=progress)
-    typer.echo(
-        f"wrote {out}: {manifest.num_samples} images, {len(manifest.shards)} shards, "
-        f"{len(manifest.categories)} classes, fingerprint {manifest.fingerprint[:12]}"
-    )
-    for notice in manifest.notices:
-        typer.echo(f"note: {notice}")
 
 
 @app.command()
@@ -254,32 +234,3 @@ def _is_meant_for_users(error: Exception) -> bool:
         trace = trace.tb_next
     module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
     return module.split(".")[0] in ("raydetr", "detrs")
-
-
-class _progress:
-    """A progress bar as the callback (done, total) that the library's long functions take."""
-
-    def __init__(self, unit: str) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._unit = unit
-        self._progress = Progress(
-            TextColumn(unit),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-        self._task: Any = None
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        return self._update
-
-    def _update(self, done: int, total: int) -> None:
-        if self._task is None:  # not before there is something to show: an error stands alone
-            self._progress.start()
-            self._task = self._progress.add_task(self._unit, total=total)
-        self._progress.update(self._task, completed=done)
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()

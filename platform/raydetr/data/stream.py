@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from raydetr.data.batch import Batch, Sample, collate
-from raydetr.data.coco import usable_boxes
-from raydetr.data.images import UNREADABLE, decode_rgb
+from raydetr.data.batch import Batch, collate
 from raydetr.data.index import Shards
 from raydetr.data.plan import Plan
+from raydetr.data.samples import load_sample
 from raydetr.data.transforms import Transform
 
 T = TypeVar("T")
@@ -82,25 +81,6 @@ def make_plan(shards: Shards, seed: int) -> Plan:
     """The order in which `train_batches` goes through the shards."""
     aspects = np.log(shards.samples["width"] / shards.samples["height"])
     return Plan(shards.samples["shard"].astype(np.int64), aspects, shards.fingerprint, seed)
-
-
-def load_sample(shards: Shards, index: int, transform: Transform, *, seed: int, position: int) -> Sample:
-    """Read, check, decode and transform one sample.
-
-    Raises:
-        ShardError: it is damaged.
-    """
-    raw = shards.read(index)
-    try:
-        image = decode_rgb(raw.image)
-    except UNREADABLE as error:
-        shards.refuse(index, f"its image cannot be decoded ({error})")
-    original_size = (image.height, image.width)
-    boxes, category_ids = usable_boxes(raw.annotations, image.width, image.height)
-    labels = shards.label_map.labels
-    image, boxes, kept = transform(image, boxes, seed=seed, position=position)
-    kept_labels = np.array([labels[i] for i in category_ids], np.int64)[kept]
-    return Sample(image, kept_labels, boxes, raw.record["id"], original_size)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ import goldens
 from raydetr.config import ConfigError, override
 from raydetr.data.coco import usable_boxes
 from raydetr.data.index import Shards
-from raydetr.data.stream import load_sample
+from raydetr.data.samples import load_sample
 from raydetr.data.transforms import Choices, Crop, Transform, flip_horizontally, resize, resized_size
 from raydetr.recipes import quickstart
 from raydetr.recipes.coco import official_training_transform
