@@ -99,7 +99,7 @@ def train(
 @app.command()
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, of a run or imported.")],
-    data: Annotated[Path | None, typer.Option(help="Shards; by default those the run validates on.")] = None,
+    data: Annotated[str | None, typer.Option(help="Shards; by default those the run validates on.")] = None,
     out: Annotated[Path | None, typer.Option(help="A JSON file for the AP table.")] = None,
     local: Local = False,
 ) -> None:
@@ -153,7 +153,9 @@ def import_checkpoint(
 def overfit(
     arguments: RecipeAndOverrides = None,
     config: ConfigFile = None,
-    data: Annotated[Path | None, typer.Option(help="A folder of shards; by default the recipe's.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A folder of shards, or its URL; by default the recipe's.")
+    ] = None,
     images: Annotated[int, typer.Option(help="How many images to learn by heart.")] = 8,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 300,
     long_side: Annotated[int, typer.Option(help="Pixels of the images' long side.")] = 256,

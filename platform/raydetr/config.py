@@ -10,10 +10,11 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_type_hints
+from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -25,6 +26,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from detrs.zoo import ModelConfig
+from raydetr.data.locations import check_location
 from raydetr.data.transforms import Transform
 
 _VARIANTS = tuple(kind.paper for kind in get_args(ModelConfig))  # values of `model.paper`
@@ -32,6 +34,9 @@ _VARIANTS = tuple(kind.paper for kind in get_args(ModelConfig))  # values of `mo
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the path, what was found and what to do."""
+
+
+Location = Annotated[str, AfterValidator(check_location)]  # a folder, or a URL of one
 
 
 class Section(BaseModel):
@@ -65,8 +70,8 @@ class TransformConfig(Section):
 class DataConfig(Section):
     """Which shards are read and how they become batches."""
 
-    train: Path
-    val: Path
+    train: Location  # a folder of shards, or its s3://, gs://, http(s):// or file:// URL
+    val: Location
     batch_size: PositiveInt  # images of one optimizer step, over all workers
     eval_batch_size: PositiveInt  # images of one evaluation batch on one worker
     label_map: Literal["contiguous", "category_id"] = "contiguous"

@@ -26,7 +26,7 @@ class Overfit:
 
 
 def overfit(
-    config: RunConfig, data: Path | None, *, num_images: int, num_steps: int, long_side: int, out: Path
+    config: RunConfig, data: str | None, *, num_images: int, num_steps: int, long_side: int, out: Path
 ) -> Overfit:
     """Train `config`'s model on the first `num_images` of `data` and evaluate on the same ones.
 
@@ -35,7 +35,7 @@ def overfit(
 
     Args:
         config: model and optimizer; `epochs` becomes `num_steps`.
-        data: a folder of shards; None: the recipe's training shards.
+        data: where shards are; None: the recipe's training shards.
         num_images: how many images.
         num_steps: optimizer steps.
         long_side: pixels; images are resized so that their long side has them.
@@ -59,9 +59,9 @@ def overfit(
 
 
 def _few_images(
-    config: RunConfig, data: Path | None, num_images: int, num_steps: int, long_side: int
+    config: RunConfig, data: str | None, num_images: int, num_steps: int, long_side: int
 ) -> RunConfig:
-    shards = str(data or config.data.train)
+    shards = data or config.data.train
     resize = {"short_sides": [long_side], "max_side": long_side, "horizontal_flip": 0.0}
     values = to_dict(config)
     values["data"] |= {

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+import struct
+import zipfile
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
+from raydetr.data.integrity import Fault, RawSample, check_index, check_manifest, parse_sample
+from raydetr.data.locations import local_folder
 from raydetr.data.manifest import (
     INDEX,
     MANIFEST,
@@ -29,18 +34,20 @@ from raydetr.data.manifest import (
 MAX_OPEN_FILES = 64
 
 
+# what numpy and zipfile raise for a damaged npz; a size that was changed may ask for more than the memory
+UNREADABLE_INDEX = (
+    OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, SyntaxError, EOFError, RuntimeError,
+    NotImplementedError, MemoryError, OverflowError, struct.error, zlib.error, zipfile.BadZipFile,
+)  # fmt: skip
+
+
 class ShardError(ValueError):
     """A sample that is not what the index says; the message names shard, key and what is wrong."""
 
-
-@dataclass(frozen=True)
-class RawSample:
-    """A sample as it was packed."""
-
-    key: str
-    image: bytes  # JPEG or PNG
-    record: dict[str, Any]  # COCO's record of the image
-    annotations: list[dict[str, Any]]  # COCO's records of its objects
+    shard = ""  # path of the shard
+    key = ""
+    offset = 0  # bytes, of the sample in the shard
+    reason = ""  # what is wrong, in short
 
 
 class ShardFiles:
@@ -75,7 +82,7 @@ class ShardFiles:
 class Shards:
     """A data set in shards. Sample i is the i-th image of the original annotation file."""
 
-    path: Path
+    location: str  # a folder, or a URL of one
     manifest: Manifest
     samples: Samples
     label_map: LabelMap
@@ -83,9 +90,18 @@ class Shards:
     files: ShardFiles
 
     @property
+    def path(self) -> Path:
+        """The folder of local shards."""
+        return local_folder(self.location)
+
+    @property
     def num_samples(self) -> int:
         """Number of images."""
         return len(self.samples)
+
+    @cached_property
+    def _category_ids(self) -> frozenset[int]:
+        return frozenset(category["id"] for category in self.manifest.categories)
 
     def head(self, num_samples: int) -> Shards:
         """Only the first images.
@@ -94,7 +110,9 @@ class Shards:
             ValueError: there are fewer.
         """
         if not 1 <= num_samples <= self.num_samples:
-            raise ValueError(f"{self.path}: holds {self.num_samples} images, so not the first {num_samples}")
+            raise ValueError(
+                f"{self.location}: holds {self.num_samples} images, so not the first {num_samples}"
+            )
         if num_samples == self.num_samples:
             return self
         return dataclasses.replace(
@@ -104,26 +122,32 @@ class Shards:
         )
 
     def read(self, index: int) -> RawSample:
-        """Read one sample and check its length, crc and key.
+        """Read one sample and check that it is the one that was packed.
 
         Raises:
-            ShardError: it is not what the index says.
+            ShardError: it cannot be read, or is not what the index says.
         """
-        shard, offset, length, image_at, image_length, json_at, json_length, *_, image_id, crc32 = (
-            self.samples[index].item()
-        )
-        raw = self.files.read(shard, offset, length)
-        if len(raw) != length:
-            self.refuse(index, f"the shard ends after {len(raw)} of its {length} bytes")
-        if zlib.crc32(raw) != crc32:
-            self.refuse(index, f"its crc32 is {zlib.crc32(raw):#010x}, the index says {crc32:#010x}")
-        key = raw[:100].partition(b".")[0].decode("latin-1")  # the tar header begins with the member's name
-        content = json.loads(raw[json_at : json_at + json_length])
-        if key != sample_key(image_id) or content["image"]["id"] != image_id:
-            self.refuse(index, f"it holds the key {key!r} and image id {content['image']['id']}")
-        return RawSample(
-            key, raw[image_at : image_at + image_length], content["image"], content["annotations"]
-        )
+        row = self.samples[index]
+        try:
+            raw = self.files.read(int(row["shard"]), int(row["offset"]), int(row["length"]))
+        except OSError as error:
+            self.refuse(index, f"it cannot be read ({error})")
+        return self.check(index, raw)
+
+    def check(self, index: int, raw: bytes) -> RawSample:
+        """The parts of one sample, given the bytes that were read for it.
+
+        Raises:
+            ShardError: they are not what the index says.
+        """
+        try:
+            return parse_sample(self.samples[index], self.key(index), raw, self._category_ids)
+        except Fault as fault:
+            self.refuse(index, str(fault))
+
+    def key(self, index: int) -> str:
+        """The WebDataset key of one sample."""
+        return sample_key(self.samples["image_id"][index])
 
     def coco(self) -> dict[str, Any]:
         """The COCO data set, read from the shards alone: the ground truth for evaluation.
@@ -138,26 +162,35 @@ class Shards:
             "categories": self.manifest.categories,
         }
 
+    def _read_or_error(self, index: int) -> RawSample | ShardError:
+        try:
+            return self.read(index)
+        except ShardError as error:
+            return error
+
     def refuse(self, index: int, fault: str) -> NoReturn:
         """Raise a ShardError that names shard and key of a sample."""
         row = self.samples[index]
-        shard = self.files.paths[row["shard"]]
-        raise ShardError(
-            f"{shard}: sample {sample_key(row['image_id'])} at byte {row['offset']} is damaged: "
+        shard, key, offset = str(self.files.paths[row["shard"]]), self.key(index), int(row["offset"])
+        error = ShardError(
+            f"{shard}: sample {key} at byte {offset} is damaged: "
             f"{fault}; copy the shard again, or write the shards again"
         )
+        error.shard, error.key, error.offset, error.reason = shard, key, offset, fault
+        raise error
 
 
-def open_shards(path: Path, *, label_map: LabelMapKind = "contiguous") -> Shards:
+def open_shards(location: str | Path, *, label_map: LabelMapKind = "contiguous") -> Shards:
     """Open a folder of shards after checking manifest, index and the presence and size of every shard.
 
     Args:
-        path: what `write_shards` wrote.
+        location: of what `write_shards` wrote.
         label_map: how category ids become labels (see `make_label_map`).
 
     Raises:
         ValueError: there are no shards, or they are incomplete or not those of the index.
     """
+    path = local_folder(location)
     if not (path / MANIFEST).is_file():
         unfinished = any(path.glob("*.tar")) if path.is_dir() else False
         state = (
@@ -172,7 +205,7 @@ def open_shards(path: Path, *, label_map: LabelMapKind = "contiguous") -> Shards
     samples = _load_index(path, manifest)
     files = ShardFiles([path / shard.name for shard in manifest.shards])
     labels = make_label_map(manifest.categories, label_map)
-    return Shards(path, manifest, samples, labels, manifest.fingerprint, files)
+    return Shards(str(path), manifest, samples, labels, manifest.fingerprint, files)
 
 
 def check_same_categories(train: Shards, val: Shards) -> None:
@@ -187,7 +220,7 @@ def check_same_categories(train: Shards, val: Shards) -> None:
             zip(there.category_ids, there.names, strict=True)
         )
         raise ValueError(
-            f"{train.path} and {val.path} have different categories (id and name: {sorted(differing)[:5]}): "
+            f"{train.location} and {val.location} have different categories (id and name: {sorted(differing)[:5]}): "
             "write both from annotation files with the same categories"
         )
 
@@ -209,11 +242,15 @@ def _load_index(path: Path, manifest: Manifest) -> Samples:
     try:
         with np.load(path / INDEX) as arrays:
             samples: Samples = arrays["samples"]
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE_INDEX as error:
         raise ValueError(f"{path / INDEX}: cannot be read ({error}): write the shards again") from None
     if (
         samples.dtype != SAMPLE_DTYPE
         or data_fingerprint(samples, manifest.categories) != manifest.fingerprint
     ):
         raise ValueError(f"{path / INDEX}: is not the index of this manifest: write the shards again")
+    try:
+        check_index(samples, manifest)
+    except Fault as fault:
+        raise ValueError(f"{path / INDEX}: {fault}: write the shards again") from None
     return samples

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from raydetr.config import DataConfig
 from raydetr.data.index import Shards, open_shards
+from raydetr.data.locations import is_remote, local_folder
 from raydetr.data.manifest import MANIFEST
 from raydetr.data.sample_data import write_sample_data
 from raydetr.data.shards import write_shards
@@ -31,8 +32,9 @@ def write_missing_sample(data: DataConfig) -> None:
     """
     if data.sample is None:
         return
-    coco = data.train.parent / "coco"
-    for split, out in (("train", data.train), ("val", data.val)):
+    train, val = (_sample_folder(data, location) for location in (data.train, data.val))
+    coco = train.parent / "coco"
+    for split, out in (("train", train), ("val", val)):
         if (out / MANIFEST).exists():
             continue
         if not (coco / "annotations").exists():
@@ -40,6 +42,15 @@ def write_missing_sample(data: DataConfig) -> None:
             write_sample_data(coco, hard=data.sample == "hard")
         say(f"writing shards to {out}")
         write_shards(coco / split, _annotations(coco, split), out)
+
+
+def _sample_folder(data: DataConfig, location: str) -> Path:
+    if is_remote(location):
+        raise ValueError(
+            f"data.sample={data.sample} writes sample shards, which is not possible to {location}: "
+            "set data.sample=null, or name a folder"
+        )
+    return local_folder(location)
 
 
 def _annotations(coco: Path, split: str) -> Path:

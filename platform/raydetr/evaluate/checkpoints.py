@@ -8,6 +8,7 @@ from typing import Any
 
 from raydetr.config import ConfigError
 from raydetr.data.index import Shards, open_shards
+from raydetr.data.locations import absolute, check_location
 from raydetr.data.stream import evaluation_batches
 from raydetr.evaluate.coco_ap import ApTable, coco_ap
 from raydetr.evaluate.evaluator import evaluate
@@ -15,7 +16,7 @@ from raydetr.train.checkpoint import Loaded, load_for_inference, read_meta
 from raydetr.train.world import World
 
 
-def evaluate_checkpoint(checkpoint: Path, data: Path | None, *, local: bool = False) -> ApTable:
+def evaluate_checkpoint(checkpoint: Path, data: str | None, *, local: bool = False) -> ApTable:
     """AP of a checkpoint on the shards at `data` (None: those its run validated on).
 
     Raises:
@@ -24,7 +25,7 @@ def evaluate_checkpoint(checkpoint: Path, data: Path | None, *, local: bool = Fa
     """
     checkpoint = checkpoint.resolve()
     config = load_for_inference(checkpoint).config
-    data = (data or config.data.val).resolve()
+    data = absolute(check_location(data or config.data.val), Path.cwd())
     shards = open_shards(data)
     _check_categories(checkpoint, shards, data)
     if local:
@@ -40,7 +41,7 @@ def evaluate_checkpoint(checkpoint: Path, data: Path | None, *, local: bool = Fa
     return coco_ap(shards.coco(), results)
 
 
-def share_of_results(checkpoint: Path, data: Path, world: World) -> list[dict[str, Any]]:
+def share_of_results(checkpoint: Path, data: str, world: World) -> list[dict[str, Any]]:
     """COCO results of the whole split, this process having done its share."""
     loaded: Loaded = load_for_inference(checkpoint, world.device)
     settings = loaded.config.data
@@ -55,7 +56,7 @@ def share_of_results(checkpoint: Path, data: Path, world: World) -> list[dict[st
     return evaluate(loaded.model.detector, loaded.model.postprocess, batches, loaded.label_map, world.gather)
 
 
-def _check_categories(checkpoint: Path, shards: Shards, data: Path) -> None:
+def _check_categories(checkpoint: Path, shards: Shards, data: str) -> None:
     ours = {category["id"]: category["name"] for category in read_meta(checkpoint).categories}
     theirs = {category["id"]: category["name"] for category in shards.manifest.categories}
     if ours != theirs:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from detrs.zoo import ModelConfig
 from raydetr.config import ClusterConfig, DataConfig, OptimConfig, RunConfig, TransformConfig
 
@@ -40,8 +38,8 @@ def official_optim(
 def coco_data(batch_size: int) -> DataConfig:
     """COCO 2017 at the official scales, labels as the official checkpoints have them."""
     return DataConfig(
-        train=Path("data/coco/train2017"),
-        val=Path("data/coco/val2017"),
+        train="data/coco/train2017",
+        val="data/coco/val2017",
         batch_size=batch_size,
         eval_batch_size=2,
         label_map="category_id",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from detrs.zoo import BackboneConfig, DinoConfig, LossConfig
 from raydetr.config import (
     ClusterConfig,
@@ -24,8 +22,8 @@ def quickstart() -> RunConfig:
     return RunConfig(
         recipe="quickstart",
         data=DataConfig(
-            train=Path("build/quickstart/train"),
-            val=Path("build/quickstart/val"),
+            train="build/quickstart/train",
+            val="build/quickstart/val",
             sample="easy",
             batch_size=16,
             eval_batch_size=25,
@@ -53,8 +51,8 @@ def quickstart_hard() -> RunConfig:
     easy = quickstart()
     data = easy.data.model_copy(
         update={
-            "train": Path("build/quickstart-hard/train"),
-            "val": Path("build/quickstart-hard/val"),
+            "train": "build/quickstart-hard/train",
+            "val": "build/quickstart-hard/val",
             "sample": "hard",
         }
     )

@@ -62,7 +62,7 @@ def launch(
 
 
 def launch_evaluation(
-    checkpoint: Path, data: Path, cluster: ClusterConfig, scratch: Path
+    checkpoint: Path, data: str, cluster: ClusterConfig, scratch: Path
 ) -> list[dict[str, Any]]:
     """COCO results of a checkpoint on the shards at `data`, by Ray Train workers.
 
@@ -74,7 +74,7 @@ def launch_evaluation(
     with connected(cluster) as address:
         check_resources(cluster, address)
         board = _new_board()
-        settings = {"checkpoint": str(checkpoint), "data": str(data), "board": board}
+        settings = {"checkpoint": str(checkpoint), "data": data, "board": board}
         run_config = ray.train.RunConfig(name=scratch.name, storage_path=str(scratch.parent))
         fit(_trainer(evaluate_worker, settings, cluster, run_config))
         results: list[dict[str, Any]] = ray.get(board.read.remote())

@@ -17,6 +17,7 @@ import torch
 from raydetr import track
 from raydetr.config import ConfigError, RunConfig, flatten, from_yaml, override, to_dict, to_yaml
 from raydetr.data.index import check_same_categories
+from raydetr.data.locations import absolute
 from raydetr.data.splits import open_splits, write_missing_sample
 from raydetr.environment import describe_environment
 from raydetr.train import checkpoint, initial
@@ -238,13 +239,13 @@ class LocalHost:
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
     """Workers run elsewhere. In a Ray job the working directory is a copy that is deleted afterwards."""
     base = Path.home() / "raydetr" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path.cwd()
-    paths = {
-        "data.train": config.data.train,
-        "data.val": config.data.val,
-        "storage.path": config.storage.path,
-        "init.checkpoint": config.init.checkpoint,
-    }
-    return override(config, {key: str(base / path.expanduser()) for key, path in paths.items() if path})
+    paths = {"storage.path": config.storage.path, "init.checkpoint": config.init.checkpoint}
+    locations = {"data.train": config.data.train, "data.val": config.data.val}
+    return override(
+        config,
+        {key: str(base / path.expanduser()) for key, path in paths.items() if path}
+        | {key: absolute(location, base) for key, location in locations.items()},
+    )
 
 
 def _describe(uri: str, run_id: str, config: RunConfig) -> None:
@@ -254,9 +255,9 @@ def _describe(uri: str, run_id: str, config: RunConfig) -> None:
         track.log_dataset(
             uri,
             run_id,
-            name=f"{shards.path.parent.name}/{shards.path.name}",
+            name="/".join(shards.location.split("/")[-2:]),
             fingerprint=shards.fingerprint,
-            source=str(shards.path),
+            source=shards.location,
             context=context,
             profile={
                 "num_images": shards.num_samples,

@@ -56,7 +56,7 @@ def train_worker(settings: dict[str, Any]) -> None:
 def evaluate_worker(settings: dict[str, Any]) -> None:
     """Evaluate as one worker: `settings` = {"checkpoint", "data", "board", "cpus"}."""
     world = _world(settings["cpus"])
-    results = share_of_results(Path(settings["checkpoint"]), Path(settings["data"]), world)
+    results = share_of_results(Path(settings["checkpoint"]), settings["data"], world)
     if world.is_first:
         ray.get(settings["board"].post.remote(results))
 
