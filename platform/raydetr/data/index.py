@@ -8,7 +8,6 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -200,7 +199,7 @@ def open_shards(location: str | Path, *, label_map: LabelMapKind = "contiguous")
             f"{path}: {state}; write them with "
             f"`raydetr shards write --images DIR --annotations FILE --out {path}`"
         )
-    manifest = Manifest.load(path)
+    manifest = _load_manifest(path)
     _check_files(path, manifest)
     samples = _load_index(path, manifest)
     files = ShardFiles([path / shard.name for shard in manifest.shards])
@@ -223,6 +222,15 @@ def check_same_categories(train: Shards, val: Shards) -> None:
             f"{train.location} and {val.location} have different categories (id and name: {sorted(differing)[:5]}): "
             "write both from annotation files with the same categories"
         )
+
+
+def _load_manifest(path: Path) -> Manifest:
+    manifest = Manifest.load(path)
+    try:
+        check_manifest(manifest)
+    except Fault as fault:
+        raise ValueError(f"{path / MANIFEST}: {fault}: write the shards again") from None
+    return manifest
 
 
 def _check_files(path: Path, manifest: Manifest) -> None:

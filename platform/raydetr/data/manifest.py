@@ -124,7 +124,7 @@ class Manifest:
                 raise ValueError(f"format_version is {version}, this program reads {FORMAT_VERSION}")
             shards = [ShardFile(**shard) for shard in values.pop("shards")]
             return Manifest(shards=shards, **values)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: is no manifest of shards ({error}): write the shards again") from None
 
 
