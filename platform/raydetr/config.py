@@ -27,7 +27,7 @@ from pydantic_core import ErrorDetails
 
 from detrs.zoo import ModelConfig
 from raydetr.data.locations import check_location
-from raydetr.data.transforms import Transform
+from raydetr.data.transforms import ScalePer, Transform
 
 _VARIANTS = tuple(kind.paper for kind in get_args(ModelConfig))  # values of `model.paper`
 
@@ -48,7 +48,8 @@ class Section(BaseModel):
 class TransformConfig(Section):
     """What happens to an image between its file and the model."""
 
-    short_sides: tuple[PositiveInt, ...] = ()  # pixels; one is drawn per image; empty: keep the size
+    short_sides: tuple[PositiveInt, ...] = ()  # pixels; one is drawn; empty: keep the size
+    scale_per: ScalePer = "image"  # draw one for each image, as officially, or for each step: less padding
     max_side: PositiveInt = 1333  # pixels; the long side never exceeds it when `short_sides` is given
     horizontal_flip: float = Field(default=0.0, ge=0.0, le=1.0)  # probability
     crop_probability: float = Field(default=0.0, ge=0.0, le=1.0)  # of a random crop before the resize
@@ -60,6 +61,15 @@ class TransformConfig(Section):
     def _check_crop(self) -> Self:
         if self.crop_min_side > self.crop_max_side:
             raise ValueError(f"crop_min_side {self.crop_min_side} exceeds crop_max_side {self.crop_max_side}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_scale(self) -> Self:
+        if self.scale_per == "step" and len(self.short_sides) < 2:
+            raise ValueError(
+                f"scale_per=step has no effect with short_sides {list(self.short_sides)}: "
+                "name two or more, or leave scale_per out"
+            )
         return self
 
     def build(self) -> Transform:

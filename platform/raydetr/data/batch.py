@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,9 @@ from detrs.structures import Images, Targets
 # of ImageNet in RGB, in units of 1/255 (what torchvision's backbones were trained with)
 MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+
+Canvas = npt.NDArray[np.uint8]  # [b, h, w, 3]
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,25 @@ class Batch:
     position: int  # of the first sample of the global batch, counted over the run
 
 
-def collate(samples: list[Sample], position: int) -> Batch:
-    """Pad images to the largest height and width and pack their targets."""
+def collate(
+    samples: list[Sample],
+    position: int,
+    *,
+    out: Callable[[tuple[int, int, int, int]], Canvas] | None = None,
+) -> Batch:
+    """Pad images to the largest height and width and pack their targets.
+
+    Args:
+        samples: the images of one rank in one step.
+        position: of the first sample of the global batch, counted over the run.
+        out: given the shape (b, h, w, 3), the array to fill, whatever it holds; None: a new one.
+    """
     sizes = np.array([(sample.image.height, sample.image.width) for sample in samples], np.int64)
-    pixels = np.zeros((len(samples), *sizes.max(0), 3), np.uint8)
+    height, width = sizes.max(0).tolist()
+    shape = (len(samples), height, width, 3)
+    pixels = np.empty(shape, np.uint8) if out is None else out(shape)
     for canvas, sample in zip(pixels, samples, strict=True):
-        canvas[: sample.image.height, : sample.image.width] = np.asarray(sample.image)
+        _fill(canvas, sample)
     counts = tuple(len(sample.labels) for sample in samples)
     boxes = np.concatenate([sample.boxes_xyxy for sample in samples])
     boxes /= np.repeat(sizes[:, [1, 0, 1, 0]], counts, axis=0)
@@ -63,6 +80,13 @@ def collate(samples: list[Sample], position: int) -> Batch:
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
         position=position,
     )
+
+
+def _fill(canvas: Canvas, sample: Sample) -> None:
+    height, width = sample.image.height, sample.image.width
+    canvas[:height, :width] = np.asarray(sample.image)
+    canvas[height:] = 0
+    canvas[:height, width:] = 0
 
 
 def to_model(batch: Batch, device: torch.device | str) -> tuple[Images, Targets]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from PIL import Image
 
 Boxes = npt.NDArray[np.float64]
 Kept = npt.NDArray[np.bool_]
+ScalePer = Literal["image", "step"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class Transform:
     The official training of all five papers flips half of the images and crops half of them: those are
     resized to a short side of 400, 500 or 600 and lose all but a window of 384 to 600 pixels a side.
 
-    `short_sides`: pixels; one is drawn per image; empty: the size is kept.
+    `short_sides`: pixels; one is drawn for each image or step (`scale_per`); empty: the size is kept.
+    `scale_per`: "image", as the official code does, or "step": one for all images of a global batch, so that
+        images of one aspect ratio have one size and hardly any padding.
     `max_side`: pixels; the long side is limited to it when `short_sides` is given.
     `horizontal_flip`, `crop_probability`: probabilities.
     `crop_short_sides`: pixels; one is drawn for the resize before a crop; empty: no such resize.
@@ -57,14 +61,33 @@ class Transform:
     crop_short_sides: tuple[int, ...] = ()
     crop_min_side: int = 384
     crop_max_side: int = 600
+    scale_per: ScalePer = "image"
 
     def __call__(
-        self, image: Image.Image, boxes_xyxy: Boxes, *, seed: int, position: int
+        self,
+        image: Image.Image,
+        boxes_xyxy: Boxes,
+        *,
+        seed: int,
+        position: int,
+        short_side: int | None = None,
     ) -> tuple[Image.Image, Boxes, Kept]:
-        """Transform an image and its boxes [t, 4] in pixels; says which boxes are left, as [t] of bool."""
-        return self.apply(image, boxes_xyxy, self.draw(seed, position, image.size))
+        """Transform an image and its boxes [t, 4] in pixels; says which boxes are left, as [t] of bool.
 
-    def draw(self, seed: int, position: int, size: tuple[int, int]) -> Choices:
+        `short_side` is that of the step (`step_short_side`); None: one is drawn for this image.
+        """
+        return self.apply(image, boxes_xyxy, self.draw(seed, position, image.size, short_side))
+
+    def step_short_side(self, seed: int, start: int) -> int | None:
+        """The short side of all images of the global batch whose first sample is at position `start`.
+
+        It depends on nothing else, so all ranks find the same one. None: each image has its own.
+        """
+        if self.scale_per == "image":
+            return None
+        return _choose(random.Random(f"short side, seed {seed}, start {start}"), self.short_sides)
+
+    def draw(self, seed: int, position: int, size: tuple[int, int], short_side: int | None = None) -> Choices:
         """The choices for the sample at `position`, an image of `size` = (width, height)."""
         if self.horizontal_flip in (0.0, 1.0) and len(self.short_sides) <= 1 and not self.crop_probability:
             return Choices(self.horizontal_flip == 1.0, None, next(iter(self.short_sides), None))
@@ -72,7 +95,8 @@ class Transform:
         flip = rng.random() < self.horizontal_flip
         is_cropped = self.crop_probability > 0 and rng.random() < self.crop_probability
         crop = self._draw_crop(rng, size) if is_cropped else None
-        return Choices(flip, crop, _choose(rng, self.short_sides))
+        own = _choose(rng, self.short_sides)
+        return Choices(flip, crop, own if short_side is None else short_side)
 
     def apply(
         self, image: Image.Image, boxes_xyxy: Boxes, choices: Choices
