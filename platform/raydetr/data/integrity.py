@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from raydetr.data.manifest import Manifest, Samples
+from raydetr.data.manifest import SAMPLE_DTYPE, Manifest, Samples
 
 TAR_BLOCK = 512
 
@@ -133,7 +133,7 @@ def check_index(samples: Samples, manifest: Manifest) -> None:
     if num_annotations != manifest.num_annotations:
         raise Fault(f"it has {num_annotations} annotations, the manifest says {manifest.num_annotations}")
     sizes = np.array([shard.size for shard in manifest.shards], np.float64)[samples["shard"]]
-    column = {name: samples[name].astype(np.float64) for name in samples.dtype.names}  # sums do not wrap
+    column = {name: samples[name].astype(np.float64) for name in SAMPLE_DTYPE.names or ()}  # sums do not wrap
     good = column["offset"] + column["length"] <= sizes
     for part in ("image", "json"):
         good &= column[f"{part}_offset"] >= TAR_BLOCK

@@ -19,7 +19,7 @@ from raydetr.config import ClusterConfig
 from raydetr.train.board import Board
 from raydetr.train.progress import Display, say
 from raydetr.train.session import Assignment
-from raydetr.train.worker import evaluate_worker, train_worker
+from raydetr.train.worker import FinalError, StopAtFinalErrors, evaluate_worker, train_worker
 
 POLL_SECONDS = 0.5  # between two looks at the progress board
 WAITING_SECONDS = 60.0  # without a first step, before a line says what the run waits for
@@ -90,12 +90,13 @@ def build_trainer(
     callbacks: Sequence[Any] = (),
 ) -> TorchTrainer:
     """The Ray Train run that carries out `assignment`."""
+    with_ours: list[Any] = [*callbacks, StopAtFinalErrors()]
     run_config = ray.train.RunConfig(
         name=attempt,
         storage_path=assignment.folder,
         failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
         checkpoint_config=ray.train.CheckpointConfig(num_to_keep=keep_checkpoints),
-        callbacks=list(callbacks),
+        callbacks=with_ours,
     )
     settings = {"assignment": assignment.as_dict(), "board": board}
     return _trainer(train_worker, settings, cluster, run_config)
@@ -194,6 +195,9 @@ def _trainer(
 
 def _root_cause(error: BaseException) -> str:
     """What the first failing worker said, without the traces of Ray's own layers."""
+    final = getattr(error, "controller_failure", None)
+    if isinstance(final, FinalError):
+        return str(final)
     failures = getattr(error, "worker_failures", None)
     if not failures:
         return str(error)

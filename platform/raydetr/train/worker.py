@@ -18,6 +18,31 @@ from raydetr.train.progress import Progress
 from raydetr.train.session import Assignment, run_session
 from raydetr.train.world import World
 
+# the same input gives them again: faulty data or settings, too many steps that are not finite, our own mistakes
+FINAL = (ValueError, FloatingPointError, AssertionError)
+
+
+class FinalError(RuntimeError):
+    """A worker failed with an error that no retry can help; the message is the worker's."""
+
+
+class StopAtFinalErrors(ray.train.UserCallback):
+    """Ends a run at once where Ray Train would start all workers again, to meet the same error again.
+
+    Ray Train's controller calls it before it decides about a retry, and retries no error of a callback. Workers
+    that wait for the failed one are ended by the controller.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Look at what the workers raised.
+
+        Raises:
+            FinalError: a retry cannot help.
+        """
+        for rank, error in sorted(worker_exceptions.items()):
+            if isinstance(error, FINAL):
+                raise FinalError(f"worker {rank}: {error}")
+
 
 class RayHost:
     """Publishes through `ray.train.report`, which every worker calls equally often."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -14,9 +15,12 @@ import pytest
 import ray
 import torch
 from ray.cluster_utils import Cluster
+from ray.util.state import list_actors
 
+from damaged_shards import damage_sample
 from raydetr import track
 from raydetr.config import ClusterConfig, RunConfig, override
+from raydetr.data.index import open_shards
 from raydetr.evaluate.checkpoints import evaluate_checkpoint
 from raydetr.train import launch, run
 
@@ -95,13 +99,38 @@ def test_a_killed_worker_costs_time_but_not_a_bit(cluster: Cluster, two_workers:
     assert not train_workers()
 
 
-def test_a_run_that_fails_says_what_its_worker_said(cluster: Cluster, two_workers: RunConfig) -> None:
+def workers_started() -> int:
+    """Ray Train workers that this cluster has started so far, ended ones included."""
+    of_training = [("class_name", "=", "RayTrainWorker")]
+    return len(list_actors(filters=of_training, limit=1000))
+
+
+def test_a_run_that_fails_says_what_its_worker_said_and_is_not_tried_again(
+    cluster: Cluster, two_workers: RunConfig
+) -> None:
     wild = override(
         two_workers,
-        {"optim.lr": 1e30, "optim.lr_backbone": 1e30, "optim.warmup_share": 0.0, "cluster.max_failures": 0},
+        {"optim.lr": 1e30, "optim.lr_backbone": 1e30, "optim.warmup_share": 0.0, "cluster.max_failures": 3},
     )
+    before = workers_started()
     with pytest.raises(launch.LaunchError, match=r"worker \d: .*(finite|nan)"):
         run.start(wild)
+    assert workers_started() - before == 2
+
+
+def test_a_damaged_sample_stops_the_run_at_once(
+    cluster: Cluster, two_workers: RunConfig, tmp_path: Path
+) -> None:
+    shutil.copytree(two_workers.data.train, tmp_path / "damaged")
+    shards = open_shards(tmp_path / "damaged")
+    shard, key = damage_sample(shards, 20)
+    before, began = workers_started(), time.monotonic()
+    damaged = override(two_workers, {"data.train": str(tmp_path / "damaged"), "cluster.max_failures": 3})
+    with pytest.raises(launch.LaunchError, match=rf"worker \d: {shard}: sample {key} at byte \d+ is damaged"):
+        run.start(damaged)
+    assert workers_started() - before == 2
+    assert time.monotonic() - began < 60  # the start of the workers included, on a busy machine
+    assert not train_workers()
 
 
 def test_workers_that_a_local_cluster_cannot_hold_are_refused(cluster: Cluster) -> None:
