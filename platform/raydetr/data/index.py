@@ -99,7 +99,8 @@ class Shards:
         return len(self.samples)
 
     @cached_property
-    def _category_ids(self) -> frozenset[int]:
+    def category_ids(self) -> frozenset[int]:
+        """Those that annotations may have."""
         return frozenset(category["id"] for category in self.manifest.categories)
 
     def head(self, num_samples: int) -> Shards:
@@ -133,6 +134,14 @@ class Shards:
             self.refuse(index, f"it cannot be read ({error})")
         return self.check(index, raw)
 
+    def reread(self, index: int) -> RawSample:
+        """Read one sample again, from where it comes from and not from a copy that may be damaged.
+
+        Raises:
+            ShardError: as `read`.
+        """
+        return self.read(index)
+
     def check(self, index: int, raw: bytes) -> RawSample:
         """The parts of one sample, given the bytes that were read for it.
 
@@ -140,7 +149,7 @@ class Shards:
             ShardError: they are not what the index says.
         """
         try:
-            return parse_sample(self.samples[index], self.key(index), raw, self._category_ids)
+            return parse_sample(self.samples[index], self.key(index), raw, self.category_ids)
         except Fault as fault:
             self.refuse(index, str(fault))
 

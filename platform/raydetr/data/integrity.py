@@ -48,9 +48,7 @@ def parse_sample(row: np.void, key: str, raw: bytes, category_ids: Container[int
     Raises:
         Fault: it is cut off or damaged, or belongs to another image, or its record is not COCO's.
     """
-    _, _, length, image_at, image_length, json_at, json_length, width, height, count, image_id, crc32 = (
-        row.item()
-    )
+    _, _, length, image_at, image_length, json_at, json_length, *_, crc32 = row.item()
     if len(raw) != length:
         raise Fault(f"the shard ends after {len(raw)} of its {length} bytes")
     if zlib.crc32(raw) != crc32:
@@ -59,7 +57,20 @@ def parse_sample(row: np.void, key: str, raw: bytes, category_ids: Container[int
         found = _member_key(raw, at)
         if found != key:
             raise Fault(f"its {what} has the key {found!r}")
-    record, annotations = parse_content(raw[json_at : json_at + json_length])
+    record, annotations = parse_record(row, raw[json_at : json_at + json_length], category_ids)
+    return RawSample(key, raw[image_at : image_at + image_length], record, annotations)
+
+
+def parse_record(
+    row: np.void, text: bytes, category_ids: Container[int]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A sample's JSON member, if it fits its row in the index: COCO's record of the image and its annotations.
+
+    Raises:
+        Fault: it does not, or is not COCO's.
+    """
+    image_id, width, height, count = (int(row[n]) for n in ("image_id", "width", "height", "num_annotations"))
+    record, annotations = parse_content(text)
     named = {"id": image_id, "width": width, "height": height}
     for name, value in named.items():
         if record.get(name) != value:
@@ -68,11 +79,11 @@ def parse_sample(row: np.void, key: str, raw: bytes, category_ids: Container[int
         raise Fault(f"it has {len(annotations)} annotations, the index says {count}")
     for number, annotation in enumerate(annotations):
         _check_annotation(number, annotation, image_id, category_ids)
-    return RawSample(key, raw[image_at : image_at + image_length], record, annotations)
+    return record, annotations
 
 
 def parse_content(text: bytes) -> tuple[dict[str, Any], list[Any]]:
-    """A sample's JSON member: COCO's record of the image, and the list of its annotations.
+    """A sample's JSON member, whatever it describes: COCO's record of the image, and the list of annotations.
 
     Raises:
         Fault: it is not JSON, or of another shape.

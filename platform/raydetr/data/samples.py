@@ -7,7 +7,8 @@ import numpy as np
 from raydetr.data.batch import Sample
 from raydetr.data.coco import usable_boxes
 from raydetr.data.images import UNREADABLE, decode_rgb
-from raydetr.data.index import RawSample, Shards
+from raydetr.data.index import Shards
+from raydetr.data.integrity import RawSample
 from raydetr.data.transforms import Transform
 
 

@@ -1,0 +1,54 @@
+"""The ground truth of an evaluation, from the shards, also where some of their samples are damaged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from raydetr.data.damage import OnDamage
+from raydetr.data.index import ShardError, Shards
+from raydetr.data.integrity import Fault, parse_record
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """COCO's ground truth of a split, and how many of its images lost their annotations with their record."""
+
+    coco: dict[str, Any]
+    num_lost: int
+
+
+def ground_truth(shards: Shards, policy: OnDamage) -> GroundTruth:
+    """The ground truth for an evaluation. A damaged image stays in it, so that its objects count as missed.
+
+    Raises:
+        ShardError: the policy is "raise", and a sample is damaged.
+    """
+    if policy == "raise":
+        return GroundTruth(shards.coco(), 0)
+    records = [_record(shards, index) for index in range(shards.num_samples)]
+    coco = {
+        **shards.manifest.header,
+        "images": [record for record, _ in records],
+        "annotations": [annotation for _, annotations in records for annotation in annotations or ()],
+        "categories": shards.manifest.categories,
+    }
+    return GroundTruth(coco, sum(annotations is None for _, annotations in records))
+
+
+def _record(shards: Shards, index: int) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
+    """An image's record and annotations; of a damaged one, if they can still be read, else None."""
+    for read in (shards.read, shards.reread):
+        try:
+            raw = read(index)
+        except ShardError:
+            continue
+        return raw.record, raw.annotations
+    row = shards.samples[index]
+    try:
+        start = int(row["offset"]) + int(row["json_offset"])
+        text = shards.files.read(int(row["shard"]), start, int(row["json_length"]))
+        return parse_record(row, text, shards.category_ids)
+    except (OSError, Fault):
+        size = {"width": int(row["width"]), "height": int(row["height"])}
+        return {"id": int(row["image_id"]), "file_name": shards.key(index), **size}, None

@@ -1,0 +1,70 @@
+"""The damaged samples that a run has met: a file of rows, a part of its checkpoints, and a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from raydetr.data.damage import Damage
+
+LEDGER = "damage.jsonl"
+NUM_TOLD = 5  # damaged samples that a message lists
+
+
+class DamageError(ValueError):
+    """More samples are damaged than a run may meet; the message names the ledger, the first ones and a remedy."""
+
+
+class Ledger:
+    """All damage that a run met, in order. Every worker holds the same rows."""
+
+    def __init__(self, rows: Iterable[Damage] = ()) -> None:
+        self.rows = list(rows)
+
+    @property
+    def num_samples(self) -> int:
+        """Different samples: one that is met again in a later epoch is counted once."""
+        return len({(row.shard, row.key) for row in self.rows})
+
+    def to_plain(self) -> list[dict[str, Any]]:
+        """As plain values, for a checkpoint."""
+        return [dataclasses.asdict(row) for row in self.rows]
+
+    @staticmethod
+    def from_plain(rows: Iterable[dict[str, Any]]) -> Ledger:
+        """What `to_plain` gave."""
+        return Ledger(Damage(**row) for row in rows)
+
+    def write(self, folder: Path) -> None:
+        """Write all rows to `damage.jsonl` in the folder of a run, if there are any; else it shall not exist."""
+        path = folder / LEDGER
+        if not self.rows:
+            path.unlink(missing_ok=True)
+            return
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self.to_plain()))
+        partial.rename(path)
+
+    def check(self, budget: int, folder: Path) -> None:
+        """Make sure that not too many samples are damaged.
+
+        Raises:
+            DamageError: more than `budget` different ones are.
+        """
+        if self.num_samples <= budget:
+            return
+        first = list({(row.shard, row.key): str(row) for row in self.rows}.values())[:NUM_TOLD]
+        listing = "".join(f"\n  {row}" for row in first)
+        raise DamageError(
+            f"{self.num_samples} samples are damaged, and data.max_damaged allows {budget}; "
+            f"{folder / LEDGER} lists them, the first are:{listing}\n"
+            "Copy these shards again, or write them again, and resume; or allow more with data.max_damaged."
+        )
+
+
+def default_budget(num_samples: int) -> int:
+    """Damaged samples that a run without `data.max_damaged` may meet: one in a hundred, at least ten."""
+    return max(num_samples // 100, 10)
