@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from detrs.layers import full_precision
-from detrs.ops import deform_attn_fused
+from detrs.ops import deform_attn_fused, deform_attn_in_steps
 from detrs.structures import Memory
 
 
@@ -143,10 +143,15 @@ class ConditionalAttention(nn.Module):
 
 
 class DeformableAttention(nn.Module):
-    """Every query looks at a few points a level around its reference (Deformable DETR, eq. 3)."""
+    """Every query looks at a few points a level around its reference (Deformable DETR, eq. 3).
+
+    `fused` may be set to False to compare: locations and weights then become tensors (`deform_attn_in_steps`), which
+    is slower and gives the same up to rounding.
+    """
 
     def __init__(self, hidden_dim: int, num_heads: int, num_levels: int, num_points: int) -> None:
         super().__init__()
+        self.fused = True
         if hidden_dim % num_heads:
             raise ValueError(f"hidden_dim: {hidden_dim} is not a multiple of num_heads, {num_heads}")
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
@@ -178,16 +183,17 @@ class DeformableAttention(nn.Module):
     def forward(
         self, content: Float[Tensor, "b q d"], where: Where, memory: Memory
     ) -> Float[Tensor, "b q d"]:
-        """Gather from sampled points. Sampling happens in float32 at least."""
+        """Gather from sampled points. Positions, weights and sums are float32 at least, whatever the value is."""
         query = content + where.pos
         samples = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)
         logits = full_precision(self.attention_weights(query)).view(samples)
         offsets = full_precision(self.sampling_offsets(query)).view(*samples, 2)
         value = self.value_proj(memory.tokens).masked_fill(memory.padding[..., None], 0)
-        value = full_precision(value).view(*value.shape[:2], self.num_heads, -1)
+        value = value.view(*value.shape[:2], self.num_heads, value.shape[2] // self.num_heads)
         assert where.reference is not None
         reference = on_levels(where.reference, memory)
-        out: Tensor = self.output_proj(deform_attn_fused(value, memory.shapes, reference, offsets, logits))
+        deform_attn = deform_attn_fused if self.fused else deform_attn_in_steps
+        out: Tensor = self.output_proj(deform_attn(value, memory.shapes, reference, offsets, logits))
         return out
 
 

@@ -10,13 +10,20 @@ import torch
 
 import goldens
 import parity
+from detrs.attention import DeformableAttention
 from parity import Run
+
+NAMES = goldens.names("model")
+DEFORMABLE = [name for name in NAMES if goldens.read(name).paper in ("deformable_detr", "dino")]
 
 
 @parity.DTYPES
-@pytest.mark.parametrize("name", goldens.names("model"))
-def test_model(name: str, dtype: torch.dtype) -> None:
-    this, tolerance = run(name, dtype), parity.TOLERANCES[dtype]
+@pytest.mark.parametrize(
+    ("name", "fused"), [(name, True) for name in NAMES] + [(name, False) for name in DEFORMABLE]
+)
+def test_model(name: str, fused: bool, dtype: torch.dtype) -> None:
+    """Deformable attention in both of its forms; the models use the fused one."""
+    this, tolerance = run(name, dtype, fused), parity.TOLERANCES[dtype]
     assert torch.equal(this.images.padding, this.golden.tensor("mask"))
     parity.check_outputs(this, tolerance)
     parity.check_losses(this.losses, this.golden.manifest, tolerance)
@@ -25,10 +32,14 @@ def test_model(name: str, dtype: torch.dtype) -> None:
     parity.check_gradients(this, tolerance)
 
 
-def run(name: str, dtype: torch.dtype) -> Run:
+def run(name: str, dtype: torch.dtype, fused: bool) -> Run:
     golden = goldens.read(name)
     config = goldens.config_of(golden.manifest["args"], golden.paper, golden.manifest["constructor_options"])
     model = goldens.build_filled(config, dtype)
+    if not fused:
+        for module in model.detector.modules():
+            if isinstance(module, DeformableAttention):
+                module.fused = False
     images, targets, sizes = goldens.inputs(golden.manifest, dtype)
     draws = goldens.draws(golden)
     model.detector.train(draws is not None)

@@ -5,16 +5,23 @@ check their arguments and take the native path where there is one. The functions
 definitions; `native_status` tells which path is active and why.
 """
 
-from detrs.ops.deform_attn import deform_attn, deform_attn_fused
+from detrs.ops.deform_attn import deform_attn, deform_attn_fused, deform_attn_in_steps
 from detrs.ops.native import NativeStatus, native_status
-from detrs.ops.reference import deform_attn_fused_reference, deform_attn_reference, sampling_locations
+from detrs.ops.reference import (
+    deform_attn_fused_reference,
+    deform_attn_reference,
+    sampling_locations,
+    sampling_weights,
+)
 
 __all__ = [
     "NativeStatus",
     "deform_attn",
     "deform_attn_fused",
     "deform_attn_fused_reference",
+    "deform_attn_in_steps",
     "deform_attn_reference",
     "native_status",
     "sampling_locations",
+    "sampling_weights",
 ]

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from detrs.ops.checks import check_kinds, check_levels, check_reference, check_samples
 from detrs.ops.native import native_status
-from detrs.ops.reference import Shapes, deform_attn_fused_reference, deform_attn_reference
+from detrs.ops.reference import (
+    Shapes,
+    deform_attn_fused_reference,
+    deform_attn_reference,
+    sampling_locations,
+    sampling_weights,
+)
 
 
 def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
@@ -67,17 +73,34 @@ def deform_attn_fused(
     Raises:
         ValueError: a shape, dtype or device does not fit; names the argument, what was found and expected.
     """
-    samples = {"offsets": offsets, "logits": logits}
-    check_levels(value, shapes)
-    check_samples(value, shapes, samples)
-    check_reference(reference, offsets)
-    check_kinds(value, {"reference": reference, **samples})
+    _check_fused(value, shapes, reference, offsets, logits)
     dtype = _compute_dtype(value)
     reference, offsets, logits = reference.to(dtype), offsets.to(dtype), logits.to(dtype)
     if value.device.type in native_status().devices:
         out: Tensor = torch.ops.detrs.deform_attn_fused(value, _flat(shapes), reference, offsets, logits)
         return out
     return deform_attn_fused_reference(value.to(dtype), shapes, reference, offsets, logits).to(value.dtype)
+
+
+def deform_attn_in_steps(
+    value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """What `deform_attn_fused` does, with locations and weights as tensors: slower, and there for comparison.
+
+    Arguments, result and errors are those of `deform_attn_fused`.
+    """
+    _check_fused(value, shapes, reference, offsets, logits)
+    dtype = _compute_dtype(value)
+    locations = sampling_locations(shapes, reference.to(dtype), offsets.to(dtype))
+    return deform_attn(value, shapes, locations, sampling_weights(logits.to(dtype)))
+
+
+def _check_fused(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor) -> None:
+    samples = {"offsets": offsets, "logits": logits}
+    check_levels(value, shapes)
+    check_samples(value, shapes, samples)
+    check_reference(reference, offsets)
+    check_kinds(value, {"reference": reference, **samples})
 
 
 def _compute_dtype(value: Tensor) -> torch.dtype:

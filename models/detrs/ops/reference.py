@@ -51,8 +51,13 @@ def deform_attn_fused_reference(
     logits: Float[Tensor, "n q m l p"],
 ) -> Float[Tensor, "n q m*d"]:
     """`deform_attn_reference` at `sampling_locations`, with the softmax of `logits` as weights."""
-    weights = logits.flatten(3).softmax(3).reshape(logits.shape)
-    return deform_attn_reference(value, shapes, sampling_locations(shapes, reference, offsets), weights)
+    locations = sampling_locations(shapes, reference, offsets)
+    return deform_attn_reference(value, shapes, locations, sampling_weights(logits))
+
+
+def sampling_weights(logits: Float[Tensor, "n q m l p"]) -> Float[Tensor, "n q m l p"]:
+    """The softmax over all samples of a query and head."""
+    return logits.flatten(3).softmax(3).reshape(logits.shape)
 
 
 def sampling_locations(
