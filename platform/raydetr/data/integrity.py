@@ -53,10 +53,10 @@ def parse_sample(row: np.void, key: str, raw: bytes, category_ids: Container[int
         raise Fault(f"the shard ends after {len(raw)} of its {length} bytes")
     if zlib.crc32(raw) != crc32:
         raise Fault(f"its crc32 is {zlib.crc32(raw):#010x}, the index says {crc32:#010x}")
-    for what, at in (("image", image_at), ("record", json_at)):
-        found = _member_key(raw, at)
-        if found != key:
-            raise Fault(f"its {what} has the key {found!r}")
+    for what, at, size in (("image", image_at, image_length), ("record", json_at, json_length)):
+        found = _member(raw, at)
+        if found != (key, size):
+            raise Fault(f"its {what} has key and size {found}, the index says {(key, size)}")
     record, annotations = parse_record(row, raw[json_at : json_at + json_length], category_ids)
     return RawSample(key, raw[image_at : image_at + image_length], record, annotations)
 
@@ -158,10 +158,14 @@ def check_index(samples: Samples, manifest: Manifest) -> None:
         )
 
 
-def _member_key(raw: bytes, content_at: int) -> str:
-    """The key in the name of a tar member, which is the beginning of the block before its content."""
+def _member(raw: bytes, content_at: int) -> tuple[str, int | None]:
+    """Key and size of a tar member, from the block before its content."""
     header = raw[content_at - TAR_BLOCK : content_at]
-    return header[:100].partition(b".")[0].decode("latin-1")
+    try:
+        size = int(header[124:136].rstrip(b" \0"), 8)
+    except ValueError:
+        size = None
+    return header[:100].partition(b".")[0].decode("latin-1"), size
 
 
 def _check_annotation(number: int, annotation: Any, image_id: int, category_ids: Container[int]) -> None:
