@@ -20,6 +20,7 @@ from detrs import zoo
 from raydetr.config import ConfigError, RunConfig, from_dict, to_dict
 from raydetr.data.index import Shards
 from raydetr.data.manifest import LabelMap, make_label_map
+from raydetr.data.plan import PLAN_VERSION
 from raydetr.train.loop import Training
 
 FORMAT = 1
@@ -43,6 +44,7 @@ class Meta:
     state_bytes: int
     state_crc32: int
     format: int = FORMAT
+    plan: int = 1  # version of the order; the first checkpoints did not say
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def save(folder: Path, training: Training, shards: Shards, epoch: int, metrics: 
         "epoch": epoch,
         "position": training.position,
         "metrics": dict(metrics),
+        "plan": PLAN_VERSION,
     }
     write(folder, state, meta)
 
@@ -134,6 +137,12 @@ def check_fits(folder: Path, config: RunConfig, shards: Shards) -> Meta:
         raise CheckpointError(
             f"{folder}: made on other data (fingerprint {meta.fingerprint}); data.train {config.data.train} "
             f"has {shards.fingerprint}. Resume on the same shards, or start a new run."
+        )
+    if meta.plan != PLAN_VERSION:
+        raise CheckpointError(
+            f"{folder}: its position {meta.position} counts samples in the order of plan {meta.plan}; this version "
+            f"has plan {PLAN_VERSION} and would repeat some samples and leave others out. Start a new run from its "
+            f"weights (init.checkpoint={folder}), or resume it with the version that it was made with."
         )
     if theirs["seed"] != config.seed:
         raise CheckpointError(f"{folder}: made with seed {theirs['seed']}, the run has {config.seed}")

@@ -11,6 +11,7 @@ import torch
 
 from raydetr import track
 from raydetr.config import ConfigError, RunConfig, from_yaml, override
+from raydetr.data.plan import PLAN_VERSION
 from raydetr.data.shards import write_shards
 from raydetr.evaluate.checkpoints import evaluate_checkpoint
 from raydetr.train import checkpoint, run
@@ -138,6 +139,21 @@ def test_resume_refuses_other_data_another_model_and_no_run(
     shutil.rmtree(done.folder / "attempt-01")
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
         run.resume(done.folder, local=True)
+
+
+def test_resume_refuses_a_checkpoint_of_another_order(tiny_run: RunConfig) -> None:
+    done = run.start(override(tiny_run, {"optim.epochs": 1}), local=True)
+    description = done.checkpoint / "meta.json"
+    meta = json.loads(description.read_text())
+    assert meta.pop("plan") == PLAN_VERSION
+    description.write_text(json.dumps(meta))  # as the first checkpoints were
+    with pytest.raises(
+        CheckpointError, match=rf"position 48 .* plan 1; .* plan {PLAN_VERSION} .*init\.checkpoint="
+    ):
+        run.resume(done.folder, overrides={"optim.epochs": 2}, local=True)
+    meta = {**meta, "plan": PLAN_VERSION}
+    description.write_text(json.dumps(meta))
+    assert run.resume(done.folder, overrides={"optim.epochs": 2}, local=True).checkpoint.name == "epoch-0002"
 
 
 def test_num_classes_that_contradicts_the_data_is_refused(tiny_run: RunConfig) -> None:
