@@ -1,0 +1,175 @@
+"""Boxes that are none, lie outside, or are suspiciously alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from raydetr.doctor.findings import Finding, Level, counted, listed
+from raydetr.doctor.split import Examined
+
+FEW = 0.01  # share of the objects up to which a blemish is only a note; COCO's own data has some
+ROUNDING = 0.5  # pixels by which a box may reach out of its image; COCO's own do
+MANY_REACH_OUT = 0.25  # share of boxes from which on [x1, y1, x2, y2] is likelier than carelessness
+MANY_WHOLE = 0.1  # share of objects that cover their whole image
+WHOLE = 0.99  # share of the image's area
+MANY_EQUAL = 0.05  # share of the images that have one and the same box
+ENOUGH = 10  # fewer boxes than this show nothing
+
+Numbers = npt.NDArray[np.int64]
+
+
+def box_findings(examined: Examined) -> list[Finding]:
+    """All that is wrong, or odd, with the boxes of a split."""
+    return [
+        *_malformed(examined),
+        *_unknown_categories(examined),
+        *_wrong_format(examined),
+        *_without_area(examined),
+        *_whole_images(examined),
+        *_equal_in_many_images(examined),
+        *_twice_in_an_image(examined),
+    ]
+
+
+def _malformed(examined: Examined) -> Iterator[Finding]:
+    chosen = np.flatnonzero(~examined.facts.objects["is_box"])
+    if len(chosen):
+        yield Finding(
+            "malformed-boxes", "fault", (examined.name,),
+            f"{counted(len(chosen), 'annotation')} without a box of four finite numbers, none of them a negative size",
+            "correct `bbox` to [x, y, width, height], or remove the annotations, and write the shards again",
+            len(chosen), examined.examples(chosen),
+        )  # fmt: skip
+
+
+def _unknown_categories(examined: Examined) -> Iterator[Finding]:
+    chosen = np.flatnonzero(~examined.is_known)
+    if not len(chosen):
+        return
+    used = np.unique(examined.facts.objects["category_id"])
+    ids = np.array([category["id"] for category in examined.split.shards.manifest.categories])
+    unknown = sorted(set(used.tolist()) - set(ids.tolist()))
+    shift = next((step for step in (-1, 1) if np.isin(used, ids + step).all()), None)
+    hint = "" if shift is None else f"; all fit if the ids are off by one ({shift:+d})"
+    yield Finding(
+        "unknown-categories", "fault", (examined.name,),
+        f"{counted(len(chosen), 'annotation')} of categories that are not in the list (ids {listed(unknown)}){hint}",
+        "make the list and the annotations agree, and write the shards again",
+        len(chosen), examined.examples(chosen, boxes=False),
+    )  # fmt: skip
+
+
+def _wrong_format(examined: Examined) -> Iterator[Finding]:
+    """Relative coordinates, corners instead of sizes, or just boxes that reach out."""
+    objects = examined.facts.objects
+    chosen = np.flatnonzero(objects["is_box"] & ~objects["is_crowd"])
+    if not len(chosen):
+        return
+    boxes, sizes = objects["box"][chosen], examined.sizes[chosen]
+    relative = (boxes <= 1).all(axis=1) & (sizes > 2).all(axis=1)
+    if relative.sum() >= ENOUGH and relative.mean() >= 0.9:
+        yield Finding(
+            "relative-boxes", "fault", (examined.name,),
+            f"{relative.mean():.0%} of the boxes lie within one pixel: their numbers are shares of the image's size",
+            "multiply them with width and height of their image: COCO's boxes are in pixels",
+            int(relative.sum()), examined.examples(chosen[relative]),
+        )  # fmt: skip
+        return
+    out = (boxes[:, :2] + boxes[:, 2:] > sizes + ROUNDING).any(axis=1) | (boxes[:, :2] < -ROUNDING).any(
+        axis=1
+    )
+    out &= (examined.visible[chosen] > 0).all(axis=1)
+    share = out.mean()
+    if out.sum() >= ENOUGH and share >= MANY_REACH_OUT:
+        yield Finding(
+            "corner-boxes", "warning", (examined.name,),
+            f"{share:.0%} of the boxes reach out of their image: are they [x1, y1, x2, y2]?",
+            "COCO's boxes are [x, y, width, height]: subtract x1 from x2 and y1 from y2",
+            int(out.sum()), examined.examples(chosen[out]),
+        )  # fmt: skip
+    elif out.any():
+        yield _blemish(
+            examined, "boxes-reach-out", chosen[out], "box that reaches", "boxes that reach", "out of the image",
+            "training clamps them; correct them if they are many",
+        )  # fmt: skip
+
+
+def _without_area(examined: Examined) -> Iterator[Finding]:
+    objects = examined.facts.objects
+    sound = objects["is_box"] & ~objects["is_crowd"]
+    with np.errstate(invalid="ignore"):
+        flat = sound & (objects["box"][:, 2:] <= 0).any(axis=1)
+        outside = sound & ~flat & (examined.visible <= 0).any(axis=1)
+    if flat.any():
+        yield _blemish(
+            examined, "boxes-without-area", np.flatnonzero(flat), "box", "boxes", "of zero width or height",
+            "training leaves them out; remove or correct them",
+        )  # fmt: skip
+    if outside.any():
+        yield _blemish(
+            examined, "boxes-outside", np.flatnonzero(outside), "box", "boxes", "entirely outside the image",
+            "training leaves them out; remove or correct them",
+        )  # fmt: skip
+
+
+def _blemish(
+    examined: Examined, code: str, chosen: Numbers, one: str, many: str, text: str, remedy: str
+) -> Finding:
+    """A note where there are few, a warning where there are many."""
+    share = len(chosen) / len(examined.facts.objects)
+    level: Level = "warning" if share > FEW else "note"
+    counts = f"{counted(len(chosen), one, many)} {text} ({share:.2%})"
+    return Finding(code, level, (examined.name,), counts, remedy, len(chosen), examined.examples(chosen))
+
+
+def _whole_images(examined: Examined) -> Iterator[Finding]:
+    sides, sizes = examined.visible, examined.sizes
+    whole = examined.is_usable & (sides.prod(axis=1) >= WHOLE * sizes.prod(axis=1))
+    num_usable = int(examined.is_usable.sum())
+    count = int(whole.sum())
+    if count >= ENOUGH and count >= MANY_WHOLE * num_usable:
+        yield Finding(
+            "whole-image-boxes", "warning", (examined.name,),
+            f"{counted(count, 'box', 'boxes')} ({count / num_usable:.0%}) cover the whole image",
+            "look whether they were drawn around objects, or stand for `somewhere in this image`",
+            count, examined.examples(np.flatnonzero(whole)),
+        )  # fmt: skip
+
+
+def _equal_in_many_images(examined: Examined) -> Iterator[Finding]:
+    """One and the same box in many images: a default value, or a watermark."""
+    sides, sizes = examined.visible, examined.sizes
+    partial = examined.is_usable & (sides.prod(axis=1) < WHOLE * sizes.prod(axis=1))
+    chosen = np.flatnonzero(partial)
+    objects = examined.facts.objects[chosen]
+    keys = np.column_stack([objects["box"], objects["sample"]])
+    distinct = np.unique(keys, axis=0)[:, :4]  # a box counts once in an image
+    boxes, counts = np.unique(distinct, axis=0, return_counts=True)
+    if not len(boxes) or counts.max() < max(ENOUGH, MANY_EQUAL * examined.split.shards.num_samples):
+        return
+    most = int(np.argmax(counts))
+    box = ", ".join(f"{side:g}" for side in boxes[most])
+    same = chosen[(objects["box"] == boxes[most]).all(axis=1)]
+    yield Finding(
+        "equal-boxes", "warning", (examined.name,),
+        f"one and the same box [{box}] is in {counted(int(counts[most]), 'image')}",
+        "look whether it is a default value, or something that is printed on the images",
+        int(counts[most]), examined.examples(same),
+    )  # fmt: skip
+
+
+def _twice_in_an_image(examined: Examined) -> Iterator[Finding]:
+    chosen = np.flatnonzero(examined.is_usable)
+    objects = examined.facts.objects[chosen]
+    keys = np.column_stack([objects["sample"], objects["category_id"], objects["box"]])
+    order = np.lexsort(keys.T[::-1])
+    is_repeated = (np.diff(keys[order], axis=0) == 0).all(axis=1)
+    twice = chosen[order[1:][is_repeated]] if len(order) else chosen
+    if len(twice):
+        yield _blemish(
+            examined, "repeated-objects", np.sort(twice), "object is", "objects are",
+            "annotated twice: same image, class and box", "remove the copies: each query finds one object once",
+        )  # fmt: skip

@@ -1,0 +1,92 @@
+"""Images that cannot be read, are not what their record says, or have an unusual shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from raydetr.data.manifest import sample_key
+from raydetr.doctor.findings import MAX_EXAMPLES, Example, Finding, Place, counted
+from raydetr.doctor.split import Examined
+
+NARROW = 5  # long side by short side
+TINY = 32  # pixels of the short side: one cell of the coarsest feature map
+
+
+def image_findings(examined: Examined) -> list[Finding]:
+    """All that is wrong, or odd, with the images of a split."""
+    return [*_damaged(examined), *_of_other_sizes(examined), *_turned(examined), *_unusual(examined)]
+
+
+def _damaged(examined: Examined) -> Iterator[Finding]:
+    damage, shards = examined.facts.damage, examined.split.shards
+    if not damage:
+        return
+    examples = []
+    for sample in sorted(damage)[:MAX_EXAMPLES]:
+        row = shards.samples[sample]
+        file = shards.manifest.shards[row["shard"]].name
+        where = f"{file}, key {sample_key(row['image_id'])}: {damage[sample]}"
+        examples.append(Example((Place(examined.name, sample, int(row["image_id"]), ""),), where))
+    yield Finding(
+        "damaged-samples", "fault", (examined.name,),
+        f"{counted(len(damage), 'sample')} of {shards.num_samples:,} cannot be used",
+        "copy these shards again, or write the shards again",
+        len(damage), tuple(examples),
+    )  # fmt: skip
+
+
+def _of_other_sizes(examined: Examined) -> Iterator[Finding]:
+    images, split = examined.facts.images, examined.split
+    differs = (images["width"] != split.shards.samples["width"]) | (
+        images["height"] != split.shards.samples["height"]
+    )
+    chosen = np.flatnonzero(images["is_read"] & differs)
+    if len(chosen):
+        examples = tuple(
+            split.example(
+                sample,
+                f"the file holds {images['width'][sample]}x{images['height'][sample]} pixels, the record says "
+                f"{split.widths[sample]:.0f}x{split.heights[sample]:.0f}",
+            )
+            for sample in chosen[:MAX_EXAMPLES]
+        )
+        yield Finding(
+            "other-sizes", "fault", (examined.name,),
+            f"{counted(len(chosen), 'image')} of another size than the record says: the boxes do not fit",
+            "correct width and height, or replace the images, and write the shards again",
+            len(chosen), examples,
+        )  # fmt: skip
+
+
+def _turned(examined: Examined) -> Iterator[Finding]:
+    chosen = np.flatnonzero(examined.facts.images["turned"])
+    if len(chosen):
+        yield Finding(
+            "turned-images", "note", (examined.name,),
+            f"{counted(len(chosen), 'image')} with an EXIF orientation, which is not applied",
+            "look at the pictures: if the boxes are beside the objects, store the pixels turned",
+            len(chosen), tuple(examined.split.example(sample) for sample in chosen[:MAX_EXAMPLES]),
+        )  # fmt: skip
+
+
+def _unusual(examined: Examined) -> Iterator[Finding]:
+    widths, heights = examined.split.widths, examined.split.heights
+    short, long = np.minimum(widths, heights), np.maximum(widths, heights)
+    for code, chosen, text, remedy in (
+        ("narrow-images", np.flatnonzero(long > NARROW * short),
+         f"with one side more than {NARROW} times the other",
+         "they are mostly padding in a batch: cut them into parts, or leave them out"),
+        ("tiny-images", np.flatnonzero(short < TINY),
+         f"with a side under {TINY} pixels", "are they thumbnails? leave them out"),
+    ):  # fmt: skip
+        if len(chosen):
+            examples = tuple(
+                examined.split.example(sample, f"{widths[sample]:.0f}x{heights[sample]:.0f}")
+                for sample in chosen[:MAX_EXAMPLES]
+            )
+            yield Finding(
+                code, "note", (examined.name,),
+                f"{counted(len(chosen), 'image')} {text}", remedy, len(chosen), examples,
+            )  # fmt: skip
