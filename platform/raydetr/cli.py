@@ -171,6 +171,33 @@ def overfit(
 
 
 @app.command()
+def doctor(
+    data: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[DATA]...",
+            help="Shards, the training split first; without any, this machine is examined.",
+        ),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="The recipe that is to be trained on the data.")] = None,
+    config: ConfigFile = None,
+    short_side: Annotated[
+        int | None, typer.Option(min=1, help="Pixels; judge small objects at this scale.")
+    ] = None,
+    max_side: Annotated[int | None, typer.Option(min=1, help="Pixels; the limit of the long side.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="A file for the result as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(help="A file for the result as a page with pictures.")] = None,
+) -> None:
+    """Examine data, or this machine, before time is spent on training; exit code 1: it must not start."""
+    from raydetr.doctor import command
+
+    settings = command.Settings(recipe, config, short_side, max_side, json_file, html)
+    text, may_start = command.run(data or [], settings)
+    typer.echo(text)
+    raise typer.Exit(0 if may_start else 1)
+
+
+@app.command()
 def tune(
     arguments: RecipeAndOverrides = None,
     space: Annotated[Path, typer.Option(help="A YAML file: dotted paths and what to draw for them.")] = Path(

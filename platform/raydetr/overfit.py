@@ -41,7 +41,7 @@ def overfit(
         long_side: pixels; images are resized so that their long side has them.
         out: folder for the results.
     """
-    result = run.start(_few_images(config, data, num_images, num_steps, long_side), local=True)
+    result = run.start(_few_images(config, data, num_images, num_steps, long_side), local=True, warn=False)
     out.mkdir(parents=True, exist_ok=True)
     picture = out / "overfit.png"
     shutil.copyfile(result.folder / "predictions.png", picture)

@@ -70,9 +70,10 @@ def _summary(report: Report) -> str:
 
 def _finding(report: Report, finding: Finding) -> str:
     examples = "".join(_example(report, example) for example in finding.examples)
+    splits = escape(", ".join(finding.splits))
     return (
-        f'<section class="finding {finding.level}" id="{finding.code}-{"-".join(map(escape, finding.splits))}">'
-        f'<p class="what"><code>{finding.code}</code><b>{finding.level}</b> {escape(", ".join(finding.splits))}: {escape(finding.text)}</p>'
+        f'<section class="finding {finding.level}">'
+        f'<p class="what"><code>{finding.code}</code><b>{finding.level}</b> {splits}: {escape(finding.text)}</p>'
         f'<p class="remedy">{escape(finding.remedy)}</p>'
         + (f'<div class="examples">{examples}</div>' if examples else "")
         + "</section>"

@@ -16,9 +16,10 @@ import torch
 
 from raydetr import track
 from raydetr.config import ConfigError, RunConfig, flatten, from_yaml, override, to_dict, to_yaml
-from raydetr.data.index import check_same_categories
 from raydetr.data.locations import absolute
 from raydetr.data.splits import open_splits, write_missing_sample
+from raydetr.doctor import quick
+from raydetr.doctor.target import Target
 from raydetr.environment import describe_environment
 from raydetr.train import checkpoint, initial
 from raydetr.train.progress import Display, Progress, say
@@ -46,10 +47,12 @@ def start(
     name: str | None = None,
     parent_run_id: str | None = None,
     callbacks: Sequence[Any] = (),
+    warn: bool = True,
 ) -> RunResult:
     """Train a new run of `config`, on Ray, or in this process with `local`.
 
-    A search gives its trials a name, an MLflow parent, and callbacks for Ray Train.
+    A search gives its trials a name, an MLflow parent, and callbacks for Ray Train. Without `warn`, nothing is
+    said of what is odd in the data: it is meant, or was said before.
 
     Raises:
         ConfigError: the configuration contradicts itself or the data.
@@ -57,6 +60,8 @@ def start(
         LaunchError: the cluster could not carry it out.
     """
     config = resolve(config)
+    if warn:
+        say_warnings(config)
     for line in initial.describe(config):
         say(line)
     name = name or new_name(config.recipe)
@@ -104,6 +109,12 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
     return _execute(config, folder, uri, run_id, last, local)
 
 
+def say_warnings(config: RunConfig) -> None:
+    """What the quick part of `raydetr doctor` finds odd in the data of a resolved configuration, a line each."""
+    for line in quick.warnings(*open_splits(config.data), Target.of(config)):
+        say(f"warning: {line}")
+
+
 def new_name(prefix: str) -> str:
     """A name that no other run has."""
     return f"{prefix}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
@@ -119,7 +130,7 @@ def resolve(config: RunConfig) -> RunConfig:
     config = _with_absolute_paths(config)
     write_missing_sample(config.data)
     train, val = open_splits(config.data)
-    check_same_categories(train, val)
+    quick.check_may_train(train, val)
     num_classes = train.label_map.num_classes
     given = config.model.num_classes
     if given is None:

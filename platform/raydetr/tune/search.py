@@ -66,6 +66,7 @@ def search(
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     resolved = run.resolve(config)
+    run.say_warnings(resolved)
     with connected(resolved.cluster):
         cluster.check_dashboard()
         fitting = cluster.concurrent_trials(resolved.cluster, max_concurrent)

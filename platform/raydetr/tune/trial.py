@@ -48,6 +48,7 @@ def run_trial(drawn: Mapping[str, Any], study: Study) -> None:
         override(from_dict(study.config), plain(drawn)),
         name=study.trial_name(number),
         parent_run_id=study.parent_run_id,
+        warn=False,
         callbacks=[TuneReportCallback()],  # type: ignore[no-untyped-call]
     )
 
