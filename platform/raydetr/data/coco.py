@@ -36,6 +36,11 @@ class Problems:
         if self.count <= MAX_REPORTED:
             self.messages.append(message)
 
+    def add_many(self, messages: list[str], count: int) -> None:
+        """Note `count` faults, of which the first ten or all are given."""
+        self.messages += messages[: max(0, MAX_REPORTED - len(self.messages))]
+        self.count += count
+
     def raise_if_any(self) -> None:
         """Raise a ValueError that lists what was noted."""
         if self.count:

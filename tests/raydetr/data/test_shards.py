@@ -1,16 +1,10 @@
 from __future__ import annotations
 
-import errno
 import gc
 import hashlib
 import io
 import json
-import os
-import shutil
-import signal
 import struct
-import subprocess
-import sys
 import tarfile
 import time
 import warnings
@@ -89,6 +83,28 @@ def test_progress_and_one_shard_for_all(coco: tuple[Path, Path], tmp_path: Path)
     assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["shard-00000.tar"]
 
 
+def test_progress_of_several_processes_rises_to_the_total(coco: tuple[Path, Path], tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    manifest = write_shards(
+        *coco,
+        tmp_path / "out",
+        samples_per_shard=10,
+        workers=2,
+        progress=lambda *counts: seen.append(counts),
+    )
+    assert [shard.num_samples for shard in manifest.shards] == [10, 10, 10, 10, 10, 3]
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (53, 53)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_same_bytes_with_any_number_of_processes(
+    coco: tuple[Path, Path], shards: Shards, tmp_path: Path, workers: int
+) -> None:
+    write_shards(*coco, tmp_path / "out", samples_per_shard=15, workers=workers)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(shards.path)
+
+
 def test_fingerprint_changes_with_data_and_categories_only(coco: tuple[Path, Path], tmp_path: Path) -> None:
     data = json.loads(coco[1].read_text())
     base = write_shards(*coco, tmp_path / "base").fingerprint
@@ -162,13 +178,19 @@ def test_bad_images_are_named(
     assert not (tmp_path / "out").exists()
 
 
-def test_many_bad_images_are_listed_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_many_bad_images_are_listed_together_in_order(tmp_path: Path, workers: int) -> None:
     images, annotations = write_coco(tmp_path, 30)
-    for path in sorted(images.iterdir())[:3]:
-        path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"images: 3 faulty images\n") as caught:
-        write_shards(images, annotations, tmp_path / "out")
-    assert str(caught.value).count("the file is empty") == 3
+    names = [record["file_name"] for record in json.loads(annotations.read_text())["images"]]
+    bad = [name for number, name in enumerate(names) if number not in (1, 8, 20)]
+    for name in bad:
+        (images / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"images: 27 faulty images\n") as caught:
+        write_shards(images, annotations, tmp_path / "out", samples_per_shard=8, workers=workers)
+    listed = str(caught.value).splitlines()[1:]
+    assert [line.partition(" (image id")[0] for line in listed[:-1]] == [f"  {images}/{n}" for n in bad[:10]]
+    assert listed[-1] == "  and 17 more"
+    assert not (tmp_path / "out").exists()
 
 
 def test_exif_orientation_is_ignored_where_the_stored_size_fits(tmp_path: Path) -> None:
@@ -250,72 +272,6 @@ def test_other_unusable_arguments(coco: tuple[Path, Path], tmp_path: Path) -> No
     with pytest.raises(ValueError, match="samples_per_shard is 0: it must be at least 1"):
         write_shards(*coco, tmp_path / "out", samples_per_shard=0)
     assert not (tmp_path / "out").exists()
-
-
-WRITER = """
-import resource, signal, sys
-from pathlib import Path
-from raydetr.data.shards import write_shards
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-write_shards(*map(Path, sys.argv[1:4]))
-"""
-
-
-def test_write_that_fails_leaves_nothing(coco: tuple[Path, Path], tmp_path: Path) -> None:
-    """A limit on the size of files stands for a full disk, which needs a mount of its own (below)."""
-    run = run_python(WRITER, *coco, tmp_path / "out")
-    assert run.returncode == 1
-    assert f"{tmp_path}/out: writing stopped (File too large); free space" in run.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_full_disk_leaves_nothing(coco: tuple[Path, Path], tmp_path: Path) -> None:
-    mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(tmp_path)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a small file system cannot be mounted here (needs root)")
-    try:
-        with pytest.raises(
-            OSError, match=r"writing stopped .*No space left on device.*; free space"
-        ) as caught:
-            write_shards(*coco, tmp_path / "out")
-        assert caught.value.errno == errno.ENOSPC
-        assert list(tmp_path.iterdir()) == []
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from raydetr.data.shards import write_shards
-def progress(done, total):
-    if done == 40:
-        os.kill(os.getpid(), signal.SIGKILL)
-write_shards(*map(Path, sys.argv[1:4]), samples_per_shard=15, progress=progress)
-"""
-
-
-def test_killed_writer_leaves_nothing_that_looks_whole_and_can_be_repeated(
-    coco: tuple[Path, Path], shards: Shards, tmp_path: Path
-) -> None:
-    run = run_python(KILLED, *coco, tmp_path / "out")
-    assert run.returncode == -signal.SIGKILL
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".partial"]
-    with pytest.raises(ValueError, match="no shards found"):
-        open_shards(tmp_path / "out")
-    write_shards(*coco, tmp_path / "out", samples_per_shard=15)
-    assert folder_bytes(tmp_path / "out") == folder_bytes(shards.path)
-
-
-def run_python(code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
 
 
 def test_writing_into_an_existing_empty_folder(coco: tuple[Path, Path], tmp_path: Path) -> None:
