@@ -150,12 +150,18 @@ def check_index(samples: Samples, manifest: Manifest) -> None:
         good &= column[f"{part}_offset"] >= TAR_BLOCK
         good &= column[f"{part}_offset"] + column[f"{part}_length"] <= column["length"]
     good &= (column["width"] > 0) & (column["height"] > 0)
+    # in the order of the shards, which the plan relies on; samples do not overlap
+    follows = column["shard"][1:] > column["shard"][:-1]
+    after = column["offset"][1:] >= (column["offset"] + column["length"])[:-1]
+    good[1:] &= follows | (after & (column["shard"][1:] == column["shard"][:-1]))
     if not good.all():
         first = samples[int(np.argmin(good))]
         raise Fault(
             f"image {first['image_id']} cannot lie in {manifest.shards[first['shard']].name} at "
             f"byte {first['offset']} with {first['length']} bytes"
         )
+    if len(np.unique(samples["image_id"])) != len(samples):
+        raise Fault("it has an image id twice")
 
 
 def _member(raw: bytes, content_at: int) -> tuple[str, int | None]:

@@ -1,0 +1,147 @@
+"""A thousand random corruptions: each leaves every sample as it was, or is reported with file, shard and key."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from corruptions import (
+    CORRUPTIONS,
+    Corruption,
+    exchange_two_members,
+    flip_bits_in_a_shard,
+    fresh_copy,
+    samples_of,
+    wrongly_written_image,
+    wrongly_written_json,
+)
+from made_coco import write_coco
+from raydetr.data.index import ShardError, open_shards
+from raydetr.data.shards import write_shards
+from raydetr.data.stream import train_batches
+from raydetr.data.transforms import Transform
+
+NUM_CORRUPTIONS = 1100
+MOST_SECONDS = 5.0  # of one, which takes 10 ms alone
+NUM_SAMPLES = 9
+IN_SAMPLES = [flip_bits_in_a_shard, exchange_two_members, wrongly_written_image, wrongly_written_json]
+NUM_IN_PROCESSES = 4
+Content = dict[int, tuple[Any, ...]]  # of each image id
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine samples in three shards."""
+    root = tmp_path_factory.mktemp("fuzz")
+    write_shards(*write_coco(root / "coco", NUM_SAMPLES, seed=3), root / "shards", samples_per_shard=3)
+    return root / "shards"
+
+
+def everything(folder: Path, num_workers: int = 0) -> Content:
+    """All that training and evaluation get from a folder of shards."""
+    shards = open_shards(folder)
+    stream = train_batches(
+        shards, seed=0, position=0, rank=0, world_size=1, batch_size=shards.num_samples,
+        transform=Transform(), num_workers=num_workers,
+    )  # fmt: skip
+    batch = next(stream)
+    stream.close()
+    coco = shards.coco()
+    content: Content = {}
+    ends = np.cumsum(batch.counts)
+    for i, image_id in enumerate(batch.image_ids.tolist()):
+        height, width = batch.sizes[i].tolist()
+        objects = slice(ends[i] - batch.counts[i], ends[i])
+        assert image_id not in content
+        content[image_id] = (
+            batch.pixels[i, :, :height, :width].numpy().tobytes(),
+            batch.original_sizes[i].tolist(),
+            batch.labels[objects].tolist(),
+            batch.boxes[objects].tolist(),
+            [record for record in coco["images"] if record["id"] == image_id],
+            [record for record in coco["annotations"] if record["image_id"] == image_id],
+            coco["categories"],
+        )
+    return content
+
+
+def damaged_keys(original: Path, folder: Path) -> set[str]:
+    """Keys of the samples whose bytes or whose rows in the index are not the original ones."""
+    before, after = samples_of(original), samples_of(folder)
+    names = sorted(path.name for path in original.glob("*.tar"))
+    keys = set()
+    for number, row in enumerate(before):
+        at, length, name = int(row["offset"]), int(row["length"]), names[row["shard"]]
+        same_bytes = (original / name).read_bytes()[at : at + length] == (folder / name).read_bytes()[
+            at : at + length
+        ]
+        if number >= len(after) or after[number] != row or not same_bytes:
+            keys |= {f"{row['image_id']:012d}"} | {
+                f"{r['image_id']:012d}" for r in after[number : number + 1]
+            }
+    return keys
+
+
+def outcome(original: Path, folder: Path, whole: Content, num_workers: int = 0) -> str:
+    """What became of a corruption; fails where it is neither harmless nor reported as it must be."""
+    try:
+        assert everything(folder, num_workers) == whole
+    except ValueError as error:  # nothing else may be raised
+        said, is_sample = str(error), isinstance(error, ShardError)
+    else:
+        return "harmless"
+    assert str(folder) in said
+    if not is_sample:
+        assert any(name in said for name in ("manifest.json", "index.npz", "shard-0000"))
+        assert "write the shards again" in said or "write them with" in said
+        return "folder"
+    (shard,) = {path.name for path in original.glob("*.tar") if path.name in said}
+    (key,) = {key for key in damaged_keys(original, folder) if f"sample {key} at byte" in said}
+    assert f"{folder / shard}: sample {key}" in said
+    return "sample"
+
+
+def corruptions(number: int) -> Iterator[tuple[Corruption, np.random.Generator]]:
+    for i in range(number):
+        yield CORRUPTIONS[i % len(CORRUPTIONS)], np.random.default_rng(i)
+
+
+@pytest.mark.filterwarnings("ignore:Reading .*Python 2:UserWarning")  # a bit in the version of an npz
+def test_corruptions_are_harmless_or_reported(original: Path, tmp_path: Path) -> None:
+    whole = everything(original)
+    assert len(whole) == NUM_SAMPLES
+    seen: dict[str, Counter[str]] = {}
+    for number, (corrupt, rng) in enumerate(corruptions(NUM_CORRUPTIONS)):
+        folder = fresh_copy(original, tmp_path / "copy")
+        corrupt(folder, rng)
+        began = time.monotonic()
+        try:
+            what = outcome(original, folder, whole)
+        except BaseException as error:
+            error.add_note(f"corruption {number}: {corrupt.__name__}")
+            raise
+        assert time.monotonic() - began < MOST_SECONDS, (number, corrupt.__name__)
+        seen.setdefault(corrupt.__name__, Counter())[what] += 1
+    # the corruptions do corrupt, and all three ends are met
+    total = sum(seen.values(), Counter[str]())
+    assert total["sample"] > NUM_CORRUPTIONS / 4
+    assert total["folder"] > NUM_CORRUPTIONS / 4
+    assert total["harmless"] > 5
+    for name in ("wrongly_written_json", "wrongly_written_image", "exchange_two_members"):
+        assert set(seen[name]) == {"sample"}, (name, seen[name])
+
+
+def test_corruptions_do_not_kill_loader_processes(original: Path, tmp_path: Path) -> None:
+    whole = everything(original)
+    ends = Counter[str]()
+    for number in range(NUM_IN_PROCESSES):
+        folder = fresh_copy(original, tmp_path / "copy")
+        IN_SAMPLES[number % len(IN_SAMPLES)](folder, np.random.default_rng(number))
+        ends[outcome(original, folder, whole, num_workers=2)] += 1
+    assert ends["sample"] >= NUM_IN_PROCESSES // 2
