@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import struct
-import zipfile
-import zlib
-from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-
-from raydetr.data.integrity import Fault, RawSample, check_index, check_manifest, parse_sample
+from raydetr.data.files import LocalFiles, LocalFolder, ShardFiles, Span
+from raydetr.data.header import check_sizes, load_header
+from raydetr.data.integrity import Fault, RawSample, parse_sample
 from raydetr.data.locations import local_folder
-from raydetr.data.manifest import (
-    INDEX,
-    MANIFEST,
-    SAMPLE_DTYPE,
-    LabelMap,
-    LabelMapKind,
-    Manifest,
-    Samples,
-    data_fingerprint,
-    make_label_map,
-    sample_key,
-)
-
-MAX_OPEN_FILES = 64
-
-
-# what numpy and zipfile raise for a damaged npz; a size that was changed may ask for more than the memory
-UNREADABLE_INDEX = (
-    OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, SyntaxError, EOFError, RuntimeError,
-    NotImplementedError, MemoryError, OverflowError, struct.error, zlib.error, zipfile.BadZipFile,
-)  # fmt: skip
+from raydetr.data.manifest import LabelMap, LabelMapKind, Manifest, Samples, make_label_map, sample_key
+from raydetr.data.transfer import RemoteError
 
 
 class ShardError(ValueError):
@@ -47,34 +24,6 @@ class ShardError(ValueError):
     key = ""
     offset = 0  # bytes, of the sample in the shard
     reason = ""  # what is wrong, in short
-
-
-class ShardFiles:
-    """Open shards, the latest used ones only. Reads at an offset, so that threads and forks may share it."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
-        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor
-
-    def read(self, shard: int, offset: int, length: int) -> bytes:
-        """Read `length` bytes, or fewer where the file ends."""
-        return os.pread(self._descriptor(shard), length, offset)
-
-    def _descriptor(self, shard: int) -> int:
-        if shard in self._open:
-            self._open.move_to_end(shard)
-        else:
-            if len(self._open) >= MAX_OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = os.open(self.paths[shard], os.O_RDONLY)
-        return self._open[shard]
-
-    def __reduce__(self) -> tuple[type[ShardFiles], tuple[list[Path]]]:
-        return ShardFiles, (self.paths,)  # another process opens the files itself
-
-    def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -127,11 +76,10 @@ class Shards:
         Raises:
             ShardError: it cannot be read, or is not what the index says.
         """
-        row = self.samples[index]
         try:
-            raw = self.files.read(int(row["shard"]), int(row["offset"]), int(row["length"]))
+            raw = self.files.read(*self.span(index))
         except OSError as error:
-            self.refuse(index, f"it cannot be read ({error})")
+            self._refuse_unread(index, error)
         return self.check(index, raw)
 
     def reread(self, index: int) -> RawSample:
@@ -140,7 +88,29 @@ class Shards:
         Raises:
             ShardError: as `read`.
         """
-        return self.read(index)
+        try:
+            raw = self.files.reread(*self.span(index))
+        except OSError as error:
+            self._refuse_unread(index, error)
+        return self.check(index, raw)
+
+    def read_many(self, indices: Sequence[int]) -> list[RawSample | ShardError]:
+        """Read samples, together where they are remote. One that is damaged is there as its error.
+
+        Raises:
+            RemoteError: a server cannot be reached, or refuses.
+        """
+        return self.start(indices)()
+
+    def start(self, indices: Sequence[int]) -> Callable[[], list[RawSample | ShardError]]:
+        """Begin to read samples, as `read_many`, in the background where they are remote."""
+        wait = self.files.start([self.span(index) for index in indices])
+        return lambda: [self._checked(index, raw) for index, raw in zip(indices, wait(), strict=True)]
+
+    def span(self, index: int) -> Span:
+        """Where a sample lies: shard, offset, length."""
+        row = self.samples[index]
+        return int(row["shard"]), int(row["offset"]), int(row["length"])
 
     def check(self, index: int, raw: bytes) -> RawSample:
         """The parts of one sample, given the bytes that were read for it.
@@ -170,16 +140,23 @@ class Shards:
             "categories": self.manifest.categories,
         }
 
-    def _read_or_error(self, index: int) -> RawSample | ShardError:
+    def _checked(self, index: int, raw: bytes | OSError) -> RawSample | ShardError:
         try:
-            return self.read(index)
+            if isinstance(raw, OSError):
+                self._refuse_unread(index, raw)
+            return self.check(index, raw)
         except ShardError as error:
             return error
+
+    def _refuse_unread(self, index: int, error: OSError) -> NoReturn:
+        if isinstance(error, RemoteError):
+            raise error  # the server is at fault, and no sample damaged
+        self.refuse(index, f"it cannot be read ({error})")
 
     def refuse(self, index: int, fault: str) -> NoReturn:
         """Raise a ShardError that names shard and key of a sample."""
         row = self.samples[index]
-        shard, key, offset = str(self.files.paths[row["shard"]]), self.key(index), int(row["offset"])
+        shard, key, offset = self.files.names[row["shard"]], self.key(index), int(row["offset"])
         error = ShardError(
             f"{shard}: sample {key} at byte {offset} is damaged: "
             f"{fault}; copy the shard again, or write the shards again"
@@ -192,28 +169,18 @@ def open_shards(location: str | Path, *, label_map: LabelMapKind = "contiguous")
     """Open a folder of shards after checking manifest, index and the presence and size of every shard.
 
     Args:
-        location: of what `write_shards` wrote.
+        location: of what `write_shards` wrote: a folder, or its URL.
         label_map: how category ids become labels (see `make_label_map`).
 
     Raises:
         ValueError: there are no shards, or they are incomplete or not those of the index.
     """
-    path = local_folder(location)
-    if not (path / MANIFEST).is_file():
-        unfinished = any(path.glob("*.tar")) if path.is_dir() else False
-        state = (
-            "the shards have no manifest.json, so writing did not end" if unfinished else "no shards found"
-        )
-        raise ValueError(
-            f"{path}: {state}; write them with "
-            f"`raydetr shards write --images DIR --annotations FILE --out {path}`"
-        )
-    manifest = _load_manifest(path)
-    _check_files(path, manifest)
-    samples = _load_index(path, manifest)
-    files = ShardFiles([path / shard.name for shard in manifest.shards])
+    folder = LocalFolder(location)
+    manifest, samples = load_header(folder, folder.location, reads=1)
+    check_sizes(folder, folder.location, manifest)
+    files = LocalFiles([folder.path / shard.name for shard in manifest.shards])
     labels = make_label_map(manifest.categories, label_map)
-    return Shards(str(path), manifest, samples, labels, manifest.fingerprint, files)
+    return Shards(folder.location, manifest, samples, labels, manifest.fingerprint, files)
 
 
 def check_same_categories(train: Shards, val: Shards) -> None:
@@ -231,43 +198,3 @@ def check_same_categories(train: Shards, val: Shards) -> None:
             f"{train.location} and {val.location} have different categories (id and name: {sorted(differing)[:5]}): "
             "write both from annotation files with the same categories"
         )
-
-
-def _load_manifest(path: Path) -> Manifest:
-    manifest = Manifest.load(path)
-    try:
-        check_manifest(manifest)
-    except Fault as fault:
-        raise ValueError(f"{path / MANIFEST}: {fault}: write the shards again") from None
-    return manifest
-
-
-def _check_files(path: Path, manifest: Manifest) -> None:
-    faults = []
-    for shard in manifest.shards:
-        file = path / shard.name
-        if not file.is_file():
-            faults.append(f"{shard.name} is missing")
-        elif file.stat().st_size != shard.size:
-            faults.append(f"{shard.name} has {file.stat().st_size} bytes instead of {shard.size}")
-    if faults:
-        listing = "; ".join(faults[:10]) + (f"; and {len(faults) - 10} more" if len(faults) > 10 else "")
-        raise ValueError(f"{path}: {listing}: copy these shards again, or write the shards again")
-
-
-def _load_index(path: Path, manifest: Manifest) -> Samples:
-    try:
-        with np.load(path / INDEX) as arrays:
-            samples: Samples = arrays["samples"]
-    except UNREADABLE_INDEX as error:
-        raise ValueError(f"{path / INDEX}: cannot be read ({error}): write the shards again") from None
-    if (
-        samples.dtype != SAMPLE_DTYPE
-        or data_fingerprint(samples, manifest.categories) != manifest.fingerprint
-    ):
-        raise ValueError(f"{path / INDEX}: is not the index of this manifest: write the shards again")
-    try:
-        check_index(samples, manifest)
-    except Fault as fault:
-        raise ValueError(f"{path / INDEX}: {fault}: write the shards again") from None
-    return samples

@@ -17,7 +17,7 @@ def check_location(location: str) -> str:
     """
     if not location.strip():
         raise ValueError("the location is empty: give a folder, or a URL such as s3://bucket/shards/train")
-    scheme = _scheme(location)
+    scheme = scheme_of(location)
     if scheme is None:
         slip = re.match(r"(file|s3|gs|https?):/*", location, re.IGNORECASE)
         if slip:
@@ -32,14 +32,14 @@ def check_location(location: str) -> str:
 
 def is_remote(location: str) -> bool:
     """Whether it is not of this machine's file systems."""
-    return _scheme(location) in REMOTE
+    return scheme_of(location) in REMOTE
 
 
 def local_folder(location: str | Path) -> Path:
     """The folder that a local location names."""
     location = str(location)
     assert not is_remote(location), location
-    return Path(unquote(urlsplit(location).path)) if _scheme(location) == "file" else Path(location)
+    return Path(unquote(urlsplit(location).path)) if scheme_of(location) == "file" else Path(location)
 
 
 def absolute(location: str, base: Path) -> str:
@@ -47,7 +47,8 @@ def absolute(location: str, base: Path) -> str:
     return location if is_remote(location) else str(base / local_folder(location).expanduser())
 
 
-def _scheme(location: str) -> str | None:
+def scheme_of(location: str) -> str | None:
+    """The part before `://`, or None of a path."""
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", location)
     return found[1].lower() if found else None
 

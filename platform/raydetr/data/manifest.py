@@ -118,14 +118,26 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            values = json.loads(path.read_bytes())
+            return Manifest.parse(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: {error}: write the shards again") from None
+
+    @staticmethod
+    def parse(content: bytes) -> Manifest:
+        """What is in a `manifest.json`.
+
+        Raises:
+            ValueError: it is damaged, or of another format version.
+        """
+        try:
+            values = json.loads(content)
             version = values["format_version"]
             if version != FORMAT_VERSION:
                 raise ValueError(f"format_version is {version}, this program reads {FORMAT_VERSION}")
             shards = [ShardFile(**shard) for shard in values.pop("shards")]
             return Manifest(shards=shards, **values)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: is no manifest of shards ({error}): write the shards again") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"is no manifest of shards ({error})") from None
 
 
 def sample_key(image_id: int) -> str:

@@ -1,0 +1,185 @@
+"""Servers on loopback that hold shards: an S3-compatible one, a GCS-compatible one, and a plain HTTP server."""
+
+from __future__ import annotations
+
+import http.client
+import http.server
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+}
+BUCKET = "bucket"
+
+
+class WebServer:
+    """The files below `folder` by HTTP/1.1, with byte ranges unless `ranges` is False.
+
+    `requests` lists (path, Range header) of each request; `longest` limits the body of an answer, which a
+    server is free to do.
+    """
+
+    def __init__(self, folder: Path, *, ranges: bool = True, latency: float = 0.0) -> None:
+        self.folder, self.ranges, self.latency = folder, ranges, latency
+        self.longest: int | None = None
+        self.headers: dict[str, str] = {}
+        self.requests: list[tuple[str, str | None]] = []
+        self.seen_headers: list[dict[str, str]] = []
+        owner = self
+
+        class Handler(_Handler):
+            web_server = owner
+
+        self._server = _QuietServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.address: tuple[str, int] = ("127.0.0.1", self._server.server_address[1])
+        self.url = f"http://127.0.0.1:{self.address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(5)
+
+
+class _QuietServer(http.server.ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Connections are broken here on purpose."""
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    web_server: WebServer
+
+    def do_GET(self) -> None:
+        server = self.web_server
+        wanted = self.headers.get("Range")
+        server.requests.append((self.path, wanted))
+        server.seen_headers.append(dict(self.headers))
+        time.sleep(server.latency)
+        path = server.folder / self.path.lstrip("/")
+        if not path.is_file():
+            self.send_error(404)
+            return
+        size, first, last = path.stat().st_size, 0, path.stat().st_size - 1
+        found = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "")
+        if found and server.ranges:
+            first, last = int(found[1]), min(last, int(found[2] or last))
+            if first > last:
+                self.send_error(416)
+                return
+            if server.longest is not None:
+                last = min(last, first + server.longest - 1)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+        else:
+            self.send_response(200)
+        for name, value in server.headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(last - first + 1))
+        self.end_headers()
+        with path.open("rb") as file:
+            file.seek(first)
+            self.wfile.write(file.read(last - first + 1))
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+class S3Server:
+    """moto's S3 server, in a process of its own, with one bucket."""
+
+    def __init__(self) -> None:
+        self.address = ("127.0.0.1", _free_port())
+        self.url = f"http://127.0.0.1:{self.address[1]}"
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.address[1])],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **CREDENTIALS},
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while not self._is_up():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.close()
+                raise RuntimeError("no S3 server")
+            time.sleep(0.1)
+        self._put("")
+
+    def upload(self, folder: Path, prefix: str) -> str:
+        """Put the files of a folder there; returns their location."""
+        for path in folder.iterdir():
+            self._put(f"{prefix}/{path.name}", path.read_bytes())
+        return f"s3://{BUCKET}/{prefix}"
+
+    def close(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(10)
+
+    def _put(self, key: str, content: bytes = b"") -> None:
+        request = urllib.request.Request(f"{self.url}/{BUCKET}/{key}".rstrip("/"), data=content, method="PUT")
+        # moto reads the region from the credentials' scope, and checks no signature
+        request.add_header(
+            "Authorization", "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request"
+        )
+        request.add_header("Content-Type", "application/x-tar")
+        with urllib.request.urlopen(request, timeout=30):
+            pass
+
+    def _is_up(self) -> bool:
+        connection = http.client.HTTPConnection(*self.address, timeout=2)
+        try:
+            connection.request("GET", "/moto-api/")
+            return connection.getresponse().status < 500
+        except OSError:
+            return False
+        finally:
+            connection.close()
+
+
+class GsServer:
+    """A small imitation of Google Cloud Storage (gcp-storage-emulator) with one bucket."""
+
+    def __init__(self) -> None:
+        from gcp_storage_emulator.server import create_server
+
+        self.address = ("127.0.0.1", _free_port())
+        self.url = f"http://127.0.0.1:{self.address[1]}"
+        self._server = create_server(*self.address, in_memory=True, default_bucket=BUCKET)
+        self._server.start()
+
+    def upload(self, folder: Path, prefix: str) -> str:
+        """Put the files of a folder there; returns their location."""
+        for path in folder.iterdir():
+            url = f"{self.url}/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name={prefix}/{path.name}"
+            request = urllib.request.Request(url, data=path.read_bytes(), method="POST")
+            request.add_header("Content-Type", "application/x-tar")
+            with urllib.request.urlopen(request, timeout=30):
+                pass
+        return f"gs://{BUCKET}/{prefix}"
+
+    def close(self) -> None:
+        self._server.stop()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
