@@ -89,7 +89,16 @@ class DataConfig(Section):
     val_transform: TransformConfig = TransformConfig()
     num_loader_workers: int = Field(default=0, ge=0)  # processes a worker; 0: load in the worker itself
     limit_images: PositiveInt | None = None  # only the first images of each split; None: all
+    on_damage: Literal["raise", "substitute", "mask"] = "raise"  # what becomes of a damaged sample
+    max_damaged: int | None = Field(default=None, ge=0)  # such samples before a run stops; None: 1%, or 10
     sample: Literal["easy", "hard"] | None = None  # write sample shards to `train`, `val` if missing
+
+    @model_validator(mode="after")
+    def _check_damage(self) -> Self:
+        """A setting that has no effect is a mistake, and not what its user believes."""
+        if self.max_damaged is not None and self.on_damage == "raise":
+            raise ValueError(f"max_damaged {self.max_damaged} has no effect with on_damage=raise")
+        return self
 
 
 class OptimConfig(Section):
