@@ -1,0 +1,125 @@
+// Chooses the kernel for a call and launches it.
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "deform_attn.h"
+#include "kernels.cuh"
+
+namespace detrs::cuda {
+namespace {
+
+void check(cudaError_t status) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string("deform_attn on CUDA: ") + cudaGetErrorString(status));
+}
+
+std::vector<Level> levels_of(const int64_t* shapes, int64_t num_levels) {
+  std::vector<Level> levels;
+  int64_t start = 0;
+  for (int64_t level = 0; level < num_levels; level++) {
+    const int64_t height = shapes[2 * level], width = shapes[2 * level + 1];
+    levels.push_back({static_cast<int>(height), static_cast<int>(width), static_cast<int>(start)});
+    start += height * width;
+  }
+  return levels;
+}
+
+template <class T>
+Call<T> call_of(const Problem<T>& problem, void* level_memory, cudaStream_t stream) {
+  Call<T> call = {problem, static_cast<int>(problem.num_samples()), 0, {}, nullptr};
+  const std::vector<Level> levels = levels_of(problem.shapes, problem.num_levels);
+  if (problem.num_levels <= kParameterLevels) {
+    std::copy(levels.begin(), levels.end(), call.levels);
+  } else {
+    const size_t size = levels.size() * sizeof(Level);
+    check(cudaMemcpyAsync(level_memory, levels.data(), size, cudaMemcpyHostToDevice, stream));
+    call.more_levels = static_cast<const Level*>(level_memory);
+  }
+  return call;
+}
+
+// How a row's channels are divided: `vector` to a lane, over `lanes` lanes.
+template <class Stored_, int kVector_, int kLanes_>
+struct Division {
+  using Stored = Stored_;
+  static constexpr int kVector = kVector_, kLanes = kLanes_;
+};
+
+template <class Stored, int kVector, class Use>
+void divide_channels(int64_t num_channels, const Use& use) {
+  if (num_channels <= 4 * kVector) return use(Division<Stored, kVector, 4>());
+  if (num_channels <= 8 * kVector) return use(Division<Stored, kVector, 8>());
+  if (num_channels <= 16 * kVector) return use(Division<Stored, kVector, 16>());
+  if constexpr (kVector == 4) use(Division<Stored, kVector, 32>());
+}
+
+template <class Half, class Use>
+void divide_half_channels(int64_t num_channels, const Use& use) {
+  num_channels % 8 == 0 ? divide_channels<Half, 8>(num_channels, use) : use(Division<Half, 4, 32>());
+}
+
+template <class Use>
+void with_division(const Problem<float>& problem, const Use& use) {
+  if (problem.storage == Storage::float32) return divide_channels<float, 4>(problem.num_channels, use);
+  if (problem.storage == Storage::bfloat16)
+    return divide_half_channels<__nv_bfloat16>(problem.num_channels, use);
+  divide_half_channels<__half>(problem.num_channels, use);
+}
+
+template <class Use>
+void with_division(const Problem<double>&, const Use& use) {
+  use(Division<double, 4, 32>());
+}
+
+template <class T, class Kernel>
+void launch(const Kernel& kernel, Call<T> call, int64_t rows_per_block, size_t shared_size,
+            cudaStream_t stream) {
+  const Problem<T>& problem = call.problem;
+  const int64_t blocks_per_head = (problem.num_queries + rows_per_block - 1) / rows_per_block;
+  const int64_t num_blocks = problem.num_images * problem.num_heads * blocks_per_head;
+  if (num_blocks == 0) return;
+  if (num_blocks >= int64_t(1) << 31)
+    throw std::runtime_error("deform_attn on CUDA: more than 2^31 blocks of rows");
+  call.blocks_per_head = static_cast<uint32_t>(blocks_per_head);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(num_blocks));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared_size;
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, call));
+}
+
+}  // namespace
+
+int64_t level_memory_size(int64_t num_levels) {
+  return num_levels <= kParameterLevels ? 0 : num_levels * static_cast<int64_t>(sizeof(Level));
+}
+
+template <class T>
+void forward(const Problem<T>& problem, void* level_memory, void* stream) {
+  const Call<T> call = call_of(problem, level_memory, static_cast<cudaStream_t>(stream));
+  with_division(problem, [&](auto division) {
+    using D = decltype(division);
+    launch(forward_kernel<typename D::Stored, D::kVector, D::kLanes>, call, kRows<D::kLanes>,
+           sizeof(ForwardShared<T, D::kLanes>), static_cast<cudaStream_t>(stream));
+  });
+}
+
+template <class T>
+void backward(const Problem<T>& problem, void* level_memory, void* stream) {
+  const Call<T> call = call_of(problem, level_memory, static_cast<cudaStream_t>(stream));
+  with_division(problem, [&](auto division) {
+    using D = decltype(division);
+    launch(backward_kernel<typename D::Stored, D::kVector, D::kLanes>, call, kRows<D::kLanes>,
+           sizeof(BackwardShared<T, D::kLanes>), static_cast<cudaStream_t>(stream));
+  });
+}
+
+template void forward(const Problem<float>&, void*, void*);
+template void forward(const Problem<double>&, void*, void*);
+template void backward(const Problem<float>&, void*, void*);
+template void backward(const Problem<double>&, void*, void*);
+
+}  // namespace detrs::cuda

@@ -1,0 +1,117 @@
+// The arithmetic of a sample, once for all kernels: Real and Int are numbers (CUDA) or vectors of as many
+// samples (CPU).
+#pragma once
+
+#include <type_traits>
+
+#ifdef __CUDACC__
+#define DETRS_INLINE __host__ __device__ __forceinline__
+#else
+#define DETRS_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace detrs {
+namespace {  // the CPU compiles this once per instruction set: a copy must not serve another
+
+template <class To, class From>
+DETRS_INLINE To convert_to(From number) {
+  if constexpr (std::is_arithmetic_v<From>) {
+    return static_cast<To>(number);
+  } else {
+#ifndef __CUDACC__
+    return __builtin_convertvector(number, To);
+#endif
+  }
+}
+
+// Along one axis: the two pixels beside a position, what they count for, and whether they exist.
+template <class Real, class Int>
+struct Neighbours {
+  Int before, after;                 // pixel numbers, clamped into the level
+  Real before_factor, after_factor;  // bilinear, 0 outside the level
+  Real before_inside, after_inside;  // 1 inside, 0 outside
+
+  Neighbours() = default;
+  // `valid` says that -1 <= position < length; elsewhere, and for NaN, this is pixel 0 with factor 0.
+  template <class Mask>
+  DETRS_INLINE Neighbours(Real position, Int length, Mask valid) {
+    const Real zero = {}, one = zero + 1;
+    const Int first = {};
+    position = valid ? position : zero;
+    const Int truncated = convert_to<Int>(position);
+    before = convert_to<Real>(truncated) > position ? truncated - 1 : truncated;
+    after = before + 1;
+    const Real fraction = position - convert_to<Real>(before);
+    before_inside = before >= 0 ? one : zero;
+    before_inside = valid ? before_inside : zero;
+    after_inside = after < length ? one : zero;
+    after_inside = valid ? after_inside : zero;
+    before_factor = before_inside * (1 - fraction);
+    after_factor = after_inside * fraction;
+    before = before < 0 ? first : before;
+    after = after < length ? after : length - 1;
+  }
+};
+
+// A level as the arithmetic sees it: its sides, in both kinds of number, and its first token.
+template <class Real, class Int>
+struct LevelSize {
+  Real width, height;
+  Int width_index, height_index, start;
+};
+
+// Where a sample reads: its four nearest pixels. 0 top left, 1 top right, 2 bottom left, 3 bottom right.
+template <class Real, class Int>
+struct Corners {
+  Neighbours<Real, Int> across, down;
+  Int token[4];
+
+  Corners() = default;
+  // (x, y) in [0, 1] of the level.
+  static DETRS_INLINE Corners at(Real x, Real y, const LevelSize<Real, Int>& level) {
+    const Real half = (Real() + 1) / 2;
+    const Real column = x * level.width - half, row = y * level.height - half;
+    const auto valid = ((column >= -1) & (column < level.width)) & ((row >= -1) & (row < level.height));
+    return Corners({column, level.width_index, valid}, {row, level.height_index, valid}, level);
+  }
+
+  // What a corner counts for; times the attention weight it is the corner's factor.
+  DETRS_INLINE Real share(int corner) const {
+    return (corner & 2 ? down.after_factor : down.before_factor) *
+           (corner & 1 ? across.after_factor : across.before_factor);
+  }
+
+ private:
+  DETRS_INLINE Corners(Neighbours<Real, Int> across, Neighbours<Real, Int> down,
+                       const LevelSize<Real, Int>& level)
+      : across(across), down(down) {
+    const Int top = level.start + down.before * level.width_index;
+    const Int bottom = level.start + down.after * level.width_index;
+    token[0] = top + across.before, token[1] = top + across.after;
+    token[2] = bottom + across.before, token[3] = bottom + across.after;
+  }
+};
+
+template <class Real>
+struct SampleGrads {
+  Real x, y, weight;
+};
+
+// The product rule: from `dot`, grad_out . value at each corner, to the gradients of location and weight.
+template <class Real, class Int>
+DETRS_INLINE SampleGrads<Real> differentiate(const Corners<Real, Int>& corners, const Real (&dot)[4],
+                                             Real weight, const LevelSize<Real, Int>& level) {
+  const Neighbours<Real, Int>&across = corners.across, &down = corners.down;
+  Real along_top = across.after_inside * dot[1] - across.before_inside * dot[0];
+  Real along_bottom = across.after_inside * dot[3] - across.before_inside * dot[2];
+  Real along_left = down.after_inside * dot[2] - down.before_inside * dot[0];
+  Real along_right = down.after_inside * dot[3] - down.before_inside * dot[1];
+  Real above = across.before_factor * dot[0] + across.after_factor * dot[1];
+  Real below = across.before_factor * dot[2] + across.after_factor * dot[3];
+  return {(down.before_factor * along_top + down.after_factor * along_bottom) * weight * level.width,
+          (across.before_factor * along_left + across.after_factor * along_right) * weight * level.height,
+          down.before_factor * above + down.after_factor * below};
+}
+
+}  // namespace
+}  // namespace detrs

@@ -1,0 +1,160 @@
+"""Runs the CUDA kernels' source on the CPU: builds tests/detrs/ops/emulation and hands it cases."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sampling import Shapes
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+EMULATION = ROOT / "tests" / "detrs" / "ops" / "emulation"
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-g",
+    "-Wall",
+    "-Werror",
+    "-Wno-psabi",
+    "-Wno-unknown-pragmas",
+    "-Wno-subobject-linkage",
+]
+# NaN and huge numbers are converted to integers only after a comparison has replaced them
+SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+STORAGES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as csrc/deform_attn.h numbers them
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("c++") is None or sys.platform != "linux",
+    reason="the emulation needs a C++ compiler on Linux",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call, forward and backward. Without a reference `locations` and `weights` are what they say, else they
+    are offsets and logits. `order` is that of the lanes: 0 ascending, 1 descending, else a random seed."""
+
+    shapes: Shapes
+    value: Tensor
+    locations: Tensor
+    weights: Tensor
+    grad_out: Tensor
+    reference: Tensor | None = None
+    wants_reference_grad: bool = True
+    order: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the kernels wrote. `grad_value` is in the arithmetic's dtype; `reference` is per head, or None."""
+
+    out: Tensor
+    value: Tensor
+    reference: Tensor | None
+    locations: Tensor
+    weights: Tensor
+
+
+def build(folder: Path, *, sanitize: bool = False, csrc: Path = CSRC, architecture: int = 900) -> Path:
+    """The program that runs cases; `architecture` chooses between the kernels' kinds of atomics."""
+    program = folder / "emulate"
+    flags = [*FLAGS, *(SANITIZERS if sanitize else []), f"-D__CUDA_ARCH__={architecture}"]
+    command = ["c++", *flags, f"-I{EMULATION}", f"-I{csrc}", str(EMULATION / "main.cpp"), "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "cannot find" in built.stderr and "san" in built.stderr:
+        pytest.skip("the compiler comes without sanitizers")
+    assert built.returncode == 0, built.stderr
+    return program
+
+
+def start(program: Path, cases: Sequence[Case]) -> tuple[subprocess.CompletedProcess[str], bytes]:
+    """Run the cases in one process; what it said, and the bytes of its results."""
+    given, written = program.with_suffix(".cases"), program.with_suffix(".results")
+    given.write_bytes(b"".join(encode(case) for case in cases))
+    process = subprocess.run(
+        [program, given, written], capture_output=True, text=True, check=False, timeout=250
+    )
+    return process, written.read_bytes()
+
+
+def run(program: Path, cases: Sequence[Case]) -> list[Result]:
+    """The results of all cases, if nothing was wrong."""
+    process, written = start(program, cases)
+    assert process.returncode == 0, process.stderr
+    reader = Reader(written)
+    results = [decode(reader, case) for case in cases]
+    assert reader.position == len(written)
+    return results
+
+
+def encode(case: Case) -> bytes:
+    """As main.cpp reads it."""
+    storage = STORAGES.index(case.value.dtype)
+    num_levels, num_points = case.weights.shape[3:]
+    size = 0 if case.reference is None else case.reference.shape[3]
+    wants_grad = case.wants_reference_grad and size != 0
+    sizes = [
+        storage,
+        *case.value.shape,
+        case.weights.shape[1],
+        num_levels,
+        num_points,
+        size,
+        wants_grad,
+        case.order,
+    ]
+    tensors = [torch.tensor(sizes), torch.tensor(case.shapes), case.value]
+    tensors += [] if case.reference is None else [case.reference]
+    return b"".join(to_bytes(tensor) for tensor in (*tensors, case.locations, case.weights, case.grad_out))
+
+
+def to_bytes(tensor: Tensor) -> bytes:
+    """The tensor's numbers, last index fastest."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+class Reader:
+    """Takes tensors off a run of bytes."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.position = 0
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The next tensor."""
+        end = self.position + math.prod(shape) * dtype.itemsize
+        assert end <= len(self.content), "the results end early"
+        content = bytearray(self.content[self.position : end])
+        self.position = end
+        return (
+            torch.frombuffer(content, dtype=dtype).reshape(shape)
+            if content
+            else torch.empty(shape, dtype=dtype)
+        )
+
+
+def decode(reader: Reader, case: Case) -> Result:
+    """As main.cpp writes it."""
+    arithmetic = case.locations.dtype
+    out = reader.take(case.grad_out.shape, case.value.dtype)
+    value = reader.take(case.value.shape, arithmetic)
+    reference = None
+    if case.reference is not None and case.wants_reference_grad:
+        reference = reader.take((*case.weights.shape[:4], case.reference.shape[3]), arithmetic)
+    return Result(
+        out,
+        value,
+        reference,
+        reader.take(case.locations.shape, arithmetic),
+        reader.take(case.weights.shape, arithmetic),
+    )
