@@ -52,7 +52,7 @@ class Folder(Protocol):
         """What is wrong with some files of known sizes, in words; the first faults at least."""
 
     def without_manifest(self) -> str:
-        """What the folder is, if not one of shards."""
+        """What the folder is, if not one of shards, and what to do."""
 
 
 class LocalFiles:
@@ -123,4 +123,7 @@ class LocalFolder:
     def without_manifest(self) -> str:
         """As Folder."""
         unfinished = any(self.path.glob("*.tar")) if self.path.is_dir() else False
-        return "the shards have no manifest.json, so writing did not end" if unfinished else "no shards found"
+        state = (
+            "the shards have no manifest.json, so writing did not end" if unfinished else "no shards found"
+        )
+        return f"{state}; write them with `raydetr shards write --images DIR --annotations FILE --out {self.path}`"

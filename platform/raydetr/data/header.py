@@ -40,10 +40,7 @@ def load_header(folder: Folder, location: str, *, reads: int) -> tuple[Manifest,
     try:
         manifest = _load(folder, MANIFEST, _parse_manifest, location, reads)
     except NOT_THERE:
-        raise ValueError(
-            f"{location}: {folder.without_manifest()}; write them with "
-            f"`raydetr shards write --images DIR --annotations FILE --out {location}`"
-        ) from None
+        raise ValueError(f"{location}: {folder.without_manifest()}") from None
     return manifest, _load(folder, INDEX, lambda content: _parse_index(content, manifest), location, reads)
 
 

@@ -12,9 +12,10 @@ from typing import Any, NoReturn
 from raydetr.data.files import LocalFiles, LocalFolder, ShardFiles, Span
 from raydetr.data.header import check_sizes, load_header
 from raydetr.data.integrity import Fault, RawSample, parse_sample
-from raydetr.data.locations import local_folder
+from raydetr.data.locations import check_location, is_remote, local_folder
 from raydetr.data.manifest import LabelMap, LabelMapKind, Manifest, Samples, make_label_map, sample_key
-from raydetr.data.transfer import RemoteError
+from raydetr.data.remote import RemoteFiles, RemoteFolder
+from raydetr.data.transfer import RemoteError, RemoteSettings
 
 
 class ShardError(ValueError):
@@ -165,20 +166,36 @@ class Shards:
         raise error
 
 
-def open_shards(location: str | Path, *, label_map: LabelMapKind = "contiguous") -> Shards:
+def open_shards(
+    location: str | Path,
+    *,
+    label_map: LabelMapKind = "contiguous",
+    remote: RemoteSettings | None = None,
+    sizes_known: bool = False,
+) -> Shards:
     """Open a folder of shards after checking manifest, index and the presence and size of every shard.
 
     Args:
-        location: of what `write_shards` wrote: a folder, or its URL.
+        location: of what `write_shards` wrote: a folder, or its s3://, gs://, http(s):// or file:// URL.
         label_map: how category ids become labels (see `make_label_map`).
+        remote: how a remote folder is read; None: as RemoteSettings has it.
+        sizes_known: the sizes of remote shards were checked before, by another process of the run.
 
     Raises:
         ValueError: there are no shards, or they are incomplete or not those of the index.
+        RemoteError: a server cannot be reached, or refuses.
     """
-    folder = LocalFolder(location)
-    manifest, samples = load_header(folder, folder.location, reads=1)
-    check_sizes(folder, folder.location, manifest)
-    files = LocalFiles([folder.path / shard.name for shard in manifest.shards])
+    location = check_location(str(location))
+    folder = (
+        RemoteFolder(location, remote or RemoteSettings()) if is_remote(location) else LocalFolder(location)
+    )
+    manifest, samples = load_header(folder, folder.location, reads=2 if is_remote(location) else 1)
+    if isinstance(folder, LocalFolder) or not sizes_known:
+        check_sizes(folder, folder.location, manifest)
+    if isinstance(folder, LocalFolder):
+        files: ShardFiles = LocalFiles([folder.path / shard.name for shard in manifest.shards])
+    else:
+        files = RemoteFiles(folder.connection, {shard.name: shard.size for shard in manifest.shards})
     labels = make_label_map(manifest.categories, label_map)
     return Shards(folder.location, manifest, samples, labels, manifest.fingerprint, files)
 

@@ -45,6 +45,8 @@ REDIRECTS = urllib3.Retry(
 class RemoteError(OSError):
     """Bytes that could not be fetched; the message names the file, the range and what was tried."""
 
+    status = 0  # of HTTP, where the server refused
+
 
 @dataclass(frozen=True)
 class CacheSettings:
@@ -214,7 +216,9 @@ def _check_response(name: str, response: Any, first: int, at: int, stop: int | N
             404: "it is not there",
         }
         remedy = remedies.get(status, "it cannot be read there")
-        raise RemoteError(f"{name}: HTTP {status}: {remedy} {_excerpt(response)}".rstrip())
+        refusal = RemoteError(f"{name}: HTTP {status}: {remedy} {_excerpt(response)}".rstrip())
+        refusal.status = status
+        raise refusal
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding not in ("identity", ""):
         raise RemoteError(f"{name}: is sent with Content-Encoding {encoding}: store it as it is")

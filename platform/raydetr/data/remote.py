@@ -1,0 +1,175 @@
+"""Shards on a server: small files whole, samples by byte ranges, the near ones in one request."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from raydetr.data.background import BackgroundThreads
+from raydetr.data.files import Span
+from raydetr.data.origins import Origin
+from raydetr.data.transfer import RemoteError, RemoteSettings, Transfers
+
+LONGEST_REQUEST = 4 * 1024 * 1024  # bytes; ranges are not merged beyond it, to come at the same time
+MOST_FAULTS = 10  # after which no more files are looked at
+
+
+@dataclass(frozen=True)
+class Request:
+    """One range of a shard that holds the spans numbered `wanted`."""
+
+    shard: int
+    start: int
+    stop: int
+    wanted: tuple[int, ...]
+
+
+def merge(spans: Sequence[Span], gap: int) -> list[Request]:
+    """The requests for some spans: those of a shard that lie within `gap` bytes of each other share one."""
+    requests: list[Request] = []
+    for number in sorted(range(len(spans)), key=lambda number: spans[number]):
+        shard, start, length = spans[number]
+        last = requests[-1] if requests else None
+        if (
+            last is not None
+            and last.shard == shard
+            and start - last.stop <= gap
+            and start + length - last.start <= LONGEST_REQUEST
+        ):
+            stop = max(last.stop, start + length)
+            requests[-1] = Request(shard, last.start, stop, (*last.wanted, number))
+        else:
+            requests.append(Request(shard, start, start + length, (number,)))
+    return requests
+
+
+class Connection:
+    """What a process needs to fetch files of one remote folder. Made anew after a fork, and in copies."""
+
+    def __init__(self, location: str, settings: RemoteSettings) -> None:
+        self.origin, self.settings = Origin(location, settings.options), settings
+        self._pid = 0
+        self._connect()
+
+    def __reduce__(self) -> tuple[type[Connection], tuple[str, RemoteSettings]]:
+        return Connection, (self.origin.location, self.settings)
+
+    @property
+    def threads(self) -> BackgroundThreads:
+        """Where requests are waited for."""
+        self._connect()
+        return self._threads
+
+    def fetch(self, name: str, start: int, stop: int | None, size: int | None) -> bytes:
+        """A range of a file; `size` is that of the whole file, where it is known.
+
+        Raises:
+            RemoteError: it cannot be read.
+        """
+        content = bytearray()
+        self.fetch_into(name, start, stop, size, content.extend)
+        return bytes(content)
+
+    def fetch_into(
+        self, name: str, start: int, stop: int | None, size: int | None, accept: Callable[[bytes], None]
+    ) -> None:
+        """The same, in chunks."""
+        self._connect()
+        origin = self.origin
+        self._transfers.fetch(origin.name(name), lambda: origin.address(name), start, stop, size, accept)
+
+    def _connect(self) -> None:
+        if self._pid != os.getpid():
+            self._transfers = Transfers(self.settings)
+            self._threads = BackgroundThreads(self.settings.max_requests, "remote")
+            self._pid = os.getpid()
+
+
+class RemoteFolder:
+    """A folder on a server; see Folder."""
+
+    def __init__(self, location: str, settings: RemoteSettings) -> None:
+        self.location, self.connection = location, Connection(location, settings)
+
+    def read(self, name: str) -> bytes:
+        """As Folder."""
+        try:
+            return self.connection.fetch(name, 0, None, None)
+        except RemoteError as error:
+            if error.status == 404:
+                raise FileNotFoundError(f"there is no {self.connection.origin.name(name)}") from None
+            raise
+
+    def check_sizes(self, sizes: Mapping[str, int]) -> list[str]:
+        """As Folder. A byte of each file is asked for, which also shows whether the server knows ranges."""
+        threads = self.connection.threads
+        faults: list[str] = []
+        futures = [threads.submit(self._fault, name, size) for name, size in sizes.items()]
+        for future in futures:
+            if len(faults) >= MOST_FAULTS:
+                future.cancel()
+            elif (fault := future.result()) is not None:
+                faults.append(fault)
+        return faults
+
+    def without_manifest(self) -> str:
+        """As Folder."""
+        return "no shards found there (no manifest.json); copy a folder of shards to it"
+
+    def _fault(self, name: str, size: int) -> str | None:
+        try:
+            self.connection.fetch(name, 0, min(1, size), size)
+        except RemoteError as error:
+            return str(error)
+        return None
+
+
+class RemoteFiles:
+    """The shards of a remote folder; see ShardFiles.
+
+    Args:
+        connection: to the folder.
+        sizes: name and size of each shard.
+    """
+
+    def __init__(self, connection: Connection, sizes: Mapping[str, int]) -> None:
+        self.connection = connection
+        self._files, self._sizes = list(sizes), list(sizes.values())
+        self.names = [connection.origin.name(file) for file in self._files]
+
+    def read(self, shard: int, offset: int, length: int) -> bytes:
+        """As ShardFiles."""
+        return self.reread(shard, offset, length)
+
+    def reread(self, shard: int, offset: int, length: int) -> bytes:
+        """As ShardFiles."""
+        return self.connection.fetch(self._files[shard], offset, offset + length, self._sizes[shard])
+
+    def start(self, spans: Sequence[Span]) -> Callable[[], list[bytes | OSError]]:
+        """As ShardFiles."""
+        requests = merge(spans, self.connection.settings.merge_gap)
+        threads = self.connection.threads
+        futures = [
+            threads.submit(self.reread, request.shard, request.start, request.stop - request.start)
+            for request in requests
+        ]
+        return lambda: _cut(spans, requests, futures)
+
+
+def _cut(
+    spans: Sequence[Span], requests: Sequence[Request], futures: Sequence[Future[bytes]]
+) -> list[bytes | OSError]:
+    """The bytes of each span, out of those of the requests."""
+    found: dict[int, bytes | OSError] = {}
+    for request, future in zip(requests, futures, strict=True):
+        try:
+            content = future.result()
+        except OSError as error:
+            found |= dict.fromkeys(request.wanted, error)
+            continue
+        for number in request.wanted:
+            _, offset, length = spans[number]
+            found[number] = content[offset - request.start : offset - request.start + length]
+    return [found[number] for number in range(len(spans))]
