@@ -13,10 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from detrs.structures import Images, Targets
+from raydetr.data.damage import Damage
 
 # of ImageNet in RGB, in units of 1/255 (what torchvision's backbones were trained with)
 MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+BLANK_SIDE = 128  # pixels
 
 
 Canvas = npt.NDArray[np.uint8]  # [b, h, w, 3]
@@ -45,6 +47,8 @@ class Batch:
     image_ids: Int64[Tensor, " b"]
     original_sizes: Int64[Tensor, "b 2"]  # (height, width) before the transform
     position: int  # of the first sample of the global batch, counted over the run
+    damage: tuple[Damage, ...] = ()  # what happened to samples of this batch
+    is_blank: bool = False  # all its samples were masked: one black image, which nothing may be learnt from
 
 
 def collate(
@@ -79,6 +83,25 @@ def collate(
         image_ids=torch.tensor([sample.image_id for sample in samples]),
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
         position=position,
+    )
+
+
+def blank_batch(position: int, *, out: Callable[[tuple[int, int, int, int]], Canvas] | None = None) -> Batch:
+    """A batch of which nothing is left, as `collate`: the models, and the other ranks, want one in each step."""
+    shape = (1, BLANK_SIDE, BLANK_SIDE, 3)
+    pixels = np.empty(shape, np.uint8) if out is None else out(shape)
+    pixels[:] = 0
+    size = torch.tensor([[BLANK_SIDE, BLANK_SIDE]])
+    return Batch(
+        pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2),
+        sizes=size,
+        labels=torch.zeros(0, dtype=torch.int64),
+        boxes=torch.zeros(0, 4),
+        counts=(0,),
+        image_ids=torch.tensor([-1]),
+        original_sizes=size,
+        position=position,
+        is_blank=True,
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from detrs.structures import Detections, Predictions
 from raydetr.data.batch import Batch, to_model
+from raydetr.data.damage import Damage
 from raydetr.data.manifest import LabelMap
 from raydetr.evaluate.results import to_coco_results
 
@@ -21,6 +22,14 @@ Gather = Callable[[list[dict[str, Any]]], list[list[dict[str, Any]]]]
 def alone(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The gather of a single process."""
     return [results]
+
+
+def without_blanks(batches: Iterator[Batch | None], met: list[Damage]) -> Iterator[Batch | None]:
+    """The batches, with None for those of which damage left nothing; the damage is added to `met`."""
+    for batch in batches:
+        if batch is not None:
+            met.extend(batch.damage)
+        yield None if batch is None or batch.is_blank else batch
 
 
 def evaluate(

@@ -21,6 +21,7 @@ from raydetr.config import ConfigError, RunConfig, from_dict, to_dict
 from raydetr.data.index import Shards
 from raydetr.data.manifest import LabelMap, make_label_map
 from raydetr.data.plan import PLAN_VERSION
+from raydetr.train.ledger import Ledger
 from raydetr.train.loop import Training
 
 FORMAT = 1
@@ -67,6 +68,7 @@ def save(folder: Path, training: Training, shards: Shards, epoch: int, metrics: 
         "optimizer": training.optimizer.state_dict(),
         "scaler": training.scaler.state_dict(),
         "skipped_steps": training.skipped_steps,
+        "damage": training.ledger.to_plain(),
         # schedule, data order and random draws are functions of these two
         "position": training.position,
         "seed": training.config.seed,
@@ -165,10 +167,11 @@ def restore(folder: Path, training: Training, shards: Shards) -> Meta:
     if training.ema is not None:
         training.ema.model.load_state_dict(state["ema"])
         training.ema.num_updates = state["ema_updates"]
-    # the first checkpoints had neither; and a resumed run may have another precision
+    # the first checkpoints had none of these; and a resumed run may have another precision
     if state.get("scaler") and training.scaler.is_enabled():
         training.scaler.load_state_dict(state["scaler"])
     training.skipped_steps = state.get("skipped_steps", 0)
+    training.ledger = Ledger.from_plain(state.get("damage", ()))
     training.position = state["position"]
     return meta
 

@@ -105,15 +105,22 @@ def score(
     outputs: Outputs,
     targets: Targets,
     num_boxes: Tensor,
+    *,
+    is_blank: bool = False,
 ) -> Score:
-    """The criterion's losses; NaN instead of an error, and instead of infinity, so that gradients tell."""
+    """The criterion's losses; NaN instead of an error, and instead of infinity, so that gradients tell.
+
+    Those of a blank batch are 0, and so is their gradient: a worker without images takes part in the step all
+    the same, because the others wait for its gradient.
+    """
     try:
         losses = criterion(outputs, targets, num_boxes)
     except NotFiniteError as error:
         return Score(_spoilt(outputs), {}, str(error))
     # a product and not a branch: the host need not wait for the device
-    verdict = torch.where(losses.total.detach().isfinite(), 1.0, math.nan)
-    return Score(losses.total * verdict, losses.terms)
+    verdict = torch.where(losses.total.detach().isfinite(), 0.0 if is_blank else 1.0, math.nan)
+    terms = {name: term * 0.0 for name, term in losses.terms.items()} if is_blank else losses.terms
+    return Score(losses.total * verdict, terms)
 
 
 def _spoilt(outputs: Outputs) -> Tensor:

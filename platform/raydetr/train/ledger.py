@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,20 @@ class Ledger:
         return Ledger(Damage(**row) for row in rows)
 
     def write(self, folder: Path) -> None:
-        """Write all rows to `damage.jsonl` in the folder of a run, if there are any; else it shall not exist."""
-        path = folder / LEDGER
-        if not self.rows:
-            path.unlink(missing_ok=True)
-            return
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in self.to_plain()))
-        partial.rename(path)
+        """Write all rows to `damage.jsonl` in the folder of a run; without rows it shall not exist."""
+        (folder / LEDGER).unlink(missing_ok=True)
+        self._append(folder, self.rows)
+
+    def add(self, rows: Sequence[Damage], folder: Path | None) -> None:
+        """Note what was met, also in the file, on disk at once, where `folder` is given."""
+        self.rows += rows
+        if folder is not None:
+            self._append(folder, rows)
+
+    def _append(self, folder: Path, rows: Sequence[Damage]) -> None:
+        if rows:
+            with (folder / LEDGER).open("a") as file:
+                file.writelines(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
 
     def check(self, budget: int, folder: Path) -> None:
         """Make sure that not too many samples are damaged.

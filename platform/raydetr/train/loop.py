@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,11 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 from detrs.zoo import Model
 from raydetr.config import RunConfig
 from raydetr.data.batch import Batch, to_model
+from raydetr.data.damage import Damage
 from raydetr.data.index import Shards
 from raydetr.data.stream import evaluation_batches, train_batches
-from raydetr.evaluate.evaluator import evaluate
+from raydetr.evaluate.evaluator import evaluate, without_blanks
 from raydetr.train.ema import Ema
 from raydetr.train.finite import Fault, Score, Skipped, Statistics, score
+from raydetr.train.ledger import Ledger
 from raydetr.train.optim import build_optimizer, lr_factor, set_learning_rates
 from raydetr.train.world import World
 
@@ -38,6 +40,7 @@ class StepReport:
     terms: dict[str, float] | None
     images_per_second: float
     skipped: Skipped | None = None
+    damage: tuple[Damage, ...] = ()  # of all workers
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class EvaluationReport:
     epoch: int
     position: int
     results: list[dict[str, Any]]
+    damage: tuple[Damage, ...] = ()  # images without predictions, of all workers
 
 
 class Training:
@@ -65,6 +69,8 @@ class Training:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16")
         self.position = 0
         self.skipped_steps = 0  # because of NaN or infinity
+        self.ledger = Ledger()  # the damaged samples that were met
+        self.damage: tuple[Damage, ...] = ()  # in the last step or evaluation, of all workers
 
     @property
     def weights(self) -> nn.Module:
@@ -100,29 +106,38 @@ class Training:
         """Forward, backward and update on this worker's share of a global batch; the loss terms.
 
         Where the loss or the gradient of any worker is not finite, all of them skip the step: only the
-        position moves on.
+        position moves on. Samples that were masked are missing in the batch; a worker that has none left
+        adds nothing to the gradient.
         """
         torch.manual_seed(self.random_seed)
         set_learning_rates(self.optimizer, lr_factor(self.config.optim, self.step, self.total_steps))
         images, targets = to_model(batch, self.world.device)
-        count = torch.tensor(float(len(targets.labels)), device=self.world.device)
-        boxes = self.world.start_sum(count)
+        counts = torch.tensor(
+            [float(len(targets.labels)), float(len(batch.damage))], device=self.world.device
+        )
+        sums = self.world.start_sum(counts)
         self.statistics.keep()
         with self._autocast():
             outputs = self.replica(images, targets)
-        num_boxes = (boxes.wait() / self.world.size).clamp(min=1)
-        scored = score(self.criterion, outputs, targets, num_boxes)
+        num_boxes, num_damaged = sums.wait().unbind()
+        num_boxes = (num_boxes / self.world.size).clamp(min=1)
+        scored = score(self.criterion, outputs, targets, num_boxes, is_blank=batch.is_blank)
         torch.autograd.backward(self.scaler.scale(scored.total))
         self.scaler.unscale_(self.optimizer)
         norm = self._clip()  # of the summed gradient: the same on every worker
+        if batch.is_blank:
+            self.statistics.bring_back()
         outcome: dict[str, Tensor] | Skipped
-        if torch.isfinite(norm):
+        # the host waits for the device once
+        is_finite, is_damaged = torch.stack((torch.isfinite(norm), num_damaged > 0)).tolist()
+        if is_finite:
             self._update()
             outcome = {"loss": scored.total.detach(), **scored.terms, "grad_norm": norm}
         else:
             outcome = self._skip(batch, scored)
         self.optimizer.zero_grad(set_to_none=True)
         self.position += self.config.data.batch_size
+        self.damage = self._damage_of_all(batch.damage) if is_damaged else ()
         return outcome
 
     def evaluate(self, shards: Shards) -> list[dict[str, Any]]:
@@ -138,14 +153,17 @@ class Training:
             transform=data.val_transform.build(),
             num_workers=data.num_loader_workers,
         )
-        return evaluate(
+        met: list[Damage] = []
+        results = evaluate(
             self.weights,
             self.model.postprocess,
-            batches,
+            without_blanks(batches, met),
             shards.label_map,
             self.world.gather,
             self.world.device,
         )
+        self.damage = self._damage_of_all(replace(row, position=self.position) for row in met)
+        return results
 
     def mean_terms(self, terms: dict[str, Tensor]) -> dict[str, float]:
         """The loss terms averaged over the workers, and the learning rates."""
@@ -153,6 +171,9 @@ class Training:
         means = (self.world.start_sum(stacked).wait() / self.world.size).tolist()
         rates = {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         return {**dict(zip(terms, means, strict=True)), **rates}
+
+    def _damage_of_all(self, own: Iterable[Damage]) -> tuple[Damage, ...]:
+        return tuple(row for share in self.world.gather(tuple(own)) for row in share)
 
     def _autocast(self) -> torch.autocast:
         precision = self.config.optim.precision
@@ -213,10 +234,11 @@ def train(
         rate, began = config.data.batch_size / (now - began), now
         is_logged = training.step % config.tracking.log_every_steps == 0
         means = training.mean_terms(outcome) if is_logged and not isinstance(outcome, Skipped) else None
-        yield StepReport(training.step, training.position, means, rate, skipped)
+        yield StepReport(training.step, training.position, means, rate, skipped, training.damage)
         epoch = training.finished_epoch()
         if epoch is not None and _is_evaluated(epoch, config):
-            yield EvaluationReport(epoch, training.position, training.evaluate(val_shards))
+            results = training.evaluate(val_shards)
+            yield EvaluationReport(epoch, training.position, results, training.damage)
             began = time.perf_counter()
         if training.step >= training.total_steps:
             return

@@ -28,6 +28,7 @@ class Progress:
     images_per_second: float
     loss: float | None = None
     ap: float | None = None
+    damaged: int = 0  # different samples so far
     phase: str = "training"
     warning: str | None = None  # the latest; said once, on a line of its own
 
@@ -48,6 +49,8 @@ class Progress:
             f"left {duration(self.seconds_left)}",
             f"AP {'-' if self.ap is None else f'{self.ap:.3f}'}",
         ]
+        if self.damaged:
+            parts.append(f"damaged {self.damaged}")
         return "  ".join(parts)
 
 

@@ -18,14 +18,17 @@ import torch
 
 from detrs import zoo
 from raydetr.config import RunConfig, from_dict
+from raydetr.data.damage import Damage
 from raydetr.data.index import Shards
 from raydetr.data.splits import open_splits
 from raydetr.evaluate.coco_ap import ApTable, coco_ap
+from raydetr.evaluate.truth import ground_truth
 from raydetr.track import Tracker, TrackingError
 from raydetr.train import checkpoint, initial
 from raydetr.train.artifacts import log_pictures, log_table
 from raydetr.train.finite import Skipped
 from raydetr.train.history import History
+from raydetr.train.ledger import LEDGER, default_budget
 from raydetr.train.loop import EvaluationReport, StepReport, Training, train
 from raydetr.train.progress import Progress
 from raydetr.train.world import World
@@ -65,6 +68,8 @@ def run_session(assignment: Assignment, world: World, host: Host) -> None:
     Raises:
         CheckpointError: `resume_from` or `init.checkpoint` cannot be used.
         FloatingPointError: more steps than `optim.max_skipped_steps` were not finite.
+        ShardError: a sample is damaged, and `data.on_damage` is "raise".
+        DamageError: more samples are damaged than `data.max_damaged` allows.
     """
     config = from_dict(assignment.config)
     train_shards, val_shards = open_splits(config.data)
@@ -95,6 +100,9 @@ class _Session:
         self.config: RunConfig = training.config
         self.train_shards, self.val_shards = train_shards, val_shards
         self.is_first = training.world.is_first
+        self.folder = Path(assignment.folder)
+        if self.is_first:
+            training.ledger.write(self.folder)
         self.tracker = Tracker(assignment.tracking_uri, assignment.mlflow_run_id) if self.is_first else None
         self.history = History(Path(assignment.folder) / "history.jsonl", training.position, self.is_first)
         self.first_step = training.step
@@ -123,6 +131,10 @@ class _Session:
     def _on_step(self, report: StepReport) -> None:
         if report.skipped is not None and report.skipped.faults:
             self._on_skipped(report, report.skipped)
+        if report.damage:
+            self._on_damage(report, report.damage)
+            if self.is_first:
+                self._show("training", report.images_per_second)
         if not self.is_first:
             return
         if report.terms is not None:
@@ -151,11 +163,30 @@ class _Session:
                 "Lower optim.lr, or look at these images and their boxes."
             )
 
+    def _on_damage(self, report: StepReport | EvaluationReport, met: tuple[Damage, ...]) -> None:
+        """Note damaged samples, on every worker; stop the run, on every worker, when they are too many."""
+        training, ledger = self.training, self.training.ledger
+        ledger.add(met, self.folder if self.is_first else None)
+        more = f" (and {len(met) - 1} more)" if len(met) > 1 else ""
+        self.warning = f"damaged: {met[0]}{more}; {ledger.num_samples} so far, all in {self.folder / LEDGER}"
+        if self.is_first:
+            self._log(training.step, report.position, {"damaged_samples": ledger.num_samples})
+        limit = self.config.data.max_damaged
+        budget = default_budget(training.num_samples) if limit is None else limit
+        if ledger.num_samples > budget:
+            training.world.gather(None)  # the file is complete before anybody stops
+            ledger.check(budget, self.folder)
+
     def _on_evaluation(self, report: EvaluationReport) -> None:
         metrics: dict[str, Any] = {"epoch": report.epoch, "position": report.position}
+        if report.damage:
+            self._on_damage(report, report.damage)
+        metrics["unpredicted_images"] = len(report.damage)
+        metrics["damaged_samples"] = self.training.ledger.num_samples
         if self.is_first:
-            table = coco_ap(self.val_shards.coco(), report.results)
-            metrics |= self._record(table, report)
+            truth = ground_truth(self.val_shards, self.config.data.on_damage)
+            metrics["lost_annotations"] = truth.num_lost
+            metrics |= self._record(coco_ap(truth.coco, report.results), report)
         metrics["skipped_steps"] = self.training.skipped_steps
         metrics["peak_rss_mb"] = max(self.training.world.gather(_peak_rss_mb()))
         metrics["train_seconds"] = time.perf_counter() - self.began
@@ -196,6 +227,7 @@ class _Session:
                 images_per_second=images_per_second,
                 loss=self.loss,
                 ap=self.ap,
+                damaged=self.training.ledger.num_samples,
                 phase=phase,
                 warning=self.warning,
             )
