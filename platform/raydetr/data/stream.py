@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import count
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from raydetr.data.batch import Batch, collate
-from raydetr.data.index import Shards
+from raydetr.data.index import ShardError, Shards
+from raydetr.data.integrity import RawSample
+from raydetr.data.loading import Out, load
 from raydetr.data.plan import Plan
-from raydetr.data.samples import load_sample
+from raydetr.data.samples import make_sample
 from raydetr.data.transforms import Transform
 
-T = TypeVar("T")
+READ_AHEAD = 4  # batches of a process that are being read while one is made; remote shards only
 
 
 def train_batches(
@@ -47,12 +48,13 @@ def train_batches(
 
     Raises:
         ShardError: a sample is damaged.
+        LoaderError: a loader process died, or there is no memory for its batches.
     """
     assert 0 <= rank < world_size, (rank, world_size)
     assert batch_size >= 1, batch_size
     assert position >= 0, position
-    batches = _TrainBatches(shards, transform, seed, position, rank, world_size, batch_size)
-    yield from _load(batches, num_workers)
+    maker = _Maker(shards, transform, seed)
+    yield from load(_TrainBatches(maker, position, rank, world_size, batch_size), num_workers)
 
 
 def evaluation_batches(
@@ -71,91 +73,102 @@ def evaluation_batches(
 
     Raises:
         ShardError: a sample is damaged.
+        LoaderError: a loader process died, or there is no memory for its batches.
     """
     assert 0 <= rank < world_size, (rank, world_size)
     assert batch_size >= 1, batch_size
-    yield from _load(_EvaluationBatches(shards, transform, rank, world_size, batch_size), num_workers)
+    maker = _Maker(shards, transform, seed=0)
+    yield from load(_EvaluationBatches(maker, rank, world_size, batch_size), num_workers)
 
 
 def make_plan(shards: Shards, seed: int) -> Plan:
     """The order in which `train_batches` goes through the shards."""
-    aspects = shards.samples["width"] / shards.samples["height"]
-    return Plan(shards.samples["shard"].astype(np.int64), aspects, shards.fingerprint, seed)
+    samples = shards.samples
+    aspects = samples["width"] / samples["height"]
+    return Plan(samples["shard"].astype(np.int64), aspects, shards.fingerprint, seed)
 
 
 @dataclass(frozen=True, eq=False)
-class _TrainBatches(IterableDataset[Batch]):
+class _Turn:
+    """A batch that is to be made: samples `indices`, at `position` and following, of the step at `start`."""
+
+    start: int
+    position: int
+    indices: list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class _Maker:
+    """Makes batches of samples that were read."""
+
     shards: Shards
     transform: Transform
     seed: int
+
+    def batches(self, turns: Iterable[_Turn], out: Out | None) -> Iterator[Batch]:
+        for turn, raws in _read_ahead(self.shards, turns):
+            yield self._batch(turn, raws, out)
+
+    def _batch(self, turn: _Turn, raws: list[RawSample | ShardError], out: Out | None) -> Batch:
+        short_side = self.transform.step_short_side(self.seed, turn.start)
+        samples = []
+        for position, (index, raw) in enumerate(zip(turn.indices, raws, strict=True), turn.position):
+            if isinstance(raw, ShardError):
+                raise raw
+            samples.append(
+                make_sample(
+                    self.shards, index, raw, self.transform,
+                    seed=self.seed, position=position, short_side=short_side,
+                )
+            )  # fmt: skip
+        return collate(samples, turn.start, out=out)
+
+
+@dataclass(frozen=True, eq=False)
+class _TrainBatches:
+    maker: _Maker
     position: int
     rank: int
     world_size: int
     batch_size: int
 
-    def __iter__(self) -> Iterator[Batch]:
-        plan = make_plan(self.shards, self.seed)
-        worker, num_workers = _this_worker()
-        step = worker
-        while True:
-            yield self._batch(plan, self.position + step * self.world_size * self.batch_size)
-            step += num_workers
+    def batches(self, worker: int, num_workers: int, out: Out | None) -> Iterator[Batch]:
+        return self.maker.batches(self._turns(worker, num_workers), out)
 
-    def _batch(self, plan: Plan, start: int) -> Batch:
-        own = start + self.rank * self.batch_size
-        indices = plan.samples(own, self.batch_size).tolist()
-        return collate(
-            [
-                load_sample(self.shards, index, self.transform, seed=self.seed, position=own + slot)
-                for slot, index in enumerate(indices)
-            ],
-            start,
-        )
+    def _turns(self, worker: int, num_workers: int) -> Iterator[_Turn]:
+        plan = make_plan(self.maker.shards, self.maker.seed)
+        for step in count(worker, num_workers):
+            start = self.position + step * self.world_size * self.batch_size
+            own = start + self.rank * self.batch_size
+            yield _Turn(start, own, plan.samples(own, self.batch_size).tolist())
 
 
 @dataclass(frozen=True, eq=False)
-class _EvaluationBatches(IterableDataset[Batch | None]):
-    shards: Shards
-    transform: Transform
+class _EvaluationBatches:
+    maker: _Maker
     rank: int
     world_size: int
     batch_size: int
 
-    def __iter__(self) -> Iterator[Batch | None]:
-        num_batches = -(-self.shards.num_samples // self.batch_size)
-        num_rounds = -(-num_batches // self.world_size)
-        worker, num_workers = _this_worker()
-        for turn in range(worker, num_rounds, num_workers):
-            yield self._batch((turn * self.world_size + self.rank) * self.batch_size)
-
-    def _batch(self, start: int) -> Batch | None:
-        indices = range(start, min(start + self.batch_size, self.shards.num_samples))
-        if not indices:
-            return None
-        return collate(
-            [load_sample(self.shards, index, self.transform, seed=0, position=index) for index in indices],
-            start,
-        )
+    def batches(self, worker: int, num_workers: int, out: Out | None) -> Iterator[Batch | None]:
+        num_images = self.maker.shards.num_samples
+        num_rounds = -(-num_images // (self.batch_size * self.world_size))
+        rounds = range(worker, num_rounds, num_workers)
+        starts = [(number * self.world_size + self.rank) * self.batch_size for number in rounds]
+        turns = [_Turn(s, s, list(range(s, min(s + self.batch_size, num_images)))) for s in starts]
+        yield from self.maker.batches([turn for turn in turns if turn.indices], out)
+        yield from [None for turn in turns if not turn.indices]  # only the last can be
 
 
-def _this_worker() -> tuple[int, int]:
-    info = get_worker_info()
-    return (info.id, info.num_workers) if info else (0, 1)
-
-
-def _load(dataset: IterableDataset[T], num_workers: int) -> Iterable[T]:
-    """Iterate a data set of whole batches, in order, in this process or in loader processes."""
-    if num_workers == 0:
-        return dataset
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=num_workers,
-        collate_fn=_unchanged,
-        generator=torch.Generator(),  # else starting the loader would draw from the global one
-        in_order=True,
-    )
-
-
-def _unchanged(batch: T) -> T:
-    return batch
+def _read_ahead(
+    shards: Shards, turns: Iterable[_Turn]
+) -> Iterator[tuple[_Turn, list[RawSample | ShardError]]]:
+    """Read the samples of each turn, and begin with those of the following ones."""
+    begun = deque[tuple[_Turn, Callable[[], list[RawSample | ShardError]]]]()
+    for turn in turns:
+        begun.append((turn, shards.start(turn.indices)))
+        if len(begun) > READ_AHEAD:
+            first, wait = begun.popleft()
+            yield first, wait()
+    for turn, wait in begun:
+        yield turn, wait()

@@ -188,6 +188,6 @@ def test_undecodable_image_with_a_fitting_crc_is_named(
     shards: Shards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sample = dataclasses.replace(shards.read(0), image=b"no image")
-    monkeypatch.setattr(Shards, "read", lambda self, index: sample)
+    monkeypatch.setattr(Shards, "check", lambda self, index, raw: sample)
     with pytest.raises(ShardError, match="is damaged: its image cannot be decoded"):
         next(batches(shards, 0, 0, 1, 1))

@@ -1,0 +1,81 @@
+"""Work in loader processes: torch's DataLoader for the processes, shared memory for what they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from raydetr.data.batch import Batch, Canvas
+from raydetr.data.ring import Failure, LoaderError, Message, Receiver, Ring, Sender
+
+Out = Callable[[tuple[int, int, int, int]], Canvas]  # `collate`'s
+B = TypeVar("B", bound=Batch | None, covariant=True)
+
+
+class Work(Protocol[B]):
+    """Something that makes batches, which several processes can share."""
+
+    def batches(self, worker: int, num_workers: int, out: Out | None) -> Iterator[B]:
+        """The batches `worker`, `worker + num_workers`, ... of the work, collated into what `out` gives."""
+
+
+def load(work: Work[B], num_workers: int) -> Iterator[B]:
+    """The batches of some work, in their order.
+
+    Args:
+        work: is copied to the loader processes.
+        num_workers: loader processes; 0 works in this process.
+
+    Raises:
+        LoaderError: a loader process died, or there is no memory for its batches.
+        Exception: what the work raises, as it was raised.
+    """
+    if num_workers == 0:
+        yield from work.batches(0, 1, None)
+        return
+    ring = Ring(num_workers)
+    loader = DataLoader(
+        _Sending(work, ring),
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        generator=torch.Generator(),  # else starting the loader would draw from the global one
+        in_order=True,
+    )
+    receiver, messages = Receiver(ring), iter(loader)
+    del ring, loader
+    while True:
+        try:
+            message = next(messages)
+        except StopIteration:
+            return
+        except RuntimeError as error:  # what the DataLoader says of a process that is gone
+            raise LoaderError(
+                f"{error} A loader process is gone: killed, or out of memory (`dmesg` tells). If it was memory, "
+                "lower data.num_loader_workers or the images of a batch."
+            ) from error
+        if isinstance(message, Failure):
+            raise message.error()
+        yield cast(B, None if message is None else receiver.batch(message))
+
+
+class _Sending(IterableDataset[Message | Failure | None]):
+    def __init__(self, work: Work[Batch | None], ring: Ring) -> None:
+        self.work, self.ring = work, ring
+
+    def __iter__(self) -> Iterator[Message | Failure | None]:
+        info = get_worker_info()
+        assert info is not None
+        sender = Sender(self.ring, info.id)
+        try:
+            for batch in self.work.batches(info.id, info.num_workers, sender.canvas):
+                yield None if batch is None else sender.message(batch)
+        except Exception as error:
+            yield Failure.of(error, info.id)
+
+
+def _unchanged(message: Any) -> Any:
+    return message
