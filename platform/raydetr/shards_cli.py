@@ -2,30 +2,97 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from raydetr.progress_bar import progress_bar
 
+if TYPE_CHECKING:
+    from raydetr.data.sources import Source
+
 shards_app = typer.Typer(help="Write WebDataset shards.", no_args_is_help=True)
+
+
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default as many as there are cores.")]
 
 
 @shards_app.command("write")
 def shards_write(
-    images: Annotated[Path, typer.Option(help="The folder that holds the images.")],
-    annotations: Annotated[Path, typer.Option(help="The COCO JSON file with their annotations.")],
-    out: Annotated[Path, typer.Option(help="The folder to write; must be empty or new.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; empty, new, or that of a stopped run.")],
+    images: Annotated[Path | None, typer.Option(help="COCO: the folder that holds the images.")] = None,
+    annotations: Annotated[Path | None, typer.Option(help="COCO: the JSON file with annotations.")] = None,
+    yolo: Annotated[Path | None, typer.Option(help="YOLO: the data.yaml.")] = None,
+    voc: Annotated[Path | None, typer.Option(help="Pascal VOC: the folder with ImageSets.")] = None,
+    split: Annotated[str | None, typer.Option(help="Of YOLO or VOC: train, val, ...")] = None,
+    zero_based: Annotated[bool, typer.Option("--zero-based", help="VOC: boxes count from 0.")] = False,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Images in a tar file.")] = 1000,
+    workers: Workers = None,
 ) -> None:
-    """Check a COCO data set and write it as WebDataset shards with an index and a manifest."""
-    from raydetr.data.shards import write_shards
+    """Check a data set and write it as WebDataset shards with an index and a manifest.
 
+    It comes as COCO (--images, --annotations), YOLO (--yolo, --split) or Pascal VOC (--voc, --split).
+    """
+    from raydetr.data.shards import write_source
+
+    source = _choose_source(images, annotations, yolo, voc, split, zero_based=zero_based)
     with progress_bar("images") as progress:
-        manifest = write_shards(images, annotations, out, progress=progress)
+        manifest = write_source(
+            source,
+            out,
+            samples_per_shard=samples_per_shard,
+            workers=workers or _num_cores(),
+            progress=progress,
+            tell=typer.echo,
+        )
     typer.echo(
         f"wrote {out}: {manifest.num_samples} images, {len(manifest.shards)} shards, "
         f"{len(manifest.categories)} classes, fingerprint {manifest.fingerprint[:12]}"
     )
     for notice in manifest.notices:
         typer.echo(f"note: {notice}")
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _choose_source(
+    images: Path | None,
+    annotations: Path | None,
+    yolo: Path | None,
+    voc: Path | None,
+    split: str | None,
+    *,
+    zero_based: bool,
+) -> Source:
+    """The one data set that the options of `raydetr shards write` name.
+
+    Raises:
+        ValueError: they name none or several, one is missing or has no effect, or the data is faulty.
+    """
+    from raydetr.data.sources import coco_source
+    from raydetr.data.voc import voc_source
+    from raydetr.data.yolo import yolo_source
+
+    is_coco = images is not None or annotations is not None
+    if is_coco + (yolo is not None) + (voc is not None) != 1:
+        raise ValueError(
+            "name one data set: --images with --annotations (COCO), --yolo with --split, or --voc with --split"
+        )
+    if zero_based and voc is None:
+        raise ValueError("--zero-based is about the boxes of --voc: leave it away")
+    if images is not None and annotations is not None and split is None:
+        return coco_source(images, annotations)
+    if is_coco and split is not None:
+        raise ValueError("--split has no meaning with --images and --annotations: leave it away")
+    if is_coco:
+        raise ValueError("--images and --annotations belong together: give both")
+    if split is None:
+        raise ValueError("which part of the data set? give --split train, --split val, ...")
+    if yolo is not None:
+        return yolo_source(yolo, split)
+    assert voc is not None
+    return voc_source(voc, split, zero_based=zero_based)

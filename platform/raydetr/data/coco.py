@@ -70,7 +70,21 @@ def load_coco(path: Path) -> CocoDataset:
             lists up to ten faults with field, value and remedy, and the number of all.
     """
     data, sha256 = _read_json(path)
-    problems = Problems(path, "problem")
+    return check_records(data, path, sha256)
+
+
+def check_records(data: Record, source: object, sha256: str) -> CocoDataset:
+    """Check COCO's records as a whole.
+
+    Args:
+        data: what a COCO instances file holds.
+        source: what it was read from, for messages.
+        sha256: of that.
+
+    Raises:
+        ValueError: as `load_coco`.
+    """
+    problems = Problems(source, "problem")
     for key in ("images", "annotations", "categories"):
         if not isinstance(data.get(key), list):
             problems.add(f'"{key}" {_found(data, key)}: it must be a list (is this a COCO instances file?)')

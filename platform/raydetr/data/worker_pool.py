@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
@@ -50,7 +50,7 @@ def run_tasks(
     *,
     workers: int,
     progress: Callable[[int], None] | None = None,
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """Yield function(task, advance) for each task, in order; close the iterator to stop early.
 
     Only a few tasks are in memory at a time. When this process is killed, its workers end too.
@@ -74,7 +74,7 @@ def _run_here(
     function: Callable[[Task, Advance], Result],
     tasks: Iterable[Task],
     progress: Callable[[int], None] | None,
-) -> Iterator[Result]:
+) -> Generator[Result]:
     done = 0
 
     def advance(count: int) -> None:
@@ -92,7 +92,7 @@ def _run_in_processes(
     tasks: Iterable[Task],
     workers: int,
     progress: Callable[[int], None] | None,
-) -> Iterator[Result]:
+) -> Generator[Result]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     counter, stop = context.Value("Q", 0), context.Event()

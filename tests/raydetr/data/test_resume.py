@@ -203,7 +203,7 @@ def test_stop_after_the_last_rename_leaves_a_whole_folder(tmp_path: Path) -> Non
         write_and_stop()
     with (
         pytest.raises(ValueError, match="is not empty"),
-        resumable_folder(tmp_path / "out") as folder,
+        resumable_folder(tmp_path / "out"),
     ):
         raise AssertionError
     assert folder_bytes(tmp_path / "out") == {"a": b"a", "last": b"last"}
