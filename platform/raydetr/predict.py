@@ -98,7 +98,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 def detect(loaded: Loaded, image: Image.Image, image_id: int, device: torch.device) -> list[dict[str, Any]]:
     """COCO results of one image (RGB), all detections, best first."""
     transform = loaded.config.data.val_transform.build()
-    resized, boxes, _ = transform(image, np.zeros((0, 4)), seed=0, position=0)
+    resized, boxes, _ = transform(np.array(image), np.zeros((0, 4)), seed=0, position=0)
     labels = np.zeros(0, np.int64)
     sample = Sample(resized, labels, boxes, image_id, original_size=(image.height, image.width))
     batch = collate([sample], position=0)

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Float32, Int64, UInt8
-from PIL import Image
 from torch import Tensor
 
 from detrs.structures import Images, Targets
 from raydetr.data.damage import Damage
+from raydetr.data.pixels import Resized
 
 # of ImageNet in RGB, in units of 1/255 (what torchvision's backbones were trained with)
 MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
@@ -28,7 +28,7 @@ Canvas = npt.NDArray[np.uint8]  # [b, h, w, 3]
 class Sample:
     """One transformed image with its objects."""
 
-    image: Image.Image  # RGB
+    image: Resized
     labels: npt.NDArray[np.int64]  # [t]
     boxes_xyxy: npt.NDArray[np.float64]  # [t, 4] in pixels of `image`
     image_id: int
@@ -69,7 +69,7 @@ def collate(
     shape = (len(samples), height, width, 3)
     pixels = np.empty(shape, np.uint8) if out is None else out(shape)
     for canvas, sample in zip(pixels, samples, strict=True):
-        _fill(canvas, sample)
+        _fill(canvas, sample.image)
     counts = tuple(len(sample.labels) for sample in samples)
     boxes = np.concatenate([sample.boxes_xyxy for sample in samples])
     boxes /= np.repeat(sizes[:, [1, 0, 1, 0]], counts, axis=0)
@@ -105,11 +105,10 @@ def blank_batch(position: int, *, out: Callable[[tuple[int, int, int, int]], Can
     )
 
 
-def _fill(canvas: Canvas, sample: Sample) -> None:
-    height, width = sample.image.height, sample.image.width
-    canvas[:height, :width] = np.asarray(sample.image)
-    canvas[height:] = 0
-    canvas[:height, width:] = 0
+def _fill(canvas: Canvas, image: Resized) -> None:
+    canvas[: image.height, : image.width] = image.pixels()
+    canvas[image.height :] = 0
+    canvas[: image.height, image.width :] = 0
 
 
 def to_model(batch: Batch, device: torch.device | str) -> tuple[Images, Targets]:

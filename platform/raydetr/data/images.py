@@ -1,4 +1,4 @@
-"""Encoded images: checked before they are packed, and decoded to RGB in one way everywhere."""
+"""Encoded images: checked before they are packed, and decoded to the same RGB pixels everywhere."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from raydetr.data.coco import Record
+from raydetr.data.pixels import Pixels
 
 FORMATS = ("JPEG", "PNG")
 EXIF_ORIENTATION = 0x0112
@@ -20,6 +22,9 @@ UNREADABLE = (
     struct.error,
     Image.DecompressionBombError,
 )  # what Pillow raises
+JPEG_START = b"\xff\xd8"
+PLAIN_COLOURS = ("YCbCr", "RGB", "Gray")  # of a JPEG, in simplejpeg's words
+MAX_PIXELS = 2**26  # above this Pillow decodes, or refuses
 TURNED = (5, 6, 7, 8)  # the EXIF orientations that exchange width and height
 
 
@@ -33,6 +38,16 @@ def decode_rgb(content: bytes) -> Image.Image:
         OSError: the content is no JPEG or PNG, or is damaged.
     """
     return _to_rgb(Image.open(io.BytesIO(content), formats=FORMATS))
+
+
+def decode_pixels(content: bytes) -> Pixels:
+    """The pixels of `decode_rgb`, as an array [h, w, 3] that may be written to, and sooner.
+
+    Raises:
+        OSError, and others of `UNREADABLE`: as `decode_rgb`.
+    """
+    pixels = _decode_plain_jpeg(content) if content.startswith(JPEG_START) else None
+    return np.array(decode_rgb(content)) if pixels is None else pixels
 
 
 def read_checked(path: Path, record: Record) -> tuple[bytes, str, bool]:
@@ -67,6 +82,18 @@ def read_checked(path: Path, record: Record) -> tuple[bytes, str, bool]:
     except UNREADABLE as error:
         raise ValueError(f"{where}: cannot be decoded ({error}): replace the file") from None
     return content, "png" if image.format == "PNG" else "jpg", orientation != 1
+
+
+def _decode_plain_jpeg(content: bytes) -> Pixels | None:
+    """Decode without Pillow, which is slower; None: Pillow has to see it, and says what is wrong if anything."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+        if colours not in PLAIN_COLOURS or height * width > MAX_PIXELS:
+            return None
+        decoded: Pixels = simplejpeg.decode_jpeg(content)
+        return decoded
+    except ValueError:  # damage, or what is merely unusual, such as bytes too many before the end
+        return None
 
 
 def _orientation(image: Image.Image) -> int:

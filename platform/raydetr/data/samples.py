@@ -6,9 +6,11 @@ import numpy as np
 
 from raydetr.data.batch import Sample
 from raydetr.data.coco import usable_boxes
-from raydetr.data.images import UNREADABLE, decode_rgb
+from raydetr.data.images import UNREADABLE, decode_pixels
 from raydetr.data.index import Shards
 from raydetr.data.integrity import RawSample
+from raydetr.data.mosaic import Labelled, make_mosaic
+from raydetr.data.pixels import size_of
 from raydetr.data.transforms import Transform
 
 
@@ -54,13 +56,26 @@ def make_sample(
     Raises:
         ShardError: it is damaged.
     """
+    images = [_decode(shards, index, raw)]
+    original_size = images[0].pixels.shape[:2]
+    mosaic = transform.mosaic(seed, position, shards.num_samples)
+    if mosaic is not None:
+        images += [_decode(shards, partner, shards.read(partner)) for partner in mosaic.partners]
+        images = [make_mosaic(mosaic, images)]
+    pixels, boxes, labels = images[0].pixels, images[0].boxes_xyxy, images[0].labels
+    image, boxes, kept = transform(pixels, boxes, seed=seed, position=position, short_side=short_side)
+    return Sample(image, labels[kept], boxes, raw.record["id"], original_size)
+
+
+def _decode(shards: Shards, index: int, raw: RawSample) -> Labelled:
     try:
-        image = decode_rgb(raw.image)
+        pixels = decode_pixels(raw.image)
     except UNREADABLE as error:
         shards.refuse(index, f"its image cannot be decoded ({error})")
-    original_size = (image.height, image.width)
-    boxes, category_ids = usable_boxes(raw.annotations, image.width, image.height)
+    (width, height), row = size_of(pixels), shards.samples[index]
+    if (width, height) != (row["width"], row["height"]):
+        expected = f"{row['width']}x{row['height']}"
+        shards.refuse(index, f"its image has {width}x{height} pixels, the index says {expected}")
+    boxes, category_ids = usable_boxes(raw.annotations, width, height)
     labels = shards.label_map.labels
-    image, boxes, kept = transform(image, boxes, seed=seed, position=position, short_side=short_side)
-    kept_labels = np.array([labels[i] for i in category_ids], np.int64)[kept]
-    return Sample(image, kept_labels, boxes, raw.record["id"], original_size)
+    return Labelled(pixels, boxes, np.array([labels[i] for i in category_ids], np.int64))

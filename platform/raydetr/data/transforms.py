@@ -1,32 +1,34 @@
-"""What happens to an image and its boxes before they are batched: flip, crop, resize, as in the DETR code.
+"""What happens to an image and its boxes before they are batched: the official augmentation, and others.
 
 Randomness is keyed by (seed, position), so it depends neither on ranks nor on workers.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image
 
-Boxes = npt.NDArray[np.float64]
-Kept = npt.NDArray[np.bool_]
+from raydetr.data.colour import ColourChange, change_colours
+from raydetr.data.geometry import (
+    Boxes,
+    Crop,
+    Kept,
+    crop,
+    flip_horizontally,
+    resize,
+    resize_boxes,
+    resized_size,
+    size_before_crop,
+)
+from raydetr.data.large_scale_jitter import Jitter, jitter
+from raydetr.data.mosaic import Mosaic
+from raydetr.data.pixels import Pixels, Resized, Size, size_of
+
 ScalePer = Literal["image", "step"]
-
-
-@dataclass(frozen=True)
-class Crop:
-    """A window that is cut out of an image; pixels of the image after its resize to `short_side`."""
-
-    short_side: int | None  # None: the image keeps its size before it is cropped
-    left: int
-    top: int
-    width: int
-    height: int
 
 
 @dataclass(frozen=True)
@@ -36,22 +38,29 @@ class Choices:
     flip: bool
     crop: Crop | None
     short_side: int | None  # None: the size is kept
+    colours: ColourChange | None = None
+    jitter: Jitter | None = None
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Flip an image by chance, crop it by chance, then resize it to a short side that is drawn for it.
+    """Put four images together by chance, change colours, flip, crop and resize.
 
     The official training of all five papers flips half of the images and crops half of them: those are
     resized to a short side of 400, 500 or 600 and lose all but a window of 384 to 600 pixels a side.
 
     `short_sides`: pixels; one is drawn for each image or step (`scale_per`); empty: the size is kept.
-    `scale_per`: "image", as the official code does, or "step": one for all images of a global batch, so that
-        images of one aspect ratio have one size and hardly any padding.
+    `scale_per`: "image", as the official code does, or "step": one for all images of a global batch, and a
+        crop keeps the image's aspect ratio. Images of one aspect ratio then have one size and no padding.
     `max_side`: pixels; the long side is limited to it when `short_sides` is given.
-    `horizontal_flip`, `crop_probability`: probabilities.
+    `horizontal_flip`, `crop_probability`, `mosaic_probability`: probabilities.
     `crop_short_sides`: pixels; one is drawn for the resize before a crop; empty: no such resize.
     `crop_min_side`, `crop_max_side`: pixels; the sides of the window are drawn between them.
+    `jitter_side`: pixels; the side of the square that large-scale jitter makes; None: no such jitter.
+    `jitter_min_scale`, `jitter_max_scale`: the image is scaled to fit a square of `jitter_side` times a number
+        drawn between them.
+    `brightness`, `contrast`, `saturation`: the largest relative change; a factor is drawn from 1 - x to 1 + x.
+    `hue`: the largest shift either way, as a share of the colour circle.
     """
 
     short_sides: tuple[int, ...] = ()
@@ -62,21 +71,24 @@ class Transform:
     crop_min_side: int = 384
     crop_max_side: int = 600
     scale_per: ScalePer = "image"
+    jitter_side: int | None = None
+    jitter_min_scale: float = 0.1
+    jitter_max_scale: float = 2.0
+    mosaic_probability: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
 
     def __call__(
-        self,
-        image: Image.Image,
-        boxes_xyxy: Boxes,
-        *,
-        seed: int,
-        position: int,
-        short_side: int | None = None,
-    ) -> tuple[Image.Image, Boxes, Kept]:
+        self, pixels: Pixels, boxes_xyxy: Boxes, *, seed: int, position: int, short_side: int | None = None
+    ) -> tuple[Resized, Boxes, Kept]:
         """Transform an image and its boxes [t, 4] in pixels; says which boxes are left, as [t] of bool.
 
-        `short_side` is that of the step (`step_short_side`); None: one is drawn for this image.
+        `short_side` is that of the step (`step_short_side`); None: one is drawn for this image. The image is
+        resized when its pixels are asked for.
         """
-        return self.apply(image, boxes_xyxy, self.draw(seed, position, image.size, short_side))
+        return self.apply(pixels, boxes_xyxy, self.draw(seed, position, size_of(pixels), short_side))
 
     def step_short_side(self, seed: int, start: int) -> int | None:
         """The short side of all images of the global batch whose first sample is at position `start`.
@@ -87,89 +99,65 @@ class Transform:
             return None
         return _choose(random.Random(f"short side, seed {seed}, start {start}"), self.short_sides)
 
-    def draw(self, seed: int, position: int, size: tuple[int, int], short_side: int | None = None) -> Choices:
+    def mosaic(self, seed: int, position: int, num_samples: int) -> Mosaic | None:
+        """Which of the data set's `num_samples` images are put together at `position`, and how; None: one."""
+        if not self.mosaic_probability:
+            return None
+        rng = random.Random(f"mosaic, seed {seed}, position {position}")
+        return Mosaic.draw(rng, num_samples) if rng.random() < self.mosaic_probability else None
+
+    def draw(self, seed: int, position: int, size: Size, short_side: int | None = None) -> Choices:
         """The choices for the sample at `position`, an image of `size` = (width, height)."""
+        colours = self._draw_colours(seed, position)
+        if self.jitter_side is not None:
+            rng = random.Random(seed << 64 | position)
+            flip = rng.random() < self.horizontal_flip
+            scale = rng.uniform(self.jitter_min_scale, self.jitter_max_scale)
+            return Choices(flip, None, None, colours, Jitter.draw(rng, size, self.jitter_side, scale))
         if self.horizontal_flip in (0.0, 1.0) and len(self.short_sides) <= 1 and not self.crop_probability:
-            return Choices(self.horizontal_flip == 1.0, None, next(iter(self.short_sides), None))
+            return Choices(self.horizontal_flip == 1.0, None, next(iter(self.short_sides), None), colours)
         rng = random.Random(seed << 64 | position)
         flip = rng.random() < self.horizontal_flip
         is_cropped = self.crop_probability > 0 and rng.random() < self.crop_probability
-        crop = self._draw_crop(rng, size) if is_cropped else None
+        window = self._draw_crop(rng, size) if is_cropped else None
         own = _choose(rng, self.short_sides)
-        return Choices(flip, crop, own if short_side is None else short_side)
+        return Choices(flip, window, own if short_side is None else short_side, colours)
 
-    def apply(
-        self, image: Image.Image, boxes_xyxy: Boxes, choices: Choices
-    ) -> tuple[Image.Image, Boxes, Kept]:
+    def apply(self, pixels: Pixels, boxes_xyxy: Boxes, choices: Choices) -> tuple[Resized, Boxes, Kept]:
         """Transform as chosen; boxes of which nothing is left in the crop are left out."""
         kept = np.ones(len(boxes_xyxy), np.bool_)
+        if choices.colours is not None:
+            pixels = change_colours(pixels, choices.colours)
         if choices.flip:
-            image, boxes_xyxy = flip_horizontally(image, boxes_xyxy)
+            pixels, boxes_xyxy = flip_horizontally(pixels, boxes_xyxy)
+        if choices.jitter is not None:
+            pixels, boxes_xyxy, kept = jitter(pixels, boxes_xyxy, choices.jitter)
         if choices.crop is not None:
-            before = _size_before_crop(image.size, choices.crop.short_side)
-            image, boxes_xyxy = resize(image, boxes_xyxy, before)
-            image, boxes_xyxy, kept = crop(image, boxes_xyxy, choices.crop)
-        if choices.short_side is not None:
-            size = resized_size(*image.size, choices.short_side, self.max_side)
-            image, boxes_xyxy = resize(image, boxes_xyxy, size)
-        return image, boxes_xyxy, kept
+            before = size_before_crop(size_of(pixels), choices.crop.short_side)
+            pixels, boxes_xyxy = resize(pixels, boxes_xyxy, before)
+            pixels, boxes_xyxy, kept = crop(pixels, boxes_xyxy, choices.crop)
+        if choices.short_side is None:
+            return Resized.whole(pixels), boxes_xyxy, kept
+        size = resized_size(*size_of(pixels), choices.short_side, self.max_side)
+        return Resized(pixels, size), resize_boxes(boxes_xyxy, size_of(pixels), size), kept
 
-    def _draw_crop(self, rng: random.Random, size: tuple[int, int]) -> Crop:
+    def _draw_crop(self, rng: random.Random, size: Size) -> Crop:
         short_side = _choose(rng, self.crop_short_sides)
-        inside = _size_before_crop(size, short_side)
+        inside = size_before_crop(size, short_side)
         # an image with a side below the minimum keeps that side; the official resize makes none
         limits = [(min(self.crop_min_side, side), min(self.crop_max_side, side)) for side in inside]
         width, height = (rng.randint(low, high) for low, high in limits)
+        if self.scale_per == "step":  # the same area in the image's aspect ratio
+            share = math.sqrt(width * height / (inside[0] * inside[1]))
+            width, height = (max(1, round(share * side)) for side in inside)
         top, left = rng.randint(0, inside[1] - height), rng.randint(0, inside[0] - width)
         return Crop(short_side, left, top, width, height)
 
-
-def resized_size(width: int, height: int, short_side: int, max_side: int | None) -> tuple[int, int]:
-    """The (width, height) after a resize that keeps the aspect ratio.
-
-    The short side becomes `short_side`, or what makes the long side about `max_side` where it would exceed
-    that. Source: the rounding of the official DETR code: the limited short side is rounded first, so the
-    long side of a narrow image may exceed `max_side`. Sides are at least 1, where the official code fails.
-    """
-    short, long = min(width, height), max(width, height)
-    if max_side is not None and long / short * short_side > max_side:
-        short_side = max(1, round(max_side * short / long))
-    if short == short_side:
-        return width, height
-    if width < height:
-        return short_side, max(1, int(short_side * height / width))
-    return max(1, int(short_side * width / height)), short_side
-
-
-def resize(image: Image.Image, boxes_xyxy: Boxes, size: tuple[int, int]) -> tuple[Image.Image, Boxes]:
-    """Resize (bilinear, antialiased) to `size` = (width, height)."""
-    if size == image.size:
-        return image, boxes_xyxy
-    ratios = np.divide(size, image.size)
-    return image.resize(size, Image.Resampling.BILINEAR), boxes_xyxy * np.tile(ratios, 2)
-
-
-def flip_horizontally(image: Image.Image, boxes_xyxy: Boxes) -> tuple[Image.Image, Boxes]:
-    """Mirror left and right: x becomes width - x."""
-    flipped = boxes_xyxy.copy()
-    flipped[:, [0, 2]] = image.width - boxes_xyxy[:, [2, 0]]
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), flipped
-
-
-def crop(image: Image.Image, boxes_xyxy: Boxes, window: Crop) -> tuple[Image.Image, Boxes, Kept]:
-    """Cut a window out: boxes are clamped to it, and those without area left out; says which are kept."""
-    right, bottom = window.left + window.width, window.top + window.height
-    assert min(window.left, window.top) >= 0, window
-    assert right <= image.width, (window, image.size)
-    assert bottom <= image.height, (window, image.size)
-    shifted = boxes_xyxy - np.tile([window.left, window.top], 2)
-    clamped = shifted.clip(0, np.tile([window.width, window.height], 2))
-    kept = (clamped[:, 2:] > clamped[:, :2]).all(axis=1)
-    return image.crop((window.left, window.top, right, bottom)), clamped[kept], kept
-
-
-def _size_before_crop(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
-    return size if short_side is None else resized_size(*size, short_side, max_side=None)
+    def _draw_colours(self, seed: int, position: int) -> ColourChange | None:
+        limits = (self.brightness, self.contrast, self.saturation, self.hue)
+        if not any(limits):
+            return None
+        return ColourChange.draw(random.Random(f"colours, seed {seed}, position {position}"), *limits)
 
 
 def _choose(rng: random.Random, values: tuple[int, ...]) -> int | None:

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import torch
-from PIL import Image
 
 import goldens
 from raydetr.data.batch import Batch, Sample, collate, to_model
-from raydetr.data.transforms import resize
+from raydetr.data.pixels import Resized
 
 GOLDEN = goldens.FOLDER
 
@@ -17,7 +17,7 @@ def sample(width: int, height: int, boxes: list[list[float]], image_id: int = 1)
     pixels = np.random.default_rng(image_id).integers(1, 256, (height, width, 3), np.uint8)
     labels = np.arange(len(boxes))
     return Sample(
-        Image.fromarray(pixels),
+        Resized.whole(pixels),
         labels,
         np.array(boxes, float).reshape(-1, 4),
         image_id,
@@ -42,9 +42,7 @@ def test_images_are_padded_at_the_right_and_at_the_bottom() -> None:
     assert batch.image_ids.tolist() == [7, 2**40, 9]
     assert batch.position == 96
     for pixels, (height, width), one in zip(batch.pixels, batch.sizes.tolist(), samples, strict=True):
-        np.testing.assert_array_equal(
-            pixels[:, :height, :width].permute(1, 2, 0).numpy(), np.asarray(one.image)
-        )
+        np.testing.assert_array_equal(pixels[:, :height, :width].permute(1, 2, 0).numpy(), one.image.pixels())
         assert pixels[:, height:].sum() == pixels[:, :, width:].sum() == 0
 
 
@@ -71,7 +69,7 @@ def test_model_input_is_normalised_and_zero_in_the_padding() -> None:
     assert images.pixels.is_contiguous(memory_format=torch.channels_last)
     for i, one in enumerate(samples):
         height, width = one.image.height, one.image.width
-        expected = (np.asarray(one.image) / 255.0 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        expected = (one.image.pixels() / 255.0 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
         inside = images.pixels[i, :, :height, :width].permute(1, 2, 0)
         np.testing.assert_allclose(inside, expected, atol=2e-6)
         expected_padding = np.ones((30, 40), bool)
@@ -84,12 +82,32 @@ def test_model_input_is_normalised_and_zero_in_the_padding() -> None:
 def test_normalised_pixels_equal_the_official_ones() -> None:
     golden = json.loads((GOLDEN / "data.json").read_text())["images"][0]["normalized_pixels"]
     with np.load(GOLDEN / "data.npz") as arrays:
-        image = Image.fromarray(arrays["image0"])
-    resized, _ = resize(image, np.zeros((0, 4)), (80, 60))
-    one = Sample(resized, np.zeros(0, np.int64), np.zeros((0, 4)), 1, (48, 64))
+        image = Resized(np.array(arrays["image0"]), (80, 60))
+    one = Sample(image, np.zeros(0, np.int64), np.zeros((0, 4)), 1, (48, 64))
     pixels = to_model(collate([one], 0), "cpu")[0].pixels[0]
     assert list(pixels.shape) == golden["shape"]
     np.testing.assert_allclose(pixels.mean((1, 2)), golden["mean_per_channel"], atol=1e-5)
     np.testing.assert_allclose(pixels.std((1, 2), correction=0), golden["std_per_channel"], atol=1e-5)
     np.testing.assert_allclose(pixels[0, 0, :8], golden["first_row_ch0"], atol=1e-5)
     np.testing.assert_allclose(pixels[2, -1, -8:], golden["last_row_ch2"], atol=1e-5)
+
+
+def test_a_given_canvas_is_filled_whatever_it_holds() -> None:
+    """Resized or not, images and padding are those of a new array; the batch is that memory."""
+    samples, _ = made_batch()
+    grown = dataclasses.replace(samples[2], image=Resized(samples[2].image.source, (25, 21)))
+    shrunk = dataclasses.replace(samples[0], image=Resized(samples[0].image.source, (7, 29)))
+    canvas = np.full((4, 30, 40, 3), 77, np.uint8)
+    shapes = []
+
+    def out(shape: tuple[int, int, int, int]) -> np.ndarray:
+        shapes.append(shape)
+        return canvas
+
+    batch = collate([*samples[:2], grown, shrunk], 3, out=out)
+    assert shapes == [(4, 30, 40, 3)]
+    assert np.shares_memory(batch.pixels.numpy(), canvas)
+    expected = collate([*samples[:2], grown, shrunk], 3)
+    assert torch.equal(batch.pixels, expected.pixels)
+    np.testing.assert_array_equal(canvas[2, :21, :25], grown.image.pixels())
+    assert canvas[2, 21:].sum() == canvas[2, :, 25:].sum() == 0

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import goldens
 from raydetr.config import ConfigError, override
 from raydetr.data.coco import usable_boxes
+from raydetr.data.geometry import Crop, flip_horizontally, resize, resized_size
 from raydetr.data.index import Shards
+from raydetr.data.pixels import Pixels, Resized, size_of
 from raydetr.data.samples import load_sample
-from raydetr.data.transforms import Choices, Crop, Transform, flip_horizontally, resize, resized_size
+from raydetr.data.transforms import Choices, Transform
 from raydetr.recipes import quickstart
 from raydetr.recipes.coco import official_training_transform
 
@@ -24,9 +25,9 @@ GOLDEN = goldens.FOLDER
 DATA: dict[str, Any] = json.loads((GOLDEN / "data.json").read_text())
 
 
-def golden_image(name: str) -> Image.Image:
+def golden_image(name: str) -> Pixels:
     with np.load(GOLDEN / "data.npz") as arrays:
-        return Image.fromarray(arrays[name])
+        return np.array(arrays[name])
 
 
 @pytest.mark.parametrize("row", DATA["resize_sizes"], ids=lambda row: "{}x{}".format(*row["h_w"]))
@@ -47,7 +48,7 @@ def test_sizes_equal_the_official_ones(row: dict[str, Any]) -> None:
 def test_flip_equals_the_official_one(number: int) -> None:
     golden = DATA["images"][number]
     image, boxes = flip_horizontally(golden_image(f"image{number}"), converted(golden))
-    np.testing.assert_array_equal(np.asarray(image), np.asarray(golden_image(f"hflip{number}")))
+    np.testing.assert_array_equal(image, golden_image(f"hflip{number}"))
     np.testing.assert_allclose(boxes, np.reshape(golden["hflip"]["boxes"], (-1, 4)), atol=1e-4)
 
 
@@ -55,13 +56,23 @@ def test_flip_equals_the_official_one(number: int) -> None:
 def test_resize_equals_the_official_one(number: int) -> None:
     golden = DATA["images"][number]
     image = golden_image(f"image{number}")
-    resized, _ = resize(image, converted(golden), resized_size(*image.size, 60, 100))
-    np.testing.assert_array_equal(np.asarray(resized), np.asarray(golden_image(f"resize60_100_{number}")))
+    resized, _ = resize(image, converted(golden), resized_size(*size_of(image), 60, 100))
+    check_levels(resized, golden_image(f"resize60_100_{number}"))
     for case in golden["resize"]:
         height, width = case["size"]
         if isinstance(case["boxes"], list):
             _, boxes = resize(image, converted(golden), (width, height))
             np.testing.assert_allclose(boxes, np.reshape(case["boxes"], (-1, 4)), atol=1e-3)
+
+
+def check_levels(found: Pixels, expected: Pixels) -> None:
+    """Equal but for sums halfway between two levels, of which noise shrunk by 4/5 has many in both directions."""
+    difference = found.astype(int) - expected
+    assert found.shape == expected.shape
+    assert abs(difference).max() <= 2
+    assert (abs(difference) == 2).mean() < 1e-4
+    assert (difference != 0).mean() < 0.1
+    assert abs(difference.mean()) < 0.01
 
 
 @pytest.mark.parametrize("number", range(len(DATA["images"])))
@@ -84,7 +95,9 @@ def test_training_transform_equals_the_official_one(row: dict[str, Any]) -> None
     before = golden_image(f"image{row['image']}")
     boxes, category_ids = usable_boxes(golden["annotations"], *golden["wh"])
     transform = official_training_transform().build()
-    image, boxes, kept = transform.apply(before, boxes, official_choices(transform, row["seed"], before.size))
+    image, boxes, kept = transform.apply(
+        before, boxes, official_choices(transform, row["seed"], size_of(before))
+    )
     assert [image.height, image.width] == row["size"]
     np.testing.assert_allclose(normalised(boxes, image), np.reshape(row["boxes"], (-1, 4)), atol=1e-6)
     assert np.array(category_ids)[kept].tolist() == row["labels"]
@@ -109,7 +122,7 @@ def official_choices(transform: Transform, seed: int, size: tuple[int, int]) -> 
     return Choices(flip, crop, python.choice(transform.short_sides))
 
 
-def normalised(boxes: np.ndarray, image: Image.Image) -> np.ndarray:
+def normalised(boxes: np.ndarray, image: Resized) -> np.ndarray:
     boxes = boxes / np.tile(image.size, 2)
     return np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], axis=1)
 
@@ -179,9 +192,9 @@ def test_certain_transforms() -> None:
     size = (37, 22)
     assert Transform().draw(0, 5, size) == Choices(False, None, None)
     assert Transform(short_sides=(20,), horizontal_flip=1.0).draw(0, 5, size) == Choices(True, None, 20)
-    image = Image.new("RGB", size)
+    image = np.zeros((*size[::-1], 3), np.uint8)
     same, boxes, kept = Transform()(image, np.zeros((0, 4)), seed=0, position=0)
-    assert same is image
+    assert same.pixels() is image
     assert boxes.shape == (0, 4)
     assert kept.shape == (0,)
 
@@ -196,11 +209,9 @@ def test_a_mark_stays_in_its_box() -> None:
     )  # fmt: skip
     num_lost = 0
     for position in range(100):
-        image, boxes, kept = transform(
-            Image.fromarray(pixels), np.array([[6.0, 8, 30, 20]]), seed=0, position=position
-        )
+        image, boxes, kept = transform(pixels, np.array([[6.0, 8, 30, 20]]), seed=0, position=position)
         assert len(boxes) == kept.sum()
-        rows, columns = np.nonzero(np.asarray(image)[..., 0] > 127)
+        rows, columns = np.nonzero(image.pixels()[..., 0] > 127)
         if not kept[0]:
             num_lost += 1
             assert len(rows) == 0

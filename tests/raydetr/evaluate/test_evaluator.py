@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from detrs.structures import Detections, Images, Outputs, Predictions
 from raydetr.data.batch import Batch, Sample, collate
 from raydetr.data.manifest import LabelMap
+from raydetr.data.pixels import Resized
 from raydetr.evaluate.coco_ap import coco_ap
 from raydetr.evaluate.evaluator import evaluate
 
@@ -46,7 +46,7 @@ def make_batch(*image_ids: int) -> Batch:
         pixels = np.random.default_rng(image_id).integers(0, 256, (8, 12, 3), np.uint8)
         pixels[..., image_id % 2] //= 2
         labels, boxes = np.array([image_id % 2]), np.array([[2.0, 1.0, 8.0, 3.0]])
-        samples.append(Sample(Image.fromarray(pixels), labels, boxes, image_id, (80, 120)))
+        samples.append(Sample(Resized.whole(pixels), labels, boxes, image_id, (80, 120)))
     return collate(samples, position=0)
 
 
