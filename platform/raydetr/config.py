@@ -26,10 +26,15 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from detrs.zoo import ModelConfig
-from raydetr.data.locations import check_location
+from raydetr.data.locations import check_location, is_remote
+from raydetr.data.transfer import CacheSettings, RemoteSettings
 from raydetr.data.transforms import ScalePer, Transform
 
 _VARIANTS = tuple(kind.paper for kind in get_args(ModelConfig))  # values of `model.paper`
+
+
+# Settings whose keys are not ours: they can be set one by one, or all together as a mapping
+_FREE = ("data.remote.options",)
 
 
 class ConfigError(ValueError):
@@ -45,6 +50,27 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
+NEEDED = {  # of TransformConfig: what a setting has no effect without
+    "max_side": "short_sides",
+    "crop_short_sides": "crop_probability",
+    "crop_min_side": "crop_probability",
+    "crop_max_side": "crop_probability",
+    "jitter_min_scale": "jitter_side",
+    "jitter_max_scale": "jitter_side",
+}
+AUGMENTATION = (  # of TransformConfig: what belongs in training alone
+    "horizontal_flip",
+    "crop_probability",
+    "jitter_side",
+    "mosaic_probability",
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+    "scale_per",
+)
+
+
 class TransformConfig(Section):
     """What happens to an image between its file and the model."""
 
@@ -56,15 +82,35 @@ class TransformConfig(Section):
     crop_short_sides: tuple[PositiveInt, ...] = ()  # pixels; resize to one of them before the crop
     crop_min_side: PositiveInt = 384  # pixels; the sides of the crop are drawn from crop_min_side
     crop_max_side: PositiveInt = 600  # to crop_max_side, or to the image's side where that is smaller
+    jitter_side: PositiveInt | None = None  # pixels; large-scale jitter makes squares of it; None: no jitter
+    jitter_min_scale: float = Field(default=0.1, gt=0)  # the image is made to fit jitter_side times a number
+    jitter_max_scale: float = Field(default=2.0, gt=0)  # that is drawn from jitter_min_scale to this
+    mosaic_probability: float = Field(default=0.0, ge=0.0, le=1.0)  # of four images in the place of one
+    brightness: float = Field(default=0.0, ge=0.0)  # a factor is drawn from 1 - brightness to 1 + brightness
+    contrast: float = Field(default=0.0, ge=0.0)  # likewise
+    saturation: float = Field(default=0.0, ge=0.0)  # likewise
+    hue: float = Field(
+        default=0.0, ge=0.0, le=0.5
+    )  # share of the colour circle; the largest shift either way
 
     @model_validator(mode="after")
-    def _check_crop(self) -> Self:
-        if self.crop_min_side > self.crop_max_side:
-            raise ValueError(f"crop_min_side {self.crop_min_side} exceeds crop_max_side {self.crop_max_side}")
+    def _check_ranges(self) -> Self:
+        for low, high in (("crop_min_side", "crop_max_side"), ("jitter_min_scale", "jitter_max_scale")):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(f"{low} {getattr(self, low)} exceeds {high} {getattr(self, high)}")
         return self
 
     @model_validator(mode="after")
-    def _check_scale(self) -> Self:
+    def _check_effects(self) -> Self:
+        """A setting that has no effect is a mistake, and not what its user believes."""
+        for name, needed in NEEDED.items():
+            value = getattr(self, name)
+            if self.changes((name,)) and not getattr(self, needed):
+                raise ValueError(f"{name} {value} has no effect without {needed}: set that too, or neither")
+        for name in ("short_sides", "crop_probability"):
+            value = getattr(self, name)
+            if value and self.jitter_side is not None:
+                raise ValueError(f"{name} {value} has no effect with jitter_side: jitter resizes and crops")
         if self.scale_per == "step" and len(self.short_sides) < 2:
             raise ValueError(
                 f"scale_per=step has no effect with short_sides {list(self.short_sides)}: "
@@ -72,9 +118,27 @@ class TransformConfig(Section):
             )
         return self
 
+    def changes(self, names: tuple[str, ...]) -> list[str]:
+        """Those of these settings that are not the default ones."""
+        fields = type(self).model_fields
+        return [name for name in names if getattr(self, name) != fields[name].default]
+
     def build(self) -> Transform:
         """The transform that these settings describe."""
         return Transform(**self.model_dump())
+
+
+class RemoteConfig(Section):
+    """How shards at s3://, gs:// and http(s):// are read (docs/data.md, Remote data)."""
+
+    options: dict[
+        str, Any
+    ] = {}  # of fsspec's backend, e.g. {endpoint_url: http://minio:9000}; no credentials
+    connect_seconds: float = Field(default=10.0, gt=0)  # until a server has answered a connection
+    stall_seconds: float = Field(default=30.0, gt=0)  # without bytes, before a request is made again
+    attempts: PositiveInt = 6  # at a range, without progress, before a run stops
+    max_requests: PositiveInt = 16  # at a time, of a process
+    merge_gap_kb: int = Field(default=64, ge=0)  # samples that lie nearer come in one request
 
 
 class DataConfig(Section):
@@ -92,6 +156,46 @@ class DataConfig(Section):
     on_damage: Literal["raise", "substitute", "mask"] = "raise"  # what becomes of a damaged sample
     max_damaged: int | None = Field(default=None, ge=0)  # such samples before a run stops; None: 1%, or 10
     sample: Literal["easy", "hard"] | None = None  # write sample shards to `train`, `val` if missing
+    remote: RemoteConfig = RemoteConfig()
+    cache: Path | None = None  # a folder on each node's own disk, for what is read from remote shards
+    cache_gb: float | None = Field(default=None, gt=0)  # its size, never exceeded
+
+    @model_validator(mode="after")
+    def _check_evaluation(self) -> Self:
+        for name in self.val_transform.changes(AUGMENTATION):
+            raise ValueError(
+                f"val_transform.{name} {getattr(self.val_transform, name)} is augmentation, and evaluation "
+                "needs the image as it is: leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_remote(self) -> Self:
+        """A setting that has no effect is a mistake, and not what its user believes."""
+        if (self.cache is None) != (self.cache_gb is None):
+            raise ValueError(
+                "cache and cache_gb belong together: name a folder and the gigabytes it may fill"
+            )
+        if is_remote(self.train) or is_remote(self.val):
+            return self
+        changed = [name for name, value in self.remote if value != RemoteConfig.model_fields[name].default]
+        idle = [f"remote.{name}" for name in changed] + (["cache", "cache_gb"] if self.cache else [])
+        if idle:
+            raise ValueError(
+                f"{', '.join(idle)} would have no effect: {self.train} and {self.val} are local; leave it out"
+            )
+        return self
+
+    def build_remote(self, location: str) -> RemoteSettings | None:
+        """How `location` is read; None of a local one."""
+        if not is_remote(location):
+            return None
+        values = self.remote.model_dump()
+        gap = values.pop("merge_gap_kb") * 1024
+        cache = None
+        if self.cache is not None and self.cache_gb is not None:
+            cache = CacheSettings(str(self.cache), int(self.cache_gb * 1e9))
+        return RemoteSettings(**values, merge_gap=gap, cache=cache)
 
     @model_validator(mode="after")
     def _check_damage(self) -> Self:
@@ -285,12 +389,14 @@ def _parse_value(path: str, text: str) -> Any:
 def _assign(values: dict[str, Any], path: str, value: Any) -> None:
     node: Any = values
     *parents, leaf = path.split(".")
-    for key in [*parents, leaf]:
+    for depth, key in enumerate([*parents, leaf]):
+        if isinstance(node, dict) and ".".join(parents[:depth]) in _FREE:
+            node.setdefault(key, {} if depth < len(parents) else None)
         if not isinstance(node, dict) or key not in node:
             raise ConfigError(f"{path}: no such setting{nearest(path, _all_paths(values))}")
         if key is not leaf:
             node = node[key]
-    if isinstance(node[leaf], dict):
+    if isinstance(node[leaf], dict) and not path.startswith(_FREE):
         raise ConfigError(f"{path} is a section: set one of {', '.join(sorted(node[leaf]))} below it")
     node[leaf] = value
 

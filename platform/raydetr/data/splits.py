@@ -13,14 +13,21 @@ from raydetr.data.shards import write_shards
 from raydetr.train.progress import say
 
 
-def open_splits(data: DataConfig) -> tuple[Shards, Shards]:
+def open_splits(data: DataConfig, *, sizes_known: bool = False) -> tuple[Shards, Shards]:
     """The training and the validation shards, limited to their first images where that is set.
+
+    The sizes of remote shards are compared with their manifest unless another process of the run has done it.
 
     Raises:
         ValueError: a folder holds no (whole) shards, or fewer images than `data.limit_images`.
+        RemoteError: a server cannot be reached, or refuses.
     """
-    train = open_shards(data.train, label_map=data.label_map)
-    val = open_shards(data.val, label_map=data.label_map)
+    train, val = (
+        open_shards(
+            location, label_map=data.label_map, remote=data.build_remote(location), sizes_known=sizes_known
+        )
+        for location in (data.train, data.val)
+    )
     limit = data.limit_images
     return (train, val) if limit is None else (train.head(limit), val.head(limit))
 

@@ -67,7 +67,6 @@ class RemoteSettings:
     first_pause: float = 0.2  # seconds, doubled from attempt to attempt
     max_requests: int = 16  # at a time, of a process
     merge_gap: int = 64 * 1024  # bytes; ranges that are nearer become one request
-    read_ahead: int = 2  # batches of a process
     cache: CacheSettings | None = None
 
 
