@@ -34,7 +34,7 @@ _VARIANTS = tuple(kind.paper for kind in get_args(ModelConfig))  # values of `mo
 
 
 # Settings whose keys are not ours: they can be set one by one, or all together as a mapping
-_FREE = ("data.remote.options",)
+_FREE = ("data.remote.options.",)
 
 
 class ConfigError(ValueError):
@@ -390,13 +390,13 @@ def _assign(values: dict[str, Any], path: str, value: Any) -> None:
     node: Any = values
     *parents, leaf = path.split(".")
     for depth, key in enumerate([*parents, leaf]):
-        if isinstance(node, dict) and ".".join(parents[:depth]) in _FREE:
+        if isinstance(node, dict) and f"{'.'.join(parents[:depth])}.".startswith(_FREE):
             node.setdefault(key, {} if depth < len(parents) else None)
         if not isinstance(node, dict) or key not in node:
             raise ConfigError(f"{path}: no such setting{nearest(path, _all_paths(values))}")
         if key is not leaf:
             node = node[key]
-    if isinstance(node[leaf], dict) and not path.startswith(_FREE):
+    if isinstance(node[leaf], dict) and not f"{path}.".startswith(_FREE):
         raise ConfigError(f"{path} is a section: set one of {', '.join(sorted(node[leaf]))} below it")
     node[leaf] = value
 

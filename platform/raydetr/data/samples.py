@@ -58,7 +58,7 @@ def make_sample(
     """
     images = [_decode(shards, index, raw)]
     original_size = images[0].pixels.shape[:2]
-    mosaic = transform.mosaic(seed, position, shards.num_samples)
+    mosaic = transform.mosaic(seed, position, index, shards.num_samples)
     if mosaic is not None:
         images += [_decode(shards, partner, shards.read(partner)) for partner in mosaic.partners]
         images = [make_mosaic(mosaic, images)]

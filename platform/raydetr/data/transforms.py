@@ -99,11 +99,15 @@ class Transform:
             return None
         return _choose(random.Random(f"short side, seed {seed}, start {start}"), self.short_sides)
 
-    def mosaic(self, seed: int, position: int, num_samples: int) -> Mosaic | None:
-        """Which of the data set's `num_samples` images are put together at `position`, and how; None: one."""
+    def mosaic(self, seed: int, position: int, index: int, num_samples: int) -> Mosaic | None:
+        """What is put together with image `index` at `position`, and how; None: nothing.
+
+        Any of the data set's `num_samples` images may be. They are others for another image at the position, so
+        that a substitute for a damaged one does without what was damaged.
+        """
         if not self.mosaic_probability:
             return None
-        rng = random.Random(f"mosaic, seed {seed}, position {position}")
+        rng = random.Random(f"mosaic, seed {seed}, position {position}, image {index}")
         return Mosaic.draw(rng, num_samples) if rng.random() < self.mosaic_probability else None
 
     def draw(self, seed: int, position: int, size: Size, short_side: int | None = None) -> Choices:
