@@ -4,7 +4,11 @@ The library holds no Python: it speaks libtorch's stable ABI (docs/decisions/000
 serves every Python and every torch >= 2.11. Hence this file compiles by itself: torch's `CppExtension` ties a
 library to one version of both.
 
-Without a C++ compiler the packages are installed without the library and run in pure torch.
+Without a C++ compiler the packages are installed without the library and run in pure torch. Where CUDA's compiler is
+found, the library has kernels for GPUs too; it still loads where there is neither GPU nor CUDA.
+
+    CXX   the C++ compiler
+    NVCC  CUDA's compiler; empty (`NVCC= pip install ...`): build without kernels for GPUs
 """
 
 from __future__ import annotations
@@ -13,11 +17,13 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -40,13 +46,20 @@ KERNEL_FLAGS = {
 if platform.machine() not in ("x86_64", "AMD64"):
     KERNEL_FLAGS = {"csrc/cpu/kernels_baseline.cpp": []}
 SOURCES = ["csrc/library.cpp", "csrc/cpu/deform_attn.cpp", *KERNEL_FLAGS]
-HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
+CUDA_SOURCE = "csrc/cuda/deform_attn.cu"
+HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h"))
 
 COMPILE_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 # Both only allow the compiler to vectorise floor and comparisons; NaN and infinity keep their meaning.
 COMPILE_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 COMPILE_FLAGS += [f"-ffile-prefix-map={ROOT}/="]  # the same library whatever folder it is built in
 TORCH_2_11 = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+
+# The GPUs to have kernels for, as many of them as the compiler knows: A100; RTX 30; RTX 40 and L4; H100 and H200;
+# B200; RTX 50. PTX of the newest, which drivers translate, serves later ones.
+CUDA_TARGETS = (80, 86, 89, 90, 100, 120)
+CUDA_FLAGS = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden,-g0"]
+OLDEST_CUDA = (12, 1)  # adds four floats in one instruction
 
 
 def find_compiler() -> list[str] | None:
@@ -58,6 +71,44 @@ def find_compiler() -> list[str] | None:
     return None
 
 
+@dataclass(frozen=True)
+class Nvcc:
+    """CUDA's compiler."""
+
+    command: str
+    targets: tuple[int, ...]  # compute capabilities, 80 for 8.0
+
+    @property
+    def flags(self) -> list[str]:
+        """Machine code for each target, and PTX of the newest."""
+        newest = self.targets[-1]
+        code = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in self.targets]
+        return [*CUDA_FLAGS, *code, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+    @property
+    def target_names(self) -> str:
+        """For people: what `flags` asks for."""
+        return " ".join([*(f"sm_{target}" for target in self.targets), f"compute_{self.targets[-1]}"])
+
+
+def find_nvcc() -> Nvcc | str:
+    """CUDA's compiler, or why there is none to use."""
+    homes = (os.environ.get("CUDA_HOME", ""), "/usr/local/cuda")
+    candidates = ["nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
+    if "NVCC" in os.environ:
+        if not os.environ["NVCC"]:
+            return "it was built with NVCC set to nothing"
+        candidates = [os.environ["NVCC"]]
+    command = next(filter(None, map(shutil.which, candidates)), None)
+    if command is None:
+        return f"{' or '.join(candidates)} was not found when it was built"
+    release = re.search(r"release (\d+)\.(\d+)", ask([command, "--version"]))
+    if release is None or (int(release[1]), int(release[2])) < OLDEST_CUDA:
+        return f"{command} was not at least CUDA {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]} when it was built"
+    known = ask([command, "--list-gpu-code"]).split()
+    return Nvcc(command, tuple(target for target in CUDA_TARGETS if f"sm_{target}" in known))
+
+
 def torch_folder() -> Path:
     """Where torch is installed (found without importing it)."""
     spec = importlib.util.find_spec("torch")
@@ -66,29 +117,58 @@ def torch_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def compile_object(compiler: list[str], source: str) -> Path:
+def headers_of(source: str) -> list[str]:
+    """The headers that `source` can see: those of csrc/ and of its own folder; for csrc/ itself all."""
+    folder = str(Path(source).parent)
+    return [path for path in HEADERS if folder == "csrc" or str(Path(path).parent) in ("csrc", folder)]
+
+
+def compile_object(command: list[str], source: str) -> Path:
     """Compile one file, unless an object of the same source, headers and command is there already."""
-    flags = [*COMPILE_FLAGS, *KERNEL_FLAGS.get(source, []), TORCH_2_11]
-    command = [*compiler, *flags, f"-isystem{torch_folder() / 'include'}", "-c", str(ROOT / source)]
+    command = [*command, "-c", str(ROOT / source)]
     digest = hashlib.sha256(repr(command).encode())
-    for path in (source, *HEADERS):
+    for path in (source, *headers_of(source)):
         digest.update((ROOT / path).read_bytes())
-    name = f"{Path(source).stem}-{digest.hexdigest()[:16]}.o"
+    stem = source.removeprefix("csrc/").replace("/", "-")
+    name = f"{stem}-{digest.hexdigest()[:16]}.o"
     if not (OBJECTS / name).exists():
-        for stale in OBJECTS.glob(f"{Path(source).stem}-*.o"):
+        for stale in OBJECTS.glob(f"{stem}-*.o"):
             stale.unlink()
         run([*command, "-o", str(OBJECTS / name)])
     return OBJECTS / name
 
 
-def link(compiler: list[str], objects: list[Path], library: Path) -> None:
+def compile_all(compiler: list[str], nvcc: Nvcc | str) -> list[Path]:
+    """Compile what changed, in parallel."""
+    found = (
+        f'-DDETRS_WITH_CUDA="{nvcc.target_names}"'
+        if isinstance(nvcc, Nvcc)
+        else f'-DDETRS_WITHOUT_CUDA="{nvcc}"'
+    )
+    include = f"-isystem{torch_folder() / 'include'}"
+    commands: dict[str, list[str]] = {}
+    if isinstance(nvcc, Nvcc):  # first, because it takes longest
+        commands[CUDA_SOURCE] = [nvcc.command, f"-ccbin={shutil.which(compiler[0])}", *nvcc.flags]
+    for source in SOURCES:
+        flags = KERNEL_FLAGS.get(source, []) + ([found] if source == "csrc/library.cpp" else [])
+        commands[source] = [*compiler, *COMPILE_FLAGS, *flags, TORCH_2_11, include]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda source: compile_object(commands[source], source), commands))
+
+
+def link(compiler: list[str], nvcc: Nvcc | str, objects: list[Path], library: Path) -> None:
     """Link the objects, unless the library was linked from exactly these."""
     names = " ".join(path.name for path in objects)
     linked = OBJECTS / "_C.so"
     record = OBJECTS / "_C.objects"
     if not (linked.exists() and record.exists() and record.read_text() == names):
-        folder = torch_folder() / "lib"
-        run([*compiler, "-shared", *map(str, objects), f"-L{folder}", "-ltorch_cpu", "-s", "-o", str(linked)])
+        torch_library = [f"-L{torch_folder() / 'lib'}", "-ltorch_cpu"]
+        linker = [*compiler, "-s"]
+        if isinstance(nvcc, Nvcc):
+            # CUDA's runtime inside, and its names hidden: torch brings another one along
+            linker = [nvcc.command, f"-ccbin={shutil.which(compiler[0])}", "--cudart=static", "-Xlinker=-s"]
+            linker += ["-Xlinker=--exclude-libs,ALL"]
+        run([*linker, "-shared", *map(str, objects), *torch_library, "-o", str(linked)])
         record.write_text(names)
     library.parent.mkdir(parents=True, exist_ok=True)
     if not library.exists() or library.read_bytes() != linked.read_bytes():
@@ -97,11 +177,20 @@ def link(compiler: list[str], objects: list[Path], library: Path) -> None:
         library.with_suffix(".new").replace(library)
 
 
+def ask(command: list[str]) -> str:
+    """What a command answers; nothing if it fails."""
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout if result.returncode == 0 else ""
+
+
 def run(command: list[str]) -> None:
     """Run a compiler's command; on failure stop with what it said."""
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
-        raise SystemExit(f"setup.py: this failed:\n{shlex.join(command)}\n{result.stderr}")
+        remedy = "\nNVCC= (set to nothing) builds without kernels for GPUs" if "nvcc" in command[0] else ""
+        raise SystemExit(
+            f"setup.py: this failed:\n{shlex.join(command)}\n{result.stdout}{result.stderr}{remedy}"
+        )
 
 
 class BuildOperator(build_ext):
@@ -115,10 +204,11 @@ class BuildOperator(build_ext):
         """Compile what changed, in parallel, and link."""
         compiler = find_compiler()
         assert compiler is not None, "without a compiler there is no extension"
+        nvcc = find_nvcc()
+        if isinstance(nvcc, str):
+            print(f"setup.py: the operator gets no kernels for GPUs: {nvcc}", file=sys.stderr)
         OBJECTS.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(lambda source: compile_object(compiler, source), SOURCES))
-        link(compiler, objects, Path(self.get_ext_fullpath(ext.name)))
+        link(compiler, nvcc, compile_all(compiler, nvcc), Path(self.get_ext_fullpath(ext.name)))
 
 
 class AnyPythonWheel(bdist_wheel):
@@ -130,7 +220,7 @@ class AnyPythonWheel(bdist_wheel):
         return ("py3", "none", tag) if self.distribution.has_ext_modules() else (python, abi, tag)
 
 
-operator = Extension("detrs.ops._C", sources=SOURCES, depends=HEADERS)
+operator = Extension("detrs.ops._C", sources=SOURCES, depends=[*HEADERS, CUDA_SOURCE])
 if find_compiler() is None:
     print("setup.py: no C++ compiler: installing without the native operator (slower)", file=sys.stderr)
     setup()

@@ -14,6 +14,13 @@
 
 #include "deform_attn.h"
 
+#ifdef DETRS_WITH_CUDA
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/deform_attn.h"
+#endif
+
 namespace detrs {
 namespace {
 
@@ -39,6 +46,13 @@ ScalarType arithmetic_type(Storage storage) {
   return storage == Storage::float64 ? ScalarType::Double : ScalarType::Float;
 }
 
+// Contiguous; and for CUDA, which loads 16 bytes at a time, at a multiple of 16 (a slice may begin anywhere).
+Tensor pack(const Tensor& tensor) {
+  Tensor packed = torch::stable::contiguous(tensor);
+  bool aligned = reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0;
+  return packed.is_cuda() && !aligned ? torch::stable::clone(packed) : packed;
+}
+
 // What both forms take. In the fused one `locations` are offsets and `weights` logits, and there is a
 // reference.
 struct Inputs {
@@ -47,12 +61,11 @@ struct Inputs {
   Tensor locations, weights;
   std::optional<Tensor> reference;
 
-  // All contiguous.
+  // As the kernels want them.
   Inputs packed() const {
     std::optional<Tensor> packed_reference;
-    if (reference) packed_reference = torch::stable::contiguous(*reference);
-    return {torch::stable::contiguous(value), shapes, torch::stable::contiguous(locations),
-            torch::stable::contiguous(weights), packed_reference};
+    if (reference) packed_reference = pack(*reference);
+    return {pack(value), shapes, pack(locations), pack(weights), packed_reference};
   }
 };
 
@@ -67,6 +80,23 @@ void check_levels(const Tensor& value, const std::vector<int64_t>& shapes) {
   STD_TORCH_CHECK(num_tokens < (int64_t(1) << 31), "more than 2^31 tokens");
 }
 
+void check_devices(const Inputs& in) {
+  auto is_elsewhere = [&](const Tensor& tensor) {
+    return tensor.is_cuda() != in.value.is_cuda() || tensor.get_device_index() != in.value.get_device_index();
+  };
+  bool elsewhere = is_elsewhere(in.locations) || is_elsewhere(in.weights);
+  STD_TORCH_CHECK(!elsewhere && !(in.reference && is_elsewhere(*in.reference)),
+                  "tensors on different devices");
+}
+
+void check_cuda_sizes(const Inputs& in) {
+  const int64_t num_channels = in.value.size(3);
+  STD_TORCH_CHECK(num_channels % 4 == 0 && num_channels <= 128,
+                  "the CUDA kernels need a number of channels that is a multiple of 4, at most 128");
+  STD_TORCH_CHECK(in.value.size(2) < (1 << 20), "2^20 heads or more");
+  STD_TORCH_CHECK(in.locations.size(3) * in.locations.size(4) < (int64_t(1) << 31), "2^31 samples or more");
+}
+
 // Throws unless the kernels may trust the sizes.
 void check(const Inputs& in) {
   STD_TORCH_CHECK(in.value.dim() == 4 && in.locations.dim() == 6 && in.weights.dim() == 5,
@@ -76,6 +106,8 @@ void check(const Inputs& in) {
   for (int i = 0; i < 5; i++) same = same && in.locations.size(i) == in.weights.size(i);
   STD_TORCH_CHECK(same, "value, shapes, locations and weights disagree");
   check_levels(in.value, in.shapes);
+  check_devices(in);
+  if (in.value.is_cuda()) check_cuda_sizes(in);
   ScalarType expected = arithmetic_type(storage_of(in.value));
   STD_TORCH_CHECK(in.locations.scalar_type() == expected && in.weights.scalar_type() == expected,
                   "locations and weights must be float64 with a float64 value, else float32");
@@ -112,10 +144,40 @@ Problem<T> problem_of(const Inputs& in) {
   return problem;
 }
 
+#ifdef DETRS_WITH_CUDA
+// torch's current CUDA stream. Its function is in libtorch_cuda; a library linked with that would not load
+// where torch is built for the CPU only.
+void* current_stream(int32_t device) {
+  using Function = AOTITorchError (*)(int32_t, void**);
+  void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+  auto function = library == nullptr
+                      ? nullptr
+                      : reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  STD_TORCH_CHECK(function != nullptr, "this torch does not tell its CUDA stream");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  return stream;
+}
+
+// run(level memory, stream), on the device where the tensors are.
+template <class Run>
+void on_cuda(const Inputs& in, const Run& run) {
+  const int32_t device = in.value.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor memory = torch::stable::new_empty(in.locations, {cuda::level_memory_size(in.locations.size(3))},
+                                           ScalarType::Byte);
+  run(memory.mutable_data_ptr(), current_stream(device));
+}
+#endif
+
 template <class T>
 void run_forward(const Inputs& in, const Tensor& out) {
   Problem<T> problem = problem_of<T>(in);
   problem.out = out.mutable_data_ptr();
+#ifdef DETRS_WITH_CUDA
+  if (in.value.is_cuda())
+    return on_cuda(in, [&](void* memory, void* stream) { cuda::forward(problem, memory, stream); });
+#endif
   cpu::forward(problem);
 }
 
@@ -144,29 +206,38 @@ void run_backward(const Tensor& grad_out, const Inputs& in, const Gradients& gra
   bool wants_reference = gradients.reference.dim() == 5;
   problem.grad_reference =
       wants_reference ? static_cast<T*>(gradients.reference.mutable_data_ptr()) : nullptr;
+#ifdef DETRS_WITH_CUDA
+  if (in.value.is_cuda())
+    return on_cuda(in, [&](void* memory, void* stream) { cuda::backward(problem, memory, stream); });
+#endif
   cpu::backward(problem);
 }
 
 Gradients backward(const Tensor& grad_out, const Inputs& given, bool reference_needs_grad) {
   check(given);
   STD_TORCH_CHECK(grad_out.scalar_type() == given.value.scalar_type() && grad_out.dim() == 3 &&
+                      grad_out.is_cuda() == given.value.is_cuda() &&
+                      grad_out.get_device_index() == given.value.get_device_index() &&
                       grad_out.size(0) == given.value.size(0) &&
                       grad_out.size(1) == given.locations.size(1) &&
                       grad_out.size(2) == given.value.size(2) * given.value.size(3),
                   "grad_out must look like the operator's result");
   const Inputs in = given.packed();
+  const ScalarType storage = in.value.scalar_type();
+  // on CUDA many threads add to one number: it must not be rounded in between
+  const ScalarType value_grad_type = in.value.is_cuda() ? in.locations.scalar_type() : storage;
   std::vector<int64_t> by_head = {0};
   if (reference_needs_grad)
     by_head = {in.value.size(0), in.locations.size(1), in.value.size(2), in.locations.size(3),
                in.reference->size(3)};
-  Gradients gradients{torch::stable::new_zeros(in.value, in.value.sizes()),
+  Gradients gradients{torch::stable::new_zeros(in.value, in.value.sizes(), value_grad_type),
                       torch::stable::new_empty(in.locations, in.locations.sizes()),
                       torch::stable::new_empty(in.weights, in.weights.sizes()),
                       torch::stable::new_zeros(in.locations, by_head)};
-  const Tensor contiguous_grad = torch::stable::contiguous(grad_out);
-  bool is_double = in.value.scalar_type() == ScalarType::Double;
-  is_double ? run_backward<double>(contiguous_grad, in, gradients)
-            : run_backward<float>(contiguous_grad, in, gradients);
+  const Tensor packed_grad = pack(grad_out);
+  storage == ScalarType::Double ? run_backward<double>(packed_grad, in, gradients)
+                                : run_backward<float>(packed_grad, in, gradients);
+  if (value_grad_type != storage) gradients.value = torch::stable::to(gradients.value, storage);
   return gradients;
 }
 
@@ -199,6 +270,32 @@ std::string instruction_set() {
   return cpu::instruction_set();
 }
 
+// For the CPU and for CUDA: where the kernels differ, the tensors tell.
+template <class Library>
+void implement(Library& library) {
+  library.impl("deform_attn", TORCH_BOX(&deform_attn));
+  library.impl("deform_attn_backward", TORCH_BOX(&deform_attn_backward));
+  library.impl("deform_attn_fused", TORCH_BOX(&deform_attn_fused));
+  library.impl("deform_attn_fused_backward", TORCH_BOX(&deform_attn_fused_backward));
+}
+
+// setup.py says which GPUs the library has kernels for, "sm_80 sm_90 compute_90", or why none.
+std::string cuda_targets() {
+#ifdef DETRS_WITH_CUDA
+  return DETRS_WITH_CUDA;
+#else
+  return "";
+#endif
+}
+
+std::string cuda_note() {
+#ifdef DETRS_WITHOUT_CUDA
+  return DETRS_WITHOUT_CUDA;
+#else
+  return "";
+#endif
+}
+
 }  // namespace
 }  // namespace detrs
 
@@ -217,15 +314,22 @@ STABLE_TORCH_LIBRARY(detrs, library) {
       "Tensor logits, bool reference_needs_grad) "
       "-> (Tensor grad_value, Tensor grad_reference, Tensor grad_offsets, Tensor grad_logits)");
   library.def("instruction_set() -> str");
+  library.def("cuda_targets() -> str");
+  library.def("cuda_note() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(detrs, CPU, library) {
-  library.impl("deform_attn", TORCH_BOX(&detrs::deform_attn));
-  library.impl("deform_attn_backward", TORCH_BOX(&detrs::deform_attn_backward));
-  library.impl("deform_attn_fused", TORCH_BOX(&detrs::deform_attn_fused));
-  library.impl("deform_attn_fused_backward", TORCH_BOX(&detrs::deform_attn_fused_backward));
+  detrs::implement(library);
 }
+
+#ifdef DETRS_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(detrs, CUDA, library) {
+  detrs::implement(library);
+}
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(detrs, CompositeExplicitAutograd, library) {
   library.impl("instruction_set", TORCH_BOX(&detrs::instruction_set));
+  library.impl("cuda_targets", TORCH_BOX(&detrs::cuda_targets));
+  library.impl("cuda_note", TORCH_BOX(&detrs::cuda_note));
 }

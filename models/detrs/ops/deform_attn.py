@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from detrs.ops.checks import check_kinds, check_levels, check_reference, check_samples
-from detrs.ops.native import native_status
+from detrs.ops.native import has_kernels
 from detrs.ops.reference import (
     Shapes,
     deform_attn_fused_reference,
@@ -45,7 +45,7 @@ def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tenso
     check_kinds(value, samples)
     dtype = _compute_dtype(value)
     locations, weights = locations.to(dtype), weights.to(dtype)
-    if value.device.type in native_status().devices:
+    if has_kernels(value):
         out: Tensor = torch.ops.detrs.deform_attn(value, _flat(shapes), locations, weights)
         return out
     return deform_attn_reference(value.to(dtype), shapes, locations, weights).to(value.dtype)
@@ -76,7 +76,7 @@ def deform_attn_fused(
     _check_fused(value, shapes, reference, offsets, logits)
     dtype = _compute_dtype(value)
     reference, offsets, logits = reference.to(dtype), offsets.to(dtype), logits.to(dtype)
-    if value.device.type in native_status().devices:
+    if has_kernels(value):
         out: Tensor = torch.ops.detrs.deform_attn_fused(value, _flat(shapes), reference, offsets, logits)
         return out
     return deform_attn_fused_reference(value.to(dtype), shapes, reference, offsets, logits).to(value.dtype)

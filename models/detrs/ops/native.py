@@ -20,8 +20,9 @@ LIBRARY = Path(__file__).with_name("_C.so")
 class NativeStatus:
     """Which path `deform_attn` takes on this machine.
 
-    `devices` are the device types with native kernels: on all others the pure-torch path serves.
-    `instruction_set` is the CPU kernels': "avx512", "avx2" or "baseline". `reason` is for people.
+    `devices` are the device types with native kernels: on all others the pure-torch path serves. "cuda" is among
+    them if the library was built with CUDA's compiler, whether or not this machine has a GPU. `instruction_set` is
+    the CPU kernels': "avx512", "avx2" or "baseline". `reason` is for people.
     """
 
     devices: tuple[str, ...]
@@ -50,8 +51,19 @@ def _load() -> NativeStatus:
         )
         return NativeStatus((), None, LIBRARY, reason)
     _register()
-    instruction_set = torch.ops.detrs.instruction_set()
-    return NativeStatus(("cpu",), instruction_set, LIBRARY, f"native kernels for {instruction_set}")
+    instruction_set, targets = torch.ops.detrs.instruction_set(), torch.ops.detrs.cuda_targets()
+    if targets:
+        reason = f"native kernels for {instruction_set}, and for GPUs: {targets}"
+        return NativeStatus(("cpu", "cuda"), instruction_set, LIBRARY, reason)
+    reason = f"native kernels for {instruction_set}; none for GPUs: {torch.ops.detrs.cuda_note()}"
+    return NativeStatus(("cpu",), instruction_set, LIBRARY, reason)
+
+
+def has_kernels(value: Tensor) -> bool:
+    """Whether the native path takes `value`, [N, S, M, D]: on CUDA only a D that is a multiple of 4, at most 128."""
+    num_channels = value.shape[3]
+    fits = value.device.type != "cuda" or (num_channels % 4 == 0 and num_channels <= 128)
+    return fits and value.device.type in _status.devices
 
 
 def _register() -> None:
@@ -89,6 +101,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Tensor, list[int], Tensor, Tensor
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
     value, locations, weights = ctx.saved_tensors
+    _check_determinism(value)
     grads = torch.ops.detrs.deform_attn_backward(grad_out, value, ctx.shapes, locations, weights)
     return grads[0], None, grads[1], grads[2]
 
@@ -122,11 +135,25 @@ def _save_for_fused_backward(
 
 def _fused_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, Tensor | None, Tensor, Tensor]:
     value, reference, offsets, logits = ctx.saved_tensors
+    _check_determinism(value)
     needed = ctx.needs_input_grad[2]
     grads = torch.ops.detrs.deform_attn_fused_backward(
         grad_out, value, ctx.shapes, reference, offsets, logits, needed
     )
     return grads[0], None, grads[1].sum(2) if needed else None, grads[2], grads[3]
+
+
+def _check_determinism(value: Tensor) -> None:
+    """On CUDA many threads add to one number of grad_value, each time in another order."""
+    if value.device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
+        return
+    problem = (
+        "the backward pass of deform_attn on CUDA is not deterministic, and torch.use_deterministic_algorithms(True) is"
+        " set. Train on the CPU, where it is, or allow it: torch.use_deterministic_algorithms(True, warn_only=True)"
+    )
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(problem)
+    warnings.warn(problem, UserWarning, stacklevel=2)
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> None:
