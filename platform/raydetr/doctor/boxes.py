@@ -52,8 +52,8 @@ def _unknown_categories(examined: Examined) -> Iterator[Finding]:
     used = np.unique(examined.facts.objects["category_id"])
     ids = np.array([category["id"] for category in examined.split.shards.manifest.categories])
     unknown = sorted(set(used.tolist()) - set(ids.tolist()))
-    shift = next((step for step in (-1, 1) if np.isin(used, ids + step).all()), None)
-    hint = "" if shift is None else f"; all fit if the ids are off by one ({shift:+d})"
+    shift = next((step for step in (-1, 1) if np.isin(used, ids + step).all()), 0)
+    hint = "" if not shift else f"; all would fit with 1 {'added' if shift < 0 else 'taken off'}"
     yield Finding(
         "unknown-categories", "fault", (examined.name,),
         f"{counted(len(chosen), 'annotation')} of categories that are not in the list (ids {listed(unknown)}){hint}",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from raydetr import recipes
-from raydetr.config import ConfigError, from_yaml
+from raydetr.config import ConfigError, RunConfig, from_yaml
+from raydetr.data.index import Shards, open_shards
 from raydetr.doctor.environment import environment_report
 from raydetr.doctor.examine import examine
 from raydetr.doctor.page import to_html
@@ -48,12 +50,13 @@ def _examine_machine(settings: Settings) -> tuple[str, bool]:
 
 
 def _examine_data(data: list[str], settings: Settings) -> tuple[str, bool]:
-    target = _target(settings)
+    config = _config(settings)
+    target = _target(config, settings)
     for path in (settings.json, settings.html):
         if path is not None and not path.parent.is_dir():  # not after minutes
             raise ConfigError(f"{path}: there is no folder {path.parent}: make it first")
     with progress_bar("images") as progress:
-        report = examine(data, target, progress=progress)
+        report = examine(data, target, open_location=partial(_open, config), progress=progress)
     lines = [report.to_text()]
     _write_json(settings.json, report.to_dict())
     if settings.html is not None:
@@ -62,14 +65,22 @@ def _examine_data(data: list[str], settings: Settings) -> tuple[str, bool]:
     return "\n".join(lines), report.may_start
 
 
-def _target(settings: Settings) -> Target:
+def _config(settings: Settings) -> RunConfig | None:
     if settings.recipe is not None and settings.config is not None:
         raise ConfigError(f"--recipe {settings.recipe} and --config {settings.config} are given: keep one")
-    target = Target()
     if settings.recipe is not None:
-        target = Target.of(recipes.find(settings.recipe))
-    elif settings.config is not None:
-        target = Target.of(from_yaml(settings.config))
+        return recipes.find(settings.recipe)
+    return None if settings.config is None else from_yaml(settings.config)
+
+
+def _open(config: RunConfig | None, location: str) -> Shards:
+    if config is None:
+        return open_shards(location)
+    return open_shards(location, label_map=config.data.label_map, remote=config.data.build_remote(location))
+
+
+def _target(config: RunConfig | None, settings: Settings) -> Target:
+    target = Target() if config is None else Target.of(config)
     if settings.short_side is not None:
         target = replace(target, short_side=settings.short_side)
     if settings.max_side is not None:

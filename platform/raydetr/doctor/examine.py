@@ -26,6 +26,7 @@ def examine(
     locations: Sequence[str],
     target: Target | None = None,
     *,
+    open_location: Callable[[str], Shards] = open_shards,
     progress: Progress | None = None,
     num_processes: int | None = None,
 ) -> Report:
@@ -34,6 +35,7 @@ def examine(
     Args:
         locations: folders of shards, or their URLs.
         target: what they are to be trained with.
+        open_location: opens one of them.
         progress: called with (samples read, samples in all).
         num_processes: that read and decode; None: as many as there are CPUs.
 
@@ -44,7 +46,7 @@ def examine(
     target = target or Target()
     if len(set(locations)) < len(locations):
         raise ValueError(f"the same data is given twice ({', '.join(locations)}): name each once")
-    opened, findings = _open(locations, target)
+    opened, findings = _open(locations, open_location)
     total = sum(shards.num_samples for shards in opened)
     examined: list[Examined] = []
     for split in named_splits(opened):
@@ -67,11 +69,13 @@ def _shifted(progress: Progress, before: int, total: int) -> Progress:
     return lambda done, _: progress(before + done, total)
 
 
-def _open(locations: Sequence[str], target: Target) -> tuple[list[Shards], list[Finding]]:
+def _open(
+    locations: Sequence[str], open_location: Callable[[str], Shards]
+) -> tuple[list[Shards], list[Finding]]:
     opened, findings = [], []
     for location in locations:
         try:
-            opened.append(open_shards(location, label_map=target.label_map or "contiguous"))
+            opened.append(open_location(location))
         except (ValueError, OSError) as error:
             findings.append(
                 Finding("unusable-shards", "fault", (location,), str(error), "nothing of it was examined", 1)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from raydetr.data.manifest import sample_key
-from raydetr.doctor.findings import MAX_EXAMPLES, Example, Finding, Place, counted
+from raydetr.doctor.findings import MAX_EXAMPLES, Finding, counted
 from raydetr.doctor.split import Examined
 
 NARROW = 5  # long side by short side
@@ -28,7 +28,7 @@ def _damaged(examined: Examined) -> Iterator[Finding]:
         row = shards.samples[sample]
         file = shards.manifest.shards[row["shard"]].name
         where = f"{file}, key {sample_key(row['image_id'])}: {damage[sample]}"
-        examples.append(Example((Place(examined.name, sample, int(row["image_id"]), ""),), where))
+        examples.append(examined.split.example(sample, where))
     yield Finding(
         "damaged-samples", "fault", (examined.name,),
         f"{counted(len(damage), 'sample')} of {shards.num_samples:,} cannot be used",

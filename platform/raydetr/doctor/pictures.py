@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from raydetr.data.images import UNREADABLE, decode_rgb
-from raydetr.data.index import ShardError
 from raydetr.doctor.findings import Place
+from raydetr.doctor.reading import as_record, is_box, read_anyway
 from raydetr.doctor.split import Examined
 from raydetr.evaluate.pictures import Box, coco_boxes, draw_boxes
 
@@ -21,13 +21,16 @@ QUALITY = 82
 
 def thumbnail(examined: Examined, place: Place) -> str | None:
     """A picture of a place as a data URL, with the boxes that are meant; None where it cannot be read."""
+    raw = read_anyway(examined.split.shards, place.sample)
+    if raw is None:
+        return None
     try:
-        raw = examined.split.shards.read(place.sample)
         image = decode_rgb(raw.image)
-    except (ShardError, *UNREADABLE):
+    except UNREADABLE:
         return None
     names = {c["id"]: c["name"] for c in examined.split.shards.manifest.categories}
-    boxes = coco_boxes([raw.annotations[number] for number in place.annotations], names)
+    records = [as_record(raw.annotations[number]) for number in place.annotations]
+    boxes = coco_boxes([record for record in records if is_box(record.get("bbox"))], names)
     return data_url(_drawn(image, boxes))
 
 

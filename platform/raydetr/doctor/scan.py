@@ -6,7 +6,6 @@ import hashlib
 import math
 import multiprocessing
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -17,8 +16,8 @@ import numpy.typing as npt
 
 from raydetr.data.images import UNREADABLE
 from raydetr.data.index import ShardError, Shards
-from raydetr.data.integrity import Fault, parse_content
 from raydetr.doctor.looks import SIDE, look_at
+from raydetr.doctor.reading import as_record, is_box, refused_sample
 
 CHUNK = 64  # samples that a process is given at once
 FEW_SAMPLES = 1_000  # a process takes seconds to start: fewer samples are read in this one
@@ -105,16 +104,17 @@ def _scan_chunk(shards: Shards, chunk: range) -> Facts:
     images = np.zeros(len(chunk), IMAGE_DTYPE)
     objects: list[tuple[Any, ...]] = []
     damage: dict[int, str] = {}
-    for row, index in zip(images, chunk, strict=True):
-        try:
-            raw = shards.read(index)
-            annotations: list[Any] = raw.annotations
-            _fill(row, raw.image)
-        except ShardError as error:
-            damage[index] = error.reason
-            annotations = _annotations_anyway(shards, index)
-        except UNREADABLE as error:
-            damage[index] = f"its image cannot be decoded ({error})"
+    for row, index, sample in zip(images, chunk, shards.read_many(chunk), strict=True):
+        if isinstance(sample, ShardError):
+            damage[index] = sample.reason
+            refused = refused_sample(shards, index)
+            annotations: list[Any] = refused.annotations if refused else []
+        else:
+            annotations = sample.annotations
+            try:
+                _fill(row, sample.image)
+            except UNREADABLE as error:
+                damage[index] = f"its image cannot be decoded ({error})"
         objects += [_object(index, number, annotation) for number, annotation in enumerate(annotations)]
     return Facts(images, np.array(objects, OBJECT_DTYPE), damage)
 
@@ -127,29 +127,10 @@ def _fill(row: np.void, content: bytes) -> None:
     row["is_read"] = True
 
 
-def _annotations_anyway(shards: Shards, index: int) -> list[Any]:
-    """Those of a sample that was refused: if its bytes are whole, they tell what is wrong with the boxes."""
-    row = shards.samples[index]
-    try:
-        raw = shards.files.read(int(row["shard"]), int(row["offset"]), int(row["length"]))
-        if zlib.crc32(raw) != row["crc32"]:
-            return []
-        begin = int(row["json_offset"])
-        return parse_content(raw[begin : begin + int(row["json_length"])])[1]
-    except (OSError, Fault):
-        return []
-
-
 def _object(sample: int, number: int, annotation: Any) -> tuple[Any, ...]:
-    record = annotation if isinstance(annotation, dict) else {}
+    record = as_record(annotation)
     category_id, box = record.get("category_id"), record.get("bbox")
     if not isinstance(category_id, int) or not 0 <= category_id < 2**63:
         category_id = -1
-    is_box = (
-        isinstance(box, list)
-        and len(box) == 4
-        and all(isinstance(side, int | float) and math.isfinite(side) for side in box)
-        and min(box[2:]) >= 0
-    )
-    numbers = (math.nan,) * 4 if box is None or not is_box else tuple(box)
-    return sample, number, category_id, numbers, bool(record.get("iscrowd", 0)), is_box
+    numbers = tuple(box) if box is not None and is_box(box) else (math.nan,) * 4
+    return sample, number, category_id, numbers, bool(record.get("iscrowd", 0)), is_box(box)

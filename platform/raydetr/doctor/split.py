@@ -9,8 +9,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from raydetr.data.index import ShardError, Shards
+from raydetr.data.index import Shards
 from raydetr.doctor.findings import MAX_EXAMPLES, Example, Place
+from raydetr.doctor.reading import read_anyway
 from raydetr.doctor.scan import Facts
 
 Floats = npt.NDArray[np.float64]
@@ -28,10 +29,8 @@ class Split:
     def place(self, sample: int, annotations: tuple[int, ...] = ()) -> Place:
         """Where a sample is, in the user's terms."""
         image_id = int(self.shards.samples["image_id"][sample])
-        try:
-            file_name = str(self.shards.read(sample).record.get("file_name", ""))
-        except ShardError:
-            file_name = ""
+        read = read_anyway(self.shards, sample)
+        file_name = str(read.record.get("file_name", "")) if read else ""
         return Place(self.name, sample, image_id, file_name, annotations)
 
     def example(self, sample: int, detail: str = "") -> Example:
