@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+import numpy.typing as npt
+
 from raydetr.data.files import LocalFiles, LocalFolder, ShardFiles, Span
 from raydetr.data.header import check_sizes, load_header
-from raydetr.data.integrity import Fault, RawSample, parse_sample
+from raydetr.data.integrity import Convert, Fault, RawSample, parse_sample
 from raydetr.data.locations import check_location, is_remote, local_folder
 from raydetr.data.manifest import LabelMap, LabelMapKind, Manifest, Samples, make_label_map, sample_key
+from raydetr.data.record_formats import convert
 from raydetr.data.remote import RemoteFiles, RemoteFolder
 from raydetr.data.transfer import RemoteError, RemoteSettings
 
@@ -120,13 +124,43 @@ class Shards:
             ShardError: they are not what the index says.
         """
         try:
-            return parse_sample(self.samples[index], self.key(index), raw, self.category_ids)
+            return parse_sample(
+                self.samples[index], self.key(index), raw, self.category_ids, self.convert(index)
+            )
         except Fault as fault:
             self.refuse(index, str(fault))
 
     def key(self, index: int) -> str:
         """The WebDataset key of one sample."""
-        return sample_key(self.samples["image_id"][index])
+        foreign = self.manifest.foreign
+        return sample_key(self.samples["image_id"][index]) if foreign is None else foreign.keys[index]
+
+    def convert(self, index: int) -> Convert | None:
+        """What makes COCO's records of the JSON of one sample; None: it holds them."""
+        foreign, row = self.manifest.foreign, self.samples[index]
+        if foreign is None:
+            return None
+        return partial(
+            convert,
+            form=foreign.records,
+            key=foreign.keys[index],
+            image_id=int(row["image_id"]),
+            size=(int(row["width"]), int(row["height"])),
+            first_id=int(self._first_annotation_ids[index]),
+            category_of=self._category_of,
+        )
+
+    @cached_property
+    def _first_annotation_ids(self) -> npt.NDArray[np.int64]:
+        counts = self.samples["num_annotations"].astype(np.int64)
+        return np.cumsum(counts) - counts + 1
+
+    @cached_property
+    def _ids_by_name(self) -> dict[str, int]:
+        return {category["name"]: category["id"] for category in self.manifest.categories}
+
+    def _category_of(self, label: int | str) -> int:
+        return label if isinstance(label, int) else self._ids_by_name.get(label, -1)  # which is no category
 
     def coco(self) -> dict[str, Any]:
         """The COCO data set, read from the shards alone: the ground truth for evaluation.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -20,6 +20,9 @@ import numpy as np
 from raydetr.data.manifest import SAMPLE_DTYPE, Manifest, Samples
 
 TAR_BLOCK = 512
+
+Records = tuple[dict[str, Any], list[dict[str, Any]]]  # COCO's, of an image and of its objects
+Convert = Callable[[Any], Records]  # from the parsed JSON that others wrote
 
 
 class Fault(ValueError):
@@ -36,7 +39,9 @@ class RawSample:
     annotations: list[dict[str, Any]]  # COCO's records of its objects
 
 
-def parse_sample(row: np.void, key: str, raw: bytes, category_ids: Container[int]) -> RawSample:
+def parse_sample(
+    row: np.void, key: str, raw: bytes, category_ids: Container[int], convert: Convert | None = None
+) -> RawSample:
     """The parts of a sample, if they are those of its row in the index.
 
     Args:
@@ -44,6 +49,7 @@ def parse_sample(row: np.void, key: str, raw: bytes, category_ids: Container[int
         key: that its members must have.
         raw: what was read for it.
         category_ids: those that annotations may have.
+        convert: of shards that others wrote: makes COCO's records of theirs.
 
     Raises:
         Fault: it is cut off or damaged, or belongs to another image, or its record is not COCO's.
@@ -54,23 +60,23 @@ def parse_sample(row: np.void, key: str, raw: bytes, category_ids: Container[int
     if zlib.crc32(raw) != crc32:
         raise Fault(f"its crc32 is {zlib.crc32(raw):#010x}, the index says {crc32:#010x}")
     for what, at, size in (("image", image_at, image_length), ("record", json_at, json_length)):
-        found = _member(raw, at)
+        found = member_at(raw, at)
         if found != (key, size):
             raise Fault(f"its {what} has key and size {found}, the index says {(key, size)}")
-    record, annotations = parse_record(row, raw[json_at : json_at + json_length], category_ids)
+    record, annotations = parse_record(row, raw[json_at : json_at + json_length], category_ids, convert)
     return RawSample(key, raw[image_at : image_at + image_length], record, annotations)
 
 
 def parse_record(
-    row: np.void, text: bytes, category_ids: Container[int]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    row: np.void, text: bytes, category_ids: Container[int], convert: Convert | None = None
+) -> Records:
     """A sample's JSON member, if it fits its row in the index: COCO's record of the image and its annotations.
 
     Raises:
         Fault: it does not, or is not COCO's.
     """
     image_id, width, height, count = (int(row[n]) for n in ("image_id", "width", "height", "num_annotations"))
-    record, annotations = parse_content(text)
+    record, annotations = parse_content(text, convert)
     named = {"id": image_id, "width": width, "height": height}
     for name, value in named.items():
         if record.get(name) != value:
@@ -82,7 +88,7 @@ def parse_record(
     return record, annotations
 
 
-def parse_content(text: bytes) -> tuple[dict[str, Any], list[Any]]:
+def parse_content(text: bytes, convert: Convert | None = None) -> Records:
     """A sample's JSON member, whatever it describes: COCO's record of the image, and the list of annotations.
 
     Raises:
@@ -92,6 +98,8 @@ def parse_content(text: bytes) -> tuple[dict[str, Any], list[Any]]:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Fault(f"its record is not JSON ({error})") from None
+    if convert is not None:
+        return convert(content)
     if not isinstance(content, dict):
         raise Fault(f"its record is a {type(content).__name__}, not an object")
     for name, kind in (("image", dict), ("annotations", list)):
@@ -121,6 +129,8 @@ def check_manifest(manifest: Manifest) -> None:
     ):
         if not _is_count(number):
             raise Fault(f"{what} is {number!r:.40}")
+    if manifest.foreign is not None and len(manifest.foreign.keys) != manifest.num_samples:
+        raise Fault(f"it has {len(manifest.foreign.keys)} keys for {manifest.num_samples} samples")
     _check_categories(manifest.categories)
     if not isinstance(manifest.header, dict):
         raise Fault(f"header is {manifest.header!r:.40}")
@@ -164,14 +174,21 @@ def check_index(samples: Samples, manifest: Manifest) -> None:
         raise Fault("it has an image id twice")
 
 
-def _member(raw: bytes, content_at: int) -> tuple[str, int | None]:
+def member_at(raw: bytes, content_at: int) -> tuple[str, int | None]:
     """Key and size of a tar member, from the block before its content."""
     header = raw[content_at - TAR_BLOCK : content_at]
     try:
         size = int(header[124:136].rstrip(b" \0"), 8)
     except ValueError:
         size = None
-    return header[:100].partition(b".")[0].decode("latin-1"), size
+    folder, slash, name = _member_name(header).rpartition(b"/")
+    key = folder + slash + name.partition(b".")[0]
+    return key.decode(errors="replace"), size
+
+
+def _member_name(header: bytes) -> bytes:
+    name, prefix = (header[span].partition(b"\0")[0] for span in (slice(100), slice(345, 500)))
+    return prefix + b"/" + name if prefix and header[257:263] == b"ustar\0" else name
 
 
 def _check_annotation(number: int, annotation: Any, image_id: int, category_ids: Container[int]) -> None:

@@ -16,9 +16,11 @@ import numpy.typing as npt
 MANIFEST = "manifest.json"
 INDEX = "index.npz"
 FORMAT_VERSION = 1
+FOREIGN_VERSION = 2  # of shards that others wrote: as 1, and `foreign`
 MAX_LABEL = 9999  # a head with more classes than this is a mistake
 
 LabelMapKind = Literal["contiguous", "category_id"]
+BoxFormat = Literal["xywh", "xyxy"]  # x, y, width, height, or both corners, in pixels
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -48,6 +50,26 @@ class ShardFile:
     num_samples: int
     size: int  # bytes
     sha256: str
+
+
+@dataclass(frozen=True)
+class RecordFormat:
+    """How the JSON members of shards that others wrote describe objects: see `record_formats.py`."""
+
+    kind: Literal["coco", "objects", "arrays"]
+    objects: str  # field of the record that holds the objects; empty: the record itself
+    boxes: str  # field that holds a box, or all boxes
+    labels: str  # field that holds a category's id or name, or those of all boxes
+    box_format: BoxFormat
+    own_ids: bool  # the objects' ids are kept; else they are numbered
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What has to be known of shards that others wrote."""
+
+    keys: list[str]  # WebDataset key of each sample
+    records: RecordFormat
 
 
 @dataclass(frozen=True)
@@ -104,10 +126,18 @@ class Manifest:
     source: dict[str, str]  # name and sha256 of the annotation file
     header: dict[str, Any]  # COCO's `info` and `licenses`
     notices: list[str]  # what is worth knowing about the data
+    foreign: Foreign | None = None  # of shards that others wrote
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json`."""
-        (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        (folder / MANIFEST).write_bytes(self.to_json())
+
+    def to_json(self) -> bytes:
+        """The content of `manifest.json`."""
+        values = dataclasses.asdict(self)
+        if self.foreign is None:
+            del values["foreign"]
+        return json.dumps(values, indent=1).encode() + b"\n"
 
     @staticmethod
     def load(folder: Path) -> Manifest:
@@ -132,12 +162,29 @@ class Manifest:
         try:
             values = json.loads(content)
             version = values["format_version"]
-            if version != FORMAT_VERSION:
-                raise ValueError(f"format_version is {version}, this program reads {FORMAT_VERSION}")
+            if version not in (FORMAT_VERSION, FOREIGN_VERSION):
+                known = f"{FORMAT_VERSION} and {FOREIGN_VERSION}"
+                raise ValueError(f"format_version is {version}, this program reads {known}")
             shards = [ShardFile(**shard) for shard in values.pop("shards")]
-            return Manifest(shards=shards, **values)
+            foreign = _parse_foreign(values.pop("foreign")) if version == FOREIGN_VERSION else None
+            return Manifest(shards=shards, foreign=foreign, **values)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"is no manifest of shards ({error})") from None
+
+
+def _parse_foreign(values: dict[str, Any]) -> Foreign:
+    foreign = Foreign(values["keys"], RecordFormat(**values["records"]))
+    if not isinstance(foreign.keys, list) or not all(isinstance(key, str) for key in foreign.keys):
+        raise ValueError("the keys of its samples are no list of texts")
+    choices = {
+        "kind": ("coco", "objects", "arrays"),
+        "box_format": ("xywh", "xyxy"),
+        "own_ids": (True, False),
+    }
+    for name, value in dataclasses.asdict(foreign.records).items():
+        if value not in choices.get(name, (str(value),)):
+            raise ValueError(f"{name} of its records is {value!r:.40}")
+    return foreign
 
 
 def sample_key(image_id: int) -> str:

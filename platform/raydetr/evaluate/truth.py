@@ -48,7 +48,7 @@ def _record(shards: Shards, index: int) -> tuple[dict[str, Any], list[dict[str, 
     try:
         start = int(row["offset"]) + int(row["json_offset"])
         text = shards.files.read(int(row["shard"]), start, int(row["json_length"]))
-        return parse_record(row, text, shards.category_ids)
+        return parse_record(row, text, shards.category_ids, shards.convert(index))
     except (OSError, Fault):
         size = {"width": int(row["width"]), "height": int(row["height"])}
         return {"id": int(row["image_id"]), "file_name": shards.key(index), **size}, None
