@@ -63,6 +63,7 @@ SCHEDULES = {
     "dino_r50_5scale_24ep": (24, 20, 16),
     "dino_r50_5scale_36ep": (36, 30, 16),
 }
+ROOT = Path(__file__).parents[2]
 FINETUNE = [recipe.__name__ for recipe in recipes.RECIPES if recipe.__name__.startswith("finetune_")]
 
 
@@ -231,7 +232,7 @@ def test_docstrings_say_paper_ap_cost_and_command(recipe: str) -> None:
 
 
 def test_expected_ap_is_that_of_the_table_in_the_documentation() -> None:
-    page = (Path(__file__).parents[2] / "docs/recipes.md").read_text()
+    page = (ROOT / "docs/recipes.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)` \|.*?\| (\d\d\.\d) \|", page, re.MULTILINE))
     expected = {}
     for function in recipes.RECIPES:
@@ -259,7 +260,7 @@ def test_fine_tuning_is_gentler_than_the_training_it_starts_from(recipe: str) ->
     assert config.optim.ema_decay is not None
     for rate in ("lr", "lr_backbone", "lr_sampling"):
         assert getattr(config.optim, rate) == getattr(parent.optim, rate) / 2
-    changed = changes(parent, config)
+    changed = changes(parent, config) - {"data.train_transform.scale_per"}
     assert not {path for path in changed if path.startswith(("model.", "data.val_tr", "data.train_tr"))}
 
 
@@ -280,3 +281,19 @@ def changes(before: RunConfig, after: RunConfig) -> set[str]:
 )
 def test_a_variant_changes_what_it_says(parent: str, variant: str, paths: set[str]) -> None:
     assert changes(recipes.find(parent), recipes.find(variant)) == {"recipe", *paths}
+
+
+@pytest.mark.parametrize("recipe", [*SCHEDULES, *FINETUNE])
+def test_the_page_says_for_what_a_scale_is_drawn(recipe: str) -> None:
+    rows = [
+        line
+        for line in (ROOT / "docs/recipes.md").read_text().splitlines()
+        if line.startswith(f"| `{recipe}` |")
+    ]
+    (row,) = rows
+    scale_per = row.strip("| ").split("|")[-1].strip()
+    assert (
+        scale_per
+        == recipes.find(recipe).data.train_transform.scale_per
+        == ("step" if recipe in FINETUNE else "image")
+    )

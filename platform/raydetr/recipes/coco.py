@@ -50,9 +50,10 @@ def coco_data(batch_size: int) -> DataConfig:
 
 
 def official_training_transform() -> TransformConfig:
-    """Flip by halves; resize to one of eleven scales, half of the images after a random crop."""
+    """Flip by halves; resize to one of eleven scales, half of the images after a random crop; each its own."""
     return TransformConfig(
         short_sides=OFFICIAL_SHORT_SIDES,
+        scale_per="image",
         max_side=1333,
         horizontal_flip=0.5,
         crop_probability=0.5,

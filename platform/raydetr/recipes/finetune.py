@@ -3,7 +3,8 @@
 `raydetr import-checkpoint` writes the official weights where these recipes look for them (`init.checkpoint`).
 Class heads start anew, all else is kept. Rates are half of the official ones, with a short warm-up for the new
 heads, and go down by a cosine; a moving average steadies the result on few images. Batch norm stays frozen.
-The batch is for one GPU; with a larger one, raise the rates in proportion.
+The batch is for one GPU; with a larger one, raise the rates in proportion. All images of a step have one scale
+(`scale_per=step`), so that less of a batch is padding.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ def _finetune(recipe: str, parent: RunConfig, weights: str, *, epochs: int) -> R
             "data.val": "shards/val",
             "data.label_map": "contiguous",
             "data.batch_size": 8,
+            "data.train_transform.scale_per": "step",
             "optim.epochs": epochs,
             "optim.lr": official.lr / 2,
             "optim.lr_backbone": official.lr_backbone / 2,
