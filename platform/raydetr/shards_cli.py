@@ -96,3 +96,32 @@ def _choose_source(
         return yolo_source(yolo, split)
     assert voc is not None
     return voc_source(voc, split, zero_based=zero_based)
+
+
+@shards_app.command("browse")
+def shards_browse(
+    data: Annotated[Path, typer.Argument(help="A folder of shards.")],
+    out: Annotated[Path, typer.Option(help="The PNG file to write.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PATH=VALUE]...", help="Changes of the augmentation's recipe."),
+    ] = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(help="Show the training augmentation of a recipe, or of a configuration file."),
+    ] = None,
+    num: Annotated[int, typer.Option(min=1, help="Images to show.")] = 24,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed: other images, otherwise augmented.")] = 0,
+) -> None:
+    """Write a contact sheet: images with their boxes, class names and ids."""
+    from raydetr.data.browse import contact_sheet, training_transform
+    from raydetr.data.index import open_shards
+
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {out}: the sheet is a PNG file: give it a name that ends in .png")
+    if overrides and augment is None:
+        raise ValueError(f"{overrides[0]} has no effect without --augment RECIPE")
+    transform = None if augment is None else training_transform(augment, overrides or [])
+    sheet = contact_sheet(open_shards(data), num, seed=seed, transform=transform)
+    sheet.save(out)
+    typer.echo(f"wrote {out}: {sheet.width}x{sheet.height} pixels")

@@ -50,7 +50,7 @@ class Picture:
     title: str
     image: Image.Image
     true: tuple[Box, ...]
-    predicted: tuple[Box, ...]
+    predicted: tuple[Box, ...] = ()
 
 
 def coco_boxes(
@@ -95,10 +95,16 @@ def draw_grid(pictures: Sequence[Picture], *, score_threshold: float, num_column
         "each image twice:  left, dashed: true boxes    "
         f"right, solid: predicted boxes with score ≥ {score_threshold:g}"
     )
-    cells = [_cell(picture) for picture in pictures]
-    rows = [cells[start : start + num_columns] for start in range(0, len(cells), num_columns)]
-    page = [_text_image(heading, 16), *(_beside(row, 2 * _GAP) for row in rows)]
-    return _framed(_stacked(page, _GAP))
+    return _page(heading, [_cell(picture) for picture in pictures], num_columns)
+
+
+def draw_sheet(pictures: Sequence[Picture], *, heading: str, num_columns: int = 4) -> Image.Image:
+    """A page of pictures with their true boxes."""
+    cells = []
+    for picture in pictures:
+        panel = _draw(_panel(picture.image), picture.image.size, picture.true)
+        cells.append(_stacked([_text_image(picture.title, 13), panel], 2))
+    return _page(heading, cells, num_columns)
 
 
 def color_of(category_id: int) -> Color:
@@ -209,6 +215,12 @@ def _pushed_inside(place: Rectangle, canvas: tuple[int, int]) -> Rectangle:
 
 
 # --- pages ---
+
+
+def _page(heading: str, cells: Sequence[Image.Image], num_columns: int) -> Image.Image:
+    rows = [cells[start : start + num_columns] for start in range(0, len(cells), num_columns)]
+    page = [_text_image(heading, 16), *(_beside(row, 2 * _GAP) for row in rows)]
+    return _framed(_stacked(page, _GAP))
 
 
 def _cell(picture: Picture) -> Image.Image:
