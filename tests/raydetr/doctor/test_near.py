@@ -150,7 +150,11 @@ def test_deep_and_transparent_pictures_have_the_look_of_plain_ones() -> None:
     deep.save(buffer, "PNG")
     transparent = plain.convert("RGBA")
     transparent.putalpha(7)
-    others = [buffer.getvalue(), encoded(transparent, format="PNG"), encoded(plain.convert("P"), format="PNG")]
+    others = [
+        buffer.getvalue(),
+        encoded(transparent, format="PNG"),
+        encoded(plain.convert("P"), format="PNG"),
+    ]
     pairs = near_pairs(*looks([encoded(plain), *others]))
     assert pairs.tolist() == [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
 

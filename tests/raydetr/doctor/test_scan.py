@@ -1,0 +1,59 @@
+"""Reading all samples: in processes as in one, and what is kept of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import planted_shards as made
+from raydetr.data.index import Shards, open_shards
+from raydetr.doctor.scan import CHUNK, scan
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    split = made.healthy(2 * CHUNK + 7, seed=1)
+    split.samples[70].image = split.samples[70].image[:400]
+    split.samples[71].annotations[0]["bbox"] = None
+    return open_shards(made.write(split, tmp_path_factory.mktemp("scan") / "train"))
+
+
+def test_processes_see_what_one_sees(shards: Shards) -> None:
+    calls: list[tuple[int, int]] = []
+    alone = scan(shards, num_processes=1, progress=lambda done, total: calls.append((done, total)))
+    together = scan(shards, num_processes=2)
+    assert (alone.images == together.images).all()
+    assert alone.objects.tobytes() == together.objects.tobytes()  # NaN equals NaN
+    assert alone.damage == together.damage
+    total = shards.num_samples
+    assert calls == [(CHUNK, total), (2 * CHUNK, total), (total, total)]
+
+
+def test_what_is_seen_is_what_was_written(shards: Shards) -> None:
+    facts = scan(shards, num_processes=1)
+    assert sorted(facts.damage) == [70, 71]
+    assert "cannot be decoded" in facts.damage[70]
+    assert "annotation 0" in facts.damage[71]
+    is_read = facts.images["is_read"]
+    assert np.flatnonzero(~is_read).tolist() == [70, 71]
+    assert (facts.images["width"][is_read] == made.WIDTH).all()
+    assert (facts.images["height"][is_read] == made.HEIGHT).all()
+    assert len(np.unique(facts.images["digest"][is_read])) == is_read.sum()
+    assert np.flatnonzero(~facts.objects["is_box"]).tolist() == [142]
+    split = made.healthy(2 * CHUNK + 7, seed=1)
+    expected = [a["bbox"] for sample in split.samples for a in sample.annotations]
+    found = facts.objects["box"]
+    assert np.isnan(found[142]).all()
+    np.testing.assert_array_equal(np.delete(found, 142, axis=0), np.delete(expected, 142, axis=0))
+
+
+def test_a_shard_that_is_cut_while_it_is_read_is_damage(tmp_path: Path) -> None:
+    folder = made.write(made.healthy(10, seed=1), tmp_path / "train")
+    shards = open_shards(folder)
+    shard = folder / "shard-00000.tar"
+    shard.write_bytes(shard.read_bytes()[: int(shards.samples["offset"][6])])
+    facts = scan(shards, num_processes=1)
+    assert sorted(facts.damage) == [6, 7, 8, 9]
+    assert "the shard ends after 0 of its" in facts.damage[6]

@@ -1,0 +1,28 @@
+"""A real browser without a window: what a page looks like to it after loading."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def find_browser() -> str | None:
+    """The browser's program, if there is one."""
+    return next((found for name in PROGRAMS if (found := shutil.which(name))), None)
+
+
+def load(browser: str, page: Path, profile: Path, *options: str) -> tuple[str, str]:
+    """Load a page; returns the document after its scripts have run, and the messages of its console."""
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+         "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
+         "--enable-logging=stderr", f"--user-data-dir={profile}", "--virtual-time-budget=10000",
+         "--dump-dom", *options, page.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True, env={**os.environ, "HOME": str(profile)},
+    )  # fmt: skip
+    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+    return done.stdout, "\n".join(console)
