@@ -15,12 +15,14 @@ void check(cudaError_t status) {
   throw std::runtime_error(std::string("deform_attn on CUDA: ") + cudaGetErrorString(status));
 }
 
-std::vector<Level> levels_of(const int64_t* shapes, int64_t num_levels) {
-  std::vector<Level> levels;
+template <class T>
+std::vector<Level<T>> levels_of(const int64_t* shapes, int64_t num_levels) {
+  std::vector<Level<T>> levels;
   int64_t start = 0;
   for (int64_t level = 0; level < num_levels; level++) {
     const int64_t height = shapes[2 * level], width = shapes[2 * level + 1];
-    levels.push_back({static_cast<int>(height), static_cast<int>(width), static_cast<int>(start)});
+    levels.push_back({static_cast<int>(height), static_cast<int>(width), static_cast<int>(start),
+                      1 / static_cast<T>(height), 1 / static_cast<T>(width)});
     start += height * width;
   }
   return levels;
@@ -28,14 +30,20 @@ std::vector<Level> levels_of(const int64_t* shapes, int64_t num_levels) {
 
 template <class T>
 Call<T> call_of(const Problem<T>& problem, void* level_memory, cudaStream_t stream) {
-  Call<T> call = {problem, static_cast<int>(problem.num_samples()), 0, {}, nullptr};
-  const std::vector<Level> levels = levels_of(problem.shapes, problem.num_levels);
+  Call<T> call{};
+  call.problem = problem;
+  call.num_samples = static_cast<int>(problem.num_samples());
+  call.num_points = static_cast<int>(problem.num_points);
+  call.token_stride = static_cast<uint32_t>(problem.num_heads * problem.num_channels);
+  call.image_stride = problem.num_tokens * problem.num_heads * problem.num_channels;
+  call.half_step = static_cast<T>(0.5) / static_cast<T>(problem.num_points);
+  const std::vector<Level<T>> levels = levels_of<T>(problem.shapes, problem.num_levels);
   if (problem.num_levels <= kParameterLevels) {
     std::copy(levels.begin(), levels.end(), call.levels);
   } else {
-    const size_t size = levels.size() * sizeof(Level);
+    const size_t size = levels.size() * sizeof(Level<T>);
     check(cudaMemcpyAsync(level_memory, levels.data(), size, cudaMemcpyHostToDevice, stream));
-    call.more_levels = static_cast<const Level*>(level_memory);
+    call.more_levels = static_cast<const Level<T>*>(level_memory);
   }
   return call;
 }
@@ -94,7 +102,7 @@ void launch(const Kernel& kernel, Call<T> call, int64_t rows_per_block, size_t s
 }  // namespace
 
 int64_t level_memory_size(int64_t num_levels) {
-  return num_levels <= kParameterLevels ? 0 : num_levels * static_cast<int64_t>(sizeof(Level));
+  return num_levels <= kParameterLevels ? 0 : num_levels * static_cast<int64_t>(sizeof(Level<double>));
 }
 
 template <class T>

@@ -9,23 +9,36 @@ namespace detrs::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+// Blocks that a multiprocessor shall hold at once, which limits registers: to 64, 80 and 128 a thread.
+template <class T>
+constexpr int kForwardBlocks = sizeof(T) == 8 ? 4 : 8;
+template <class T, int kVector>
+constexpr int kBackwardBlocks = sizeof(T) == 8 ? 4
+                                : kVector == 8 ? 6
+                                               : 8;
 constexpr int kSamplesPerLane =
     2;  // of one pass: more fill registers and shared memory, which the L1 cache wants
 constexpr unsigned kWarp = 0xffffffffu;
 
+template <class T>
 struct Level {
   int height, width, start;
+  T pixel_height, pixel_width;  // 1 / height and 1 / width
 };
 constexpr int kParameterLevels = 16;  // this many levels travel with the call, more in device memory
 
-// What a kernel is given.
+// What a kernel is given. Besides the problem, what the host works out once: the kernels would do it per
+// thread, or in loops, where the compiler takes sums of products apart.
 template <class T>
 struct Call {
   Problem<T> problem;
-  int num_samples;
-  uint32_t blocks_per_head;  // blocks that one head's queries take
-  Level levels[kParameterLevels];
-  const Level* more_levels;  // all levels, in device memory, if there are more than kParameterLevels
+  int num_samples, num_points;
+  uint32_t blocks_per_head;     // blocks that one head's queries take
+  uint32_t token_stride;        // numbers from a token to the next
+  int64_t image_stride;         // numbers from an image to the next
+  T half_step;                  // fused, boxes: 1 / 2 / num_points
+  const Level<T>* more_levels;  // all levels, in device memory, if there are more than kParameterLevels
+  Level<T> levels[kParameterLevels];
 };
 
 // A row belongs to kLanes neighbouring lanes of a warp; each has kVector channels of it.
@@ -56,8 +69,8 @@ extern __shared__ __align__(16) unsigned char shared_memory[];
 
 // This thread's row, and its place among the row's lanes.
 struct Row {
-  int64_t image, query, number;
-  int head, lane, slot;  // `slot` numbers the block's rows
+  int64_t image, query, number;  // query and number count through all images
+  int head, lane, slot;          // `slot` numbers the block's rows
   bool exists;  // the last block has rows to spare, which do what row `number` does but write nothing
 
   template <int kLanes, class T>
@@ -69,10 +82,11 @@ struct Row {
     row.head = static_cast<int>(blockIdx.x % num_heads);
     row.lane = static_cast<int>(threadIdx.x % kLanes), row.slot = static_cast<int>(threadIdx.x / kLanes);
     row.image = block / call.blocks_per_head;
-    row.query = static_cast<int64_t>(block % call.blocks_per_head) * kRows<kLanes> + row.slot;
-    row.exists = row.query < problem.num_queries;
-    if (!row.exists) row.query = problem.num_queries - 1;
-    row.number = (row.image * problem.num_queries + row.query) * problem.num_heads + row.head;
+    int64_t query = static_cast<int64_t>(block % call.blocks_per_head) * kRows<kLanes> + row.slot;
+    row.exists = query < problem.num_queries;
+    if (!row.exists) query = problem.num_queries - 1;
+    row.query = row.image * problem.num_queries + query;
+    row.number = row.query * problem.num_heads + row.head;
     return row;
   }
 };
@@ -94,6 +108,7 @@ struct Softmax {
   static __device__ __forceinline__ Softmax of_row(const Call<T>& call, const Row& row) {
     const T* logits = call.problem.weights + row.number * call.num_samples;
     T largest = -static_cast<T>(INFINITY), sum = 0;
+#pragma unroll 2
     for (int sample = row.lane; sample < call.num_samples; sample += kLanes) {
       const T logit = __ldg(logits + sample);
       largest = logit > largest ? logit : largest;
@@ -103,6 +118,7 @@ struct Softmax {
       const T other = __shfl_xor_sync(kWarp, largest, distance);
       largest = other > largest ? other : largest;
     }
+#pragma unroll 2
     for (int sample = row.lane; sample < call.num_samples; sample += kLanes)
       sum += exp(__ldg(logits + sample) - largest);
     return {largest, 1 / sum_over_lanes<kLanes>(sum)};
@@ -114,39 +130,37 @@ struct Softmax {
 template <class T>
 struct Sample {
   int64_t number;  // among all rows' samples
-  int level_number;
   LevelSize<T, int> level;
   Corners<T, int> corners;
   T weight, scale_x, scale_y;  // fused: how far an offset of 1 moves the location
 };
 
 template <class T>
-__device__ __forceinline__ LevelSize<T, int> level_size(const Call<T>& call, int number) {
-  const Level level = call.more_levels == nullptr ? call.levels[number] : call.more_levels[number];
-  return {static_cast<T>(level.width), static_cast<T>(level.height), level.width, level.height, level.start};
-}
-
-template <class T>
 __device__ __forceinline__ Sample<T> place(const Call<T>& call, const Row& row, const Softmax<T>& softmax,
-                                           int sample) {
+                                           int at) {
   const Problem<T>& problem = call.problem;
-  const int64_t number = row.number * call.num_samples + sample;
+  Sample<T> sample;
+  sample.number = row.number * call.num_samples + at;
+  const auto given = load_pair(problem.locations + 2 * sample.number);
+  sample.weight = __ldg(problem.weights + sample.number);
   const int level_number =
-      static_cast<int>(static_cast<unsigned>(sample) / static_cast<unsigned>(problem.num_points));
-  const LevelSize<T, int> level = level_size(call, level_number);
-  const auto given = load_pair(problem.locations + 2 * number);
-  const T weight = __ldg(problem.weights + number);
-  if (problem.reference_size == 0)
-    return {number, level_number, level, Corners<T, int>::at(given.x, given.y, level), weight, 0, 0};
-  const int64_t query = row.image * problem.num_queries + row.query;
-  const T* anchor = problem.reference + (query * problem.num_levels + level_number) * problem.reference_size;
-  const bool box = problem.reference_size == 4;
-  const T half_step = static_cast<T>(0.5) / static_cast<T>(problem.num_points);
-  const T scale_x = box ? anchor[2] * half_step : 1 / level.width;
-  const T scale_y = box ? anchor[3] * half_step : 1 / level.height;
-  const T x = anchor[0] + given.x * scale_x, y = anchor[1] + given.y * scale_y;
-  return {number,  level_number, level, Corners<T, int>::at(x, y, level), softmax.weight(weight),
-          scale_x, scale_y};
+      static_cast<int>(static_cast<unsigned>(at) / static_cast<unsigned>(call.num_points));
+  const Level<T> level =
+      call.more_levels == nullptr ? call.levels[level_number] : call.more_levels[level_number];
+  sample.level = {static_cast<T>(level.width), static_cast<T>(level.height), level.width, level.height,
+                  level.start};
+  T x = given.x, y = given.y;
+  if (problem.reference_size != 0) {
+    const T* anchor =
+        problem.reference + (row.query * problem.num_levels + level_number) * problem.reference_size;
+    const bool box = problem.reference_size == 4;
+    sample.scale_x = box ? anchor[2] * call.half_step : level.pixel_width;
+    sample.scale_y = box ? anchor[3] * call.half_step : level.pixel_height;
+    x = anchor[0] + x * sample.scale_x, y = anchor[1] + y * sample.scale_y;
+    sample.weight = softmax.weight(sample.weight);
+  }
+  sample.corners = Corners<T, int>::at(x, y, sample.level);
+  return sample;
 }
 
 // Tells the row's other lanes where to read. `weight` is the sample's, or 0 where nothing may be added.
@@ -171,11 +185,11 @@ struct Channels {
   uint32_t stride;  // bytes
 
   template <class T>
-  __device__ __forceinline__ Channels(const void* tensor, const Problem<T>& problem, const Row& row,
-                                      int channel)
-      : stride(static_cast<uint32_t>(problem.num_heads * problem.num_channels * sizeof(Stored))) {
-    first = static_cast<char*>(const_cast<void*>(tensor)) + row.image * problem.num_tokens * stride +
-            (row.head * problem.num_channels + channel) * static_cast<int64_t>(sizeof(Stored));
+  __device__ __forceinline__ Channels(const void* tensor, const Call<T>& call, const Row& row, int channel)
+      : stride(call.token_stride * static_cast<uint32_t>(sizeof(Stored))) {
+    const int64_t head = row.head * call.problem.num_channels;
+    Stored* numbers = static_cast<Stored*>(const_cast<void*>(tensor));
+    first = reinterpret_cast<char*>(numbers + row.image * call.image_stride + head + channel);
   }
   __device__ __forceinline__ Stored* at(int token) const {
     return reinterpret_cast<Stored*>(first + static_cast<uint64_t>(static_cast<uint32_t>(token)) * stride);
@@ -183,7 +197,7 @@ struct Channels {
 };
 
 template <class Stored, int kVector, int kLanes>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<Arithmetic<Stored>>)
     forward_kernel(const __grid_constant__ Call<Arithmetic<Stored>> call) {
   using T = Arithmetic<Stored>;
   auto& shared = *reinterpret_cast<ForwardShared<T, kLanes>*>(shared_memory);
@@ -192,13 +206,14 @@ __global__ void __launch_bounds__(kThreads)
   const bool has_channels = row.lane * kVector < problem.num_channels;
   const int channel =
       has_channels ? row.lane * kVector : 0;  // without channels of its own it reads the first
-  const Channels<Stored> value(problem.value, problem, row, channel);
+  const Channels<Stored> value(problem.value, call, row, channel);
   Softmax<T> softmax = {};
   if (problem.reference_size != 0) softmax = Softmax<T>::template of_row<kLanes>(call, row);
 
   T sums[kVector] = {};
   for (int first = 0; first < call.num_samples; first += kPass<kLanes>) {
     const int count = min(kPass<kLanes>, call.num_samples - first);
+#pragma unroll 1
     for (int at = row.lane; at < count; at += kLanes) {
       const Sample<T> sample = place(call, row, softmax, first + at);
       announce(sample, sample.weight, row.slot, at, shared);
@@ -242,11 +257,13 @@ template <int kLanes, class T, class Shared>
 __device__ __forceinline__ void add_reference_grads(const Call<T>& call, const Row& row, int first, int count,
                                                     const Shared& shared) {
   const Problem<T>& problem = call.problem;
-  const int num_points = static_cast<int>(problem.num_points);
+#pragma unroll 1
   for (int level = row.lane; level < problem.num_levels; level += kLanes) {
-    const int begin = max(level * num_points - first, 0), end = min((level + 1) * num_points - first, count);
+    const int begin = max(level * call.num_points - first, 0),
+              end = min((level + 1) * call.num_points - first, count);
     if (begin >= end || !row.exists) continue;
     T* grad = problem.grad_reference + (row.number * problem.num_levels + level) * problem.reference_size;
+#pragma unroll 1
     for (int at = begin; at < end; at++) {
 #pragma unroll
       for (int i = 0; i < 4; i++)
@@ -264,9 +281,8 @@ __device__ __forceinline__ T store_sample_grads(const Call<T>& call, const Row& 
   SampleGrads<T> grads = differentiate(sample.corners, dots.at, sample.weight, sample.level);
   if (problem.grad_reference != nullptr) {
     const auto offset = load_pair(problem.locations + 2 * sample.number);
-    const T half_step = static_cast<T>(0.5) / static_cast<T>(problem.num_points);
     shared.dots[row.slot][at] = {
-        {grads.x, grads.y, grads.x * offset.x * half_step, grads.y * offset.y * half_step}};
+        {grads.x, grads.y, grads.x * offset.x * call.half_step, grads.y * offset.y * call.half_step}};
   }
   if (problem.reference_size != 0) grads.x *= sample.scale_x, grads.y *= sample.scale_y;
   if (row.exists) {
@@ -283,6 +299,7 @@ __device__ __forceinline__ void store_logit_grads(const Call<T>& call, const Row
                                                   const Softmax<T>& softmax, T dot) {
   const T mean = sum_over_lanes<kLanes>(dot);
   const int64_t first = row.number * call.num_samples;
+#pragma unroll 1
   for (int sample = row.lane; sample < call.num_samples && row.exists; sample += kLanes) {
     const T weight = softmax.weight(__ldg(call.problem.weights + first + sample));
     T* grad = call.problem.grad_weights + first + sample;  // which this lane wrote itself
@@ -291,7 +308,7 @@ __device__ __forceinline__ void store_logit_grads(const Call<T>& call, const Row
 }
 
 template <class Stored, int kVector, int kLanes>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<Arithmetic<Stored>, kVector>)
     backward_kernel(const __grid_constant__ Call<Arithmetic<Stored>> call) {
   using T = Arithmetic<Stored>;
   auto& shared = *reinterpret_cast<BackwardShared<T, kLanes>*>(shared_memory);
@@ -299,8 +316,8 @@ __global__ void __launch_bounds__(kThreads)
   const Row row = Row::of_thread<kLanes>(call);
   const bool has_channels = row.lane * kVector < problem.num_channels;
   const int channel = has_channels ? row.lane * kVector : 0;
-  const Channels<Stored> value(problem.value, problem, row, channel);
-  const Channels<T> grad_value(problem.grad_value, problem, row, channel);
+  const Channels<Stored> value(problem.value, call, row, channel);
+  const Channels<T> grad_value(problem.grad_value, call, row, channel);
   Softmax<T> softmax = {};
   if (problem.reference_size != 0) softmax = Softmax<T>::template of_row<kLanes>(call, row);
 
@@ -308,6 +325,7 @@ __global__ void __launch_bounds__(kThreads)
   load(static_cast<const Stored*>(problem.grad_out) + row.number * problem.num_channels + channel, grad_out);
   for (int first = 0; first < call.num_samples; first += kPass<kLanes>) {
     const int count = min(kPass<kLanes>, call.num_samples - first);
+#pragma unroll 1
     for (int at = row.lane; at < count; at += kLanes) {
       const Sample<T> sample = place(call, row, softmax, first + at);
       announce(sample, row.exists ? sample.weight : 0, row.slot, at, shared);
@@ -316,21 +334,26 @@ __global__ void __launch_bounds__(kThreads)
     for (int at = 0; at < count; at++) {
       const Four<int> tokens = shared.tokens[row.slot][at];
       const Four<T> factors = shared.factors[row.slot][at];
-      T dots[4];
+      T numbers[4][kVector], dots[4];
 #pragma unroll
-      for (int corner = 0; corner < 4; corner++) {
-        T numbers[kVector], dot = 0;
-        load(value.at(tokens.at[corner]), numbers);
+      for (int corner = 0; corner < 4; corner++) load(value.at(tokens.at[corner]), numbers[corner]);
 #pragma unroll
-        for (int i = 0; i < kVector; i++) dot += grad_out[i] * numbers[i];
-        dots[corner] = has_channels ? dot : 0;
+      for (int corner = 0; corner < 4; corner++) {  // while the loads are under way
         if (has_channels && factors.at[corner] != 0)
           add(factors.at[corner], grad_out, grad_value.at(tokens.at[corner]));
+      }
+#pragma unroll
+      for (int corner = 0; corner < 4; corner++) {
+        T dot = 0;
+#pragma unroll
+        for (int i = 0; i < kVector; i++) dot += grad_out[i] * numbers[corner][i];
+        dots[corner] = has_channels ? dot : 0;
       }
       const T dot = sum_corners<kLanes>(dots, row.lane);
       if (row.lane < 4) shared.dots[row.slot][at].at[row.lane] = dot;
     }
     __syncwarp();
+#pragma unroll 1
     for (int at = row.lane; at < count; at += kLanes) {  // placed again: to keep it would cost registers
       const Sample<T> sample = place(call, row, softmax, first + at);
       weight_dot += sample.weight * store_sample_grads(call, row, sample, at, shared);
