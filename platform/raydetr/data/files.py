@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +13,16 @@ from raydetr.data.locations import local_folder
 MAX_OPEN_FILES = 64
 
 Span = tuple[int, int, int]  # number of the shard, offset, length
-Schedule = Callable[[int], Sequence[Span]]  # what step k of this process's coming ones reads; empty: no more
+
+
+class Follower(Protocol):
+    """Knows what will be read, and is told how far the reading is."""
+
+    def at(self, step: int) -> None:
+        """This process is about to read for a step."""
+
+    def close(self) -> None:
+        """Nothing more will be read."""
 
 
 class ShardFiles(Protocol):
@@ -36,6 +45,12 @@ class ShardFiles(Protocol):
     def start(self, spans: Sequence[Span]) -> Callable[[], list[bytes | OSError]]:
         """Begin to read several spans together; the function that is returned waits for them."""
 
+    def follow(self, turns: Iterable[Sequence[int]]) -> Follower:
+        """Prepare for what will be read: the samples of each step of this rank, from step 0 on.
+
+        `turns` is read by another thread, as far ahead as is useful.
+        """
+
 
 class Folder(Protocol):
     """A folder of shards, before it is known to be one."""
@@ -53,6 +68,16 @@ class Folder(Protocol):
 
     def without_manifest(self) -> str:
         """What the folder is, if not one of shards, and what to do."""
+
+
+class Unprepared:
+    """A Follower with nothing to do."""
+
+    def at(self, step: int) -> None:
+        """As Follower."""
+
+    def close(self) -> None:
+        """As Follower."""
 
 
 class LocalFiles:
@@ -74,6 +99,10 @@ class LocalFiles:
     def start(self, spans: Sequence[Span]) -> Callable[[], list[bytes | OSError]]:
         """As ShardFiles; nothing is gained by beginning early."""
         return lambda: [self._bytes_or_error(*span) for span in spans]
+
+    def follow(self, turns: Iterable[Sequence[int]]) -> Follower:
+        """As ShardFiles; there is nothing to prepare."""
+        return Unprepared()
 
     def _bytes_or_error(self, shard: int, offset: int, length: int) -> bytes | OSError:
         try:

@@ -18,7 +18,7 @@ from raydetr.data.integrity import Convert, Fault, RawSample, parse_sample
 from raydetr.data.locations import check_location, is_remote, local_folder
 from raydetr.data.manifest import LabelMap, LabelMapKind, Manifest, Samples, make_label_map, sample_key
 from raydetr.data.record_formats import convert
-from raydetr.data.remote import RemoteFiles, RemoteFolder
+from raydetr.data.remote import RemoteFolder, make_remote_files
 from raydetr.data.transfer import RemoteError, RemoteSettings
 
 
@@ -229,7 +229,7 @@ def open_shards(
     if isinstance(folder, LocalFolder):
         files: ShardFiles = LocalFiles([folder.path / shard.name for shard in manifest.shards])
     else:
-        files = RemoteFiles(folder.connection, {shard.name: shard.size for shard in manifest.shards})
+        files = make_remote_files(folder.connection, manifest, samples)
     labels = make_label_map(manifest.categories, label_map)
     return Shards(folder.location, manifest, samples, labels, manifest.fingerprint, files)
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from raydetr.data.background import BackgroundThreads
-from raydetr.data.files import Span
+from raydetr.data.cache import NodeCache
+from raydetr.data.files import Follower, Span, Unprepared
+from raydetr.data.manifest import Manifest, Samples
 from raydetr.data.origins import Origin
+from raydetr.data.pieces import Piece, Pieces
+from raydetr.data.prefetch import CachedPieces, Prefetcher
 from raydetr.data.transfer import RemoteError, RemoteSettings, Transfers
 
 LONGEST_REQUEST = 4 * 1024 * 1024  # bytes; ranges are not merged beyond it, to come at the same time
@@ -132,30 +136,74 @@ class RemoteFiles:
     Args:
         connection: to the folder.
         sizes: name and size of each shard.
+        cached: the node cache of their pieces, if there is one.
     """
 
-    def __init__(self, connection: Connection, sizes: Mapping[str, int]) -> None:
-        self.connection = connection
+    def __init__(
+        self, connection: Connection, sizes: Mapping[str, int], cached: CachedPieces | None = None
+    ) -> None:
+        self.connection, self._cached = connection, cached
         self._files, self._sizes = list(sizes), list(sizes.values())
         self.names = [connection.origin.name(file) for file in self._files]
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
         """As ShardFiles."""
-        return self.reread(shard, offset, length)
+        copy = self._cached.read((shard, offset, length)) if self._cached else None
+        return self._fetch(shard, offset, length) if copy is None else copy
 
     def reread(self, shard: int, offset: int, length: int) -> bytes:
-        """As ShardFiles."""
-        return self.connection.fetch(self._files[shard], offset, offset + length, self._sizes[shard])
+        """As ShardFiles. A copy in the node cache is removed."""
+        if self._cached is not None:
+            self._cached.drop((shard, offset, length))
+        return self._fetch(shard, offset, length)
 
     def start(self, spans: Sequence[Span]) -> Callable[[], list[bytes | OSError]]:
         """As ShardFiles."""
-        requests = merge(spans, self.connection.settings.merge_gap)
+        copies = [self._cached.read(span) if self._cached else None for span in spans]
+        missing = [span for span, copy in zip(spans, copies, strict=True) if copy is None]
+        requests = merge(missing, self.connection.settings.merge_gap)
         threads = self.connection.threads
         futures = [
-            threads.submit(self.reread, request.shard, request.start, request.stop - request.start)
+            threads.submit(self._fetch, request.shard, request.start, request.stop - request.start)
             for request in requests
         ]
-        return lambda: _cut(spans, requests, futures)
+
+        def wait() -> list[bytes | OSError]:
+            fetched = iter(_cut(missing, requests, futures))
+            return [next(fetched) if copy is None else copy for copy in copies]
+
+        return wait
+
+    def follow(self, turns: Iterable[Sequence[int]]) -> Follower:
+        """As ShardFiles: fills the node cache."""
+        return Unprepared() if self._cached is None else Prefetcher(self._cached, self._download, turns)
+
+    def _fetch(self, shard: int, offset: int, length: int) -> bytes:
+        return self.connection.fetch(self._files[shard], offset, offset + length, self._sizes[shard])
+
+    def _download(self, piece: Piece, accept: Callable[[bytes], None]) -> None:
+        shard = piece.shard
+        self.connection.fetch_into(self._files[shard], piece.start, piece.stop, self._sizes[shard], accept)
+
+
+def make_remote_files(connection: Connection, manifest: Manifest, samples: Samples) -> RemoteFiles:
+    """The shards of a manifest, behind the node cache where one is set.
+
+    Raises:
+        ValueError: the cache cannot be used, or is smaller than a shard.
+    """
+    files = RemoteFiles(connection, {shard.name: shard.size for shard in manifest.shards})
+    settings = connection.settings.cache
+    if settings is None:
+        return files
+    largest = max(shard.size for shard in manifest.shards)
+    if settings.num_bytes < largest:
+        raise ValueError(
+            f"data.cache_gb={settings.num_bytes / 1e9:g} is less than a shard of {connection.origin.location} "
+            f"({largest / 1e9:g} GB), too little to help: raise it, or leave data.cache out"
+        )
+    cached = CachedPieces(NodeCache(settings), Pieces(samples, manifest.shards, files.names))
+    return RemoteFiles(connection, {shard.name: shard.size for shard in manifest.shards}, cached)
 
 
 def _cut(
