@@ -6,18 +6,27 @@ import shutil
 import sys
 
 from raydetr.evaluate.coco_ap import ApTable
+from raydetr.evaluate.truth import caveats
 from raydetr.overfit import Overfit
+from raydetr.train.ledger import LEDGER
 from raydetr.train.run import RunResult
 
 
 def summary(result: RunResult) -> str:
     """The AP table of a run, its artifacts, and the next commands."""
-    table = ApTable.from_dict(result.metrics["table"])
+    metrics = result.metrics
+    table = ApTable.from_dict(metrics["table"])
+    notes = caveats(metrics.get("unpredicted_images", 0), metrics.get("lost_annotations", 0))
+    if metrics.get("damaged_samples"):
+        notes.append(
+            f"{metrics['damaged_samples']} samples were damaged; {result.folder / LEDGER} lists them"
+        )
+    warnings = "".join(f"warning: {note}\n" for note in notes)
     activate = "" if shutil.which("raydetr") else f"\n  source {sys.prefix}/bin/activate"
     return f"""
 {table.to_text()}
-trained and evaluated in {result.metrics["train_seconds"]:.0f} s ({result.seconds:.0f} s with start-up), \
-peak memory {result.metrics["peak_rss_mb"]:.0f} MB a worker
+{warnings}trained and evaluated in {metrics["train_seconds"]:.0f} s ({result.seconds:.0f} s with start-up), \
+peak memory {metrics["peak_rss_mb"]:.0f} MB a worker
 
 run         {result.folder}
 checkpoint  {result.checkpoint}

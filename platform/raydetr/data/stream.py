@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 
 import numpy as np
 
-from raydetr.data.batch import Batch, collate
+from raydetr.data.batch import Batch, Sample, blank_batch, collate
+from raydetr.data.damage import Damage, OnDamage, apply_policy, earlier_samples
 from raydetr.data.index import ShardError, Shards
 from raydetr.data.integrity import RawSample
 from raydetr.data.loading import Out, load
@@ -30,6 +33,7 @@ def train_batches(
     batch_size: int,
     transform: Transform,
     num_workers: int = 0,
+    on_damage: OnDamage = "raise",
 ) -> Iterator[Batch]:
     """The batches of one rank, without end, from `position` on.
 
@@ -45,15 +49,17 @@ def train_batches(
         batch_size: images per rank and step.
         transform: applied with randomness keyed by (seed, position of the sample).
         num_workers: loader processes; 0 loads in this process.
+        on_damage: what becomes of a damaged sample; the batch says what did. Where "mask" leaves nothing of a
+            batch, it is blank.
 
     Raises:
-        ShardError: a sample is damaged.
+        ShardError: a sample is damaged, and `on_damage` is "raise".
         LoaderError: a loader process died, or there is no memory for its batches.
     """
     assert 0 <= rank < world_size, (rank, world_size)
     assert batch_size >= 1, batch_size
     assert position >= 0, position
-    maker = _Maker(shards, transform, seed)
+    maker = _Maker(shards, transform, seed, on_damage)
     yield from load(_TrainBatches(maker, position, rank, world_size, batch_size), num_workers)
 
 
@@ -65,19 +71,21 @@ def evaluation_batches(
     batch_size: int,
     transform: Transform,
     num_workers: int = 0,
+    on_damage: OnDamage = "raise",
 ) -> Iterator[Batch | None]:
     """The batches of one rank in an evaluation: every image once, as many batches on every rank.
 
     Batch j holds images j * batch_size and following, for any number of ranks, and goes to rank
-    j mod world_size; `None` stands for a batch that a rank does not have.
+    j mod world_size; `None` stands for a batch that a rank does not have. A damaged image is missing in its
+    batch, unless `on_damage` is "raise"; no other image takes its place.
 
     Raises:
-        ShardError: a sample is damaged.
+        ShardError: an image is damaged, and `on_damage` is "raise".
         LoaderError: a loader process died, or there is no memory for its batches.
     """
     assert 0 <= rank < world_size, (rank, world_size)
     assert batch_size >= 1, batch_size
-    maker = _Maker(shards, transform, seed=0)
+    maker = _Maker(shards, transform, 0, "raise" if on_damage == "raise" else "mask")
     yield from load(_EvaluationBatches(maker, rank, world_size, batch_size), num_workers)
 
 
@@ -95,6 +103,7 @@ class _Turn:
     start: int
     position: int
     indices: list[int]
+    instead: Callable[[int], Iterable[int]]  # samples that may take the place of the one at a position
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,24 +113,38 @@ class _Maker:
     shards: Shards
     transform: Transform
     seed: int
+    on_damage: OnDamage
 
     def batches(self, turns: Iterable[_Turn], out: Out | None) -> Iterator[Batch]:
         for turn, raws in _read_ahead(self.shards, turns):
             yield self._batch(turn, raws, out)
 
     def _batch(self, turn: _Turn, raws: list[RawSample | ShardError], out: Out | None) -> Batch:
-        short_side = self.transform.step_short_side(self.seed, turn.start)
-        samples = []
+        samples: list[Sample] = []
+        damage: list[Damage] = []
         for position, (index, raw) in enumerate(zip(turn.indices, raws, strict=True), turn.position):
-            if isinstance(raw, ShardError):
-                raise raw
-            samples.append(
-                make_sample(
-                    self.shards, index, raw, self.transform,
-                    seed=self.seed, position=position, short_side=short_side,
-                )
+            sample, row = self._sample(turn, position, index, raw)
+            samples += [sample] if sample is not None else []
+            damage += [row] if row is not None else []
+        batch = collate(samples, turn.start, out=out) if samples else blank_batch(turn.start, out=out)
+        return replace(batch, damage=tuple(damage)) if damage else batch
+
+    def _sample(
+        self, turn: _Turn, position: int, index: int, raw: RawSample | ShardError
+    ) -> tuple[Sample | None, Damage | None]:
+        short_side = self.transform.step_short_side(self.seed, turn.start)
+
+        def make(index: int, raw: RawSample) -> Sample:
+            return make_sample(
+                self.shards, index, raw, self.transform,
+                seed=self.seed, position=position, short_side=short_side,
             )  # fmt: skip
-        return collate(samples, turn.start, out=out)
+
+        if not isinstance(raw, ShardError):
+            with suppress(ShardError):  # the policy makes it again
+                return make(index, raw), None
+        others = turn.instead(position)
+        return apply_policy(self.on_damage, self.shards, index, position, make, others)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +163,8 @@ class _TrainBatches:
         for step in count(worker, num_workers):
             start = self.position + step * self.world_size * self.batch_size
             own = start + self.rank * self.batch_size
-            yield _Turn(start, own, plan.samples(own, self.batch_size).tolist())
+            indices = plan.samples(own, self.batch_size).tolist()
+            yield _Turn(start, own, indices, partial(earlier_samples, plan))
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,9 +179,13 @@ class _EvaluationBatches:
         num_rounds = -(-num_images // (self.batch_size * self.world_size))
         rounds = range(worker, num_rounds, num_workers)
         starts = [(number * self.world_size + self.rank) * self.batch_size for number in rounds]
-        turns = [_Turn(s, s, list(range(s, min(s + self.batch_size, num_images)))) for s in starts]
+        turns = [_Turn(s, s, list(range(s, min(s + self.batch_size, num_images))), _nothing) for s in starts]
         yield from self.maker.batches([turn for turn in turns if turn.indices], out)
         yield from [None for turn in turns if not turn.indices]  # only the last can be
+
+
+def _nothing(position: int) -> Iterable[int]:
+    return ()
 
 
 def _read_ahead(

@@ -7,21 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from raydetr.config import ConfigError
+from raydetr.data.damage import Damage
 from raydetr.data.index import Shards, open_shards
 from raydetr.data.locations import absolute, check_location
 from raydetr.data.stream import evaluation_batches
 from raydetr.evaluate.coco_ap import ApTable, coco_ap
-from raydetr.evaluate.evaluator import evaluate
+from raydetr.evaluate.evaluator import evaluate, without_blanks
+from raydetr.evaluate.truth import caveats, ground_truth
 from raydetr.train.checkpoint import Loaded, load_for_inference, read_meta
+from raydetr.train.progress import say
 from raydetr.train.world import World
 
 
 def evaluate_checkpoint(checkpoint: Path, data: str | None, *, local: bool = False) -> ApTable:
     """AP of a checkpoint on the shards at `data` (None: those its run validated on).
 
+    Damaged images are treated as in the run (`data.on_damage`), and told on standard error.
+
     Raises:
         CheckpointError: the checkpoint cannot be used.
         ConfigError: the shards have other categories than the checkpoint.
+        ShardError: an image is damaged, and `data.on_damage` is "raise".
     """
     checkpoint = checkpoint.resolve()
     config = load_for_inference(checkpoint).config
@@ -29,20 +35,25 @@ def evaluate_checkpoint(checkpoint: Path, data: str | None, *, local: bool = Fal
     shards = open_shards(data)
     _check_categories(checkpoint, shards, data)
     if local:
-        results = share_of_results(checkpoint, data, World.alone())
+        results, damage = share_of_results(checkpoint, data, World.alone())
     else:
         from raydetr.train.launch import launch_evaluation  # Ray takes seconds to import
 
         scratch = checkpoint.parent / f"{checkpoint.name}-evaluation"
         try:
-            results = launch_evaluation(checkpoint, data, config.cluster, scratch)
+            results, damage = launch_evaluation(checkpoint, data, config.cluster, scratch)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    return coco_ap(shards.coco(), results)
+    truth = ground_truth(shards, config.data.on_damage)
+    for row in damage:
+        say(f"warning: {row}")
+    for line in caveats(len(damage), truth.num_lost):
+        say(f"warning: {line}")
+    return coco_ap(truth.coco, results)
 
 
-def share_of_results(checkpoint: Path, data: str, world: World) -> list[dict[str, Any]]:
-    """COCO results of the whole split, this process having done its share."""
+def share_of_results(checkpoint: Path, data: str, world: World) -> tuple[list[dict[str, Any]], list[Damage]]:
+    """COCO results of the whole split, this process having done its share, and the images left out as damaged."""
     loaded: Loaded = load_for_inference(checkpoint, world.device)
     settings = loaded.config.data
     batches = evaluation_batches(
@@ -52,8 +63,13 @@ def share_of_results(checkpoint: Path, data: str, world: World) -> list[dict[str
         batch_size=settings.eval_batch_size,
         transform=settings.val_transform.build(),
         num_workers=settings.num_loader_workers,
+        on_damage=settings.on_damage,
     )
-    return evaluate(loaded.model.detector, loaded.model.postprocess, batches, loaded.label_map, world.gather)
+    met: list[Damage] = []
+    sound = without_blanks(batches, met)
+    model = loaded.model
+    results = evaluate(model.detector, model.postprocess, sound, loaded.label_map, world.gather)
+    return results, [row for share in world.gather(met) for row in share]
 
 
 def _check_categories(checkpoint: Path, shards: Shards, data: str) -> None:

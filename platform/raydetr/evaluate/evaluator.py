@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def without_blanks(batches: Iterator[Batch | None], met: list[Damage]) -> Iterat
     """The batches, with None for those of which damage left nothing; the damage is added to `met`."""
     for batch in batches:
         if batch is not None:
-            met.extend(batch.damage)
+            met.extend(replace(row, action="not evaluated") for row in batch.damage)
         yield None if batch is None or batch.is_blank else batch
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from raydetr.data.damage import OnDamage
 from raydetr.data.index import ShardError, Shards
 from raydetr.data.integrity import Fault, parse_record
+from raydetr.data.transfer import RemoteError
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ def ground_truth(shards: Shards, policy: OnDamage) -> GroundTruth:
 
     Raises:
         ShardError: the policy is "raise", and a sample is damaged.
+        RemoteError: a server cannot be reached.
     """
     if policy == "raise":
         return GroundTruth(shards.coco(), 0)
@@ -34,6 +36,20 @@ def ground_truth(shards: Shards, policy: OnDamage) -> GroundTruth:
         "categories": shards.manifest.categories,
     }
     return GroundTruth(coco, sum(annotations is None for _, annotations in records))
+
+
+def caveats(num_unpredicted: int, num_lost: int) -> list[str]:
+    """What damaged images mean for an AP, in sentences."""
+    lines = []
+    if num_unpredicted:
+        lines.append(
+            f"{num_unpredicted} damaged validation images have no predictions: AP is too low, if anything"
+        )
+    if num_lost:
+        lines.append(
+            f"of {num_lost} of them the annotations are lost too: their objects are not counted as missed"
+        )
+    return lines
 
 
 def _record(shards: Shards, index: int) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
@@ -49,6 +65,8 @@ def _record(shards: Shards, index: int) -> tuple[dict[str, Any], list[dict[str, 
         start = int(row["offset"]) + int(row["json_offset"])
         text = shards.files.read(int(row["shard"]), start, int(row["json_length"]))
         return parse_record(row, text, shards.category_ids, shards.convert(index))
+    except RemoteError:
+        raise  # a server that cannot be reached is no damage
     except (OSError, Fault):
         size = {"width": int(row["width"]), "height": int(row["height"])}
         return {"id": int(row["image_id"]), "file_name": shards.key(index), **size}, None

@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from raydetr.data.images import decode_rgb
-from raydetr.data.index import Shards
+from raydetr.data.images import UNREADABLE, decode_rgb
+from raydetr.data.index import ShardError, Shards
 from raydetr.evaluate.coco_ap import AP_FILE, ApTable
 from raydetr.evaluate.curves import learning_curves
 from raydetr.evaluate.pictures import Picture, coco_boxes, draw_grid
@@ -53,8 +53,11 @@ def _pictures(shards: Shards, results: Sequence[dict[str, Any]]) -> list[Picture
     number = min(NUM_PICTURES, shards.num_samples)
     pictures = []
     for index in (i * shards.num_samples // number for i in range(number)):
-        sample = shards.read(index)
-        image: Image.Image = decode_rgb(sample.image)
+        try:
+            sample = shards.read(index)
+            image: Image.Image = decode_rgb(sample.image)
+        except (ShardError, *UNREADABLE):  # the evaluation before has raised, or noted it
+            continue
         pictures.append(
             Picture(
                 title=str(sample.record["file_name"]),

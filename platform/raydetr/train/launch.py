@@ -16,6 +16,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from raydetr.config import ClusterConfig
+from raydetr.data.damage import Damage
 from raydetr.train.board import Board
 from raydetr.train.progress import Display, say
 from raydetr.train.session import Assignment
@@ -63,8 +64,8 @@ def launch(
 
 def launch_evaluation(
     checkpoint: Path, data: str, cluster: ClusterConfig, scratch: Path
-) -> list[dict[str, Any]]:
-    """COCO results of a checkpoint on the shards at `data`, by Ray Train workers.
+) -> tuple[list[dict[str, Any]], list[Damage]]:
+    """COCO results of a checkpoint on the shards at `data`, and its damaged images, by Ray Train workers.
 
     Ray keeps its notes in `scratch`, a folder that all nodes see.
 
@@ -77,7 +78,7 @@ def launch_evaluation(
         settings = {"checkpoint": str(checkpoint), "data": data, "board": board}
         run_config = ray.train.RunConfig(name=scratch.name, storage_path=str(scratch.parent))
         fit(_trainer(evaluate_worker, settings, cluster, run_config))
-        results: list[dict[str, Any]] = ray.get(board.read.remote())
+        results: tuple[list[dict[str, Any]], list[Damage]] = ray.get(board.read.remote())
         return results
 
 

@@ -152,6 +152,7 @@ class Training:
             batch_size=data.eval_batch_size,
             transform=data.val_transform.build(),
             num_workers=data.num_loader_workers,
+            on_damage=data.on_damage,
         )
         met: list[Damage] = []
         results = evaluate(
@@ -224,6 +225,7 @@ def train(
         batch_size=config.data.batch_size // world.size,
         transform=config.data.train_transform.build(),
         num_workers=config.data.num_loader_workers,
+        on_damage=config.data.on_damage,
     )
     began = time.perf_counter()
     training.detector.train()
