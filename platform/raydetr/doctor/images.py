@@ -27,12 +27,12 @@ def _damaged(examined: Examined) -> Iterator[Finding]:
     for sample in sorted(damage)[:MAX_EXAMPLES]:
         row = shards.samples[sample]
         file = shards.manifest.shards[row["shard"]].name
-        where = f"{file}, key {sample_key(row['image_id'])}: {damage[sample]}"
+        where = f"{file}, key {sample_key(row['image_id'])}: {damage[sample]:.120}"
         examples.append(examined.split.example(sample, where))
     yield Finding(
         "damaged-samples", "fault", (examined.name,),
         f"{counted(len(damage), 'sample')} of {shards.num_samples:,} cannot be used",
-        "copy these shards again, or write the shards again",
+        "copy these shards again; where a record is at fault, correct it and write the shards again",
         len(damage), tuple(examples),
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ from html import escape
 
 from raydetr.doctor.charts import COLORS, histogram_chart, legend
 from raydetr.doctor.findings import Example, Finding, Place
-from raydetr.doctor.pictures import gallery_places, thumbnail
+from raydetr.doctor.pictures import gallery_places, thumbnail, with_all_boxes
 from raydetr.doctor.report import Report, summary_rows
 from raydetr.doctor.scale import SMALL
 from raydetr.doctor.statistics import ClassRow
@@ -89,7 +89,12 @@ def _example(report: Report, example: Example) -> str:
 
 def _picture(report: Report, place: Place, *, is_pair: bool) -> str:
     by_name = {examined.name: examined for examined in report.examined}
-    source = thumbnail(by_name[place.split], place)
+    examined = by_name[place.split]
+    if (
+        not is_pair and not place.annotations
+    ):  # it is about the whole image: are the boxes where they should be?
+        place = with_all_boxes(examined, place)
+    source = thumbnail(examined, place)
     caption = f"{place.split} {place}" if is_pair else str(place)
     shown = (
         f'<img src="{source}" alt="{escape(caption)}">' if source else '<div class="none">not readable</div>'

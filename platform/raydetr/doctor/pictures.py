@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
@@ -35,13 +36,16 @@ def thumbnail(examined: Examined, place: Place) -> str | None:
 
 
 def gallery_places(examined: Examined, count: int) -> list[Place]:
-    """Some images, evenly over the split, with all their boxes."""
+    """Some images, evenly over the split."""
     shards = examined.split.shards
     chosen = np.unique(np.linspace(0, shards.num_samples - 1, count).round().astype(int)).tolist()
-    return [
-        examined.split.place(sample, tuple(range(int(shards.samples["num_annotations"][sample]))))
-        for sample in chosen
-    ]
+    return [examined.split.place(sample) for sample in chosen]
+
+
+def with_all_boxes(examined: Examined, place: Place) -> Place:
+    """The place with all annotations of its image."""
+    count = int(examined.split.shards.samples["num_annotations"][place.sample])
+    return replace(place, annotations=tuple(range(count)))
 
 
 def data_url(image: Image.Image) -> str:

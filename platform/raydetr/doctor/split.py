@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from raydetr.data.index import Shards
 from raydetr.doctor.findings import MAX_EXAMPLES, Example, Place
-from raydetr.doctor.reading import read_anyway
+from raydetr.doctor.reading import as_record, read_anyway
 from raydetr.doctor.scan import Facts
 
 Floats = npt.NDArray[np.float64]
@@ -120,7 +120,13 @@ class Examined:
     def _box_text(self, number: int) -> str:
         row = self.facts.objects[number]
         if not row["is_box"]:
-            return f"annotation {row['position']} has no box"
+            return f"annotation {row['position']} has the box {self._stated(row)}"
         width, height = self.sizes[number]
         box = ", ".join(f"{side:g}" for side in row["box"].round(2))
         return f"box [{box}] in {width:g}x{height:g}"
+
+    def _stated(self, row: np.void) -> str:
+        """What the record has in place of a box."""
+        read = read_anyway(self.split.shards, int(row["sample"]))
+        record = as_record(read.annotations[row["position"]]) if read else {}
+        return f"{record['bbox']!r:.60}" if "bbox" in record else "missing"

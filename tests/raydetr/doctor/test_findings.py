@@ -308,7 +308,7 @@ def _recompressed(content: bytes) -> bytes:
 
 PLANTED = [
     (undecodable, "damaged-samples", "fault", 1, "cannot be decoded"),
-    (nan_box, "malformed-boxes", "fault", 1, "image 1003 (1003.jpg): annotation 0 has no box"),
+    (nan_box, "malformed-boxes", "fault", 1, "image 1003 (1003.jpg): annotation 0 has the box ["),
     (negative_box, "malformed-boxes", "fault", 1, "val"),
     (short_box, "malformed-boxes", "fault", 1, "bbox"),
     (no_box, "malformed-boxes", "fault", 1, "bbox"),
