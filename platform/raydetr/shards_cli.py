@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from raydetr.progress_bar import progress_bar
 
 if TYPE_CHECKING:
+    from raydetr.data.manifest import Manifest
     from raydetr.data.sources import Source
 
-shards_app = typer.Typer(help="Write WebDataset shards.", no_args_is_help=True)
+shards_app = typer.Typer(help="Write, check, describe and index WebDataset shards.", no_args_is_help=True)
 
 
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default as many as there are cores.")]
@@ -47,12 +49,85 @@ def shards_write(
             progress=progress,
             tell=typer.echo,
         )
+    typer.echo(_summary("wrote", out, manifest))
+
+
+@shards_app.command("check")
+def shards_check(
+    data: Annotated[Path, typer.Argument(help="A folder of shards.")], workers: Workers = None
+) -> None:
+    """Verify every byte: sha256 of shards, crc, records and images of samples, tars against the index."""
+    from raydetr.data.checks import check_shards
+
+    with progress_bar("images") as progress:
+        manifest = check_shards(data, workers=workers or _num_cores(), progress=progress)
     typer.echo(
-        f"wrote {out}: {manifest.num_samples} images, {len(manifest.shards)} shards, "
-        f"{len(manifest.categories)} classes, fingerprint {manifest.fingerprint[:12]}"
+        f"{data}: {manifest.num_samples} images with {manifest.num_annotations} annotations in "
+        f"{len(manifest.shards)} shards are what the manifest says, every byte"
     )
-    for notice in manifest.notices:
-        typer.echo(f"note: {notice}")
+
+
+@shards_app.command("info")
+def shards_info(
+    data: Annotated[str, typer.Argument(help="A folder of shards, or its URL.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Print what shards hold: images, annotations, categories with counts, sizes, notices."""
+    from raydetr.data.index import open_shards
+    from raydetr.data.shards_info import describe, to_text
+
+    with progress_bar("images") as progress:
+        info = describe(open_shards(data), progress)
+    typer.echo(json.dumps(info, indent=1) if as_json else to_text(info))
+
+
+@shards_app.command("index")
+def shards_index(
+    data: Annotated[Path, typer.Argument(help="A folder of tars that others wrote.")],
+    categories: Annotated[
+        Path | None, typer.Option(help="A JSON file that names the categories, such as a COCO file.")
+    ] = None,
+    boxes: Annotated[
+        Literal["xywh", "xyxy"] | None, typer.Option(help="How boxes are written; COCO's are xywh.")
+    ] = None,
+    workers: Workers = None,
+) -> None:
+    """Index WebDataset shards of images and JSON that others wrote, so that they can be trained on."""
+    from raydetr.data.third_party import index_folder
+
+    with progress_bar("MiB") as progress:
+        manifest = index_folder(
+            data,
+            categories=categories,
+            box_format=boxes,
+            workers=workers or _num_cores(),
+            progress=lambda done, total: progress(done >> 20, total >> 20),
+        )
+    typer.echo(_summary("indexed", data, manifest))
+
+
+@shards_app.command("export-index")
+def shards_export_index(
+    data: Annotated[Path, typer.Argument(help="A folder of shards.")],
+    kind: Annotated[
+        Literal["dali", "energon"], typer.Option("--format", help="DALI's .idx or Energon's .tar.idx.")
+    ],
+) -> None:
+    """Write the index that NVIDIA DALI or Megatron-Energon wants beside each shard."""
+    from raydetr.data.index import open_shards
+    from raydetr.data.other_indexes import write_other_indexes
+
+    shards = open_shards(data)
+    paths = write_other_indexes(shards.path, [shard.name for shard in shards.manifest.shards], kind)
+    typer.echo(f"wrote {paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""))
+
+
+def _summary(done: str, folder: Path, manifest: Manifest) -> str:
+    lines = [
+        f"{done} {folder}: {manifest.num_samples} images, {len(manifest.shards)} shards, "
+        f"{len(manifest.categories)} classes, fingerprint {manifest.fingerprint[:12]}"
+    ]
+    return "\n".join([*lines, *(f"note: {notice}" for notice in manifest.notices)])
 
 
 def _num_cores() -> int:

@@ -69,6 +69,26 @@ def read_checked(path: Path, record: Record) -> tuple[bytes, str, bool]:
         ) from None
     if not content:
         raise ValueError(f"{where}: the file is empty: replace it or remove the record")
+    _, extension, turned = check_image(where, content, (record["width"], record["height"]))
+    return content, extension, turned
+
+
+def check_image(
+    where: str, content: bytes, expected: tuple[int, int] | None
+) -> tuple[tuple[int, int], str, bool]:
+    """Make sure that an image decodes, to the size that is expected of it.
+
+    Args:
+        where: begins the messages.
+        content: of the image file.
+        expected: width and height in pixels; None: any.
+
+    Returns:
+        its width and height, the extension that fits its content, and whether it carries an EXIF orientation.
+
+    Raises:
+        ValueError: it is no image, damaged, or of another size.
+    """
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     except UnidentifiedImageError:
@@ -76,12 +96,12 @@ def read_checked(path: Path, record: Record) -> tuple[bytes, str, bool]:
     except UNREADABLE as error:
         raise ValueError(f"{where}: cannot be decoded ({error}): replace the file") from None
     orientation = _orientation(image)
-    _check_size(where, image.size, record, orientation)
+    _check_size(where, image.size, expected or image.size, orientation)
     try:
         _to_rgb(image)
     except UNREADABLE as error:
         raise ValueError(f"{where}: cannot be decoded ({error}): replace the file") from None
-    return content, "png" if image.format == "PNG" else "jpg", orientation != 1
+    return image.size, "png" if image.format == "PNG" else "jpg", orientation != 1
 
 
 def _decode_plain_jpeg(content: bytes) -> Pixels | None:
@@ -103,8 +123,7 @@ def _orientation(image: Image.Image) -> int:
         return 1  # damaged metadata; the pixels may be fine
 
 
-def _check_size(where: str, stored: tuple[int, int], record: Record, orientation: int) -> None:
-    expected = (record["width"], record["height"])
+def _check_size(where: str, stored: tuple[int, int], expected: tuple[int, int], orientation: int) -> None:
     if stored == expected:
         return
     sizes = f"the file holds {stored[0]}x{stored[1]} pixels, the annotations say {expected[0]}x{expected[1]}"

@@ -192,6 +192,14 @@ def sample_key(image_id: int) -> str:
     return f"{image_id:012d}"
 
 
+def label_maps(category_ids: list[int]) -> dict[str, dict[str, int]]:
+    """Both label maps of a manifest, by the category's id as text."""
+    return {
+        "contiguous": {str(category_id): label for label, category_id in enumerate(category_ids)},
+        "category_id": {str(category_id): category_id for category_id in category_ids},
+    }
+
+
 def data_fingerprint(samples: Samples, categories: list[dict[str, Any]]) -> str:
     """A short name for the data: equal for equal samples (by size and crc), order, shards and categories."""
     digest = hashlib.sha256(samples.tobytes())

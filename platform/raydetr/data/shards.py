@@ -23,12 +23,11 @@ from raydetr.data.manifest import (
     Samples,
     ShardFile,
     data_fingerprint,
+    label_maps,
 )
 from raydetr.data.packing import PackedShard, ShardTask, pack_shard
 from raydetr.data.sources import Source, coco_source
-from raydetr.data.worker_pool import run_tasks
-
-Progress = Callable[[int, int], None]
+from raydetr.data.worker_pool import Progress, run_tasks
 
 
 def write_shards(
@@ -98,14 +97,6 @@ def write_source(
             tell(_found_earlier(num_found, sum(shard.kept for shard in packed)))
         manifest = _finish(source, folder, packed, samples_per_shard)
     return manifest
-
-
-def label_maps(category_ids: list[int]) -> dict[str, dict[str, int]]:
-    """Both label maps of a manifest, by the category's id as text."""
-    return {
-        "contiguous": {str(category_id): label for label, category_id in enumerate(category_ids)},
-        "category_id": {str(category_id): category_id for category_id in category_ids},
-    }
 
 
 def _check_arguments(samples_per_shard: int, workers: int) -> None:

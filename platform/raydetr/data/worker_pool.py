@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Advance = Callable[[int], None]  # called by a task with the number of images done since its last call
+Advance = Callable[[int], None]  # called by a task with what was done since its last call
+Progress = Callable[[int, int], None]  # called with (done, in all)
 
 POLL_SECONDS = 0.2
 PRELOAD = ["raydetr.data.packing"]  # imports webdataset, and with it torch: once, not in each process
@@ -59,7 +60,7 @@ def run_tasks(
         function: of a module, so that another process can find it.
         tasks: what to do; they must be picklable.
         workers: processes; 1: in this one.
-        progress: called with the number of images done so far.
+        progress: called with what was done so far.
 
     Raises:
         RuntimeError: a worker process died.
