@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import parent_process
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -12,6 +15,7 @@ from raydetr.data.batch import Batch, Canvas
 from raydetr.data.ring import Failure, LoaderError, Message, Receiver, Ring, Sender
 
 Out = Callable[[tuple[int, int, int, int]], Canvas]  # `collate`'s
+DONE = object()
 B = TypeVar("B", bound=Batch | None, covariant=True)
 
 
@@ -46,20 +50,26 @@ def load(work: Work[B], num_workers: int) -> Iterator[B]:
         in_order=True,
     )
     receiver, messages = Receiver(ring), iter(loader)
-    del ring, loader
-    while True:
-        try:
-            message = next(messages)
-        except StopIteration:
-            return
-        except RuntimeError as error:  # what the DataLoader says of a process that is gone
-            raise LoaderError(
-                f"{error} A loader process is gone: killed, or out of memory (`dmesg` tells). If it was memory, "
-                "lower data.num_loader_workers or the images of a batch."
-            ) from error
-        if isinstance(message, Failure):
-            raise message.error()
-        yield cast(B, None if message is None else receiver.batch(message))
+    try:
+        while True:
+            message = _next(messages)
+            if message is DONE:
+                return
+            if isinstance(message, Failure):
+                raise message.error()
+            yield cast(B, None if message is None else receiver.batch(message))
+    finally:
+        del messages  # the processes end with it: at once, not when an exception's traceback is dropped
+
+
+def _next(messages: Iterator[Any]) -> Any:
+    try:
+        return next(messages, DONE)
+    except RuntimeError as error:  # what the DataLoader says of a process that is gone
+        raise LoaderError(
+            f"{error} A loader process is gone: killed, or out of memory (`dmesg` tells). If it was memory, "
+            "lower data.num_loader_workers or the images of a batch."
+        ) from error.with_traceback(None)
 
 
 class _Sending(IterableDataset[Message | Failure | None]):
@@ -69,12 +79,21 @@ class _Sending(IterableDataset[Message | Failure | None]):
     def __iter__(self) -> Iterator[Message | Failure | None]:
         info = get_worker_info()
         assert info is not None
+        threading.Thread(target=_end_with_parent, daemon=True).start()
         sender = Sender(self.ring, info.id)
         try:
             for batch in self.work.batches(info.id, info.num_workers, sender.canvas):
                 yield None if batch is None else sender.message(batch)
         except Exception as error:
             yield Failure.of(error, info.id)
+
+
+def _end_with_parent() -> None:
+    """The DataLoader's own watch looks every five seconds, and at nothing if the parent died before it began."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _unchanged(message: Any) -> Any:
