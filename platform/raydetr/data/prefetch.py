@@ -22,7 +22,7 @@ DOWNLOADS = 3  # at a time, of a process
 STEPS_AT_ONCE = 256  # that are looked ahead between two looks at the cache
 REFRESH_SECONDS = 1.0  # how old may be what is known of other processes
 PAUSE_SECONDS = 5.0  # after a server failed
-WORTH = 0.5  # share of a piece that must be read before the one it replaces
+WORTH = 0.75  # share of a piece that must be read before the one it replaces
 
 Download = Callable[[Piece, Callable[[bytes], None]], None]
 

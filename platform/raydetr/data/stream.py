@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -13,6 +13,7 @@ import numpy as np
 
 from raydetr.data.batch import Batch, Sample, blank_batch, collate
 from raydetr.data.damage import Damage, OnDamage, apply_policy, earlier_samples
+from raydetr.data.files import Follower
 from raydetr.data.index import ShardError, Shards
 from raydetr.data.integrity import RawSample
 from raydetr.data.loading import Out, load
@@ -100,6 +101,7 @@ def make_plan(shards: Shards, seed: int) -> Plan:
 class _Turn:
     """A batch that is to be made: samples `indices`, at `position` and following, of the step at `start`."""
 
+    step: int  # of this rank, from 0
     start: int
     position: int
     indices: list[int]
@@ -115,9 +117,11 @@ class _Maker:
     seed: int
     on_damage: OnDamage
 
-    def batches(self, turns: Iterable[_Turn], out: Out | None) -> Iterator[Batch]:
-        for turn, raws in _read_ahead(self.shards, turns):
-            yield self._batch(turn, raws, out)
+    def batches(self, turns: Iterable[_Turn], all_turns: Iterable[_Turn], out: Out | None) -> Iterator[Batch]:
+        """The batches of this process's turns, out of those of all processes of the rank."""
+        with closing(self.shards.files.follow(turn.indices for turn in all_turns)) as follower:
+            for turn, raws in _read_ahead(self.shards, turns, follower):
+                yield self._batch(turn, raws, out)
 
     def _batch(self, turn: _Turn, raws: list[RawSample | ShardError], out: Out | None) -> Batch:
         samples: list[Sample] = []
@@ -156,7 +160,7 @@ class _TrainBatches:
     batch_size: int
 
     def batches(self, worker: int, num_workers: int, out: Out | None) -> Iterator[Batch]:
-        return self.maker.batches(self._turns(worker, num_workers), out)
+        return self.maker.batches(self._turns(worker, num_workers), self._turns(0, 1), out)
 
     def _turns(self, worker: int, num_workers: int) -> Iterator[_Turn]:
         plan = make_plan(self.maker.shards, self.maker.seed)
@@ -164,7 +168,7 @@ class _TrainBatches:
             start = self.position + step * self.world_size * self.batch_size
             own = start + self.rank * self.batch_size
             indices = plan.samples(own, self.batch_size).tolist()
-            yield _Turn(start, own, indices, partial(earlier_samples, plan))
+            yield _Turn(step, start, own, indices, partial(earlier_samples, plan))
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,13 +179,21 @@ class _EvaluationBatches:
     batch_size: int
 
     def batches(self, worker: int, num_workers: int, out: Out | None) -> Iterator[Batch | None]:
+        turns = self._turns(worker, num_workers)
+        all_turns = (turn for turn in self._turns(0, 1) if turn.indices)
+        yield from self.maker.batches([turn for turn in turns if turn.indices], all_turns, out)
+        yield from [None for turn in turns if not turn.indices]  # only the last can be
+
+    def _turns(self, worker: int, num_workers: int) -> list[_Turn]:
         num_images = self.maker.shards.num_samples
         num_rounds = -(-num_images // (self.batch_size * self.world_size))
         rounds = range(worker, num_rounds, num_workers)
         starts = [(number * self.world_size + self.rank) * self.batch_size for number in rounds]
-        turns = [_Turn(s, s, list(range(s, min(s + self.batch_size, num_images))), _nothing) for s in starts]
-        yield from self.maker.batches([turn for turn in turns if turn.indices], out)
-        yield from [None for turn in turns if not turn.indices]  # only the last can be
+        ends = [min(start + self.batch_size, num_images) for start in starts]
+        return [
+            _Turn(number, start, start, list(range(start, end)), _nothing)
+            for number, start, end in zip(rounds, starts, ends, strict=True)
+        ]
 
 
 def _nothing(position: int) -> Iterable[int]:
@@ -189,11 +201,12 @@ def _nothing(position: int) -> Iterable[int]:
 
 
 def _read_ahead(
-    shards: Shards, turns: Iterable[_Turn]
+    shards: Shards, turns: Iterable[_Turn], follower: Follower
 ) -> Iterator[tuple[_Turn, list[RawSample | ShardError]]]:
     """Read the samples of each turn, and begin with those of the following ones."""
     begun = deque[tuple[_Turn, Callable[[], list[RawSample | ShardError]]]]()
     for turn in turns:
+        follower.at(turn.step)
         begun.append((turn, shards.start(turn.indices)))
         if len(begun) > READ_AHEAD:
             first, wait = begun.popleft()
