@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<Arithmetic<Stored>>)
       const Sample<T> sample = place(call, row, softmax, first + at);
       announce(sample, sample.weight, row.slot, at, shared);
     }
-    __syncwarp();
+    __syncwarp();  // the samples are announced
 #pragma unroll 2
     for (int at = 0; at < count; at++) {
       const Four<int> tokens = shared.tokens[row.slot][at];
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<Arithmetic<Stored>>)
         for (int i = 0; i < kVector; i++) sums[i] += factors.at[corner] * numbers[i];
       }
     }
-    __syncwarp();  // before the next pass writes there
+    __syncwarp();  // and read
   }
   if (row.exists && has_channels)
     store(sums, static_cast<Stored*>(problem.out) + row.number * problem.num_channels + channel);
@@ -262,13 +262,17 @@ __device__ __forceinline__ void add_reference_grads(const Call<T>& call, const R
     const int begin = max(level * call.num_points - first, 0),
               end = min((level + 1) * call.num_points - first, count);
     if (begin >= end || !row.exists) continue;
-    T* grad = problem.grad_reference + (row.number * problem.num_levels + level) * problem.reference_size;
+    Four<T> sum = {};
 #pragma unroll 1
     for (int at = begin; at < end; at++) {
+      const Four<T> grads = shared.dots[row.slot][at];
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        if (i < problem.reference_size) grad[i] += shared.dots[row.slot][at].at[i];
+      for (int i = 0; i < 4; i++) sum.at[i] += grads.at[i];
     }
+    T* grad = problem.grad_reference + (row.number * problem.num_levels + level) * problem.reference_size;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (i < problem.reference_size) grad[i] += sum.at[i];
   }
 }
 
@@ -330,7 +334,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<Arithmetic<Stored>, 
       const Sample<T> sample = place(call, row, softmax, first + at);
       announce(sample, row.exists ? sample.weight : 0, row.slot, at, shared);
     }
-    __syncwarp();
+    __syncwarp();  // the samples are announced
     for (int at = 0; at < count; at++) {
       const Four<int> tokens = shared.tokens[row.slot][at];
       const Four<T> factors = shared.factors[row.slot][at];
@@ -352,16 +356,15 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<Arithmetic<Stored>, 
       const T dot = sum_corners<kLanes>(dots, row.lane);
       if (row.lane < 4) shared.dots[row.slot][at].at[row.lane] = dot;
     }
-    __syncwarp();
+    __syncwarp();  // the dots are there
 #pragma unroll 1
     for (int at = row.lane; at < count; at += kLanes) {  // placed again: to keep it would cost registers
       const Sample<T> sample = place(call, row, softmax, first + at);
       weight_dot += sample.weight * store_sample_grads(call, row, sample, at, shared);
     }
-    __syncwarp();
     if (problem.grad_reference != nullptr) {
+      __syncwarp();  // in place of the dots there are gradients
       add_reference_grads<kLanes>(call, row, first, count, shared);
-      __syncwarp();
     }
   }
   if (problem.reference_size != 0) store_logit_grads<kLanes>(call, row, softmax, weight_dot);

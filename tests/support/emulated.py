@@ -77,20 +77,21 @@ def build(folder: Path, *, sanitize: bool = False, csrc: Path = CSRC, architectu
     return program
 
 
-def start(program: Path, cases: Sequence[Case]) -> tuple[subprocess.CompletedProcess[str], bytes]:
-    """Run the cases in one process; what it said, and the bytes of its results."""
+def start(
+    program: Path, cases: Sequence[Case], fault: int = 0
+) -> tuple[subprocess.CompletedProcess[str], bytes]:
+    """Run the cases in one process, with a planted fault; what it said, and the bytes of its results."""
     given, written = program.with_suffix(".cases"), program.with_suffix(".results")
     given.write_bytes(b"".join(encode(case) for case in cases))
-    process = subprocess.run(
-        [program, given, written], capture_output=True, text=True, check=False, timeout=250
-    )
+    command = [program, given, written, str(fault)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
     return process, written.read_bytes()
 
 
-def run(program: Path, cases: Sequence[Case]) -> list[Result]:
-    """The results of all cases, if nothing was wrong."""
-    process, written = start(program, cases)
-    assert process.returncode == 0, process.stderr
+def run(program: Path, cases: Sequence[Case], fault: int = 0) -> list[Result]:
+    """The results of all cases; fails with what the program said if it ended itself."""
+    process, written = start(program, cases, fault)
+    assert process.returncode == 0, process.stderr or f"ended by signal {-process.returncode}"
     reader = Reader(written)
     results = [decode(reader, case) for case in cases]
     assert reader.position == len(written)

@@ -8,13 +8,16 @@
 // would.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <random>
@@ -102,100 +105,116 @@ constexpr unsigned char kGuard = 0xa5;
   std::exit(3);
 }
 
-struct Lane {
+// A stack with a place to go on at. The first switch to it is setcontext's, which calls run_lane.
+struct Fiber {
   ucontext_t context;
+  jmp_buf place;
+  bool started = false;
+  const void* stack = nullptr;  // what the address sanitizer wants to know of it
+  size_t stack_size = 0;
+};
+
+struct Lane {
+  Fiber fiber;
   std::unique_ptr<char[]> stack{new char[kStackSize]};
-  bool finished = false;
-  int waits_at = 0;               // the source line of the barrier; 0: it can run
+  int waits_at = 0;               // the source line of the barrier, 0 while it runs
   uint64_t given = 0, taken = 0;  // at the barrier it waits at; at the last one where its warp came together
 };
 
-// In which order lanes run: ascending, descending, or at random.
+// In which order the lanes of a warp run: ascending, descending, or at random.
 struct Order {
   enum Kind { ascending, descending, random } kind = ascending;
   std::minstd_rand generator;
-
-  int pick(const std::vector<int>& ready) {
-    if (kind == random) return ready[generator() % ready.size()];
-    return kind == ascending ? ready.front() : ready.back();
-  }
 };
 
 inline Order order;
 inline std::vector<Lane> lanes;
+inline std::vector<int> num_waiting;  // by warp
+inline std::deque<int> ready;
 inline std::function<void()> body;
-inline ucontext_t scheduler;
+inline Fiber scheduler;
+inline int planted = 0;  // which fault, of those that a test put into the kernels' source, is active
 inline unsigned char* shared_memory;  // main.cpp says where it is
 inline size_t shared_capacity;
 
-// A switch of stacks, of which the address sanitizer must be told.
-inline const void* scheduler_stack;
-inline size_t scheduler_stack_size;
-inline void switch_stack(ucontext_t* from, ucontext_t* to, const void* stack, size_t size) {
+inline void switch_fiber(Fiber& from, Fiber& to) {
 #ifdef __SANITIZE_ADDRESS__
   void* saved;
-  __sanitizer_start_switch_fiber(&saved, stack, size);
-  swapcontext(from, to);
-  __sanitizer_finish_switch_fiber(saved, nullptr, nullptr);
-#else
-  (void)stack, (void)size;
-  swapcontext(from, to);
+  __sanitizer_start_switch_fiber(&saved, to.stack, to.stack_size);
 #endif
+  if (_setjmp(from.place) == 0) {
+    if (to.started) _longjmp(to.place, 1);
+    to.started = true;
+    setcontext(&to.context);
+  }
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(saved, nullptr, nullptr);
+#endif
+}
+
+// A lane may run when its warp has come together, and goes to the end of the queue.
+inline void let_warp_run(int first) {
+  int numbers[kWarpSize];
+  for (int i = 0; i < kWarpSize; i++)
+    numbers[i] = first + (order.kind == Order::descending ? kWarpSize - 1 - i : i);
+  if (order.kind == Order::random) std::shuffle(numbers, numbers + kWarpSize, order.generator);
+  ready.insert(ready.end(), numbers, numbers + kWarpSize);
+}
+
+inline int next_lane() {
+  const bool from_front = order.kind != Order::random || order.generator() % 2 == 0;
+  const int lane = from_front ? ready.front() : ready.back();
+  from_front ? ready.pop_front() : ready.pop_back();
+  return lane;
 }
 
 inline void run_lane() {
 #ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler.stack, &scheduler.stack_size);
 #endif
   body();
-  lanes[threadIdx.x].finished = true;
 #ifdef __SANITIZE_ADDRESS__
-  __sanitizer_start_switch_fiber(nullptr, scheduler_stack, scheduler_stack_size);
+  __sanitizer_start_switch_fiber(nullptr, scheduler.stack, scheduler.stack_size);
 #endif
+  _longjmp(scheduler.place, 1);
 }
 
-// Waits for the warp; returns what lane `partner` gave.
+// Waits for the warp; returns what its lane `partner` gave.
 inline uint64_t exchange(uint64_t given, int partner, int line) {
-  const unsigned me = threadIdx.x;
+  const int me = static_cast<int>(threadIdx.x), warp = me / kWarpSize, first = warp * kWarpSize;
   lanes[me].given = given, lanes[me].waits_at = line;
-  switch_stack(&lanes[me].context, &scheduler, scheduler_stack, scheduler_stack_size);
-  const int first = static_cast<int>(me) / kWarpSize * kWarpSize;
+  if (++num_waiting[warp] == kWarpSize) {
+    for (int i = first; i < first + kWarpSize; i++) {
+      if (lanes[i].waits_at != line) fail("lanes of a warp wait at different places", line);
+      lanes[i].waits_at = 0, lanes[i].taken = lanes[i].given;
+    }
+    num_waiting[warp] = 0;
+    let_warp_run(first);
+  }
+  switch_fiber(lanes[me].fiber, scheduler);
   return lanes[first + partner].taken;
 }
 
-// Lets a warp go on if all its lanes wait.
-inline void release(int first) {
-  const int line = lanes[first].waits_at;
-  for (int i = first; i < first + kWarpSize; i++) {
-    if (lanes[i].finished || lanes[i].waits_at == 0) return;
-    if (lanes[i].waits_at != line) fail("lanes of a warp wait at different places", lanes[i].waits_at);
-  }
-  for (int i = first; i < first + kWarpSize; i++) lanes[i].waits_at = 0, lanes[i].taken = lanes[i].given;
-}
-
-inline void run_block() {
+inline void run_block(unsigned num_lanes) {
+  lanes.resize(num_lanes);
+  scheduler.started = true;
+  num_waiting.assign(num_lanes / kWarpSize, 0);
   for (Lane& lane : lanes) {
-    lane.finished = false, lane.waits_at = 0;
-    getcontext(&lane.context);
-    lane.context.uc_stack.ss_sp = lane.stack.get(), lane.context.uc_stack.ss_size = kStackSize;
-    lane.context.uc_link = &scheduler;
-    makecontext(&lane.context, run_lane, 0);
+    lane.waits_at = 0;
+    Fiber& fiber = lane.fiber;
+    fiber.started = false, fiber.stack = lane.stack.get(), fiber.stack_size = kStackSize;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = lane.stack.get(), fiber.context.uc_stack.ss_size = kStackSize;
+    makecontext(&fiber.context, run_lane, 0);
   }
-  std::vector<int> ready;
-  for (;;) {
-    ready.clear();
-    const Lane* waiting = nullptr;
-    for (size_t i = 0; i < lanes.size(); i++) {
-      if (lanes[i].waits_at != 0) waiting = &lanes[i];
-      if (!lanes[i].finished && lanes[i].waits_at == 0) ready.push_back(static_cast<int>(i));
-    }
-    if (ready.empty() && waiting != nullptr) fail("waits for lanes that have finished", waiting->waits_at);
-    if (ready.empty()) return;
-    const int next = order.pick(ready);
+  for (unsigned first = 0; first < num_lanes; first += kWarpSize) let_warp_run(static_cast<int>(first));
+  while (!ready.empty()) {
+    const int next = next_lane();
     threadIdx.x = static_cast<unsigned>(next);
-    switch_stack(&scheduler, &lanes[next].context, lanes[next].stack.get(), kStackSize);
-    release(next / kWarpSize * kWarpSize);
+    switch_fiber(scheduler, lanes[next].fiber);
   }
+  for (size_t i = 0; i < num_lanes; i++)
+    if (lanes[i].waits_at != 0) fail("lanes wait for others that have finished", lanes[i].waits_at);
 }
 
 inline void poison_shared_memory(size_t size) {
@@ -257,11 +276,10 @@ struct cudaLaunchConfig_t {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  emulation::lanes.resize(config->blockDim.x);
   emulation::body = [&] { kernel(arguments...); };
   for (blockIdx.x = 0; blockIdx.x < config->gridDim.x; blockIdx.x++) {
     emulation::poison_shared_memory(config->dynamicSmemBytes);
-    emulation::run_block();
+    emulation::run_block(config->blockDim.x);
     emulation::check_guard(config->dynamicSmemBytes);
   }
   return cudaSuccess;

@@ -2,6 +2,7 @@
 // reads the other. Each tensor lies in a buffer that ends exactly where it ends, so that the sanitizers see
 // each stray access.
 #include <cstdio>
+#include <cstdlib>
 #include <vector>
 
 #include "cuda/deform_attn.cu"
@@ -83,7 +84,8 @@ void run(const Header& header, std::FILE* cases, std::FILE* results) {
 
 }  // namespace
 
-int main(int, char** arguments) {
+int main(int num_arguments, char** arguments) {
+  if (num_arguments > 3) emulation::planted = std::atoi(arguments[3]);
   emulation::shared_memory = detrs::cuda::shared_memory;
   emulation::shared_capacity = sizeof detrs::cuda::shared_memory;
   std::FILE *cases = std::fopen(arguments[1], "rb"), *results = std::fopen(arguments[2], "wb");

@@ -1,0 +1,158 @@
+"""Faults planted in the CUDA kernels' source: the emulation must find each. And it runs under the sanitizers."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+import emulated
+from emulated_cases import PYRAMID, all_cases, assert_right, make_case
+
+pytestmark = emulated.needs_compiler
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`right` in a file of csrc/ becomes `wrong`; what then is seen, as a pattern."""
+
+    file: str
+    right: str
+    wrong: str
+    seen: str
+
+
+WRONG_NUMBERS = "not close|ended by signal"  # a wild token number is a wild address
+FAULTS = {
+    "uninitialised shared memory": Fault(
+        "cuda/kernels.cuh",
+        "shared.tokens[slot][at] = tokens, shared.factors[slot][at] = factors;",
+        "shared.tokens[slot][at] = tokens; if (!PLANTED || at != 1) shared.factors[slot][at] = factors;",
+        WRONG_NUMBERS,
+    ),
+    "write behind shared memory": Fault(
+        "cuda/kernels.cuh",
+        "if (row.lane < 4) shared.dots[row.slot][at].at[row.lane] = dot;",
+        "if (row.lane < 4) (&shared.dots[0][0])[PLANTED ? sizeof shared.dots / sizeof shared.dots[0][0]"
+        " : row.slot * (kPass<kLanes> + 1) + at].at[row.lane] = dot;",
+        "behind the end of shared memory|AddressSanitizer",
+    ),
+    "barrier in half of the lanes": Fault(
+        "cuda/kernels.cuh",
+        "T sum = (odd ?",
+        "if (PLANTED && odd) __syncwarp();\n  T sum = (odd ?",
+        "lanes of a warp wait at different places",
+    ),
+    "lanes that leave early": Fault(
+        "cuda/kernels.cuh",
+        "  T sums[kVector] = {};",
+        "  if (PLANTED && !has_channels) return;\n  T sums[kVector] = {};",
+        "lanes wait for others that have finished",
+    ),
+}
+FAULTS_FOR_SANITIZERS = {
+    "read behind a tensor": Fault(
+        "geometry.h",
+        "after = after < length ? after : length - 1;",
+        "after = PLANTED || after < length ? after : length - 1;",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "write behind a tensor": Fault(
+        "cuda/kernels.cuh",
+        "if (!row.exists) query = problem.num_queries - 1;",
+        "if (!row.exists && !PLANTED) query = problem.num_queries - 1;\n    row.exists = row.exists || PLANTED;",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "vector load from anywhere": Fault(
+        "cuda/kernels.cuh",
+        "const Channels<Stored> value(problem.value, call, row, channel);",
+        "const Channels<Stored> value(problem.value, call, row, channel + (PLANTED ? 1 : 0));",
+        "misaligned address",
+    ),
+}
+
+
+def plant(folder: Path, faults: Iterable[Fault]) -> tuple[Path, int]:
+    """A copy of csrc/ with all faults, each active where its number, from 1 on, is chosen at run time; behind them
+    come the barriers, each of which can be left out. The copy, and the number of barriers."""
+    csrc = folder / "csrc"
+    shutil.copytree(emulated.CSRC, csrc)
+    faults = list(faults)
+    for number, fault in enumerate(faults, start=1):
+        text = (csrc / fault.file).read_text()
+        assert fault.right in text, f"{fault.file} no longer has: {fault.right}"
+        text = text.replace(fault.right, fault.wrong.replace("PLANTED", f"(emulation::planted == {number})"))
+        (csrc / fault.file).write_text(text)
+    kernels = csrc / "cuda" / "kernels.cuh"
+    numbers = count(len(faults) + 1)
+    text, num_barriers = re.subn(
+        r"^( +)(__syncwarp\(\);)",
+        lambda match: f"{match[1]}if (emulation::planted != {next(numbers)}) {match[2]}",
+        kernels.read_text(),
+        flags=re.MULTILINE,
+    )
+    kernels.write_text(text)
+    return csrc, num_barriers
+
+
+CASES = [
+    make_case(PYRAMID, reference_size=size, seed=seed, num_queries=21, num_points=30, num_channels=12)
+    for size in (0, 4)
+    for seed in (0, 1, 5)
+]
+
+
+def check(program: Path, fault: int) -> None:
+    """Fails if a fault is seen."""
+    for case, result in zip(CASES, emulated.run(program, CASES, fault), strict=True):
+        assert_right(case, result)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> tuple[Path, int]:
+    folder = tmp_path_factory.mktemp("planted")
+    csrc, num_barriers = plant(folder, FAULTS.values())
+    return emulated.build(folder, csrc=csrc), num_barriers
+
+
+def test_without_an_active_fault_nothing_is_found(planted):
+    check(planted[0], 0)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found(planted, name):
+    with pytest.raises(AssertionError, match=FAULTS[name].seen):
+        check(planted[0], list(FAULTS).index(name) + 1)
+
+
+def test_no_barrier_can_be_left_out(planted):
+    program, num_barriers = planted
+    assert num_barriers >= 4, "no barriers were found in the source"
+    for number in range(num_barriers):
+        with pytest.raises(AssertionError, match=WRONG_NUMBERS):
+            check(program, len(FAULTS) + 1 + number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [800, 900])
+def test_no_stray_access_and_no_undefined_behaviour(tmp_path, architecture):
+    program = emulated.build(tmp_path, sanitize=True, architecture=architecture)
+    cases = all_cases()
+    for case, result in zip(cases, emulated.run(program, cases), strict=True):
+        assert_right(case, result)
+
+
+@pytest.mark.slow
+def test_the_sanitizers_find_planted_faults(tmp_path):
+    faults = {**FAULTS, **FAULTS_FOR_SANITIZERS}
+    csrc, _ = plant(tmp_path, faults.values())
+    program = emulated.build(tmp_path, sanitize=True, csrc=csrc)
+    check(program, 0)
+    for number, fault in enumerate(faults.values(), start=1):
+        with pytest.raises(AssertionError, match=fault.seen.replace("ended by signal", "AddressSanitizer")):
+            check(program, number)
