@@ -98,7 +98,7 @@ def check_image(
     orientation = _orientation(image)
     _check_size(where, image.size, expected or image.size, orientation)
     try:
-        _to_rgb(image)
+        decode_pixels(content)  # as in training
     except UNREADABLE as error:
         raise ValueError(f"{where}: cannot be decoded ({error}): replace the file") from None
     return image.size, "png" if image.format == "PNG" else "jpg", orientation != 1

@@ -65,8 +65,7 @@ def write_again(coco: tuple[Path, Path], out: Path) -> list[str]:
     return told
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("kind", ["SIGKILL", "SIGINT"])
+@pytest.mark.parametrize(("kind", "workers"), [("SIGKILL", 1), ("SIGKILL", 2), ("SIGINT", 2)])
 def test_stopped_writer_leaves_nothing_that_looks_whole_and_is_continued(
     coco: tuple[Path, Path], shards: Shards, tmp_path: Path, kind: str, workers: int
 ) -> None:
