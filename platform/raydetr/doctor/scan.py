@@ -132,5 +132,6 @@ def _object(sample: int, number: int, annotation: Any) -> tuple[Any, ...]:
     category_id, box = record.get("category_id"), record.get("bbox")
     if not isinstance(category_id, int) or not 0 <= category_id < 2**63:
         category_id = -1
-    numbers = tuple(box) if box is not None and is_box(box) else (math.nan,) * 4
-    return sample, number, category_id, numbers, bool(record.get("iscrowd", 0)), is_box(box)
+    good = is_box(box)
+    numbers = tuple(box) if box is not None and good else (math.nan,) * 4
+    return sample, number, category_id, numbers, bool(record.get("iscrowd", 0)), good
