@@ -19,6 +19,7 @@ from raydetr.data.sample_data import write_sample_data
 from raydetr.data.shards import write_shards
 from raydetr.doctor import quick
 from raydetr.doctor.target import Target
+from raydetr.overfit import overfit
 from raydetr.train import run
 
 TARGET = Target(recipe="test", num_queries=20, batch_size=8)
@@ -149,3 +150,27 @@ def test_a_run_with_a_fault_does_not_begin(config: RunConfig, tmp_path: Path) ->
     with pytest.raises(ValueError, match="there is nothing to learn"):
         run.start(override(config, {"data.train": str(tmp_path / "empty")}), local=True)
     assert not (tmp_path / "runs").exists()
+
+
+class Begun(Exception):
+    """Raised in place of the training."""
+
+
+@pytest.mark.parametrize("kind", ["train", "overfit"])
+def test_a_training_warns_and_learning_by_heart_does_not(
+    config: RunConfig, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a run trains and evaluates on the same images because that is its purpose, nothing is odd."""
+
+    def begin(_: RunConfig) -> list[str]:
+        raise Begun
+
+    monkeypatch.setattr(run.initial, "describe", begin)
+    with pytest.raises(Begun):
+        if kind == "train":
+            run.start(override(config, {"data.val": config.data.train}), local=True)
+        else:
+            overfit(config, None, num_images=4, num_steps=1, long_side=64, out=config.storage.path)
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("the very same samples" in said) == (kind == "train")
+    assert ("warning" in said) == (kind == "train")
