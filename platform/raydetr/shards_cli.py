@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from raydetr.data.locations import check_location, is_remote, local_folder
 from raydetr.progress_bar import progress_bar
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default 
 
 @shards_app.command("write")
 def shards_write(
-    out: Annotated[Path, typer.Option(help="The folder to write; empty, new, or that of a stopped run.")],
+    out: Annotated[str, typer.Option(help="The folder to write; empty, new, or that of a stopped run.")],
     images: Annotated[Path | None, typer.Option(help="COCO: the folder that holds the images.")] = None,
     annotations: Annotated[Path | None, typer.Option(help="COCO: the JSON file with annotations.")] = None,
     yolo: Annotated[Path | None, typer.Option(help="YOLO: the data.yaml.")] = None,
@@ -39,28 +40,29 @@ def shards_write(
     """
     from raydetr.data.shards import write_source
 
+    folder = _local(out)
     source = _choose_source(images, annotations, yolo, voc, split, zero_based=zero_based)
     with progress_bar("images") as progress:
         manifest = write_source(
             source,
-            out,
+            folder,
             samples_per_shard=samples_per_shard,
             workers=workers or _num_cores(),
             progress=progress,
             tell=typer.echo,
         )
-    typer.echo(_summary("wrote", out, manifest))
+    typer.echo(_summary("wrote", folder, manifest))
 
 
 @shards_app.command("check")
 def shards_check(
-    data: Annotated[Path, typer.Argument(help="A folder of shards.")], workers: Workers = None
+    data: Annotated[str, typer.Argument(help="A folder of shards.")], workers: Workers = None
 ) -> None:
     """Verify every byte: sha256 of shards, crc, records and images of samples, tars against the index."""
     from raydetr.data.checks import check_shards
 
     with progress_bar("images") as progress:
-        manifest = check_shards(data, workers=workers or _num_cores(), progress=progress)
+        manifest = check_shards(_local(data), workers=workers or _num_cores(), progress=progress)
     typer.echo(
         f"{data}: {manifest.num_samples} images with {manifest.num_annotations} annotations in "
         f"{len(manifest.shards)} shards are what the manifest says, every byte"
@@ -83,7 +85,7 @@ def shards_info(
 
 @shards_app.command("index")
 def shards_index(
-    data: Annotated[Path, typer.Argument(help="A folder of tars that others wrote.")],
+    data: Annotated[str, typer.Argument(help="A folder of tars that others wrote.")],
     categories: Annotated[
         Path | None, typer.Option(help="A JSON file that names the categories, such as a COCO file.")
     ] = None,
@@ -95,20 +97,21 @@ def shards_index(
     """Index WebDataset shards of images and JSON that others wrote, so that they can be trained on."""
     from raydetr.data.third_party import index_folder
 
+    folder = _local(data)
     with progress_bar("MiB") as progress:
         manifest = index_folder(
-            data,
+            folder,
             categories=categories,
             box_format=boxes,
             workers=workers or _num_cores(),
             progress=lambda done, total: progress(done >> 20, total >> 20),
         )
-    typer.echo(_summary("indexed", data, manifest))
+    typer.echo(_summary("indexed", folder, manifest))
 
 
 @shards_app.command("export-index")
 def shards_export_index(
-    data: Annotated[Path, typer.Argument(help="A folder of shards.")],
+    data: Annotated[str, typer.Argument(help="A folder of shards.")],
     kind: Annotated[
         Literal["dali", "energon"], typer.Option("--format", help="DALI's .idx or Energon's .tar.idx.")
     ],
@@ -117,7 +120,7 @@ def shards_export_index(
     from raydetr.data.index import open_shards
     from raydetr.data.other_indexes import write_other_indexes
 
-    shards = open_shards(data)
+    shards = open_shards(_local(data))
     paths = write_other_indexes(shards.path, [shard.name for shard in shards.manifest.shards], kind)
     typer.echo(f"wrote {paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""))
 
@@ -128,6 +131,18 @@ def _summary(done: str, folder: Path, manifest: Manifest) -> str:
         f"{len(manifest.categories)} classes, fingerprint {manifest.fingerprint[:12]}"
     ]
     return "\n".join([*lines, *(f"note: {notice}" for notice in manifest.notices)])
+
+
+def _local(location: str) -> Path:
+    """A folder of this machine.
+
+    Raises:
+        ValueError: the location is remote.
+    """
+    location = check_location(location)
+    if is_remote(location):
+        raise ValueError(f"{location}: this needs a folder of this machine: work there, and copy the shards")
+    return local_folder(location)
 
 
 def _num_cores() -> int:

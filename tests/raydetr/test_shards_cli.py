@@ -70,6 +70,20 @@ def test_check_passes_and_fails_with_the_exit_code(written: Path, tmp_path: Path
     assert "shard-00001.tar: its sha256 is" in str(result.exception)
 
 
+REMOTE: list[list[str]] = [
+    ["write", "--images", "i", "--annotations", "a", "--out"],
+    ["check"],
+    ["index"],
+    ["export-index", "--format", "dali"],
+]
+
+
+@pytest.mark.parametrize("arguments", REMOTE)
+def test_what_needs_a_local_folder_says_so(arguments: list[str]) -> None:
+    with pytest.raises(ValueError, match="s3://bucket/data: this needs a folder of this machine"):
+        CliRunner().invoke(shards_app, [*arguments, "s3://bucket/data"], catch_exceptions=False)
+
+
 def test_info_as_text_and_json(coco: tuple[Path, Path], written: Path) -> None:
     data = json.loads(coco[1].read_text())
     counts = {3: 0, 7: 0, 90: 0}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from raydetr.data.folders import PARTIAL
 from raydetr.data.locations import local_folder
 
 MAX_OPEN_FILES = 64
@@ -151,8 +152,10 @@ class LocalFolder:
 
     def without_manifest(self) -> str:
         """As Folder."""
-        unfinished = any(self.path.glob("*.tar")) if self.path.is_dir() else False
-        state = (
-            "the shards have no manifest.json, so writing did not end" if unfinished else "no shards found"
-        )
-        return f"{state}; write them with `raydetr shards write --images DIR --annotations FILE --out {self.path}`"
+        if (self.path / PARTIAL).is_dir():
+            return "writing the shards did not end: run that command again, it goes on where it stopped"
+        write = f"`raydetr shards write --images DIR --annotations FILE --out {self.path}`"
+        if any(self.path.glob("*.tar")):
+            index = f"`raydetr shards index {self.path}`, if others wrote them"
+            return f"the shards have no manifest.json, so writing did not end; write them with {write}, or {index}"
+        return f"no shards found; write them with {write}"

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from raydetr.data.manifest import sample_key
 from raydetr.doctor.findings import MAX_EXAMPLES, Finding, counted
 from raydetr.doctor.split import Examined
 
@@ -27,7 +26,7 @@ def _damaged(examined: Examined) -> Iterator[Finding]:
     for sample in sorted(damage)[:MAX_EXAMPLES]:
         row = shards.samples[sample]
         file = shards.manifest.shards[row["shard"]].name
-        where = f"{file}, key {sample_key(row['image_id'])}: {damage[sample]:.120}"
+        where = f"{file}, key {shards.key(sample)}: {damage[sample]:.120}"
         examples.append(examined.split.example(sample, where))
     yield Finding(
         "damaged-samples", "fault", (examined.name,),

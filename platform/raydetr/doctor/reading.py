@@ -29,7 +29,7 @@ def refused_sample(shards: Shards, index: int) -> RawSample | None:
         raw = shards.files.read(*shards.span(index))
         if zlib.crc32(raw) != row["crc32"]:
             return None
-        return RawSample(shards.key(index), raw[image], *parse_content(raw[record]))
+        return RawSample(shards.key(index), raw[image], *parse_content(raw[record], shards.convert(index)))
     except (OSError, Fault):
         return None
 
