@@ -96,6 +96,8 @@ def _column(numbers: Statistics) -> dict[str, str]:
 
 
 def _spread(values: dict[str, int]) -> str:
+    if values["min"] == values["max"]:
+        return str(values["min"])
     return f"{values['min']} to {values['max']}, median {values['median']}"
 
 

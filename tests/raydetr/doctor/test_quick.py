@@ -166,11 +166,15 @@ def test_a_training_warns_and_learning_by_heart_does_not(
         raise Begun
 
     monkeypatch.setattr(run.initial, "describe", begin)
+    same = override(config, {"data.val": config.data.train})
+    train = {
+        "train": lambda: run.start(same, local=True),
+        "overfit": lambda: overfit(
+            config, None, num_images=4, num_steps=1, long_side=64, out=config.storage.path
+        ),
+    }[kind]
     with pytest.raises(Begun):
-        if kind == "train":
-            run.start(override(config, {"data.val": config.data.train}), local=True)
-        else:
-            overfit(config, None, num_images=4, num_steps=1, long_side=64, out=config.storage.path)
+        train()
     said = " ".join(capsys.readouterr().err.split())
     assert ("the very same samples" in said) == (kind == "train")
     assert ("warning" in said) == (kind == "train")
