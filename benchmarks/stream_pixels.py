@@ -1,9 +1,8 @@
 """Decode, augment and batch on one core, against a Pillow float pipeline in the style of the official code.
 
 Both get the same encoded images from memory and draw the same flips, crops and scales; they take turns, batch by
-batch. Ours fills one buffer again and again, as the loader processes do. Times are CPU times, medians over batches.
-Images are the photographs of
-`RAYDETR_COCO_TINY`, else drawn ones of 640x480.
+batch. Ours fills one buffer again and again, as the loader processes do. Times are CPU times, and all figures medians
+over batches. Images are the photographs of `RAYDETR_COCO_TINY`, else drawn ones of 640x480.
 """
 
 from __future__ import annotations
@@ -87,12 +86,12 @@ def _case(
             start = time.process_time()
             pipeline(numbers, batch * BATCH)
             took[pipeline].append(time.process_time() - start)
-    rates = [BATCH / statistics.median(took[pipeline][2:]) for pipeline in (ours, anchor)]  # after a warm-up
+    pairs = list(zip(took[ours], took[anchor], strict=True))[2:]  # after a warm-up
     return {
         "case": f"decode, augment, batch: {name}",
-        "ours": rates[0],
-        "anchor": rates[1],
-        "ratio": rates[0] / rates[1],
+        "ours": BATCH / statistics.median(own for own, _ in pairs),
+        "anchor": BATCH / statistics.median(other for _, other in pairs),
+        "ratio": statistics.median(other / own for own, other in pairs),
         "unit": "images/s",
         "wanted": wanted,
     }
