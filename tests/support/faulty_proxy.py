@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,11 +15,14 @@ from typing import Literal
 BUSY = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 4\r\nRetry-After: 0\r\n\r\nbusy"
 
 
+Kind = Literal["stall", "reset", "short", "corrupt", "drip", "refuse", "busy"]
+
+
 @dataclass(frozen=True)
 class Fault:
     """What happens to one answer after `after` bytes of its body."""
 
-    kind: Literal["stall", "reset", "short", "corrupt", "drip", "refuse", "busy"]
+    kind: Kind
     after: int = 0
 
 
@@ -77,16 +81,19 @@ class FaultyProxy:
         """Pass one answer on; False where the connection is at its end."""
         head = _read_head(server, b"")
         time.sleep(self.latency)
+        if not head:
+            return False
         head, _, body = head.partition(b"\r\n\r\n")
         fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:] if b": " in line)
-        length = int(fields.get(b"content-length", b"0"))
+        endless = b"content-length" not in fields  # ends with the connection
+        length = sys.maxsize if endless else int(fields[b"content-length"])
         client.sendall(head + b"\r\n\r\n")
         sent = 0
         while sent < length:
             chunk = body or server.recv(min(65536, length - sent))
             body = b""
             if not chunk:
-                return False
+                return False  # the end
             if fault is not None and sent + len(chunk) > fault.after:
                 good = max(0, fault.after - sent)
                 if fault.kind == "corrupt":
@@ -94,6 +101,7 @@ class FaultyProxy:
                         chunk = chunk[:good] + bytes([chunk[good] ^ 1]) + chunk[good + 1 :]
                 else:
                     client.sendall(chunk[:good])
+                    server.close()
                     return self._break(client, fault, chunk[good:])
             client.sendall(chunk)
             sent += len(chunk)

@@ -107,16 +107,8 @@ class S3Server:
     def __init__(self) -> None:
         self.address = ("127.0.0.1", _free_port())
         self.url = f"http://127.0.0.1:{self.address[1]}"
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.address[1])],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **CREDENTIALS},
-        )  # fmt: skip
-        deadline = time.monotonic() + 60
-        while not self._is_up():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self.close()
-                raise RuntimeError("no S3 server")
-            time.sleep(0.1)
+        command = ["moto.server", "-H", "127.0.0.1", "-p", str(self.address[1])]
+        self._process = _start(command, self.address)
         self._put("")
 
     def upload(self, folder: Path, prefix: str) -> str:
@@ -126,12 +118,7 @@ class S3Server:
         return f"s3://{BUCKET}/{prefix}"
 
     def close(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(10)
+        _stop(self._process)
 
     def _put(self, key: str, content: bytes = b"") -> None:
         request = urllib.request.Request(f"{self.url}/{BUCKET}/{key}".rstrip("/"), data=content, method="PUT")
@@ -143,27 +130,15 @@ class S3Server:
         with urllib.request.urlopen(request, timeout=30):
             pass
 
-    def _is_up(self) -> bool:
-        connection = http.client.HTTPConnection(*self.address, timeout=2)
-        try:
-            connection.request("GET", "/moto-api/")
-            return connection.getresponse().status < 500
-        except OSError:
-            return False
-        finally:
-            connection.close()
-
 
 class GsServer:
-    """A small imitation of Google Cloud Storage (gcp-storage-emulator) with one bucket."""
+    """A small imitation of Google Cloud Storage (gcp-storage-emulator), in a process of its own, with one bucket."""
 
     def __init__(self) -> None:
-        from gcp_storage_emulator.server import create_server
-
         self.address = ("127.0.0.1", _free_port())
         self.url = f"http://127.0.0.1:{self.address[1]}"
-        self._server = create_server(*self.address, in_memory=True, default_bucket=BUCKET)
-        self._server.start()
+        command = ["gcp_storage_emulator", "start", "--host", "127.0.0.1", "--port", str(self.address[1])]
+        self._process = _start([*command, "--in-memory", "--default-bucket", BUCKET], self.address)
 
     def upload(self, folder: Path, prefix: str) -> str:
         """Put the files of a folder there; returns their location."""
@@ -176,7 +151,42 @@ class GsServer:
         return f"gs://{BUCKET}/{prefix}"
 
     def close(self) -> None:
-        self._server.stop()
+        _stop(self._process)
+
+
+def _start(module: list[str], address: tuple[str, int]) -> subprocess.Popen[bytes]:
+    """Run a Python module that is a server, and wait until it answers."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", *module], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, env={**os.environ, **CREDENTIALS},
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not _answers(address):
+        if process.poll() is not None or time.monotonic() > deadline:
+            _stop(process)
+            raise RuntimeError(f"{module[0]} did not start")
+        time.sleep(0.1)
+    return process
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(5)
+
+
+def _answers(address: tuple[str, int]) -> bool:
+    connection = http.client.HTTPConnection(*address, timeout=2)
+    try:
+        connection.request("GET", "/")
+        return connection.getresponse().status > 0
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 def _free_port() -> int:

@@ -268,6 +268,8 @@ def _retry_after(response: Any) -> float:
 
 
 def _describe(error: Exception, settings: RemoteSettings) -> str:
+    if isinstance(error, urllib3.exceptions.NewConnectionError):  # which urllib3 has for a kind of timeout
+        return f"no connection: {error}"
     if isinstance(error, urllib3.exceptions.ConnectTimeoutError):
         return f"no connection within {settings.connect_seconds:g} s"
     if isinstance(error, (urllib3.exceptions.ReadTimeoutError, TimeoutError)):
