@@ -21,11 +21,14 @@ ENOUGH = 10  # fewer boxes than this show nothing
 Numbers = npt.NDArray[np.int64]
 
 
-def box_findings(examined: Examined) -> list[Finding]:
-    """All that is wrong, or odd, with the boxes of a split."""
+def box_findings(examined: Examined, damage: Level) -> list[Finding]:
+    """All that is wrong, or odd, with the boxes of a split.
+
+    `damage` is the level of what makes a sample a damaged one to those who read it.
+    """
     return [
-        *_malformed(examined),
-        *_unknown_categories(examined),
+        *_malformed(examined, damage),
+        *_unknown_categories(examined, damage),
         *_wrong_format(examined),
         *_without_area(examined),
         *_whole_images(examined),
@@ -34,18 +37,18 @@ def box_findings(examined: Examined) -> list[Finding]:
     ]
 
 
-def _malformed(examined: Examined) -> Iterator[Finding]:
+def _malformed(examined: Examined, level: Level) -> Iterator[Finding]:
     chosen = np.flatnonzero(~examined.facts.objects["is_box"])
     if len(chosen):
         yield Finding(
-            "malformed-boxes", "fault", (examined.name,),
+            "malformed-boxes", level, (examined.name,),
             f"{counted(len(chosen), 'annotation')} without a box of four finite numbers, none of them a negative size",
             "correct `bbox` to [x, y, width, height], or remove the annotations, and write the shards again",
             len(chosen), examined.examples(chosen),
         )  # fmt: skip
 
 
-def _unknown_categories(examined: Examined) -> Iterator[Finding]:
+def _unknown_categories(examined: Examined, level: Level) -> Iterator[Finding]:
     chosen = np.flatnonzero(~examined.is_known)
     if not len(chosen):
         return
@@ -55,7 +58,7 @@ def _unknown_categories(examined: Examined) -> Iterator[Finding]:
     shift = next((step for step in (-1, 1) if np.isin(used, ids + step).all()), 0)
     hint = "" if not shift else f"; all would fit with 1 {'added' if shift < 0 else 'taken off'}"
     yield Finding(
-        "unknown-categories", "fault", (examined.name,),
+        "unknown-categories", level, (examined.name,),
         f"{counted(len(chosen), 'annotation')} of categories that are not in the list (ids {listed(unknown)}){hint}",
         "make the list and the annotations agree, and write the shards again",
         len(chosen), examined.examples(chosen, boxes=False),

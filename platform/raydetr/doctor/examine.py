@@ -9,7 +9,7 @@ from raydetr.data.index import Shards, open_shards
 from raydetr.doctor.balance import balance_findings, class_counts, crowding_findings
 from raydetr.doctor.boxes import box_findings
 from raydetr.doctor.duplicates import duplicate_findings
-from raydetr.doctor.findings import Finding, by_level
+from raydetr.doctor.findings import Finding, Level, by_level
 from raydetr.doctor.images import image_findings
 from raydetr.doctor.quick import index_findings, named_splits
 from raydetr.doctor.report import Report
@@ -85,9 +85,12 @@ def _open(
 
 def _findings(examined: Sequence[Examined], target: Target) -> list[Finding]:
     found = index_findings([one.split for one in examined], target)
+    num_damaged = sum(len(one.facts.damage) for one in examined)
+    tolerated = target.tolerates(num_damaged, examined[0].split.shards.num_samples)
+    damage: Level = "warning" if tolerated else "fault"
     for one in examined:
-        found += image_findings(one)
-        found += box_findings(one)
+        found += image_findings(one, damage)
+        found += box_findings(one, damage)
         found += crowding_findings(one.split, one.objects_per_image, target)
         found += scale_findings(one, target, class_counts(one)[1])
     found += balance_findings(examined)

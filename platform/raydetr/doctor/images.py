@@ -6,19 +6,19 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from raydetr.doctor.findings import MAX_EXAMPLES, Finding, counted
+from raydetr.doctor.findings import MAX_EXAMPLES, Finding, Level, counted
 from raydetr.doctor.split import Examined
 
 NARROW = 5  # long side by short side
 TINY = 32  # pixels of the short side: one cell of the coarsest feature map
 
 
-def image_findings(examined: Examined) -> list[Finding]:
-    """All that is wrong, or odd, with the images of a split."""
-    return [*_damaged(examined), *_of_other_sizes(examined), *_turned(examined), *_unusual(examined)]
+def image_findings(examined: Examined, damage: Level) -> list[Finding]:
+    """All that is wrong, or odd, with the images of a split; `damage` is the level of damaged samples."""
+    return [*_damaged(examined, damage), *_of_other_sizes(examined), *_turned(examined), *_unusual(examined)]
 
 
-def _damaged(examined: Examined) -> Iterator[Finding]:
+def _damaged(examined: Examined, level: Level) -> Iterator[Finding]:
     damage, shards = examined.facts.damage, examined.split.shards
     if not damage:
         return
@@ -29,7 +29,7 @@ def _damaged(examined: Examined) -> Iterator[Finding]:
         where = f"{file}, key {shards.key(sample)}: {damage[sample]:.120}"
         examples.append(examined.split.example(sample, where))
     yield Finding(
-        "damaged-samples", "fault", (examined.name,),
+        "damaged-samples", level, (examined.name,),
         f"{counted(len(damage), 'sample')} of {shards.num_samples:,} cannot be used",
         "copy these shards again; where a record is at fault, correct it and write the shards again",
         len(damage), tuple(examples),

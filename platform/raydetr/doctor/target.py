@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from raydetr.config import RunConfig
 from raydetr.data.manifest import LabelMapKind
+from raydetr.train.ledger import default_budget
 
 Floats = npt.NDArray[np.float64]
 
@@ -24,6 +25,7 @@ class Target:
     num_queries: int | None = None
     batch_size: int | None = None
     label_map: LabelMapKind | None = None
+    max_damaged: int | None = 0  # samples in all splits that may be damaged; None: as the training has it
 
     @staticmethod
     def of(config: RunConfig) -> Target:
@@ -36,6 +38,7 @@ class Target:
             num_queries=config.model.num_queries,
             batch_size=config.data.batch_size,
             label_map=config.data.label_map,
+            max_damaged=0 if config.data.on_damage == "raise" else config.data.max_damaged,
         )
 
     def factors(self, widths: Floats, heights: Floats) -> Floats:
@@ -44,6 +47,11 @@ class Target:
             return np.ones(len(widths))
         short, long = np.minimum(widths, heights), np.maximum(widths, heights)
         return np.minimum(self.short_side / short, self.max_side / long)
+
+    def tolerates(self, num_damaged: int, num_samples: int) -> bool:
+        """Whether a training on so many samples goes on with so many damaged ones."""
+        limit = default_budget(num_samples) if self.max_damaged is None else self.max_damaged
+        return num_damaged <= limit
 
     def scale(self) -> str:
         """The resize in words."""
@@ -55,4 +63,4 @@ class Target:
         """Plain values for JSON."""
         return {"recipe": self.recipe, "short_side": self.short_side, "max_side": self.max_side,
                 "num_queries": self.num_queries, "batch_size": self.batch_size,
-                "label_map": self.label_map}  # fmt: skip
+                "label_map": self.label_map, "max_damaged": self.max_damaged}  # fmt: skip

@@ -7,6 +7,7 @@ import io
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -396,8 +397,18 @@ def test_every_finding_is_documented_with_its_level() -> None:
     documented = {(code, level) for code, levels in table for level in levels.split(", ")}
     planted = {(code, level) for _, code, level, *_ in PLANTED}
     elsewhere = {("unusable-shards", "fault"), ("shared-samples", "warning")}
-    few = {(code, "note") for code in ("boxes-reach-out", "boxes-without-area", "boxes-outside",
-                                       "repeated-objects", "look-alikes", "rare-classes")}  # fmt: skip
+    few = {
+        (code, "note")
+        for code in (
+            "boxes-reach-out",
+            "boxes-without-area",
+            "boxes-outside",
+            "repeated-objects",
+            "look-alikes",
+            "rare-classes",
+        )
+    }
+    few |= {(code, "warning") for code in ("damaged-samples", "malformed-boxes", "unknown-categories")}  # fmt: skip
     assert documented == planted | elsewhere | few
 
 
@@ -433,6 +444,18 @@ def test_a_changed_byte_is_told_with_shard_and_key(tmp_path: Path) -> None:
     assert (finding.code, finding.level, finding.count) == ("damaged-samples", "fault", 1)
     assert re.search(r"shard-00000.tar, key 00000000\d{4}: .*crc32", str(finding.examples[0]))
     assert report.statistics[0].unusable_images == 1
+
+
+def test_damage_that_a_run_goes_on_with_is_a_warning(tmp_path: Path) -> None:
+    train, val = healthy()
+    undecodable(train, val)
+    nan_box(train, val)
+    locations = [str(made.write(train, tmp_path / "train")), str(made.write(val, tmp_path / "val"))]
+    codes = {"damaged-samples", "malformed-boxes"}
+    for max_damaged, level in ((0, "fault"), (1, "fault"), (2, "warning"), (None, "warning")):
+        report = examine(locations, replace(TARGET, max_damaged=max_damaged), num_processes=1)
+        assert {(found.code, found.level) for found in report.findings} == {(code, level) for code in codes}
+        assert report.may_start == (level == "warning")
 
 
 def test_shards_that_cannot_be_opened_are_a_fault_and_the_rest_is_examined(tmp_path: Path) -> None:

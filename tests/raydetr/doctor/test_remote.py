@@ -1,0 +1,58 @@
+"""Data on a server is examined as the same data on the disk is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import planted_shards as made
+from object_stores import WebServer
+from raydetr.doctor.examine import examine
+from raydetr.doctor.quick import warnings
+from raydetr.doctor.report import Report
+from raydetr.doctor.target import Target
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    train, val = made.healthy(30, 1), made.healthy(20, 2)
+    val.samples[3].image = train.samples[5].image
+    train.samples[6].annotations[0]["bbox"] = [1, 1, 30, -9]
+    train.samples[8].image = train.samples[8].image[:300]
+    for name, split in (("train", train), ("val", val)):
+        made.write(split, tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def web(folder: Path) -> Iterator[WebServer]:
+    server = WebServer(folder)
+    yield server
+    server.close()
+
+
+def findings(report: Report) -> list[object]:
+    return [finding.to_dict() for finding in report.findings]
+
+
+def test_a_server_and_file_urls_give_what_the_disk_gives(folder: Path, web: WebServer) -> None:
+    on_disk = examine([str(folder / name) for name in ("train", "val")], num_processes=1)
+    assert {finding.code for finding in on_disk.findings} == {
+        "damaged-samples", "malformed-boxes", "leaked-images"
+    }  # fmt: skip
+    for root in (web.url, folder.as_uri()):
+        report = examine([f"{root}/train", f"{root}/val"], num_processes=1)
+        assert findings(report) == findings(on_disk)
+        assert [s.name for s in report.statistics] == ["train", "val"]
+    assert len(web.requests) < 50 / 2  # samples that lie near come together
+
+
+def test_the_quick_part_reads_no_samples_from_a_server(folder: Path, web: WebServer) -> None:
+    from raydetr.data.index import open_shards
+
+    shards = [open_shards(f"{web.url}/{name}") for name in ("train", "val")]
+    before = len(web.requests)
+    assert warnings(shards[0], shards[1], Target()) == []
+    assert len(web.requests) == before
