@@ -1,0 +1,55 @@
+"""The stream: pixels, order, hand-off, start-up, and a simulation of a large world.
+
+    make bench-stream
+
+Real photographs are used where RAYDETR_COCO_TINY names a folder of them (`annotations/`, `train2017/`, `val2017/`),
+else drawn ones. What is compared takes turns in one process, on one core. Prints a table and writes
+build/bench/stream.json, a list of {case, ours, anchor, ratio, unit, wanted}: `wanted` is the least ratio or, where
+there is none, the most of `ours`. Exits with 1 where something wanted was not reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import stream_order
+import stream_pixels
+
+OUT = Path("build/bench/stream.json")
+
+
+def main() -> None:
+    """Measure all cases."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each case that is repeated")
+    seconds = parser.parse_args().seconds
+    rows = []
+    print(f"{'case':<76} {'ours':>9} {'anchor':>9} {'unit':<9} {'ratio':>7} {'wanted':>8}")
+    for part in (stream_pixels, stream_order):
+        for row in part.cases(seconds):
+            rows.append(row | {"reached": is_reached(row)})
+            print(line(row), flush=True)
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps(rows, indent=1) + "\n")
+    sys.exit(0 if all(row["reached"] for row in rows) else 1)
+
+
+def is_reached(row: dict[str, Any]) -> bool:
+    """Whether a case is as it should be."""
+    return bool(row["ours"] <= row["wanted"] if row["ratio"] is None else row["ratio"] >= row["wanted"])
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    anchor = "" if row["anchor"] is None else f"{row['anchor']:.4g}"
+    ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+    wanted = f"{'<=' if row['ratio'] is None else '>='} {row['wanted']:g}{'' if is_reached(row) else ' !'}"
+    return f"{row['case']:<76} {row['ours']:9.4g} {anchor:>9} {row['unit']:<9} {ratio:>7} {wanted:>8}"
+
+
+if __name__ == "__main__":
+    main()
