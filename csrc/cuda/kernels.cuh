@@ -9,13 +9,11 @@ namespace detrs::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-// Blocks that a multiprocessor shall hold at once, which limits registers: to 64, 80 and 128 a thread.
-template <class T>
-constexpr int kForwardBlocks = sizeof(T) == 8 ? 4 : 8;
+// Blocks that a multiprocessor shall hold at once: this limits registers, to 64, 80 and 128 a thread.
 template <class T, int kVector>
-constexpr int kBackwardBlocks = sizeof(T) == 8 ? 4
-                                : kVector == 8 ? 6
-                                               : 8;
+constexpr int kBlocks = sizeof(T) == 8 ? 4
+                        : kVector == 8 ? 6
+                                       : 8;
 constexpr int kSamplesPerLane =
     2;  // of one pass: more fill registers and shared memory, which the L1 cache wants
 constexpr unsigned kWarp = 0xffffffffu;
@@ -197,7 +195,7 @@ struct Channels {
 };
 
 template <class Stored, int kVector, int kLanes>
-__global__ void __launch_bounds__(kThreads, kForwardBlocks<Arithmetic<Stored>>)
+__global__ void __launch_bounds__(kThreads, kBlocks<Arithmetic<Stored>, kVector>)
     forward_kernel(const __grid_constant__ Call<Arithmetic<Stored>> call) {
   using T = Arithmetic<Stored>;
   auto& shared = *reinterpret_cast<ForwardShared<T, kLanes>*>(shared_memory);
@@ -312,7 +310,7 @@ __device__ __forceinline__ void store_logit_grads(const Call<T>& call, const Row
 }
 
 template <class Stored, int kVector, int kLanes>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks<Arithmetic<Stored>, kVector>)
+__global__ void __launch_bounds__(kThreads, kBlocks<Arithmetic<Stored>, kVector>)
     backward_kernel(const __grid_constant__ Call<Arithmetic<Stored>> call) {
   using T = Arithmetic<Stored>;
   auto& shared = *reinterpret_cast<BackwardShared<T, kLanes>*>(shared_memory);

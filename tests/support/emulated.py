@@ -69,7 +69,8 @@ def build(folder: Path, *, sanitize: bool = False, csrc: Path = CSRC, architectu
     """The program that runs cases; `architecture` chooses between the kernels' kinds of atomics."""
     program = folder / "emulate"
     flags = [*FLAGS, *(SANITIZERS if sanitize else []), f"-D__CUDA_ARCH__={architecture}"]
-    command = ["c++", *flags, f"-I{EMULATION}", f"-I{csrc}", str(EMULATION / "main.cpp"), "-o", str(program)]
+    include = [f"-I{EMULATION}", f"-I{csrc}", "-include", "cuda_runtime.h"]  # that one first, as nvcc does
+    command = ["c++", *flags, *include, str(EMULATION / "main.cpp"), "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     if "cannot find" in built.stderr and "san" in built.stderr:
         pytest.skip("the compiler comes without sanitizers")
