@@ -10,6 +10,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from raydetr.data.batch import Batch
 from raydetr.data.index import ShardError, Shards, open_shards
@@ -92,6 +94,39 @@ def test_a_run_goes_on_with_another_topology(shards: Shards) -> None:
     first = take(shards, 0, 5, 4, 2)
     then = take(shards, 40, 10, 3, 2, workers=1)
     assert {**first, **then} == reference
+
+
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3)), min_size=1, max_size=3),
+)
+def test_any_topologies_one_after_another_give_one_run(
+    shards: Shards, position: int, topologies: list[tuple[int, int, int]]
+) -> None:
+    """Ranks, images a rank, steps: the same pixels and boxes at the same positions, whoever makes them."""
+    found, at = {}, position
+    for world_size, batch_size, steps in topologies:
+        found |= take(shards, at, steps, world_size, batch_size)
+        at += steps * world_size * batch_size
+    assert found == take(shards, position, at - position, 1, 1)
+
+
+def test_one_scale_a_step_on_all_ranks(shards: Shards) -> None:
+    transform = Transform(short_sides=tuple(range(24, 48)), max_side=500, scale_per="step")
+    streams = [
+        train_batches(
+            shards, seed=0, position=3, rank=rank, world_size=3, batch_size=2, transform=transform,
+            num_workers=rank % 2,
+        )
+        for rank in range(3)
+    ]  # fmt: skip
+    drawn = []
+    for _ in range(12):
+        sizes = torch.cat([next(stream).sizes for stream in streams])
+        assert len(sizes.amin(1).unique()) == 1
+        drawn.append(sizes.min().item())
+    assert len(set(drawn)) > 4
 
 
 def test_late_positions_start_at_once(shards: Shards) -> None:
