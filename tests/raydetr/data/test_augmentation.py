@@ -164,6 +164,20 @@ def test_a_mosaic_shows_four_images_in_the_size_of_the_first() -> None:
         np.testing.assert_allclose(whole.boxes_xyxy, expected, atol=1e-9)
 
 
+def test_an_object_that_a_mosaic_cuts_off_takes_its_label_along() -> None:
+    """Of a wide image with an object at each end a quarter shows only one, now this and now that."""
+    pixels = np.zeros((40, 400, 3), np.uint8)
+    pixels[10:30, 5:45], pixels[10:30, 350:395] = COLOURS[0], COLOURS[1]
+    wide = Labelled(pixels, np.array([[5.0, 10, 45, 30], [350, 10, 395, 30]]), np.array([0, 1]))
+    empty = Labelled(np.zeros((60, 60, 3), np.uint8), np.zeros((0, 4)), np.zeros(0, np.int64))
+    seen: set[tuple[int, ...]] = set()
+    for seed in range(60):
+        whole = make_mosaic(Mosaic.draw(random.Random(seed), 4), [empty, wide, empty, empty])
+        check(whole.pixels, whole.boxes_xyxy, whole.labels, 1.5)
+        seen.add(tuple(whole.labels.tolist()))
+    assert {(0,), (1,), ()} <= seen
+
+
 def test_a_mosaic_of_an_image_of_one_pixel() -> None:
     images = [
         Labelled(np.zeros((1, 1, 3), np.uint8), np.array([[0.0, 0, 1, 1]]), np.array([i])) for i in range(4)
