@@ -119,7 +119,7 @@ def to_model(batch: Batch, device: torch.device | str) -> tuple[Images, Targets]
     below = torch.arange(height, device=device) >= sizes[:, 0, None]
     right = torch.arange(width, device=device) >= sizes[:, 1, None]
     padding = below[:, :, None] | right[:, None, :]
-    normalised = (pixels - _per_channel(MEAN, pixels)) / _per_channel(STD, pixels)
+    normalised = (pixels - _per_channel(MEAN, pixels)).div_(_per_channel(STD, pixels))
     targets = Targets(batch.labels.to(device), batch.boxes.to(device), batch.counts)
     return Images(normalised.masked_fill_(padding[:, None], 0.0), padding), targets
 

@@ -54,7 +54,7 @@ def make_sample(
         short_side: pixels; of the step (`Transform.step_short_side`); None: the image has its own.
 
     Raises:
-        ShardError: it is damaged.
+        ShardError: it is damaged, or another that a mosaic needs, which is named.
     """
     images = [_decode(shards, index, raw)]
     original_size = images[0].pixels.shape[:2]
