@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from raydetr.config import RunConfig, override, to_dict
+from raydetr.data.locations import is_remote
 from raydetr.train import run
 
 
@@ -74,6 +75,8 @@ def _few_images(
         "val_transform": resize,
         "num_loader_workers": 0,
     }
+    if not is_remote(shards):
+        values["data"] |= {"remote": {}, "cache": None, "cache_gb": None}
     values["optim"] |= {"epochs": num_steps}
     values["evaluation"] |= {"every_epochs": num_steps}
     values["cluster"] |= {"num_workers": 1, "cpus_per_worker": os.cpu_count() or 1}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,6 +22,8 @@ from raydetr.data.manifest import LabelMap, LabelMapKind, Manifest, Samples, mak
 from raydetr.data.record_formats import convert
 from raydetr.data.remote import RemoteFolder, make_remote_files
 from raydetr.data.transfer import RemoteError, RemoteSettings
+
+READ_AT_ONCE = 32  # samples
 
 
 class ShardError(ValueError):
@@ -112,6 +116,19 @@ class Shards:
         wait = self.files.start([self.span(index) for index in indices])
         return lambda: [self._checked(index, raw) for index, raw in zip(indices, wait(), strict=True)]
 
+    def read_in_order(self, indices: Sequence[int]) -> Iterator[RawSample | ShardError]:
+        """Read any number of samples, as `read_many`; of remote ones, the next are on their way meanwhile."""
+        turns = [indices[at : at + READ_AT_ONCE] for at in range(0, len(indices), READ_AT_ONCE)]
+        begun = deque[Callable[[], list[RawSample | ShardError]]]()
+        with closing(self.files.follow(turns)) as follower:
+            for step, turn in enumerate(turns):
+                follower.at(step)
+                begun.append(self.start(turn))
+                if len(begun) > 2:
+                    yield from begun.popleft()()
+            for wait in begun:
+                yield from wait()
+
     def span(self, index: int) -> Span:
         """Where a sample lies: shard, offset, length."""
         row = self.samples[index]
@@ -167,7 +184,8 @@ class Shards:
 
         Records are the original ones, in the original order of images, so AP is that of the original file.
         """
-        samples = [self.read(index) for index in range(self.num_samples)]
+        found = enumerate(self.read_in_order(range(self.num_samples)))
+        samples = [self.reread(i) if isinstance(sample, ShardError) else sample for i, sample in found]
         return {
             **self.manifest.header,
             "images": [sample.record for sample in samples],

@@ -13,7 +13,7 @@ from raydetr.data.cache import NodeCache
 from raydetr.data.files import Span
 from raydetr.data.lookahead import Lookahead, choose_victims
 from raydetr.data.pieces import Piece, Pieces
-from raydetr.data.transfer import RemoteError
+from raydetr.data.transfer import CacheSettings, RemoteError
 from raydetr.data.use_tables import UseTables
 
 log = logging.getLogger(__name__)
@@ -28,13 +28,30 @@ Download = Callable[[Piece, Callable[[bytes], None]], None]
 
 
 class CachedPieces:
-    """The pieces of some shards in the node cache."""
+    """The pieces of some shards in the node cache, which is made by the first process that follows a plan.
 
-    def __init__(self, cache: NodeCache, pieces: Pieces) -> None:
-        self.cache, self.pieces = cache, pieces
+    A driver that only looks at the shards needs no such disk.
+    """
+
+    def __init__(self, settings: CacheSettings, pieces: Pieces) -> None:
+        self._settings, self.pieces = settings, pieces
+        self._cache: NodeCache | None = None
+
+    @property
+    def cache(self) -> NodeCache:
+        """The cache.
+
+        Raises:
+            ValueError: its folder cannot be used.
+        """
+        if self._cache is None:
+            self._cache = NodeCache(self._settings)
+        return self._cache
 
     def read(self, span: Span) -> bytes | None:
         """A sample's bytes, if its piece is there."""
+        if self._cache is None:
+            return None
         shard, offset, length = span
         number = self.pieces.at(shard, offset)
         if number is None:
@@ -49,8 +66,8 @@ class CachedPieces:
     def drop(self, span: Span) -> None:
         """Remove the piece that holds a sample: its copy may be damaged."""
         number = self.pieces.at(*span[:2])
-        if number is not None:
-            self.cache.remove([self.pieces[number].name])
+        if number is not None and self._cache is not None:
+            self._cache.remove([self.pieces[number].name])
 
 
 class WrongBytes(Exception):

@@ -8,7 +8,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from raydetr.data.background import BackgroundThreads
-from raydetr.data.cache import NodeCache
 from raydetr.data.files import Follower, Span, Unprepared
 from raydetr.data.manifest import Manifest, Samples
 from raydetr.data.origins import Origin
@@ -202,7 +201,7 @@ def make_remote_files(connection: Connection, manifest: Manifest, samples: Sampl
             f"data.cache_gb={settings.num_bytes / 1e9:g} is less than a shard of {connection.origin.location} "
             f"({largest / 1e9:g} GB), too little to help: raise it, or leave data.cache out"
         )
-    cached = CachedPieces(NodeCache(settings), Pieces(samples, manifest.shards, files.names))
+    cached = CachedPieces(settings, Pieces(samples, manifest.shards, files.names))
     return RemoteFiles(connection, {shard.name: shard.size for shard in manifest.shards}, cached)
 
 

@@ -32,7 +32,7 @@ def evaluate_checkpoint(checkpoint: Path, data: str | None, *, local: bool = Fal
     checkpoint = checkpoint.resolve()
     config = load_for_inference(checkpoint).config
     data = absolute(check_location(data or config.data.val), Path.cwd())
-    shards = open_shards(data)
+    shards = open_shards(data, remote=config.data.build_remote(data))
     _check_categories(checkpoint, shards, data)
     if local:
         results, damage = share_of_results(checkpoint, data, World.alone())
@@ -57,7 +57,7 @@ def share_of_results(checkpoint: Path, data: str, world: World) -> tuple[list[di
     loaded: Loaded = load_for_inference(checkpoint, world.device)
     settings = loaded.config.data
     batches = evaluation_batches(
-        open_shards(data, label_map=settings.label_map),
+        open_shards(data, label_map=settings.label_map, remote=settings.build_remote(data), sizes_known=True),
         rank=world.rank,
         world_size=world.size,
         batch_size=settings.eval_batch_size,

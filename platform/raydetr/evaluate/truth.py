@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from raydetr.data.damage import OnDamage
 from raydetr.data.index import ShardError, Shards
-from raydetr.data.integrity import Fault, parse_record
+from raydetr.data.integrity import Fault, RawSample, parse_record
 from raydetr.data.transfer import RemoteError
 
 
@@ -28,7 +29,9 @@ def ground_truth(shards: Shards, policy: OnDamage) -> GroundTruth:
     """
     if policy == "raise":
         return GroundTruth(shards.coco(), 0)
-    records = [_record(shards, index) for index in range(shards.num_samples)]
+    everything = range(shards.num_samples)
+    found = zip(everything, shards.read_in_order(everything), strict=True)
+    records = [_record(shards, index, sample) for index, sample in found]
     coco = {
         **shards.manifest.header,
         "images": [record for record, _ in records],
@@ -52,13 +55,14 @@ def caveats(num_unpredicted: int, num_lost: int) -> list[str]:
     return lines
 
 
-def _record(shards: Shards, index: int) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
+def _record(
+    shards: Shards, index: int, raw: RawSample | ShardError
+) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
     """An image's record and annotations; of a damaged one, if they can still be read, else None."""
-    for read in (shards.read, shards.reread):
-        try:
-            raw = read(index)
-        except ShardError:
-            continue
+    if isinstance(raw, ShardError):
+        with suppress(ShardError):
+            raw = shards.reread(index)
+    if not isinstance(raw, ShardError):
         return raw.record, raw.annotations
     row = shards.samples[index]
     try:

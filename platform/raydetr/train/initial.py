@@ -142,4 +142,6 @@ def _complete(meta: Meta) -> dict[str, Any]:
 
 
 def _category_names(config: RunConfig) -> list[str]:
-    return [category["name"] for category in open_splits(config.data)[0].manifest.categories]
+    return [
+        category["name"] for category in open_splits(config.data, sizes_known=True)[0].manifest.categories
+    ]

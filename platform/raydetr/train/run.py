@@ -93,7 +93,7 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
         say(f"passed over: {fault}")
     if last is None:
         raise checkpoint.CheckpointError(f"{folder}: no whole checkpoint to resume from; start a new run")
-    train_shards, _ = open_splits(config.data)
+    train_shards, _ = open_splits(config.data, sizes_known=True)
     epochs = config.optim.epochs
     if checkpoint.check_fits(last, config, train_shards).position >= epochs * train_shards.num_samples:
         raise ConfigError(
@@ -111,7 +111,7 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
 
 def say_warnings(config: RunConfig) -> None:
     """What the quick part of `raydetr doctor` finds odd in the data of a resolved configuration, a line each."""
-    for line in quick.warnings(*open_splits(config.data), Target.of(config)):
+    for line in quick.warnings(*open_splits(config.data, sizes_known=True), Target.of(config)):
         say(f"warning: {line}")
 
 
@@ -250,7 +250,11 @@ class LocalHost:
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
     """Workers run elsewhere. In a Ray job the working directory is a copy that is deleted afterwards."""
     base = Path.home() / "raydetr" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path.cwd()
-    paths = {"storage.path": config.storage.path, "init.checkpoint": config.init.checkpoint}
+    paths = {
+        "storage.path": config.storage.path,
+        "init.checkpoint": config.init.checkpoint,
+        "data.cache": config.data.cache,
+    }
     locations = {"data.train": config.data.train, "data.val": config.data.val}
     return override(
         config,
@@ -262,7 +266,8 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
 def _describe(uri: str, run_id: str, config: RunConfig) -> None:
     """What is known before the first step: settings, data, environment."""
     track.log_params(uri, run_id, flatten(to_dict(config)))
-    for context, shards in zip(("training", "validation"), open_splits(config.data), strict=True):
+    splits = open_splits(config.data, sizes_known=True)
+    for context, shards in zip(("training", "validation"), splits, strict=True):
         track.log_dataset(
             uri,
             run_id,

@@ -72,7 +72,7 @@ def run_session(assignment: Assignment, world: World, host: Host) -> None:
         DamageError: more samples are damaged than `data.max_damaged` allows.
     """
     config = from_dict(assignment.config)
-    train_shards, val_shards = open_splits(config.data)
+    train_shards, val_shards = open_splits(config.data, sizes_known=True)
     torch.manual_seed(config.seed)  # the initial weights are the same on every worker
     model = zoo.build(config.model)
     if assignment.resume_from is None:
