@@ -20,7 +20,9 @@ from scipy.sparse.csgraph import connected_components
 MAX_DIFFERENT_BITS = 7
 MIN_CORRELATION = 0.9
 FLAT = 2.0  # gray values; the deviation of a thumbnail that has nothing to correlate
-MAX_NEIGHBOURS = 1024  # compared in the order of a band: bounds the time where thousands look the same
+# They bound time and memory where thousands look the same, as frames of a fixed camera; groups stay connected
+MAX_NEIGHBOURS = 1024  # that are compared in the order of a band
+MAX_PARTNERS = 16  # that are taken from them for one image
 
 _NUM_BANDS, _BAND_BITS = 4, 16
 
@@ -32,17 +34,18 @@ Pairs = npt.NDArray[np.int64]
 def near_pairs(gradients: Hashes, thumbnails: Thumbnails) -> Pairs:
     """The pairs [p, 2] of images that look the same, each once, the smaller number first.
 
+    Of an image that looks like very many, not every pair is there, but enough to connect them.
+
     Args:
         gradients: gradient hashes [n].
         thumbnails: gray values [n, s].
     """
     order = np.lexsort((thumbnails.mean(axis=1), gradients))  # likes are neighbours already
     hashes, total = gradients[order], len(order)
-    found = [np.empty(0, np.int64)]
+    numbers = np.empty(0, np.int64)
     for band in _bands(hashes).T:
-        candidates = [_near_in_band(hashes, band & ~np.uint16(1 << bit)) for bit in range(_BAND_BITS)]
-        found.append(np.unique(np.concatenate(candidates)))
-    numbers = np.unique(np.concatenate(found))
+        for bit in range(_BAND_BITS):
+            numbers = np.union1d(numbers, _near_in_band(hashes, band & ~np.uint16(1 << bit)))
     pairs = order[np.stack([numbers // max(total, 1), numbers % max(total, 1)], axis=1)]
     return _that_correlate(np.sort(pairs, axis=1), thumbnails)
 
@@ -87,7 +90,7 @@ def _near_in_band(hashes: Hashes, keys: npt.NDArray[np.uint16]) -> npt.NDArray[n
     """Near pairs among hashes with equal keys, as first * n + second."""
     order = np.argsort(keys, kind="stable")
     keys, hashes, total = keys[order], hashes[order], len(order)
-    rows = np.arange(total)
+    rows, num_partners = np.arange(total), np.zeros(total, np.int64)
     found = [np.empty(0, np.int64)]
     for distance in range(1, min(MAX_NEIGHBOURS, total - 1) + 1):
         rows = rows[rows + distance < total]
@@ -99,6 +102,8 @@ def _near_in_band(hashes: Hashes, keys: npt.NDArray[np.uint16]) -> npt.NDArray[n
         is_near = np.bitwise_count(hashes[rows] ^ hashes[rows + distance]) <= MAX_DIFFERENT_BITS
         first, second = order[rows[is_near]], order[rows[is_near] + distance]
         found.append(np.minimum(first, second) * total + np.maximum(first, second))
+        num_partners[rows] += is_near
+        rows = rows[num_partners[rows] < MAX_PARTNERS]
     return np.concatenate(found)
 
 
