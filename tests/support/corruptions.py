@@ -294,6 +294,25 @@ def rewrite_part(folder: Path, rng: np.random.Generator, part: str, make: Callab
 def wrongly_written_json(folder: Path, rng: np.random.Generator) -> None:
     def spoil(text: bytes) -> bytes:
         content = json.loads(text)
+        chosen = pick(
+            rng, wrong_objects(content, text) if "objects" in content else wrong_records(content, text)
+        )
+        return chosen if isinstance(chosen, bytes) else json.dumps(chosen, separators=(",", ":")).encode()
+
+    def wrong_objects(content: Any, text: bytes) -> list[Any]:
+        """Of a record that others wrote."""
+        objects = content["objects"]
+        choices: list[Any] = [b"", b"null", b"[]", b"[" * len(text), b"\xff" * len(text), {}, {"objects": {}}]
+        if objects:
+            first, rest = objects[0], objects[1:]
+            wrong = [{}, 3, None, {"bbox": first["bbox"]}, {"category": first["category"]},
+                     {**first, "category": "bird"}, {**first, "category": []}, {**first, "bbox": first["bbox"][:3]},
+                     {**first, "bbox": "box"}, {**first, "bbox": [*first["bbox"][:3], float("nan")]},
+                     {**first, "bbox": [*first["bbox"][:3], -1]}]  # fmt: skip
+            choices += [{"objects": rest}, *({"objects": [other, *rest]} for other in wrong)]
+        return choices
+
+    def wrong_records(content: Any, text: bytes) -> list[Any]:
         annotations, image = content["annotations"], content["image"]
         box = annotations[0]["bbox"] if annotations else None
         choices: list[Any] = [
@@ -312,8 +331,7 @@ def wrongly_written_json(folder: Path, rng: np.random.Generator) -> None:
                      {**first, "category_id": []}, {**first, "area": None}, {**first, "image_id": -1}]  # fmt: skip
             choices += [{"image": image, "annotations": rest}]
             choices += [{"image": image, "annotations": [other, *rest]} for other in wrong]
-        chosen = pick(rng, choices)
-        return chosen if isinstance(chosen, bytes) else json.dumps(chosen, separators=(",", ":")).encode()
+        return choices
 
     rewrite_part(folder, rng, "json", spoil)
 

@@ -123,6 +123,8 @@ def check_manifest(manifest: Manifest) -> None:
         for what, number in (("size", shard.size), ("num_samples", shard.num_samples)):
             if not _is_count(number):
                 raise Fault(f"{what} of {name} is {number!r:.40}")
+    if len({shard.name for shard in manifest.shards}) < len(manifest.shards):
+        raise Fault("it names a shard twice")
     for what, number in (
         ("num_samples", manifest.num_samples),
         ("num_annotations", manifest.num_annotations),
