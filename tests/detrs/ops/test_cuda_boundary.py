@@ -1,0 +1,132 @@
+"""What torch is told of the CUDA kernels, and how they are built: all that needs no GPU."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from detrs.ops import deform_attn, deform_attn_fused, native, native_status
+from detrs.ops.native import has_kernels
+
+ROOT = Path(__file__).parents[3]
+SHAPES = ((5, 7), (3, 2))
+needs_cuda_build = pytest.mark.skipif("cuda" not in native_status().devices, reason=native_status().reason)
+
+
+def fake_inputs(num_channels=8, dtype=torch.float32):
+    """Value, locations and weights on a GPU that need not exist."""
+    value = torch.empty(2, 41, 3, num_channels, dtype=dtype, device="cuda")
+    return value, torch.empty(2, 5, 3, 2, 4, 2, device="cuda"), torch.empty(2, 5, 3, 2, 4, device="cuda")
+
+
+def test_the_library_has_kernels_for_gpus_where_there_is_a_compiler_for_them():
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    assert "cuda" in native_status().devices, native_status().reason
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fake_tensors_on_a_gpu(dtype):
+    with FakeTensorMode():
+        value, places, weights = fake_inputs(dtype=dtype)
+        reference = torch.empty(2, 5, 2, 4, device="cuda")
+        out = deform_attn(value, SHAPES, places, weights)
+        fused = deform_attn_fused(value, SHAPES, reference, places, weights)
+        gradients = torch.ops.detrs.deform_attn_fused_backward(
+            out, value, [5, 7, 3, 2], reference, places, weights, True
+        )
+    for found in (out, fused):
+        assert (found.shape, found.dtype, found.device.type) == ((2, 5, 24), dtype, "cuda")
+    expected = [(2, 41, 3, 8), (2, 5, 3, 2, 4), (2, 5, 3, 2, 4, 2), (2, 5, 3, 2, 4)]
+    assert [tuple(gradient.shape) for gradient in gradients] == expected
+    assert gradients[0].dtype == dtype
+
+
+@needs_cuda_build
+@pytest.mark.parametrize(("num_channels", "native"), [(4, True), (128, True), (6, False), (132, False)])
+def test_channels_that_the_gpu_kernels_do_not_take_go_the_pure_torch_way(num_channels, native):
+    assert has_kernels(torch.empty(2, 41, 3, num_channels))
+    with FakeTensorMode():
+        assert has_kernels(fake_inputs(num_channels)[0]) == native
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_deterministic_backward_on_a_gpu_is_refused_or_warned_of(monkeypatch, fused):
+    """As autograd calls it; autograd itself needs a GPU to run on one's tensors."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with FakeTensorMode():
+        value, places, weights = fake_inputs()
+        saved = [value, places, weights]
+        if fused:
+            saved.insert(1, torch.empty(2, 5, 2, 4, device="cuda"))
+        context = SimpleNamespace(saved_tensors=saved, shapes=[5, 7, 3, 2], needs_input_grad=[True] * 5)
+        backward = native._fused_backward if fused else native._backward
+        with pytest.raises(RuntimeError, match=r"on CUDA is not deterministic.*warn_only=True"):
+            backward(context, torch.empty(2, 5, 24, device="cuda"))
+        monkeypatch.setattr(torch, "is_deterministic_algorithms_warn_only_enabled", lambda: True)
+        with pytest.warns(UserWarning, match="on CUDA is not deterministic"):
+            gradients = backward(context, torch.empty(2, 5, 24, device="cuda"))
+    assert gradients[0].shape == value.shape
+
+
+def test_on_the_cpu_deterministic_algorithms_are_no_matter():
+    value = torch.randn(2, 41, 3, 8, requires_grad=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        deform_attn(value, SHAPES, torch.rand(2, 5, 3, 2, 4, 2), torch.rand(2, 5, 3, 2, 4)).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert value.grad is not None
+
+
+def find_nvcc(**environment: str) -> str:
+    """What setup.py finds in such an environment, without building anything."""
+    code = (
+        "import setuptools; setuptools.setup = lambda **_: None\n"
+        "import runpy; found = runpy.run_path('setup.py')['find_nvcc']()\n"
+        "print(found if isinstance(found, str) else ' '.join([*found.flags, found.target_names]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    return result.stdout.strip()
+
+
+@pytest.fixture
+def compiler(tmp_path):
+    """An nvcc of a given release that knows few GPUs."""
+
+    def make(release: str) -> Path:
+        command = tmp_path / "nvcc"
+        known = "sm_75 sm_80 sm_90 sm_121"
+        command.write_text(
+            f'#!/bin/sh\ncase "$1" in --version) echo "Cuda compilation tools, release {release}, V1";;'
+            f" --list-gpu-code) printf '%s\\n' {known};; esac\n"
+        )
+        command.chmod(0o755)
+        return command
+
+    return make
+
+
+def test_setup_builds_for_those_gpus_that_the_compiler_knows(compiler):
+    found = find_nvcc(PATH="/usr/bin:/bin", NVCC=str(compiler("12.4")))
+    assert "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90" in found
+    assert found.endswith("-gencode=arch=compute_90,code=compute_90 sm_80 sm_90 compute_90")
+    assert "sm_75" not in found
+    assert "sm_121" not in found
+
+
+def test_setup_says_why_there_will_be_no_kernels_for_gpus(compiler, tmp_path):
+    assert "NVCC set to nothing" in find_nvcc(PATH="/usr/bin:/bin", NVCC="")
+    assert "/none was not found" in find_nvcc(PATH="/usr/bin:/bin", NVCC=str(tmp_path / "none"))
+    assert "not at least CUDA 12.1" in find_nvcc(PATH="/usr/bin:/bin", NVCC=str(compiler("11.8")))
