@@ -42,15 +42,19 @@ def shards_write(
 
     folder = _local(out)
     source = _choose_source(images, annotations, yolo, voc, split, zero_based=zero_based)
-    with progress_bar("images") as progress:
-        manifest = write_source(
-            source,
-            folder,
-            samples_per_shard=samples_per_shard,
-            workers=workers or _num_cores(),
-            progress=progress,
-            tell=typer.echo,
-        )
+    try:
+        with progress_bar("images") as progress:
+            manifest = write_source(
+                source,
+                folder,
+                samples_per_shard=samples_per_shard,
+                workers=workers or _num_cores(),
+                progress=progress,
+                tell=typer.echo,
+            )
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; what is finished is in {folder}: the same command goes on there", err=True)
+        raise
     typer.echo(_summary("wrote", folder, manifest))
 
 
