@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,11 @@ from PIL import Image
 
 from made_results import average_precision
 from raydetr.data.batch import Batch
+from raydetr.data.checks import check_shards
 from raydetr.data.index import Shards, open_shards
+from raydetr.data.samples import load_sample
 from raydetr.data.shards import write_shards
+from raydetr.data.shards_info import describe
 from raydetr.data.stream import train_batches
 from raydetr.data.transforms import Transform
 
@@ -48,6 +53,17 @@ def test_images_and_crowds_survive(coco_tiny: Path, real: Shards) -> None:
     assert f"{num_crowds} crowd annotations" in " ".join(real.manifest.notices)
 
 
+def test_every_byte_is_verified(coco_tiny: Path, real: Shards) -> None:
+    data = json.loads(annotation_file(coco_tiny).read_text())
+    manifest = check_shards(real.path)
+    assert manifest.num_samples == len(data["images"])
+    counts = Counter(annotation["category_id"] for annotation in data["annotations"])
+    described = describe(real)["categories"]
+    assert {
+        category["id"]: category["annotations"] for category in described if category["annotations"]
+    } == counts
+
+
 def test_batches_hold_the_photographs_and_their_boxes(coco_tiny: Path, real: Shards) -> None:
     data = json.loads(annotation_file(coco_tiny).read_text())
     stream = train_batches(
@@ -60,6 +76,20 @@ def test_batches_hold_the_photographs_and_their_boxes(coco_tiny: Path, real: Sha
         check_batch(batch, data["annotations"], coco_tiny / "val2017", names)
         seen += batch.image_ids.tolist()
     assert sorted(seen) == sorted(names)
+
+
+@pytest.mark.parametrize("short_side", [224, 320, 544, 800])
+def test_resized_photographs_are_pillows(real: Shards, short_side: int) -> None:
+    """Up to the rounding of sums halfway between two levels."""
+    for index in range(0, 80, 11):
+        raw = real.read(index)
+        sample = load_sample(real, index, Transform(short_sides=(short_side,)), seed=0, position=0)
+        with Image.open(io.BytesIO(raw.image)) as image:
+            expected = image.convert("RGB").resize(sample.image.size, Image.Resampling.BILINEAR)
+        difference = sample.image.pixels().astype(int) - np.asarray(expected)
+        assert abs(difference).max() <= 1
+        assert (difference != 0).mean() < 0.05
+        assert abs(difference.mean()) < 0.002
 
 
 def check_batch(batch: Batch, annotations: list[dict[str, Any]], images: Path, names: dict[int, str]) -> None:
