@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+WORTH = 0.75  # share of a piece that must be read before the one it replaces
 MOST_USES = 65_536  # samples of a rank that are looked ahead
 
 Turn = Sequence[tuple[int, int]]  # what a step reads: (number of the piece, bytes)
@@ -63,6 +64,11 @@ class Lookahead:
     def bytes_before(self, piece: int, steps: float) -> int:
         """Bytes of a piece that are read in fewer than so many steps."""
         return sum(n for step, n in self._uses.get(piece, ()) if step - self.step < steps)
+
+
+def is_worth_it(ahead: Lookahead, piece: int, use: float, size: int, steps: float) -> bool:
+    """Whether a piece of `size` bytes, used next in `use` steps, may replace one that is used in `steps`."""
+    return steps > use and ahead.bytes_before(piece, steps) >= WORTH * size
 
 
 def choose_victims(

@@ -6,12 +6,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from raydetr.data.background import BackgroundThreads
 from raydetr.data.cache import NodeCache
 from raydetr.data.files import Span
-from raydetr.data.lookahead import Lookahead, choose_victims
+from raydetr.data.lookahead import Lookahead, choose_victims, is_worth_it
 from raydetr.data.pieces import Piece, Pieces
 from raydetr.data.transfer import CacheSettings, RemoteError
 from raydetr.data.use_tables import UseTables
@@ -22,7 +23,6 @@ DOWNLOADS = 3  # at a time, of a process
 STEPS_AT_ONCE = 256  # that are looked ahead between two looks at the cache
 REFRESH_SECONDS = 1.0  # how old may be what is known of other processes
 PAUSE_SECONDS = 5.0  # after a server failed
-WORTH = 0.75  # share of a piece that must be read before the one it replaces
 
 Download = Callable[[Piece, Callable[[bytes], None]], None]
 
@@ -151,10 +151,8 @@ class Prefetcher:
 
         def victims(missing: int) -> list[str] | None:
             sizes = cache.names()
-            return choose_victims(missing, sizes, self._tables.next_uses(sizes), gain)
-
-        def gain(steps: float) -> bool:
-            return steps > use and self._ahead.bytes_before(number, steps) >= WORTH * piece.size
+            pays = partial(is_worth_it, self._ahead, number, use, piece.size)
+            return choose_victims(missing, sizes, self._tables.next_uses(sizes), pays)
 
         try:
             outcome = cache.store(piece.name, piece.size, lambda accept: self._bring(piece, accept), victims)

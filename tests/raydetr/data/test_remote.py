@@ -22,7 +22,7 @@ from raydetr.data.remote import merge
 from raydetr.data.transfer import RemoteError, RemoteSettings
 
 QUICK = RemoteSettings(connect_seconds=2.0, stall_seconds=0.4, attempts=3, first_pause=0.02, merge_gap=2048)
-LONGEST_SECONDS = 3 * (0.4 + 0.1) + 2  # of a read that fails in all attempts, with room for a busy machine
+LONGEST_SECONDS = 3 * (0.4 + 0.1) + 6  # of a read that fails in all attempts, with room for a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,7 @@ def test_requests_go_out_together_and_connections_are_kept(shards: Shards, web: 
     opened.read_many(range(0, 53, 7))
     seconds = time.monotonic() - began
     assert proxy.num_requests - begun == 8
-    assert seconds < 0.5
+    assert seconds < 0.7  # one after another they take 0.8
     opened.read_many(range(0, 53, 7))
     assert proxy.num_connections <= 8
     proxy.close()
