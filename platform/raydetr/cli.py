@@ -187,11 +187,14 @@ def doctor(
     max_side: Annotated[int | None, typer.Option(min=1, help="Pixels; the limit of the long side.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="A file for the result as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(help="A file for the result as a page with pictures.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that read; by default as many as there are CPUs.")
+    ] = None,
 ) -> None:
     """Examine data, or this machine, before time is spent on training; exit code 1: it must not start."""
     from raydetr.doctor import command
 
-    settings = command.Settings(recipe, config, short_side, max_side, json_file, html)
+    settings = command.Settings(recipe, config, short_side, max_side, json_file, html, workers)
     text, may_start = command.run(data or [], settings)
     typer.echo(text)
     raise typer.Exit(0 if may_start else 1)

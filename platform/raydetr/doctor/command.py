@@ -28,6 +28,7 @@ class Settings:
     max_side: int | None = None  # pixels
     json: Path | None = None
     html: Path | None = None
+    workers: int | None = None  # processes; None: as many as there are CPUs
 
 
 def run(data: list[str], settings: Settings) -> tuple[str, bool]:
@@ -56,7 +57,13 @@ def _examine_data(data: list[str], settings: Settings) -> tuple[str, bool]:
         if path is not None and not path.parent.is_dir():  # not after minutes
             raise ConfigError(f"{path}: there is no folder {path.parent}: make it first")
     with progress_bar("images") as progress:
-        report = examine(data, target, open_location=partial(_open, config), progress=progress)
+        report = examine(
+            data,
+            target,
+            open_location=partial(_open, config),
+            progress=progress,
+            num_processes=settings.workers,
+        )
     lines = [report.to_text()]
     _write_json(settings.json, report.to_dict())
     if settings.html is not None:

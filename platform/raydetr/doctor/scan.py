@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import multiprocessing
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,11 @@ import numpy.typing as npt
 
 from raydetr.data.images import UNREADABLE
 from raydetr.data.index import ShardError, Shards
+from raydetr.data.worker_pool import run_tasks
 from raydetr.doctor.looks import SIDE, look_at
 from raydetr.doctor.reading import as_record, is_box, refused_sample
 
-CHUNK = 64  # samples that a process is given at once
+CHUNK = 128  # samples that a process is given at once
 FEW_SAMPLES = 1_000  # a process takes seconds to start: fewer samples are read in this one
 
 Progress = Callable[[int, int], None]
@@ -63,59 +63,47 @@ def scan(shards: Shards, *, progress: Progress | None = None, num_processes: int
         shards: the samples.
         progress: called with (samples read, samples in all).
         num_processes: None: as many as there are CPUs; 1: in this process.
+
+    Raises:
+        RemoteError: a server cannot be reached, or refuses.
+        RuntimeError: a process died.
     """
     total = shards.num_samples
-    chunks = [range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
     num_processes = num_processes or (1 if total < FEW_SAMPLES else os.cpu_count() or 1)
-    images, objects, damage = [], [], {}
-    done = 0
-    for facts in _scanned(shards, chunks, num_processes):
-        images.append(facts.images)
-        objects.append(facts.objects)
-        damage.update(facts.damage)
-        done += len(facts.images)
-        if progress:
-            progress(done, total)
-    return Facts(np.concatenate(images), np.concatenate(objects), damage)
+    parts = (
+        (start, replace(shards, samples=shards.samples[start : start + CHUNK]))
+        for start in range(0, total, CHUNK)
+    )
+    report = (lambda done: progress(done, total)) if progress else None
+    with closing(run_tasks(_scan_part, parts, workers=num_processes, progress=report)) as scanned:
+        facts = list(scanned)
+    return Facts(
+        np.concatenate([part.images for part in facts]),
+        np.concatenate([part.objects for part in facts]),
+        {sample: fault for part in facts for sample, fault in part.damage.items()},
+    )
 
 
-def _scanned(shards: Shards, chunks: list[range], num_processes: int) -> Iterator[Facts]:
-    if num_processes == 1:
-        yield from (_scan_chunk(shards, chunk) for chunk in chunks)
-        return
-    # not a plain fork: a progress bar has a thread
-    context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(num_processes, context, _keep, (shards,)) as pool:
-        yield from pool.map(_scan_kept, chunks)
-
-
-_kept: list[Shards] = []  # of a worker process: sent once, not with each chunk
-
-
-def _keep(shards: Shards) -> None:
-    _kept[:] = [shards]
-
-
-def _scan_kept(chunk: range) -> Facts:
-    return _scan_chunk(_kept[0], chunk)
-
-
-def _scan_chunk(shards: Shards, chunk: range) -> Facts:
-    images = np.zeros(len(chunk), IMAGE_DTYPE)
+def _scan_part(task: tuple[int, Shards], advance: Callable[[int], None]) -> Facts:
+    """Read some samples, of which the first has the given number."""
+    start, shards = task
+    images = np.zeros(shards.num_samples, IMAGE_DTYPE)
     objects: list[tuple[Any, ...]] = []
     damage: dict[int, str] = {}
-    for row, index, sample in zip(images, chunk, shards.read_many(chunk), strict=True):
+    for index, sample in enumerate(shards.read_many(range(shards.num_samples))):
+        number = start + index
         if isinstance(sample, ShardError):
-            damage[index] = sample.reason
+            damage[number] = sample.reason
             refused = refused_sample(shards, index)
             annotations: list[Any] = refused.annotations if refused else []
         else:
             annotations = sample.annotations
             try:
-                _fill(row, sample.image)
+                _fill(images[index], sample.image)
             except UNREADABLE as error:
-                damage[index] = f"its image cannot be decoded ({error})"
-        objects += [_object(index, number, annotation) for number, annotation in enumerate(annotations)]
+                damage[number] = f"its image cannot be decoded ({error})"
+        objects += [_object(number, place, annotation) for place, annotation in enumerate(annotations)]
+        advance(1)
     return Facts(images, np.array(objects, OBJECT_DTYPE), damage)
 
 
@@ -127,11 +115,11 @@ def _fill(row: np.void, content: bytes) -> None:
     row["is_read"] = True
 
 
-def _object(sample: int, number: int, annotation: Any) -> tuple[Any, ...]:
+def _object(sample: int, position: int, annotation: Any) -> tuple[Any, ...]:
     record = as_record(annotation)
     category_id, box = record.get("category_id"), record.get("bbox")
     if not isinstance(category_id, int) or not 0 <= category_id < 2**63:
         category_id = -1
     good = is_box(box)
     numbers = tuple(box) if box is not None and good else (math.nan,) * 4
-    return sample, number, category_id, numbers, bool(record.get("iscrowd", 0)), good
+    return sample, position, category_id, numbers, bool(record.get("iscrowd", 0)), good
