@@ -1,6 +1,9 @@
 // float16 and bfloat16 for the emulation, by the CPU kernels' conversions, which have tests of their own.
 #pragma once
 
+#ifndef DETRS_VECTOR_BYTES
+#define DETRS_VECTOR_BYTES 16
+#endif
 #include "cpu/storage.h"
 
 using __half = detrs::cpu::Float16;
