@@ -194,7 +194,7 @@ def _choose_source(
 
 @shards_app.command("browse")
 def shards_browse(
-    data: Annotated[Path, typer.Argument(help="A folder of shards.")],
+    data: Annotated[str, typer.Argument(help="A folder of shards, or its URL.")],
     out: Annotated[Path, typer.Option(help="The PNG file to write.")],
     overrides: Annotated[
         list[str] | None,
