@@ -230,7 +230,10 @@ Gradients backward(const Tensor& grad_out, const Inputs& given, bool reference_n
   if (reference_needs_grad)
     by_head = {in.value.size(0), in.locations.size(1), in.value.size(2), in.locations.size(3),
                in.reference->size(3)};
-  Gradients gradients{torch::stable::new_zeros(in.value, in.value.sizes(), value_grad_type),
+  // the CPU clears it where it must
+  Gradients gradients{in.value.is_cuda()
+                          ? torch::stable::new_zeros(in.value, in.value.sizes(), value_grad_type)
+                          : torch::stable::new_empty(in.value, in.value.sizes()),
                       torch::stable::new_empty(in.locations, in.locations.sizes()),
                       torch::stable::new_empty(in.weights, in.weights.sizes()),
                       torch::stable::new_zeros(in.locations, by_head)};

@@ -71,21 +71,23 @@ int64_t head_size(const Problem<T>& problem) {
   return problem.num_tokens * problem.num_channels;
 }
 
-// One head's numbers where they lie, num_heads * num_channels apart.
+// One head's value and, in the backward pass, its gradient, where they lie: num_heads * num_channels apart.
 template <class T>
 HeadView<T> view_in_place(const Problem<T>& problem, int64_t image, int64_t head) {
   int64_t stride = problem.num_heads * problem.num_channels;
   int64_t offset = image * problem.num_tokens * stride + head * problem.num_channels;
   T* grad_value = problem.grad_value == nullptr ? nullptr : static_cast<T*>(problem.grad_value) + offset;
-  return {static_cast<const T*>(problem.value) + offset, grad_value, stride};
+  const char* value = static_cast<const char*>(problem.value) + offset * bytes_of(problem.storage);
+  return {value, problem.storage, stride, grad_value, stride};
 }
 
-// Whether to copy each head together before reading it: to convert it, or because it is read often enough to
-// repay the copy. README.md, "Packing", has the measurements.
+// Whether to copy each head together before reading it: because it is read often enough to repay the copy.
+// README.md, "Packing", has the measurements.
 template <class T>
 bool should_pack(const Problem<T>& problem) {
-  bool stored_as_computed = problem.storage == Storage::float32 || problem.storage == Storage::float64;
-  return !stored_as_computed || 2 * problem.num_queries >= problem.num_tokens;
+  const int64_t repaid =
+      problem.storage == Storage::float16 ? 40 : 2;  // tokens a query; float16 is slow to widen
+  return repaid * problem.num_queries >= problem.num_tokens;
 }
 
 template <class T>
@@ -96,7 +98,7 @@ void forward_packed(const Problem<T>& problem) {
     for (int64_t task = begin; task < end; task++) {
       Rows rows{task / problem.num_heads, task % problem.num_heads, 0, problem.num_queries};
       kernels<T>().pack(problem, rows.image, rows.head, packed.begin());
-      HeadView<T> view{packed.begin(), nullptr, problem.num_channels};
+      const HeadView<T> view{packed.begin(), storage_of<T>(), problem.num_channels, nullptr, 0};
       kernels<T>().forward(problem, view, rows, scratch.begin());
     }
   });
@@ -118,18 +120,31 @@ void forward_in_place(const Problem<T>& problem) {
   });
 }
 
-// The backward pass of one head; `packed` is null, or has room for its value and its grad_value.
 template <class T>
-void backward_head(const Problem<T>& problem, const Rows& rows, T* packed, T* scratch) {
-  if (packed == nullptr) {
-    kernels<T>().backward(problem, view_in_place(problem, rows.image, rows.head), rows, scratch);
-    return;
+void clear_grad_value(const Problem<T>& problem) {
+  const int64_t token_size = problem.num_heads * problem.num_channels;
+  T* grad_value = static_cast<T*>(problem.grad_value);
+  torch::stable::parallel_for(
+      0, problem.num_images * problem.num_tokens, 256, [&](int64_t begin, int64_t end) {
+        std::fill(grad_value + begin * token_size, grad_value + end * token_size, T(0));
+      });
+}
+
+// The backward pass of one head. `value` and `grad_value` are room for its copies, or null: then it is read,
+// and its gradient summed up, where it lies.
+template <class T>
+void backward_head(const Problem<T>& problem, const Rows& rows, T* value, T* grad_value, T* scratch) {
+  HeadView<T> view = view_in_place(problem, rows.image, rows.head);
+  if (value != nullptr) {
+    kernels<T>().pack(problem, rows.image, rows.head, value);
+    view.value = value, view.storage = storage_of<T>(), view.stride = problem.num_channels;
   }
-  T* packed_grad = packed + head_size(problem);
-  kernels<T>().pack(problem, rows.image, rows.head, packed);
-  std::fill_n(packed_grad, head_size(problem), T(0));
-  kernels<T>().backward(problem, {packed, packed_grad, problem.num_channels}, rows, scratch);
-  kernels<T>().unpack(problem, rows.image, rows.head, packed_grad);
+  if (grad_value != nullptr) {
+    std::fill_n(grad_value, head_size(problem), T(0));
+    view.grad_value = grad_value, view.grad_stride = problem.num_channels;
+  }
+  kernels<T>().backward(problem, view, rows, scratch);
+  if (grad_value != nullptr) kernels<T>().unpack(problem, rows.image, rows.head, grad_value);
 }
 
 }  // namespace
@@ -141,13 +156,16 @@ void forward(const Problem<T>& problem) {
 
 template <class T>
 void backward(const Problem<T>& problem) {
-  const bool pack = should_pack(problem);
+  const bool pack_value = should_pack(problem), pack_grad = pack_value || problem.storage != storage_of<T>();
+  if (!pack_grad) clear_grad_value(problem);
   torch::stable::parallel_for(0, problem.num_images * problem.num_heads, 1, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(problem);
-    Buffer<T> packed(pack ? 2 * head_size(problem) : 0);
+    Buffer<T> room((pack_value + pack_grad) * head_size(problem));
+    T* value = pack_value ? room.begin() : nullptr;
+    T* grad_value = pack_grad ? room.begin() + pack_value * head_size(problem) : nullptr;
     for (int64_t task = begin; task < end; task++) {
       Rows rows{task / problem.num_heads, task % problem.num_heads, 0, problem.num_queries};
-      backward_head(problem, rows, pack ? packed.begin() : nullptr, scratch.begin());
+      backward_head(problem, rows, value, grad_value, scratch.begin());
     }
   });
 }

@@ -1,6 +1,7 @@
 // The CPU kernels, once. kernels_<instruction set>.cpp include this file with
 //   DETRS_KERNELS       the KernelSet to define      DETRS_VECTOR_BYTES  how wide its vectors are
 //   DETRS_NAME          its name
+#include "../geometry.h"
 #include "kernels.h"
 #include "simd.h"
 #include "storage.h"
@@ -11,17 +12,21 @@ namespace {
 // A row's samples are worked on in blocks of at most this many, as one array per quantity.
 constexpr int64_t kBlock = 32;
 
+// One number for each of as many samples as a vector holds.
+template <class T>
+using Numbers = typename Simd<T, lanes_of<T>()>::Vector;
+template <class T>
+using Indices = typename Simd<Index<T>, lanes_of<T>()>::Vector;
+
 // What the call's level shapes mean to the samples of one block; the same for every row.
 template <class T>
 struct alignas(64) BlockLevels {
-  T width[kBlock], height[kBlock];
-  Index<T> width_index[kBlock], height_index[kBlock];  // the same numbers as integers
-  Index<T> start[kBlock];                              // the level's first token
+  LevelSize<Numbers<T>, Indices<T>> size[kBlock / lanes_of<T>()];
   Index<T> level[kBlock];
 };
 
-// One block of one row. The corners of a sample are its four nearest pixels: 0 top left, 1 top right, 2
-// bottom left, 3 bottom right.
+// One block of one row, in vectors: the last one may have lanes that no sample belongs to. The corners of a
+// sample are its four nearest pixels: 0 top left, 1 top right, 2 bottom left, 3 bottom right.
 template <class T>
 struct alignas(64) Block {
   int64_t count;
@@ -30,52 +35,57 @@ struct alignas(64) Block {
   Index<T> token[4][kBlock];               // corner pixels, clamped into the level
   T factor[4][kBlock];                     // what a corner counts for: bilinear times attention
   // for the backward pass
-  T left[kBlock], right[kBlock], top[kBlock], bottom[kBlock];              // bilinear factors, 0 outside
-  T in_left[kBlock], in_right[kBlock], in_top[kBlock], in_bottom[kBlock];  // 1 inside, 0 outside
-  T partial[4 * kBlock * lanes_of<T>()];                                   // dot before its last summation
-  T dot[4][kBlock];                                                        // grad_out . value at the corner
+  T partial[4 * kBlock * lanes_of<T>()];  // dot before its last summation
+  T dot[4][kBlock];                       // grad_out . value at the corner
 };
 
+// As many numbers as a row has samples, in whole blocks.
 template <class T>
-int64_t num_blocks(const Problem<T>& problem) {
-  return (problem.num_samples() + kBlock - 1) / kBlock;
+int64_t padded_samples(const Problem<T>& problem) {
+  return (problem.num_samples() + kBlock - 1) / kBlock * kBlock;
 }
 
 // A thread's scratch.
 template <class T>
 struct Scratch {
   BlockLevels<T>* levels;  // [blocks]
-  T* weights;              // fused: one row's weights, [blocks * kBlock]
-  T* channels;             // one row of out or grad_out, as T
+  T* weights;              // fused: one row's weights
+  T* locations_copy;       // of the tensors' last rows; see row_inputs
+  T* weights_copy;
+  T* channels;  // one row of out or grad_out, as T
 
   static int64_t levels_size(const Problem<T>& problem) {
-    return num_blocks(problem) * int64_t(sizeof(BlockLevels<T>) / sizeof(T));
+    return padded_samples(problem) / kBlock * int64_t(sizeof(BlockLevels<T>) / sizeof(T));
   }
   Scratch(const Problem<T>& problem, T* memory)
       : levels(reinterpret_cast<BlockLevels<T>*>(memory)),
         weights(memory + levels_size(problem)),
-        channels(weights + num_blocks(problem) * kBlock) {}
+        locations_copy(weights + padded_samples(problem)),
+        weights_copy(locations_copy + 2 * padded_samples(problem)),
+        channels(weights_copy + padded_samples(problem)) {}
 };
 
 template <class T>
 int64_t scratch_size(const Problem<T>& problem) {
-  return Scratch<T>::levels_size(problem) + num_blocks(problem) * kBlock + problem.num_channels;
+  return Scratch<T>::levels_size(problem) + 4 * padded_samples(problem) + problem.num_channels;
 }
 
 template <class T>
 void prepare_scratch(const Problem<T>& problem, T* memory) {
   const Scratch<T> scratch(problem, memory);
-  for (int64_t channel = 0; channel < problem.num_channels; channel++) scratch.channels[channel] = 0;
+  const int64_t end = scratch_size(problem);
+  for (int64_t at = Scratch<T>::levels_size(problem); at < end; at++) memory[at] = 0;
   int64_t start = 0;
-  for (int64_t sample = 0; sample < num_blocks(problem) * kBlock; sample++) {
+  for (int64_t sample = 0; sample < padded_samples(problem); sample++) {
     bool real = sample < problem.num_samples();
     int64_t level = real ? sample / problem.num_points : 0;
     const int64_t* shape = problem.shapes + 2 * level;
     BlockLevels<T>& levels = scratch.levels[sample / kBlock];
-    int64_t at = sample % kBlock;
-    levels.height[at] = T(levels.height_index[at] = Index<T>(shape[0]));
-    levels.width[at] = T(levels.width_index[at] = Index<T>(shape[1]));
-    levels.start[at] = Index<T>(real ? start : 0);
+    int64_t at = sample % kBlock, lane = at % lanes_of<T>();
+    auto& size = levels.size[at / lanes_of<T>()];
+    size.height[lane] = T(size.height_index[lane] = Index<T>(shape[0]));
+    size.width[lane] = T(size.width_index[lane] = Index<T>(shape[1]));
+    size.start[lane] = Index<T>(real ? start : 0);
     levels.level[at] = Index<T>(level);
     if ((sample + 1) % problem.num_points == 0) start += shape[0] * shape[1];
   }
@@ -86,60 +96,76 @@ inline int64_t row_number(const Problem<T>& problem, const Rows& rows, int64_t q
   return (rows.image * problem.num_queries + query) * problem.num_heads + rows.head;
 }
 
-// Asks for memory that will be needed soon; an address behind the end does no harm.
+// Asks for the row of a tensor that the same head will use four queries on. An address behind the end does no
+// harm.
 template <class T>
-inline void prefetch(const T* from, int64_t count) {
-  for (int64_t at = 0; at < count; at += 64 / sizeof(T)) __builtin_prefetch(from + at);
+inline void prefetch_ahead(const Problem<T>& problem, const void* tensor, int64_t row, int64_t row_bytes) {
+  const char* ahead = static_cast<const char*>(tensor) + (row + 4 * problem.num_heads) * row_bytes;
+  for (int64_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(ahead + at);
 }
 
-// Fused: scratch.weights = softmax of the row's logits.
+// A row's locations and weights; in the fused form offsets and logits.
 template <class T>
-inline void softmax_row(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch) {
-  constexpr int kLanes = lanes_of<T>();
-  typedef typename Simd<T, kLanes>::Vector Vector;
-  typedef typename Simd<Index<T>, kLanes>::Vector Indices;
-  const int64_t count = problem.num_samples();
-  const T* __restrict logits = problem.weights + row * count;
-  T* __restrict weights = scratch.weights;
-  prefetch(logits + 4 * problem.num_heads * count, count);
-  for (int64_t at = 0; at < count; at++) weights[at] = logits[at];
-  for (int64_t at = count; at % kLanes != 0; at++) weights[at] = logits[0] - 100;  // e^-100 adds nothing
-  Vector largest = load<kLanes>(weights), sum = {};
-  for (int64_t at = kLanes; at < count; at += kLanes) {
-    Vector next = load<kLanes>(weights + at);
-    largest = next > largest ? next : largest;
-  }
-  T top = largest[0];
-  for (int lane = 1; lane < kLanes; lane++) top = largest[lane] > top ? largest[lane] : top;
-  for (int64_t at = 0; at < count; at += kLanes) {
-    Vector power = exp_negative(load<kLanes>(weights + at) - top, T(), Indices());
-    store<kLanes>(weights + at, power);
-    sum += power;
-  }
-  T total = 0;
-  for (int lane = 0; lane < kLanes; lane++) total += sum[lane];
-  for (int64_t at = 0; at < count; at += kLanes)
-    store<kLanes>(weights + at, load<kLanes>(weights + at) / total);
-}
-
-// Where a block's samples stand: in its row, and in the tensors.
-struct Place {
-  int64_t row, first, count;  // the row; the block's first sample within it; how many
+struct RowInputs {
+  const T *locations, *weights;
 };
 
-// The plain form's x, y and weight.
+// They are read in whole vectors, so into the next row: the last rows are copied to where there is room.
 template <class T>
-inline void load_samples(const Problem<T>& problem, const Place& place, Block<T>& block) {
-  const int64_t first = place.row * problem.num_samples() + place.first;
-  const T* __restrict locations = problem.locations + 2 * first;
-  const T* __restrict weights = problem.weights + first;
-  const int64_t rows_ahead = 4 * problem.num_heads * problem.num_samples();  // same head, four queries on
-  prefetch(locations + 2 * rows_ahead, 2 * place.count);
-  prefetch(weights + rows_ahead, place.count);
-  for (int64_t at = 0; at < place.count; at++) {
-    block.x[at] = locations[2 * at];
-    block.y[at] = locations[2 * at + 1];
-    block.weight[at] = weights[at];
+inline RowInputs<T> row_inputs(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch) {
+  const int64_t count = problem.num_samples();
+  const int64_t num_rows = problem.num_images * problem.num_queries * problem.num_heads;
+  const RowInputs<T> inputs{problem.locations + 2 * row * count, problem.weights + row * count};
+  prefetch_ahead(problem, problem.locations, row, 2 * count * sizeof(T));
+  prefetch_ahead(problem, problem.weights, row, count * sizeof(T));
+  if ((num_rows - row) * count >= padded_samples(problem)) return inputs;
+  for (int64_t at = 0; at < 2 * count; at++) scratch.locations_copy[at] = inputs.locations[at];
+  for (int64_t at = 0; at < count; at++) scratch.weights_copy[at] = inputs.weights[at];
+  return {scratch.locations_copy, scratch.weights_copy};
+}
+
+// scratch.weights = softmax of the row's logits.
+template <class T>
+inline void softmax_row(const T* logits, int64_t count, const Scratch<T>& scratch) {
+  constexpr int kLanes = lanes_of<T>();
+  const Numbers<T> zero = {};
+  Indices<T> lane_numbers;
+  for (int lane = 0; lane < kLanes; lane++) lane_numbers[lane] = lane;
+  auto keep = [&](int64_t at, Numbers<T> numbers,
+                  Numbers<T> other) {  // `other` in lanes behind the row's end
+    return lane_numbers < Index<T>(count - at) ? numbers : other;
+  };
+  Numbers<T> largest = zero + logits[0], sum = {};
+  for (int64_t at = 0; at < count; at += kLanes) {
+    Numbers<T> next = keep(at, load<kLanes>(logits + at), largest);
+    largest = next > largest ? next : largest;
+  }
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; lane++)
+      largest[lane] = largest[lane + half] > largest[lane] ? largest[lane + half] : largest[lane];
+  for (int64_t at = 0; at < count; at += kLanes) {
+    Numbers<T> power = exp_negative(load<kLanes>(logits + at) - largest[0], T(), Indices<T>());
+    power = keep(at, power, zero);
+    store<kLanes>(scratch.weights + at, power);
+    sum += power;
+  }
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; lane++) sum[lane] += sum[lane + half];
+  const T scale = 1 / sum[0];
+  for (int64_t at = 0; at < count; at += kLanes)
+    store<kLanes>(scratch.weights + at, load<kLanes>(scratch.weights + at) * scale);
+}
+
+// A block's x, y and weight. Loops over a constant number of lanes become vector instructions.
+template <class T>
+inline void load_samples(const T* __restrict locations, const T* __restrict weights, Block<T>& block) {
+  constexpr int kLanes = lanes_of<T>();
+  for (int64_t at = 0; at < block.count; at += kLanes) {
+    store<kLanes>(block.weight + at, load<kLanes>(weights + at));
+    for (int lane = 0; lane < kLanes; lane++) {
+      block.x[at + lane] = locations[2 * (at + lane)];
+      block.y[at + lane] = locations[2 * (at + lane) + 1];
+    }
   }
 }
 
@@ -148,88 +174,53 @@ inline const T* row_reference(const Problem<T>& problem, int64_t row) {
   return problem.reference + row / problem.num_heads * problem.num_levels * problem.reference_size;
 }
 
-// The fused form's, from reference and offsets; softmax_row has been there.
+// Fused: load_samples has put offsets into x and y; they become locations.
 template <class T>
-inline void place_samples(const Problem<T>& problem, const Scratch<T>& scratch, const Place& place,
-                          const BlockLevels<T>& levels, Block<T>& block) {
-  const T* __restrict offsets = problem.locations + 2 * (place.row * problem.num_samples() + place.first);
-  const T* __restrict reference = row_reference(problem, place.row);
-  const T* __restrict weights = scratch.weights + place.first;
+inline void place_samples(const Problem<T>& problem, const T* reference, const BlockLevels<T>& levels,
+                          Block<T>& block) {
+  constexpr int kLanes = lanes_of<T>();
   const int64_t size = problem.reference_size;
   const T half_step = T(0.5) / T(problem.num_points);
-  prefetch(offsets + 8 * problem.num_heads * problem.num_samples(), 2 * place.count);
-  for (int64_t at = 0; at < place.count; at++) {
-    const T* anchor = reference + levels.level[at] * size;
-    block.scale_x[at] = size == 4 ? anchor[2] * half_step : 1 / levels.width[at];
-    block.scale_y[at] = size == 4 ? anchor[3] * half_step : 1 / levels.height[at];
-    block.x[at] = anchor[0] + offsets[2 * at] * block.scale_x[at];
-    block.y[at] = anchor[1] + offsets[2 * at + 1] * block.scale_y[at];
-    block.weight[at] = weights[at];
+  for (int64_t at = 0; at < block.count; at += kLanes) {
+    auto of_level = [&](int64_t coordinate) {
+      Numbers<T> numbers;
+      for (int lane = 0; lane < kLanes; lane++)
+        numbers[lane] = reference[levels.level[at + lane] * size + coordinate];
+      return numbers;
+    };
+    Numbers<T> scale_x = 1 / levels.size[at / kLanes].width, scale_y = 1 / levels.size[at / kLanes].height;
+    if (size == 4) scale_x = of_level(2) * half_step, scale_y = of_level(3) * half_step;
+    store<kLanes>(block.scale_x + at, scale_x);
+    store<kLanes>(block.scale_y + at, scale_y);
+    store<kLanes>(block.x + at, of_level(0) + load<kLanes>(block.x + at) * scale_x);
+    store<kLanes>(block.y + at, of_level(1) + load<kLanes>(block.y + at) * scale_y);
   }
 }
 
-// Along one axis: the two pixels beside a position, and how much each of them counts.
-template <class T>
-struct Neighbours {
-  typedef typename Simd<T, lanes_of<T>()>::Vector Vector;
-  typedef typename Simd<Index<T>, lanes_of<T>()>::Vector Indices;
-  Indices before, after, in_before, in_after;
-  Vector before_factor, after_factor;
-
-  // `valid` lanes have -1 <= position < length; the others give pixel 0 with factor 0
-  Neighbours(Vector position, Indices length, Indices valid) {
-    const Vector zero = {};
-    position = valid ? position : zero;
-    Indices truncated = __builtin_convertvector(position, Indices);
-    Vector back = __builtin_convertvector(truncated, Vector);
-    before = truncated + (back > position);  // a true comparison is -1: this is the floor
-    after = before + 1;
-    Vector fraction = position - __builtin_convertvector(before, Vector);
-    in_before = valid & (before >= 0);
-    in_after = valid & (after < length);
-    before_factor = in_before ? 1 - fraction : zero;
-    after_factor = in_after ? fraction : zero;
-    before = before >= 0 ? before : before - before;
-    after = after < length ? after : length - 1;
-  }
+// Where a block's samples stand: in its row, and in the tensors.
+struct Place {
+  int64_t row, first, count;  // the row; the block's first sample within it; how many
 };
 
-// From locations to corner tokens and factors. NaN and infinite locations fail the comparisons: they lie
-// outside.
-template <bool kBackward, class T>
+// The corners of a vector of samples, of which the first is `at`.
+template <class T>
+inline auto corners_of(const BlockLevels<T>& levels, const Block<T>& block, int64_t at) {
+  constexpr int kLanes = lanes_of<T>();
+  return Corners<Numbers<T>, Indices<T>>::at(load<kLanes>(block.x + at), load<kLanes>(block.y + at),
+                                             levels.size[at / kLanes]);
+}
+
+// From locations to corner tokens and factors.
+template <class T>
 inline void locate(const BlockLevels<T>& levels, Block<T>& block) {
   constexpr int kLanes = lanes_of<T>();
-  typedef typename Neighbours<T>::Vector Vector;
-  typedef typename Neighbours<T>::Indices Indices;
-  const Vector zero = {}, one = zero + 1;
   for (int64_t at = 0; at < block.count; at += kLanes) {
-    Vector width = load<kLanes>(levels.width + at), height = load<kLanes>(levels.height + at);
-    Vector x = load<kLanes>(block.x + at) * width - T(0.5), y = load<kLanes>(block.y + at) * height - T(0.5);
-    Indices valid = (x >= -one) & (x < width) & (y >= -one) & (y < height);
-    Indices width_index = load<kLanes>(levels.width_index + at);
-    Neighbours<T> across(x, width_index, valid);
-    Neighbours<T> down(y, load<kLanes>(levels.height_index + at), valid);
-    Indices start = load<kLanes>(levels.start + at);
-    Indices top = start + down.before * width_index, bottom = start + down.after * width_index;
-    store<kLanes>(block.token[0] + at, top + across.before);
-    store<kLanes>(block.token[1] + at, top + across.after);
-    store<kLanes>(block.token[2] + at, bottom + across.before);
-    store<kLanes>(block.token[3] + at, bottom + across.after);
-    Vector weight = load<kLanes>(block.weight + at);
-    Vector above = weight * down.before_factor, below = weight * down.after_factor;
-    store<kLanes>(block.factor[0] + at, above * across.before_factor);
-    store<kLanes>(block.factor[1] + at, above * across.after_factor);
-    store<kLanes>(block.factor[2] + at, below * across.before_factor);
-    store<kLanes>(block.factor[3] + at, below * across.after_factor);
-    if (!kBackward) continue;
-    store<kLanes>(block.left + at, across.before_factor);
-    store<kLanes>(block.right + at, across.after_factor);
-    store<kLanes>(block.top + at, down.before_factor);
-    store<kLanes>(block.bottom + at, down.after_factor);
-    store<kLanes>(block.in_left + at, across.in_before ? one : zero);
-    store<kLanes>(block.in_right + at, across.in_after ? one : zero);
-    store<kLanes>(block.in_top + at, down.in_before ? one : zero);
-    store<kLanes>(block.in_bottom + at, down.in_after ? one : zero);
+    const auto corners = corners_of(levels, block, at);
+    const Numbers<T> weight = load<kLanes>(block.weight + at);
+    for (int corner = 0; corner < 4; corner++) {
+      store<kLanes>(block.token[corner] + at, corners.token[corner]);
+      store<kLanes>(block.factor[corner] + at, weight * corners.share(corner));
+    }
   }
 }
 
@@ -247,33 +238,31 @@ inline void for_channel_runs(int64_t num_channels, const Use& use) {
   for (; first < num_channels; first++) use(Width<1>(), first);
 }
 
-template <class T, int N>
-constexpr int run_lanes() {
-  return N < lanes_of<T>() ? N : lanes_of<T>();
-}
-
-// out[0..N) = (or +=) sum over the block's samples and corners of factor * value
-template <int N, class T>
-inline void gather(Width<N>, const Block<T>& block, const T* value, int64_t stride, T* out, bool is_first) {
-  constexpr int kLanes = run_lanes<T, N>(), kVectors = N / kLanes;
-  typename Simd<T, kLanes>::Vector upper[kVectors] = {}, lower[kVectors] = {};  // two chains hide the latency
+// sums[0..N) = (or +=) sum over the block's samples and corners of factor * value
+template <int N, class T, class Stored>
+inline void gather(Width<N>, const Block<T>& block, const Stored* value, int64_t stride, T* sums,
+                   bool is_first) {
+  typedef Run<Stored, T, N> Values;
+  Values upper{}, lower{};  // two chains hide the latency
   for (int64_t sample = 0; sample < block.count; sample++) {
 #pragma GCC unroll 2
     for (int corner = 0; corner < 2; corner++) {
-      const T* above = value + block.token[corner][sample] * stride;
-      const T* below = value + block.token[corner + 2][sample] * stride;
+      const auto above = Values::load_wide(value + block.token[corner][sample] * stride);
+      const auto below = Values::load_wide(value + block.token[corner + 2][sample] * stride);
       T above_factor = block.factor[corner][sample], below_factor = block.factor[corner + 2][sample];
 #pragma GCC unroll 8
-      for (int i = 0; i < kVectors; i++) upper[i] += above_factor * load<kLanes>(above + i * kLanes);
+      for (int i = 0; i < Values::kVectors; i++) upper.vector[i] += above_factor * above.vector[i];
 #pragma GCC unroll 8
-      for (int i = 0; i < kVectors; i++) lower[i] += below_factor * load<kLanes>(below + i * kLanes);
+      for (int i = 0; i < Values::kVectors; i++) lower.vector[i] += below_factor * below.vector[i];
     }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < kVectors; i++) {
-    auto sum = upper[i] + lower[i];
-    store<kLanes>(out + i * kLanes, is_first ? sum : sum + load<kLanes>(out + i * kLanes));
+  if (!is_first) {
+    const auto before = Values::order_like(sums);
+    for (int i = 0; i < Values::kVectors; i++) upper.vector[i] += before.vector[i];
   }
+#pragma GCC unroll 8
+  for (int i = 0; i < Values::kVectors; i++) upper.vector[i] += lower.vector[i];
+  upper.store_ordered(sums);
 }
 
 // The last summation of `partial`, into `dot`, which holds what earlier channel runs gave.
@@ -294,29 +283,32 @@ inline void finish_dots(Block<T>& block, bool is_first_run) {
 }
 
 // grad_value += factor * grad_out, and dot = grad_out . value, at every corner
-template <int N, class T>
-inline void scatter(Width<N>, Block<T>& block, const HeadView<T>& head, int64_t first_channel,
-                    const T* grad_out) {
-  constexpr int kLanes = run_lanes<T, N>(), kVectors = N / kLanes;
-  const T* __restrict value = head.value + first_channel;
+template <int N, class T, class Stored>
+inline void scatter(Width<N>, Block<T>& block, const HeadView<T>& head, const Stored* __restrict value,
+                    int64_t first_channel, const T* grad_out) {
+  typedef Run<Stored, T, N> Values;
+  constexpr int kLanes = Values::kLanes, kVectors = Values::kVectors;
   T* __restrict grad_value = head.grad_value + first_channel;
   T* __restrict partials = block.partial;
-  const int64_t stride = head.stride;
+  const int64_t stride = head.stride, grad_stride = head.grad_stride, count = block.count;
   typename Simd<T, kLanes>::Vector grad[kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kVectors; i++) grad[i] = load<kLanes>(grad_out + first_channel + i * kLanes);
-  for (int64_t sample = 0; sample < block.count; sample++) {
+  const auto ordered_grad = Values::order_like(grad_out + first_channel);
+  for (int64_t sample = 0; sample < count; sample++) {
 #pragma GCC unroll 4
     for (int corner = 0; corner < 4; corner++) {
-      int64_t offset = block.token[corner][sample] * stride;
+      const int64_t token = block.token[corner][sample], offset = token * stride;
+      const auto values = Values::load_wide(value + offset);
+      T* grad_at = grad_value + (std::is_same_v<Stored, T> ? offset : token * grad_stride);
       T factor = block.factor[corner][sample];
-      auto partial = grad[0] * load<kLanes>(value + offset);
+      auto partial = ordered_grad.vector[0] * values.vector[0];
 #pragma GCC unroll 8
-      for (int i = 1; i < kVectors; i++) partial += grad[i] * load<kLanes>(value + offset + i * kLanes);
+      for (int i = 1; i < kVectors; i++) partial += ordered_grad.vector[i] * values.vector[i];
       store<kLanes>(partials + (corner * kBlock + sample) * kLanes, partial);
 #pragma GCC unroll 8
       for (int i = 0; i < kVectors; i++) {
-        T* to = grad_value + offset + i * kLanes;
+        T* to = grad_at + i * kLanes;
         store<kLanes>(to, load<kLanes>(to) + factor * grad[i]);
       }
     }
@@ -326,32 +318,30 @@ inline void scatter(Width<N>, Block<T>& block, const HeadView<T>& head, int64_t 
 
 // From the corners' dots to the gradients of x, y and weight, which take the place of dot[0..3).
 template <class T>
-inline void differentiate(const BlockLevels<T>& levels, Block<T>& block) {
+inline void differentiate_block(const BlockLevels<T>& levels, Block<T>& block) {
   constexpr int kLanes = lanes_of<T>();
   for (int64_t at = 0; at < block.count; at += kLanes) {
-    auto get = [at](const T* from) { return load<kLanes>(from + at); };
-    auto dot0 = get(block.dot[0]), dot1 = get(block.dot[1]), dot2 = get(block.dot[2]),
-         dot3 = get(block.dot[3]);
-    auto left = get(block.left), right = get(block.right), top = get(block.top), bottom = get(block.bottom);
-    auto in_left = get(block.in_left), in_right = get(block.in_right), in_top = get(block.in_top),
-         in_bottom = get(block.in_bottom), weight = get(block.weight);
-    auto grad_x = top * (in_right * dot1 - in_left * dot0) + bottom * (in_right * dot3 - in_left * dot2);
-    auto grad_y = left * (in_bottom * dot2 - in_top * dot0) + right * (in_bottom * dot3 - in_top * dot1);
-    auto grad_weight = top * (left * dot0 + right * dot1) + bottom * (left * dot2 + right * dot3);
-    store<kLanes>(block.dot[0] + at, grad_x * weight * get(levels.width));
-    store<kLanes>(block.dot[1] + at, grad_y * weight * get(levels.height));
-    store<kLanes>(block.dot[2] + at, grad_weight);
+    const Numbers<T> dot[] = {load<kLanes>(block.dot[0] + at), load<kLanes>(block.dot[1] + at),
+                              load<kLanes>(block.dot[2] + at), load<kLanes>(block.dot[3] + at)};
+    const auto grads = differentiate(corners_of(levels, block, at), dot, load<kLanes>(block.weight + at),
+                                     levels.size[at / kLanes]);
+    store<kLanes>(block.dot[0] + at, grads.x);
+    store<kLanes>(block.dot[1] + at, grads.y);
+    store<kLanes>(block.dot[2] + at, grads.weight);
   }
 }
 
 template <class T>
 inline void store_sample_grads(const Problem<T>& problem, const Place& place, const Block<T>& block) {
-  const int64_t first = place.row * problem.num_samples() + place.first;
+  const int64_t first = place.row * problem.num_samples() + place.first, count = place.count;
+  const T* __restrict grad_x = block.dot[0], * __restrict grad_y = block.dot[1];
   T* __restrict grad_locations = problem.grad_locations + 2 * first;
   T* __restrict grad_weights = problem.grad_weights + first;
-  for (int64_t at = 0; at < place.count; at++) {
-    grad_locations[2 * at] = block.dot[0][at];
-    grad_locations[2 * at + 1] = block.dot[1][at];
+  prefetch_ahead(problem, problem.grad_locations, place.row, 2 * problem.num_samples() * sizeof(T));
+  prefetch_ahead(problem, problem.grad_weights, place.row, problem.num_samples() * sizeof(T));
+  for (int64_t at = 0; at < count; at++) {
+    grad_locations[2 * at] = grad_x[at];
+    grad_locations[2 * at + 1] = grad_y[at];
     grad_weights[at] = block.dot[2][at];
   }
 }
@@ -382,71 +372,105 @@ inline void offset_grads(const Problem<T>& problem, const Place& place, const Bl
 // Fused, at the row's end: from weights' gradients to logits'.
 template <class T>
 inline void logit_grads(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch) {
+  constexpr int kLanes = lanes_of<T>();
   const int64_t count = problem.num_samples();
+  const T* __restrict weights = scratch.weights;
   T* __restrict grad = problem.grad_weights + row * count;
-  T mean = 0;
-  for (int64_t at = 0; at < count; at++) mean += scratch.weights[at] * grad[at];
-  for (int64_t at = 0; at < count; at++) grad[at] = scratch.weights[at] * (grad[at] - mean);
+  T means[kLanes] = {}, mean = 0;
+  int64_t at = 0;
+  for (; at + kLanes <= count; at += kLanes)
+    for (int lane = 0; lane < kLanes; lane++) means[lane] += weights[at + lane] * grad[at + lane];
+  for (; at < count; at++) mean += weights[at] * grad[at];
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; lane++) means[lane] += means[lane + half];
+  mean += means[0];
+  for (at = 0; at < count; at++) grad[at] = weights[at] * (grad[at] - mean);
 }
 
 // Fills the block for each part of a row in turn and calls use(place, levels).
-template <bool kBackward, class T, class Use>
+template <class T, class Use>
 inline void for_blocks(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch, Block<T>& block,
                        const Use& use) {
   const bool fused = problem.reference_size != 0;
-  if (fused && problem.num_samples() != 0) softmax_row(problem, row, scratch);
-  for (int64_t first = 0; first < problem.num_samples(); first += kBlock) {
-    int64_t left_over = problem.num_samples() - first;
-    const Place place{row, first, left_over < kBlock ? left_over : kBlock};
+  const int64_t count = problem.num_samples();
+  const RowInputs<T> inputs = row_inputs(problem, row, scratch);
+  if (fused) softmax_row(inputs.weights, count, scratch);
+  const T* weights = fused ? scratch.weights : inputs.weights;
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const Place place{row, first, count - first < kBlock ? count - first : kBlock};
     const BlockLevels<T>& levels = scratch.levels[first / kBlock];
     block.count = place.count;
-    fused ? place_samples(problem, scratch, place, levels, block) : load_samples(problem, place, block);
-    locate<kBackward>(levels, block);
+    load_samples(inputs.locations + 2 * first, weights + first, block);
+    if (fused) place_samples(problem, row_reference(problem, row), levels, block);
+    locate(levels, block);
     use(place, levels);
+  }
+}
+
+template <class Stored, class T>
+inline void forward_rows(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* memory) {
+  const Scratch<T> scratch(problem, memory);
+  const Stored* value = static_cast<const Stored*>(head.value);
+  const int64_t num_channels = problem.num_channels;
+  const bool convert = problem.storage != storage_of<T>();
+  Block<T> block = {};
+  for (int64_t query = rows.first_query; query < rows.last_query; query++) {
+    const int64_t row = row_number(problem, rows, query);
+    T* sums = convert ? scratch.channels : static_cast<T*>(problem.out) + row * num_channels;
+    prefetch_ahead(problem, problem.out, row, num_channels * bytes_of(problem.storage));
+    for (int64_t i = 0; problem.num_samples() == 0 && i < num_channels; i++) sums[i] = 0;
+    for_blocks(problem, row, scratch, block, [&](const Place& place, const BlockLevels<T>&) {
+      for_channel_runs(num_channels, [&](auto width, int64_t channel) {
+        gather(width, block, value + channel, head.stride, sums + channel, place.first == 0);
+      });
+    });
+    if (!convert) continue;
+    with_storage(problem.storage, T(), [&](auto stored) {
+      narrow_all(sums, static_cast<decltype(stored)*>(problem.out) + row * num_channels, num_channels);
+    });
   }
 }
 
 template <class T>
 void forward(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* memory) {
-  const Scratch<T> scratch(problem, memory);
-  const int64_t num_channels = problem.num_channels;
-  Block<T> block = {};
-  for (int64_t query = rows.first_query; query < rows.last_query; query++) {
-    const int64_t row = row_number(problem, rows, query);
-    for_blocks<false>(problem, row, scratch, block, [&](const Place& place, const BlockLevels<T>&) {
-      for_channel_runs(num_channels, [&](auto width, int64_t channel) {
-        gather(width, block, head.value + channel, head.stride, scratch.channels + channel, place.first == 0);
-      });
-    });
-    with_storage(problem.storage, T(), [&](auto stored) {
-      auto* out = static_cast<decltype(stored)*>(problem.out) + row * num_channels;
-      narrow_all(scratch.channels, out, num_channels);
-    });
-  }
+  with_storage(head.storage, T(),
+               [&](auto stored) { forward_rows<decltype(stored)>(problem, head, rows, memory); });
 }
 
-template <class T>
-void backward(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* memory) {
+template <class Stored, class T>
+inline void backward_rows(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* memory) {
   const Scratch<T> scratch(problem, memory);
+  const Stored* value = static_cast<const Stored*>(head.value);
   const int64_t num_channels = problem.num_channels;
-  const bool fused = problem.reference_size != 0;
+  const bool fused = problem.reference_size != 0, convert = problem.storage != storage_of<T>();
   Block<T> block = {};
   for (int64_t query = rows.first_query; query < rows.last_query; query++) {
     const int64_t row = row_number(problem, rows, query);
-    with_storage(problem.storage, T(), [&](auto stored) {
-      auto* grad_out = static_cast<const decltype(stored)*>(problem.grad_out) + row * num_channels;
-      widen_all(grad_out, scratch.channels, num_channels);
-    });
-    for_blocks<true>(problem, row, scratch, block, [&](const Place& place, const BlockLevels<T>& levels) {
-      for_channel_runs(num_channels, [&](auto width, int64_t channel) {
-        scatter(width, block, head, channel, scratch.channels);
+    const T* grad_out =
+        convert ? scratch.channels : static_cast<const T*>(problem.grad_out) + row * num_channels;
+    prefetch_ahead(problem, problem.grad_out, row, num_channels * bytes_of(problem.storage));
+    if (convert) {
+      with_storage(problem.storage, T(), [&](auto stored) {
+        auto* given = static_cast<const decltype(stored)*>(problem.grad_out) + row * num_channels;
+        widen_all(given, scratch.channels, num_channels);
       });
-      differentiate(levels, block);
+    }
+    for_blocks(problem, row, scratch, block, [&](const Place& place, const BlockLevels<T>& levels) {
+      for_channel_runs(num_channels, [&](auto width, int64_t channel) {
+        scatter(width, block, head, value + channel, channel, grad_out);
+      });
+      differentiate_block(levels, block);
       if (fused) offset_grads(problem, place, levels, block);
       store_sample_grads(problem, place, block);
     });
     if (fused) logit_grads(problem, row, scratch);
   }
+}
+
+template <class T>
+void backward(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* memory) {
+  with_storage(head.storage, T(),
+               [&](auto stored) { backward_rows<decltype(stored)>(problem, head, rows, memory); });
 }
 
 // Where one head's channels of one image begin in value and grad_value, and how far apart its tokens are.

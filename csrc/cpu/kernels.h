@@ -5,12 +5,27 @@
 
 namespace detrs::cpu {
 
-// One head of one image as a kernel reads it: the channels of token t start at value + t * stride.
+namespace {
+
+template <class T>
+constexpr Storage storage_of() {
+  return sizeof(T) == 8 ? Storage::float64 : Storage::float32;
+}
+
+constexpr int64_t bytes_of(Storage storage) {
+  return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : 2;
+}
+
+}  // namespace
+
+// One head of one image as a kernel reads it: the channels of token t start at number t * stride.
 template <class T>
 struct HeadView {
-  const T* value;
-  T* grad_value;  // backward only; same stride
+  const void* value;
+  Storage storage;  // of value
   int64_t stride;
+  T* grad_value;  // backward only
+  int64_t grad_stride;
 };
 
 // Which rows a kernel call does: these queries, seen by one head, in one image.

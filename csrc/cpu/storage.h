@@ -1,7 +1,10 @@
 // Between the numbers in memory and the numbers in the arithmetic (float, or double for float64).
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
+#include "simd.h"
 
 namespace detrs::cpu {
 namespace {
@@ -84,6 +87,56 @@ template <class Stored, class T>
 inline void narrow_all(const T* from, Stored* to, int64_t count) {
   for (int64_t i = 0; i < count; i++) narrow(from[i], to + i);
 }
+
+// Loads N numbers as vectors of T; `order_like` loads N others of T in the same order, and `store_ordered`
+// stores vectors in this order so that they lie as they should. The order is only a matter for bfloat16: it
+// is quickest widened as pairs, the even numbers to one vector and the odd ones to another.
+template <class Stored, class T, int N>
+struct Run {
+  static constexpr int kLanes = N < lanes_of<T>() ? N : lanes_of<T>(), kVectors = N / kLanes;
+  static constexpr bool kPairs = std::is_same_v<Stored, BFloat16> && kVectors % 2 == 0;
+  typedef typename Simd<T, kLanes>::Vector Vector;
+  Vector vector[kVectors];
+
+  static inline Run load_wide(const Stored* from) {
+    Run run;
+    if constexpr (kPairs) {
+      typedef typename Simd<uint32_t, kLanes>::Vector Bits;
+      for (int i = 0; i < kVectors; i += 2) {
+        const auto bits = bits_as<Bits>(load<2 * kLanes>(&from[i * kLanes].bits));
+        run.vector[i] = bits_as<Vector>(bits << 16);
+        run.vector[i + 1] = bits_as<Vector>(bits & 0xffff0000u);
+      }
+    } else if constexpr (std::is_same_v<Stored, T>) {
+      for (int i = 0; i < kVectors; i++) run.vector[i] = load<kLanes>(from + i * kLanes);
+    } else {
+      T wide[N];
+      for (int i = 0; i < N; i++) wide[i] = widen(from[i]);
+      for (int i = 0; i < kVectors; i++) run.vector[i] = load<kLanes>(wide + i * kLanes);
+    }
+    return run;
+  }
+
+  static inline Run order_like(const T* from) {
+    Run run;
+    T ordered[N];
+    for (int i = 0; i < N; i++) ordered[place_of(i)] = from[i];
+    for (int i = 0; i < kVectors; i++) run.vector[i] = load<kLanes>(ordered + i * kLanes);
+    return run;
+  }
+
+  inline void store_ordered(T* to) const {
+    T ordered[N];
+    for (int i = 0; i < kVectors; i++) store<kLanes>(ordered + i * kLanes, vector[i]);
+    for (int i = 0; i < N; i++) to[i] = ordered[place_of(i)];
+  }
+
+ private:
+  static constexpr int place_of(int i) {
+    const int pair = i / (2 * kLanes) * (2 * kLanes);
+    return kPairs ? pair + (i - pair) / 2 + i % 2 * kLanes : i;
+  }
+};
 
 }  // namespace
 }  // namespace detrs::cpu

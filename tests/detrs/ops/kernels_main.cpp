@@ -60,9 +60,13 @@ double run(const Kernels<T>& kernels, Storage storage, int64_t bytes, const Size
   kernels.unpack(problem, 0, 0, packed.data());
   kernels.pack(problem, 0, 0, packed.data());
   kernels.prepare_scratch(problem, scratch.get());
-  const HeadView<T> view{packed.data(), packed_grad.data(), size.channels};
-  kernels.forward(problem, view, {0, 0, 0, queries}, scratch.get());
-  kernels.backward(problem, view, {0, 0, 0, queries}, scratch.get());
+  const HeadView<T> in_place{value.data(), storage, size.channels, packed_grad.data(), size.channels};
+  const Storage wide = sizeof(T) == 8 ? Storage::float64 : Storage::float32;
+  const HeadView<T> copied{packed.data(), wide, size.channels, packed_grad.data(), size.channels};
+  for (const auto& view : {in_place, copied}) {
+    kernels.forward(problem, view, {0, 0, 0, queries}, scratch.get());
+    kernels.backward(problem, view, {0, 0, 0, queries}, scratch.get());
+  }
   double sum = 0;
   for (T number : packed_grad) sum += std::isfinite(number) ? number : 0;
   return sum;

@@ -45,7 +45,7 @@ def test_no_stray_access_and_no_undefined_behaviour(tmp_path, vector_bytes):
 def test_a_planted_stray_access_is_found(tmp_path):
     """Without the clamp into the level: shows that the test above can fail."""
     shutil.copytree(CSRC, tmp_path / "csrc")
-    code = tmp_path / "csrc" / "cpu" / "kernel_code.h"
+    code = tmp_path / "csrc" / "geometry.h"
     clamp = "after = after < length ? after : length - 1;"
     assert clamp in code.read_text()
     code.write_text(code.read_text().replace(clamp, ""))
