@@ -7,7 +7,7 @@ import numpy as np
 from raydetr.data.batch import Sample
 from raydetr.data.coco import usable_boxes
 from raydetr.data.images import UNREADABLE, decode_pixels
-from raydetr.data.index import Shards
+from raydetr.data.index import ShardError, Shards
 from raydetr.data.integrity import RawSample
 from raydetr.data.mosaic import Labelled, make_mosaic
 from raydetr.data.pixels import size_of
@@ -60,11 +60,18 @@ def make_sample(
     original_size = images[0].pixels.shape[:2]
     mosaic = transform.mosaic(seed, position, index, shards.num_samples)
     if mosaic is not None:
-        images += [_decode(shards, partner, shards.read(partner)) for partner in mosaic.partners]
+        images += [_decode(shards, partner, _read_partner(shards, partner)) for partner in mosaic.partners]
         images = [make_mosaic(mosaic, images)]
     pixels, boxes, labels = images[0].pixels, images[0].boxes_xyxy, images[0].labels
     image, boxes, kept = transform(pixels, boxes, seed=seed, position=position, short_side=short_side)
     return Sample(image, labels[kept], boxes, raw.record["id"], original_size)
+
+
+def _read_partner(shards: Shards, index: int) -> RawSample:
+    try:
+        return shards.read(index)
+    except ShardError:
+        return shards.reread(index)
 
 
 def _decode(shards: Shards, index: int, raw: RawSample) -> Labelled:

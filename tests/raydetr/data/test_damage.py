@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 from damaged_shards import damage_sample
 from raydetr.data.batch import Batch, collate
 from raydetr.data.damage import Damage, OnDamage
+from raydetr.data.files import LocalFiles, Span
 from raydetr.data.index import ShardError, Shards, open_shards
 from raydetr.data.integrity import RawSample
 from raydetr.data.samples import load_sample
@@ -38,17 +39,27 @@ def damaged(shards: Shards, tmp_path: Path) -> Shards:
 
 
 def stream(
-    shards: Shards, policy: OnDamage, rank: int, topology: tuple[int, int, int], position: int = 0
+    shards: Shards,
+    policy: OnDamage,
+    rank: int,
+    topology: tuple[int, int, int],
+    position: int = 0,
+    transform: Transform = TRANSFORM,
 ) -> Iterator[Batch]:
     world_size, workers, batch_size = topology
     return train_batches(
         shards, seed=SEED, position=position, rank=rank, world_size=world_size, batch_size=batch_size,
-        transform=TRANSFORM, num_workers=workers, on_damage=policy,
+        transform=transform, num_workers=workers, on_damage=policy,
     )  # fmt: skip
 
 
 def take(
-    shards: Shards, policy: OnDamage, topology: tuple[int, int, int], num_samples: int, position: int = 0
+    shards: Shards,
+    policy: OnDamage,
+    topology: tuple[int, int, int],
+    num_samples: int,
+    position: int = 0,
+    transform: Transform = TRANSFORM,
 ) -> tuple[Found, list[Damage]]:
     """What the positions of a run hold, those that are masked left out; and all rows, in order."""
     world_size, _, batch_size = topology
@@ -56,7 +67,7 @@ def take(
     found: Found = {}
     rows: list[Damage] = []
     for rank in range(world_size):
-        batches = stream(shards, policy, rank, topology, position)
+        batches = stream(shards, policy, rank, topology, position, transform)
         for batch in itertools.islice(batches, steps):
             own = batch.position + rank * batch_size
             masked = {row.position for row in batch.damage if row.action == "masked"}
@@ -155,25 +166,46 @@ def test_raise_names_shard_and_key(damaged: Shards, workers: int) -> None:
     assert "Traceback" not in str(caught.value)
 
 
-class Flaky:
+@pytest.mark.parametrize("policy", ["mask", "substitute"])
+def test_mosaics_with_a_damaged_image_are_replaced_too(
+    shards: Shards, damaged: Shards, policy: OnDamage
+) -> None:
+    mosaics = dataclasses.replace(TRANSFORM, mosaic_probability=1.0)
+    whole, _ = take(shards, policy, (1, 0, 4), 53, transform=mosaics)
+    found, rows = take(damaged, policy, (1, 0, 4), 53, transform=mosaics)
+    assert (found, rows) == take(damaged, policy, (2, 2, 2), 53, transform=mosaics)
+    # four images in a picture: about four times as many are hit, and each row names the image that is damaged
+    assert 6 < len(rows) < 20
+    assert {row.key for row in rows} == {shards.key(index) for index in DAMAGED}
+    hit = {row.position for row in rows}
+    assert all(found[place] == whole[place] for place in whole.keys() - hit)
+    assert hit.isdisjoint(found) if policy == "mask" else hit <= found.keys()
+
+
+class Flaky(LocalFiles):
     """Files that give wrong bytes the first time, as a cache or a network may."""
 
-    def __init__(self, files: Any) -> None:
-        self._files, self.names, self.reread_spans = files, files.names, []
+    def __init__(self, files: LocalFiles) -> None:
+        super().__init__(files.paths)
+        self.num_rereads = 0
 
-    def start(self, spans: Any) -> Any:
-        return lambda: [bytes(raw[:-1]) + b"!" for raw in self._files.start(spans)()]
+    def start(self, spans: Sequence[Span]) -> Callable[[], list[bytes | OSError]]:
+        """As LocalFiles, with the last byte of each sample wrong."""
+        return lambda: [self.read(*span)[:-1] + b"!" for span in spans]
 
-    def reread(self, *span: int) -> bytes:
-        self.reread_spans.append(span)
-        return bytes(self._files.reread(*span))
+    def reread(self, shard: int, offset: int, length: int) -> bytes:
+        """As LocalFiles."""
+        self.num_rereads += 1
+        return super().reread(shard, offset, length)
 
 
 @pytest.mark.parametrize("policy", ["raise", "mask", "substitute"])
 def test_a_second_look_past_the_cache_is_enough(shards: Shards, policy: OnDamage) -> None:
-    flaky = dataclasses.replace(shards, files=Flaky(shards.files))
+    assert isinstance(shards.files, LocalFiles)
+    files = Flaky(shards.files)
+    flaky = dataclasses.replace(shards, files=files)
     assert take(flaky, policy, (1, 0, 4), 12) == take(shards, policy, (1, 0, 4), 12)
-    assert len(flaky.files.reread_spans) == 12
+    assert files.num_rereads == 12
 
 
 def test_everything_damaged_is_no_endless_search(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
