@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import json
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 
 from raydetr.data.coco import Problems, Record
 from raydetr.data.folders import write_atomically
+from raydetr.data.foreign_categories import categories_of, read_categories
 from raydetr.data.foreign_shards import IndexedShard, IndexTask, image_and_record, index_foreign, read_content
 from raydetr.data.integrity import Fault, check_index, check_manifest
 from raydetr.data.manifest import (
@@ -60,7 +60,7 @@ def index_folder(
         OSError: the index cannot be written.
     """
     paths = _tars(folder)
-    known = None if categories is None else _read_categories(categories)
+    known = None if categories is None else read_categories(categories)
     form = _find_form(paths, box_format)
     problems = Problems(folder, "fault")
     total = sum(path.stat().st_size for path in paths)
@@ -75,7 +75,7 @@ def index_folder(
             problems.add_many(shard.faults, shard.num_faults)
     _check_boxes(shards, form, problems)
     found = sum((shard.labels for shard in shards), Counter[int | str]())
-    chosen = _categories(found, known, problems)
+    chosen = categories_of(found, known, problems)
     problems.raise_if_any()
     manifest, samples = _describe(folder, shards, form, chosen, named=known is not None)
     content = io.BytesIO()
@@ -125,51 +125,6 @@ def _check_boxes(shards: list[IndexedShard], form: RecordFormat, problems: Probl
         problems.add(
             f"no box reaches beyond 1 in {form.boxes!r}: they must be in pixels, not in parts of the image"
         )
-
-
-def _read_categories(path: Path) -> list[Record]:
-    try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
-    records: Any = data.get("categories") if isinstance(data, dict) else data
-    if isinstance(records, list) and records and all(isinstance(name, str) for name in records):
-        records = [{"id": number, "name": name} for number, name in enumerate(records)]
-    records = records if isinstance(records, list) else []
-    good = (
-        bool(records)
-        and all(isinstance(record, dict) for record in records)
-        and all(type(record.get("id")) is int and record["id"] >= 0 for record in records)
-        and all(isinstance(record.get("name"), str) for record in records)
-    )
-    if not good or any(len({record[key] for record in records}) < len(records) for key in ("id", "name")):
-        raise ValueError(
-            f"{path}: holds no categories: a COCO file, a list of objects with id and name (each used once), or a "
-            "list of names is needed"
-        )
-    return sorted(records, key=lambda record: int(record["id"]))
-
-
-def _categories(found: Counter[int | str], known: list[Record] | None, problems: Problems) -> list[Record]:
-    """The categories, in the order of their ids; each label is an id or a name of one."""
-    if known is not None:
-        usable = {value for record in known for value in (record["id"], record["name"])}
-        for label in sorted(set(found) - usable, key=str):
-            problems.add(
-                f"the label {label!r} ({found[label]} objects) is not in the file of categories: add it"
-            )
-        return known
-    names = sorted(label for label in found if isinstance(label, str))
-    ids = sorted(label for label in found if isinstance(label, int))
-    if names and ids:
-        problems.add(
-            f"labels are numbers ({ids[0]}, ...) and names ({names[0]!r}, ...): name all with --categories"
-        )
-    if ids and ids[0] < 0:
-        problems.add(f"the label {ids[0]} is negative: number the categories from 0 or 1")
-    return [{"id": number, "name": name} for number, name in enumerate(names, 1)] or [
-        {"id": number, "name": str(number)} for number in ids
-    ]
 
 
 def _describe(

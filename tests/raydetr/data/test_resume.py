@@ -53,7 +53,7 @@ def run_python(folder: Path, code: str, *arguments: object) -> subprocess.Comple
         [sys.executable, script, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
 
