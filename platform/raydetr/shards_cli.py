@@ -108,7 +108,7 @@ def shards_index(
             categories=categories,
             box_format=boxes,
             workers=workers or _num_cores(),
-            progress=lambda done, total: progress(done >> 20, total >> 20),
+            progress=lambda done, total: progress(-(-done >> 20), -(-total >> 20)),
         )
     typer.echo(_summary("indexed", folder, manifest))
 
