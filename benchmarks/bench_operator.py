@@ -4,11 +4,12 @@ The fused form is measured against our plain one, with softmax and location arit
 
     make bench-operator                      all cases
     make bench-operator ARGS="--only decoder --seconds 2"
+    make bench-operator ARGS="--official PATH"    on a GPU also against the official kernel, a module built by hand
 
 Prints a table and writes build/bench/operator.json, a list of
-{case, direction, threads, ours_ms, anchor_ms, ratio}; "memory" rows hold megabytes instead of milliseconds.
-Ratios are medians over pairs of runs that follow each other, so that a busy machine slows both. Times are CPU
-time for one thread and wall time for more.
+{case, direction, threads, ours_ms, anchor_ms, ratio}, and build/bench/operator_memory.json, a list of
+{case, ours_mb, anchor_mb, ratio}. Ratios are medians over pairs of runs that follow each other, so that a busy
+machine slows both. Times are CPU time for one thread, wall time for more, and the GPU's own where there is one.
 """
 
 from __future__ import annotations
@@ -16,29 +17,32 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
 import torch
+from operator_cuda import measure_on_gpu
 from torch import Tensor
 
 from detrs.ops import (
     deform_attn,
     deform_attn_fused,
+    deform_attn_in_steps,
     deform_attn_reference,
     native_status,
     sampling_locations,
+    sampling_weights,
 )
+from raydetr.environment import cpu_name
 
 Shapes = tuple[tuple[int, int], ...]
-OUT = Path("build/bench/operator.json")
+OUT, MEMORY_OUT = Path("build/bench/operator.json"), Path("build/bench/operator_memory.json")
 LEVELS_22K = ((100, 167), (50, 84), (25, 42), (13, 21))  # an image of 800 x 1333
 LEVELS_5K = ((48, 80), (24, 40), (12, 20), (6, 10))  # 384 x 640
 LEVELS_128PX = ((16, 16), (8, 8), (4, 4), (2, 2))
@@ -57,31 +61,23 @@ class Case:
     num_channels: int = 32
     num_points: int = 4
     dtype: torch.dtype = torch.float32
-    fused: bool = (
-        False  # our fused form; the anchor is our plain one after eager softmax and location arithmetic
-    )
+    fused: bool = False  # the anchor is then our plain form, after eager softmax and location arithmetic
 
 
-CASES = (
+QUICKSTART = Case("decoder 50 quickstart", LEVELS_QUICKSTART, 50, num_images=8, num_heads=4, num_channels=16)
+PLAIN = (
     Case("encoder 22223", LEVELS_22K),
-    Case("encoder 22223 bf16", LEVELS_22K, dtype=torch.bfloat16),
-    Case("fused encoder 22223", LEVELS_22K, fused=True),
     Case("encoder 5100", LEVELS_5K),
-    Case("encoder 5100 bf16", LEVELS_5K, dtype=torch.bfloat16),
+    Case("encoder 128px", LEVELS_128PX, num_images=2),
     Case("decoder 300 on 22223", LEVELS_22K, num_queries=300),
     Case("decoder 300 on 5100", LEVELS_5K, num_queries=300),
-    Case("encoder 128px", LEVELS_128PX, num_images=2),
     Case("decoder 300 128px", LEVELS_128PX, num_queries=300, num_images=2),
-    Case("decoder 50 quickstart", LEVELS_QUICKSTART, 50, num_images=8, num_heads=4, num_channels=16),
-    Case(
-        "fused decoder 50 quickstart",
-        LEVELS_QUICKSTART,
-        50,
-        num_images=8,
-        num_heads=4,
-        num_channels=16,
-        fused=True,
-    ),
+    QUICKSTART,
+)
+CASES = (
+    *PLAIN,
+    *(replace(case, name=f"{case.name} bf16", dtype=torch.bfloat16) for case in PLAIN),
+    *(replace(case, name=f"fused {case.name}", fused=True) for case in PLAIN),
 )
 
 
@@ -105,21 +101,10 @@ def make_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return value, reference, 2 * torch.randn(*rows, 2), torch.randn(rows)
 
 
-def softmax(logits: Tensor) -> Tensor:
-    """Over levels and points."""
-    return logits.flatten(3).softmax(3).reshape(logits.shape)
-
-
-def then_plain(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
-    """What the fused form does, in steps."""
-    locations = sampling_locations(shapes, reference, offsets)
-    return deform_attn(value, shapes, locations, softmax(logits))
-
-
 def make_runs(case: Case, direction: str) -> tuple[Callable[[], object], Callable[[], object]]:
     """Ours and the anchor (float32 in every case) as functions without arguments."""
     value, reference, offsets, logits = make_inputs(case)
-    samples = (sampling_locations(case.shapes, reference, offsets), softmax(logits))
+    samples = (sampling_locations(case.shapes, reference, offsets), sampling_weights(logits))
     if case.fused:
         samples = (offsets, logits)
     train = direction == "forward+backward"
@@ -136,7 +121,9 @@ def make_runs(case: Case, direction: str) -> tuple[Callable[[], object], Callabl
 
         return run
 
-    ours, anchor = (deform_attn_fused, then_plain) if case.fused else (deform_attn, deform_attn_reference)
+    ours, anchor = (
+        (deform_attn_fused, deform_attn_in_steps) if case.fused else (deform_attn, deform_attn_reference)
+    )
     return make_run(ours, case.dtype), make_run(anchor, torch.float32)
 
 
@@ -190,17 +177,30 @@ def measure_memory(case: Case) -> dict[str, object]:
         command = [sys.executable, __file__, "--peak", str(CASES.index(case)), str(which)]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         peaks.append(float(result.stdout))
-    row = {"case": case.name, "direction": "memory", "threads": 1}
-    return {**row, "ours_mb": peaks[0], "anchor_mb": peaks[1], "ratio": peaks[1] / peaks[0]}
+    return {"case": case.name, "ours_mb": peaks[0], "anchor_mb": peaks[1], "ratio": peaks[1] / peaks[0]}
 
 
 def print_row(row: dict[str, object]) -> None:
     """One line of the table; times in ms, memory in MB."""
     ours, anchor = (row.get(f"{side}_ms", row.get(f"{side}_mb")) for side in ("ours", "anchor"))
+    what, threads = row.get("direction", "peak memory"), row.get("threads", 1)
     print(
-        f"{row['case']:<28}{row['direction']:<18}{row['threads']:>7}{ours:>11.2f}{anchor:>11.2f}{row['ratio']:>9.1f}",
-        flush=True,
+        f"{row['case']:<36}{what:<18}{threads:>7}{ours:>11.3f}{anchor:>11.3f}{row['ratio']:>9.2f}", flush=True
     )
+
+
+def measure_all(cases: list[Case], threads: list[int], seconds: float) -> list[dict[str, object]]:
+    """The CPU's rows, printed as they come; on a terminal the next one is announced."""
+    wanted = [(c, n, d) for c in cases for n in threads for d in ("forward", "forward+backward")]
+    rows = []
+    for number, (case, num_threads, direction) in enumerate(wanted, 1):
+        if sys.stderr.isatty():
+            print(
+                f"{number} of {len(wanted)}: {case.name}, {direction}", end="\r", file=sys.stderr, flush=True
+            )
+        rows.append(measure(case, direction, num_threads, seconds))
+        print_row(rows[-1])
+    return rows
 
 
 def main() -> None:
@@ -211,25 +211,30 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=4.0, help="for each row")
+    parser.add_argument("--official", type=Path, help="the official kernel's module (.so), for the GPU")
     parser.add_argument("--peak", type=int, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak is not None:
         print(peak_megabytes(CASES[args.peak[0]], args.peak[1]))
         return
     cases = [case for case in CASES if args.only in case.name]
-    print(f"{platform.machine()}, torch {torch.__version__}, {native_status().reason}")
-    print(f"{'case':<28}{'direction':<18}{'threads':>7}{'ours':>11}{'anchor':>11}{'ratio':>9}")
-    rows = []
-    for case in cases:
-        for threads in args.threads:
-            for direction in ("forward", "forward+backward"):
-                rows.append(measure(case, direction, threads, args.seconds))
-                print_row(rows[-1])
-        if case.num_queries is None and sys.platform == "linux":
-            rows.append(measure_memory(case))
-            print_row(rows[-1])
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(rows, indent=1) + "\n")
+    if not cases:
+        parser.error(
+            f"--only: no case has {args.only!r} in its name; there are {[case.name for case in CASES]}"
+        )
+    print(f"{cpu_name()}, {os.cpu_count()} cores, torch {torch.__version__}, {native_status().reason}")
+    print(f"{'case':<36}{'direction':<18}{'threads':>7}{'ours':>11}{'anchor':>11}{'ratio':>9}")
+    rows = measure_all(cases, args.threads, args.seconds)
+    if torch.cuda.is_available():
+        rows += measure_on_gpu(LEVELS_22K, make_inputs, args.seconds, args.official, print_row)
+    memory = []
+    if sys.platform == "linux":
+        memory = [measure_memory(case) for case in cases if case.num_queries is None]
+    for row in memory:
+        print_row(row)
+    for path, content in ((OUT, rows), (MEMORY_OUT, memory)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
