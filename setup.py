@@ -85,6 +85,10 @@ class Nvcc:
         code = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in self.targets]
         return [*CUDA_FLAGS, *code, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
+    def with_host(self, compiler: list[str]) -> list[str]:
+        """The C++ compiler beside it is `compiler`, unless that is more than a name (ccache c++)."""
+        return [f"-ccbin={shutil.which(compiler[0])}"] if len(compiler) == 1 else []
+
     @property
     def target_names(self) -> str:
         """For people: what `flags` asks for."""
@@ -148,7 +152,7 @@ def compile_all(compiler: list[str], nvcc: Nvcc | str) -> list[Path]:
     include = f"-isystem{torch_folder() / 'include'}"
     commands: dict[str, list[str]] = {}
     if isinstance(nvcc, Nvcc):  # first, because it takes longest
-        commands[CUDA_SOURCE] = [nvcc.command, f"-ccbin={shutil.which(compiler[0])}", *nvcc.flags]
+        commands[CUDA_SOURCE] = [nvcc.command, *nvcc.with_host(compiler), *nvcc.flags]
     for source in SOURCES:
         flags = KERNEL_FLAGS.get(source, []) + ([found] if source == "csrc/library.cpp" else [])
         commands[source] = [*compiler, *COMPILE_FLAGS, *flags, TORCH_2_11, include]
@@ -166,7 +170,7 @@ def link(compiler: list[str], nvcc: Nvcc | str, objects: list[Path], library: Pa
         linker = [*compiler, "-s"]
         if isinstance(nvcc, Nvcc):
             # CUDA's runtime inside, and its names hidden: torch brings another one along
-            linker = [nvcc.command, f"-ccbin={shutil.which(compiler[0])}", "--cudart=static", "-Xlinker=-s"]
+            linker = [nvcc.command, *nvcc.with_host(compiler), "--cudart=static", "-Xlinker=-s"]
             linker += ["-Xlinker=--exclude-libs,ALL"]
         run([*linker, "-shared", *map(str, objects), *torch_library, "-o", str(linked)])
         record.write_text(names)

@@ -12,7 +12,10 @@ namespace {
 
 void check(cudaError_t status) {
   if (status == cudaSuccess) return;
-  throw std::runtime_error(std::string("deform_attn on CUDA: ") + cudaGetErrorString(status));
+  std::string problem = std::string("deform_attn on CUDA: ") + cudaGetErrorString(status);
+  if (status == cudaErrorNoKernelImageForDevice)
+    problem += "; detrs.ops.native_status() tells which GPUs the library was built for";
+  throw std::runtime_error(problem);
 }
 
 template <class T>

@@ -24,7 +24,8 @@ def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tenso
     be: bfloat16 has 8 bits, too few for a position. Autocast changes nothing here.
 
     A location outside its level reads zero and has no gradient; on the native path NaN and infinity count as
-    outside. On the CPU the result does not depend on the number of threads. There is no second derivative.
+    outside. On the CPU the result does not depend on the number of threads; on CUDA gradients are summed in no fixed
+    order, which is an error under `torch.use_deterministic_algorithms(True)`. There is no second derivative.
 
     Args:
         value: [N, S, M, D], a vector per image, token and head.

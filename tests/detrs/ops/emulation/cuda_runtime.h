@@ -255,7 +255,7 @@ T __shfl_xor_sync(unsigned, T number, int mask, int line = __builtin_LINE()) {
 
 using cudaError_t = int;
 using cudaStream_t = void*;
-constexpr cudaError_t cudaSuccess = 0;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorNoKernelImageForDevice = 209;
 enum cudaMemcpyKind { cudaMemcpyHostToDevice };
 
 inline const char* cudaGetErrorString(cudaError_t) {
