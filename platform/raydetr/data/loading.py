@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import parent_process
+from multiprocessing.context import BaseContext
+from types import ModuleType
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -47,6 +51,7 @@ def load(work: Work[B], num_workers: int) -> Iterator[B]:
         num_workers=num_workers,
         collate_fn=_unchanged,
         generator=torch.Generator(),  # else starting the loader would draw from the global one
+        multiprocessing_context=_how_to_start(),
         in_order=True,
     )
     receiver, messages = Receiver(ring), iter(loader)
@@ -86,6 +91,27 @@ class _Sending(IterableDataset[Message | Failure | None]):
                 yield None if batch is None else sender.message(batch)
         except Exception as error:
             yield Failure.of(error, info.id)
+
+
+def _how_to_start() -> BaseContext | None:
+    """Fork in the main thread, which is quick; elsewhere ask a server to fork, unless the program chose a way.
+
+    A thread beside the main one says that the process belongs to somebody else, such as Ray Train. Those threads
+    may hold a lock of the interpreter at the moment of a fork, and then the child waits for it for ever.
+    """
+    if multiprocessing.get_start_method(allow_none=True) in (
+        "spawn",
+        "forkserver",
+    ):  # chosen; "fork" may not be
+        return None
+    if threading.current_thread() is threading.main_thread() and sys.platform == "linux":
+        return multiprocessing.get_context("fork")
+    # Every child runs the main module again. What that imports is imported once, by the server.
+    main = vars(sys.modules["__main__"]).values()
+    modules = {value.__name__ for value in main if isinstance(value, ModuleType)}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["raydetr.data.stream", *sorted(modules)])
+    return context
 
 
 def _end_with_parent() -> None:
