@@ -62,6 +62,10 @@ class NodeCache:
                 sizes[entry.name] = entry.stat().st_size
         return sizes
 
+    def listing(self) -> set[str]:
+        """Names of the entries."""
+        return set(os.listdir(self._whole))  # noqa: PTH208 no other is as quick
+
     def has(self, name: str) -> bool:
         """Whether an entry is there."""
         return (self._whole / name).exists()

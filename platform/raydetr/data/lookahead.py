@@ -17,9 +17,11 @@ class Lookahead:
 
     Args:
         turns: what each step reads, from step 0 on; read as far as is needed.
+        most_uses: that are known at a time.
     """
 
-    def __init__(self, turns: Iterable[Turn]) -> None:
+    def __init__(self, turns: Iterable[Turn], most_uses: int = MOST_USES) -> None:
+        self._most_uses = most_uses
         self._turns: Iterator[Turn] = iter(turns)
         self._uses: dict[int, deque[tuple[int, int]]] = {}  # piece -> (step, bytes), the next one first
         self._steps: deque[tuple[int, Turn]] = deque()
@@ -31,7 +33,7 @@ class Lookahead:
     def extend(self, num_steps: int) -> bool:
         """Look further ahead, unless it is far enough; whether there was more."""
         for _ in range(num_steps):
-            if self.is_complete or self._num_uses >= MOST_USES:
+            if self.is_complete or self._num_uses >= self._most_uses:
                 return False
             turn = next(self._turns, None)
             if turn is None:

@@ -59,6 +59,11 @@ class Pieces:
         self._begins = number << 40 | samples["offset"].astype(np.int64)  # ascending, as the index is
         self._made: dict[int, Piece] = {}
 
+    @property
+    def num_samples(self) -> int:
+        """Of all pieces."""
+        return len(self.of_sample)
+
     def __len__(self) -> int:
         return len(self._firsts) - 1
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from raydetr.data.background import BackgroundThreads
 from raydetr.data.cache import NodeCache
 from raydetr.data.files import Span
-from raydetr.data.lookahead import Lookahead, choose_victims, is_worth_it
+from raydetr.data.lookahead import MOST_USES, Lookahead, choose_victims, is_worth_it
 from raydetr.data.pieces import Piece, Pieces
 from raydetr.data.transfer import CacheSettings, RemoteError
 from raydetr.data.use_tables import UseTables
@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 DOWNLOADS = 3  # at a time, of a process
 STEPS_AT_ONCE = 256  # that are looked ahead between two looks at the cache
-REFRESH_SECONDS = 1.0  # how old may be what is known of other processes
+IDLE_SECONDS = 0.2  # between two looks where nothing is to be done
+RETRY_SECONDS = 1.0  # after there was no room, or another process was at a piece
 PAUSE_SECONDS = 5.0  # after a server failed
 
 Download = Callable[[Piece, Callable[[bytes], None]], None]
@@ -85,13 +86,14 @@ class Prefetcher:
 
     def __init__(self, cached: CachedPieces, download: Download, turns: Iterable[Sequence[int]]) -> None:
         self._cached, self._download = cached, download
-        self._ahead = Lookahead(cached.pieces.turn(turn) for turn in turns)
+        most_uses = min(MOST_USES, 2 * cached.pieces.num_samples)  # farther, nothing depends on it
+        self._ahead = Lookahead((cached.pieces.turn(turn) for turn in turns), most_uses)
         self._tables = UseTables(Path(cached.cache.settings.path) / "uses")
         self._threads = BackgroundThreads(DOWNLOADS, "node cache")
         self._not_before: dict[int, float] = {}  # piece -> when to look at it again
         self._step = 0
         self._failure: BaseException | None = None
-        self._news, self._closed = threading.Event(), threading.Event()
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="prefetcher", daemon=True)
         self._thread.start()
 
@@ -104,12 +106,10 @@ class Prefetcher:
         if self._failure is not None:
             raise self._failure
         self._step = step
-        self._news.set()
 
     def close(self) -> None:
         """Fetch nothing more."""
         self._closed.set()
-        self._news.set()
         self._thread.join(5.0)
 
     def _run(self) -> None:
@@ -117,9 +117,8 @@ class Prefetcher:
             while not self._closed.is_set():
                 self._ahead.advance(self._step)
                 grew = self._ahead.extend(STEPS_AT_ONCE)
-                if not self._fetch_some() and not grew:
-                    self._news.wait(REFRESH_SECONDS)
-                    self._news.clear()
+                if not self._fetch_some():
+                    self._closed.wait(0.02 if grew else IDLE_SECONDS)  # the batches need this processor
         except OSError as error:
             log.warning(
                 "%s (data.cache): %s; this process caches nothing more and reads from the server",
@@ -134,17 +133,14 @@ class Prefetcher:
         """Fetch the next pieces that are not there; whether anything was fetched."""
         next_uses = self._ahead.next_uses()
         self._tables.publish({self._cached.pieces[number].name: use for number, use in next_uses.items()})
-        now, futures = time.monotonic(), []
-        for number in next_uses:
-            if self._not_before.get(number, 0.0) <= now and not self._is_there(number):
-                futures.append(self._threads.submit(self._store, number, next_uses[number]))
+        now, there, futures = time.monotonic(), self._cached.cache.listing(), []
+        for number, use in next_uses.items():
+            if self._not_before.get(number, 0.0) <= now and self._cached.pieces[number].name not in there:
+                futures.append(self._threads.submit(self._store, number, use))
             if len(futures) == DOWNLOADS:
                 break
         fetched = [future.result() for future in futures]
         return any(fetched)
-
-    def _is_there(self, number: int) -> bool:
-        return self._cached.cache.has(self._cached.pieces[number].name)
 
     def _store(self, number: int, use: int) -> bool:
         piece, cache = self._cached.pieces[number], self._cached.cache
@@ -165,7 +161,7 @@ class Prefetcher:
             self._not_before[number] = time.monotonic() + PAUSE_SECONDS
             return False
         if outcome != "stored":
-            self._not_before[number] = time.monotonic() + REFRESH_SECONDS
+            self._not_before[number] = time.monotonic() + RETRY_SECONDS
         return outcome == "stored"
 
     def _bring(self, piece: Piece, accept: Callable[[bytes], None]) -> None:
