@@ -110,7 +110,10 @@ def find_nvcc() -> Nvcc | str:
     if release is None or (int(release[1]), int(release[2])) < OLDEST_CUDA:
         return f"{command} was not at least CUDA {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]} when it was built"
     known = ask([command, "--list-gpu-code"]).split()
-    return Nvcc(command, tuple(target for target in CUDA_TARGETS if f"sm_{target}" in known))
+    targets = tuple(target for target in CUDA_TARGETS if f"sm_{target}" in known)
+    return (
+        Nvcc(command, targets) if targets else f"{command} knew none of the GPUs that it was to be built for"
+    )
 
 
 def torch_folder() -> Path:

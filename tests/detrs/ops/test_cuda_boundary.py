@@ -27,8 +27,8 @@ def fake_inputs(num_channels=8, dtype=torch.float32):
 
 
 def test_the_library_has_kernels_for_gpus_where_there_is_a_compiler_for_them():
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not installed")
+    if shutil.which("nvcc") is None or "NVCC set to nothing" in native_status().reason:
+        pytest.skip("nvcc is not installed, or the library was built without it on purpose")
     assert "cuda" in native_status().devices, native_status().reason
 
 
@@ -105,9 +105,8 @@ def find_nvcc(**environment: str) -> str:
 def compiler(tmp_path):
     """An nvcc of a given release that knows few GPUs."""
 
-    def make(release: str) -> Path:
+    def make(release: str, known: str = "sm_75 sm_80 sm_90 sm_121") -> Path:
         command = tmp_path / "nvcc"
-        known = "sm_75 sm_80 sm_90 sm_121"
         command.write_text(
             f'#!/bin/sh\ncase "$1" in --version) echo "Cuda compilation tools, release {release}, V1";;'
             f" --list-gpu-code) printf '%s\\n' {known};; esac\n"
@@ -129,4 +128,5 @@ def test_setup_builds_for_those_gpus_that_the_compiler_knows(compiler):
 def test_setup_says_why_there_will_be_no_kernels_for_gpus(compiler, tmp_path):
     assert "NVCC set to nothing" in find_nvcc(PATH="/usr/bin:/bin", NVCC="")
     assert "/none was not found" in find_nvcc(PATH="/usr/bin:/bin", NVCC=str(tmp_path / "none"))
+    assert "knew none of the GPUs" in find_nvcc(PATH="/usr/bin:/bin", NVCC=str(compiler("20.0", "sm_150")))
     assert "not at least CUDA 12.1" in find_nvcc(PATH="/usr/bin:/bin", NVCC=str(compiler("11.8")))
