@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raydetr.data.index import Shards
+from raydetr.data.index import ShardError, Shards
 from raydetr.data.large_scale_jitter import GREY, Jitter
 from raydetr.data.mosaic import Labelled, Mosaic, make_mosaic
 from raydetr.data.pixels import Pixels, size_of
@@ -222,6 +222,25 @@ def test_labels_come_with_the_images_of_a_mosaic(shards: Shards) -> None:
             num_whole += label in fits
         assert len(found.labels) <= len(shapes)
     assert num_whole > 20
+
+
+def test_a_damaged_partner_of_a_mosaic_is_named(shards: Shards) -> None:
+    """Never left out silently; another image at the position, its substitute, has other partners."""
+    transform, position = Transform(mosaic_probability=1.0), 11
+    drawn = {i: transform.mosaic(2, position, i, shards.num_samples) for i in range(shards.num_samples)}
+    damaged = next(m.partners[1] for i, m in drawn.items() if m is not None and i not in m.partners)
+    samples = shards.samples.copy()
+    samples["crc32"][damaged] ^= 1
+    faulty, num_refused = dataclasses.replace(shards, samples=samples), 0
+    for index, mosaic in drawn.items():
+        assert mosaic is not None
+        if damaged in (index, *mosaic.partners):
+            num_refused += 1
+            with pytest.raises(ShardError, match=f"sample {shards.key(damaged)} .*crc32"):
+                load_sample(faulty, index, transform, seed=2, position=position)
+        else:
+            load_sample(faulty, index, transform, seed=2, position=position)
+    assert 2 <= num_refused < shards.num_samples / 2
 
 
 EVERYTHING = Transform(
