@@ -67,11 +67,3 @@ def test_a_nan_logit_is_not_hidden(program):
     out = result.out.reshape(2, 5, 3, 8)
     assert out[0, 1, 2].isnan().all()
     assert out.isnan().sum() == 8
-
-
-def test_scalar_atomics_of_older_gpus(tmp_path):
-    """Before compute capability 9.0 four floats are added one by one."""
-    program = emulated.build(tmp_path, architecture=800)
-    cases = [make_case(PYRAMID, dtype=dtype, num_channels=32) for dtype in emulated.STORAGES]
-    for case, result in zip(cases, emulated.run(program, cases), strict=True):
-        assert_right(case, result)

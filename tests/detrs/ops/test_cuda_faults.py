@@ -117,7 +117,7 @@ def check(program: Path, fault: int) -> None:
 def planted(tmp_path_factory) -> tuple[Path, int]:
     folder = tmp_path_factory.mktemp("planted")
     csrc, num_barriers = plant(folder, FAULTS.values())
-    return emulated.build(folder, csrc=csrc), num_barriers
+    return emulated.build(folder, csrc=csrc, architecture=800), num_barriers  # adds floats one by one
 
 
 def test_without_an_active_fault_nothing_is_found(planted):
