@@ -32,7 +32,7 @@ struct Problem {
 
   void* out;             // forward:  [images, queries, heads, channels]
   const void* grad_out;  // backward: as out
-  void* grad_value;      // backward: as value
+  void* grad_value;      // backward: as value, but the CUDA kernels sum in T
   T* grad_reference;     // backward, fused: [images, queries, heads, levels, reference_size], or null
   T* grad_locations;     // backward: as locations
   T* grad_weights;       // backward: as weights
