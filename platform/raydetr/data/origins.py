@@ -74,6 +74,8 @@ class Origin:
         """Make the backend's file system, once in each process."""
         if self._pid != os.getpid():
             self._file_system, self._signed, self._pid = self._open(), {}, os.getpid()
+            if self._scheme == "s3":
+                self._make_address("manifest.json")  # s3fs makes its client at the first signature
 
     def _make_address(self, file: str) -> Address:
         if self._scheme in ("http", "https"):

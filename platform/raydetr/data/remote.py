@@ -54,7 +54,7 @@ class Connection:
     def __init__(self, location: str, settings: RemoteSettings) -> None:
         self.origin, self.settings = Origin(location, settings.options), settings
         self._pid = 0
-        self._connect()
+        self.connect()
 
     def __reduce__(self) -> tuple[type[Connection], tuple[str, RemoteSettings]]:
         return Connection, (self.origin.location, self.settings)
@@ -62,7 +62,7 @@ class Connection:
     @property
     def threads(self) -> BackgroundThreads:
         """Where requests are waited for."""
-        self._connect()
+        self.connect()
         return self._threads
 
     def fetch(self, name: str, start: int, stop: int | None, size: int | None) -> bytes:
@@ -79,12 +79,14 @@ class Connection:
         self, name: str, start: int, stop: int | None, size: int | None, accept: Callable[[bytes], None]
     ) -> None:
         """The same, in chunks."""
-        self._connect()
+        self.connect()
         origin = self.origin
         self._transfers.fetch(origin.name(name), lambda: origin.address(name), start, stop, size, accept)
 
-    def _connect(self) -> None:
+    def connect(self) -> None:
+        """Make ready in this process, before several threads would do it at once."""
         if self._pid != os.getpid():
+            self.origin.connect()
             self._transfers = Transfers(self.settings)
             self._threads = BackgroundThreads(self.settings.max_requests, "remote")
             self._pid = os.getpid()
@@ -175,7 +177,10 @@ class RemoteFiles:
 
     def follow(self, turns: Iterable[Sequence[int]]) -> Follower:
         """As ShardFiles: fills the node cache."""
-        return Unprepared() if self._cached is None else Prefetcher(self._cached, self._download, turns)
+        if self._cached is None:
+            return Unprepared()
+        self.connection.connect()
+        return Prefetcher(self._cached, self._download, turns)
 
     def _fetch(self, shard: int, offset: int, length: int) -> bytes:
         return self.connection.fetch(self._files[shard], offset, offset + length, self._sizes[shard])
