@@ -166,11 +166,18 @@ def results(function):
 eager = results(deform_attn_fused)
 compiled = results(torch.compile(deform_attn_fused, fullgraph=True, backend="aot_eager"))
 assert all(torch.equal(one, other) for one, other in zip(eager, compiled, strict=True))
+
+class Attention(torch.nn.Module):
+    def forward(self, value, reference, offsets, logits):
+        return deform_attn_fused(value, shapes, reference, offsets, logits)
+
+exported = torch.export.export(Attention(), tuple(leaves)).module()
+assert torch.equal(exported(*leaves), eager[0])
 print("same")
 """
 
 
-def test_compiles_into_one_graph():
+def test_compiles_into_one_graph_and_exports():
     result = run_python(COMPILED)
     assert result.stdout == "same\n", result.stderr
 
@@ -195,3 +202,56 @@ def test_wrong_arguments_are_named(index, change, words):
     inputs[index] = change(inputs[index])
     with pytest.raises(ValueError, match=words):
         deform_attn_fused(inputs[0], SHAPES, *inputs[1:])
+
+
+@needs_native
+def test_no_second_derivative_says_so():
+    inputs = [tensor.requires_grad_() for tensor in fused_inputs(SHAPES, 4)]
+    out = deform_attn_fused(inputs[0], SHAPES, *inputs[1:])
+    (gradient,) = torch.autograd.grad(out.sum(), inputs[2], create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"no second derivative"):
+        gradient.sum().backward()
+
+
+@needs_native
+def test_strides_do_not_matter():
+    inputs = fused_inputs(SHAPES, 2)
+    strided = [
+        torch.stack([tensor, tensor.flip(0)], dim=tensor.dim() // 2).select(tensor.dim() // 2, 0)
+        for tensor in inputs
+    ]
+    assert not any(tensor.is_contiguous() for tensor in strided)
+    results = [forward_and_gradients(deform_attn_fused, SHAPES, tensors) for tensors in (inputs, strided)]
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@needs_native
+def test_autocast_changes_nothing():
+    inputs = fused_inputs(SHAPES, 4, dtype=torch.float32)
+    expected = deform_attn_fused(inputs[0], SHAPES, *inputs[1:])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(deform_attn_fused(inputs[0], SHAPES, *inputs[1:]), expected)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_queries", [2, 40, 900])
+@pytest.mark.parametrize("num_channels", [4, 16, 20, 32, 64, 100])
+def test_half_precision_is_read_where_it_lies_or_from_a_copy(dtype, num_queries, num_channels):
+    """Few queries read the value in place, many a copy: either way the float32 results, rounded once."""
+    shapes = ((9, 11), (5, 6))
+    inputs = fused_inputs(shapes, 2, dtype=torch.float32, num_queries=num_queries, num_channels=num_channels)
+    half = [inputs[0].to(dtype), *inputs[1:]]
+    wide = [half[0].float(), *half[1:]]
+    grad_out = torch.randn(2, num_queries, 3 * num_channels).to(dtype)
+    results = []
+    for inputs_of_kind in (half, wide):
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs_of_kind]
+        out = deform_attn_fused(leaves[0], shapes, *leaves[1:])
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))])
+    found, exact = results
+    assert found[0].dtype == found[1].dtype == dtype
+    unit = torch.finfo(dtype).eps
+    for one, other in zip(found[:2], exact[:2], strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=unit, atol=unit * 1e-2 * float(other.abs().max()))
+    assert_close_to_largest(found[2:], exact[2:], 2e-6)

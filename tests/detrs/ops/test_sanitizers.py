@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(1200)  # the compiler takes minutes with sanitizers
 CSRC = Path(__file__).parents[3] / "csrc"
 MAIN = Path(__file__).with_name("kernels_main.cpp")
 FLAGS = ["-std=c++17", "-O1", "-g", "-Wno-psabi", "-fno-math-errno", "-fno-trapping-math"]
