@@ -98,10 +98,10 @@ def operator_lines(status: NativeStatus, machine: Machine) -> Iterator[Environme
         yield EnvironmentLine("operator on the CPU", "note", found, remedy)
     else:
         yield _cpu_kernels_line(str(status.instruction_set), machine)
-    if not machine.gpus:
-        return
     if "cuda" in status.devices:
         yield EnvironmentLine("operator on the GPU", "ok", status.reason)
+    elif not machine.gpus:
+        yield EnvironmentLine("operator on the GPU", "ok", f"not needed here; {status.reason}")
     else:
         remedy = f"install the CUDA toolkit (nvcc) that fits torch and run `{BUILD}` again"
         found = f"pure torch, several times slower: {status.reason}"

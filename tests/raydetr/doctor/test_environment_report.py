@@ -59,7 +59,7 @@ def test_only_a_fault_prevents_training() -> None:
 
 
 def test_without_the_library_the_reason_and_the_remedy() -> None:
-    (line,) = environment.operator_lines(PURE, LAPTOP)
+    line, _ = environment.operator_lines(PURE, LAPTOP)
     assert line.state == "note"
     assert "several times slower: _C.so does not exist" in line.found
     assert line.remedy is not None
@@ -69,9 +69,9 @@ def test_without_the_library_the_reason_and_the_remedy() -> None:
 def test_native_kernels_below_what_the_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
     newer = change(instruction_sets=("avx512", "avx2"))
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
-    (line,) = environment.operator_lines(NATIVE, newer)
+    line, _ = environment.operator_lines(NATIVE, newer)
     assert (line.state, line.remedy) == ("note", "unset ATEN_CPU_CAPABILITY")
-    (line,) = environment.operator_lines(NATIVE, LAPTOP)
+    line, _ = environment.operator_lines(NATIVE, LAPTOP)
     assert line.state == "ok"
 
 
