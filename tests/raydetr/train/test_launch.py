@@ -78,12 +78,13 @@ def kill_a_worker_after(epoch: Path, killed: list[int]) -> None:
 
 
 def test_a_killed_worker_costs_time_but_not_a_bit(cluster: Cluster, two_workers: RunConfig) -> None:
+    """Nor do loader processes, which the workers of the run that is hit have."""
     whole = run.start(override(two_workers, {"optim.epochs": 6}))
     killed: list[int] = []
     first_epoch = Path(two_workers.storage.path) / "hit" / "attempt-01" / "epoch-0001"
     killer = threading.Thread(target=kill_a_worker_after, args=(first_epoch, killed))
     killer.start()
-    hit = run.start(override(two_workers, {"optim.epochs": 6}), name="hit")
+    hit = run.start(override(two_workers, {"optim.epochs": 6, "data.num_loader_workers": 1}), name="hit")
     killer.join()
     assert killed, "the run ended before it could be hit"
     ours, theirs = states(hit.checkpoint), states(whole.checkpoint)
