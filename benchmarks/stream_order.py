@@ -36,10 +36,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from raydetr.data.augment.geometry import resized_size
+from raydetr.data.augment.pixels import Resized
+from raydetr.data.augment.transforms import Transform
 from raydetr.data.batch import Batch, Sample, collate
-from raydetr.data.geometry import resized_size
+from raydetr.data.handoff.loading import Out, load
 from raydetr.data.index import open_shards
-from raydetr.data.loading import Out, load
 from raydetr.data.manifest import (
     FORMAT_VERSION,
     INDEX,
@@ -49,10 +51,8 @@ from raydetr.data.manifest import (
     data_fingerprint,
     sample_key,
 )  # fmt: skip
-from raydetr.data.pixels import Resized
 from raydetr.data.plan import Plan
 from raydetr.data.stream import train_batches
-from raydetr.data.transforms import Transform
 
 COCO, MILLION = 118_287, 1_000_000
 LATE = 100_000  # epochs

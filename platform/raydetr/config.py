@@ -26,9 +26,9 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from detrs.zoo import ModelConfig
+from raydetr.data.augment.transforms import ScalePer, Transform
 from raydetr.data.locations import check_location, is_remote
-from raydetr.data.transfer import CacheSettings, RemoteSettings
-from raydetr.data.transforms import ScalePer, Transform
+from raydetr.data.remote.transfer import CacheSettings, RemoteSettings
 
 _VARIANTS = tuple(kind.paper for kind in get_args(ModelConfig))  # values of `model.paper`
 

@@ -18,7 +18,7 @@ from detrs.zoo import DetrConfig, ModelConfig
 from raydetr import recipes
 from raydetr.config import RunConfig, nearest, override, to_dict
 from raydetr.data.coco_classes import COCO_CATEGORIES
-from raydetr.data.folders import new_folder
+from raydetr.data.writing.folders import new_folder
 from raydetr.train.checkpoint import write
 
 

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from raydetr.data.batch import Sample, collate, to_model
-from raydetr.data.folders import new_folder
 from raydetr.data.images import UNREADABLE, decode_rgb
+from raydetr.data.writing.folders import new_folder
 from raydetr.evaluate.pictures import coco_boxes, draw_boxes
 from raydetr.evaluate.results import to_coco_results
 from raydetr.train.checkpoint import Loaded, load_for_inference, read_meta

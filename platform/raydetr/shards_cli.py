@@ -14,7 +14,7 @@ from raydetr.progress_bar import progress_bar
 
 if TYPE_CHECKING:
     from raydetr.data.manifest import Manifest
-    from raydetr.data.sources import Source
+    from raydetr.data.writing.sources import Source
 
 shards_app = typer.Typer(help="Write, check, describe and index WebDataset shards.", no_args_is_help=True)
 
@@ -38,7 +38,7 @@ def shards_write(
 
     It comes as COCO (--images, --annotations), YOLO (--yolo, --split) or Pascal VOC (--voc, --split).
     """
-    from raydetr.data.shards import write_source
+    from raydetr.data.writing.shards import write_source
 
     folder = _local(out)
     source = _choose_source(images, annotations, yolo, voc, split, zero_based=zero_based)
@@ -63,7 +63,7 @@ def shards_check(
     data: Annotated[str, typer.Argument(help="A folder of shards.")], workers: Workers = None
 ) -> None:
     """Verify every byte: sha256 of shards, crc, records and images of samples, tars against the index."""
-    from raydetr.data.checks import check_shards
+    from raydetr.data.writing.checks import check_shards
 
     with progress_bar("images") as progress:
         manifest = check_shards(_local(data), workers=workers or _num_cores(), progress=progress)
@@ -80,7 +80,7 @@ def shards_info(
 ) -> None:
     """Print what shards hold: images, annotations, categories with counts, sizes, notices."""
     from raydetr.data.index import open_shards
-    from raydetr.data.shards_info import describe, to_text
+    from raydetr.data.writing.info import describe, to_text
 
     with progress_bar("images") as progress:
         info = describe(open_shards(data), progress)
@@ -99,7 +99,7 @@ def shards_index(
     workers: Workers = None,
 ) -> None:
     """Index WebDataset shards of images and JSON that others wrote, so that they can be trained on."""
-    from raydetr.data.third_party import index_folder
+    from raydetr.data.foreign.third_party import index_folder
 
     folder = _local(data)
     with progress_bar("MiB") as progress:
@@ -122,7 +122,7 @@ def shards_export_index(
 ) -> None:
     """Write the index that NVIDIA DALI or Megatron-Energon wants beside each shard."""
     from raydetr.data.index import open_shards
-    from raydetr.data.other_indexes import write_other_indexes
+    from raydetr.data.writing.other_indexes import write_other_indexes
 
     shards = open_shards(_local(data))
     paths = write_other_indexes(shards.path, [shard.name for shard in shards.manifest.shards], kind)
@@ -167,9 +167,9 @@ def _choose_source(
     Raises:
         ValueError: they name none or several, one is missing or has no effect, or the data is faulty.
     """
-    from raydetr.data.sources import coco_source
-    from raydetr.data.voc import voc_source
-    from raydetr.data.yolo import yolo_source
+    from raydetr.data.writing.sources import coco_source
+    from raydetr.data.writing.voc import voc_source
+    from raydetr.data.writing.yolo import yolo_source
 
     is_coco = images is not None or annotations is not None
     if is_coco + (yolo is not None) + (voc is not None) != 1:

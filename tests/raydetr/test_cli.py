@@ -12,7 +12,7 @@ import yaml
 
 from raydetr import cli, recipes
 from raydetr.config import from_yaml, override
-from raydetr.data.shards import write_shards
+from raydetr.data.writing.shards import write_shards
 
 
 class Outcome:

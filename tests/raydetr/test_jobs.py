@@ -12,7 +12,7 @@ import pytest
 
 from ray_head import RayHead, ray_head
 from raydetr.data.sample_data import write_sample_data
-from raydetr.data.shards import write_shards
+from raydetr.data.writing.shards import write_shards
 from raydetr.train.checkpoint import read_meta
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import torch
 
 from raydetr.data.batch import Batch
 from raydetr.data.damage import Damage
-from raydetr.data.ring import Message, Sender
+from raydetr.data.handoff.ring import Message, Sender
 
 SHAPE = (2, 30, 40, 3)
 

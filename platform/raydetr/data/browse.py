@@ -8,11 +8,11 @@ from PIL import Image
 
 from raydetr import recipes
 from raydetr.config import from_yaml, override, parse_assignments
+from raydetr.data.augment.transforms import Transform
 from raydetr.data.images import UNREADABLE, decode_rgb
 from raydetr.data.index import Shards
 from raydetr.data.samples import load_sample
 from raydetr.data.stream import make_plan
-from raydetr.data.transforms import Transform
 from raydetr.evaluate.pictures import Box, Picture, coco_boxes, draw_sheet
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from raydetr.data.folders import PARTIAL
 from raydetr.data.locations import local_folder
+from raydetr.data.writing.folders import PARTIAL
 
 MAX_OPEN_FILES = 64
 

@@ -14,7 +14,7 @@ import numpy as np
 from raydetr.data.files import Folder
 from raydetr.data.integrity import Fault, check_index, check_manifest
 from raydetr.data.manifest import INDEX, MANIFEST, SAMPLE_DTYPE, Manifest, Samples, data_fingerprint
-from raydetr.data.transfer import RemoteError
+from raydetr.data.remote.transfer import RemoteError
 
 T = TypeVar("T")
 NOT_THERE = (FileNotFoundError, NotADirectoryError)

@@ -10,8 +10,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from raydetr.data.augment.pixels import Pixels
 from raydetr.data.coco import Record
-from raydetr.data.pixels import Pixels
 
 FORMATS = ("JPEG", "PNG")
 EXIF_ORIENTATION = 0x0112

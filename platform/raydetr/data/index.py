@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from raydetr.data.files import LocalFiles, LocalFolder, ShardFiles, Span
+from raydetr.data.foreign.record_formats import convert
 from raydetr.data.header import check_sizes, load_header
 from raydetr.data.integrity import Convert, Fault, RawSample, parse_sample
 from raydetr.data.locations import check_location, is_remote, local_folder
 from raydetr.data.manifest import LabelMap, LabelMapKind, Manifest, Samples, make_label_map, sample_key
-from raydetr.data.record_formats import convert
-from raydetr.data.remote import RemoteFolder, make_remote_files
-from raydetr.data.transfer import RemoteError, RemoteSettings
+from raydetr.data.remote.reading import RemoteFolder, make_remote_files
+from raydetr.data.remote.transfer import RemoteError, RemoteSettings
 
 READ_AT_ONCE = 32  # samples
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from raydetr.data.folders import new_folder
+from raydetr.data.writing.folders import new_folder
 
 SIDE = 96
 SPLITS = ("train", "val")

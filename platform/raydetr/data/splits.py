@@ -9,7 +9,7 @@ from raydetr.data.index import Shards, open_shards
 from raydetr.data.locations import is_remote, local_folder
 from raydetr.data.manifest import MANIFEST
 from raydetr.data.sample_data import write_sample_data
-from raydetr.data.shards import write_shards
+from raydetr.data.writing.shards import write_shards
 from raydetr.train.progress import say
 
 

@@ -160,8 +160,8 @@ def disk_line(folder: Path) -> EnvironmentLine:
 
 
 def shared_memory_line(free: int) -> EnvironmentLine:
-    """Batches go from the loader's processes to training through /dev/shm, and so does much of Ray."""
-    found = f"{_gib(free)} free in /dev/shm, through which batches reach the training process"
+    """Ray keeps its objects in /dev/shm; batches need no room there (see `raydetr.data.handoff.ring`)."""
+    found = f"{_gib(free)} free in /dev/shm, where Ray keeps its objects"
     if free >= LITTLE_SHARED_MEMORY:
         return EnvironmentLine("shared memory", "ok", found)
     return EnvironmentLine("shared memory", "note", found, "in a container: docker run --shm-size=8g")

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from raydetr.data.images import UNREADABLE
 from raydetr.data.index import ShardError, Shards
-from raydetr.data.worker_pool import run_tasks
+from raydetr.data.writing.worker_pool import run_tasks
 from raydetr.doctor.looks import SIDE, look_at
 from raydetr.doctor.reading import as_record, is_box, refused_sample
 

@@ -9,7 +9,7 @@ from typing import Any
 from raydetr.data.damage import OnDamage
 from raydetr.data.index import ShardError, Shards
 from raydetr.data.integrity import Fault, RawSample, parse_record
-from raydetr.data.transfer import RemoteError
+from raydetr.data.remote.transfer import RemoteError
 
 
 @dataclass(frozen=True)

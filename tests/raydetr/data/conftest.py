@@ -7,7 +7,7 @@ import pytest
 
 from made_coco import write_coco
 from raydetr.data.index import Shards, open_shards
-from raydetr.data.shards import write_shards
+from raydetr.data.writing.shards import write_shards
 
 
 @pytest.fixture(scope="session")

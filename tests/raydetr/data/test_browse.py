@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from raydetr.cli import app
 from raydetr.config import to_yaml
+from raydetr.data.augment.transforms import Transform
 from raydetr.data.browse import contact_sheet
 from raydetr.data.index import Shards, open_shards
-from raydetr.data.shards import write_shards
-from raydetr.data.transforms import Transform
+from raydetr.data.writing.shards import write_shards
 from raydetr.evaluate.pictures import color_of
 from raydetr.recipes import quickstart
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from damaged_shards import damage_sample
+from raydetr.data.augment.transforms import Transform
 from raydetr.data.batch import Batch, collate
 from raydetr.data.damage import Damage, OnDamage
 from raydetr.data.files import LocalFiles, Span
@@ -20,7 +21,6 @@ from raydetr.data.index import ShardError, Shards, open_shards
 from raydetr.data.integrity import RawSample
 from raydetr.data.samples import load_sample
 from raydetr.data.stream import evaluation_batches, make_plan, train_batches
-from raydetr.data.transforms import Transform
 
 SEED = 5
 TRANSFORM = Transform(short_sides=(24, 32, 40), max_side=64, horizontal_flip=0.5)

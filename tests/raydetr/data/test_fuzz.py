@@ -25,11 +25,11 @@ from corruptions import (
     wrongly_written_json,
 )
 from made_coco import write_coco
+from raydetr.data.augment.transforms import Transform
+from raydetr.data.foreign.third_party import index_folder
 from raydetr.data.index import ShardError, open_shards
-from raydetr.data.shards import write_shards
 from raydetr.data.stream import train_batches
-from raydetr.data.third_party import index_folder
-from raydetr.data.transforms import Transform
+from raydetr.data.writing.shards import write_shards
 
 NUM_CORRUPTIONS = 1100
 MOST_SECONDS = 5.0  # of one, which takes 10 ms alone

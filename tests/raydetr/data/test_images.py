@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from made_coco import write_coco
+from raydetr.data.augment.transforms import Transform
 from raydetr.data.images import UNREADABLE, decode_pixels, decode_rgb
 from raydetr.data.index import ShardError, open_shards
 from raydetr.data.samples import load_sample, make_sample
-from raydetr.data.shards import write_shards
-from raydetr.data.transforms import Transform
+from raydetr.data.writing.shards import write_shards
 
 
 def smooth(width: int = 61, height: int = 43) -> Image.Image:

@@ -14,7 +14,7 @@ from made_coco import write_json
 from made_results import average_precision
 from raydetr.data.index import ShardError, Shards, check_same_categories, open_shards
 from raydetr.data.manifest import make_label_map
-from raydetr.data.shards import write_shards
+from raydetr.data.writing.shards import write_shards
 
 
 def test_average_precision_from_the_shards_is_that_of_the_json(

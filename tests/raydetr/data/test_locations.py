@@ -7,7 +7,7 @@ import pytest
 from raydetr import recipes
 from raydetr.config import ConfigError, override, parse_assignments, to_dict
 from raydetr.data.locations import absolute, check_location, is_remote, local_folder
-from raydetr.data.transfer import CacheSettings
+from raydetr.data.remote.transfer import CacheSettings
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from raydetr.data.batch import to_model
-from raydetr.data.ring import Receiver, Ring, Sender
+from raydetr.data.handoff.ring import Receiver, Ring, Sender
 from ring_messages import SHAPE, make_batch, send
 
 
@@ -52,7 +52,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     for name in ("cudart", "Event"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
-    monkeypatch.setattr("raydetr.data.pinned._forget_error", lambda: None)
+    monkeypatch.setattr("raydetr.data.handoff.pinned._forget_error", lambda: None)
     return fake
 
 

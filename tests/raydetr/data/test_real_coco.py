@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 
 from made_results import average_precision
+from raydetr.data.augment.transforms import Transform
 from raydetr.data.batch import Batch
-from raydetr.data.checks import check_shards
 from raydetr.data.index import Shards, open_shards
 from raydetr.data.samples import load_sample
-from raydetr.data.shards import write_shards
-from raydetr.data.shards_info import describe
 from raydetr.data.stream import train_batches
-from raydetr.data.transforms import Transform
+from raydetr.data.writing.checks import check_shards
+from raydetr.data.writing.info import describe
+from raydetr.data.writing.shards import write_shards
 
 
 @pytest.fixture(scope="module")

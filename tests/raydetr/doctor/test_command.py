@@ -202,7 +202,7 @@ def test_photographs_have_no_false_faults(doctor, tmp_path: Path) -> None:
     folder = os.environ.get("RAYDETR_COCO_TINY")
     if not folder:
         pytest.skip("RAYDETR_COCO_TINY does not name a folder with annotations/, train2017/ and val2017/")
-    from raydetr.data.shards import write_shards
+    from raydetr.data.writing.shards import write_shards
 
     for split in ("train", "val"):
         annotations = Path(folder) / "annotations" / f"instances_{split}2017.json"

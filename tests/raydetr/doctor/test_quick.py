@@ -16,7 +16,7 @@ from raydetr.config import RunConfig, override
 from raydetr.data.index import Shards, open_shards
 from raydetr.data.manifest import SAMPLE_DTYPE
 from raydetr.data.sample_data import write_sample_data
-from raydetr.data.shards import write_shards
+from raydetr.data.writing.shards import write_shards
 from raydetr.doctor import quick
 from raydetr.doctor.target import Target
 from raydetr.overfit import overfit

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from detrs.structures import Detections, Images, Outputs, Predictions
+from raydetr.data.augment.pixels import Resized
 from raydetr.data.batch import Batch, Sample, collate
 from raydetr.data.manifest import LabelMap
-from raydetr.data.pixels import Resized
 from raydetr.evaluate.coco_ap import coco_ap
 from raydetr.evaluate.evaluator import evaluate
 

@@ -9,7 +9,7 @@ import pytest
 from raydetr import recipes
 from raydetr.config import RunConfig, override
 from raydetr.data.sample_data import write_sample_data
-from raydetr.data.shards import write_shards
+from raydetr.data.writing.shards import write_shards
 
 
 @pytest.fixture(scope="session")

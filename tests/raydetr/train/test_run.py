@@ -12,7 +12,7 @@ import torch
 from raydetr import track
 from raydetr.config import ConfigError, RunConfig, from_yaml, override
 from raydetr.data.plan import PLAN_VERSION
-from raydetr.data.shards import write_shards
+from raydetr.data.writing.shards import write_shards
 from raydetr.evaluate.checkpoints import evaluate_checkpoint
 from raydetr.train import checkpoint, run
 from raydetr.train.checkpoint import CheckpointError

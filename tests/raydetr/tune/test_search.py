@@ -19,7 +19,7 @@ from ray_head import RayHead, ray_head
 from raydetr.cli import read_config
 from raydetr.config import from_yaml
 from raydetr.data.sample_data import write_sample_data
-from raydetr.data.shards import write_shards
+from raydetr.data.writing.shards import write_shards
 from raydetr.train.checkpoint import read_meta
 
 ROOT = Path(__file__).parents[3]

@@ -1,0 +1,1 @@
+"""Loader processes, and how their batches reach the trainer."""

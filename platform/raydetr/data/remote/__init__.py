@@ -1,0 +1,1 @@
+"""Shards on a server: byte ranges, retries, and a cache of each node."""
