@@ -13,6 +13,7 @@ import typer
 from raydetr import config as configuration
 from raydetr import recipes as recipe_book
 from raydetr.config import ConfigError, RunConfig
+from raydetr.data.locations import check_out_file
 from raydetr.progress_bar import progress_bar
 from raydetr.shards_cli import shards_app
 from raydetr.train.progress import say
@@ -106,6 +107,8 @@ def evaluate(
     """Evaluate a checkpoint: the twelve COCO numbers, and AP by class."""
     from raydetr.evaluate.checkpoints import evaluate_checkpoint
 
+    if out is not None:
+        check_out_file(out)
     table = evaluate_checkpoint(checkpoint, data, local=local)
     typer.echo(table.to_text())
     if out is not None:

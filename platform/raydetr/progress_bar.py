@@ -34,4 +34,5 @@ class progress_bar:
         self._progress.update(self._task, completed=done)
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._task is not None:
+            self._progress.stop()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from raydetr.data.locations import check_location, is_remote, local_folder
+from raydetr.data.locations import check_location, check_out_file, is_remote, local_folder
 from raydetr.progress_bar import progress_bar
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def shards_browse(
         str | None,
         typer.Option(help="Show the training augmentation of a recipe, or of a configuration file."),
     ] = None,
-    num: Annotated[int, typer.Option(min=1, help="Images to show.")] = 24,
+    num: Annotated[int, typer.Option(min=1, max=1000, help="Images to show.")] = 24,
     seed: Annotated[int, typer.Option(min=0, help="Another seed: other images, otherwise augmented.")] = 0,
 ) -> None:
     """Write a contact sheet: images with their boxes, class names and ids."""
@@ -213,9 +213,11 @@ def shards_browse(
 
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out {out}: the sheet is a PNG file: give it a name that ends in .png")
+    check_out_file(out)
     if overrides and augment is None:
         raise ValueError(f"{overrides[0]} has no effect without --augment RECIPE")
     transform = None if augment is None else training_transform(augment, overrides or [])
-    sheet = contact_sheet(open_shards(data), num, seed=seed, transform=transform)
+    with progress_bar("images") as progress:
+        sheet = contact_sheet(open_shards(data), num, seed=seed, transform=transform, progress=progress)
     sheet.save(out)
     typer.echo(f"wrote {out}: {sheet.width}x{sheet.height} pixels")

@@ -78,6 +78,12 @@ def test_a_printed_config_is_read_back(raydetr, tmp_path: Path) -> None:
         (["predict", "nowhere", "a.jpg", "--out", "p"], ["a.jpg: no such file"]),
         (["predict", "nowhere", ".", "--out", "p"], ["no images"]),
         (["shards", "write", "--images", "i", "--annotations", "a.json", "--out", "o"], ["i", "no such folder"]),
+        (["shards", "info", "nowhere"], ["nowhere: no shards found"]),
+        (["shards", "check", "nowhere"], ["nowhere: no shards found"]),
+        (["shards", "browse", "nowhere", "--out", "no/sheet.png"], ["no/sheet.png: there is no folder no: make it"]),
+        (["evaluate", "nowhere", "--local", "--out", "no/ap.json"], ["no/ap.json: there is no folder no"]),
+        (["evaluate", "nowhere", "--local", "--out", "."], ["is a folder: name a file"]),
+        (["doctor", "--json", "no/machine.json"], ["no/machine.json: there is no folder no"]),
         (["tune", "quickstart", "--space", "space.yaml"], ["space.yaml"]),
     ],
 )  # fmt: skip

@@ -13,11 +13,17 @@ from raydetr.data.images import UNREADABLE, decode_rgb
 from raydetr.data.index import Shards
 from raydetr.data.samples import load_sample
 from raydetr.data.stream import make_plan
+from raydetr.data.writing.worker_pool import Progress
 from raydetr.evaluate.pictures import Box, Picture, coco_boxes, draw_sheet
 
 
 def contact_sheet(
-    shards: Shards, num: int, *, seed: int = 0, transform: Transform | None = None
+    shards: Shards,
+    num: int,
+    *,
+    seed: int = 0,
+    transform: Transform | None = None,
+    progress: Progress | None = None,
 ) -> Image.Image:
     """The first samples that a training with this seed meets, with boxes, class names and ids.
 
@@ -26,6 +32,7 @@ def contact_sheet(
         num: of samples; fewer are shown where there are fewer.
         seed: of the order and of the augmentation.
         transform: the augmentation that is shown, with the draws of a training; None: samples as they are.
+        progress: called after each sample with their number and that of all.
 
     Raises:
         ShardError: a sample is damaged.
@@ -35,13 +42,14 @@ def contact_sheet(
     names = {
         category["id"]: f"{category['id']} {category['name']}" for category in shards.manifest.categories
     }
-    if transform is None:
-        pictures = [_packed(shards, index, names) for index in indices]
-    else:
-        pictures = [
-            _augmented(shards, index, position, transform, seed, names)
-            for position, index in enumerate(indices)
-        ]
+    pictures = []
+    for position, index in enumerate(indices):
+        if transform is None:
+            pictures.append(_packed(shards, index, names))
+        else:
+            pictures.append(_augmented(shards, index, position, transform, seed, names))
+        if progress is not None:
+            progress(position + 1, num)
     what = "as packed" if transform is None else f"augmented with seed {seed}"
     heading = (
         f"{shards.path}: {num} of {shards.num_samples} images, {what}; a box has its category's id and name"

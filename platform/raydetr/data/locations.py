@@ -47,6 +47,18 @@ def absolute(location: str, base: Path) -> str:
     return location if is_remote(location) else str(base / local_folder(location).expanduser())
 
 
+def check_out_file(path: Path) -> None:
+    """Before minutes of work: whether a file can be written there.
+
+    Raises:
+        ValueError: its folder is missing, or it is a folder itself.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}: make it first")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder: name a file")
+
+
 def scheme_of(location: str) -> str | None:
     """The part before `://`, or None of a path."""
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", location)

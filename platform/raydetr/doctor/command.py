@@ -11,6 +11,7 @@ from typing import Any
 from raydetr import recipes
 from raydetr.config import ConfigError, RunConfig, from_yaml
 from raydetr.data.index import Shards, open_shards
+from raydetr.data.locations import check_out_file
 from raydetr.doctor.environment import environment_report
 from raydetr.doctor.examine import examine
 from raydetr.doctor.page import to_html
@@ -36,6 +37,7 @@ def run(data: list[str], settings: Settings) -> tuple[str, bool]:
 
     Raises:
         ConfigError: options contradict each other, or have no effect.
+        ValueError: there is no folder for a result.
         OSError: a result cannot be written.
     """
     return _examine_data(data, settings) if data else _examine_machine(settings)
@@ -46,6 +48,8 @@ def _examine_machine(settings: Settings) -> tuple[str, bool]:
     if idle:
         raise ConfigError(f"--{idle[0].replace('_', '-')} is about data: name a folder of shards too")
     report = environment_report()
+    if settings.json is not None:
+        check_out_file(settings.json)
     _write_json(settings.json, report.to_dict())
     return report.to_text(), report.can_train
 
@@ -54,8 +58,8 @@ def _examine_data(data: list[str], settings: Settings) -> tuple[str, bool]:
     config = _config(settings)
     target = _target(config, settings)
     for path in (settings.json, settings.html):
-        if path is not None and not path.parent.is_dir():  # not after minutes
-            raise ConfigError(f"{path}: there is no folder {path.parent}: make it first")
+        if path is not None:
+            check_out_file(path)
     with progress_bar("images") as progress:
         report = examine(
             data,

@@ -77,8 +77,9 @@ def _open(
         try:
             opened.append(open_location(location))
         except (ValueError, OSError) as error:
+            text = str(error).removeprefix(f"{location}: ")  # the split is named anyway
             findings.append(
-                Finding("unusable-shards", "fault", (location,), str(error), "nothing of it was examined", 1)
+                Finding("unusable-shards", "fault", (location,), text, "nothing of it was examined", 1)
             )
     return opened, findings
 

@@ -109,6 +109,7 @@ def test_the_command_writes_a_png(painted: Shards, tmp_path: Path) -> None:
         app, ["shards", "browse", str(painted.path), "--out", str(out), "--num", "2", *augment]
     )
     assert run.exit_code == 0, run.output
+    check_boxes(Image.open(out), 2)
     flipped = contact_sheet(painted, 2, transform=Transform(horizontal_flip=1.0))
     np.testing.assert_array_equal(np.asarray(Image.open(out)), np.asarray(flipped))
 

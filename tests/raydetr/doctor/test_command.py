@@ -187,7 +187,8 @@ def test_a_mistake_is_one_line(doctor, arguments: list[str], words: list[str]) -
 def test_a_location_without_shards_is_a_fault(doctor) -> None:
     outcome = doctor("nowhere")
     assert outcome.code == 1
-    assert "no shards found" in outcome.out
+    assert "nowhere: no shards found" in outcome.out
+    assert "nowhere: nowhere" not in outcome.out
     assert outcome.out.splitlines()[-1] == "training must not start: 1 fault"
 
 
