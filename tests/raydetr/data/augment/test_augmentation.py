@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raydetr.config import TransformConfig
 from raydetr.data.augment.large_scale_jitter import GREY, Jitter
 from raydetr.data.augment.mosaic import Labelled, Mosaic, make_mosaic
 from raydetr.data.augment.pixels import Pixels, size_of
@@ -18,6 +19,7 @@ from raydetr.data.augment.transforms import Transform
 from raydetr.data.index import ShardError, Shards
 from raydetr.data.samples import load_sample
 from raydetr.data.stream import train_batches
+from raydetr.recipes import RECIPES
 
 COLOURS = np.array(
     [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]
@@ -282,6 +284,21 @@ def test_one_scale_for_a_step_on_all_ranks(shards: Shards) -> None:
     assert ranks[0] == ranks[1] == ranks[2]
     assert all(len(sides) == 1 for sides in ranks[0])
     assert set.union(*ranks[0]) == {24, 32, 40}
+
+
+def test_nothing_is_on_by_itself() -> None:
+    """No mosaic, no jitter, no colours: neither by default nor in a recipe."""
+    rng = np.random.default_rng(0)
+    pixels, boxes = rng.integers(0, 256, (48, 64, 3), np.uint8), np.array([[3.0, 4, 30, 40]])
+    assert TransformConfig().build() == Transform()
+    for position in range(50):
+        image, kept_boxes, kept = Transform()(pixels, boxes, seed=1, position=position, short_side=None)
+        assert np.array_equal(image.pixels(), pixels)
+        assert np.array_equal(kept_boxes, boxes)
+        assert kept.tolist() == [True]
+    for recipe in RECIPES:
+        names = ("mosaic_probability", "jitter_side", "brightness", "contrast", "saturation", "hue")
+        assert recipe().data.train_transform.changes(names) == []
 
 
 def as_it_was(transform: Transform) -> Callable[[int], object]:

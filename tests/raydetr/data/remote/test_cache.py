@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from raydetr.data.index import Shards, open_shards
 from raydetr.data.plan import Plan
 from raydetr.data.remote.cache import CacheFull, NodeCache
 from raydetr.data.remote.lookahead import Lookahead, choose_victims, is_worth_it
+from raydetr.data.remote.pieces import Pieces
 from raydetr.data.remote.transfer import CacheSettings, RemoteSettings
 from raydetr.data.stream import evaluation_batches, make_plan, train_batches
 from raydetr.data.writing.shards import write_shards
@@ -117,6 +119,22 @@ def test_entries_come_whole_and_go_to_make_room(tmp_path: Path) -> None:
     assert asked == [50]
     assert cache.names() == {"a": 100, "c": 100}
     assert cache.used() == on_disk(tmp_path) == 200
+
+
+def test_a_piece_is_known_by_url_size_and_sha256_of_its_shard(many: Shards) -> None:
+    """Shards that were written again at the same place are others; the same ones are found by every process."""
+    files = many.manifest.shards
+
+    def names(url: str = "s3://bucket", **changes: Any) -> set[str]:
+        changed = [dataclasses.replace(file, **changes) for file in files]
+        pieces = Pieces(many.samples, changed, [f"{url}/{file.name}" for file in files])
+        return {pieces[number].name for number in range(len(pieces))}
+
+    base = names()
+    assert len(base) == len(ranges_of_pieces(many))
+    assert names() == base
+    for other in (names("s3://other"), names(size=files[0].size + 512), names(sha256="0" * 64)):
+        assert not base & other
 
 
 def test_what_is_being_read_is_not_removed(tmp_path: Path) -> None:
