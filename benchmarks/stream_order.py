@@ -302,7 +302,7 @@ def tar_member(name: str, content: bytes) -> bytes:
 
 
 def start_up(folder: Path) -> list[Case]:
-    """In a new process, with and without loader processes: the least of three."""
+    """In a new process, with and without loader processes: the median of three."""
     found = []
     for num_workers in (0, 2):
         say(f"start-up with {num_workers} loader processes")

@@ -98,6 +98,28 @@ def test_healthy_data_may_be_trained_on(doctor) -> None:
     assert outcome.out.splitlines()[-1] == "training may start: nothing was found"
 
 
+def test_empty_images_crowds_and_classes_are_counted(doctor, tmp_path: Path) -> None:
+    counted = made.healthy(20, 3)
+    for sample in counted.samples[:3]:
+        sample.annotations.clear()
+    for sample in counted.samples[7:9]:
+        sample.annotations[1]["iscrowd"] = 1
+    made.write(counted, tmp_path / "counted")
+    outcome = doctor("counted", "val", "--json", "doctor.json")
+    rows = {line[:28].strip(): line[28:].split() for line in outcome.out.splitlines()}
+    assert (rows["without objects"], rows["crowds"], rows["objects"]) == (
+        ["3", "0"],
+        ["2", "0"],
+        ["32", "40"],
+    )
+    (split, _) = json.loads((tmp_path / "doctor.json").read_text())["splits"]
+    assert (split["empty_images"], split["crowds"], split["objects"]) == (3, 2, 32)
+    assert [(row["id"], row["name"], row["images"], row["objects"]) for row in split["categories"]] == [
+        (1, "cat", 17, 17),
+        (2, "dog", 15, 15),
+    ]
+
+
 def test_a_warning_does_not_stop(doctor, tmp_path: Path) -> None:
     leaky = made.healthy(20, 2)
     leaky.samples[3].image = made.healthy(30, 1).samples[5].image
