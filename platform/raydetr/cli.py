@@ -178,7 +178,7 @@ def doctor(
     data: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[DATA]...",
+            metavar="DATA",
             help="Shards, the training split first; without any, this machine is examined.",
         ),
     ] = None,

@@ -60,7 +60,7 @@ def shards_write(
 
 @shards_app.command("check")
 def shards_check(
-    data: Annotated[str, typer.Argument(help="A folder of shards.")], workers: Workers = None
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder of shards.")], workers: Workers = None
 ) -> None:
     """Verify every byte: sha256 of shards, crc, records and images of samples, tars against the index."""
     from raydetr.data.writing.checks import check_shards
@@ -75,7 +75,7 @@ def shards_check(
 
 @shards_app.command("info")
 def shards_info(
-    data: Annotated[str, typer.Argument(help="A folder of shards, or its URL.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder of shards, or its URL.")],
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Print what shards hold: images, annotations, categories with counts, sizes, notices."""
@@ -89,7 +89,7 @@ def shards_info(
 
 @shards_app.command("index")
 def shards_index(
-    data: Annotated[str, typer.Argument(help="A folder of tars that others wrote.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder of tars that others wrote.")],
     categories: Annotated[
         Path | None, typer.Option(help="A JSON file that names the categories, such as a COCO file.")
     ] = None,
@@ -115,7 +115,7 @@ def shards_index(
 
 @shards_app.command("export-index")
 def shards_export_index(
-    data: Annotated[str, typer.Argument(help="A folder of shards.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder of shards.")],
     kind: Annotated[
         Literal["dali", "energon"], typer.Option("--format", help="DALI's .idx or Energon's .tar.idx.")
     ],
@@ -130,8 +130,9 @@ def shards_export_index(
 
 
 def _summary(done: str, folder: Path, manifest: Manifest) -> str:
+    shards = "1 shard" if len(manifest.shards) == 1 else f"{len(manifest.shards)} shards"
     lines = [
-        f"{done} {folder}: {manifest.num_samples} images, {len(manifest.shards)} shards, "
+        f"{done} {folder}: {manifest.num_samples} images, {shards}, "
         f"{len(manifest.categories)} classes, fingerprint {manifest.fingerprint[:12]}"
     ]
     return "\n".join([*lines, *(f"note: {notice}" for notice in manifest.notices)])
@@ -194,11 +195,11 @@ def _choose_source(
 
 @shards_app.command("browse")
 def shards_browse(
-    data: Annotated[str, typer.Argument(help="A folder of shards, or its URL.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder of shards, or its URL.")],
     out: Annotated[Path, typer.Option(help="The PNG file to write.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PATH=VALUE]...", help="Changes of the augmentation's recipe."),
+        typer.Argument(metavar="PATH=VALUE", help="Changes of the augmentation's recipe."),
     ] = None,
     augment: Annotated[
         str | None,
