@@ -7,6 +7,7 @@ import http.server
 import os
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -30,10 +31,12 @@ class WebServer:
     """The files below `folder` by HTTP/1.1, with byte ranges unless `ranges` is False.
 
     `requests` lists (path, Range header) of each request; `longest` limits the body of an answer, which a
-    server is free to do.
+    server is free to do. With `certificate`, a file that holds the key too, they come by HTTPS.
     """
 
-    def __init__(self, folder: Path, *, ranges: bool = True, latency: float = 0.0) -> None:
+    def __init__(
+        self, folder: Path, *, ranges: bool = True, latency: float = 0.0, certificate: Path | None = None
+    ) -> None:
         self.folder, self.ranges, self.latency = folder, ranges, latency
         self.longest: int | None = None
         self.headers: dict[str, str] = {}
@@ -48,6 +51,11 @@ class WebServer:
         self._server.daemon_threads = True
         self.address: tuple[str, int] = ("127.0.0.1", self._server.server_address[1])
         self.url = f"http://127.0.0.1:{self.address[1]}"
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+            self.url = self.url.replace("http", "https")
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
 

@@ -87,6 +87,28 @@ def test_file_urls_are_folders(shards: Shards, tmp_path: Path) -> None:
     assert opened.read(3) == shards.read(3)
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no program `openssl`")
+def test_https_needs_a_certificate_that_is_trusted(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = tmp_path / "certificate.pem"
+    names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", str(tmp_path / "key.pem"), "-out", str(certificate)]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *names, *files]
+    subprocess.run(command, check=True, capture_output=True)
+    both = tmp_path / "both.pem"
+    both.write_text((tmp_path / "key.pem").read_text() + certificate.read_text())
+    server = WebServer(shards.path, certificate=both)
+    with pytest.raises(RemoteError, match=r"manifest.json: the server's certificate is not trusted"):
+        open_shards(server.url, remote=QUICK)
+    assert server.requests == []
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    opened = open_shards(server.url, remote=QUICK)
+    assert opened.location.startswith("https://")
+    assert opened.read_many(range(53)) == shards.read_many(range(53))
+    server.close()
+
+
 # --- faults
 
 FAULTS: list[Kind] = ["stall", "reset", "short", "drip", "refuse", "busy"]
