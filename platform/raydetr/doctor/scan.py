@@ -70,10 +70,7 @@ def scan(shards: Shards, *, progress: Progress | None = None, num_processes: int
     """
     total = shards.num_samples
     num_processes = num_processes or (1 if total < FEW_SAMPLES else os.cpu_count() or 1)
-    parts = (
-        (start, replace(shards, samples=shards.samples[start : start + CHUNK]))
-        for start in range(0, total, CHUNK)
-    )
+    parts = ((start, _part(shards, slice(start, start + CHUNK))) for start in range(0, total, CHUNK))
     report = (lambda done: progress(done, total)) if progress else None
     with closing(run_tasks(_scan_part, parts, workers=num_processes, progress=report)) as scanned:
         facts = list(scanned)
@@ -82,6 +79,15 @@ def scan(shards: Shards, *, progress: Progress | None = None, num_processes: int
         np.concatenate([part.objects for part in facts]),
         {sample: fault for part in facts for sample, fault in part.damage.items()},
     )
+
+
+def _part(shards: Shards, samples: slice) -> Shards:
+    """Some of the samples only: little to send to another process."""
+    manifest = shards.manifest
+    if manifest.foreign is not None:
+        foreign = replace(manifest.foreign, keys=manifest.foreign.keys[samples])
+        manifest = replace(manifest, foreign=foreign)
+    return replace(shards, samples=shards.samples[samples], manifest=manifest)
 
 
 def _scan_part(task: tuple[int, Shards], advance: Callable[[int], None]) -> Facts:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import planted_shards as made
+from raydetr.data.foreign.third_party import index_folder
 from raydetr.data.index import Shards, open_shards
 from raydetr.doctor.scan import CHUNK, scan
 
@@ -57,3 +62,19 @@ def test_a_shard_that_is_cut_while_it_is_read_is_damage(tmp_path: Path) -> None:
     facts = scan(shards, num_processes=1)
     assert sorted(facts.damage) == [6, 7, 8, 9]
     assert "the shard ends after 0 of its" in facts.damage[6]
+
+
+def test_shards_that_others_wrote_are_read_beyond_the_first_chunk(tmp_path: Path) -> None:
+    image = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(image, "JPEG")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(CHUNK + 5):
+            record = {"objects": [{"bbox": [1, 2, 3 + number % 7, 4], "category": "disc"}]}
+            for extension, content in (("jpg", image.getvalue()), ("json", json.dumps(record).encode())):
+                member = tarfile.TarInfo(f"picture-{number}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    index_folder(tmp_path)
+    facts = scan(open_shards(tmp_path), num_processes=1)
+    assert facts.damage == {}
+    assert facts.objects["box"][:, 2].tolist() == [3 + number % 7 for number in range(CHUNK + 5)]
