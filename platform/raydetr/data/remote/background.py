@@ -4,38 +4,51 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+Call: TypeAlias = tuple[Future[Any], Callable[[], Any]]
+Calls: TypeAlias = "queue.SimpleQueue[Call | None]"  # None ends a thread
+
 
 class BackgroundThreads:
-    """At most `num_threads` calls at a time, in the order in which they came. Not for use after a fork."""
+    """At most `num_threads` calls at a time, in the order in which they came. Not for use after a fork.
+
+    The threads end with this object, when they have done what they were given.
+    """
 
     def __init__(self, num_threads: int, name: str) -> None:
-        self._waiting: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
-        self._num_threads, self._name = num_threads, name
+        self._waiting: Calls = queue.SimpleQueue()
+        self._num_started, self._num_threads, self._name = 0, num_threads, name
+        weakref.finalize(self, _end, self._waiting, num_threads).atexit = False
 
     def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Call in the background."""
         future: Future[T] = Future()
         self._waiting.put((future, lambda: function(*args, **kwargs)))
-        if len(self._threads) < self._num_threads:
-            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        if self._num_started < self._num_threads:
+            self._num_started += 1
+            # which knows the queue only, so that it does not keep this object alive
+            threading.Thread(target=_work, args=(self._waiting,), name=self._name, daemon=True).start()
         return future
 
-    def _work(self) -> None:
-        while True:
-            future, call = self._waiting.get()
-            if not future.set_running_or_notify_cancel():
-                continue
+
+def _work(waiting: Calls) -> None:
+    while (waited := waiting.get()) is not None:
+        future, call = waited
+        if future.set_running_or_notify_cancel():
             try:
                 future.set_result(call())
             except BaseException as error:
                 future.set_exception(error)
+        del waited, future, call  # which may hold whoever made these threads
+
+
+def _end(waiting: Calls, num_threads: int) -> None:
+    for _ in range(num_threads):
+        waiting.put(None)
