@@ -23,11 +23,12 @@ class Ledger:
 
     def __init__(self, rows: Iterable[Damage] = ()) -> None:
         self.rows = list(rows)
+        self._samples = {(row.shard, row.key) for row in self.rows}  # kept, as it is asked for all the time
 
     @property
     def num_samples(self) -> int:
         """Different samples: one that is met again in a later epoch is counted once."""
-        return len({(row.shard, row.key) for row in self.rows})
+        return len(self._samples)
 
     def to_plain(self) -> list[dict[str, Any]]:
         """As plain values, for a checkpoint."""
@@ -46,6 +47,7 @@ class Ledger:
     def add(self, rows: Sequence[Damage], folder: Path | None) -> None:
         """Note what was met, also in the file, on disk at once, where `folder` is given."""
         self.rows += rows
+        self._samples.update((row.shard, row.key) for row in rows)
         if folder is not None:
             self._append(folder, rows)
 
