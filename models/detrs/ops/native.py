@@ -1,11 +1,12 @@
 """The one boundary to the native library: loads it, and tells torch what its operators mean.
 
-The library (csrc/, built by setup.py) registers `torch.ops.detrs.*`; here come fake tensors and gradients.
+The library (csrc/, built by setup.py) registers `torch.ops.detrs.*`; here come fake tensors, gradients and autocast.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_C.so")
+# The autocast rules live as long as it
+_library = torch.library.Library("detrs", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,27 @@ def _register() -> None:
         "detrs::deform_attn_fused", _fused_backward, setup_context=_save_for_fused_backward
     )
     torch.library.register_autograd("detrs::deform_attn_fused_backward", _double_backward)
+    for device in ("CPU", "CUDA"):
+        for name in ("deform_attn", "deform_attn_fused"):
+            _library.impl(name, _under_autocast(name, f"Autocast{device}"), f"Autocast{device}")  # type: ignore[no-untyped-call]
+
+
+def _under_autocast(name: str, key: str) -> Callable[..., Tensor]:
+    """`value` stays as it is; what is said about places is widened, since half precision is too little for it.
+
+    torch.library.register_autocast would cast all to one dtype.
+    """
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def call(value: Tensor, shapes: list[int], *samples: Tensor) -> Tensor:
+        dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            out: Tensor = getattr(torch.ops.detrs, name)(
+                value, shapes, *(tensor.to(dtype) for tensor in samples)
+            )
+        return out
+
+    return call
 
 
 def _fake_forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
