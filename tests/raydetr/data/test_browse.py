@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,11 @@ def test_boxes_surround_their_objects_after_the_augmentation(painted: Shards) ->
     assert augmented.tobytes() != contact_sheet(painted, 6, seed=3).tobytes()
     again = contact_sheet(painted, 6, seed=3, transform=transform)
     assert augmented.tobytes() == again.tobytes()
+
+
+def test_shards_may_be_remote(painted: Shards) -> None:
+    """Where they lie is in the heading only; their bytes come from the files that they were opened with."""
+    contact_sheet(replace(painted, location="s3://bucket/shards"), 2)
 
 
 def test_the_command_writes_a_png(painted: Shards, tmp_path: Path) -> None:
