@@ -1,6 +1,6 @@
 // The boundary: schemas, and tensors to plain pointers. Python (models/detrs/ops/native.py) checks the
-// arguments for people and registers fake and autograd; the checks here only keep a direct call from reading
-// out of bounds.
+// arguments for people and registers fake, autograd and autocast; the checks here only keep a direct call
+// from reading out of bounds.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
