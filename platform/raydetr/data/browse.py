@@ -51,9 +51,7 @@ def contact_sheet(
         if progress is not None:
             progress(position + 1, num)
     what = "as packed" if transform is None else f"augmented with seed {seed}"
-    heading = (
-        f"{shards.location}: {num} of {shards.num_samples} images, {what}; a box has its category's id and name"
-    )
+    heading = f"{shards.location}: {num} of {shards.num_samples} images, {what}; a box has its category's id and name"
     return draw_sheet(pictures, heading=heading)
 
 
