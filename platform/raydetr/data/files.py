@@ -27,7 +27,7 @@ class Follower(Protocol):
 
 
 class ShardFiles(Protocol):
-    """Reads at an offset, so that threads may share it. Forks and copies make what they need themselves."""
+    """Reads at an offset. One thread uses it at a time; forks and copies make what they need themselves."""
 
     @property
     def names(self) -> Sequence[str]:

@@ -162,8 +162,10 @@ class NodeCache:
     def _count_anew(self) -> None:
         for entry in _scan(self._partial):
             self._is_being_written(entry.name)
-        entries = [*_scan(self._whole), *_scan(self._partial)]
-        self._write_used(sum(entry.stat().st_size for entry in entries))
+        self._write_used(self._sum_of_entries())
+
+    def _sum_of_entries(self) -> int:
+        return sum(entry.stat().st_size for entry in [*_scan(self._whole), *_scan(self._partial)])
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -175,7 +177,8 @@ class NodeCache:
             os.close(descriptor)
 
     def _read_used(self) -> int:
-        return int((self._path / "used").read_bytes())
+        written = (self._path / "used").read_bytes()
+        return int(written) if written else self._sum_of_entries()  # its writer was killed when it was new
 
     def _write_used(self, num_bytes: int) -> None:
         descriptor = os.open(self._path / "used", os.O_CREAT | os.O_WRONLY, 0o644)

@@ -121,6 +121,16 @@ def test_entries_come_whole_and_go_to_make_room(tmp_path: Path) -> None:
     assert cache.used() == on_disk(tmp_path) == 200
 
 
+def test_the_budget_is_kept_where_the_count_was_never_written(tmp_path: Path) -> None:
+    """A process was killed between making the file and writing to it, while another one goes on."""
+    cache = NodeCache(CacheSettings(str(tmp_path), 250))
+    cache.store("a", 100, fill_with(b"a" * 100), lambda missing: None)
+    (tmp_path / "used").write_bytes(b"")
+    assert cache.store("b", 151, fill_with(b"b" * 151), lambda missing: None) == "no room"
+    assert cache.store("b", 150, fill_with(b"b" * 150), lambda missing: None) == "stored"
+    assert cache.used() == on_disk(tmp_path) == 250
+
+
 def test_a_piece_is_known_by_url_size_and_sha256_of_its_shard(many: Shards) -> None:
     """Shards that were written again at the same place are others; the same ones are found by every process."""
     files = many.manifest.shards
