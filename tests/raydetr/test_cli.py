@@ -10,34 +10,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from command_line import CommandLine
 from raydetr import cli, recipes
 from raydetr.config import from_yaml, override
 from raydetr.data.writing.shards import write_shards
-
-
-class Outcome:
-    """What a command printed, and its exit code."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, " ".join(err.split())
 
 
 @pytest.fixture
 def raydetr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     """Run `raydetr ARGUMENTS` in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["raydetr", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        printed = capsys.readouterr()
-        return Outcome(code, printed.out, printed.err)
-
-    return call
+    return CommandLine(monkeypatch, capsys)
 
 
 def test_help_lists_every_command_with_a_line(raydetr) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import jsonschema
 import pytest
 
 import planted_shards as made
-from raydetr import cli, recipes
+from command_line import CommandLine
+from raydetr import recipes
 from raydetr.config import override, to_yaml
 
 TEXT, NUMBER = {"type": "string"}, {"type": "integer"}
@@ -60,31 +60,13 @@ SCHEMA = exactly(
 )  # fmt: skip
 
 
-class Outcome:
-    """What a command printed, and its exit code."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, " ".join(err.split())
-
-
 @pytest.fixture
 def doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     """Run `raydetr doctor ARGUMENTS` in a folder with healthy shards train and val."""
     monkeypatch.chdir(tmp_path)
     made.write(made.healthy(30, 1), tmp_path / "train")
     made.write(made.healthy(20, 2), tmp_path / "val")
-
-    def call(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["raydetr", "doctor", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        printed = capsys.readouterr()
-        return Outcome(code, printed.out, printed.err)
-
-    return call
+    return CommandLine(monkeypatch, capsys, "doctor")
 
 
 def test_healthy_data_may_be_trained_on(doctor) -> None:
