@@ -20,7 +20,7 @@ operator_files := $(wildcard $(addprefix csrc/,*.h *.inc *.cpp *.cuh *.cu */*.h 
 # What a folder of goldens lacks is not asked for: the models' are found by themselves.
 parity_tests := $(addprefix tests/detrs/test_,parity.py trajectories.py edge_goldens.py checkpoints.py) \
 	$(if $(wildcard $(GOLDEN)/msda.json),tests/detrs/ops/test_reference.py) \
-	$(if $(wildcard $(GOLDEN)/data.json),$(addprefix tests/raydetr/data/,augment/test_transforms.py test_coco.py test_batch.py))
+	$(if $(wildcard $(GOLDEN)/data.json),$(addprefix tests/raydetr/,data/transforms/test_transform.py shards/test_coco.py data/test_batch.py))
 
 # The stamp lies in the environment, so that a new one is set up from scratch, and names the clone: an environment
 # that two clones share holds the editable install of the one that was set up last.

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from raydetr.data.augment.geometry import Crop, resized_size
-from raydetr.data.augment.transforms import Choices, Transform
-from raydetr.data.integrity import RawSample
+from raydetr.data.transforms.geometry import Crop, resized_size
+from raydetr.data.transforms.transform import Choices, Transform
+from raydetr.shards.validation import RawSample
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Target = dict[str, Tensor]

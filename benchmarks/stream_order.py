@@ -36,13 +36,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from raydetr.data.augment.geometry import resized_size
-from raydetr.data.augment.pixels import Resized
-from raydetr.data.augment.transforms import Transform
 from raydetr.data.batch import Batch, Sample, collate
-from raydetr.data.handoff.loading import Out, load
-from raydetr.data.index import open_shards
-from raydetr.data.manifest import (
+from raydetr.data.loader.loader import Out, load
+from raydetr.data.order import Plan
+from raydetr.data.stream import train_batches
+from raydetr.data.transforms.geometry import resized_size
+from raydetr.data.transforms.pixels import Resized
+from raydetr.data.transforms.transform import Transform
+from raydetr.shards.manifest import (  # fmt: skip
     FORMAT_VERSION,
     INDEX,
     SAMPLE_DTYPE,
@@ -50,9 +51,8 @@ from raydetr.data.manifest import (
     ShardFile,
     data_fingerprint,
     sample_key,
-)  # fmt: skip
-from raydetr.data.plan import Plan
-from raydetr.data.stream import train_batches
+)
+from raydetr.shards.reader import open_shards
 
 COCO, MILLION = 118_287, 1_000_000
 LATE = 100_000  # epochs
@@ -318,7 +318,7 @@ def start_up(folder: Path) -> list[Case]:
 
 def measure_start_up(folder: Path, num_workers: int) -> dict[str, float]:
     """From opening the shards to the first batch; memory is the trainer's peak and what its loaders do not share."""
-    import raydetr.train.loop  # noqa: F401  what a trainer imports
+    import raydetr.training.loop  # noqa: F401  what a trainer imports
 
     itself = psutil.Process()
     Path("/proc/self/clear_refs").write_text("5")  # the imports' peak is forgotten

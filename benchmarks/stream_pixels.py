@@ -24,13 +24,13 @@ from float_pipeline import Target, float_batch
 from PIL import Image
 from torch import Tensor
 
-from raydetr.data.augment.transforms import Transform
 from raydetr.data.batch import Batch, collate, to_model
-from raydetr.data.index import Shards, open_shards
-from raydetr.data.integrity import RawSample
 from raydetr.data.samples import make_sample
-from raydetr.data.writing.shards import write_shards
+from raydetr.data.transforms.transform import Transform
 from raydetr.recipes.coco import OFFICIAL_SHORT_SIDES, official_training_transform
+from raydetr.shards.reader import Shards, open_shards
+from raydetr.shards.validation import RawSample
+from raydetr.shards.writer import write_shards
 
 BATCH = 4
 NUM_IMAGES = 40

@@ -11,8 +11,8 @@ from _sources import add_sources
 add_sources()
 
 from raydetr import recipes  # noqa: E402
-from raydetr.report import summary  # noqa: E402
-from raydetr.train import run  # noqa: E402
+from raydetr.runs import run  # noqa: E402
+from raydetr.runs.summary import summary  # noqa: E402
 
 OUT = Path("build/quickstart.json")
 

@@ -11,7 +11,7 @@ from _sources import add_sources
 
 add_sources()
 
-from raydetr.cli import main  # noqa: E402
+from raydetr.cli.main import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.argv[1:1] = ["tune"]

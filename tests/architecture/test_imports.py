@@ -17,9 +17,9 @@ SOURCE_ROOTS = (Path("models"), Path("platform"), Path())
 
 # Which modules may import one of these: patterns of dotted names
 HOMES = {
-    "mlflow": ("raydetr.track",),
+    "mlflow": ("raydetr.tracking.mlflow_run",),
     "webdataset": ("raydetr.data.*",),
-    "ray": ("raydetr.train.launch", "raydetr.train.worker", "raydetr.tune.*", "raydetr.jobs", "jobs.*"),
+    "ray": ("raydetr.runs.ray_train", "raydetr.runs.ray_worker", "raydetr.tune.*", "raydetr.jobs", "jobs.*"),
 }
 DETRS_NEEDS = {"torch", "numpy", "scipy", "jaxtyping", "detrs"}
 RINGS = ("detrs.ops", "detrs", "raydetr", "jobs")
@@ -139,15 +139,15 @@ def test_every_import_goes_leftwards_and_stays_at_home() -> None:
 
 def test_the_training_loop_reaches_no_ray() -> None:
     imports = imports_of(ROOT)
-    assert "raydetr.train.loop" in {found.importer for found in imports}
-    assert reaches(imports, "raydetr.train.loop", "ray") == []
+    assert "raydetr.training.loop" in {found.importer for found in imports}
+    assert reaches(imports, "raydetr.training.loop", "ray") == []
 
 
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
         ("detrs.zoo", {"ray", "mlflow", "webdataset", "pydantic", "raydetr"}),
-        ("raydetr.train.loop", {"ray"}),
+        ("raydetr.training.loop", {"ray"}),
     ],
 )
 def test_a_fresh_interpreter_loads_no_more_than_the_ring_allows(module: str, absent: set[str]) -> None:
@@ -180,7 +180,11 @@ def test_a_fresh_interpreter_loads_no_more_than_the_ring_allows(module: str, abs
         ("models/detrs/ops/__init__.py", "from .. import boxes", "detrs.ops imports detrs.boxes"),
         ("models/detrs/zoo/__init__.py", "__import__('mlflow')", "mlflow is imported in"),
         ("platform/raydetr/cli.py", "from jobs import train_detector", "leftwards"),
-        ("platform/raydetr/cli.py", "import mlflow.tracking", "mlflow is imported in raydetr.track only"),
+        (
+            "platform/raydetr/cli.py",
+            "import mlflow.tracking",
+            "mlflow is imported in raydetr.tracking.mlflow_run only",
+        ),
         (
             "platform/raydetr/cli.py",
             "import importlib\nimportlib.import_module('ray.tune')",
@@ -189,7 +193,7 @@ def test_a_fresh_interpreter_loads_no_more_than_the_ring_allows(module: str, abs
         (
             "platform/raydetr/train/loop.py",
             "if True:\n    from ray import train",
-            "raydetr.train.loop imports ray",
+            "raydetr.training.loop imports ray",
         ),
         (
             "platform/raydetr/evaluate/coco_ap.py",
@@ -227,14 +231,14 @@ def test_ray_behind_two_modules_is_found(tmp_path: Path) -> None:
     _plant(
         tmp_path,
         {
-            "platform/raydetr/train/loop.py": "from raydetr.train.optim import step\nimport raydetr.config",
+            "platform/raydetr/train/loop.py": "from raydetr.training.optim import step\nimport raydetr.config",
             "platform/raydetr/train/optim.py": "def step():\n    from .launch import launch",
             "platform/raydetr/train/launch.py": "import ray.train",
             "platform/raydetr/config.py": "import yaml",
         },
     )
-    chain = reaches(imports_of(tmp_path), "raydetr.train.loop", "ray")
-    assert chain == ["raydetr.train.loop", "raydetr.train.optim", "raydetr.train.launch", "ray.train"]
+    chain = reaches(imports_of(tmp_path), "raydetr.training.loop", "ray")
+    assert chain == ["raydetr.training.loop", "raydetr.training.optim", "raydetr.runs.ray_train", "ray.train"]
     assert reaches(imports_of(tmp_path), "raydetr.config", "ray") == []
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from ray_head import RayHead, ray_head
-from raydetr.data.sample_data import write_sample_data
-from raydetr.data.writing.shards import write_shards
-from raydetr.train.checkpoint import read_meta
+from raydetr.shards.synthetic import write_sample_data
+from raydetr.shards.writer import write_shards
+from raydetr.training.checkpoint import read_meta
 
 ROOT = Path(__file__).parents[2]
 

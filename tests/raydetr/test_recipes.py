@@ -17,7 +17,7 @@ from detrs.checkpoints import official_names
 from detrs.zoo import ModelConfig, build
 from raydetr import recipes
 from raydetr.config import OptimConfig, RunConfig, flatten, to_dict
-from raydetr.train.optim import lr_factor, parameter_groups
+from raydetr.training.optim import lr_factor, parameter_groups
 
 # full-size official model -> recipes that train it
 TRAINED_BY = {

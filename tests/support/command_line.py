@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from raydetr import cli
+from raydetr.cli import main as cli
 
 
 class Outcome:

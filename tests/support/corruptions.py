@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from raydetr.data.manifest import Manifest, Samples, data_fingerprint
+from raydetr.shards.manifest import Manifest, Samples, data_fingerprint
 
 Corruption = Callable[[Path, np.random.Generator], object]
 JUNK: list[Any] = [

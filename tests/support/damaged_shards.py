@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raydetr.data.index import Shards
+from raydetr.shards.reader import Shards
 
 
 def damage_sample(shards: Shards, index: int, *, part: str = "image") -> tuple[Path, str]:

@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from made_coco import write_coco
-from raydetr.data.manifest import INDEX, MANIFEST, SAMPLE_DTYPE, Manifest, ShardFile, data_fingerprint
-from raydetr.data.writing.shards import write_shards
+from raydetr.shards.manifest import INDEX, MANIFEST, SAMPLE_DTYPE, Manifest, ShardFile, data_fingerprint
+from raydetr.shards.writer import write_shards
 
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
 WIDTH, HEIGHT = 64, 48

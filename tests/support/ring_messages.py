@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from raydetr.data.batch import Batch
-from raydetr.data.damage import Damage
-from raydetr.data.handoff.ring import Message, Sender
+from raydetr.data.corrupt import Damage
+from raydetr.data.loader.ring import Message, Sender
 
 SHAPE = (2, 30, 40, 3)
 

@@ -12,8 +12,8 @@ from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 from detrs.structures import Images, Targets
-from raydetr.data.augment.pixels import Resized
-from raydetr.data.damage import Damage
+from raydetr.data.corrupt import Damage
+from raydetr.data.transforms.pixels import Resized
 
 # of ImageNet in RGB, in units of 1/255 (what torchvision's backbones were trained with)
 MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)

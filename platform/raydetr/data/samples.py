@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from raydetr.data.augment.mosaic import Labelled, make_mosaic
-from raydetr.data.augment.pixels import size_of
-from raydetr.data.augment.transforms import Transform
 from raydetr.data.batch import Sample
-from raydetr.data.coco import usable_boxes
-from raydetr.data.images import UNREADABLE, decode_pixels
-from raydetr.data.index import ShardError, Shards
-from raydetr.data.integrity import RawSample
+from raydetr.data.transforms.mosaic import Labelled, make_mosaic
+from raydetr.data.transforms.pixels import size_of
+from raydetr.data.transforms.transform import Transform
+from raydetr.shards.coco import usable_boxes
+from raydetr.shards.images import UNREADABLE, decode_pixels
+from raydetr.shards.reader import ShardError, Shards
+from raydetr.shards.validation import RawSample
 
 
 def load_sample(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from raydetr.config import DataConfig
-from raydetr.data.index import Shards, open_shards
-from raydetr.data.locations import is_remote, local_folder
-from raydetr.data.manifest import MANIFEST
-from raydetr.data.sample_data import write_sample_data
-from raydetr.data.writing.shards import write_shards
-from raydetr.train.progress import say
+from raydetr.config.paths import is_remote, local_folder
+from raydetr.console import say
+from raydetr.shards.manifest import MANIFEST
+from raydetr.shards.reader import Shards, open_shards
+from raydetr.shards.synthetic import write_sample_data
+from raydetr.shards.writer import write_shards
 
 
 def open_splits(data: DataConfig, *, sizes_known: bool = False) -> tuple[Shards, Shards]:

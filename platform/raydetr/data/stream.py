@@ -11,15 +11,15 @@ from itertools import count
 
 import numpy as np
 
-from raydetr.data.augment.transforms import Transform
 from raydetr.data.batch import Batch, Sample, blank_batch, collate
-from raydetr.data.damage import Damage, OnDamage, apply_policy, earlier_samples
-from raydetr.data.files import Follower
-from raydetr.data.handoff.loading import Out, load
-from raydetr.data.index import ShardError, Shards
-from raydetr.data.integrity import RawSample
-from raydetr.data.plan import Plan
+from raydetr.data.corrupt import Damage, OnDamage, apply_policy, earlier_samples
+from raydetr.data.loader.loader import Out, load
+from raydetr.data.order import Plan
 from raydetr.data.samples import make_sample
+from raydetr.data.transforms.transform import Transform
+from raydetr.shards.files import Follower
+from raydetr.shards.reader import ShardError, Shards
+from raydetr.shards.validation import RawSample
 
 READ_AHEAD = 4  # batches of a process that are being read while one is made; remote shards only
 

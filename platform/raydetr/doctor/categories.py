@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from raydetr.data.index import check_same_categories
-from raydetr.data.manifest import MAX_LABEL
 from raydetr.doctor.findings import Finding, counted, listed
 from raydetr.doctor.split import Split
+from raydetr.shards.manifest import MAX_LABEL
+from raydetr.shards.reader import check_same_categories
 
 BACKGROUND = {"background", "bg", "na", "none", "nothing", "noobject", "unlabeled", "unlabelled", "unused"}
 

@@ -160,7 +160,7 @@ def disk_line(folder: Path) -> EnvironmentLine:
 
 
 def shared_memory_line(free: int) -> EnvironmentLine:
-    """Ray keeps its objects in /dev/shm; batches need no room there (see `raydetr.data.handoff.ring`)."""
+    """Ray keeps its objects in /dev/shm; batches need no room there (see `raydetr.data.loader.ring`)."""
     found = f"{_gib(free)} free in /dev/shm, where Ray keeps its objects"
     if free >= LITTLE_SHARED_MEMORY:
         return EnvironmentLine("shared memory", "ok", found)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from raydetr.data.index import Shards, open_shards
 from raydetr.doctor.balance import balance_findings, class_counts, crowding_findings
 from raydetr.doctor.boxes import box_findings
 from raydetr.doctor.duplicates import duplicate_findings
@@ -18,6 +17,7 @@ from raydetr.doctor.scan import scan
 from raydetr.doctor.split import Examined
 from raydetr.doctor.statistics import statistics_of
 from raydetr.doctor.target import Target
+from raydetr.shards.reader import Shards, open_shards
 
 Progress = Callable[[int, int], None]
 

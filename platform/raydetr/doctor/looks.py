@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from raydetr.data.images import EXIF_ORIENTATION, FORMATS, UNREADABLE, decode_rgb
+from raydetr.shards.images import EXIF_ORIENTATION, FORMATS, UNREADABLE, decode_rgb
 
 SIDE = 16  # of a thumbnail
 HASH_SIZE = (9, 8)  # width, height

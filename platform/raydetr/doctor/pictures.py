@@ -10,11 +10,11 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from raydetr.data.images import UNREADABLE, decode_rgb
 from raydetr.doctor.findings import Place
 from raydetr.doctor.reading import as_record, is_box, read_anyway
 from raydetr.doctor.split import Examined
-from raydetr.evaluate.pictures import Box, coco_boxes, draw_boxes
+from raydetr.shards.images import UNREADABLE, decode_rgb
+from raydetr.visualization.boxes import Box, coco_boxes, draw_boxes
 
 SIDE = 340  # pixels of the long side
 QUALITY = 82

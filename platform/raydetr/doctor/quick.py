@@ -8,13 +8,13 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 
-from raydetr.data.index import ShardError, Shards
-from raydetr.data.locations import is_remote
+from raydetr.config.paths import is_remote
 from raydetr.doctor.balance import class_findings, crowding_findings, no_objects
 from raydetr.doctor.categories import category_findings
 from raydetr.doctor.findings import MAX_EXAMPLES, Example, Finding, by_level, counted
 from raydetr.doctor.split import Split
 from raydetr.doctor.target import Target
+from raydetr.shards.reader import ShardError, Shards
 
 FEW_SAMPLES = 2_500  # of a split, which are read to count the objects of each class: about 0.2 s
 

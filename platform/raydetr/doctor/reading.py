@@ -6,8 +6,8 @@ import math
 import zlib
 from typing import Any
 
-from raydetr.data.index import ShardError, Shards
-from raydetr.data.integrity import Fault, RawSample, parse_content
+from raydetr.shards.reader import ShardError, Shards
+from raydetr.shards.validation import Fault, RawSample, parse_content
 
 
 def read_anyway(shards: Shards, index: int) -> RawSample | None:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raydetr.data.images import UNREADABLE
-from raydetr.data.index import ShardError, Shards
-from raydetr.data.writing.worker_pool import run_tasks
 from raydetr.doctor.looks import SIDE, look_at
 from raydetr.doctor.reading import as_record, is_box, refused_sample
+from raydetr.process_pool import run_tasks
+from raydetr.shards.images import UNREADABLE
+from raydetr.shards.reader import ShardError, Shards
 
 CHUNK = 128  # samples that a process is given at once
 FEW_SAMPLES = 1_000  # a process takes seconds to start: fewer samples are read in this one

@@ -9,10 +9,10 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from raydetr.data.index import Shards
 from raydetr.doctor.findings import MAX_EXAMPLES, Example, Place
 from raydetr.doctor.reading import as_record, read_anyway
 from raydetr.doctor.scan import Facts
+from raydetr.shards.reader import Shards
 
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]

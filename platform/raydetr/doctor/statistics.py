@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raydetr.data.manifest import MAX_LABEL
 from raydetr.doctor.balance import class_counts
 from raydetr.doctor.scale import SMALL, TINY, small_by_class, smaller_sides
 from raydetr.doctor.split import Examined
 from raydetr.doctor.target import Target
+from raydetr.shards.manifest import MAX_LABEL
 
 PERCENTILES = (50, 90, 99)
 SIDE_EDGES = (0, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # pixels

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from raydetr.config import RunConfig
-from raydetr.data.manifest import LabelMapKind
-from raydetr.train.ledger import default_budget
+from raydetr.data.corrupt_log import default_budget
+from raydetr.shards.manifest import LabelMapKind
 
 Floats = npt.NDArray[np.float64]
 

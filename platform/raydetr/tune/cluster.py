@@ -14,7 +14,7 @@ from ray.util.state import list_actors, list_placement_groups
 from ray.util.state.exception import RayStateApiException
 
 from raydetr.config import ClusterConfig
-from raydetr.train.launch import LaunchError
+from raydetr.runs.ray_train import LaunchError
 
 PATIENCE_SECONDS = 20.0  # for what ends by itself after a search; Ray's own cleaners look once a second
 # Ray's own, one for all jobs of a cluster; it holds no resources and stays as long as the cluster

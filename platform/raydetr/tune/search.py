@@ -17,16 +17,16 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from raydetr import track
 from raydetr.config import RunConfig, flatten, override, to_dict, to_yaml
-from raydetr.train import run
-from raydetr.train.launch import connected
-from raydetr.tune import cluster, outcome
+from raydetr.runs import run
+from raydetr.runs.ray_train import connected
+from raydetr.tracking import mlflow_run
+from raydetr.tune import cluster
+from raydetr.tune.callback import Watch, say
 from raydetr.tune.cluster import Leftover
-from raydetr.tune.outcome import Outcome
+from raydetr.tune.result import Outcome, best_trial, ranked, train_command, trials_as_json
 from raydetr.tune.space import Distribution, Space
 from raydetr.tune.trial import Study, run_trial
-from raydetr.tune.watch import Watch, say
 
 # A trial's own process does nothing but wait. Every trial takes a share of the head, which nothing else uses:
 # with a CPU each, two trials on two CPUs would wait for their workers without end.
@@ -118,15 +118,15 @@ def _begin(config: RunConfig, resolved: RunConfig, space: Space) -> Study:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / "space.yaml").write_text(space.text)
-    uri = track.resolve_uri(resolved.tracking.uri, resolved.storage.path)
-    parent = track.create_run(uri, resolved.tracking.experiment, name, tags={"raydetr.kind": "search"})
+    uri = mlflow_run.resolve_uri(resolved.tracking.uri, resolved.storage.path)
+    parent = mlflow_run.create_run(uri, resolved.tracking.experiment, name, tags={"raydetr.kind": "search"})
     searched = {f"search.{path}": f"{d.kind} {list(d.values)}" for path, d in space.distributions.items()}
     fixed = {
         path: value for path, value in flatten(to_dict(resolved)).items() if path not in space.distributions
     }
-    track.log_params(uri, parent, fixed | searched)
-    track.log_text(uri, parent, space.text, "space.yaml")
-    track.log_text(uri, parent, to_yaml(config), "config.yaml")
+    mlflow_run.log_params(uri, parent, fixed | searched)
+    mlflow_run.log_text(uri, parent, space.text, "space.yaml")
+    mlflow_run.log_text(uri, parent, to_yaml(config), "config.yaml")
     say(f"search {folder}\nMLflow {uri}, run {parent}")
     inside = override(resolved, {"storage.path": str(folder), "tracking.uri": uri})
     return Study(to_dict(inside), name, parent)
@@ -176,9 +176,9 @@ def _conclude(
     """Clear the cluster, settle the trials' runs, and write down what came out."""
     left = cluster.clear(_job_id(), before)
     watch.settle()
-    trials = outcome.ranked(list(watch.trials.values()))
+    trials = ranked(list(watch.trials.values()))
     folder = Path(study.config["storage"]["path"])
-    best = outcome.best(trials)
+    best = best_trial(trials)
     result = Outcome(
         name=study.name,
         folder=folder,
@@ -186,7 +186,7 @@ def _conclude(
         mlflow_run_id=study.parent_run_id,
         epochs=config.optim.epochs,
         trials=trials,
-        command=outcome.train_command(config, best.overrides, folder / "config.yaml") if best else None,
+        command=train_command(config, best.overrides, folder / "config.yaml") if best else None,
         leftovers=tuple(left),
     )
     _record(result, is_complete=watch.num_ended == num_trials)
@@ -198,19 +198,23 @@ def _record(result: Outcome, *, is_complete: bool) -> None:
     uri, parent, best = result.tracking_uri, result.mlflow_run_id, result.best
     for file, text in (
         ("trials.txt", result.to_text()),
-        ("trials.json", outcome.trials_as_json(result.trials)),
+        ("trials.json", trials_as_json(result.trials)),
     ):
         (result.folder / file).write_text(text + "\n")
-        track.log_text(uri, parent, text, file)
+        mlflow_run.log_text(uri, parent, text, file)
     if best is not None:
         assert result.command is not None
-        track.log_params(uri, parent, {f"best.{path}": value for path, value in best.overrides.items()})
-        track.set_tags(uri, parent, {"raydetr.best_trial": best.name, "raydetr.best_command": result.command})
-        tracker = track.Tracker(uri, parent)
+        mlflow_run.log_params(uri, parent, {f"best.{path}": value for path, value in best.overrides.items()})
+        mlflow_run.set_tags(
+            uri, parent, {"raydetr.best_trial": best.name, "raydetr.best_command": result.command}
+        )
+        tracker = mlflow_run.Tracker(uri, parent)
         numbers = {"AP": best.AP, "AP50": best.AP50}
         tracker.metrics(0, {name: value for name, value in numbers.items() if value is not None})
         tracker.close()
-    track.finish_run(uri, parent, "KILLED" if not is_complete else "FAILED" if best is None else "FINISHED")
+    mlflow_run.finish_run(
+        uri, parent, "KILLED" if not is_complete else "FAILED" if best is None else "FINISHED"
+    )
 
 
 def _job_id() -> str:

@@ -11,7 +11,7 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from raydetr.config import from_dict, override
-from raydetr.train import run
+from raydetr.runs import run
 
 
 @dataclass(frozen=True)

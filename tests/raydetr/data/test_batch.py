@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 import goldens
-from raydetr.data.augment.pixels import Resized
 from raydetr.data.batch import Batch, Sample, collate, to_model
+from raydetr.data.transforms.pixels import Resized
 
 GOLDEN = goldens.FOLDER
 

@@ -8,9 +8,9 @@ import itertools
 import numpy as np
 import pytest
 
-from raydetr.data.augment.geometry import resized_size
-from raydetr.data.augment.transforms import Transform
-from raydetr.data.plan import Plan
+from raydetr.data.order import Plan
+from raydetr.data.transforms.geometry import resized_size
+from raydetr.data.transforms.transform import Transform
 from raydetr.recipes.coco import official_training_transform
 
 NUM_IMAGES, BATCH, RANKS = 12_000, 4, 2

@@ -13,10 +13,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raydetr.data.augment.transforms import Transform
 from raydetr.data.batch import Batch
-from raydetr.data.index import ShardError, Shards, open_shards
 from raydetr.data.stream import evaluation_batches, make_plan, train_batches
+from raydetr.data.transforms.transform import Transform
+from raydetr.shards.reader import ShardError, Shards, open_shards
 
 TRANSFORM = Transform(short_sides=(24, 32, 40), max_side=64, horizontal_flip=0.5)
 

@@ -12,14 +12,14 @@ import planted_shards as made
 from planted_shards import Split
 from raydetr import recipes
 from raydetr.config import RunConfig, override
-from raydetr.data.index import Shards, open_shards
-from raydetr.data.manifest import SAMPLE_DTYPE
-from raydetr.data.sample_data import write_sample_data
-from raydetr.data.writing.shards import write_shards
 from raydetr.doctor import quick
 from raydetr.doctor.target import Target
-from raydetr.overfit import overfit
-from raydetr.train import run
+from raydetr.runs import run
+from raydetr.runs.overfit import overfit
+from raydetr.shards.manifest import SAMPLE_DTYPE
+from raydetr.shards.reader import Shards, open_shards
+from raydetr.shards.synthetic import write_sample_data
+from raydetr.shards.writer import write_shards
 
 TARGET = Target(recipe="test", num_queries=20, batch_size=8)
 

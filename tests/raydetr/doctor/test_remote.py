@@ -50,7 +50,7 @@ def test_a_server_and_file_urls_give_what_the_disk_gives(folder: Path, web: WebS
 
 
 def test_the_quick_part_reads_no_samples_from_a_server(folder: Path, web: WebServer) -> None:
-    from raydetr.data.index import open_shards
+    from raydetr.shards.reader import open_shards
 
     shards = [open_shards(f"{web.url}/{name}") for name in ("train", "val")]
     before = len(web.requests)

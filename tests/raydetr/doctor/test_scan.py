@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 import planted_shards as made
-from raydetr.data.foreign.third_party import index_folder
-from raydetr.data.index import Shards, open_shards
 from raydetr.doctor.scan import CHUNK, scan
+from raydetr.shards.reader import Shards, open_shards
+from raydetr.shards.third_party.index import index_folder
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from ray_head import RayHead, ray_head
-from raydetr.cli import read_config
+from raydetr.cli.main import read_config
 from raydetr.config import from_yaml
-from raydetr.data.sample_data import write_sample_data
-from raydetr.data.writing.shards import write_shards
-from raydetr.train.checkpoint import read_meta
+from raydetr.shards.synthetic import write_sample_data
+from raydetr.shards.writer import write_shards
+from raydetr.training.checkpoint import read_meta
 
 ROOT = Path(__file__).parents[3]
 # With this seed the values drawn are, in order: (good, 4), (bad, 4), (bad, 7), (bad, 4). The fourth trial starts

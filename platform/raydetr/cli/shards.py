@@ -1,0 +1,225 @@
+"""The command line's `raydetr shards`: everything that is done with shards but training on them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from raydetr.config.paths import check_location, is_remote, local_folder
+from raydetr.console_progress_bar import progress_bar
+from raydetr.store.output_folder import check_out_file
+
+if TYPE_CHECKING:
+    from raydetr.shards.manifest import Manifest
+    from raydetr.shards.sources import Source
+
+shards_app = typer.Typer(help="Write, check, describe and index WebDataset shards.", no_args_is_help=True)
+
+
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default as many as there are cores.")]
+
+
+@shards_app.command("write")
+def shards_write(
+    out: Annotated[str, typer.Option(help="The folder to write; empty, new, or that of a stopped run.")],
+    images: Annotated[Path | None, typer.Option(help="COCO: the folder that holds the images.")] = None,
+    annotations: Annotated[Path | None, typer.Option(help="COCO: the JSON file with annotations.")] = None,
+    yolo: Annotated[Path | None, typer.Option(help="YOLO: the data.yaml.")] = None,
+    voc: Annotated[Path | None, typer.Option(help="Pascal VOC: the folder with ImageSets.")] = None,
+    split: Annotated[str | None, typer.Option(help="Of YOLO or VOC: train, val, ...")] = None,
+    zero_based: Annotated[bool, typer.Option("--zero-based", help="VOC: boxes count from 0.")] = False,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Images in a tar file.")] = 1000,
+    workers: Workers = None,
+) -> None:
+    """Check a data set and write it as WebDataset shards with an index and a manifest.
+
+    It comes as COCO (--images, --annotations), YOLO (--yolo, --split) or Pascal VOC (--voc, --split).
+    """
+    from raydetr.shards.writer import write_source
+
+    folder = _local(out)
+    source = _choose_source(images, annotations, yolo, voc, split, zero_based=zero_based)
+    try:
+        with progress_bar("images") as progress:
+            manifest = write_source(
+                source,
+                folder,
+                samples_per_shard=samples_per_shard,
+                workers=workers or _num_cores(),
+                progress=progress,
+                tell=typer.echo,
+            )
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; what is finished is in {folder}: the same command goes on there", err=True)
+        raise
+    typer.echo(_summary("wrote", folder, manifest))
+
+
+@shards_app.command("check")
+def shards_check(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder of shards.")], workers: Workers = None
+) -> None:
+    """Verify every byte: sha256 of shards, crc, records and images of samples, tars against the index."""
+    from raydetr.shards.verify import check_shards
+
+    with progress_bar("images") as progress:
+        manifest = check_shards(_local(data), workers=workers or _num_cores(), progress=progress)
+    typer.echo(
+        f"{data}: {manifest.num_samples} images with {manifest.num_annotations} annotations in "
+        f"{len(manifest.shards)} shards are what the manifest says, every byte"
+    )
+
+
+@shards_app.command("info")
+def shards_info(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder of shards, or its URL.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Print what shards hold: images, annotations, categories with counts, sizes, notices."""
+    from raydetr.shards.info import describe, to_text
+    from raydetr.shards.reader import open_shards
+
+    with progress_bar("images") as progress:
+        info = describe(open_shards(data), progress)
+    typer.echo(json.dumps(info, indent=1) if as_json else to_text(info))
+
+
+@shards_app.command("index")
+def shards_index(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder of tars that others wrote.")],
+    categories: Annotated[
+        Path | None, typer.Option(help="A JSON file that names the categories, such as a COCO file.")
+    ] = None,
+    boxes: Annotated[
+        Literal["xywh", "xyxy"] | None, typer.Option(help="How boxes are written; COCO's are xywh.")
+    ] = None,
+    workers: Workers = None,
+) -> None:
+    """Index WebDataset shards of images and JSON that others wrote, so that they can be trained on."""
+    from raydetr.shards.third_party.index import index_folder
+
+    folder = _local(data)
+    with progress_bar("MiB") as progress:
+        manifest = index_folder(
+            folder,
+            categories=categories,
+            box_format=boxes,
+            workers=workers or _num_cores(),
+            progress=lambda done, total: progress(-(-done >> 20), -(-total >> 20)),
+        )
+    typer.echo(_summary("indexed", folder, manifest))
+
+
+@shards_app.command("export-index")
+def shards_export_index(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder of shards.")],
+    kind: Annotated[
+        Literal["dali", "energon"], typer.Option("--format", help="DALI's .idx or Energon's .tar.idx.")
+    ],
+) -> None:
+    """Write the index that NVIDIA DALI or Megatron-Energon wants beside each shard."""
+    from raydetr.shards.export_index import write_other_indexes
+    from raydetr.shards.reader import open_shards
+
+    shards = open_shards(_local(data))
+    paths = write_other_indexes(shards.path, [shard.name for shard in shards.manifest.shards], kind)
+    typer.echo(f"wrote {paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""))
+
+
+def _summary(done: str, folder: Path, manifest: Manifest) -> str:
+    shards = "1 shard" if len(manifest.shards) == 1 else f"{len(manifest.shards)} shards"
+    lines = [
+        f"{done} {folder}: {manifest.num_samples} images, {shards}, "
+        f"{len(manifest.categories)} classes, fingerprint {manifest.fingerprint[:12]}"
+    ]
+    return "\n".join([*lines, *(f"note: {notice}" for notice in manifest.notices)])
+
+
+def _local(location: str) -> Path:
+    """A folder of this machine.
+
+    Raises:
+        ValueError: the location is remote.
+    """
+    location = check_location(location)
+    if is_remote(location):
+        raise ValueError(f"{location}: this needs a folder of this machine: work there, and copy the shards")
+    return local_folder(location)
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _choose_source(
+    images: Path | None,
+    annotations: Path | None,
+    yolo: Path | None,
+    voc: Path | None,
+    split: str | None,
+    *,
+    zero_based: bool,
+) -> Source:
+    """The one data set that the options of `raydetr shards write` name.
+
+    Raises:
+        ValueError: they name none or several, one is missing or has no effect, or the data is faulty.
+    """
+    from raydetr.shards.importers.voc import voc_source
+    from raydetr.shards.importers.yolo import yolo_source
+    from raydetr.shards.sources import coco_source
+
+    is_coco = images is not None or annotations is not None
+    if is_coco + (yolo is not None) + (voc is not None) != 1:
+        raise ValueError(
+            "name one data set: --images with --annotations (COCO), --yolo with --split, or --voc with --split"
+        )
+    if zero_based and voc is None:
+        raise ValueError("--zero-based is about the boxes of --voc: leave it away")
+    if images is not None and annotations is not None and split is None:
+        return coco_source(images, annotations)
+    if is_coco and split is not None:
+        raise ValueError("--split has no meaning with --images and --annotations: leave it away")
+    if is_coco:
+        raise ValueError("--images and --annotations belong together: give both")
+    if split is None:
+        raise ValueError("which part of the data set? give --split train, --split val, ...")
+    if yolo is not None:
+        return yolo_source(yolo, split)
+    assert voc is not None
+    return voc_source(voc, split, zero_based=zero_based)
+
+
+@shards_app.command("browse")
+def shards_browse(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder of shards, or its URL.")],
+    out: Annotated[Path, typer.Option(help="The PNG file to write.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PATH=VALUE", help="Changes of the augmentation's recipe."),
+    ] = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(help="Show the training augmentation of a recipe, or of a configuration file."),
+    ] = None,
+    num: Annotated[int, typer.Option(min=1, max=1000, help="Images to show.")] = 24,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed: other images, otherwise augmented.")] = 0,
+) -> None:
+    """Write a contact sheet: images with their boxes, class names and ids."""
+    from raydetr.data.contact_sheet import contact_sheet, training_transform
+    from raydetr.shards.reader import open_shards
+
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {out}: the sheet is a PNG file: give it a name that ends in .png")
+    check_out_file(out)
+    if overrides and augment is None:
+        raise ValueError(f"{overrides[0]} has no effect without --augment RECIPE")
+    transform = None if augment is None else training_transform(augment, overrides or [])
+    with progress_bar("images") as progress:
+        sheet = contact_sheet(open_shards(data), num, seed=seed, transform=transform, progress=progress)
+    sheet.save(out)
+    typer.echo(f"wrote {out}: {sheet.width}x{sheet.height} pixels")

@@ -1,1 +1,0 @@
-"""Evaluation: detections to COCO results, average precision, pictures."""

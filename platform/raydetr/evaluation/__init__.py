@@ -1,0 +1,1 @@
+"""Evaluation: detections to COCO results, average precision."""

@@ -1,0 +1,116 @@
+"""Prediction: a checkpoint and some images in, pictures with boxes and COCO results out.
+
+The folder gets `results.json` (a list of COCO results with all detections, whatever their score),
+`images.json` (a COCO dict that tells which `image_id` is which file, with the categories), and one
+picture an image, named by its id and its file. Images are taken as they are stored, as in training:
+an EXIF orientation is not applied, and boxes refer to the stored pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from raydetr.data.batch import Sample, collate, to_model
+from raydetr.evaluation.results import to_coco_results
+from raydetr.shards.images import UNREADABLE, decode_rgb
+from raydetr.store.output_folder import new_folder
+from raydetr.training.checkpoint import Loaded, load_for_inference, read_meta
+from raydetr.visualization.boxes import coco_boxes, draw_boxes
+
+SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+def predict(
+    checkpoint: Path,
+    images: Sequence[Path],
+    out: Path,
+    *,
+    score_threshold: float = 0.3,
+    device: torch.device | str | None = None,
+) -> list[dict[str, Any]]:
+    """Detect objects and write pictures and results into `out`; returns the COCO results.
+
+    Args:
+        checkpoint: a checkpoint folder.
+        images: JPEG and PNG files, and folders of such files (not of folders).
+        out: the folder to write; new or empty. It is filled at the end, or not at all.
+        score_threshold: boxes with a lower score are not drawn.
+        device: where to compute; None: the GPU where there is one.
+
+    Raises:
+        ValueError: no images, an unreadable image, an output folder that is not empty, or a checkpoint that
+            cannot be used; the message names it.
+    """
+    if not 0 <= score_threshold <= 1:
+        raise ValueError(f"score_threshold is {score_threshold}: scores lie between 0 and 1")
+    files = find_images(images)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with new_folder(out, last="results.json") as folder:
+        loaded = load_for_inference(checkpoint, device)
+        categories = read_meta(checkpoint).categories
+        names = {category["id"]: category["name"] for category in categories}
+        results, records = [], []
+        for image_id, file in enumerate(files, start=1):
+            image = _open(file)
+            # under the 91-class convention some labels stand for no category
+            found = [r for r in detect(loaded, image, image_id, device) if r["category_id"] in names]
+            picture = draw_boxes(image, coco_boxes(found, names, score_threshold))
+            picture.save(folder / f"{image_id:05d}-{file.stem}.jpg", quality=92, subsampling=0)
+            results += found
+            records.append(
+                {"id": image_id, "file_name": str(file), "width": image.width, "height": image.height}
+            )
+        described = {"images": records, "categories": categories}
+        (folder / "images.json").write_text(json.dumps(described, indent=1))
+        (folder / "results.json").write_text(json.dumps(results))
+    return results
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The image files that files and folders name, in order; a folder's by name, each file once.
+
+    Raises:
+        ValueError: a path does not exist, or a folder holds no image.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder")
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        if not inside:
+            raise ValueError(f"{path}: no images found in this folder ({', '.join(SUFFIXES)})")
+        found += inside
+    if not found:
+        raise ValueError("no images given: name files, or folders of images")
+    return list(dict.fromkeys(found))
+
+
+def detect(loaded: Loaded, image: Image.Image, image_id: int, device: torch.device) -> list[dict[str, Any]]:
+    """COCO results of one image (RGB), all detections, best first."""
+    transform = loaded.config.data.val_transform.build()
+    resized, boxes, _ = transform(np.array(image), np.zeros((0, 4)), seed=0, position=0)
+    labels = np.zeros(0, np.int64)
+    sample = Sample(resized, labels, boxes, image_id, original_size=(image.height, image.width))
+    batch = collate([sample], position=0)
+    with torch.inference_mode():
+        inputs, _ = to_model(batch, device)
+        outputs = loaded.model.detector(inputs)
+        detections = loaded.model.postprocess(outputs.predictions, batch.original_sizes.to(device))
+    return to_coco_results([image_id], detections, loaded.label_map)
+
+
+def _open(file: Path) -> Image.Image:
+    try:
+        return decode_rgb(file.read_bytes())
+    except UNREADABLE as error:
+        raise ValueError(f"{file}: is no readable JPEG or PNG image ({error}): leave it out") from None

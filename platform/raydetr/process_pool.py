@@ -1,0 +1,142 @@
+"""Run one function over many tasks in processes, with progress, and so that none is left behind.
+
+Used by what goes over whole data sets: writing, checking and indexing shards.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
+from typing import Any, TypeVar
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Advance = Callable[[int], None]  # called by a task with what was done since its last call
+Progress = Callable[[int, int], None]  # called with (done, in all)
+
+POLL_SECONDS = 0.2
+PRELOAD = ["raydetr.shards.packing"]  # imports webdataset, and with it torch: once, not in each process
+
+
+class Stopped(Exception):
+    """Ends a task whose result nobody will look at."""
+
+
+class _Link:
+    """A worker process's connection with its parent; processes can be given it at their start only."""
+
+    counter: Any
+    stop: Any
+
+    def advance(self, count: int) -> None:
+        with self.counter.get_lock():
+            self.counter.value += count
+        if self.stop.is_set():
+            raise Stopped
+
+
+_LINK = _Link()
+
+
+def run_tasks(
+    function: Callable[[Task, Advance], Result],
+    tasks: Iterable[Task],
+    *,
+    workers: int,
+    progress: Callable[[int], None] | None = None,
+) -> Generator[Result]:
+    """Yield function(task, advance) for each task, in order; close the iterator to stop early.
+
+    Only a few tasks are in memory at a time. When this process is killed, its workers end too.
+
+    Args:
+        function: of a module, so that another process can find it.
+        tasks: what to do; they must be picklable.
+        workers: processes; 1: in this one.
+        progress: called with what was done so far.
+
+    Raises:
+        RuntimeError: a worker process died.
+    """
+    assert workers >= 1, workers
+    if workers == 1:
+        return _run_here(function, tasks, progress)
+    return _run_in_processes(function, tasks, workers, progress)
+
+
+def _run_here(
+    function: Callable[[Task, Advance], Result],
+    tasks: Iterable[Task],
+    progress: Callable[[int], None] | None,
+) -> Generator[Result]:
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(done)
+
+    for task in tasks:
+        yield function(task, advance)
+
+
+def _run_in_processes(
+    function: Callable[[Task, Advance], Result],
+    tasks: Iterable[Task],
+    workers: int,
+    progress: Callable[[int], None] | None,
+) -> Generator[Result]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    counter, stop = context.Value("Q", 0), context.Event()
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(counter, stop))
+    waiting: deque[Future[Result]] = deque()
+    remaining = iter(tasks)
+    try:
+        while True:
+            while len(waiting) < 2 * workers and (task := next(remaining, None)) is not None:
+                waiting.append(pool.submit(_run, function, task))
+            if not waiting:
+                break
+            while not waiting[0].done():
+                wait([waiting[0]], timeout=POLL_SECONDS)
+                if progress:
+                    progress(counter.value)
+            result = waiting.popleft().result()
+            if progress:
+                progress(counter.value)
+            yield result
+    except BrokenProcessPool:
+        raise RuntimeError(
+            "a worker process died (killed, or out of memory?): run again, with fewer --workers if memory is short"
+        ) from None
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _run(function: Callable[[Task, Advance], Result], task: Task) -> Result:
+    return function(task, _LINK.advance)
+
+
+def _start(counter: Any, stop: Any) -> None:
+    """Prepare a worker process: Ctrl-C is its parent's business, and it ends when its parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _LINK.counter, _LINK.stop = counter, stop
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)

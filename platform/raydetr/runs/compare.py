@@ -1,0 +1,119 @@
+"""Runs side by side: AP by size and class, and where their configurations differ."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from raydetr.evaluation.coco_metrics import AP_FILE, NAMES
+from raydetr.tracking import mlflow_run
+
+Row = dict[str, float]  # class name -> AP
+
+
+@dataclass(frozen=True)
+class _Run:
+    heading: str
+    numbers: Mapping[str, float]
+    classes: Row
+    params: Mapping[str, str]
+
+
+def compare(uri: str, runs: Sequence[str], *, plain: bool = False) -> str:
+    """Tables of runs, given by MLflow id or name; the best value of a row is marked with a star.
+
+    Args:
+        uri: the tracking URI.
+        runs: ids or names, one column each.
+        plain: without colours and lines, as wide as it needs to be; otherwise for this terminal.
+
+    Raises:
+        ValueError: a name is unknown, or means several runs.
+        TrackingError: MLflow cannot be reached.
+    """
+    columns = _headed([mlflow_run.fetch_run(uri, name) for name in runs], uri)
+    headings = [column.heading for column in columns]
+    tables = [
+        _table(
+            "average precision", headings, [_scores(name, [c.numbers for c in columns]) for name in NAMES]
+        ),
+        _table(
+            "AP by class", headings, [_scores(n, [c.classes for c in columns]) for n in _classes(columns)]
+        ),
+        _table("configuration, where it differs", headings, _differences(columns)),
+    ]
+    return _rendered([table for table in tables if table.row_count], plain)
+
+
+def _headed(runs: Sequence[mlflow_run.TrackedRun], uri: str) -> list[_Run]:
+    names = [run.name or run.run_id for run in runs]
+    return [
+        # runs of one name, such as trials of two searches, are told apart by the beginning of their id
+        _Run(
+            heading=name if names.count(name) == 1 else f"{name} ({run.run_id[:8]})",
+            numbers={key: value for key, value in run.metrics.items() if value >= 0},
+            classes=_class_ap(uri, run),
+            params=run.params,
+        )
+        for name, run in zip(names, runs, strict=True)
+    ]
+
+
+def _class_ap(uri: str, run: mlflow_run.TrackedRun) -> Row:
+    if AP_FILE not in run.artifacts:
+        return {}
+    table = json.loads(mlflow_run.fetch_artifact(uri, run.run_id, AP_FILE))
+    return {row["name"]: row["AP"] for row in table["classes"] if row["AP"] >= 0}
+
+
+def _classes(columns: Sequence[_Run]) -> list[str]:
+    return list(dict.fromkeys(name for column in columns for name in column.classes))
+
+
+def _scores(name: str, columns: Sequence[Mapping[str, float]]) -> list[Text]:
+    """A row of scores; its best value is marked, unless all are equal."""
+    values = [column.get(name) for column in columns]
+    known = [value for value in values if value is not None]
+    best = max(known) if len(set(known)) > 1 else None
+    cells = [Text("-") if value is None else Text(f"{value:.3f}") for value in values]
+    for cell, value in zip(cells, values, strict=True):
+        if best is not None and value == best:
+            cell.append("*").stylize("bold green")
+    return [Text(name), *cells]
+
+
+def _differences(columns: Sequence[_Run]) -> list[list[Text]]:
+    paths = sorted({path for column in columns for path in column.params})
+    rows = ((path, [column.params.get(path, "-") for column in columns]) for path in paths)
+    return [[Text(path), *map(Text, values)] for path, values in rows if len(set(values)) > 1]
+
+
+def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[Text]]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for heading in headings:
+        table.add_column(Text(heading), overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _rendered(tables: Sequence[Table], plain: bool) -> str:
+    buffer = io.StringIO()
+    width = 10_000 if plain else shutil.get_terminal_size((120, 24)).columns
+    console = Console(file=buffer, width=width, force_terminal=not plain, no_color=plain)
+    for table in tables:
+        if plain:
+            table.box = None
+            table.title_style = table.header_style = ""
+        console.print(table)
+        console.print()
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).rstrip() + "\n"

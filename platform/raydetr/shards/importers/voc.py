@@ -1,0 +1,181 @@
+"""Pascal VOC data sets, as COCO's records.
+
+`ImageSets/Main/<split>.txt` names the images, `Annotations/<name>.xml` has their objects, `JPEGImages/` the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+from raydetr.shards.coco import Problems, Record, check_records
+from raydetr.shards.sources import Source
+
+SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+class _Box(NamedTuple):
+    """As it is written."""
+
+    xmin: float
+    ymin: float
+    xmax: float
+    ymax: float
+
+
+def voc_source(folder: Path, split: str, *, zero_based: bool = False) -> Source:
+    """One split of a Pascal VOC data set.
+
+    Images are numbered from 1 in the order of their names; categories are the names in all of `Annotations`, so that
+    all splits have the same, numbered from 1 in alphabetical order. An object marked `difficult` becomes a crowd: it
+    is not trained on and neither found nor missed in evaluation, as in VOC's own.
+
+    Args:
+        folder: that holds ImageSets, Annotations and JPEGImages.
+        split: train, val, trainval, test: the name of a file in ImageSets/Main.
+        zero_based: boxes are in pixels from 0 with the end left out, as many tools write them. VOC itself counts
+            pixels from 1, and xmax and ymax are the last pixel inside: a box begins at xmin - 1 and ends at xmax.
+
+    Raises:
+        ValueError: files are missing or faulty; up to ten faults are listed with file, field, value and remedy.
+    """
+    problems = Problems(folder, "problem")
+    names = _read_split(folder, split, problems)
+    problems.raise_if_any()
+    trees = _read_annotations(folder / "Annotations", problems)
+    files = {
+        path.stem: path.name
+        for path in sorted((folder / "JPEGImages").iterdir())
+        if path.suffix.lower() in SUFFIXES
+    }
+    categories = _categories(trees)
+    numbers = {category["name"]: category["id"] for category in categories}
+    images: list[Record] = []
+    annotations: list[Record] = []
+    digest = hashlib.sha256()
+    for image_id, name in enumerate(names, 1):
+        path = folder / "Annotations" / f"{name}.xml"
+        if name not in files or not path.is_file():
+            problems.add(_missing(folder, name, path, in_files=name in files))
+            continue
+        if name not in trees:
+            continue  # a fault that was noted before
+        digest.update(f"{name}\n".encode() + path.read_bytes())
+        try:
+            images.append({"id": image_id, "file_name": files[name], **_size(trees[name])})
+            for element in trees[name].findall("object"):
+                record = _annotation(element, numbers, zero_based=zero_based)
+                annotations.append({"id": len(annotations) + 1, "image_id": image_id, **record})
+        except ValueError as error:
+            problems.add(f"{path}: {error}")
+    problems.raise_if_any()
+    data = {"images": images, "annotations": annotations, "categories": categories}
+    dataset = check_records(data, folder, digest.hexdigest())
+    num_difficult = sum(annotation["iscrowd"] for annotation in annotations)
+    if num_difficult:
+        dataset.notices.append(
+            f"{num_difficult} crowd annotations are objects that Pascal VOC marks as difficult"
+        )
+    return Source(dataset, folder / "JPEGImages", f"{folder.name} [{split}]")
+
+
+def _read_split(folder: Path, split: str, problems: Problems) -> list[str]:
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        if not (folder / part).is_dir():
+            raise ValueError(
+                f"{folder}: has no folder {part}: name a folder in Pascal VOC's layout (VOC2012, ...)"
+            )
+    path = folder / "ImageSets" / "Main" / f"{split}.txt"
+    if not path.is_file():
+        known = sorted(file.stem for file in path.parent.glob("*.txt"))
+        raise ValueError(f"{path}: there is no such split; there are {', '.join(known[:10]) or 'none'}")
+    names = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        words = line.split()
+        if len(words) > 1:
+            problems.add(
+                f"{path}, line {number}: is {line!r:.40}: a split has one name in a line (is this the list of a class?)"
+            )
+        names += words[:1]
+    if len(set(names)) != len(names):
+        problems.add(f"{path}: names {len(names) - len(set(names))} images twice: remove them")
+    if not names:
+        problems.add(f"{path}: names no images")
+    return sorted(names)
+
+
+def _read_annotations(folder: Path, problems: Problems) -> dict[str, ElementTree.Element]:
+    trees = {}
+    for path in sorted(folder.glob("*.xml")):
+        try:
+            trees[path.stem] = ElementTree.parse(path).getroot()
+        except (ElementTree.ParseError, OSError, ValueError) as error:
+            problems.add(f"{path}: is not XML ({error}): replace or remove the file")
+    return trees
+
+
+def _categories(trees: dict[str, ElementTree.Element]) -> list[Record]:
+    texts = (
+        element.findtext("name", "").strip() for tree in trees.values() for element in tree.findall("object")
+    )
+    return [{"id": number, "name": name} for number, name in enumerate(sorted(set(texts) - {""}), 1)]
+
+
+def _missing(folder: Path, name: str, annotation: Path, *, in_files: bool) -> str:
+    if not in_files:
+        image = folder / "JPEGImages" / name
+        return f"{image}.jpg: there is no such image (.jpg, .jpeg, .png): add it, or take it out of the split"
+    return f"{annotation}: there is no such file: add it, or take the image out of the split"
+
+
+def _size(tree: ElementTree.Element) -> Record:
+    size = {}
+    for key in ("width", "height"):
+        text = tree.findtext(f"size/{key}", "").strip()
+        if not text.isdecimal() or int(text) == 0:
+            raise ValueError(f"size/{key} is {text!r}: it must be a positive whole number of pixels")
+        size[key] = int(text)
+    return size
+
+
+def _annotation(element: ElementTree.Element, numbers: dict[str, int], *, zero_based: bool) -> Record:
+    name = element.findtext("name", "").strip()
+    if not name:
+        raise ValueError("an object has no name: add it")
+    box = _read_box(element, name)
+    first = 0 if zero_based else 1
+    if min(box.xmin, box.ymin) < first and not zero_based:
+        raise ValueError(
+            f"{name}: the box begins at {box.xmin:g}, {box.ymin:g}, but Pascal VOC counts pixels from 1: correct it, "
+            "or use --zero-based if the tool that wrote it counts from 0 and leaves the end out"
+        )
+    x, y = box.xmin - first, box.ymin - first
+    width, height = box.xmax - x, box.ymax - y
+    if width < 0 or height < 0:
+        raise ValueError(f"{name}: the box ends before it begins: {', '.join(f'{value:g}' for value in box)}")
+    difficult = element.findtext("difficult", "0").strip()
+    if difficult not in ("0", "1"):
+        raise ValueError(f"{name}: difficult is {difficult!r}: it must be 0 or 1")
+    return {
+        "category_id": numbers[name],
+        "bbox": [x, y, width, height],
+        "area": width * height,
+        "iscrowd": int(difficult),
+    }
+
+
+def _read_box(element: ElementTree.Element, name: str) -> _Box:
+    values = []
+    for key in _Box._fields:
+        text = element.findtext(f"bndbox/{key}", "").strip()
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: bndbox/{key} is {text!r}: it must be a number of pixels")
+        values.append(value)
+    return _Box(*values)

@@ -1,0 +1,205 @@
+"""YOLO data sets in the layout of Ultralytics, as COCO's records.
+
+`data.yaml` names the splits and the classes. The labels of `.../images/a.jpg` are in `.../labels/a.txt`, a line for
+each object: `class cx cy w h`, or `class x1 y1 x2 y2 x3 y3 ...` for an outline, in parts of the image's size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raydetr.shards.coco import Problems, Record, check_records
+from raydetr.shards.importers.image_header import read_size
+from raydetr.shards.importers.yolo_labels import Labels
+from raydetr.shards.sources import Source
+
+# what Ultralytics takes for images; those that are neither JPEG nor PNG are refused when they are packed
+IMAGES = frozenset(["bmp", "dng", "heic", "jpeg", "jpg", "mpo", "pfm", "png", "tif", "tiff", "webp"])
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What `data.yaml` says."""
+
+    path: Path
+    root: Path
+    entries: list[str]  # of the split: folders, or text files with a path in each line
+    names: dict[int, str]
+
+
+def yolo_source(path: Path, split: str) -> Source:
+    """One split of a YOLO data set.
+
+    Images are numbered from 1 in the order of their paths; category ids are YOLO's class numbers.
+
+    Args:
+        path: `data.yaml`.
+        split: its key that names the images: train, val or test.
+
+    Raises:
+        ValueError: files are missing or faulty; up to ten faults are listed with file, line, value and remedy.
+    """
+    layout = _read_layout(path, split)
+    problems = Problems(path, "problem")
+    files = _image_files(layout, problems)
+    problems.raise_if_any()
+    labels = Labels(problems, len(layout.names))
+    digest = hashlib.sha256(path.read_bytes())
+    images: list[Record] = []
+    label_files: set[Path] = set()
+    for image_id, file in enumerate(files, 1):
+        name = os.path.relpath(file, layout.root)
+        label_file = _label_file(file)
+        text = _read_labels(label_file, problems)
+        digest.update(f"{name}\n{text}\n".encode())
+        try:
+            width, height = read_size(file)
+        except ValueError as error:
+            problems.add(str(error))
+            continue
+        images.append({"id": image_id, "file_name": name, "width": width, "height": height})
+        if text is not None:
+            label_files.add(label_file)
+            labels.add(label_file, text, image_id, width, height)
+    problems.raise_if_any()
+    if not label_files:
+        raise ValueError(
+            f"{path}: none of its {len(files)} images of {split!r} has labels ({_label_file(files[0])} and so on): "
+            "put them there, in a folder `labels` beside `images`"
+        )
+    categories = [{"id": number, "name": name} for number, name in layout.names.items()]
+    data = {"images": images, "annotations": labels.annotations, "categories": categories}
+    dataset = check_records(data, path, digest.hexdigest())
+    dataset.notices.extend(_notices(labels, label_files))
+    return Source(dataset, layout.root, f"{path.name} [{split}]")
+
+
+def _read_layout(path: Path, split: str) -> _Layout:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}): name a YOLO data.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: is not YAML ({error}): name a YOLO data.yaml") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds no settings: name a YOLO data.yaml")
+    if "kpt_shape" in values:
+        raise ValueError(f"{path}: kpt_shape is set, so the labels hold key points: export boxes instead")
+    entries = values.get(split)
+    entries = [entries] if isinstance(entries, str) else entries
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, str) for entry in entries):
+        found = [key for key in ("train", "val", "test") if values.get(key)]
+        raise ValueError(
+            f"{path}: {split} is {values.get(split)!r:.60}: it must be a folder, a text file or a list of them "
+            f"(the file has {', '.join(found) or 'no splits'})"
+        )
+    return _Layout(path, _root(path, values), entries, _class_names(path, values))
+
+
+def _root(path: Path, values: dict[str, Any]) -> Path:
+    root = path.parent / str(values.get("path") or ".")
+    if not root.is_dir():
+        raise ValueError(
+            f"{path}: path is {values['path']!r}, and there is no folder {root}: set it to the data set's folder, "
+            "absolute or relative to this file"
+        )
+    return Path(os.path.normpath(root))
+
+
+def _class_names(path: Path, values: dict[str, Any]) -> dict[int, str]:
+    names = values.get("names")
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if (
+        not isinstance(names, dict)
+        or not names
+        or sorted(map(str, names)) != sorted(map(str, range(len(names))))
+    ):
+        raise ValueError(
+            f"{path}: names is {values.get('names')!r:.60}: it must be the list of class names, "
+            "or numbers from 0 with names"
+        )
+    if values.get("nc", len(names)) != len(names):
+        raise ValueError(
+            f"{path}: nc is {values['nc']!r}, but there are {len(names)} names: correct one of them"
+        )
+    return {int(number): str(names[number]) for number in sorted(names, key=int)}
+
+
+def _image_files(layout: _Layout, problems: Problems) -> list[Path]:
+    """All images of the split, sorted by path."""
+    files: set[Path] = set()
+    for entry in layout.entries:
+        place = layout.root / entry
+        if not place.exists() and entry.startswith("../"):
+            place = layout.root / entry[3:]  # as Ultralytics does: Roboflow writes ../train/images
+        if place.is_dir():
+            files |= {Path(os.path.normpath(file)) for file in place.rglob("*") if _is_image(file)}
+        elif place.is_file():
+            files |= _listed_files(place, layout.root, problems)
+        else:
+            problems.add(f"there is no {place}: correct `path` or the split's entry {entry!r}")
+    if not files and not problems.count:
+        problems.add(f"there are no images in {', '.join(layout.entries)} (of {layout.root})")
+    return sorted(files)
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix[1:].lower() in IMAGES and not file.name.startswith(".")
+
+
+def _listed_files(listing: Path, root: Path, problems: Problems) -> set[Path]:
+    """The paths in a text file start from its folder, or from the data set's."""
+    found = set()
+    for number, line in enumerate(listing.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        candidates = [listing.parent / line.strip(), root / line.strip()]
+        existing = [file for file in candidates if file.is_file()]
+        if existing:
+            found.add(Path(os.path.normpath(existing[0])))
+        else:
+            problems.add(f"{listing}, line {number}: there is no file {line.strip()!r}: correct or remove it")
+    return found
+
+
+def _label_file(image: Path) -> Path:
+    """As Ultralytics: the last folder `images` becomes `labels`."""
+    parts = list(image.parts)
+    places = [i for i, part in enumerate(parts[:-1]) if part == "images"]
+    if places:
+        parts[places[-1]] = "labels"
+    return Path(*parts).with_suffix(".txt")
+
+
+def _read_labels(file: Path, problems: Problems) -> str | None:
+    if not file.exists():
+        return None  # an image without objects
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        problems.add(f"{file}: cannot be read as text ({error}): replace the file")
+        return None
+
+
+def _notices(labels: Labels, label_files: Iterable[Path]) -> list[str]:
+    used = set(label_files)
+    unused = sorted(
+        file for folder in {file.parent for file in used} for file in folder.glob("*.txt") if file not in used
+    )
+    unused = [file for file in unused if file.name != "classes.txt"]
+    notices = []
+    if labels.num_mixed:
+        notices.append(
+            f"{labels.num_mixed} label files hold boxes and outlines: lines of 5 numbers are taken for boxes"
+        )
+    if unused:
+        notices.append(f"{len(unused)} label files belong to no image of the split ({unused[0]} ...)")
+    return notices

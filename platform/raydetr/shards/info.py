@@ -1,0 +1,104 @@
+"""What a folder of shards holds, for people: `raydetr shards info`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raydetr.config.paths import is_remote
+from raydetr.process_pool import Progress
+from raydetr.shards.reader import Shards
+from raydetr.shards.validation import Fault, parse_content
+
+PERCENTILES = (0, 5, 50, 95, 100)
+SIZES = ("width", "height", "annotations", "bytes")
+
+
+def describe(shards: Shards, progress: Progress | None = None) -> dict[str, Any]:
+    """A summary that can be written as JSON.
+
+    Annotations are counted by category where the shards are local, because every record is read for that.
+
+    Args:
+        shards: to describe.
+        progress: called with (images done, images in all).
+
+    Raises:
+        ShardError: a record cannot be read.
+    """
+    manifest, samples = shards.manifest, shards.samples
+    counts = None if is_remote(shards.location) else _count_categories(shards, progress)
+    columns = (samples["width"], samples["height"], samples["num_annotations"], samples["length"])
+    return {
+        "location": shards.location,
+        "fingerprint": manifest.fingerprint,
+        "images": manifest.num_samples,
+        "annotations": manifest.num_annotations,
+        "images_without_annotations": int((samples["num_annotations"] == 0).sum()),
+        "shards": len(manifest.shards),
+        "samples_per_shard": manifest.samples_per_shard,
+        "bytes": sum(shard.size for shard in manifest.shards),
+        "source": manifest.source,
+        "written_by_others": manifest.foreign is not None,
+        "categories": [
+            {
+                "id": category["id"],
+                "name": category["name"],
+                "annotations": None if counts is None else counts[category["id"]],
+            }
+            for category in manifest.categories
+        ],
+        "percentiles": {name: _percentiles(column) for name, column in zip(SIZES, columns, strict=True)},
+        "notices": manifest.notices,
+    }
+
+
+def to_text(info: dict[str, Any]) -> str:
+    """The summary as lines for a terminal."""
+    source = info["source"]
+    lines = [
+        f"location     {info['location']}",
+        f"fingerprint  {info['fingerprint']}",
+        f"source       {source['name']}, sha256 {source['sha256'][:12]}..."
+        + (", indexed as others wrote it" if info["written_by_others"] else ""),
+        f"images       {info['images']:,} ({info['images_without_annotations']:,} without annotations)",
+        f"annotations  {info['annotations']:,}",
+        f"shards       {info['shards']:,} of up to {info['samples_per_shard']:,} images, "
+        f"{info['bytes'] / 2**20:,.1f} MiB",
+        "",
+        "an image     " + "".join(f"{_percentile_name(percentile):>12}" for percentile in PERCENTILES),
+    ]
+    for name, values in info["percentiles"].items():
+        lines.append(f"{name:<13}" + "".join(f"{value:>12,}" for value in values.values()))
+    lines += ["", f"{'category':<30}{'id':>6}{'annotations':>13}"]
+    for category in info["categories"]:
+        count = "-" if category["annotations"] is None else f"{category['annotations']:,}"
+        lines.append(f"{category['name']:<30}{category['id']:>6}{count:>13}")
+    return "\n".join([*lines, *(f"note: {notice}" for notice in info["notices"])])
+
+
+def _count_categories(shards: Shards, progress: Progress | None) -> Counter[int]:
+    counts: Counter[int] = Counter()
+    for index, row in enumerate(shards.samples):
+        start = int(row["offset"]) + int(row["json_offset"])
+        try:
+            text = shards.files.read(int(row["shard"]), start, int(row["json_length"]))
+            _, annotations = parse_content(text, shards.convert(index))
+            counts.update(annotation["category_id"] for annotation in annotations)
+        except (OSError, Fault, KeyError, TypeError) as fault:
+            shards.refuse(index, str(fault))
+        if progress:
+            progress(index + 1, shards.num_samples)
+    return counts
+
+
+def _percentiles(column: npt.NDArray[Any]) -> dict[str, int]:
+    values = np.percentile(column, PERCENTILES, method="lower")
+    return {str(percentile): int(value) for percentile, value in zip(PERCENTILES, values, strict=True)}
+
+
+def _percentile_name(percentile: int) -> str:
+    return {0: "least", 50: "median", 100: "most"}.get(percentile, f"{percentile}%")

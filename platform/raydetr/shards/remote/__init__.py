@@ -1,0 +1,1 @@
+"""Shards on a server: byte ranges, prefetching, a cache on each node."""

@@ -1,0 +1,227 @@
+"""Shards on a server: small files whole, samples by byte ranges, the near ones in one request."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from raydetr.shards.files import Follower, Span, Unprepared
+from raydetr.shards.manifest import Manifest, Samples
+from raydetr.shards.remote.chunks import Piece, Pieces
+from raydetr.shards.remote.prefetch import CachedPieces, Prefetcher
+from raydetr.store.background import BackgroundThreads
+from raydetr.store.origins import Origin
+from raydetr.store.transfer import RemoteError, RemoteSettings, Transfers
+
+LONGEST_REQUEST = 4 * 1024 * 1024  # bytes; ranges are not merged beyond it, to come at the same time
+MOST_FAULTS = 10  # after which no more files are looked at
+
+
+@dataclass(frozen=True)
+class Request:
+    """One range of a shard that holds the spans numbered `wanted`."""
+
+    shard: int
+    start: int
+    stop: int
+    wanted: tuple[int, ...]
+
+
+def merge(spans: Sequence[Span], gap: int) -> list[Request]:
+    """The requests for some spans: those of a shard that lie within `gap` bytes of each other share one."""
+    requests: list[Request] = []
+    for number in sorted(range(len(spans)), key=lambda number: spans[number]):
+        shard, start, length = spans[number]
+        last = requests[-1] if requests else None
+        if (
+            last is not None
+            and last.shard == shard
+            and start - last.stop <= gap
+            and start + length - last.start <= LONGEST_REQUEST
+        ):
+            stop = max(last.stop, start + length)
+            requests[-1] = Request(shard, last.start, stop, (*last.wanted, number))
+        else:
+            requests.append(Request(shard, start, start + length, (number,)))
+    return requests
+
+
+class Connection:
+    """What a process needs to fetch files of one remote folder. Made anew after a fork, and in copies."""
+
+    def __init__(self, location: str, settings: RemoteSettings) -> None:
+        self.origin, self.settings = Origin(location, settings.options), settings
+        self._pid = 0
+        self.connect()
+
+    def __reduce__(self) -> tuple[type[Connection], tuple[str, RemoteSettings]]:
+        return Connection, (self.origin.location, self.settings)
+
+    @property
+    def threads(self) -> BackgroundThreads:
+        """Where requests are waited for."""
+        self.connect()
+        return self._threads
+
+    def fetch(self, name: str, start: int, stop: int | None, size: int | None) -> bytes:
+        """A range of a file; `size` is that of the whole file, where it is known.
+
+        Raises:
+            RemoteError: it cannot be read.
+        """
+        content = bytearray()
+        self.fetch_into(name, start, stop, size, content.extend)
+        return bytes(content)
+
+    def fetch_into(
+        self, name: str, start: int, stop: int | None, size: int | None, accept: Callable[[bytes], None]
+    ) -> None:
+        """The same, in chunks."""
+        self.connect()
+        origin = self.origin
+        self._transfers.fetch(origin.name(name), lambda: origin.address(name), start, stop, size, accept)
+
+    def connect(self) -> None:
+        """Make ready in this process, before several threads would do it at once."""
+        if self._pid != os.getpid():
+            self.origin.connect()
+            self._transfers = Transfers(self.settings)
+            self._threads = BackgroundThreads(self.settings.max_requests, "remote")
+            self._pid = os.getpid()
+
+
+class RemoteFolder:
+    """A folder on a server; see Folder."""
+
+    def __init__(self, location: str, settings: RemoteSettings) -> None:
+        self.location, self.connection = location, Connection(location, settings)
+
+    def read(self, name: str) -> bytes:
+        """As Folder."""
+        try:
+            return self.connection.fetch(name, 0, None, None)
+        except RemoteError as error:
+            if error.status == 404:
+                raise FileNotFoundError(f"there is no {self.connection.origin.name(name)}") from None
+            raise
+
+    def check_sizes(self, sizes: Mapping[str, int]) -> list[str]:
+        """As Folder. A byte of each file is asked for, which also shows whether the server knows ranges."""
+        threads = self.connection.threads
+        faults: list[str] = []
+        futures = [threads.submit(self._fault, name, size) for name, size in sizes.items()]
+        for future in futures:
+            if len(faults) >= MOST_FAULTS:
+                future.cancel()
+            elif (fault := future.result()) is not None:
+                faults.append(fault)
+        return faults
+
+    def without_manifest(self) -> str:
+        """As Folder."""
+        return "no shards found there (no manifest.json); copy a folder of shards to it"
+
+    def _fault(self, name: str, size: int) -> str | None:
+        try:
+            self.connection.fetch(name, 0, min(1, size), size)
+        except RemoteError as error:
+            return str(error)
+        return None
+
+
+class RemoteFiles:
+    """The shards of a remote folder; see ShardFiles.
+
+    Args:
+        connection: to the folder.
+        sizes: name and size of each shard.
+        cached: the node cache of their pieces, if there is one.
+    """
+
+    def __init__(
+        self, connection: Connection, sizes: Mapping[str, int], cached: CachedPieces | None = None
+    ) -> None:
+        self.connection, self._cached = connection, cached
+        self._files, self._sizes = list(sizes), list(sizes.values())
+        self.names = [connection.origin.name(file) for file in self._files]
+
+    def read(self, shard: int, offset: int, length: int) -> bytes:
+        """As ShardFiles."""
+        copy = self._cached.read((shard, offset, length)) if self._cached else None
+        return self._fetch(shard, offset, length) if copy is None else copy
+
+    def reread(self, shard: int, offset: int, length: int) -> bytes:
+        """As ShardFiles. A copy in the node cache is removed."""
+        if self._cached is not None:
+            self._cached.drop((shard, offset, length))
+        return self._fetch(shard, offset, length)
+
+    def start(self, spans: Sequence[Span]) -> Callable[[], list[bytes | OSError]]:
+        """As ShardFiles."""
+        copies = [self._cached.read(span) if self._cached else None for span in spans]
+        missing = [span for span, copy in zip(spans, copies, strict=True) if copy is None]
+        requests = merge(missing, self.connection.settings.merge_gap)
+        threads = self.connection.threads
+        futures = [
+            threads.submit(self._fetch, request.shard, request.start, request.stop - request.start)
+            for request in requests
+        ]
+
+        def wait() -> list[bytes | OSError]:
+            fetched = iter(_cut(missing, requests, futures))
+            return [next(fetched) if copy is None else copy for copy in copies]
+
+        return wait
+
+    def follow(self, turns: Iterable[Sequence[int]]) -> Follower:
+        """As ShardFiles: fills the node cache."""
+        if self._cached is None:
+            return Unprepared()
+        self.connection.connect()
+        return Prefetcher(self._cached, self._download, turns)
+
+    def _fetch(self, shard: int, offset: int, length: int) -> bytes:
+        return self.connection.fetch(self._files[shard], offset, offset + length, self._sizes[shard])
+
+    def _download(self, piece: Piece, accept: Callable[[bytes], None]) -> None:
+        shard = piece.shard
+        self.connection.fetch_into(self._files[shard], piece.start, piece.stop, self._sizes[shard], accept)
+
+
+def make_remote_files(connection: Connection, manifest: Manifest, samples: Samples) -> RemoteFiles:
+    """The shards of a manifest, behind the node cache where one is set.
+
+    Raises:
+        ValueError: the cache cannot be used, or is smaller than a shard.
+    """
+    files = RemoteFiles(connection, {shard.name: shard.size for shard in manifest.shards})
+    settings = connection.settings.cache
+    if settings is None:
+        return files
+    largest = max(shard.size for shard in manifest.shards)
+    if settings.num_bytes < largest:
+        raise ValueError(
+            f"data.cache_gb={settings.num_bytes / 1e9:g} is less than a shard of {connection.origin.location} "
+            f"({largest / 1e9:g} GB), too little to help: raise it, or leave data.cache out"
+        )
+    cached = CachedPieces(settings, Pieces(samples, manifest.shards, files.names))
+    return RemoteFiles(connection, {shard.name: shard.size for shard in manifest.shards}, cached)
+
+
+def _cut(
+    spans: Sequence[Span], requests: Sequence[Request], futures: Sequence[Future[bytes]]
+) -> list[bytes | OSError]:
+    """The bytes of each span, out of those of the requests."""
+    found: dict[int, bytes | OSError] = {}
+    for request, future in zip(requests, futures, strict=True):
+        try:
+            content = future.result()
+        except OSError as error:
+            found |= dict.fromkeys(request.wanted, error)
+            continue
+        for number in request.wanted:
+            _, offset, length = spans[number]
+            found[number] = content[offset - request.start : offset - request.start + length]
+    return [found[number] for number in range(len(spans))]

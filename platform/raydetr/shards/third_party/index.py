@@ -1,0 +1,195 @@
+"""Index shards that others wrote, so that our reader takes them as they are: `raydetr shards index`.
+
+The tars stay untouched; `index.npz` and `manifest.json` are written beside them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raydetr.process_pool import Progress, run_tasks
+from raydetr.shards.coco import Problems, Record
+from raydetr.shards.manifest import (
+    FOREIGN_VERSION,
+    INDEX,
+    MANIFEST,
+    BoxFormat,
+    Foreign,
+    Manifest,
+    RecordFormat,
+    Samples,
+    data_fingerprint,
+    label_maps,
+)
+from raydetr.shards.tar_samples import tar_samples
+from raydetr.shards.third_party.categories import categories_of, read_categories
+from raydetr.shards.third_party.record_formats import find_format
+from raydetr.shards.third_party.shard import (
+    IndexedShard,
+    IndexTask,
+    image_and_record,
+    index_foreign,
+    read_content,
+)
+from raydetr.shards.validation import Fault, check_index, check_manifest
+from raydetr.store.output_folder import write_atomically
+
+
+def index_folder(
+    folder: Path,
+    *,
+    categories: Path | None = None,
+    box_format: BoxFormat | None = None,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Index all tars of a folder. Every sample is read, and its image decoded.
+
+    Args:
+        folder: with plain tars of samples that have an image (.jpg, .jpeg, .png) and a .json.
+        categories: a JSON file that names them: a COCO file, a list of {"id", "name"}, or a list of names, numbered
+            from 0. None: the labels that occur, names in alphabetical order from 1.
+        box_format: how boxes are written, where the records do not say by being COCO's.
+        workers: processes.
+        progress: called with (bytes read, bytes in all).
+
+    Raises:
+        ValueError: the folder has an index, or its samples cannot be used (up to ten faults are listed).
+        OSError: the index cannot be written.
+    """
+    paths = _tars(folder)
+    known = None if categories is None else read_categories(categories)
+    form = _find_form(paths, box_format)
+    problems = Problems(folder, "fault")
+    total = sum(path.stat().st_size for path in paths)
+    advance = (lambda done: progress(done, total)) if progress else None
+    tasks = (IndexTask(number, path, form) for number, path in enumerate(paths))
+    shards: list[IndexedShard] = []
+    with closing(
+        run_tasks(index_foreign, tasks, workers=min(workers, len(paths)), progress=advance)
+    ) as results:
+        for shard in results:
+            shards.append(shard)
+            problems.add_many(shard.faults, shard.num_faults)
+    _check_boxes(shards, form, problems)
+    found = sum((shard.labels for shard in shards), Counter[int | str]())
+    chosen = categories_of(found, known, problems)
+    problems.raise_if_any()
+    manifest, samples = _describe(folder, shards, form, chosen, named=known is not None)
+    content = io.BytesIO()
+    np.savez(content, samples=samples)
+    write_atomically(folder / INDEX, content.getvalue())
+    write_atomically(folder / MANIFEST, manifest.to_json())
+    return manifest
+
+
+def _tars(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder")
+    if (folder / MANIFEST).exists():
+        raise ValueError(
+            f"{folder}: has a {MANIFEST}, so it is indexed: to index it again, remove that first"
+        )
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        packed = sorted(path.name for path in folder.glob("*.tar.*")) + [
+            path.name for path in folder.glob("*.tgz")
+        ]
+        hint = f" ({packed[0]}: unpack it to a plain tar, in which a sample can be found)" if packed else ""
+        raise ValueError(f"{folder}: holds no *.tar{hint}")
+    return paths
+
+
+def _find_form(paths: list[Path], box_format: BoxFormat | None) -> RecordFormat:
+    """The convention of the first record that has objects."""
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                for sample in tar_samples(path):
+                    if "json" not in sample.members:
+                        image_and_record(sample)
+                    form = find_format(read_content(file, sample), box_format)
+                    if form is not None:
+                        return form
+        except Fault as fault:
+            raise ValueError(
+                f"{path}: the first records cannot be read as boxes and labels: {fault}"
+            ) from None
+    raise ValueError(f"{paths[0].parent}: no record has any object, so there is nothing to train on")
+
+
+def _check_boxes(shards: list[IndexedShard], form: RecordFormat, problems: Problems) -> None:
+    if 0 < max(shard.largest for shard in shards) <= 1:
+        problems.add(
+            f"no box reaches beyond 1 in {form.boxes!r}: they must be in pixels, not in parts of the image"
+        )
+
+
+def _describe(
+    folder: Path, shards: list[IndexedShard], form: RecordFormat, categories: list[Record], *, named: bool
+) -> tuple[Manifest, Samples]:
+    samples = np.concatenate([shard.samples for shard in shards])
+    image_ids = [image_id for shard in shards for image_id in shard.image_ids]
+    annotation_ids = [number for shard in shards for number in shard.annotation_ids]
+    own_images = _usable_ids(image_ids)
+    own_annotations = form.kind == "coco" and _usable_ids(annotation_ids)
+    samples["image_id"] = image_ids if own_images else np.arange(1, len(samples) + 1)
+    files = [shard.file for shard in shards if shard.file is not None]
+    digest = hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()
+    notices = _notices(shards, samples, own_images=own_images)
+    if not named and all(isinstance(label, int) for shard in shards for label in shard.labels):
+        notices.append("the categories have no names but their numbers (--categories FILE gives them)")
+    manifest = Manifest(
+        format_version=FOREIGN_VERSION,
+        fingerprint=data_fingerprint(samples, categories),
+        num_samples=len(samples),
+        num_annotations=int(samples["num_annotations"].sum()),
+        samples_per_shard=max(file.num_samples for file in files),
+        shards=files,
+        categories=categories,
+        label_maps=label_maps([category["id"] for category in categories]),
+        source={"name": folder.resolve().name, "sha256": digest},
+        header={},
+        notices=notices,
+        foreign=Foreign(
+            [key for shard in shards for key in shard.keys],
+            dataclasses.replace(form, own_ids=own_annotations),
+        ),
+    )
+    check_manifest(manifest)
+    check_index(samples, manifest)
+    return manifest, samples
+
+
+def _usable_ids(ids: list[Any]) -> bool:
+    whole = all(
+        isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**63 for number in ids
+    )
+    return whole and len(set(ids)) == len(ids)
+
+
+def _notices(shards: list[IndexedShard], samples: Samples, *, own_images: bool) -> list[str]:
+    ignored = sum((shard.ignored for shard in shards), Counter[str]())
+    num_empty = int((samples["num_annotations"] == 0).sum())
+    num_turned = sum(shard.num_turned for shard in shards)
+    num_without_area = sum(shard.num_without_area for shard in shards)
+    lines = [
+        (num_empty, "images without annotations: kept, training sees them as background"),
+        (num_turned, "images carry an EXIF orientation, which is not applied: boxes refer to stored pixels"),
+        (num_without_area, "objects have no area: it is that of their box"),
+        *((count, f"members .{extension} are ignored") for extension, count in sorted(ignored.items())),
+    ]
+    notices = [f"{count} {text}" for count, text in lines if count]
+    if not own_images:
+        notices.append(
+            "the records have no image ids that are whole numbers, each once: images are numbered from 1"
+        )
+    return notices

@@ -1,0 +1,234 @@
+"""What the bytes of a sample, the index and the manifest must be, before anybody relies on them.
+
+A crc finds what changed by accident. The checks here also find what fits its crc and is wrong all the same: an
+index of other shards, a member of another sample, a record that is not COCO's. They raise `Fault`, which says
+what is wrong; whoever calls them says where.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from raydetr.shards.manifest import SAMPLE_DTYPE, Manifest, Samples
+
+TAR_BLOCK = 512
+
+Records = tuple[dict[str, Any], list[dict[str, Any]]]  # COCO's, of an image and of its objects
+Convert = Callable[[Any], Records]  # from the parsed JSON that others wrote
+
+
+class Fault(ValueError):
+    """Something is not what it must be; the message says what."""
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample as it was packed."""
+
+    key: str
+    image: bytes  # JPEG or PNG
+    record: dict[str, Any]  # COCO's record of the image
+    annotations: list[dict[str, Any]]  # COCO's records of its objects
+
+
+def parse_sample(
+    row: np.void, key: str, raw: bytes, category_ids: Container[int], convert: Convert | None = None
+) -> RawSample:
+    """The parts of a sample, if they are those of its row in the index.
+
+    Args:
+        row: of SAMPLE_DTYPE.
+        key: that its members must have.
+        raw: what was read for it.
+        category_ids: those that annotations may have.
+        convert: of shards that others wrote: makes COCO's records of theirs.
+
+    Raises:
+        Fault: it is cut off or damaged, or belongs to another image, or its record is not COCO's.
+    """
+    _, _, length, image_at, image_length, json_at, json_length, *_, crc32 = row.item()
+    if len(raw) != length:
+        raise Fault(f"the shard ends after {len(raw)} of its {length} bytes")
+    if zlib.crc32(raw) != crc32:
+        raise Fault(f"its crc32 is {zlib.crc32(raw):#010x}, the index says {crc32:#010x}")
+    for what, at, size in (("image", image_at, image_length), ("record", json_at, json_length)):
+        found = member_at(raw, at)
+        if found != (key, size):
+            raise Fault(f"its {what} has key and size {found}, the index says {(key, size)}")
+    record, annotations = parse_record(row, raw[json_at : json_at + json_length], category_ids, convert)
+    return RawSample(key, raw[image_at : image_at + image_length], record, annotations)
+
+
+def parse_record(
+    row: np.void, text: bytes, category_ids: Container[int], convert: Convert | None = None
+) -> Records:
+    """A sample's JSON member, if it fits its row in the index: COCO's record of the image and its annotations.
+
+    Raises:
+        Fault: it does not, or is not COCO's.
+    """
+    image_id, width, height, count = (int(row[n]) for n in ("image_id", "width", "height", "num_annotations"))
+    record, annotations = parse_content(text, convert)
+    named = {"id": image_id, "width": width, "height": height}
+    for name, value in named.items():
+        if record.get(name) != value:
+            raise Fault(f"its record has the {name} {record.get(name)!r:.40}, the index says {value}")
+    if len(annotations) != count:
+        raise Fault(f"it has {len(annotations)} annotations, the index says {count}")
+    for number, annotation in enumerate(annotations):
+        _check_annotation(number, annotation, image_id, category_ids)
+    return record, annotations
+
+
+def parse_content(text: bytes, convert: Convert | None = None) -> Records:
+    """A sample's JSON member, whatever it describes: COCO's record of the image, and the list of annotations.
+
+    Raises:
+        Fault: it is not JSON, or of another shape.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Fault(f"its record is not JSON ({error})") from None
+    if convert is not None:
+        return convert(content)
+    if not isinstance(content, dict):
+        raise Fault(f"its record is a {type(content).__name__}, not an object")
+    for name, kind in (("image", dict), ("annotations", list)):
+        if not isinstance(content.get(name), kind):
+            raise Fault(f"{name!r} in its record is {content.get(name)!r:.40}")
+    return content["image"], content["annotations"]
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Make sure that the parts of a manifest that reading relies on are of their types.
+
+    Raises:
+        Fault: one is not; names it.
+    """
+    if not isinstance(manifest.shards, list) or not manifest.shards:
+        raise Fault("it has no shards")
+    for shard in manifest.shards:
+        name = shard.name
+        if not isinstance(name, str) or name != PurePath(name).name or not name.isprintable():
+            raise Fault(f"{name!r:.80} is no file name of a shard")
+        for what, number in (("size", shard.size), ("num_samples", shard.num_samples)):
+            if not _is_count(number):
+                raise Fault(f"{what} of {name} is {number!r:.40}")
+    if len({shard.name for shard in manifest.shards}) < len(manifest.shards):
+        raise Fault("it names a shard twice")
+    for what, number in (
+        ("num_samples", manifest.num_samples),
+        ("num_annotations", manifest.num_annotations),
+    ):
+        if not _is_count(number):
+            raise Fault(f"{what} is {number!r:.40}")
+    if manifest.foreign is not None and len(manifest.foreign.keys) != manifest.num_samples:
+        raise Fault(f"it has {len(manifest.foreign.keys)} keys for {manifest.num_samples} samples")
+    _check_categories(manifest.categories)
+    if not isinstance(manifest.header, dict):
+        raise Fault(f"header is {manifest.header!r:.40}")
+
+
+def check_index(samples: Samples, manifest: Manifest) -> None:
+    """Make sure that the rows of an index lie within the shards of the manifest, and are counted as it says.
+
+    Raises:
+        Fault: they do not, or are not; names the first.
+    """
+    if samples.ndim != 1 or not len(samples):
+        raise Fault(f"it is an array of shape {samples.shape}")
+    if int(samples["shard"].max()) >= len(manifest.shards):
+        raise Fault(f"it names shard {samples['shard'].max()}, the manifest has {len(manifest.shards)}")
+    counts = np.bincount(samples["shard"], minlength=len(manifest.shards)).tolist()
+    stated = [shard.num_samples for shard in manifest.shards]
+    num_annotations = int(samples["num_annotations"].sum(dtype=np.int64))
+    if counts != stated or len(samples) != manifest.num_samples:
+        raise Fault(f"it has {_listing(counts)} samples in the shards, the manifest says {_listing(stated)}")
+    if num_annotations != manifest.num_annotations:
+        raise Fault(f"it has {num_annotations} annotations, the manifest says {manifest.num_annotations}")
+    sizes = np.array([shard.size for shard in manifest.shards], np.float64)[samples["shard"]]
+    column = {name: samples[name].astype(np.float64) for name in SAMPLE_DTYPE.names or ()}  # sums do not wrap
+    good = column["offset"] + column["length"] <= sizes
+    for part in ("image", "json"):
+        good &= column[f"{part}_offset"] >= TAR_BLOCK
+        good &= column[f"{part}_offset"] + column[f"{part}_length"] <= column["length"]
+    good &= (column["width"] > 0) & (column["height"] > 0)
+    # in the order of the shards, which the plan relies on; samples do not overlap
+    follows = column["shard"][1:] > column["shard"][:-1]
+    after = column["offset"][1:] >= (column["offset"] + column["length"])[:-1]
+    good[1:] &= follows | (after & (column["shard"][1:] == column["shard"][:-1]))
+    if not good.all():
+        first = samples[int(np.argmin(good))]
+        raise Fault(
+            f"image {first['image_id']} cannot lie in {manifest.shards[first['shard']].name} at "
+            f"byte {first['offset']} with {first['length']} bytes"
+        )
+    if len(np.unique(samples["image_id"])) != len(samples):
+        raise Fault("it has an image id twice")
+
+
+def member_at(raw: bytes, content_at: int) -> tuple[str, int | None]:
+    """Key and size of a tar member, from the block before its content."""
+    header = raw[content_at - TAR_BLOCK : content_at]
+    try:
+        size = int(header[124:136].rstrip(b" \0"), 8)
+    except ValueError:
+        size = None
+    folder, slash, name = _member_name(header).rpartition(b"/")
+    key = folder + slash + name.partition(b".")[0]
+    return key.decode(errors="replace"), size
+
+
+def _member_name(header: bytes) -> bytes:
+    name, prefix = (header[span].partition(b"\0")[0] for span in (slice(100), slice(345, 500)))
+    return prefix + b"/" + name if prefix and header[257:263] == b"ustar\0" else name
+
+
+def _check_annotation(number: int, annotation: Any, image_id: int, category_ids: Container[int]) -> None:
+    """In one go, because there are many; `usable_boxes` and COCO's AP need all of it."""
+    try:
+        x, y, width, height = annotation["bbox"]
+        good = (
+            math.isfinite(x + y + width + height)
+            and width >= 0
+            and height >= 0
+            and annotation["area"] >= 0
+            and annotation["image_id"] == image_id
+            and annotation["category_id"] in category_ids
+            and isinstance(annotation["id"], int)
+        )
+    except (TypeError, ValueError, KeyError, OverflowError):
+        good = False
+    if not good:
+        raise Fault(f"annotation {number} of its record is {annotation!r:.200}")
+
+
+def _check_categories(categories: Sequence[Any]) -> None:
+    if not isinstance(categories, list) or not categories:
+        raise Fault("it has no categories")
+    ids = []
+    for category in categories:
+        if not isinstance(category, dict) or not isinstance(category.get("name"), str):
+            raise Fault(f"the category {category!r:.80} has no name")
+        if not _is_count(category.get("id")):
+            raise Fault(f"the category {category!r:.80} has no id")
+        ids.append(category["id"])
+    if len(set(ids)) != len(ids) or ids != sorted(ids):
+        raise Fault("the ids of its categories are not in order, each once")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _listing(counts: Sequence[int]) -> str:
+    return ", ".join(map(str, counts[:5])) + (", ..." if len(counts) > 5 else "")

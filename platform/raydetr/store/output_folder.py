@@ -1,0 +1,194 @@
+"""Output folders that are either whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+PARTIAL = ".partial"
+PUBLISHING = "publishing.json"  # the names that are being renamed into place
+LOCK = "lock"
+
+
+@contextmanager
+def new_folder(out: Path, *, last: str) -> Iterator[Path]:
+    """Give a folder to write into; its entries appear in `out` only when the block ends without an error.
+
+    The temporary folder lies inside `out`, so that renaming never crosses file systems. The entry `last`
+    is renamed after all others: where it exists, everything does. What a killed writer left is removed.
+
+    Args:
+        out: the folder to fill; missing, or empty.
+        last: name of the entry whose presence means "complete".
+
+    Raises:
+        ValueError: `out` holds something, or is no folder.
+        OSError: writing failed (disk full, no permission); nothing is left behind.
+    """
+    existed = out.exists()
+    _refuse_occupied(out)
+    partial = out / PARTIAL
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for entry in sorted(partial.iterdir(), key=lambda entry: (entry.name == last, entry.name)):
+            entry.rename(out / entry.name)
+        partial.rmdir()
+    except BaseException as error:
+        _remove(out, existed)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise _stopped(out, error, "free space or check permissions, then run again") from error
+        raise
+
+
+@contextmanager
+def resumable_folder(out: Path) -> Iterator[Path]:
+    """Give a folder to write into that outlives a stop, for a writer that knows what it finds there.
+
+    It is `.partial` inside `out`, as for `new_folder`. The block ends with `publish`. After a ValueError, which is
+    a fault of the input, it is removed; after anything else (Ctrl-C, a full disk, a killed process) it stays, and
+    the next run is given it with everything that was finished.
+
+    Args:
+        out: the folder to fill; missing, empty, or what a stopped run left.
+
+    Raises:
+        ValueError: `out` holds something else, is no folder, or is being written by another process.
+        OSError: writing failed (disk full, no permission).
+    """
+    existed = out.exists()
+    partial = out / PARTIAL
+    if not partial.is_dir():
+        _refuse_occupied(out)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = _lock(out)
+    except OSError as error:
+        raise _stopped(out, error, "check permissions, then run again") from error
+    try:
+        _take_back(out)
+        _refuse_occupied(out)
+        yield from _filled(out, existed)
+    finally:
+        os.close(lock)
+
+
+def _filled(out: Path, existed: bool) -> Iterator[Path]:
+    partial = out / PARTIAL
+    try:
+        for entry in partial.glob("*.tmp"):
+            entry.unlink()
+        yield partial
+        shutil.rmtree(partial)
+    except ValueError:
+        _remove(out, existed)
+        raise
+    except OSError as error:
+        remedy = "free space or check permissions, then run again: it goes on where it stopped"
+        raise _stopped(out, error, remedy) from error
+
+
+def publish(partial: Path, names: Sequence[str]) -> None:
+    """Move entries of a resumable folder into place, in this order; the last one means "complete".
+
+    A stop in between is undone by the next `resumable_folder`.
+    """
+    out = partial.parent
+    for name in names:
+        flush(partial / name)
+    write_atomically(partial / PUBLISHING, json.dumps(names).encode())
+    flush(partial)
+    for name in names[:-1]:
+        (partial / name).rename(out / name)
+    flush(out)
+    (partial / names[-1]).rename(out / names[-1])
+    flush(out)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is there with this content, or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    flush(temporary)
+    temporary.rename(path)
+
+
+def flush(path: Path) -> None:
+    """Make sure that a file's content, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_out_file(path: Path) -> None:
+    """Before minutes of work: whether a file can be written there.
+
+    Raises:
+        ValueError: its folder is missing, or it is a folder itself.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}: make it first")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder: name a file")
+
+
+def _take_back(out: Path) -> None:
+    """Undo what a writer that was stopped in `publish` had renamed."""
+    listing = out / PARTIAL / PUBLISHING
+    if not listing.is_file():
+        return
+    names = json.loads(listing.read_bytes())
+    if (out / names[-1]).exists():  # everything was renamed
+        shutil.rmtree(out / PARTIAL)
+        return
+    for name in names:
+        if (out / name).exists():
+            (out / name).rename(out / PARTIAL / name)
+    listing.unlink()
+
+
+def _lock(out: Path) -> int:
+    """Keep other writers away; ends with the process, however that ends."""
+    descriptor = os.open(out / PARTIAL / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(
+            f"{out}: another process is writing there: wait for it, or name another folder"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # a file system without locks
+            os.close(descriptor)
+            raise
+    return descriptor
+
+
+def _remove(out: Path, existed: bool) -> None:
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)
+    if not existed and out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
+
+
+def _stopped(out: Path, error: OSError, remedy: str) -> OSError:
+    return OSError(error.errno, f"{out}: writing stopped ({error.strerror or error}); {remedy}")
+
+
+def _refuse_occupied(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file, not a folder: name another output folder")
+    found = [entry.name for entry in out.iterdir() if entry.name != PARTIAL] if out.is_dir() else []
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise ValueError(
+            f"{out} is not empty (it holds {min(found)}{more}): name another output folder, or remove it"
+        )

@@ -1,0 +1,1 @@
+"""The metrics of a run: its history file and its MLflow run."""

@@ -1,0 +1,175 @@
+"""Official checkpoints as checkpoints of ours: to evaluate, to predict with, to fine-tune from."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detrs import zoo
+from detrs.checkpoints import from_official, official_names, read_official, recognise
+from detrs.zoo import DetrConfig, ModelConfig
+from raydetr import recipes
+from raydetr.config import RunConfig, nearest, override, to_dict
+from raydetr.store.output_folder import new_folder
+from raydetr.training.checkpoint import write
+from raydetr.training.coco_classes import COCO_CATEGORIES
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was found in the file and written."""
+
+    recipe: str  # whose settings the checkpoint carries
+    paper: str
+    num_classes: int
+    num_parameters: int  # statistics of batch norm included
+    categories: list[dict[str, Any]]
+
+
+def import_checkpoint(file: Path, model: str, out: Path, annotations: Path | None = None) -> Imported:
+    """Convert an official checkpoint into a checkpoint folder.
+
+    Args:
+        file: the official .pth file.
+        model: a recipe (`dino_r50_4scale_12ep`), a recipe without its epochs (`dino_r50_4scale`), or a paper
+            (`dino`), of which the model that fits is found.
+        out: the folder to write; new or empty.
+        annotations: a COCO JSON file with the categories the model was trained on; None: COCO's 80.
+
+    Raises:
+        ValueError: the file is no checkpoint, or not of this model (what was found is said), the model's name
+            is unknown, or the categories do not fit its number of classes.
+    """
+    candidates = _candidates(model)
+    official = read_official(file)
+    paper = recognise(official)
+    expected = candidates[0].model.paper
+    if paper != expected:
+        raise ValueError(
+            f"{file}: {_found(official, paper)}, not a checkpoint of {expected}"
+            + (f": use --model {paper}" if paper else "")
+        )
+    config, state = _fitting(file, model, candidates, official)
+    categories, label_map = _categories(file, _num_classes(config.model), annotations)
+    config = override(config, {"data.label_map": label_map, "init.checkpoint": None})
+    meta = {
+        "config": to_dict(config),
+        "categories": categories,
+        "fingerprint": "",  # of no training data of ours: it cannot be resumed, only started from
+        "epoch": 0,
+        "position": 0,
+        "metrics": {},
+    }
+    with new_folder(out, last="meta.json") as folder:
+        write(folder, {"model": state, "ema": None}, meta)
+    num_parameters = sum(tensor.numel() for tensor in state.values())
+    return Imported(config.recipe, expected, _num_classes(config.model), num_parameters, categories)
+
+
+def _candidates(model: str) -> list[RunConfig]:
+    """The recipes that a name stands for, one for each different model."""
+    known: dict[str, list[RunConfig]] = {}
+    official = [recipe for recipe in recipes.RECIPES if _is_official(recipe.__name__)]
+    for config in (recipe() for recipe in official):
+        for name in {config.recipe, _without_epochs(config.recipe), config.model.paper}:
+            same = [other.model for other in known.setdefault(name, [])]
+            if config.model not in same:
+                known[name].append(config)
+    if model not in known:
+        raise ValueError(f"--model {model}: no such recipe or paper{nearest(model, known)}")
+    return known[model]
+
+
+def _fitting(
+    file: Path, model: str, candidates: list[RunConfig], official: Mapping[str, Tensor]
+) -> tuple[RunConfig, dict[str, Tensor]]:
+    """The one candidate whose parameters the file holds, with its number of classes, and our state dict."""
+    fitting: list[tuple[RunConfig, dict[str, Tensor]]] = []
+    misfits: list[str] = []
+    for candidate in candidates:
+        own = _meta_state(candidate.model, 1)
+        num_classes = _classes_in(candidate.model, own, official)
+        config = override(candidate, {"model.num_classes": num_classes})
+        try:
+            state = from_official(config.model, official, _meta_state(config.model, num_classes))
+            fitting.append((config, state))
+        except ValueError as error:
+            misfits.append(f"{_without_epochs(candidate.recipe)}: {error}")
+    if not fitting:
+        raise ValueError(f"{file}: {_found(official, recognise(official))}, but {'; '.join(misfits)}")
+    names = [_without_epochs(config.recipe) for config, _ in fitting]
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{file}: the parameters fit {' and '.join(names)}, which differ in settings that a checkpoint does "
+            f"not show: give --model {names[0]}, or another of them, instead of {model}"
+        )
+    return fitting[0]
+
+
+def _classes_in(model: ModelConfig, own: Mapping[str, Tensor], official: Mapping[str, Tensor]) -> int:
+    """The number of classes of the file's class head, or 91 where it has none by that name."""
+    head = next(name for name in own if re.fullmatch(r"decoder\.class_heads\.0\.(.*\.)?weight", name))
+    given = official.get(official_names(model, own)[head][0])
+    rows = 91 if given is None else len(given) - isinstance(model, DetrConfig)  # less "no object"
+    return max(1, rows)
+
+
+def _meta_state(model: ModelConfig, num_classes: int) -> dict[str, Tensor]:
+    """Names and shapes of a model's state."""
+    with torch.device("meta"):
+        built = zoo.build(
+            replace(model, num_classes=num_classes, backbone=replace(model.backbone, weights=None))
+        )
+    return built.detector.state_dict()
+
+
+def _categories(file: Path, num_classes: int, annotations: Path | None) -> tuple[list[dict[str, Any]], str]:
+    """The categories, and how the model numbers them."""
+    categories = COCO_CATEGORIES if annotations is None else _read_categories(annotations)
+    if num_classes == max(category["id"] for category in categories) + 1:
+        return categories, "category_id"
+    if num_classes == len(categories):
+        return categories, "contiguous"
+    source = "COCO has" if annotations is None else f"{annotations} has"
+    raise ValueError(
+        f"{file}: a model of {num_classes} classes, but {source} {len(categories)} categories with ids up to "
+        f"{max(category['id'] for category in categories)}: give the annotations it was trained on, as "
+        "--annotations FILE"
+    )
+
+
+def _read_categories(annotations: Path) -> list[dict[str, Any]]:
+    try:
+        categories = json.loads(annotations.read_text())["categories"]
+        return sorted(
+            ({"id": int(category["id"]), "name": str(category["name"])} for category in categories),
+            key=lambda category: int(category["id"]),
+        )
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{annotations}: no categories can be read from it ({error})") from None
+
+
+def _found(official: Mapping[str, Tensor], paper: str | None) -> str:
+    first = ", ".join(sorted(official)[:2])
+    what = f"a checkpoint of {paper}" if paper else "a checkpoint of none of the five papers"
+    return f"{what} ({len(official)} tensors: {first}, ...)"
+
+
+def _num_classes(model: ModelConfig) -> int:
+    assert model.num_classes is not None
+    return model.num_classes
+
+
+def _is_official(recipe: str) -> bool:
+    return _without_epochs(recipe) != recipe
+
+
+def _without_epochs(recipe: str) -> str:
+    return re.sub(r"_\d+ep$", "", recipe)

@@ -1,0 +1,147 @@
+"""The weights that a new run starts from: those of a checkpoint (`init.checkpoint`), or new ones.
+
+What does not depend on the number of classes is kept; class heads start anew where that number differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from detrs import zoo
+from detrs.checkpoints import CLASS_DEPENDENT
+from detrs.zoo import ModelConfig
+from raydetr.config import ConfigError, RunConfig, flatten, from_dict, to_dict
+from raydetr.data.splits import open_splits
+from raydetr.training.checkpoint import Meta, load_for_inference, read_meta
+
+IMAGENET = "https://download.pytorch.org/models/"
+IMAGENET_FILES = {
+    "resnet18": "resnet18-f37072fd.pth",
+    "resnet34": "resnet34-b627a593.pth",
+    "resnet50": "resnet50-0676ba61.pth",
+    "resnet101": "resnet101-63fe2227.pth",
+}
+# model settings that a checkpoint's weights do not depend on
+_FREE = (
+    "num_classes",
+    "dropout",
+    "aux_loss",
+    "num_select",
+    "loss.",
+    "backbone.weights",
+    "backbone.num_frozen",
+)
+
+
+def describe(config: RunConfig) -> list[str]:
+    """What a new run of the (resolved) `config` starts from, to be said before it does.
+
+    Raises:
+        CheckpointError: `init.checkpoint` is no whole checkpoint.
+        ConfigError: there is no such folder, or its weights do not fit the model; the message says where.
+    """
+    if config.init.checkpoint is None:
+        return _describe_backbone(config)
+    if not config.init.checkpoint.is_dir():
+        raise ConfigError(
+            f"init.checkpoint {config.init.checkpoint}: no such folder; name a checkpoint of a run, or write one "
+            "from an official file with `raydetr import-checkpoint`"
+        )
+    meta = read_meta(config.init.checkpoint)
+    renewed = new_names(meta, config)
+    said = [f"starting from {config.init.checkpoint}"]
+    differences = [line for line in _differences(meta, config) if not line.startswith(_FREE)]
+    if differences:
+        said.append(f"note: its model has other settings: {', '.join(differences)}")
+    if renewed:
+        there, here = from_dict(meta.config).model.num_classes, config.model.num_classes
+        said.append(
+            f"starting anew, because it has {there} classes and the data {here}: {', '.join(renewed)}; "
+            "all other weights are kept"
+        )
+    elif _category_names(config) != [category["name"] for category in meta.categories]:
+        said.append("note: it was trained on as many classes, but with other names; its class heads are kept")
+    return said
+
+
+def load(detector: nn.Module, config: RunConfig) -> None:
+    """Give a new detector the weights of `init.checkpoint`, if there is one.
+
+    Raises:
+        CheckpointError: it is no whole checkpoint.
+        ConfigError: its weights do not fit the model.
+    """
+    folder = config.init.checkpoint
+    if folder is None:
+        return
+    renewed = new_names(read_meta(folder), config)
+    weights = load_for_inference(folder).model.detector.state_dict()
+    detector.load_state_dict({**weights, **{name: detector.state_dict()[name] for name in renewed}})
+
+
+def new_names(meta: Meta, config: RunConfig) -> list[str]:
+    """Names of the parameters that keep their new values: those by class, where the number of classes differs.
+
+    Raises:
+        ConfigError: other parameters differ too, or the checkpoint is of another paper.
+    """
+    theirs, ours = from_dict(meta.config).model, config.model
+    if theirs.paper != ours.paper:
+        raise ConfigError(
+            f"init.checkpoint {config.init.checkpoint}: holds weights of {theirs.paper}, and the run trains "
+            f"{ours.paper}: use a recipe of {theirs.paper}, or another checkpoint"
+        )
+    there, here = _shapes(theirs), _shapes(ours)
+    different = [name for name in here if name in there and here[name] != there[name]]
+    renewed = [
+        name for name in different if CLASS_DEPENDENT.fullmatch(name) and here[name][1:] == there[name][1:]
+    ]
+    if here.keys() != there.keys() or renewed != different:
+        odd = sorted(here.keys() ^ there.keys()) or [name for name in different if name not in renewed]
+        raise ConfigError(
+            f"init.checkpoint {config.init.checkpoint}: weights of another {ours.paper} model: "
+            f"{', '.join(_differences(meta, config))} (first parameter that differs: {odd[0]})"
+        )
+    return renewed
+
+
+def _describe_backbone(config: RunConfig) -> list[str]:
+    backbone = config.model.backbone
+    is_frozen = backbone.norm == "frozen" or backbone.num_frozen_stages > 0
+    if backbone.weights is not None or not is_frozen:
+        return []
+    return [
+        "warning: model.backbone.weights is not set: the backbone starts from random numbers, and what is frozen "
+        "in it stays random. Give ImageNet weights, for example model.backbone.weights="
+        f"{IMAGENET}{IMAGENET_FILES.get(backbone.name, IMAGENET_FILES['resnet50'])}, or set init.checkpoint"
+    ]
+
+
+def _shapes(model: ModelConfig) -> Mapping[str, torch.Size]:
+    with torch.device("meta"):  # shapes alone
+        built = zoo.build(replace(model, backbone=replace(model.backbone, weights=None)))
+    return {name: tensor.shape for name, tensor in built.detector.state_dict().items()}
+
+
+def _differences(meta: Meta, config: RunConfig) -> list[str]:
+    there, here = (flatten(values["model"]) for values in (_complete(meta), to_dict(config)))
+    return [
+        f"{path} is {there.get(path)!r} there and {here.get(path)!r} here"
+        for path in dict.fromkeys([*there, *here])
+        if there.get(path) != here.get(path)
+    ]
+
+
+def _complete(meta: Meta) -> dict[str, Any]:
+    return to_dict(from_dict(meta.config))  # with the settings that did not exist when it was written
+
+
+def _category_names(config: RunConfig) -> list[str]:
+    return [
+        category["name"] for category in open_splits(config.data, sizes_known=True)[0].manifest.categories
+    ]

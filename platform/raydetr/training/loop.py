@@ -1,0 +1,256 @@
+"""The training loop: one process among several, no Ray in it.
+
+Read `train` first: it is the whole run. A `Training` is the state it moves, which is also what a
+checkpoint holds. The position (samples consumed by the optimizer, over all epochs and workers) is
+the only clock: step, epoch, learning rate, data order and random draws are functions of it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from detrs.zoo import Model
+from raydetr.config import RunConfig
+from raydetr.data.batch import Batch, to_model
+from raydetr.data.corrupt import Damage
+from raydetr.data.corrupt_log import Ledger
+from raydetr.data.stream import evaluation_batches, train_batches
+from raydetr.evaluation.evaluator import evaluate, without_blanks
+from raydetr.shards.reader import Shards
+from raydetr.training.ema import Ema
+from raydetr.training.nonfinite import Fault, Score, Skipped, Statistics, score
+from raydetr.training.optim import build_optimizer, lr_factor, set_learning_rates
+from raydetr.training.world import World
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step. `terms` are means over the workers, present every `log_every_steps`."""
+
+    step: int  # counted from 1
+    position: int
+    terms: dict[str, float] | None
+    images_per_second: float
+    skipped: Skipped | None = None
+    damage: tuple[Damage, ...] = ()  # of all workers
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """The state after an evaluation; `results` (COCO format, the whole split) on the first process."""
+
+    epoch: int
+    position: int
+    results: list[dict[str, Any]]
+    damage: tuple[Damage, ...] = ()  # images without predictions, of all workers
+
+
+class Training:
+    """Model, moving average, optimizer and position of a run, in one process."""
+
+    def __init__(self, config: RunConfig, model: Model, num_samples: int, world: World) -> None:
+        self.config, self.model, self.world, self.num_samples = config, model, world, num_samples
+        self.detector = model.detector.to(world.device)
+        self.criterion = model.criterion
+        decay = config.optim.ema_decay
+        self.ema = Ema(self.detector, decay) if decay is not None else None
+        self.optimizer = build_optimizer(self.detector, config.optim)
+        self.replica = _replicate(self.detector, world)
+        self.statistics = Statistics(self.detector)
+        # float16 underflows: the loss is scaled up, as far as the gradient allows
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16")
+        self.position = 0
+        self.skipped_steps = 0  # because of NaN or infinity
+        self.ledger = Ledger()  # the damaged samples that were met
+        self.damage: tuple[Damage, ...] = ()  # in the last step or evaluation, of all workers
+
+    @property
+    def weights(self) -> nn.Module:
+        """The model that is evaluated: the moving average where there is one."""
+        return self.detector if self.ema is None else self.ema.model
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done so far."""
+        return self.position // self.config.data.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps_until(self.config.optim.epochs)
+
+    def steps_until(self, epoch: int) -> int:
+        """Steps after which every sample was seen `epoch` times."""
+        return math.ceil(epoch * self.num_samples / self.config.data.batch_size)
+
+    def finished_epoch(self) -> int | None:
+        """The epoch that the last step completed, if it completed one."""
+        # the last batch can reach beyond the last epoch, by whole epochs where it is larger than the data
+        epoch = min(self.position // self.num_samples, self.config.optim.epochs)
+        return epoch if epoch > 0 and self.step == self.steps_until(epoch) else None
+
+    @property
+    def random_seed(self) -> int:
+        """Of this worker's random draws in the next step; a resumed run draws what an unbroken one would."""
+        return hash((self.config.seed, self.position, self.world.rank))
+
+    def train_step(self, batch: Batch) -> dict[str, Tensor] | Skipped:
+        """Forward, backward and update on this worker's share of a global batch; the loss terms.
+
+        Where the loss or the gradient of any worker is not finite, all of them skip the step: only the
+        position moves on. Samples that were masked are missing in the batch; a worker that has none left
+        adds nothing to the gradient.
+        """
+        torch.manual_seed(self.random_seed)
+        set_learning_rates(self.optimizer, lr_factor(self.config.optim, self.step, self.total_steps))
+        images, targets = to_model(batch, self.world.device)
+        counts = torch.tensor(
+            [float(len(targets.labels)), float(len(batch.damage))], device=self.world.device
+        )
+        sums = self.world.start_sum(counts)
+        self.statistics.keep()
+        with self._autocast():
+            outputs = self.replica(images, targets)
+        num_boxes, num_damaged = sums.wait().unbind()
+        num_boxes = (num_boxes / self.world.size).clamp(min=1)
+        scored = score(self.criterion, outputs, targets, num_boxes, is_blank=batch.is_blank)
+        torch.autograd.backward(self.scaler.scale(scored.total))
+        self.scaler.unscale_(self.optimizer)
+        norm = self._clip()  # of the summed gradient: the same on every worker
+        if batch.is_blank:
+            self.statistics.bring_back()
+        outcome: dict[str, Tensor] | Skipped
+        # the host waits for the device once
+        is_finite, is_damaged = torch.stack((torch.isfinite(norm), num_damaged > 0)).tolist()
+        if is_finite:
+            self._update()
+            outcome = {"loss": scored.total.detach(), **scored.terms, "grad_norm": norm}
+        else:
+            outcome = self._skip(batch, scored)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.position += self.config.data.batch_size
+        self.damage = self._damage_of_all(batch.damage) if is_damaged else ()
+        return outcome
+
+    def evaluate(self, shards: Shards) -> list[dict[str, Any]]:
+        """COCO results of the averaged weights (else the weights) on a split, this worker doing its share."""
+        data = self.config.data
+        # batch norm's statistics differ between the workers, and those of the first one are checkpointed
+        self.world.take_from_first(self.weights.buffers())
+        batches = evaluation_batches(
+            shards,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            batch_size=data.eval_batch_size,
+            transform=data.val_transform.build(),
+            num_workers=data.num_loader_workers,
+            on_damage=data.on_damage,
+        )
+        met: list[Damage] = []
+        results = evaluate(
+            self.weights,
+            self.model.postprocess,
+            without_blanks(batches, met),
+            shards.label_map,
+            self.world.gather,
+            self.world.device,
+        )
+        self.damage = self._damage_of_all(replace(row, position=self.position) for row in met)
+        return results
+
+    def mean_terms(self, terms: dict[str, Tensor]) -> dict[str, float]:
+        """The loss terms averaged over the workers, and the learning rates."""
+        stacked = torch.stack([term.detach().float() for term in terms.values()])
+        means = (self.world.start_sum(stacked).wait() / self.world.size).tolist()
+        rates = {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
+        return {**dict(zip(terms, means, strict=True)), **rates}
+
+    def _damage_of_all(self, own: Iterable[Damage]) -> tuple[Damage, ...]:
+        return tuple(row for share in self.world.gather(tuple(own)) for row in share)
+
+    def _autocast(self) -> torch.autocast:
+        precision = self.config.optim.precision
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.world.device.type, dtype, enabled=precision != "fp32")
+
+    def _update(self) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update()
+
+    def _skip(self, batch: Batch, scored: Score) -> Skipped:
+        """Undo what the forward pass changed; find out what was wrong, together with the other workers."""
+        self.statistics.bring_back()
+        faults = self._faults(batch, scored)
+        self.skipped_steps += bool(faults)
+        # a scale is lowered when the gradient outgrew it, but no scale helps against a fault
+        self.scaler.update(self.scaler.get_scale() if faults else None)
+        return Skipped(self.step + 1, self.random_seed, faults, batch, scored.terms)
+
+    def _faults(self, batch: Batch, scored: Score) -> tuple[Fault, ...]:
+        shares = self.world.gather((scored.fault(), tuple(batch.image_ids.tolist())))
+        if all(cause is None for cause, _ in shares):
+            if self.scaler.get_scale() > 1:
+                return ()
+            shares = [("the loss is finite, but not the gradient of all workers", ids) for _, ids in shares]
+        return tuple(Fault(rank, cause, ids) for rank, (cause, ids) in enumerate(shares) if cause is not None)
+
+    def _clip(self) -> Tensor:
+        limit = self.config.optim.clip_norm
+        return nn.utils.clip_grad_norm_(self.detector.parameters(), math.inf if limit is None else limit)
+
+
+def train(
+    training: Training, train_shards: Shards, val_shards: Shards
+) -> Iterator[StepReport | EvaluationReport]:
+    """Run from the training's position to the end, reporting every step and every evaluation."""
+    config, world = training.config, training.world
+    if training.step >= training.total_steps:
+        return
+    batches = train_batches(
+        train_shards,
+        seed=config.seed,
+        position=training.position,
+        rank=world.rank,
+        world_size=world.size,
+        batch_size=config.data.batch_size // world.size,
+        transform=config.data.train_transform.build(),
+        num_workers=config.data.num_loader_workers,
+        on_damage=config.data.on_damage,
+    )
+    began = time.perf_counter()
+    training.detector.train()
+    for batch in batches:
+        outcome = training.train_step(batch)
+        skipped = outcome if isinstance(outcome, Skipped) else None
+        now = time.perf_counter()
+        rate, began = config.data.batch_size / (now - began), now
+        is_logged = training.step % config.tracking.log_every_steps == 0
+        means = training.mean_terms(outcome) if is_logged and not isinstance(outcome, Skipped) else None
+        yield StepReport(training.step, training.position, means, rate, skipped, training.damage)
+        epoch = training.finished_epoch()
+        if epoch is not None and _is_evaluated(epoch, config):
+            results = training.evaluate(val_shards)
+            yield EvaluationReport(epoch, training.position, results, training.damage)
+            began = time.perf_counter()
+        if training.step >= training.total_steps:
+            return
+
+
+def _is_evaluated(epoch: int, config: RunConfig) -> bool:
+    return epoch % config.evaluation.every_epochs == 0 or epoch == config.optim.epochs
+
+
+def _replicate(detector: nn.Module, world: World) -> nn.Module:
+    if world.size == 1:
+        return detector
+    return DistributedDataParallel(detector, gradient_as_bucket_view=True)

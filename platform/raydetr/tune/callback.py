@@ -1,0 +1,179 @@
+"""Follows the trials of a search from the driver: says how they do, and ends their MLflow runs."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.exceptions import RayTaskError
+from rich.console import Console
+
+from raydetr.config import RunConfig
+from raydetr.tracking import mlflow_run
+from raydetr.tune import cluster
+from raydetr.tune.result import Status, Trial
+from raydetr.tune.trial import Study, plain, trial_number
+
+log = logging.getLogger(__name__)
+
+# A trial that was stopped has trained to no end: it shall not pass for a finished run in MLflow's pages
+MLFLOW_STATUS: dict[Status, mlflow_run.Status] = {
+    "finished": "FINISHED",
+    "stopped by ASHA": "KILLED",
+    "interrupted": "KILLED",
+    "failed": "FAILED",
+}
+FREE_SECONDS = 15.0  # after the end of a trial; its controller is gone by then, and starts no workers again
+ENDED_TAG = "raydetr.ended"
+
+
+class Watch(tune.Callback):
+    """The trials so far, by number. Ray Tune calls it in the driver's process."""
+
+    def __init__(self, study: Study, config: RunConfig) -> None:
+        self._study = study
+        self._epochs, self._batch_size = config.optim.epochs, config.data.batch_size
+        self._uri, self._experiment = study.config["tracking"]["uri"], config.tracking.experiment
+        self._positions: dict[int, int] = {}  # of the last evaluation
+        self._groups: dict[int, str] = {}  # placement groups of the trials' workers
+        self._to_free: list[tuple[float, str]] = []  # when, and which placement group
+        self.trials: dict[int, Trial] = {}
+
+    @property
+    def num_ended(self) -> int:
+        """Trials that came to their own end, or were stopped by the search."""
+        return sum(trial.status not in ("running", "interrupted") for trial in self.trials.values())
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial gets its process."""
+        number = trial_number(trial.trial_id)
+        self.trials[number] = Trial(number, self._study.trial_name(number), plain(trial.config))
+        say(f"trial {number}  starts  {_overrides(self.trials[number])}")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """A trial has evaluated."""
+        number = trial_number(trial.trial_id)
+        before = self.trials[number]
+        if "epoch" not in result:  # Tune's own last word, without news
+            return
+        now = replace(before, epoch=result["epoch"], AP=result.get("AP"), AP50=result.get("AP50"))
+        self.trials[number], self._positions[number] = now, result["position"]
+        self._groups[number] = result["placement_group"]
+        if now != before:
+            say(f"trial {number}  {_numbers(now, self._epochs)}  {_overrides(now)}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial has finished, or ASHA has stopped it."""
+        number = trial_number(trial.trial_id)
+        finished = self.trials[number].epoch >= self._epochs
+        self._end(replace(self.trials[number], status="finished" if finished else "stopped by ASHA"))
+        if number in self._groups:
+            self._to_free.append((time.monotonic() + FREE_SECONDS, self._groups[number]))
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Between two looks at the trials: free what a trial that ended may still hold.
+
+        Ray's own cleaner does so at once, but it asks the dashboard, and not every time gets an answer; then the
+        next trial would wait without end.
+        """
+        while self._to_free and self._to_free[0][0] < time.monotonic():
+            cluster.remove_group(self._to_free.pop(0)[1])
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial has failed."""
+        number = trial_number(trial.trial_id)
+        self._end(replace(self.trials[number], status="failed", cause=_cause(Path(trial.pickled_error_file))))
+
+    def settle(self) -> None:
+        """After all trials' processes are gone: what still runs was interrupted; make MLflow agree.
+
+        A trial that is stopped may have written another last word while its process ended.
+        """
+        for trial in list(self.trials.values()):
+            if trial.status == "running":
+                self._end(replace(trial, status="interrupted"))
+            elif trial.mlflow_run_id is not None:
+                self._finish(trial)
+
+    def _end(self, trial: Trial) -> None:
+        say(f"trial {trial.number}  {trial.status}" + (f": {trial.cause}" if trial.cause else ""))
+        try:
+            trial = replace(trial, mlflow_run_id=self._mlflow_run(trial))
+            assert trial.mlflow_run_id is not None
+            if trial.status == "stopped by ASHA":
+                self._log_last_evaluation(trial)
+            mlflow_run.set_tags(self._uri, trial.mlflow_run_id, {ENDED_TAG: self._description(trial)})
+        except mlflow_run.TrackingError as error:
+            log.warning("%s", error)
+        self.trials[trial.number] = trial
+        self._finish(trial)
+
+    def _finish(self, trial: Trial) -> None:
+        if trial.mlflow_run_id is None:
+            return
+        status = MLFLOW_STATUS[trial.status]
+        try:
+            if mlflow_run.fetch_run(self._uri, trial.mlflow_run_id).status != status:
+                mlflow_run.finish_run(self._uri, trial.mlflow_run_id, status)
+        except mlflow_run.TrackingError as error:
+            log.warning("%s", error)
+
+    def _mlflow_run(self, trial: Trial) -> str:
+        """The run that the trial has made, or, where it failed before that, one that says so."""
+        file = self._study.trial_folder(trial.number) / "mlflow_run_id"
+        if file.exists():
+            return file.read_text()
+        parent = self._study.parent_run_id
+        run_id = mlflow_run.create_run(self._uri, self._experiment, trial.name, parent_run_id=parent)
+        mlflow_run.log_params(self._uri, run_id, trial.overrides)
+        return run_id
+
+    def _log_last_evaluation(self, trial: Trial) -> None:
+        """The trial's process may have ended before it sent the numbers for which it was stopped."""
+        assert trial.mlflow_run_id is not None
+        numbers = {"AP": trial.AP, "AP50": trial.AP50}
+        tracker = mlflow_run.Tracker(self._uri, trial.mlflow_run_id)
+        tracker.metrics(
+            self._positions[trial.number] // self._batch_size,
+            {name: value for name, value in numbers.items() if value is not None},
+        )
+        tracker.close()
+
+    def _description(self, trial: Trial) -> str:
+        cause = f": {trial.cause}" if trial.cause else ""
+        return f"{trial.status}{cause} (epoch {trial.epoch} of {self._epochs})"
+
+
+def say(text: str) -> None:
+    """Tell the person who waits for the search."""
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _overrides(trial: Trial) -> str:
+    return " ".join(
+        f"{path}={value:.4g}" if isinstance(value, float) else f"{path}={value}"
+        for path, value in trial.overrides.items()
+    )
+
+
+def _numbers(trial: Trial, epochs: int) -> str:
+    numbers = (("AP", trial.AP), ("AP50", trial.AP50))
+    return "  ".join(
+        [f"epoch {trial.epoch}/{epochs}"]
+        + [f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in numbers]
+    )
+
+
+def _cause(error_file: Path) -> str:
+    """What went wrong in one line; the traces of Ray's layers are in error.txt beside the file."""
+    error = pickle.loads(error_file.read_bytes())
+    inner = getattr(error, "cause", None) or error
+    lines = str(inner).strip().splitlines() or [type(inner).__name__]
+    return lines[-1].strip() if isinstance(inner, RayTaskError) else lines[0]

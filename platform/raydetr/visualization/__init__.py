@@ -1,0 +1,1 @@
+"""Pictures and plots for people. Imports nothing else of raydetr."""

@@ -1,0 +1,168 @@
+"""The command line as a person uses it: what it prints, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from command_line import CommandLine
+from raydetr import recipes
+from raydetr.cli import main as cli
+from raydetr.config import from_yaml, override
+from raydetr.shards.writer import write_shards
+
+
+@pytest.fixture
+def raydetr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Run `raydetr ARGUMENTS` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return CommandLine(monkeypatch, capsys)
+
+
+def test_help_lists_every_command_with_a_line(raydetr) -> None:
+    text = raydetr("--help").out
+    for command in ("sample-data", "shards", "train", "evaluate", "predict", "overfit", "recipes", "config",
+                    "tune", "compare", "doctor"):  # fmt: skip
+        assert command in text
+        assert raydetr(command, "--help").code == 0
+
+
+def test_recipes_are_listed_with_one_line_each(raydetr) -> None:
+    lines = raydetr("recipes").out.splitlines()
+    assert [line.split()[0] for line in lines] == [recipe.__name__ for recipe in recipes.RECIPES]
+
+
+def test_a_printed_config_is_read_back(raydetr, tmp_path: Path) -> None:
+    text = raydetr("config", "quickstart", "optim.lr=2e-4", "cluster.num_workers=3").out
+    (tmp_path / "mine.yaml").write_text(text)
+    expected = override(recipes.quickstart(), {"optim.lr": 2e-4, "cluster.num_workers": 3})
+    assert from_yaml(tmp_path / "mine.yaml") == expected
+    again = raydetr("config", "--config", "mine.yaml", "seed=5").out
+    assert yaml.safe_load(again)["seed"] == 5
+    assert yaml.safe_load(again)["optim"]["lr"] == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["config", "quickstart", "optim.lrr=1"], ["optim.lrr: no such setting; did you mean optim.lr?"]),
+        (["config", "quickstrat"], ["no recipe 'quickstrat'; did you mean quickstart?"]),
+        (["config"], ["name a recipe first", "raydetr recipes"]),
+        (["config", "quickstart", "--config", "x.yaml"], ["keep one"]),
+        (["config", "--config", "x.yaml"], ["x.yaml", "cannot be read"]),
+        (["train", "quickstart", "--resume", "runs/none", "--local"], ["not an override", "quickstart"]),
+        (["train", "--resume", "runs/none", "--local"], ["runs/none", "no run there"]),
+        (["train", "dino_r50_4scale_12ep", "--local"], ["train2017", "no shards found", "raydetr shards write"]),
+        (["evaluate", "nowhere", "--local"], ["nowhere", "no checkpoint"]),
+        (["predict", "nowhere", "a.jpg", "--out", "p"], ["a.jpg: no such file"]),
+        (["predict", "nowhere", ".", "--out", "p"], ["no images"]),
+        (["shards", "write", "--images", "i", "--annotations", "a.json", "--out", "o"], ["i", "no such folder"]),
+        (["shards", "info", "nowhere"], ["nowhere: no shards found"]),
+        (["shards", "check", "nowhere"], ["nowhere: no shards found"]),
+        (["shards", "browse", "nowhere", "--out", "no/sheet.png"], ["no/sheet.png: there is no folder no: make it"]),
+        (["evaluate", "nowhere", "--local", "--out", "no/ap.json"], ["no/ap.json: there is no folder no"]),
+        (["evaluate", "nowhere", "--local", "--out", "."], ["is a folder: name a file"]),
+        (["doctor", "--json", "no/machine.json"], ["no/machine.json: there is no folder no"]),
+        (["tune", "quickstart", "--space", "space.yaml"], ["space.yaml"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_ends_in_one_clear_line_and_exit_code_1(
+    raydetr, arguments: list[str], words: list[str]
+) -> None:
+    outcome = raydetr(*arguments)
+    assert outcome.code == 1
+    assert outcome.err.startswith("error: ")
+    assert "Traceback" not in outcome.err
+    for word in words:
+        assert word in outcome.err
+
+
+def test_our_own_faults_are_not_hidden(raydetr, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error from inside a library is a bug of ours: it keeps its traceback."""
+    monkeypatch.setattr(cli, "read_config", lambda *_: json.loads("{"))
+    monkeypatch.setattr(sys, "argv", ["raydetr", "config", "quickstart"])
+    with pytest.raises(json.JSONDecodeError):
+        cli.main()
+
+
+def test_from_sample_data_to_predictions(raydetr, tmp_path: Path) -> None:
+    """The way of a new user, on a few images and in one process."""
+    assert raydetr("sample-data", "--out", "shapes", "--num-train", 32, "--num-val", 12).code == 0
+    for split in ("train", "val"):
+        annotations = f"shapes/annotations/instances_{split}.json"
+        written = raydetr("shards", "write", "--images", f"shapes/{split}", "--annotations", annotations,
+                          "--out", f"shards/{split}")  # fmt: skip
+        assert written.code == 0
+        assert "4 classes" in written.out
+    trained = raydetr(
+        "train", "quickstart", "--local", "data.sample=null", "data.train=shards/train", "data.val=shards/val",
+        "data.batch_size=8", "optim.epochs=1",
+    )  # fmt: skip
+    assert trained.code == 0
+    for word in ("AP50", "triangle", "checkpoint", "raydetr predict", "make ui"):
+        assert word in trained.out
+    (checkpoint,) = tmp_path.glob("runs/quickstart-*/attempt-01/epoch-0001")
+    evaluated = raydetr("evaluate", checkpoint, "--local", "--out", "ap.json")
+    assert evaluated.code == 0
+    history = [
+        json.loads(line) for line in (checkpoint.parents[1] / "history.jsonl").read_text().splitlines()
+    ]
+    assert json.loads((tmp_path / "ap.json").read_text())["AP"] == history[-1]["AP"]
+    predicted = raydetr("predict", checkpoint, "shapes/val", "--out", "predictions")
+    assert predicted.code == 0
+    results = json.loads((tmp_path / "predictions" / "results.json").read_text())
+    assert {"image_id", "category_id", "bbox", "score"} <= results[0].keys()
+    assert len(list((tmp_path / "predictions").glob("*.jpg"))) == 12
+    assert raydetr("predict", checkpoint, "shapes/val", "--out", "predictions").code == 1  # not empty
+    compared = raydetr("compare", checkpoint.parents[1].name, checkpoint.parents[1].name)
+    assert compared.code == 0
+    assert "AP50" in compared.out
+
+
+def test_a_checkpoint_is_refused_on_data_with_other_categories(raydetr, tmp_path: Path) -> None:
+    raydetr("sample-data", "--out", "shapes", "--num-train", 8, "--num-val", 8)
+    raydetr("sample-data", "--out", "hard", "--hard", "--num-train", 8, "--num-val", 8)
+    for name in ("shapes", "hard"):
+        write_shards(
+            Path(name, "train"), Path(name, "annotations/instances_train.json"), Path(name, "shards")
+        )
+    trained = raydetr(
+        "train", "quickstart", "--local", "data.sample=null", "data.train=shapes/shards", "data.val=shapes/shards",
+        "data.batch_size=8", "optim.epochs=1",
+    )  # fmt: skip
+    assert trained.code == 0
+    (checkpoint,) = tmp_path.glob("runs/quickstart-*/attempt-01/epoch-0001")
+    refused = raydetr("evaluate", checkpoint, "--data", "hard/shards", "--local")
+    assert refused.code == 1
+    assert "other categories" in refused.err
+
+
+def test_overfit_keeps_its_numbers_and_picture(raydetr, tmp_path: Path) -> None:
+    raydetr("sample-data", "--out", "shapes", "--num-train", 8, "--num-val", 1)
+    write_shards(Path("shapes/train"), Path("shapes/annotations/instances_train.json"), Path("shards"))
+    outcome = raydetr(
+        "overfit", "quickstart", "--data", "shards", "--images", 2, "--steps", 60, "--long-side", 96
+    )
+    assert outcome.code == 0
+    numbers = json.loads((tmp_path / "build" / "overfit.json").read_text())
+    assert numbers["images"] == 2
+    assert numbers["AP50"] > 0.3  # 60 steps are few; learning by heart takes 300
+    assert (tmp_path / "build" / "overfit.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_eight_real_photographs_are_learned_by_heart(raydetr, tmp_path: Path) -> None:
+    if "RAYDETR_COCO_TINY" not in os.environ:
+        pytest.skip("RAYDETR_COCO_TINY names no folder of photographs")
+    photographs = Path(os.environ["RAYDETR_COCO_TINY"])
+    annotations = photographs / "annotations" / "instances_train2017.json"
+    write_shards(photographs / "train2017", annotations, Path("shards"))
+    assert raydetr("overfit", "quickstart", "--data", "shards", "--images", 8).code == 0
+    numbers = json.loads((tmp_path / "build" / "overfit.json").read_text())
+    assert numbers["AP50"] >= 0.8

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from made_coco import folder_bytes, write_coco
+from raydetr.cli.shards import shards_app
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(shards_app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return write_coco(tmp_path_factory.mktemp("coco"), 30)
+
+
+@pytest.fixture(scope="module")
+def written(coco: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("written") / "out"
+    result = run(
+        "write", "--images", coco[0], "--annotations", coco[1], "--out", out, "--samples-per-shard", 8
+    )
+    assert result.exit_code == 0, result.output
+    assert f"wrote {out}: 30 images, 4 shards, 3 classes, fingerprint" in result.stdout
+    assert "note: " in result.stdout
+    return out
+
+
+WRONG: list[tuple[list[str], str]] = [
+    ([], "name one data set: --images with --annotations .COCO., --yolo with --split, or --voc"),
+    (["--images", "i"], "--images and --annotations belong together: give both"),
+    (["--yolo", "y", "--voc", "v", "--split", "train"], "name one data set"),
+    (["--images", "i", "--annotations", "a", "--yolo", "y"], "name one data set"),
+    (["--images", "i", "--annotations", "a", "--split", "train"], "--split has no meaning with"),
+    (["--yolo", "y"], "which part of the data set.*--split train"),
+    (["--yolo", "y", "--split", "train", "--zero-based"], "--zero-based is about the boxes of --voc"),
+    (["--yolo", "y", "--split", "train"], "y: cannot be read"),
+    (["--voc", "v", "--split", "train"], "v: has no folder Annotations"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_exactly_one_source(tmp_path: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CliRunner().invoke(
+            shards_app, ["write", "--out", str(tmp_path / "out"), *arguments], catch_exceptions=False
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_passes_and_fails_with_the_exit_code(written: Path, tmp_path: Path) -> None:
+    result = run("check", written, "--workers", 1)
+    assert result.exit_code == 0
+    assert "30 images with" in result.stdout
+    assert "in 4 shards are what the manifest says, every byte" in result.stdout
+    damaged = tmp_path / "damaged"
+    shutil.copytree(written, damaged)
+    with (damaged / "shard-00001.tar").open("r+b") as file:
+        file.seek(700)
+        file.write(b"\0\1\2\3")
+    result = run("check", damaged, "--workers", 1)
+    assert result.exit_code == 1
+    assert "shard-00001.tar: its sha256 is" in str(result.exception)
+
+
+REMOTE: list[list[str]] = [
+    ["write", "--images", "i", "--annotations", "a", "--out"],
+    ["check"],
+    ["index"],
+    ["export-index", "--format", "dali"],
+]
+
+
+@pytest.mark.parametrize("arguments", REMOTE)
+def test_what_needs_a_local_folder_says_so(arguments: list[str]) -> None:
+    with pytest.raises(ValueError, match="s3://bucket/data: this needs a folder of this machine"):
+        CliRunner().invoke(shards_app, [*arguments, "s3://bucket/data"], catch_exceptions=False)
+
+
+def test_info_as_text_and_json(coco: tuple[Path, Path], written: Path) -> None:
+    data = json.loads(coco[1].read_text())
+    counts = {3: 0, 7: 0, 90: 0}
+    for annotation in data["annotations"]:
+        counts[annotation["category_id"]] += 1
+    info: dict[str, Any] = json.loads(run("info", written, "--json").stdout)
+    assert {category["id"]: category["annotations"] for category in info["categories"]} == counts
+    assert info["images"] == 30
+    assert info["annotations"] == len(data["annotations"])
+    widths = sorted(record["width"] for record in data["images"])
+    assert (info["percentiles"]["width"]["0"], info["percentiles"]["width"]["100"]) == (widths[0], widths[-1])
+    assert info["percentiles"]["width"]["50"] == widths[14]
+    assert info["bytes"] == sum(len(c) for name, c in folder_bytes(written).items() if name.endswith("tar"))
+    text = run("info", written).stdout
+    assert f"fingerprint  {info['fingerprint']}" in text
+    assert any(line.split() == ["toothbrush", "90", str(counts[90])] for line in text.splitlines())
+
+
+def test_index_and_export(written: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for path in written.glob("*.tar"):
+        shutil.copy(path, folder)
+    assert "indexed" in run("index", folder, "--workers", 1).stdout
+    assert run("index", folder, "--workers", 1).exit_code == 1  # it is
+    assert run("check", folder, "--workers", 1).exit_code == 0
+    for kind, suffix in (("dali", ".idx"), ("energon", ".tar.idx")):
+        result = run("export-index", folder, "--format", kind)
+        assert result.stdout == f"wrote {folder}/shard-00000{suffix} and 3 more\n"
+        assert (folder / f"shard-00003{suffix}").is_file()

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raydetr import recipes
+from raydetr.config import ConfigError, override, parse_assignments, to_dict
+from raydetr.config.paths import absolute, check_location, is_remote, local_folder
+from raydetr.store.transfer import CacheSettings
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        (" ", "the location is empty"),
+        ("ftp://host/x", r"not read from ftp://; known are folders and s3://, gs://"),
+        ("s3:/bucket/x", "is no URL: write s3://bucket/x"),
+        ("https://", "names no bucket or server"),
+        ("file://host/x", "a file URL has three slashes"),
+        ("https://user:secret@host/x", r"https://host/x: a URL without user.*credentials come from the env"),
+        ("https://host/x?token=1", r"https://host/x: a URL without user, '\?' and '#'"),
+    ],
+)
+def test_what_is_no_location(location: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        check_location(location)
+    assert "secret" not in str(caught.value)
+
+
+def test_folders_and_urls() -> None:
+    assert check_location("shards/train") == "shards/train"
+    assert check_location("s3://bucket/shards/") == "s3://bucket/shards"
+    assert [is_remote(text) for text in ("a/b", "file:///a", "gs://a/b", "HTTP://a/b")] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert local_folder("file:///a%20b/c") == Path("/a b/c")
+    assert absolute("s3://bucket/x", Path("/base")) == "s3://bucket/x"
+    assert absolute("x/y", Path("/base")) == "/base/x/y"
+    assert absolute("file:///x/y", Path("/base")) == "/x/y"
+    assert absolute("~/x", Path("/base")) == str(Path.home() / "x")
+
+
+def test_a_url_survives_the_configuration() -> None:
+    config = override(
+        recipes.find("quickstart"),
+        parse_assignments(
+            [
+                "data.sample=null", "data.train=s3://bucket/train", "data.cache=/fast/cache", "data.cache_gb=1.5",
+                "data.remote.options={anon: true}", "data.remote.options.client_kwargs.region_name=eu-west-1",
+                "data.remote.stall_seconds=9",
+            ]
+        ),
+    )  # fmt: skip
+    assert to_dict(config)["data"]["train"] == "s3://bucket/train"
+    settings = config.data.build_remote(config.data.train)
+    assert settings is not None
+    assert settings.options == {"anon": True, "client_kwargs": {"region_name": "eu-west-1"}}
+    assert settings.cache == CacheSettings("/fast/cache", 1_500_000_000)
+    assert settings.stall_seconds == 9
+    assert config.data.build_remote(config.data.val) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.remote.attempts=3"], r"remote.attempts would have no effect: .*train and .*val are local"),
+        (["data.remote.options.anon=true"], "remote.options would have no effect"),
+        (["data.cache=/c", "data.cache_gb=3"], "cache, cache_gb would have no effect"),
+        (["data.cache=/c", "data.train=s3://b/x"], "cache and cache_gb belong together"),
+        (["data.remote.atempts=3"], "did you mean data.remote.attempts"),
+        (["data.remote.options=3", "data.train=s3://b/x"], "data.remote.options: .*dictionary"),
+    ],
+)
+def test_settings_without_effect_are_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        override(recipes.find("quickstart"), parse_assignments(arguments))

@@ -1,0 +1,333 @@
+"""Damaged samples in training: nothing is learnt from them, all are in the ledger, too many stop the run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+import small_models
+from damaged_shards import damage_sample
+from detrs import zoo
+from raydetr.config import ConfigError, RunConfig, from_dict, override, to_dict
+from raydetr.data.batch import Batch, blank_batch, collate, to_model
+from raydetr.data.corrupt import Damage
+from raydetr.data.corrupt_log import DamageError, Ledger
+from raydetr.data.samples import load_sample
+from raydetr.data.splits import open_splits
+from raydetr.data.stream import make_plan, train_batches
+from raydetr.runs import run
+from raydetr.runs.evaluate import evaluate_checkpoint
+from raydetr.runs.summary import summary
+from raydetr.shards.reader import ShardError, open_shards
+from raydetr.tracking import mlflow_run
+from raydetr.training import checkpoint
+from raydetr.training.loop import Training
+from raydetr.training.world import World
+
+DAMAGED = (4, 17, 40)  # training images of the tiny data
+DAMAGED_VAL = (3, 11)
+
+
+@pytest.fixture
+def damaged_run(tiny_run: RunConfig, tmp_path: Path) -> RunConfig:
+    """Two epochs on copies of the tiny data with three damaged training images and two for validation."""
+    for split, indices in (("train", DAMAGED), ("val", DAMAGED_VAL)):
+        folder = Path(str(getattr(tiny_run.data, split)))
+        shards = open_shards(shutil.copytree(folder, tmp_path / split))
+        for index in indices:
+            damage_sample(shards, index)
+    return override(
+        tiny_run,
+        {"data.train": str(tmp_path / "train"), "data.val": str(tmp_path / "val"), "optim.epochs": 2},
+    )
+
+
+# --- gradients ---
+
+
+def gradients(training: Training, batch: Batch) -> dict[str, Tensor]:
+    """Those that a step would apply, the step being left out."""
+    kept: dict[str, Tensor] = {}
+
+    def keep() -> None:
+        for name, parameter in training.detector.named_parameters():
+            assert parameter.grad is not None, name
+            kept[name] = parameter.grad.clone()
+
+    training._update = keep  # type: ignore[method-assign]
+    assert isinstance(training.train_step(batch), dict)
+    return kept
+
+
+def make_training(config: RunConfig, world: World | None = None) -> Training:
+    torch.manual_seed(0)
+    training = Training(config, zoo.build(config.model), 48, world or World.alone())
+    training.detector.train()
+    return training
+
+
+def masked_batch(config: RunConfig, rank: int = 0, size: int = 1, position: int = 0) -> Batch:
+    return next(
+        train_batches(
+            open_splits(config.data)[0], seed=0, position=position, rank=rank, world_size=size,
+            batch_size=config.data.batch_size // size, transform=config.data.train_transform.build(),
+            on_damage="mask",
+        )
+    )  # fmt: skip
+
+
+def batch_without(config: RunConfig, damaged: set[int], position: int = 0) -> Batch:
+    """The batch of the sound images, put together by hand."""
+    shards, plan = open_splits(config.data)[0], make_plan(open_splits(config.data)[0], 0)
+    indices = plan.samples(position, config.data.batch_size).tolist()
+    transform = config.data.train_transform.build()
+    samples = [
+        load_sample(shards, index, transform, seed=0, position=position + slot)
+        for slot, index in enumerate(indices)
+        if index not in damaged
+    ]
+    assert 0 < len(samples) < config.data.batch_size
+    return collate(samples, position)
+
+
+def first_damaged_step(config: RunConfig) -> int:
+    order = make_plan(open_splits(config.data)[0], 0).order(0).tolist()
+    return min(order.index(index) for index in DAMAGED) // config.data.batch_size * config.data.batch_size
+
+
+@pytest.mark.parametrize("name", ["detr", "dab", "dino_quickstart", "deformable_two_stage"])
+def test_the_gradient_is_that_of_the_batch_without_the_image(damaged_run: RunConfig, name: str) -> None:
+    config = override(damaged_run, {"optim.clip_norm": None, "model.num_classes": 4})
+    config = config.model_copy(update={"model": small_models.CONFIGS[name]})
+    position = first_damaged_step(config)
+    masked = masked_batch(config, position=position)
+    assert masked.damage
+    assert not masked.is_blank
+    expected = batch_without(config, set(DAMAGED), position)
+    ours = gradients(make_training(config), masked)
+    # worked out here, without the loop
+    training = make_training(config)
+    torch.manual_seed(training.random_seed)
+    images, targets = to_model(expected, "cpu")
+    losses = training.criterion(training.detector(images, targets), targets, float(len(targets.labels)))
+    losses.total.backward()
+    for key, parameter in training.detector.named_parameters():
+        assert torch.equal(ours[key], parameter.grad), key
+
+
+def test_a_false_background_would_show(damaged_run: RunConfig) -> None:
+    """Else the test above could not fail: an image without its objects has another gradient."""
+    config = override(damaged_run, {"optim.clip_norm": None, "model.num_classes": 4})
+    batch = batch_without(config, set(DAMAGED), first_damaged_step(config))
+    blank = blank_batch(batch.position)
+    grown = collate_with_blank(batch, blank)
+    ours, theirs = gradients(make_training(config), batch), gradients(make_training(config), grown)
+    assert any((ours[key] - theirs[key]).abs().max() > 1e-4 for key in ours)
+
+
+def collate_with_blank(batch: Batch, blank: Batch) -> Batch:
+    height, width = batch.pixels.shape[-2:]
+    pixels = torch.cat([batch.pixels, blank.pixels[:, :, :height, :width]])
+    size = torch.tensor([[height, width]])
+    return Batch(
+        pixels, torch.cat([batch.sizes, size]), batch.labels, batch.boxes, (*batch.counts, 0),
+        torch.cat([batch.image_ids, blank.image_ids]), torch.cat([batch.original_sizes, size]), batch.position,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", small_models.CONFIGS)
+def test_a_blank_batch_teaches_nothing(tiny_run: RunConfig, name: str) -> None:
+    config = tiny_run.model_copy(update={"model": small_models.CONFIGS[name]})
+    training = make_training(config)
+    before = [buffer.clone() for buffer in training.detector.buffers()]
+    kept = gradients(training, blank_batch(0))
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in kept.values())
+    assert all(torch.equal(a, b) for a, b in zip(before, training.detector.buffers(), strict=True))
+    assert training.position == config.data.batch_size
+
+
+# --- two processes ---
+
+
+def two_workers(rank: int, size: int, values: dict[str, Any], folder: str) -> None:
+    """The second worker has nothing left in its first step, and an image less in its second."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
+    try:
+        config = from_dict(values)
+        training = make_training(config, World(rank, size, torch.device("cpu")))
+        steps, rows = [], []
+        for position in (0, 8):
+            batch = masked_batch(config, rank, size, position)
+            assert batch.is_blank == ((position, rank) == (0, 1))
+            steps.append(gradients(training, batch))
+            rows.append([(row.position, row.key) for row in training.damage])
+        torch.save({"steps": steps, "rows": rows}, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.timeout(200)
+def test_a_worker_without_images_takes_part(tiny_run: RunConfig, tmp_path: Path) -> None:
+    shards = open_shards(shutil.copytree(Path(str(tiny_run.data.train)), tmp_path / "train"))
+    config = override(
+        tiny_run,
+        {
+            "data.train": str(tmp_path / "train"), "optim.clip_norm": None,
+            # what depends on the share of a worker: batch statistics and denoising draws
+            "model.num_classes": 4, "model.backbone.norm": "frozen", "model.num_denoising": 0,
+        },
+    )  # fmt: skip
+    order = make_plan(shards, 0).order(0).tolist()
+    damaged = [*order[4:8], order[13]]
+    keys = [damage_sample(shards, index)[1] for index in damaged]
+    mp.spawn(two_workers, args=(2, to_dict(config), str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    # each worker knows of all damage, in order
+    expected = [[(4 + i, keys[i]) for i in range(4)], [(13, keys[4])]]
+    assert first["rows"] == second["rows"] == expected
+    for step, position in enumerate((0, 8)):
+        training = make_training(config)
+        training.position = position
+        alone = gradients(training, batch_without(config, set(damaged), position))
+        for name, gradient in alone.items():
+            assert torch.equal(first["steps"][step][name], second["steps"][step][name]), name
+            torch.testing.assert_close(first["steps"][step][name], gradient, rtol=1e-3, atol=1e-5)
+
+
+# --- whole runs ---
+
+
+def with_policy(config: RunConfig, policy: str, **more: Any) -> RunConfig:
+    return override(config, {"data.on_damage": policy, **more})
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "damage.jsonl").read_text().splitlines()]
+
+
+def expected_rows(config: RunConfig, action: str) -> list[tuple[Any, ...]]:
+    """Worked out from the order: the training images of an epoch, then those of its evaluation."""
+    train, val = open_splits(config.data)
+    rows: list[tuple[Any, ...]] = []
+    for epoch in range(config.optim.epochs):
+        order = make_plan(train, config.seed).order(epoch).tolist()
+        rows += sorted((epoch * 48 + order.index(i), str(train.path), train.key(i), action) for i in DAMAGED)
+        rows += [((epoch + 1) * 48, str(val.path), val.key(i), "not evaluated") for i in DAMAGED_VAL]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("policy", "action", "loaders"), [("substitute", "substituted", 0), ("mask", "masked", 2)]
+)
+def test_a_run_goes_on_and_keeps_a_ledger(
+    damaged_run: RunConfig, policy: str, action: str, loaders: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = with_policy(damaged_run, policy, **{"data.num_loader_workers": loaders})
+    result = run.start(config, local=True)
+    rows = rows_of(result.folder)
+    assert [
+        (r["position"], str(Path(r["shard"]).parent), r["key"], r["action"]) for r in rows
+    ] == expected_rows(config, action)
+    assert all("crc32" in row["reason"] and row["offset"] % 512 == 0 for row in rows)
+    assert result.metrics["damaged_samples"] == 5  # each of the second epoch was met before
+    assert result.metrics["unpredicted_images"] == 2
+    tracked = mlflow_run.fetch_history(result.tracking_uri, result.mlflow_run_id)
+    assert [value for _, value in tracked["damaged_samples"]][-1] == 5
+    assert Ledger.from_plain(rows).rows == state_of(result.checkpoint)
+    said = capsys.readouterr().err
+    assert "warning: damaged: " in said
+    assert "damaged 5" in said
+    text = summary(result)
+    assert "2 damaged validation images have no predictions" in text
+    assert f"5 samples were damaged; {result.folder}/damage.jsonl lists them" in text
+    # the ground truth still has the objects of the damaged images
+    again = evaluate_checkpoint(result.checkpoint, None, local=True)
+    assert again["AP"] == result.metrics["AP"]
+    assert "2 damaged validation images have no predictions" in capsys.readouterr().err
+
+
+def state_of(folder: Path) -> list[Damage]:
+    return Ledger.from_plain(torch.load(folder / "state.pt", weights_only=True)["damage"]).rows
+
+
+def test_by_default_the_first_damaged_sample_stops_a_run(damaged_run: RunConfig) -> None:
+    shards = open_splits(damaged_run.data)[0]
+    order = make_plan(shards, 0).order(0).tolist()
+    first = next(index for index in order if index in DAMAGED)
+    with pytest.raises(ShardError, match=rf"{shards.path}/shard-\d+.tar: sample {shards.key(first)} at byte"):
+        run.start(damaged_run, local=True)
+    (folder,) = damaged_run.storage.path.glob("quickstart-*")
+    assert not (folder / "damage.jsonl").exists()
+
+
+def test_a_resumed_run_keeps_the_ledger(damaged_run: RunConfig) -> None:
+    config = with_policy(damaged_run, "substitute")
+    whole = run.start(config, local=True)
+    ledger = (whole.folder / "damage.jsonl").read_text()
+    shutil.rmtree(whole.folder / "attempt-01" / "epoch-0002")
+    with (whole.folder / "damage.jsonl").open("a") as file:
+        file.write('{"cut o')  # what a killed process leaves
+    resumed = run.resume(whole.folder, local=True)
+    assert (resumed.folder / "damage.jsonl").read_text() == ledger
+    assert resumed.metrics["damaged_samples"] == 5
+    assert state_of(resumed.checkpoint) == Ledger.from_plain(rows_of(whole.folder)).rows
+
+
+@pytest.mark.parametrize(("budget", "last"), [(0, 1), (3, 4)])
+def test_too_many_stop_the_run(damaged_run: RunConfig, budget: int, last: int) -> None:
+    config = with_policy(damaged_run, "mask", **{"data.max_damaged": budget})
+    with pytest.raises(DamageError) as caught:
+        run.start(config, local=True)
+    (folder,) = config.storage.path.glob("quickstart-*")
+    rows = rows_of(folder)
+    assert len({row["key"] for row in rows}) > budget
+    said = str(caught.value)
+    assert f"and data.max_damaged allows {budget}; {folder}/damage.jsonl lists them" in said
+    assert all(f"{row['shard']}: sample {row['key']} at byte {row['offset']}" in said for row in rows)
+    assert "Copy these shards again" in said
+    assert mlflow_run.fetch_run(mlflow_run.default_uri(config.storage.path), folder.name).status == "FAILED"
+    assert len(rows) >= last
+
+
+def test_a_budget_without_effect_is_refused(damaged_run: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="data: max_damaged 3 has no effect with on_damage=raise"):
+        override(damaged_run, {"data.max_damaged": 3})
+
+
+def test_lost_annotations_are_told(damaged_run: RunConfig) -> None:
+    shards = open_splits(damaged_run.data)[1]
+    row = shards.samples[7]
+    path = shards.path / f"shard-{row['shard']:05d}.tar"
+    content = bytearray(path.read_bytes())
+    begin = int(row["offset"]) + int(row["json_offset"])
+    content[begin : begin + int(row["json_length"])] = bytes(int(row["json_length"]))
+    path.write_bytes(content)
+    result = run.start(with_policy(damaged_run, "mask", **{"optim.epochs": 1}), local=True)
+    assert (result.metrics["unpredicted_images"], result.metrics["lost_annotations"]) == (3, 1)
+    assert "of 1 of them the annotations are lost too" in summary(result)
+
+
+def test_checkpoints_without_a_ledger_can_be_resumed(tiny_run: RunConfig, tmp_path: Path) -> None:
+    config = override(tiny_run, {"model.num_classes": 4})
+    training, shards = make_training(config), open_splits(config.data)[0]
+    write: Callable[..., None] = checkpoint.write
+
+    def old(folder: Path, state: dict[str, Any], meta: dict[str, Any]) -> None:
+        write(folder, {key: value for key, value in state.items() if key != "damage"}, meta)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "write", old)
+        checkpoint.save(tmp_path / "old", training, shards, 1, {})
+    training.ledger = Ledger([Damage(0, "x.tar", "1", 0, "broken", "masked")])
+    checkpoint.restore(tmp_path / "old", training, shards)
+    assert training.ledger.rows == []

@@ -1,0 +1,326 @@
+"""Steps with NaN or infinity: skipped by all workers, kept on disk, counted, up to a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+
+import small_models
+from detrs import zoo
+from detrs.criterion import Losses
+from detrs.structures import Outputs, Targets
+from raydetr.config import ConfigError, RunConfig, from_dict, override, to_dict
+from raydetr.data.batch import Batch
+from raydetr.data.splits import open_splits
+from raydetr.data.stream import train_batches
+from raydetr.runs import run
+from raydetr.tracking import mlflow_run
+from raydetr.training import checkpoint, loop
+from raydetr.training.loop import Training
+from raydetr.training.nonfinite import Skipped, score
+from raydetr.training.world import World
+
+
+def spoil_boxes(batch: Batch) -> Batch:
+    boxes = batch.boxes.clone()
+    boxes[-1, 2] = torch.nan
+    return dataclasses.replace(batch, boxes=boxes)
+
+
+def spoil_pixels(batch: Batch) -> Batch:
+    """NaN in an image, which reaches the batch norms."""
+    pixels = batch.pixels.float()
+    pixels[1, :, :4, :4] = torch.nan
+    return dataclasses.replace(batch, pixels=pixels)
+
+
+SPOIL = {"boxes": spoil_boxes, "pixels": spoil_pixels}
+
+
+def make_training(config: RunConfig, world: World | None = None) -> Training:
+    torch.manual_seed(0)
+    num_samples = open_splits(config.data)[0].num_samples
+    training = Training(config, zoo.build(config.model), num_samples, world or World.alone())
+    training.detector.train()
+    return training
+
+
+def batches_of(config: RunConfig, world: World | None = None) -> Iterator[Batch]:
+    world = world or World.alone()
+    return train_batches(
+        open_splits(config.data)[0], seed=0, position=0, rank=world.rank, world_size=world.size,
+        batch_size=config.data.batch_size // world.size, transform=config.data.train_transform.build(),
+    )  # fmt: skip
+
+
+def whole_state(training: Training) -> list[Any]:
+    ema = training.ema
+    assert ema is not None
+    state = [training.detector.state_dict(), ema.model.state_dict(), ema.num_updates]
+    leaves = torch.utils._pytree.tree_leaves([*state, training.optimizer.state_dict()["state"]])
+    return [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
+
+
+def same(ours: list[Any], theirs: list[Any]) -> bool:
+    pairs = zip(ours, theirs, strict=True)
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+@pytest.fixture
+def small_run(tiny_run: RunConfig) -> RunConfig:
+    return override(tiny_run, {"model.num_classes": 4})
+
+
+@pytest.mark.parametrize("kind", SPOIL)
+def test_a_skipped_step_moves_the_position_and_nothing_else(small_run: RunConfig, kind: str) -> None:
+    training, batches = make_training(small_run), batches_of(small_run)
+    assert isinstance(training.train_step(next(batches)), dict)
+    before = whole_state(training)
+    batch = next(batches)
+    skipped = training.train_step(SPOIL[kind](batch))
+    assert isinstance(skipped, Skipped)
+    assert same(whole_state(training), before)
+    assert (training.step, training.position, training.skipped_steps) == (2, 16, 1)
+    (fault,) = skipped.faults
+    assert "not finite" in fault.cause
+    # batch norm spreads NaN over all images, so that the matcher cannot say where it began
+    assert ("target box of image" if kind == "boxes" else "predictions of decoder layer 0") in fault.cause
+    assert fault.image_ids == tuple(batch.image_ids.tolist())
+    outcome = training.train_step(next(batches))
+    assert isinstance(outcome, dict)
+    assert outcome["loss"].isfinite()
+    assert all(value.isfinite().all() for value in training.weights.state_dict().values())
+
+
+@pytest.mark.parametrize("name", small_models.CONFIGS)
+@pytest.mark.parametrize("counts", [(2, 1), (0, 0)], ids=str)
+def test_a_fault_reaches_every_gradient(name: str, counts: tuple[int, ...]) -> None:
+    """Else the other workers would wait for the gradient, or would not see that it is spoilt."""
+    torch.manual_seed(0)
+    model = zoo.build(small_models.CONFIGS[name])
+    images, targets = small_models.batch(counts, size=(64, 64))
+    pixels = images.pixels.clone()
+    pixels[0, 0, 5, 5] = torch.nan
+    outputs = model.detector.train()(dataclasses.replace(images, pixels=pixels), targets)
+    scored = score(model.criterion, outputs, targets, torch.tensor(3.0))
+    assert "image 0" in (scored.fault() or "")
+    scored.total.backward()
+    gradients = {name: parameter.grad for name, parameter in model.detector.named_parameters()}
+    assert [name for name, gradient in gradients.items() if gradient is None] == []
+    assert not all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_an_infinite_loss_spoils_the_gradient_though_its_own_is_finite() -> None:
+    weight = torch.ones(3, requires_grad=True)
+
+    def criterion(outputs: Outputs, targets: Targets, num_boxes: torch.Tensor) -> Losses:
+        total = weight.sum() + torch.inf
+        return Losses(total, {"loss_ce": total.detach(), "loss_bbox": torch.tensor(1.0)})
+
+    scored = score(criterion, None, None, torch.tensor(1.0))
+    scored.total.backward()
+    assert weight.grad.isnan().all()
+    assert scored.fault() == "the loss is not finite (loss_ce)"
+
+
+# --- two processes ---
+
+
+def two_processes(rank: int, size: int, values: dict[str, Any], folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
+    try:
+        config, world = from_dict(values), World(rank, size, torch.device("cpu"))
+        training, batches = make_training(config, world), batches_of(config, world)
+        faults: list[list[Any]] = []
+        for step in range(4):
+            batch = next(batches)
+            spoil = {(1, 1): spoil_boxes, (2, 0): spoil_pixels, (2, 1): spoil_boxes}.get((step, rank))
+            outcome = training.train_step(batch if spoil is None else spoil(batch))
+            if isinstance(outcome, Skipped):
+                outcome.dump(Path(folder), rank)
+                faults.append([outcome.step, *((f.rank, f.cause, f.image_ids) for f in outcome.faults)])
+        weights = [parameter.detach() for parameter in training.detector.parameters()]
+        torch.save({"faults": faults, "weights": weights}, f"{folder}/{rank}.pt")
+        assert all(buffer.isfinite().all() for buffer in training.detector.buffers())
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.timeout(200)
+def test_all_workers_skip_what_one_cannot_use(small_run: RunConfig, tmp_path: Path) -> None:
+    mp.spawn(two_processes, args=(2, to_dict(small_run), str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["faults"] == second["faults"]
+    ranks = [(step, [fault[0] for fault in faults]) for step, *faults in first["faults"]]
+    assert ranks == [(2, [1]), (3, [0, 1])]
+    assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
+    assert all(weight.isfinite().all() for weight in first["weights"])
+    kept = sorted(path.name for path in (tmp_path / "bad-steps").iterdir())
+    assert kept == ["step-000002-rank-1", "step-000003-rank-0", "step-000003-rank-1"]
+
+
+# --- whole runs ---
+
+
+@pytest.fixture
+def spoilt_positions(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The batches at these positions have a target box of NaN."""
+    positions: set[int] = set()
+    original = loop.train_batches
+
+    def spoilt(*args: Any, **keywords: Any) -> Iterator[Batch]:
+        for batch in original(*args, **keywords):
+            yield spoil_boxes(batch) if batch.position in positions else batch
+
+    monkeypatch.setattr(loop, "train_batches", spoilt)
+    return positions
+
+
+def test_a_run_keeps_the_batch_counts_it_and_goes_on(
+    tiny_run: RunConfig, spoilt_positions: set[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoilt_positions |= {8, 40}
+    result = run.start(override(tiny_run, {"optim.epochs": 2}), local=True)
+    assert result.metrics["skipped_steps"] == 2
+    tracked = mlflow_run.fetch_history(result.tracking_uri, result.mlflow_run_id)
+    assert tracked["skipped_steps"] == [(2, 1.0), (6, 2.0)]
+    assert [step for step, _ in tracked["loss"]] == [4, 8, 10, 12]
+    rows = [json.loads(line) for line in (result.folder / "history.jsonl").read_text().splitlines()]
+    assert [row["skipped_steps"] for row in rows if "skipped_steps" in row] == [1, 2]
+    assert "warning: skipped step 2: rank 0: a target box of image" in capsys.readouterr().err
+    check_dump(result.folder / "bad-steps" / "step-000002-rank-0", tiny_run)
+
+
+def check_dump(folder: Path, config: RunConfig) -> None:
+    """It holds what the model saw."""
+    batches = batches_of(config)
+    next(batches)
+    batch = next(batches)
+    record = json.loads((folder / "step.json").read_text())
+    assert (record["step"], record["rank"], record["position"]) == (2, 0, batch.position)
+    assert record["random_seed"] == hash((config.seed, 8, 0))
+    assert [image["image_id"] for image in record["images"]] == batch.image_ids.tolist()
+    boxes = np.array([box for image in record["images"] for box in image["boxes_cxcywh"]], float)
+    np.testing.assert_array_equal(boxes, spoil_boxes(batch).boxes.double().numpy())
+    assert [label for image in record["images"] for label in image["labels"]] == batch.labels.tolist()
+    for i, image in enumerate(record["images"]):
+        height, width = batch.sizes[i].tolist()
+        pixels = np.asarray(Image.open(folder / image["file"]))
+        np.testing.assert_array_equal(pixels, batch.pixels[i, :, :height, :width].permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize(("budget", "last_step"), [(0, 2), (1, 4)])
+def test_beyond_the_budget_the_run_stops_and_says_where_to_look(
+    tiny_run: RunConfig, spoilt_positions: set[int], budget: int, last_step: int
+) -> None:
+    spoilt_positions |= {8, 24, 40}
+    config = override(tiny_run, {"optim.max_skipped_steps": budget})
+    with pytest.raises(FloatingPointError) as caught:
+        run.start(config, local=True)
+    (folder,) = config.storage.path.glob("quickstart-*")
+    dump = folder / "bad-steps" / f"step-{last_step:06d}-rank-0"
+    ids = [image["image_id"] for image in json.loads((dump / "step.json").read_text())["images"]]
+    assert f"step {last_step}: " in str(caught.value)
+    assert f"images {', '.join(map(str, ids))}" in str(caught.value)
+    assert str(dump) in str(caught.value)
+    assert f"optim.max_skipped_steps is {budget}" in str(caught.value)
+    assert len(list((folder / "bad-steps").iterdir())) == budget + 1
+    assert mlflow_run.fetch_run(mlflow_run.default_uri(config.storage.path), folder.name).status == "FAILED"
+
+
+def test_a_resumed_run_with_skipped_steps_ends_in_the_same_bits(
+    tiny_run: RunConfig, spoilt_positions: set[int]
+) -> None:
+    spoilt_positions |= {8, 56}  # one in each epoch
+    config = override(tiny_run, {"optim.epochs": 2})
+    whole, broken = run.start(config, local=True), run.start(config, local=True)
+    last = broken.folder / "attempt-01" / "epoch-0002"
+    last.rename(broken.folder / "gone")
+    resumed = run.resume(broken.folder, local=True)
+    ours, theirs = (torch.load(r.checkpoint / "state.pt", weights_only=True) for r in (resumed, whole))
+    assert ours["skipped_steps"] == theirs["skipped_steps"] == 2
+    assert same(*(torch.utils._pytree.tree_leaves(state) for state in (ours, theirs)))
+
+
+# --- mixed precision ---
+
+
+def test_bf16_learns_and_keeps_its_weights_in_float32(small_run: RunConfig) -> None:
+    config = override(small_run, {"optim.precision": "bf16", "optim.clip_norm": None})
+    training, batch = make_training(config), next(batches_of(config))
+    losses = [training.train_step(batch) for _ in range(12)]
+    assert all(isinstance(terms, dict) for terms in losses)
+    assert losses[-1]["loss_bbox"] < 0.8 * losses[0]["loss_bbox"]
+    assert {term.dtype for term in losses[0].values()} == {torch.float32}
+    dtypes = {p.dtype for p in training.detector.parameters()}
+    assert dtypes == {torch.float32}
+
+
+def test_bf16_steps_stay_near_those_of_float32(small_run: RunConfig) -> None:
+    """The first step sees the same weights; rounding changes which encoder tokens become queries."""
+    terms = []
+    for precision in ("fp32", "bf16"):
+        config = override(small_run, {"optim.precision": precision})
+        terms.append(make_training(config).train_step(next(batches_of(config))))
+    exact, rounded = terms
+    assert exact["loss"] != rounded["loss"]  # bf16 was in use
+    for name in ("loss", "loss_bbox", "loss_giou", "loss_ce"):
+        assert rounded[name].item() == pytest.approx(exact[name].item(), rel=0.1), name
+
+
+def test_fp16_lowers_the_scale_without_blame_learns_and_keeps_the_scale(
+    small_run: RunConfig, tmp_path: Path
+) -> None:
+    """People are refused float16 on a CPU, where it is slow; the loop is the same."""
+    config = override(small_run, {"optim.precision": "fp16", "optim.warmup_share": 0.0, "optim.lr": 1e-3})
+    training, batch = make_training(config), next(batches_of(config))
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18)  # too much for a gradient in float16
+    before = whole_state(training)
+    skipped = training.train_step(batch)
+    assert isinstance(skipped, Skipped)
+    assert (skipped.faults, training.skipped_steps) == ((), 0)
+    assert training.scaler.get_scale() == 2.0**17
+    assert same(whole_state(training), before)
+    outcomes = [training.train_step(batch) for _ in range(10)]
+    losses = [outcome["loss"] for outcome in outcomes if isinstance(outcome, dict)]
+    assert losses[-1] < 0.9 * losses[0]
+    # what no scale can help is a fault, and leaves the scale alone
+    scale = training.scaler.get_scale()
+    assert training.train_step(spoil_boxes(batch)).faults
+    assert (training.scaler.get_scale(), training.skipped_steps) == (scale, 1)
+    shards = open_splits(config.data)[0]
+    checkpoint.save(tmp_path / "saved", training, shards, 1, {})
+    resumed = make_training(config)
+    checkpoint.restore(tmp_path / "saved", resumed, shards)
+    assert (resumed.scaler.get_scale(), resumed.skipped_steps) == (scale, 1)
+
+
+def test_a_gradient_that_no_scale_helps_is_counted(small_run: RunConfig) -> None:
+    config = override(small_run, {"optim.precision": "fp16"})
+    training, batch = make_training(config), next(batches_of(config))
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    weight = training.detector.decoder.class_heads[0].weight
+    handle = weight.register_hook(lambda gradient: gradient * torch.nan)
+    skipped = training.train_step(batch)
+    handle.remove()
+    assert isinstance(skipped, Skipped)
+    assert [fault.cause for fault in skipped.faults] == [
+        "the loss is finite, but not the gradient of all workers"
+    ]
+    assert training.skipped_steps == 1
+
+
+def test_fp16_without_a_gpu_is_refused(tiny_run: RunConfig) -> None:
+    with pytest.raises(ConfigError, match=r"optim\.precision=fp16 is for GPUs.*bf16"):
+        run.resolve(override(tiny_run, {"optim.precision": "fp16"}))

@@ -1,0 +1,173 @@
+"""Runs on a real Ray cluster of several nodes on this machine: complete, killed, resumed, evaluated."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from ray.util.state import list_actors
+
+from damaged_shards import damage_sample
+from raydetr.config import ClusterConfig, RunConfig, override
+from raydetr.runs import ray_train, run
+from raydetr.runs.evaluate import evaluate_checkpoint
+from raydetr.shards.reader import open_shards
+from raydetr.tracking import mlflow_run
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning:ray")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head without CPUs and two nodes with two each; this process is connected to it."""
+    for name, value in ray_train.SETTINGS.items():
+        os.environ.setdefault(name, value)
+    nodes = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1"},
+    )
+    for _ in range(2):
+        nodes.add_node(num_cpus=2)
+    ray.init(address=nodes.address, log_to_driver=False)
+    yield nodes
+    ray.shutdown()
+    nodes.shutdown()
+
+
+@pytest.fixture
+def two_workers(tiny_run: RunConfig) -> RunConfig:
+    return override(tiny_run, {"cluster.num_workers": 2, "optim.epochs": 3})
+
+
+def train_workers() -> list[psutil.Process]:
+    """The processes of this machine in which Ray Train workers of this test run."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "username"]):
+        title = " ".join(process.info["cmdline"] or ())
+        if title.startswith("ray::RayTrainWorker"):
+            found.append(process)
+    return found
+
+
+def states(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "state.pt", weights_only=True)["model"]
+
+
+def kill_a_worker_after(epoch: Path, killed: list[int]) -> None:
+    """Wait until a checkpoint is complete, then end one worker without warning."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (epoch / "meta.json").exists() and (workers := train_workers()):
+            victim = workers[0].pid
+            os.kill(victim, signal.SIGKILL)
+            killed.append(victim)
+            return
+        time.sleep(0.05)
+
+
+def test_a_killed_worker_costs_time_but_not_a_bit(cluster: Cluster, two_workers: RunConfig) -> None:
+    """Nor do loader processes, which the workers of the run that is hit have."""
+    whole = run.start(override(two_workers, {"optim.epochs": 6}))
+    killed: list[int] = []
+    first_epoch = Path(two_workers.storage.path) / "hit" / "attempt-01" / "epoch-0001"
+    killer = threading.Thread(target=kill_a_worker_after, args=(first_epoch, killed))
+    killer.start()
+    hit = run.start(override(two_workers, {"optim.epochs": 6, "data.num_loader_workers": 1}), name="hit")
+    killer.join()
+    assert killed, "the run ended before it could be hit"
+    ours, theirs = states(hit.checkpoint), states(whole.checkpoint)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+    assert hit.metrics["AP"] == whole.metrics["AP"]
+    tracked = mlflow_run.fetch_run(hit.tracking_uri, hit.mlflow_run_id)
+    assert tracked.status == "FINISHED"
+    assert set(tracked.artifacts) >= {"predictions.png", "curves.png", "evaluation/ap.json"}
+    # evaluated by two workers, by one process, and during the training: the same digits
+    on_ray, alone = (evaluate_checkpoint(whole.checkpoint, None, local=local) for local in (False, True))
+    assert on_ray == alone
+    assert alone["AP"] == whole.metrics["AP"]
+    assert not train_workers()
+
+
+def workers_started() -> int:
+    """Ray Train workers that this cluster has started so far, ended ones included."""
+    of_training = [("class_name", "=", "RayTrainWorker")]
+    return len(list_actors(filters=of_training, limit=1000))
+
+
+def test_a_run_that_fails_says_what_its_worker_said_and_is_not_tried_again(
+    cluster: Cluster, two_workers: RunConfig
+) -> None:
+    wild = override(
+        two_workers,
+        {"optim.lr": 1e30, "optim.lr_backbone": 1e30, "optim.warmup_share": 0.0, "cluster.max_failures": 3},
+    )
+    before = workers_started()
+    with pytest.raises(ray_train.LaunchError, match=r"worker \d: .*(finite|nan)"):
+        run.start(wild)
+    assert workers_started() - before == 2
+
+
+@pytest.fixture
+def damaged(two_workers: RunConfig, tmp_path: Path) -> tuple[RunConfig, list[tuple[Path, str]]]:
+    """Two workers on shards with three damaged samples, which many retries would not mend; shard and key of each."""
+    shards = open_shards(shutil.copytree(str(two_workers.data.train), tmp_path / "damaged"))
+    config = override(two_workers, {"data.train": str(tmp_path / "damaged"), "cluster.max_failures": 3})
+    return config, [damage_sample(shards, index) for index in (5, 20, 41)]
+
+
+def test_a_damaged_sample_stops_the_run_at_once(
+    cluster: Cluster, damaged: tuple[RunConfig, list[tuple[Path, str]]]
+) -> None:
+    config, samples = damaged
+    before = workers_started()
+    with pytest.raises(ray_train.LaunchError) as caught:
+        run.start(config)
+    assert any(
+        re.match(
+            rf"the workers failed: worker \d: {shard}: sample {key} at byte \d+ is damaged", str(caught.value)
+        )
+        for shard, key in samples
+    )
+    assert workers_started() - before == 2
+    assert not train_workers()
+
+
+def test_too_many_damaged_samples_stop_all_workers_with_a_whole_ledger(
+    cluster: Cluster, damaged: tuple[RunConfig, list[tuple[Path, str]]]
+) -> None:
+    config, samples = damaged
+    before = workers_started()
+    with pytest.raises(
+        ray_train.LaunchError, match=r"3 samples are damaged, and data\.max_damaged allows 2"
+    ) as caught:
+        run.start(override(config, {"data.on_damage": "mask", "data.max_damaged": 2}), name="masked")
+    rows = [
+        json.loads(line)
+        for line in (config.storage.path / "masked" / "damage.jsonl").read_text().splitlines()
+    ]
+    assert sorted((row["shard"], row["key"]) for row in rows) == sorted(
+        (str(path), key) for path, key in samples
+    )
+    assert rows == sorted(rows, key=lambda row: row["position"])
+    assert all(row["key"] in str(caught.value) for row in rows)
+    assert workers_started() - before == 2
+
+
+def test_workers_that_a_local_cluster_cannot_hold_are_refused(cluster: Cluster) -> None:
+    with pytest.raises(ray_train.LaunchError, match=r"num_workers=9 .* needs 9 CPUs, this machine has 4"):
+        ray_train.check_resources(ClusterConfig(num_workers=9), "local")
+    ray_train.check_resources(ClusterConfig(num_workers=9), "ray://elsewhere")  # it may grow

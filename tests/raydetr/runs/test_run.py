@@ -1,0 +1,199 @@
+"""Whole runs in one process: what they leave, how they resume, what they refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from raydetr.config import ConfigError, RunConfig, from_yaml, override
+from raydetr.data.order import PLAN_VERSION
+from raydetr.runs import run
+from raydetr.runs.evaluate import evaluate_checkpoint
+from raydetr.shards.writer import write_shards
+from raydetr.tracking import mlflow_run
+from raydetr.training import checkpoint
+from raydetr.training.checkpoint import CheckpointError
+
+
+def state_of(folder: Path) -> dict:
+    return torch.load(folder / "state.pt", weights_only=True)
+
+
+def assert_same_state(ours: Path, theirs: Path) -> None:
+    """Bit for bit: weights, moving average, optimizer, position."""
+    a, b = (torch.utils._pytree.tree_flatten(state_of(folder)) for folder in (ours, theirs))
+    assert a[1] == b[1]
+    for left, right in zip(a[0], b[0], strict=True):
+        same = torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+        assert same, (left, right)
+
+
+def test_a_run_leaves_checkpoints_metrics_and_artifacts(tiny_run: RunConfig) -> None:
+    result = run.start(override(tiny_run, {"optim.epochs": 2}), local=True)
+    assert from_yaml(result.folder / "config.yaml").model.num_classes == 4  # filled in from the data
+    assert [p.name for p in sorted((result.folder / "attempt-01").iterdir())] == ["epoch-0001", "epoch-0002"]
+    tracked = mlflow_run.fetch_run(result.tracking_uri, result.mlflow_run_id)
+    assert tracked.status == "FINISHED"
+    assert tracked.params["optim.lr"] == "0.004"
+    assert {"AP", "AP50", "loss", "loss_giou_dn", "lr/backbone", "grad_norm", "images_per_second"} <= set(
+        tracked.metrics
+    )
+    assert set(tracked.artifacts) == {
+        "config.yaml", "environment.json", "checkpoint.json", "evaluation/ap.json", "evaluation/ap.md",
+        "curves.png", "predictions.png",
+    }  # fmt: skip
+    reference = json.loads(
+        mlflow_run.fetch_artifact(result.tracking_uri, result.mlflow_run_id, "checkpoint.json")
+    )
+    assert checkpoint.read_meta(Path(reference["path"])).fingerprint == reference["fingerprint"]
+    table = json.loads(
+        mlflow_run.fetch_artifact(result.tracking_uri, result.mlflow_run_id, "evaluation/ap.json")
+    )
+    assert table["AP"] == result.metrics["AP"] == tracked.metrics["AP"]
+    assert [row["name"] for row in table["classes"]] == ["disc", "ring", "square", "triangle"]
+    steps = [step for step, _ in mlflow_run.fetch_history(result.tracking_uri, result.mlflow_run_id)["loss"]]
+    assert steps == [2, 4, 6, 8, 10, 12]
+    assert evaluate_checkpoint(result.checkpoint, None, local=True)["AP"] == result.metrics["AP"]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tiny_run: RunConfig) -> None:
+    short = override(tiny_run, {"optim.epochs": 1})
+    first, second = run.start(short, local=True), run.start(short, local=True)
+    assert first.folder != second.folder
+    assert_same_state(first.checkpoint, second.checkpoint)
+    other = run.start(override(short, {"seed": 1}), local=True)
+    weights, others = (state_of(r.checkpoint)["model"] for r in (first, other))
+    drawn = [name for name in weights if name.startswith("backbone.") and weights[name].ndim == 4]
+    assert drawn
+    assert not any(torch.equal(weights[name], others[name]) for name in drawn)
+
+
+def test_a_resumed_run_ends_in_the_same_bits_as_an_unbroken_one(tiny_run: RunConfig) -> None:
+    whole = run.start(tiny_run, local=True)
+    broken = run.start(tiny_run, local=True)
+    for late in ("epoch-0003", "epoch-0004"):
+        shutil.rmtree(broken.folder / "attempt-01" / late)
+    # a checkpoint that was cut off while it was written is passed over
+    cut = broken.folder / "attempt-01" / "epoch-0003"
+    shutil.copytree(broken.folder / "attempt-01" / "epoch-0002", cut)
+    with (cut / "state.pt").open("r+b") as file:
+        file.truncate(1000)
+    resumed = run.resume(broken.folder, local=True)
+    assert resumed.mlflow_run_id == broken.mlflow_run_id
+    assert [p.name for p in sorted((broken.folder / "attempt-02").iterdir())] == ["epoch-0003", "epoch-0004"]
+    assert_same_state(resumed.checkpoint, whole.checkpoint)
+    assert resumed.metrics["AP"] == whole.metrics["AP"]
+    rows = [json.loads(line) for line in (resumed.folder / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(2, 25, 2))
+
+
+def test_an_epoch_that_no_batch_size_divides_still_ends_and_the_run_too(tiny_run: RunConfig) -> None:
+    config = override(tiny_run, {"data.limit_images": 13, "optim.epochs": 3})
+    result = run.start(config, local=True)
+    meta = checkpoint.read_meta(result.checkpoint)
+    assert (meta.epoch, meta.position) == (3, 40)  # 3 * 13 = 39 samples need 5 steps of 8
+    assert [p.name for p in sorted((result.folder / "attempt-01").iterdir())] == [
+        "epoch-0001", "epoch-0002", "epoch-0003",
+    ]  # fmt: skip
+
+
+def test_fewer_images_than_a_batch_still_end_with_an_evaluation(tiny_run: RunConfig) -> None:
+    config = override(
+        tiny_run, {"data.limit_images": 3, "evaluation.every_epochs": 4}
+    )  # 12 samples, 2 steps of 8
+    result = run.start(config, local=True)
+    assert checkpoint.read_meta(result.checkpoint).epoch == 4
+    assert checkpoint.read_meta(result.checkpoint).position == 16
+
+
+def test_only_the_newest_checkpoints_are_kept(tiny_run: RunConfig) -> None:
+    result = run.start(override(tiny_run, {"optim.epochs": 3, "storage.keep_checkpoints": 1}), local=True)
+    assert [p.name for p in (result.folder / "attempt-01").iterdir()] == ["epoch-0003"]
+
+
+def test_more_epochs_on_a_finished_run_go_on_from_its_end(tiny_run: RunConfig) -> None:
+    first = run.start(override(tiny_run, {"optim.epochs": 1}), local=True)
+    longer = run.resume(first.folder, overrides={"optim.epochs": 2}, local=True)
+    assert checkpoint.read_meta(longer.checkpoint).position == 96
+
+
+def test_resuming_a_finished_run_says_that_there_is_nothing_to_do(tiny_run: RunConfig) -> None:
+    finished = run.start(override(tiny_run, {"optim.epochs": 1}), local=True)
+    with pytest.raises(ConfigError, match=r"all 1 epochs .* optim\.epochs"):
+        run.resume(finished.folder, local=True)
+
+
+def test_resume_refuses_other_data_another_model_and_no_run(
+    tiny_run: RunConfig, tiny_data: Path, tmp_path: Path
+) -> None:
+    done = run.start(override(tiny_run, {"optim.epochs": 1}), local=True)
+    with pytest.raises(CheckpointError, match=r"model\.num_queries is 25 there and 30 here"):
+        run.resume(done.folder, overrides={"model.num_queries": 30, "optim.epochs": 2}, local=True)
+    with pytest.raises(CheckpointError, match=r"other data \(fingerprint .*\).*start a new run"):
+        run.resume(
+            done.folder, overrides={"data.train": str(tiny_data / "val"), "optim.epochs": 9}, local=True
+        )
+    with pytest.raises(CheckpointError, match="made with seed 0, the run has 3"):
+        run.resume(done.folder, overrides={"seed": 3, "optim.epochs": 2}, local=True)
+    with pytest.raises(ConfigError, match=r"no run there \(config\.yaml is missing\)"):
+        run.resume(tmp_path, local=True)
+    shutil.rmtree(done.folder / "attempt-01")
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        run.resume(done.folder, local=True)
+
+
+def test_resume_refuses_a_checkpoint_of_another_order(tiny_run: RunConfig) -> None:
+    done = run.start(override(tiny_run, {"optim.epochs": 1}), local=True)
+    description = done.checkpoint / "meta.json"
+    meta = json.loads(description.read_text())
+    assert meta.pop("plan") == PLAN_VERSION
+    description.write_text(json.dumps(meta))  # as the first checkpoints were
+    with pytest.raises(
+        CheckpointError, match=rf"position 48 .* plan 1; .* plan {PLAN_VERSION} .*init\.checkpoint="
+    ):
+        run.resume(done.folder, overrides={"optim.epochs": 2}, local=True)
+    meta = {**meta, "plan": PLAN_VERSION}
+    description.write_text(json.dumps(meta))
+    assert run.resume(done.folder, overrides={"optim.epochs": 2}, local=True).checkpoint.name == "epoch-0002"
+
+
+def test_num_classes_that_contradicts_the_data_is_refused(tiny_run: RunConfig) -> None:
+    with pytest.raises(ConfigError, match=r"model\.num_classes is 3, but .*train has 4 classes.*set it to 4"):
+        run.resolve(override(tiny_run, {"model.num_classes": 3}))
+    with pytest.raises(ConfigError, match=r"model\.num_classes is 9"):
+        run.resolve(override(tiny_run, {"model.num_classes": 9}))
+    # the official convention has labels that no category uses
+    official = override(tiny_run, {"model.num_classes": 91, "data.label_map": "category_id"})
+    assert run.resolve(official).model.num_classes == 91
+
+
+def test_a_batch_that_the_workers_cannot_share_is_refused(tiny_run: RunConfig) -> None:
+    with pytest.raises(
+        ConfigError, match=r"data\.batch_size=8 .* cluster\.num_workers=3: use a multiple of 3"
+    ):
+        run.resolve(override(tiny_run, {"cluster.num_workers": 3}))
+
+
+def test_splits_with_other_categories_are_refused(
+    tiny_run: RunConfig, tiny_data: Path, tmp_path: Path
+) -> None:
+    annotations = json.loads((tiny_data / "coco/annotations/instances_val.json").read_text())
+    annotations["categories"][0]["name"] = "plate"
+    renamed = tmp_path / "renamed.json"
+    renamed.write_text(json.dumps(annotations))
+    write_shards(tiny_data / "coco/val", renamed, tmp_path / "val")
+    with pytest.raises(ValueError, match=r"different categories.*plate"):
+        run.resolve(override(tiny_run, {"data.val": str(tmp_path / "val")}))
+
+
+def test_a_diverging_run_stops_with_step_images_and_remedy_and_is_marked_failed(tiny_run: RunConfig) -> None:
+    wild = override(tiny_run, {"optim.lr": 1e30, "optim.lr_backbone": 1e30, "optim.warmup_share": 0.0})
+    with pytest.raises((FloatingPointError, ValueError), match=r"finite|NaN|nan"):
+        run.start(wild, local=True)
+    uri = mlflow_run.default_uri(tiny_run.storage.path)
+    (folder,) = tiny_run.storage.path.glob("quickstart-*")
+    assert mlflow_run.fetch_run(uri, folder.name).status == "FAILED"

@@ -1,0 +1,122 @@
+"""The quick decoder against Pillow: the same pixels of whatever can be read, the same refusals."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from made_coco import write_coco
+from raydetr.data.samples import load_sample, make_sample
+from raydetr.data.transforms.transform import Transform
+from raydetr.shards.images import UNREADABLE, decode_pixels, decode_rgb
+from raydetr.shards.reader import ShardError, open_shards
+from raydetr.shards.writer import write_shards
+
+
+def smooth(width: int = 61, height: int = 43) -> Image.Image:
+    """A picture with structure at several scales, so that chroma is subsampled visibly."""
+    rng = np.random.default_rng(3)
+    layers = [
+        np.asarray(
+            Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).resize((width, height)), int
+        )
+        for size in (3, 9, 31)
+    ]
+    return Image.fromarray((sum(layers) // 3).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(smooth(), "JPEG", exif=exif)
+
+
+def wide_grey() -> Image.Image:
+    return Image.fromarray(np.arange(61 * 43, dtype=np.uint16).reshape(43, 61) * 24)
+
+
+KINDS = {
+    "jpeg": lambda: encoded(smooth(), "JPEG"),
+    "jpeg without subsampling": lambda: encoded(smooth(), "JPEG", subsampling=0, quality=97),
+    "jpeg 4:2:2": lambda: encoded(smooth(), "JPEG", subsampling=1),
+    "progressive jpeg": lambda: encoded(smooth(), "JPEG", progressive=True),
+    "jpeg in RGB": lambda: encoded(smooth(), "JPEG", keep_rgb=True),
+    "grey jpeg": lambda: encoded(smooth().convert("L"), "JPEG"),
+    "cmyk jpeg": lambda: encoded(smooth().convert("CMYK"), "JPEG"),
+    "jpeg with an orientation": turned,
+    "jpeg with bytes after its end": lambda: encoded(smooth(), "JPEG") + b"more",
+    "jpeg of one pixel": lambda: encoded(smooth(1, 1), "JPEG"),
+    "png": lambda: encoded(smooth(), "PNG"),
+    "png with alpha": lambda: encoded(smooth().convert("RGBA"), "PNG"),
+    "png with a palette": lambda: encoded(smooth().convert("P"), "PNG"),
+    "grey png": lambda: encoded(smooth().convert("L"), "PNG"),
+    "16-bit png": lambda: encoded(wide_grey(), "PNG"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pixels_are_those_of_pillow_and_can_be_written_to(kind: str) -> None:
+    content = KINDS[kind]()
+    pixels = decode_pixels(content)
+    np.testing.assert_array_equal(pixels, np.asarray(decode_rgb(content)))
+    assert (pixels.dtype, pixels.flags.writeable, pixels.flags.c_contiguous) == (np.uint8, True, True)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "progressive jpeg", "grey jpeg", "cmyk jpeg", "png", "16-bit png"])
+def test_a_truncated_image_is_refused(kind: str) -> None:
+    content = KINDS[kind]()
+    for length in (0, 1, 3, 20, len(content) // 2, len(content) - 30):
+        with pytest.raises(UNREADABLE):
+            decode_pixels(content[:length])
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "progressive jpeg", "png"])
+def test_damage_is_judged_as_pillow_judges_it(kind: str) -> None:
+    """Flipped bits either fail in both decoders or give the same pixels; a decoder that shrugs is not trusted."""
+    content, rng, outcomes = KINDS[kind](), np.random.default_rng(1), []
+    for _ in range(400):
+        damaged = bytearray(content)
+        for place in rng.integers(2, len(content), rng.integers(1, 4)).tolist():
+            damaged[place] ^= 1 << int(rng.integers(8))
+        found, expected = attempt(decode_pixels, bytes(damaged)), attempt(decode_rgb, bytes(damaged))
+        assert (found is None) == (expected is None)
+        if found is not None:
+            np.testing.assert_array_equal(found, expected)
+        outcomes.append(found is None)
+    assert sum(outcomes) > 5
+
+
+def attempt(decode: Any, content: bytes) -> np.ndarray | None:
+    try:
+        return np.array(decode(content))
+    except UNREADABLE:
+        return None
+
+
+def test_a_size_that_is_not_the_indexs_is_damage(tmp_path: Path) -> None:
+    """Where index and bytes contradict each other, neither is believed."""
+    images, annotations = write_coco(tmp_path, 3)
+    write_shards(images, annotations, tmp_path / "shards")
+    shards = open_shards(tmp_path / "shards")
+    raw = shards.read(1)
+    width, height = decode_rgb(raw.image).size
+    shards.samples["width"][1] += 1
+    message = rf"its image has {width}x{height} pixels, the index says {width + 1}x{height}"
+    with pytest.raises(ShardError, match=message):
+        make_sample(shards, 1, raw, Transform(), seed=0, position=0, short_side=None)
+    assert load_sample(shards, 0, Transform(), seed=0, position=0).image.size == size_in_index(shards, 0)
+
+
+def size_in_index(shards: Any, index: int) -> tuple[int, int]:
+    return int(shards.samples["width"][index]), int(shards.samples["height"][index])

@@ -1,0 +1,257 @@
+"""Writers that are stopped: what they leave, and what the next run makes of it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from made_coco import folder_bytes, write_json
+from raydetr.shards.reader import Shards, open_shards
+from raydetr.shards.sources import coco_source
+from raydetr.shards.writer import write_shards, write_source
+from raydetr.store.output_folder import publish, resumable_folder
+
+LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+from raydetr.shards.writer import write_shards
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+write_shards(*map(Path, sys.argv[1:4]), samples_per_shard=int(sys.argv[4]))
+"""
+
+STOPPED = """
+import os, psutil, signal, sys
+from pathlib import Path
+from raydetr.shards.writer import write_shards
+def progress(done, total):
+    if done >= 40:
+        print(*(process.pid for process in psutil.Process().children(recursive=True)), flush=True)
+        os.kill(os.getpid(), getattr(signal, sys.argv[4]))
+if __name__ == "__main__":
+    write_shards(
+        *map(Path, sys.argv[1:4]), samples_per_shard=15, workers=int(sys.argv[5]), progress=progress
+    )
+"""
+
+
+def run_python(folder: Path, code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    script = folder / "script.py"  # a file, as the processes of a pool import the main module
+    script.write_text(code)
+    return subprocess.run(
+        [sys.executable, script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+def write_again(coco: tuple[Path, Path], out: Path) -> list[str]:
+    """Write with the parameters of the fixture `shards`; returns what was told about the earlier run."""
+    told: list[str] = []
+    write_source(coco_source(*coco), out, samples_per_shard=15, tell=told.append)
+    return told
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("SIGKILL", 1), ("SIGKILL", 2), ("SIGINT", 2)])
+def test_stopped_writer_leaves_nothing_that_looks_whole_and_is_continued(
+    coco: tuple[Path, Path], shards: Shards, tmp_path: Path, kind: str, workers: int
+) -> None:
+    out = tmp_path / "out"
+    run = run_python(tmp_path, STOPPED, *coco, out, kind, workers)
+    assert run.returncode == -getattr(signal, kind), run.stderr
+    assert [path.name for path in out.iterdir()] == [".partial"]
+    with pytest.raises(ValueError, match="did not end: run that command again"):
+        open_shards(out)
+    children = [int(word) for word in run.stdout.split()]
+    assert len(children) >= 3 or workers == 1  # two workers, and the server that they were forked from
+    wait_for_the_end_of(children)
+    kept = {path: path.stat().st_ino for path in (out / ".partial").glob("*.tar")}
+    assert kept
+    told = write_again(coco, out)
+    assert told == [f"an earlier run was stopped: {len(kept)} of its finished shards were kept"]
+    assert all((out / path.name).stat().st_ino == inode for path, inode in kept.items())
+    assert folder_bytes(out) == folder_bytes(shards.path)
+
+
+def wait_for_the_end_of(children: list[int]) -> None:
+    for _ in range(200):
+        alive = [pid for pid in children if is_running(pid)]
+        if not alive:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"still running: {alive}")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def stopped_run(coco: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A folder in which two of four shards are finished."""
+
+    class Stop(Exception):
+        pass
+
+    def progress(done: int, total: int) -> None:
+        if done == 40:
+            raise Stop
+
+    with pytest.raises(Stop):
+        write_shards(*coco, tmp_path / "out", samples_per_shard=15, progress=progress)
+    assert len(list((tmp_path / "out" / ".partial").glob("*.tar"))) == 2
+    return tmp_path / "out"
+
+
+def test_shards_of_other_annotations_are_discarded(
+    coco: tuple[Path, Path], shards: Shards, tmp_path: Path
+) -> None:
+    data = json.loads(coco[1].read_text())
+    data["images"][2]["note"] = "another record"
+    out = stopped_run((coco[0], write_json(tmp_path / "other.json", data)), tmp_path)
+    assert write_again(coco, out) == [
+        "an earlier run was stopped: 1 of its finished shards were kept, 1 of other input or damaged were discarded"
+    ]
+    assert folder_bytes(out) == folder_bytes(shards.path)
+
+
+def test_shards_of_other_images_are_discarded(coco: tuple[Path, Path], tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(coco[0], images)
+    out = stopped_run((images, coco[1]), tmp_path)
+    first = images / json.loads(coco[1].read_text())["images"][0]["file_name"]
+    content = first.read_bytes()
+    first.write_bytes(content + b"\0")
+    assert "1 of its finished shards were kept, 1 of" in write_again((images, coco[1]), out)[0]
+    assert open_shards(out).read(0).image == content + b"\0"
+
+
+def test_other_parameters_discard_all(coco: tuple[Path, Path], tmp_path: Path) -> None:
+    out = stopped_run(coco, tmp_path)
+    write_shards(*coco, out, samples_per_shard=20)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "index.npz", "manifest.json", "shard-00000.tar", "shard-00001.tar", "shard-00002.tar"
+    ]  # fmt: skip
+    write_shards(*coco, tmp_path / "fresh", samples_per_shard=20)
+    assert folder_bytes(out) == folder_bytes(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("name", ["shard-00001.tar", "shard-00001.tar.json"])
+def test_damaged_leftovers_are_written_again(
+    coco: tuple[Path, Path], shards: Shards, tmp_path: Path, name: str
+) -> None:
+    out = stopped_run(coco, tmp_path)
+    path = out / ".partial" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    assert "1 of its finished shards were kept, 1 of" in write_again(coco, out)[0]
+    assert folder_bytes(out) == folder_bytes(shards.path)
+
+
+@pytest.mark.parametrize("num_renamed", range(6))
+def test_stop_while_renaming_into_place(
+    coco: tuple[Path, Path], shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_renamed: int
+) -> None:
+    out = tmp_path / "out"
+    left = num_renamed
+    rename = Path.rename
+
+    def renaming(path: Path, target: Path) -> Path:
+        nonlocal left
+        if target.parent == out:
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", renaming)
+        with pytest.raises(KeyboardInterrupt):
+            write_shards(*coco, out, samples_per_shard=15)
+    with pytest.raises(ValueError, match="did not end: run that command again"):
+        open_shards(out)
+    assert write_again(coco, out) == ["an earlier run was stopped: 4 of its finished shards were kept"]
+    assert folder_bytes(out) == folder_bytes(shards.path)
+
+
+def test_stop_after_the_last_rename_leaves_a_whole_folder(tmp_path: Path) -> None:
+    def write_and_stop() -> None:
+        with resumable_folder(tmp_path / "out") as folder:
+            for name in ("a", "last"):
+                (folder / name).write_text(name)
+            publish(folder, ["a", "last"])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_and_stop()
+    with (
+        pytest.raises(ValueError, match="is not empty"),
+        resumable_folder(tmp_path / "out"),
+    ):
+        raise AssertionError
+    assert folder_bytes(tmp_path / "out") == {"a": b"a", "last": b"last"}
+
+
+def test_two_writers_at_once_are_refused(coco: tuple[Path, Path], tmp_path: Path) -> None:
+    with resumable_folder(tmp_path / "out") as folder:
+        with pytest.raises(ValueError, match="out: another process is writing there: wait for it, or name"):
+            write_shards(*coco, tmp_path / "out")
+        assert folder.is_dir()
+
+
+def test_write_that_fails_can_be_continued(coco: tuple[Path, Path], shards: Shards, tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk, which needs a mount of its own (below)."""
+    run = run_python(tmp_path, LIMITED, *coco, tmp_path / "out", 53)
+    assert run.returncode == 1
+    assert f"{tmp_path}/out: writing stopped (File too large); free space" in run.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".partial"]
+    assert write_again(coco, tmp_path / "out") == []  # not one shard was finished
+    assert folder_bytes(tmp_path / "out") == folder_bytes(shards.path)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_full_disk(coco: tuple[Path, Path], shards: Shards, tmp_path: Path, workers: int) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=150k", "tmpfs", str(tmp_path)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here (needs root)")
+    out = tmp_path / "out"
+    try:
+        with pytest.raises(
+            OSError,
+            match=r"writing stopped .*No space left on device.*; free space.*goes on where it stopped",
+        ) as caught:
+            write_shards(*coco, out, samples_per_shard=15, workers=workers)
+        assert caught.value.errno == errno.ENOSPC
+        assert [path.name for path in out.iterdir()] == [".partial"]
+        subprocess.run(["mount", "-o", "remount,size=10m", str(tmp_path)], check=True)
+        assert "finished shards were kept" in write_again(coco, out)[0]
+        assert folder_bytes(out) == folder_bytes(shards.path)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_killed_worker_process_is_told(coco: tuple[Path, Path], tmp_path: Path) -> None:
+    def progress(done: int, total: int) -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    with pytest.raises(RuntimeError, match=r"a worker process died .*run again, with fewer --workers"):
+        write_shards(*coco, tmp_path / "out", samples_per_shard=5, workers=2, progress=progress)
+    write_shards(*coco, tmp_path / "out", samples_per_shard=5)
+    assert open_shards(tmp_path / "out").num_samples == 53

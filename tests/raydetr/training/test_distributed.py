@@ -1,0 +1,114 @@
+"""Several processes with a real gloo group against one process on the same global batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from detrs import zoo
+from raydetr.config import RunConfig, from_dict, override, to_dict
+from raydetr.data.splits import open_splits
+from raydetr.data.stream import train_batches
+from raydetr.training.loop import EvaluationReport, Training, train
+from raydetr.training.world import World
+
+STEPS = 3
+
+
+@pytest.fixture
+def plain_run(tiny_run: RunConfig) -> RunConfig:
+    """Without what depends on the share of a worker: batch statistics and denoising draws."""
+    return override(
+        tiny_run, {"model.num_classes": 4, "model.backbone.norm": "frozen", "model.num_denoising": 0}
+    )
+
+
+def take_steps(config: RunConfig, world: World) -> list[dict[str, Any]]:
+    """The first steps: mean terms, and every gradient."""
+    train_shards, _ = open_splits(config.data)
+    torch.manual_seed(0)
+    training = Training(config, zoo.build(config.model), train_shards.num_samples, world)
+    batches = train_batches(
+        train_shards, seed=0, position=0, rank=world.rank, world_size=world.size,
+        batch_size=config.data.batch_size // world.size, transform=config.data.train_transform.build(),
+    )  # fmt: skip
+    steps = []
+    for batch, _ in zip(batches, range(STEPS), strict=False):
+        steps.append(training.mean_terms(training.train_step(batch)))
+    weights = {name: value.clone() for name, value in training.detector.state_dict().items()}
+    return [{"terms": steps, "weights": weights}]
+
+
+def worker(rank: int, size: int, values: dict[str, Any], folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
+    try:
+        outcome = take_steps(from_dict(values), World(rank, size, torch.device("cpu")))
+        torch.save(outcome, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_workers_make_the_steps_of_one_on_the_same_global_batch(
+    plain_run: RunConfig, tmp_path: Path
+) -> None:
+    mp.spawn(worker, args=(2, to_dict(plain_run), str(tmp_path)), nprocs=2)
+    (first,), (second,) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    torch.set_num_threads(1)
+    (alone,) = take_steps(plain_run, World.alone())
+    for name, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][name]), name
+    counts = [len(batch) for batch in first["terms"]]
+    assert counts == [len(alone["terms"][0])] * STEPS
+    # a normaliser per worker, instead of one for the global batch, is off by percents: the
+    # shares of these batches hold different numbers of boxes. Later steps start from weights that
+    # Adam moved by the sign of gradients which rounding can turn.
+    for step, (ours, theirs) in enumerate(zip(first["terms"], alone["terms"], strict=True)):
+        for name in ("loss", "loss_bbox", "loss_giou", "loss_ce", "loss_ce_interm", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5 if step == 0 else 5e-3), (step, name)
+
+
+def test_the_shares_of_the_first_batches_hold_different_numbers_of_boxes(plain_run: RunConfig) -> None:
+    """Else the test above could not fail."""
+    train_shards, _ = open_splits(plain_run.data)
+    boxes = []
+    for rank in range(2):
+        batches = train_batches(
+            train_shards, seed=0, position=0, rank=rank, world_size=2, batch_size=4,
+            transform=plain_run.data.train_transform.build(),
+        )  # fmt: skip
+        boxes.append([len(batch.labels) for batch, _ in zip(batches, range(STEPS), strict=False)])
+    assert boxes[0] != boxes[1]
+
+
+def evaluate_worker(rank: int, size: int, values: dict[str, Any], folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
+    try:
+        config = from_dict(values)
+        train_shards, val_shards = open_splits(config.data)
+        torch.manual_seed(0)
+        world = World(rank, size, torch.device("cpu"))
+        training = Training(config, zoo.build(config.model), train_shards.num_samples, world)
+        for report in train(training, train_shards, val_shards):
+            if isinstance(report, EvaluationReport):
+                buffers = dict(training.weights.named_buffers())
+                torch.save({"results": report.results, "buffers": buffers}, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_every_worker_evaluates_the_same_model(tiny_run: RunConfig, tmp_path: Path) -> None:
+    """With batch norm each worker has its own running statistics, and so does the moving average."""
+    config = override(tiny_run, {"model.num_classes": 4, "optim.epochs": 1})
+    mp.spawn(evaluate_worker, args=(2, to_dict(config), str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert any("running_mean" in name for name in first["buffers"])
+    for name, value in first["buffers"].items():
+        assert torch.equal(value, second["buffers"][name]), name
+    assert first["results"] == second["results"]
