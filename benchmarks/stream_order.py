@@ -43,7 +43,7 @@ from raydetr.data.stream import train_batches
 from raydetr.data.transforms.geometry import resized_size
 from raydetr.data.transforms.pixels import Resized
 from raydetr.data.transforms.transform import Transform
-from raydetr.shards.manifest import (  # fmt: skip
+from raydetr.shards.manifest import (
     FORMAT_VERSION,
     INDEX,
     SAMPLE_DTYPE,

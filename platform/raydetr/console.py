@@ -1,12 +1,13 @@
-"""What a person sees while a run goes on: a live line in a terminal, else a plain line now and then."""
+"""What a person sees in the terminal: status lines, the progress of a run, progress bars."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -111,3 +112,33 @@ class Display:
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+class progress_bar:
+    """A progress bar as the callback (done, total) that the library's long functions take."""
+
+    def __init__(self, unit: str) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._unit = unit
+        self._progress = Progress(
+            TextColumn(unit),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return self._update
+
+    def _update(self, done: int, total: int) -> None:
+        if self._task is None:  # not before there is something to show: an error stands alone
+            self._progress.start()
+            self._task = self._progress.add_task(self._unit, total=total)
+        self._progress.update(self._task, completed=done)
+
+    def __exit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._progress.stop()

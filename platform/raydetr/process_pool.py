@@ -22,7 +22,7 @@ Advance = Callable[[int], None]  # called by a task with what was done since its
 Progress = Callable[[int, int], None]  # called with (done, in all)
 
 POLL_SECONDS = 0.2
-PRELOAD = ["raydetr.shards.packing"]  # imports webdataset, and with it torch: once, not in each process
+PRELOAD = ["raydetr.shards.writer"]  # imports webdataset, and with it torch: once, not in each process
 
 
 class Stopped(Exception):

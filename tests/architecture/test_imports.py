@@ -19,7 +19,7 @@ SOURCE_ROOTS = (Path("models"), Path("platform"), Path())
 HOMES = {
     "mlflow": ("raydetr.tracking.mlflow_run",),
     "webdataset": ("raydetr.data.*",),
-    "ray": ("raydetr.runs.ray_train", "raydetr.runs.ray_worker", "raydetr.tune.*", "raydetr.jobs", "jobs.*"),
+    "ray": ("raydetr.runs.ray_train", "raydetr.runs.ray_train", "raydetr.tune.*", "raydetr.jobs", "jobs.*"),
 }
 DETRS_NEEDS = {"torch", "numpy", "scipy", "jaxtyping", "detrs"}
 RINGS = ("detrs.ops", "detrs", "raydetr", "jobs")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from raydetr.console_progress_bar import progress_bar
+from raydetr.console import progress_bar
 
 
 def test_the_bar_is_told_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 from raydetr import recipes
 from raydetr.config import ConfigError, RunConfig, from_yaml
-from raydetr.console_progress_bar import progress_bar
-from raydetr.doctor.environment import environment_report
+from raydetr.console import progress_bar
 from raydetr.doctor.examine import examine
+from raydetr.doctor.findings import Target
+from raydetr.doctor.machine import environment_report
 from raydetr.doctor.page import to_html
-from raydetr.doctor.target import Target
 from raydetr.shards.reader import Shards, open_shards
 from raydetr.store.output_folder import check_out_file
 

@@ -14,8 +14,7 @@ from raydetr import config as configuration
 from raydetr import recipes as recipe_book
 from raydetr.cli.shards import shards_app
 from raydetr.config import ConfigError, RunConfig
-from raydetr.console import say
-from raydetr.console_progress_bar import progress_bar
+from raydetr.console import progress_bar, say
 from raydetr.store.output_folder import check_out_file
 
 app = typer.Typer(

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from raydetr.config.paths import check_location, is_remote, local_folder
-from raydetr.console_progress_bar import progress_bar
+from raydetr.console import progress_bar
 from raydetr.store.output_folder import check_out_file
 
 if TYPE_CHECKING:
+    from raydetr.shards.coco import Source
     from raydetr.shards.manifest import Manifest
-    from raydetr.shards.sources import Source
 
 shards_app = typer.Typer(help="Write, check, describe and index WebDataset shards.", no_args_is_help=True)
 
@@ -169,9 +169,9 @@ def _choose_source(
     Raises:
         ValueError: they name none or several, one is missing or has no effect, or the data is faulty.
     """
+    from raydetr.shards.coco import coco_source
     from raydetr.shards.importers.voc import voc_source
     from raydetr.shards.importers.yolo import yolo_source
-    from raydetr.shards.sources import coco_source
 
     is_coco = images is not None or annotations is not None
     if is_coco + (yolo is not None) + (voc is not None) != 1:

@@ -1,17 +1,216 @@
-"""The report as one HTML file that needs nothing else: numbers, findings with pictures, charts, classes."""
+"""The look of the page.
+
+Charts for the page, as SVG that needs nothing else: bars of several splits side by side.
+
+Pictures for the page: small JPEGs with boxes, inside the HTML itself.
+
+The report as one HTML file that needs nothing else: numbers, findings with pictures, charts, classes.
+"""
 
 from __future__ import annotations
 
+import base64
+import io
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 
-from raydetr.doctor.charts import COLORS, histogram_chart, legend
+import numpy as np
+from PIL import Image
+
+from raydetr.doctor.box_checks import SMALL
 from raydetr.doctor.findings import Example, Finding, Place
-from raydetr.doctor.pictures import gallery_places, thumbnail, with_all_boxes
-from raydetr.doctor.report import Report, summary_rows
-from raydetr.doctor.scale import SMALL
-from raydetr.doctor.statistics import ClassRow
-from raydetr.doctor.style import STYLE
+from raydetr.doctor.report import ClassRow, Histogram, Report, summary_rows
+from raydetr.doctor.scan import Examined, as_record, is_box, read_anyway
+from raydetr.shards.images import UNREADABLE, decode_rgb
+from raydetr.visualization.boxes import Box, coco_boxes, draw_boxes
+
+STYLE = """
+:root { --ink: #22262b; --soft: #69717a; --line: #e2e5e9; --paper: #fff;
+  --fault: #c62828; --warning: #d98200; --note: #4a7ba6; --good: #2e7d4f; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #f5f6f8; color: var(--ink);
+  font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
+main { max-width: 1180px; margin: 0 auto; padding: 28px 24px 60px; }
+h1 { font-size: 26px; margin: 0 0 12px; }
+h2 { font-size: 19px; margin: 36px 0 10px; }
+figure { margin: 0; }
+.verdict { font-size: 18px; font-weight: 600; color: #fff; padding: 10px 16px; border-radius: 8px;
+  margin: 0 0 8px; }
+.good { background: var(--good); } .fair { background: #b26a00; } .bad { background: var(--fault); }
+.target { color: var(--soft); margin: 0 0 14px; }
+table { border-collapse: collapse; background: var(--paper); font-variant-numeric: tabular-nums; }
+th { text-align: left; font-weight: 500; } td { text-align: right; white-space: nowrap; }
+.summary { border: 1px solid var(--line); border-radius: 8px; }
+.summary th, .summary td { padding: 4px 16px; border-top: 1px solid var(--line); }
+.summary tr:first-child th { border-top: 0; font-weight: 700; text-align: right; }
+.summary .inner { padding-left: 34px; color: var(--soft); }
+.finding { background: var(--paper); border: 1px solid var(--line); border-left: 6px solid var(--note);
+  border-radius: 8px;
+  padding: 12px 16px; margin: 0 0 12px; }
+.finding p { margin: 0 0 4px; }
+.finding b { text-transform: uppercase; font-size: 12px; letter-spacing: .06em; color: #fff;
+  background: var(--note);
+  border-radius: 4px; padding: 2px 7px; margin-right: 6px; }
+.fault { border-left-color: var(--fault); } .fault b { background: var(--fault); }
+.warning { border-left-color: var(--warning); } .warning b { background: var(--warning); }
+.what code { float: right; color: var(--soft); font-size: 12px; margin-left: 12px; }
+.remedy { color: var(--soft); } .remedy::before { content: "→ "; }
+.examples { display: flex; flex-wrap: wrap; gap: 14px; margin-top: 10px; align-items: flex-start; }
+.example p { font-size: 12.5px; color: var(--soft); margin: 2px 0 0; max-width: 460px;
+  overflow-wrap: anywhere; }
+.single { width: 250px; } .pictures { display: flex; gap: 6px; }
+.pair { border: 1px solid var(--line); border-radius: 8px; padding: 8px; } .pair figure { width: 220px; }
+img { display: block; width: 100%; border-radius: 5px; }
+figure figcaption { font-size: 12.5px; color: var(--soft); overflow-wrap: anywhere; }
+.none { display: grid; place-items: center; height: 120px; border-radius: 5px; background: #eceef1;
+  color: var(--soft); }
+.gallery { display: grid; grid-template-columns: repeat(4, 1fr); gap: 14px; align-items: start; }
+.charts { display: grid; grid-template-columns: repeat(3, 1fr); gap: 14px; }
+.charts figure { background: var(--paper); border: 1px solid var(--line); border-radius: 8px;
+  padding: 10px 14px; }
+.charts figcaption { color: var(--ink); font-weight: 600; font-size: 14px; margin-bottom: 4px; }
+.unit { color: var(--soft); font-weight: 400; }
+svg { display: block; width: 100%; } svg text { font-size: 9.5px; fill: var(--soft);
+  } svg line { stroke: var(--line); }
+.legend { margin: 0 0 10px; } .legend span { margin-right: 18px; }
+.legend i { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 6px; }
+.scroll { max-height: 620px; overflow: auto; border: 1px solid var(--line); border-radius: 8px;
+  background: var(--paper); }
+.classes { width: 100%; } .classes th, .classes td { padding: 3px 12px; }
+.classes thead th { position: sticky; top: 0; background: #eef0f3; font-weight: 600; text-align: right; }
+.classes thead th:nth-child(2) { text-align: left;
+  } .classes tbody tr:nth-child(even) { background: #f8f9fa; }
+.barred { width: 18%; text-align: left; } .barred i { display: block; height: 11px; border-radius: 3px;
+  min-width: 1px; }
+td.absent { color: var(--fault); }
+@media (max-width: 900px) { .charts, .gallery { grid-template-columns: repeat(2, 1fr); } }
+"""
+
+
+COLORS = ("#3366cc", "#e07b39", "#2a9d6f", "#9b4dca", "#b8a000", "#666666")  # of the splits
+
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 350, 190, 34, 24, 10
+
+
+def histogram_chart(title: str, unit: str, histograms: Sequence[Histogram], names: Sequence[str]) -> str:
+    """The shares of the values of each split, bin by bin.
+
+    Args:
+        title: above the chart.
+        unit: of the values, below it.
+        histograms: with the same edges, one for each split.
+        names: of the splits.
+    """
+    totals = [max(1, sum(histogram.counts)) for histogram in histograms]
+    shares = [
+        [count / total for count in histogram.counts]
+        for histogram, total in zip(histograms, totals, strict=True)
+    ]
+    top = max(0.05, *(share for row in shares for share in row))
+    edges = histograms[0].edges
+    slot = (_WIDTH - _LEFT) / len(edges)
+    plot = _HEIGHT - _BOTTOM - _TOP
+    parts = [_grid(top, plot)]
+    for number, (row, histogram) in enumerate(zip(shares, histograms, strict=True)):
+        bar = slot * 0.8 / len(shares)
+        for position, share in enumerate(row):
+            height = plot * share / top
+            x, y = _LEFT + slot * (position + 0.1) + bar * number, _TOP + plot - height
+            tip = f"{names[number]}, {_bin(edges, position)} {unit}: {histogram.counts[position]:,} ({share:.1%})"
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(bar - 0.5, 1):.1f}" height="{height:.1f}" '
+                f'fill="{COLORS[number % len(COLORS)]}"><title>{escape(tip)}</title></rect>'
+            )
+    parts += [
+        f'<text x="{_LEFT + slot * position:.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{edge:g}</text>'
+        for position, edge in enumerate(edges)
+    ]
+    return (
+        f'<figure><figcaption>{escape(title)} <span class="unit">{escape(unit)}</span></figcaption>'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
+    )
+
+
+def legend(names: Sequence[str]) -> str:
+    """Which colour is which split."""
+    items = (
+        f'<span><i style="background:{COLORS[number % len(COLORS)]}"></i>{escape(name)}</span>'
+        for number, name in enumerate(names)
+    )
+    return f'<p class="legend">{"".join(items)}</p>'
+
+
+def _grid(top: float, plot: float) -> str:
+    lines = []
+    for part in (0.0, 0.5, 1.0):
+        y = _TOP + plot * (1 - part)
+        lines.append(
+            f'<line x1="{_LEFT}" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text x="{_LEFT - 4}" y="{y + 3:.1f}" text-anchor="end">{top * part:.0%}</text>'
+        )
+    return "".join(lines)
+
+
+def _bin(edges: Sequence[float], position: int) -> str:
+    if position + 1 == len(edges):
+        return f"{edges[position]:g} and more"
+    return f"{edges[position]:g} to under {edges[position + 1]:g}"
+
+
+SIDE = 340  # pixels of the long side
+QUALITY = 82
+
+
+def thumbnail(examined: Examined, place: Place) -> str | None:
+    """A picture of a place as a data URL, with the boxes that are meant; None where it cannot be read."""
+    raw = read_anyway(examined.split.shards, place.sample)
+    if raw is None:
+        return None
+    try:
+        image = decode_rgb(raw.image)
+    except UNREADABLE:
+        return None
+    names = {c["id"]: c["name"] for c in examined.split.shards.manifest.categories}
+    records = [as_record(raw.annotations[number]) for number in place.annotations]
+    boxes = coco_boxes([record for record in records if is_box(record.get("bbox"))], names)
+    return data_url(_drawn(image, boxes))
+
+
+def gallery_places(examined: Examined, count: int) -> list[Place]:
+    """Some images, evenly over the split."""
+    shards = examined.split.shards
+    chosen = np.unique(np.linspace(0, shards.num_samples - 1, count).round().astype(int)).tolist()
+    return [examined.split.place(sample) for sample in chosen]
+
+
+def with_all_boxes(examined: Examined, place: Place) -> Place:
+    """The place with all annotations of its image."""
+    count = int(examined.split.shards.samples["num_annotations"][place.sample])
+    return replace(place, annotations=tuple(range(count)))
+
+
+def data_url(image: Image.Image) -> str:
+    """An image as the text that `src` takes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _drawn(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
+    """The image in the size of the page, and only then the boxes: lines and labels stay readable."""
+    factor = SIDE / max(image.size)
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    across, down = size[0] / image.width, size[1] / image.height
+    scaled = [
+        Box(box.category_id, box.name, (x0 * across, y0 * down, x1 * across, y1 * down), box.score)
+        for box in boxes
+        for x0, y0, x1, y1 in (box.xyxy,)
+    ]
+    resample = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.BICUBIC
+    return draw_boxes(image.resize(size, resample), scaled)
+
 
 GALLERY = 8  # images of each split
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from raydetr.data.batch import Sample, collate, to_model
-from raydetr.evaluation.results import to_coco_results
+from raydetr.evaluation.evaluator import to_coco_results
 from raydetr.shards.images import UNREADABLE, decode_rgb
 from raydetr.store.output_folder import new_folder
 from raydetr.training.checkpoint import Loaded, load_for_inference, read_meta

@@ -18,8 +18,8 @@ from raydetr.config import ConfigError, RunConfig, flatten, from_yaml, override,
 from raydetr.config.paths import absolute
 from raydetr.console import Display, Progress, say
 from raydetr.data.splits import open_splits, write_missing_sample
-from raydetr.doctor import quick
-from raydetr.doctor.target import Target
+from raydetr.doctor import examine as quick
+from raydetr.doctor.findings import Target
 from raydetr.environment import describe_environment
 from raydetr.runs.session import Assignment, run_session
 from raydetr.tracking import mlflow_run
@@ -211,9 +211,7 @@ def _finish(uri: str, run_id: str, status: mlflow_run.Status, last: Path | None 
 def _run_on_ray(
     assignment: Assignment, config: RunConfig, attempt: str, callbacks: Sequence[Any]
 ) -> dict[str, Any]:
-    from raydetr.runs.ray_train import (
-        launch,  # Ray takes seconds to import, and --local needs none of it
-    )
+    from raydetr.runs.ray_train import launch
 
     return launch(assignment, config.cluster, attempt, config.storage.keep_checkpoints, callbacks)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 
-from raydetr.data.corrupt_log import LEDGER
+from raydetr.data.corrupt import LEDGER
 from raydetr.evaluation.coco_metrics import ApTable
 from raydetr.evaluation.ground_truth import caveats
 from raydetr.runs.overfit import Overfit

@@ -1,6 +1,8 @@
 """COCO annotation files: read, checked as a whole, and refused with all that is wrong with them.
 
 What each kind of fault means for training is decided here and in `usable_boxes`; docs/data.md has the table.
+
+Where images and annotations come from: COCO JSON, YOLO or Pascal VOC, all as COCO's records.
 """
 
 from __future__ import annotations
@@ -280,3 +282,23 @@ def _is_int(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked data set on disk."""
+
+    dataset: CocoDataset
+    images: Path  # the folder that the records' file names start from
+    name: str  # of what holds the annotations, for the manifest
+
+
+def coco_source(images: Path, annotations: Path) -> Source:
+    """A COCO instances JSON and the folder of its images.
+
+    Raises:
+        ValueError: the folder is missing, or the annotations are faulty.
+    """
+    if not images.is_dir():
+        raise ValueError(f"{images}: there is no such folder of images")
+    return Source(load_coco(annotations), images, annotations.name)

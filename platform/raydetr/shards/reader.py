@@ -1,27 +1,119 @@
-"""Read shards: a folder of tars with their index and manifest, opened only when it is whole."""
+"""Read shards: a folder of tars with their index and manifest, opened only when it is complete."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
+import struct
+import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from raydetr.config.paths import check_location, is_remote, local_folder
-from raydetr.shards.files import LocalFiles, LocalFolder, ShardFiles, Span
-from raydetr.shards.header import check_sizes, load_header
-from raydetr.shards.manifest import LabelMap, LabelMapKind, Manifest, Samples, make_label_map, sample_key
+from raydetr.shards.files import Folder, LocalFiles, LocalFolder, ShardFiles, Span
+from raydetr.shards.manifest import (
+    INDEX,
+    MANIFEST,
+    SAMPLE_DTYPE,
+    LabelMap,
+    LabelMapKind,
+    Manifest,
+    Samples,
+    data_fingerprint,
+    make_label_map,
+    sample_key,
+)
 from raydetr.shards.remote.reading import RemoteFolder, make_remote_files
 from raydetr.shards.third_party.record_formats import convert
-from raydetr.shards.validation import Convert, Fault, RawSample, parse_sample
+from raydetr.shards.validation import Convert, Fault, RawSample, check_index, check_manifest, parse_sample
 from raydetr.store.transfer import RemoteError, RemoteSettings
+
+T = TypeVar("T")
+NOT_THERE = (FileNotFoundError, NotADirectoryError)
+
+# what numpy and zipfile raise for a damaged npz; a size that was changed may ask for more than the memory
+UNREADABLE_INDEX = (
+    OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, SyntaxError, EOFError, RuntimeError,
+    NotImplementedError, MemoryError, OverflowError, struct.error, zlib.error, zipfile.BadZipFile,
+)  # fmt: skip
+
+
+def load_header(folder: Folder, location: str, *, reads: int) -> tuple[Manifest, Samples]:
+    """The manifest and the index of a folder of shards, which belong together.
+
+    Args:
+        folder: where they are.
+        location: its name for messages.
+        reads: how often a file is read that turns out wrong, which on its way it may have become.
+
+    Raises:
+        ValueError: there is none, or they are damaged, or of different shards.
+    """
+    try:
+        manifest = _load(folder, MANIFEST, _parse_manifest, location, reads)
+    except NOT_THERE:
+        raise ValueError(f"{location}: {folder.without_manifest()}") from None
+    return manifest, _load(folder, INDEX, lambda content: _parse_index(content, manifest), location, reads)
+
+
+def check_sizes(folder: Folder, location: str, manifest: Manifest) -> None:
+    """Make sure that every shard is there, with its size.
+
+    Raises:
+        ValueError: they are not; lists up to ten.
+    """
+    faults = folder.check_sizes({shard.name: shard.size for shard in manifest.shards})
+    if faults:
+        listing = "; ".join(faults[:10]) + (f"; and {len(faults) - 10} more" if len(faults) > 10 else "")
+        raise ValueError(f"{location}: {listing}: copy these shards again, or write the shards again")
+
+
+def _load(folder: Folder, name: str, parse: Callable[[bytes], T], location: str, reads: int) -> T:
+    fault: Exception | None = None
+    for _ in range(reads):
+        try:
+            return parse(folder.read(name))
+        except (Fault, MemoryError) as error:
+            fault = error
+        except OSError as error:
+            if isinstance(error, RemoteError) or (name == MANIFEST and isinstance(error, NOT_THERE)):
+                raise
+            raise ValueError(f"{location}/{name}: cannot be read ({error}): write the shards again") from None
+    raise ValueError(f"{location}/{name}: {fault}: write the shards again")
+
+
+def _parse_manifest(content: bytes) -> Manifest:
+    try:
+        manifest = Manifest.parse(content)
+    except ValueError as error:
+        raise Fault(str(error)) from None
+    check_manifest(manifest)
+    return manifest
+
+
+def _parse_index(content: bytes, manifest: Manifest) -> Samples:
+    try:
+        with np.load(io.BytesIO(content)) as arrays:
+            samples: Samples = arrays["samples"]
+    except UNREADABLE_INDEX as error:
+        raise Fault(f"cannot be read ({error})") from None
+    if (
+        samples.dtype != SAMPLE_DTYPE
+        or data_fingerprint(samples, manifest.categories) != manifest.fingerprint
+    ):
+        raise Fault("is not the index of this manifest")
+    check_index(samples, manifest)
+    return samples
+
 
 READ_AT_ONCE = 32  # samples
 

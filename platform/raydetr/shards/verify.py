@@ -12,10 +12,9 @@ import numpy as np
 from raydetr.process_pool import Advance, Progress, run_tasks
 from raydetr.shards.coco import MAX_REPORTED, Problems
 from raydetr.shards.files import LocalFiles, LocalFolder
-from raydetr.shards.header import load_header
 from raydetr.shards.images import check_image
 from raydetr.shards.manifest import MANIFEST, Manifest, label_maps, make_label_map
-from raydetr.shards.reader import ShardError, Shards
+from raydetr.shards.reader import ShardError, Shards, load_header
 from raydetr.shards.tar_samples import TarSample, padded_end, tar_samples
 from raydetr.shards.third_party.shard import image_and_record
 from raydetr.shards.validation import Fault

@@ -18,7 +18,7 @@ from torch import nn
 
 from detrs import zoo
 from raydetr.config import ConfigError, RunConfig, from_dict, to_dict
-from raydetr.data.corrupt_log import Ledger
+from raydetr.data.corrupt import Ledger
 from raydetr.data.order import PLAN_VERSION
 from raydetr.shards.manifest import LabelMap, make_label_map
 from raydetr.shards.reader import Shards

@@ -20,14 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from detrs.zoo import Model
 from raydetr.config import RunConfig
 from raydetr.data.batch import Batch, to_model
-from raydetr.data.corrupt import Damage
-from raydetr.data.corrupt_log import Ledger
+from raydetr.data.corrupt import Damage, Ledger
 from raydetr.data.stream import evaluation_batches, train_batches
 from raydetr.evaluation.evaluator import evaluate, without_blanks
 from raydetr.shards.reader import Shards
-from raydetr.training.ema import Ema
 from raydetr.training.nonfinite import Fault, Score, Skipped, Statistics, score
-from raydetr.training.optim import build_optimizer, lr_factor, set_learning_rates
+from raydetr.training.optim import Ema, build_optimizer, lr_factor, set_learning_rates
 from raydetr.training.world import World
 
 

@@ -14,9 +14,10 @@ import pytest
 from packaging.requirements import Requirement
 
 from detrs.ops import NativeStatus, native_status
-from raydetr.doctor import environment, machine, packages
-from raydetr.doctor.environment import EnvironmentLine, EnvironmentReport, environment_report
-from raydetr.doctor.machine import GIB, Gpu, Machine
+from raydetr.doctor import machine
+from raydetr.doctor import machine as environment
+from raydetr.doctor import machine as packages
+from raydetr.doctor.machine import GIB, EnvironmentLine, EnvironmentReport, Gpu, Machine, environment_report
 
 H200 = Gpu("NVIDIA H200", "sm_90", 140 * GIB, 139 * GIB)
 LAPTOP = Machine(8, 8, None, 16 * GIB, 12 * GIB, None, ("avx2",), (), False)

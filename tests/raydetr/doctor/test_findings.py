@@ -17,8 +17,8 @@ from PIL import Image
 import planted_shards as made
 from planted_shards import Split
 from raydetr.doctor.examine import examine
+from raydetr.doctor.findings import Target
 from raydetr.doctor.report import Report
-from raydetr.doctor.target import Target
 
 DOCUMENT = Path(__file__).parents[3] / "docs/data.md"
 TARGET = Target(recipe="test", num_queries=20, batch_size=8)

@@ -12,8 +12,14 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from planted_shards import encoded, picture
-from raydetr.doctor.looks import look_at
-from raydetr.doctor.near import MAX_DIFFERENT_BITS, MIN_CORRELATION, correlation, groups_of, near_pairs
+from raydetr.doctor.duplicates import (
+    MAX_DIFFERENT_BITS,
+    MIN_CORRELATION,
+    correlation,
+    groups_of,
+    near_pairs,
+)
+from raydetr.doctor.scan import look_at
 
 Variant = Callable[[Image.Image], bytes]
 

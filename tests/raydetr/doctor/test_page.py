@@ -11,11 +11,10 @@ import pytest
 
 import browser
 import planted_shards as made
-from raydetr.doctor.charts import histogram_chart
 from raydetr.doctor.examine import examine
-from raydetr.doctor.page import to_html
-from raydetr.doctor.statistics import Histogram
-from raydetr.doctor.target import Target
+from raydetr.doctor.findings import Target
+from raydetr.doctor.page import histogram_chart, to_html
+from raydetr.doctor.report import Histogram
 
 PROBE = """<script>
 const faults = [];

@@ -12,8 +12,8 @@ import planted_shards as made
 from planted_shards import Split
 from raydetr import recipes
 from raydetr.config import RunConfig, override
-from raydetr.doctor import quick
-from raydetr.doctor.target import Target
+from raydetr.doctor import examine as quick
+from raydetr.doctor.findings import Target
 from raydetr.runs import run
 from raydetr.runs.overfit import overfit
 from raydetr.shards.manifest import SAMPLE_DTYPE

@@ -9,10 +9,9 @@ import pytest
 
 import planted_shards as made
 from object_stores import WebServer
-from raydetr.doctor.examine import examine
-from raydetr.doctor.quick import warnings
+from raydetr.doctor.examine import examine, warnings
+from raydetr.doctor.findings import Target
 from raydetr.doctor.report import Report
-from raydetr.doctor.target import Target
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from detrs.structures import Detections
-from raydetr.evaluation.results import from_coco_results, to_coco_results
+from raydetr.evaluation.evaluator import from_coco_results, to_coco_results
 from raydetr.shards.manifest import LabelMap
 
 LABEL_MAP = LabelMap("contiguous", (3, 7), ("disc", "ring"))

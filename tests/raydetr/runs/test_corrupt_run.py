@@ -19,8 +19,7 @@ from damaged_shards import damage_sample
 from detrs import zoo
 from raydetr.config import ConfigError, RunConfig, from_dict, override, to_dict
 from raydetr.data.batch import Batch, blank_batch, collate, to_model
-from raydetr.data.corrupt import Damage
-from raydetr.data.corrupt_log import DamageError, Ledger
+from raydetr.data.corrupt import Damage, DamageError, Ledger
 from raydetr.data.samples import load_sample
 from raydetr.data.splits import open_splits
 from raydetr.data.stream import make_plan, train_batches

@@ -22,8 +22,7 @@ from raydetr import recipes
 from raydetr.cli.main import app
 from raydetr.inference.predict import predict
 from raydetr.training.checkpoint import load_for_inference, read_meta
-from raydetr.training.coco_classes import COCO_CATEGORIES
-from raydetr.training.import_checkpoint import Imported, import_checkpoint
+from raydetr.training.import_checkpoint import COCO_CATEGORIES, Imported, import_checkpoint
 
 # full-size official model -> (what a user names, whose settings it gets)
 NAMED = {

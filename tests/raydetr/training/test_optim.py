@@ -12,8 +12,7 @@ from torch import nn
 
 from raydetr import recipes
 from raydetr.config import OptimConfig
-from raydetr.training.ema import Ema
-from raydetr.training.optim import lr_factor, parameter_groups
+from raydetr.training.optim import Ema, lr_factor, parameter_groups
 
 
 def optim(**changes: object) -> OptimConfig:

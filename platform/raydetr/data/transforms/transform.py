@@ -16,15 +16,16 @@ from raydetr.data.transforms.color import ColourChange, change_colours
 from raydetr.data.transforms.geometry import (
     Boxes,
     Crop,
+    Jitter,
     Kept,
     crop,
     flip_horizontally,
+    jitter,
     resize,
     resize_boxes,
     resized_size,
     size_before_crop,
 )
-from raydetr.data.transforms.large_scale_jitter import Jitter, jitter
 from raydetr.data.transforms.mosaic import Mosaic
 from raydetr.data.transforms.pixels import Pixels, Resized, Size, size_of
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from raydetr.shards.coco import Problems, Record, check_records
-from raydetr.shards.sources import Source
+from raydetr.shards.coco import Problems, Record, Source, check_records
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 

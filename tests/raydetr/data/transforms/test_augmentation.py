@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from raydetr.config import TransformConfig
 from raydetr.data.samples import load_sample
 from raydetr.data.stream import train_batches
-from raydetr.data.transforms.large_scale_jitter import GREY, Jitter
+from raydetr.data.transforms.geometry import GREY, Jitter
 from raydetr.data.transforms.mosaic import Labelled, Mosaic, make_mosaic
 from raydetr.data.transforms.pixels import Pixels, size_of
 from raydetr.data.transforms.transform import Transform

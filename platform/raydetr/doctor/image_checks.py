@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from raydetr.doctor.findings import MAX_EXAMPLES, Finding, Level, counted
-from raydetr.doctor.split import Examined
+from raydetr.doctor.scan import Examined
 
 NARROW = 5  # long side by short side
 TINY = 32  # pixels of the short side: one cell of the coarsest feature map
