@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+PathOrUrl = Annotated[str, "path or URL"]  # a platform finds the settings that name files by this type
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class BackboneConfig:
     norm: Literal["frozen", "batch"] = "frozen"
     num_frozen_stages: int = 2  # 0: all is trained; 1: the stem is not; 2: nor is layer1; ...
     dilation: bool = False  # layer4 keeps the resolution of layer3 (DETR's DC5)
-    weights: str | None = None  # path or URL of a torchvision state dict; None: random
+    weights: PathOrUrl | None = None  # of a torchvision state dict; None: random
 
     @property
     def widths(self) -> tuple[int, int, int, int]:

@@ -1,12 +1,25 @@
-"""Where shards lie: a folder, or a URL of one. A location stays text, because a path would make s3:/a of s3://a."""
+"""Define the types of settings that name files, and make such settings absolute.
+
+`Path` is a file or folder of this machine. `Location` is a folder of shards or its URL; it stays text, because a Path
+would turn s3://a into s3:/a. `TrackingUri` is MLflow's. detrs has `PathOrUrl` for weights.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Any, TypeAlias, get_args, get_origin
 from urllib.parse import unquote, urlsplit
 
+from pydantic import AfterValidator
+
+from detrs.backbone import PathOrUrl
+
 REMOTE = ("s3", "gs", "http", "https")
+SQLITE = "sqlite:///"
+
+MakeAbsolute: TypeAlias = Callable[[str, Path], str]  # (value, base folder) -> the same from any working directory
 
 
 def check_location(location: str) -> str:
@@ -45,6 +58,41 @@ def local_folder(location: str | Path) -> Path:
 def absolute(location: str, base: Path) -> str:
     """The same location from any working directory: a folder is taken from `base`, a URL stays."""
     return location if is_remote(location) else str(base / local_folder(location).expanduser())
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Return the database file of a `sqlite:///` URI; None for other URIs."""
+    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
+
+
+def absolute_tracking_uri(uri: str, base: Path) -> str:
+    """Resolve the file of a `sqlite:///` URI against `base`; other URIs stay."""
+    file = sqlite_file(uri)
+    return f"{SQLITE}{base / file.expanduser()}" if file else uri
+
+
+Location = Annotated[str, AfterValidator(check_location), absolute]  # a folder, or a URL of one
+TrackingUri = Annotated[str, absolute_tracking_uri]
+
+_PATH_OR_URL = get_args(PathOrUrl)[1]
+
+
+def path_rule(annotation: Any) -> MakeAbsolute | None:
+    """Return how a setting with this type is made absolute; None if it does not name a file.
+
+    The marks are the metadata of `Annotated` types; a union such as `Path | None` has the rule of its part.
+    """
+    if annotation is Path:
+        return absolute
+    if get_origin(annotation) is Annotated:
+        for mark in annotation.__metadata__:
+            if mark in (absolute, absolute_tracking_uri):
+                rule: MakeAbsolute = mark
+                return rule
+            if mark == _PATH_OR_URL:
+                return absolute
+        return None
+    return next((rule for part in get_args(annotation) if (rule := path_rule(part))), None)
 
 
 def scheme_of(location: str) -> str | None:

@@ -1,0 +1,201 @@
+"""Settings by dotted path, as YAML and as `path=value`: read, changed, written.
+
+`optim.lr` is the same word on the command line, in a search space, in an MLflow param and in a config file. An
+unknown key or a wrong type is an error that names the path and the nearest valid key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from detrs.zoo import ModelConfig
+from raydetr.config.paths import path_rule
+from raydetr.config.schema import RunConfig
+
+_VARIANTS = tuple(kind.paper for kind in get_args(ModelConfig))  # values of `model.paper`
+# Settings whose keys are not ours: they can be set one by one, or all together as a mapping
+_FREE = ("data.remote.options.",)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the path, what was found and what to do."""
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """Validate nested values into a RunConfig.
+
+    Raises:
+        ConfigError: a key is unknown, missing, or has a value of the wrong type.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration as nested plain values (what YAML and JSON can hold)."""
+    return config.model_dump(mode="json")
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values as {dotted path: value}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        flat |= flatten(value, f"{path}.") if isinstance(value, Mapping) and value else {path: value}
+    return flat
+
+
+def override(config: RunConfig, assignments: Mapping[str, Any]) -> RunConfig:
+    """A copy of `config` with the values at some dotted paths replaced.
+
+    Raises:
+        ConfigError: a path does not exist (the nearest one is named) or a value does not fit.
+    """
+    values = to_dict(config)
+    for path, value in assignments.items():
+        _assign(values, path, value)
+    return from_dict(values)
+
+
+def parse_assignments(arguments: Iterable[str]) -> dict[str, Any]:
+    """`["optim.lr=2e-4"]` as {"optim.lr": 2e-4}; values are YAML scalars or lists.
+
+    Raises:
+        ConfigError: an argument is not of the form `path=value`.
+    """
+    assignments: dict[str, Any] = {}
+    for argument in arguments:
+        path, equals, text = argument.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"{argument!r} is not an override: write it as path=value, e.g. optim.lr=2e-4")
+        if path in assignments:
+            raise ConfigError(f"{path} is set twice, to {assignments[path]!r} and to {text!r}: keep one")
+        assignments[path] = _parse_value(path, text)
+    return assignments
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The configuration as YAML that `from_yaml` reads back to an equal one."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def from_yaml(path: Path) -> RunConfig:
+    """Read a configuration file.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML mapping, or does not hold a valid configuration.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML ({error})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path}: holds {type(values).__name__}, not a mapping; `raydetr config` prints one"
+        )
+    try:
+        return from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the known word most like `word`, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _parse_value(path: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: the value {text!r} is not YAML ({error})") from None
+    # YAML 1.1 reads 2e-4 as text, because it has no decimal point
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _assign(values: dict[str, Any], path: str, value: Any) -> None:
+    node: Any = values
+    *parents, leaf = path.split(".")
+    for depth, key in enumerate([*parents, leaf]):
+        if isinstance(node, dict) and f"{'.'.join(parents[:depth])}.".startswith(_FREE):
+            node.setdefault(key, {} if depth < len(parents) else None)
+        if not isinstance(node, dict) or key not in node:
+            raise ConfigError(f"{path}: no such setting{nearest(path, _all_paths(values))}")
+        if key is not leaf:
+            node = node[key]
+    if isinstance(node[leaf], dict) and not f"{path}.".startswith(_FREE):
+        raise ConfigError(f"{path} is a section: set one of {', '.join(sorted(node[leaf]))} below it")
+    node[leaf] = value
+
+
+def _all_paths(values: Mapping[str, Any]) -> list[str]:
+    return list(flatten(values))
+
+
+def _explain(error: ValidationError) -> str:
+    return "; ".join(_explain_problem(problem) for problem in error.errors())
+
+
+def _explain_problem(problem: ErrorDetails) -> str:
+    # pydantic names the variant of `model` in the location: model.dino.num_queries
+    path = ".".join(str(part) for part in problem["loc"] if part not in _VARIANTS)
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{path}: no such setting{nearest(path, known_paths(RunConfig))}"
+    if problem["type"] == "missing":
+        return f"{path}: missing"
+    if problem["type"] == "value_error":  # of a whole section, by our own check
+        return f"{path}: {problem['msg'].removeprefix('Value error, ')}"
+    return f"{path}: {problem['msg']}, found {problem['input']!r}"
+
+
+def known_paths(kind: Any, prefix: str = "") -> list[str]:
+    """Return all dotted paths below a section's type, those of every variant of the model included."""
+    return list(dict.fromkeys(path for path, _ in _settings(kind, prefix)))
+
+
+def absolute_paths(config: RunConfig, base: Path) -> RunConfig:
+    """Return the configuration with every setting that names a file or folder made absolute, starting from `base`.
+
+    Which settings these are follows from their types alone (`raydetr.config.paths`).
+    """
+    values = flatten(to_dict(config))
+    rules = {path: rule for path, kind in _settings(RunConfig) if (rule := path_rule(kind))}
+    changed = {path: rule(values[path], base) for path, rule in rules.items() if values.get(path) is not None}
+    return override(config, changed)
+
+
+def _settings(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted path and the type of each setting below a section's type."""
+    sections = [part for part in (kind, *get_args(kind)) if _is_section(part)]
+    for section in sections:
+        for name, annotation in get_type_hints(section, include_extras=True).items():
+            if name in _fields(section):
+                yield from _settings(annotation, f"{prefix}{name}.")
+    if not sections:
+        yield prefix.removesuffix("."), kind
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and (issubclass(kind, BaseModel) or dataclasses.is_dataclass(kind))
+
+
+def _fields(section: Any) -> set[str]:
+    if issubclass(section, BaseModel):
+        return set(section.model_fields)
+    return {field.name for field in dataclasses.fields(section)}

@@ -1,0 +1,246 @@
+"""Define the sections of a run's configuration, each setting once.
+
+The sections are plain frozen models without behaviour, and the code below takes them as they are: `Transform` takes a
+`TransformConfig`, the remote reader a `RemoteConfig`. A setting that names a file or folder has a type that says so
+(`raydetr.config.paths`), so that every one of them is made absolute before it is sent to a worker.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, model_validator
+
+from detrs.zoo import ModelConfig
+from raydetr.config.paths import Location, TrackingUri, is_remote
+
+ScalePer = Literal["image", "step"]
+OnCorrupt = Literal["raise", "substitute", "mask"]
+LabelMapKind = Literal["contiguous", "category_id"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and strict about keys and types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    def non_default(self, names: tuple[str, ...]) -> list[str]:
+        """Return those of the named settings that differ from their default."""
+        fields = type(self).model_fields
+        return [name for name in names if getattr(self, name) != fields[name].default]
+
+
+# Settings of TransformConfig that have no effect without another one
+REQUIRES = {
+    "max_side": "short_sides",
+    "crop_short_sides": "crop_probability",
+    "crop_min_side": "crop_probability",
+    "crop_max_side": "crop_probability",
+    "lsj_min_scale": "lsj_size",
+    "lsj_max_scale": "lsj_size",
+}
+# Settings of TransformConfig that augment, and are refused in the validation transform
+AUGMENTATION = (
+    "horizontal_flip",
+    "crop_probability",
+    "lsj_size",
+    "mosaic_probability",
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+    "scale_per",
+)
+
+
+class TransformConfig(Section):
+    """How an image is augmented and resized before it is batched.
+
+    The official training of all five papers flips half of the images and crops half of them: those are resized to a
+    short side of 400, 500 or 600, and a window of 384 to 600 pixels a side is cut out.
+    """
+
+    short_sides: tuple[PositiveInt, ...] = ()  # pixels; one is drawn; empty: keep the size
+    # Draw a short side for each image, as the official code does, or one for all images of a step. A crop then keeps
+    # the image's aspect ratio, so that images of one aspect ratio have one size and no padding.
+    scale_per: ScalePer = "image"
+    max_side: PositiveInt = 1333  # pixels; limit of the long side when `short_sides` is given
+    horizontal_flip: float = Field(default=0.0, ge=0.0, le=1.0)  # probability
+    crop_probability: float = Field(default=0.0, ge=0.0, le=1.0)  # of a random crop before the resize
+    crop_short_sides: tuple[PositiveInt, ...] = ()  # pixels; resize to one of them before the crop
+    crop_min_side: PositiveInt = 384  # pixels; the sides of the crop are drawn from crop_min_side
+    crop_max_side: PositiveInt = 600  # to crop_max_side, or to the image's side where that is smaller
+    lsj_size: PositiveInt | None = None  # pixels; side of the square of large-scale jitter; None: no jitter
+    lsj_min_scale: float = Field(default=0.1, gt=0)  # the image is made to fit lsj_size times a number
+    lsj_max_scale: float = Field(default=2.0, gt=0)  # that is drawn from lsj_min_scale to lsj_max_scale
+    mosaic_probability: float = Field(default=0.0, ge=0.0, le=1.0)  # of combining four images into one
+    brightness: float = Field(default=0.0, ge=0.0)  # the factor is drawn from 1 - brightness to 1 + brightness
+    contrast: float = Field(default=0.0, ge=0.0)  # likewise
+    saturation: float = Field(default=0.0, ge=0.0)  # likewise
+    hue: float = Field(default=0.0, ge=0.0, le=0.5)  # largest shift, as a fraction of the color circle
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> Self:
+        for low, high in (("crop_min_side", "crop_max_side"), ("lsj_min_scale", "lsj_max_scale")):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(f"{low} {getattr(self, low)} exceeds {high} {getattr(self, high)}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_effects(self) -> Self:
+        for name, required in REQUIRES.items():
+            value = getattr(self, name)
+            if self.non_default((name,)) and not getattr(self, required):
+                raise ValueError(f"{name} {value} has no effect without {required}: set both, or neither")
+        for name in ("short_sides", "crop_probability"):
+            value = getattr(self, name)
+            if value and self.lsj_size is not None:
+                raise ValueError(f"{name} {value} has no effect with lsj_size: the jitter resizes and crops")
+        if self.scale_per == "step" and len(self.short_sides) < 2:
+            raise ValueError(
+                f"scale_per=step has no effect with short_sides {list(self.short_sides)}: "
+                "name two or more, or omit scale_per"
+            )
+        return self
+
+
+class RemoteConfig(Section):
+    """How shards at s3://, gs:// and http(s):// are read (docs/data/remote.md)."""
+
+    # Passed to fsspec's backend, e.g. {endpoint_url: http://minio:9000}; no credentials, because settings are logged
+    options: dict[str, Any] = {}
+    connect_timeout: float = Field(default=10.0, gt=0)  # seconds until a connection must be established
+    read_timeout: float = Field(default=30.0, gt=0)  # seconds without data before a request is repeated
+    attempts: PositiveInt = 6  # at a byte range, without progress, before the run stops
+    max_requests: PositiveInt = 16  # concurrent requests of a process
+    merge_gap_kb: int = Field(default=64, ge=0)  # samples that are closer are read in one request
+    cache_dir: Path | None = None  # folder on each node's own disk, for what was read from remote shards
+    cache_gb: float | None = Field(default=None, gt=0)  # its size, never exceeded
+
+    @model_validator(mode="after")
+    def _check_cache(self) -> Self:
+        if (self.cache_dir is None) != (self.cache_gb is None):
+            raise ValueError(
+                "cache_dir and cache_gb belong together: name a folder and the gigabytes it may fill"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """Which shards are read and how they become batches."""
+
+    train: Location  # a folder of shards, or its s3://, gs://, http(s):// or file:// URL
+    val: Location
+    batch_size: PositiveInt  # images of one optimizer step, over all workers
+    eval_batch_size: PositiveInt  # images of one evaluation batch on one worker
+    label_map: LabelMapKind = "contiguous"
+    train_transform: TransformConfig = TransformConfig()
+    val_transform: TransformConfig = TransformConfig()
+    num_loader_workers: int = Field(default=0, ge=0)  # processes per worker; 0: load in the worker itself
+    limit_images: PositiveInt | None = None  # use only the first images of each split; None: all
+    on_corrupt: OnCorrupt = "raise"  # what replaces a corrupt sample
+    max_corrupt: int | None = Field(default=None, ge=0)  # corrupt samples before a run stops; None: 1%, or 10
+    synthetic: Literal["easy", "hard"] | None = None  # write synthetic shards to `train`, `val` if missing
+    remote: RemoteConfig = RemoteConfig()
+
+    @model_validator(mode="after")
+    def _check_val_transform(self) -> Self:
+        for name in self.val_transform.non_default(AUGMENTATION):
+            raise ValueError(
+                f"val_transform.{name} {getattr(self.val_transform, name)} is augmentation, and evaluation "
+                "needs the image as it is: omit it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_effects(self) -> Self:
+        if self.max_corrupt is not None and self.on_corrupt == "raise":
+            raise ValueError(f"max_corrupt {self.max_corrupt} has no effect with on_corrupt=raise")
+        ignored = self.remote.non_default(tuple(RemoteConfig.model_fields))
+        if ignored and not is_remote(self.train) and not is_remote(self.val):
+            raise ValueError(
+                f"{', '.join(f'remote.{name}' for name in ignored)} has no effect: {self.train} and {self.val} "
+                "are local; omit it"
+            )
+        return self
+
+
+class OptimConfig(Section):
+    """AdamW, its schedule, gradient clipping and the moving average of the weights."""
+
+    epochs: PositiveInt
+    lr: float = Field(gt=0)
+    lr_backbone: float = Field(gt=0)
+    lr_sampling: float = Field(gt=0)  # sampling offsets and reference points (Deformable DETR, A.4)
+    weight_decay: NonNegativeFloat = 1e-4
+    decay_norms_and_biases: bool = True  # the official code decays every parameter
+    schedule: Literal["step", "cosine"] = "step"
+    warmup_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)  # of all steps, linear from 0
+    lr_drop_epochs: tuple[PositiveInt, ...] = ()  # "step": lr is multiplied by 0.1 after each of these
+    min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)  # "cosine": lr of the last step over lr
+    clip_max_norm: float | None = Field(default=0.1, gt=0)  # None: no clipping
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)  # None: no moving average
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the model; losses and boxes are float32 always
+    max_skipped_steps: int = Field(default=10, ge=0)  # steps with NaN or infinity before a run stops
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        if self.schedule == "cosine" and self.lr_drop_epochs:
+            raise ValueError(f"lr_drop_epochs {list(self.lr_drop_epochs)} has no effect with schedule=cosine")
+        if self.schedule == "step" and self.min_lr_ratio:
+            raise ValueError(f"min_lr_ratio {self.min_lr_ratio} has no effect with schedule=step")
+        return self
+
+
+class InitConfig(Section):
+    """Which weights a run starts from."""
+
+    # A checkpoint of a run, or the output of `raydetr import-checkpoint`; None: random weights
+    checkpoint: Path | None = None
+
+
+class EvaluationConfig(Section):
+    """When the validation split is evaluated."""
+
+    every_epochs: PositiveInt = 1  # the last epoch is always evaluated
+
+
+class ClusterConfig(Section):
+    """Where the run happens."""
+
+    address: str | None = None  # None: the cluster of this job, else a new one on this machine
+    num_workers: PositiveInt = 1
+    use_gpu: bool = False
+    cpus_per_worker: PositiveInt = 1
+    max_failures: int = Field(default=3, ge=-1)  # restarts of the worker group; -1: unlimited
+
+
+class StorageConfig(Section):
+    """Where runs are kept. With more than one node this is storage that every node sees."""
+
+    path: Path = Path("runs")
+    keep_checkpoints: PositiveInt = 2
+
+
+class TrackingConfig(Section):
+    """Where MLflow holds the run."""
+
+    uri: TrackingUri | None = None  # None: sqlite in `storage.path`
+    experiment: str = "raydetr"
+    log_every_steps: PositiveInt = 10
+
+
+class RunConfig(Section):
+    """A complete run. Recipes return one; nothing outside it changes what is trained."""
+
+    recipe: str
+    seed: int = Field(default=0, ge=0)
+    data: DataConfig
+    model: ModelConfig = Field(discriminator="paper")
+    optim: OptimConfig
+    init: InitConfig = InitConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    storage: StorageConfig = StorageConfig()
+    tracking: TrackingConfig = TrackingConfig()
