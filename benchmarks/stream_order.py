@@ -36,9 +36,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from raydetr.config import TransformConfig
 from raydetr.data.batch import Batch, Sample, collate
 from raydetr.data.loader.loader import Out, load
-from raydetr.data.order import Plan
+from raydetr.data.order import SampleOrder
 from raydetr.data.stream import train_batches
 from raydetr.data.transforms.geometry import resized_size
 from raydetr.data.transforms.pixels import Resized
@@ -67,13 +68,13 @@ def cases(seconds: float) -> list[Case]:
     torch.set_num_threads(1)
     found = [*hand_off(seconds), *plan_times(), padding()]
     with tempfile.TemporaryDirectory() as folder:
-        say(f"writing {COCO:,} tiny samples")
+        print_status(f"writing {COCO:,} tiny samples")
         write_tiny_shards(Path(folder), COCO)
         found += [*start_up(Path(folder)), resume(Path(folder))]
     return found + simulation()
 
 
-def say(text: str) -> None:
+def print_status(text: str) -> None:
     """A line of progress."""
     print(f"    {text}", file=sys.stderr, flush=True)
 
@@ -132,7 +133,7 @@ def float_collate(samples: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[Tens
 
 def hand_off(seconds: float) -> list[Case]:
     """CPU time of a batch of 4x3x800x1088."""
-    say("hand-off")
+    print_status("hand-off")
     # one after the other has a loader, so that each child's time is known
     rounds: dict[str, list[tuple[float, float]]] = {"ours": [], "anchor": []}
     for number in range(6):
@@ -186,17 +187,17 @@ def touch(batch: Any) -> int:
 # The plan
 
 
-def made_plan(num_samples: int, samples_per_shard: int) -> Plan:
+def made_plan(num_samples: int, samples_per_shard: int) -> SampleOrder:
     """Of made data."""
     aspects = np.random.default_rng(0).choice([0.67, 0.75, 1, 1.33, 1.5], num_samples)
-    return Plan(np.arange(num_samples) // samples_per_shard, aspects, "made", 0)
+    return SampleOrder(np.arange(num_samples) // samples_per_shard, aspects, "made", 0)
 
 
 def plan_times() -> list[Case]:
     """Of an epoch, and of the first samples of a late one."""
     found = []
     for num_samples, samples_per_shard in ((COCO, 1000), (MILLION, 100)):
-        say(f"plan of {num_samples:,} samples")
+        print_status(f"plan of {num_samples:,} samples")
         late = LATE * num_samples
         asked = {"an epoch": (3 * num_samples, num_samples), "late": (late + 4, 1), "across": (late - 2, 4)}
         took = dict.fromkeys(asked, math.inf)
@@ -217,9 +218,9 @@ def plan_times() -> list[Case]:
 
 def padding() -> Case:
     """Share of a batch of 4 that is padding, at one scale a step; the anchor's batches have any four images."""
-    say("padding")
+    print_status("padding")
     sizes = coco_sizes()
-    plan = Plan(np.arange(COCO) // 1000, sizes[:, 0] / sizes[:, 1], "made", 0)
+    plan = SampleOrder(np.arange(COCO) // 1000, sizes[:, 0] / sizes[:, 1], "made", 0)
     orders = plan.samples(COCO // 4 * 4 + 4, COCO), np.random.default_rng(0).permutation(COCO)
     ours, anchor = (100 * padded_share(sizes[order]) for order in orders)
     return limit("padding at micro-batch 4, a scale a step", ours, "%", 3.0) | {"anchor": anchor}
@@ -305,7 +306,7 @@ def start_up(folder: Path) -> list[Case]:
     """In a new process, with and without loader processes: the median of three."""
     found = []
     for num_workers in (0, 2):
-        say(f"start-up with {num_workers} loader processes")
+        print_status(f"start-up with {num_workers} loader processes")
         command = [sys.executable, __file__, str(folder), str(num_workers)]
         runs = [json.loads(subprocess.run(command, check=True, capture_output=True).stdout) for _ in range(3)]
         seconds, megabytes = (
@@ -334,7 +335,7 @@ def tiny_stream(folder: Path, position: int, num_workers: int) -> Iterator[Batch
     """Of the first of 8 ranks."""
     return train_batches(
         open_shards(folder), seed=0, position=position, rank=0, world_size=8, batch_size=4,
-        transform=Transform(), num_workers=num_workers,
+        transform=Transform(TransformConfig()), num_workers=num_workers,
     )  # fmt: skip
 
 
@@ -352,7 +353,7 @@ def private_megabytes(process: psutil.Process) -> float:
 
 def resume(folder: Path) -> Case:
     """The first batch after a resume: the order is set up, one sample found, read, decoded and batched."""
-    say("resume")
+    print_status("resume")
     shards, times = open_shards(folder), []
     for _ in range(5):
         stream = train_batches(
@@ -362,7 +363,7 @@ def resume(folder: Path) -> Case:
             rank=0,
             world_size=1,
             batch_size=1,
-            transform=Transform(),
+            transform=Transform(TransformConfig()),
         )
         start = time.perf_counter()
         next(stream)
@@ -423,7 +424,7 @@ def simulate(
 
 def simulation() -> list[Case]:
     """1,024 ranks on nodes of 8; 1,000,000 samples in 10,000 shards."""
-    say("simulation of 1,024 ranks")
+    print_status("simulation of 1,024 ranks")
     world = simulate(1024, 8, MILLION, 10_000)
     name = "1,024 ranks, 1,000,000 samples, 10,000 shards"
     return [

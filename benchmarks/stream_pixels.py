@@ -24,6 +24,7 @@ from float_pipeline import Target, float_batch
 from PIL import Image
 from torch import Tensor
 
+from raydetr.config import TransformConfig
 from raydetr.data.batch import Batch, collate, to_model
 from raydetr.data.samples import make_sample
 from raydetr.data.transforms.transform import Transform
@@ -39,11 +40,11 @@ NUM_IMAGES = 40
 def cases(seconds: float) -> list[dict[str, Any]]:
     """Measure all cases, each for about `seconds`; images a second, and what the ratio should be."""
     torch.set_num_threads(1)
-    scales = Transform(short_sides=OFFICIAL_SHORT_SIDES, max_side=1333, horizontal_flip=0.5)
-    small = Transform(short_sides=(320,), max_side=1333, horizontal_flip=0.5)
+    scales = Transform(TransformConfig(short_sides=OFFICIAL_SHORT_SIDES, max_side=1333, horizontal_flip=0.5))
+    small = Transform(TransformConfig(short_sides=(320,), max_side=1333, horizontal_flip=0.5))
     with tempfile.TemporaryDirectory() as folder:
         shards = _shards(Path(folder))
-        official = official_training_transform().build()
+        official = Transform(official_training_transform())
         jpegs = [shards.read(index) for index in range(min(NUM_IMAGES, shards.num_samples))]
         pngs = [dataclasses.replace(raw, image=_as_png(raw.image)) for raw in jpegs]
         return [

@@ -12,7 +12,6 @@ add_sources()
 
 from raydetr import recipes  # noqa: E402
 from raydetr.runs import run  # noqa: E402
-from raydetr.runs.summary import summary  # noqa: E402
 
 OUT = Path("build/quickstart.json")
 
@@ -38,7 +37,7 @@ def main() -> None:
             indent=1,
         )
     )
-    print(summary(result))
+    print(result.to_text())
     print("80% of the objects have a hue typical of their class: the AP is that of an easy data set.")
 
 

@@ -19,7 +19,7 @@ from detrs.structures import Memory
 
 
 @dataclass(frozen=True)
-class Where:
+class QueryPosition:
     """Where each query looks."""
 
     pos: Float[Tensor, "b q d"]  # added to the content, or projected and added
@@ -63,7 +63,7 @@ class SelfAttention(PackedAttention):
     """Queries look at each other: q = k = W (content + position) (DETR)."""
 
     def forward(
-        self, content: Float[Tensor, "b q d"], where: Where, blocked: Bool[Tensor, "q q"] | None
+        self, content: Float[Tensor, "b q d"], where: QueryPosition, blocked: Bool[Tensor, "q q"] | None
     ) -> Float[Tensor, "b q d"]:
         """Mix the queries; `blocked[i, j]`: query i does not see query j."""
         placed = content + where.pos
@@ -74,7 +74,7 @@ class DenseAttention(PackedAttention):
     """Every query looks at every token (DETR)."""
 
     def forward(
-        self, content: Float[Tensor, "b q d"], where: Where, memory: Memory
+        self, content: Float[Tensor, "b q d"], where: QueryPosition, memory: Memory
     ) -> Float[Tensor, "b q d"]:
         """Gather from the unpadded tokens."""
         attended = ~memory.padding[:, None, None, :]
@@ -93,7 +93,7 @@ class SeparateSelfAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(
-        self, content: Float[Tensor, "b q d"], where: Where, blocked: Bool[Tensor, "q q"] | None
+        self, content: Float[Tensor, "b q d"], where: QueryPosition, blocked: Bool[Tensor, "q q"] | None
     ) -> Float[Tensor, "b q d"]:
         """Mix the queries; `blocked[i, j]`: query i does not see query j."""
         query = self.content_query(content) + self.pos_query(where.pos)
@@ -122,7 +122,7 @@ class ConditionalAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(
-        self, content: Float[Tensor, "b q d"], where: Where, memory: Memory
+        self, content: Float[Tensor, "b q d"], where: QueryPosition, memory: Memory
     ) -> Float[Tensor, "b q d"]:
         """Gather from the unpadded tokens."""
         assert where.spatial is not None
@@ -181,7 +181,7 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def forward(
-        self, content: Float[Tensor, "b q d"], where: Where, memory: Memory
+        self, content: Float[Tensor, "b q d"], where: QueryPosition, memory: Memory
     ) -> Float[Tensor, "b q d"]:
         """Gather from sampled points. Positions, weights and sums are float32 at least, whatever the value is."""
         query = content + where.pos

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from detrs.attention import Where
+from detrs.attention import QueryPosition
 from detrs.layers import FeedForward, full_precision, inverse_sigmoid
 from detrs.structures import Memory, Predictions, Queries
 
@@ -36,7 +36,11 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Float[Tensor, "b q d"], where: Where, memory: Memory, blocked: Bool[Tensor, "q q"] | None
+        self,
+        x: Float[Tensor, "b q d"],
+        where: QueryPosition,
+        memory: Memory,
+        blocked: Bool[Tensor, "q q"] | None,
     ) -> Float[Tensor, "b q d"]:
         """The queries' new content."""
         if self.pre_norm:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from detrs.attention import Where
+from detrs.attention import QueryPosition
 from detrs.layers import FeedForward
 from detrs.structures import Memory
 
@@ -25,7 +25,7 @@ class EncoderLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(hidden_dim), nn.LayerNorm(hidden_dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, memory: Memory, where: Where) -> Float[Tensor, "b s d"]:
+    def forward(self, memory: Memory, where: QueryPosition) -> Float[Tensor, "b s d"]:
         """The new tokens."""
         if self.pre_norm:
             memory_in = dataclasses.replace(memory, tokens=self.norm1(memory.tokens))
@@ -64,7 +64,7 @@ class Encoder(nn.Module):
             seen = memory
             if self.position_scale is not None:
                 seen = dataclasses.replace(memory, pos=memory.pos * self.position_scale(memory.tokens))
-            tokens = layer(seen, Where(seen.pos, reference=centres))
+            tokens = layer(seen, QueryPosition(seen.pos, reference=centres))
             memory = dataclasses.replace(memory, tokens=tokens)
         if self.norm is not None:
             memory = dataclasses.replace(memory, tokens=self.norm(memory.tokens))

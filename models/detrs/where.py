@@ -1,4 +1,4 @@
-"""Where queries look: from the queries and their references to each layer's `Where`."""
+"""Where queries look: from the queries and their references to each layer's `QueryPosition`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from detrs.attention import Where
+from detrs.attention import QueryPosition
 from detrs.layers import Mlp, full_precision, sine_encoding
 from detrs.structures import Memory, Queries
 
@@ -25,10 +25,10 @@ class LearnedPosition(nn.Module):
         queries: Queries,
         reference: Float[Tensor, "b q k"] | None,
         memory: Memory,
-    ) -> Where:
+    ) -> QueryPosition:
         """The learned position and the current reference."""
         assert queries.pos is not None
-        return Where(queries.pos, reference=reference)
+        return QueryPosition(queries.pos, reference=reference)
 
 
 class PointPosition(nn.Module):
@@ -49,11 +49,11 @@ class PointPosition(nn.Module):
         queries: Queries,
         reference: Float[Tensor, "b q 2"],
         memory: Memory,
-    ) -> Where:
+    ) -> QueryPosition:
         """The same position at every layer, the spatial query of this one."""
         assert queries.pos is not None
         spatial = sine_encoding(reference.flip(-1), self.hidden_dim // 2)  # (y, x)
-        return Where(queries.pos, spatial if layer == 0 else spatial * self.scale(content), reference)
+        return QueryPosition(queries.pos, spatial if layer == 0 else spatial * self.scale(content), reference)
 
 
 class ModulatedAnchorPosition(nn.Module):
@@ -83,7 +83,7 @@ class ModulatedAnchorPosition(nn.Module):
         queries: Queries,
         reference: Float[Tensor, "b q 4"],
         memory: Memory,
-    ) -> Where:
+    ) -> QueryPosition:
         """Encode the box for this layer."""
         encoding = box_encoding(reference, self.hidden_dim // 2)
         spatial = encoding[..., : self.hidden_dim]  # of (y, x)
@@ -94,7 +94,7 @@ class ModulatedAnchorPosition(nn.Module):
         if self.sides is not None:
             ratio = full_precision(self.sides(content)).sigmoid() / reference[..., 2:]  # of (w, h)
             spatial = spatial * ratio.flip(-1).repeat_interleave(self.hidden_dim // 2, dim=-1)
-        return Where(self.embed(encoding), spatial, reference)
+        return QueryPosition(self.embed(encoding), spatial, reference)
 
 
 class AnchorPosition(nn.Module):
@@ -112,11 +112,11 @@ class AnchorPosition(nn.Module):
         queries: Queries,
         reference: Float[Tensor, "b q 4"],
         memory: Memory,
-    ) -> Where:
+    ) -> QueryPosition:
         """Encode the box as the finest level sees it, padding included."""
         finest = memory.valid_ratios[:, None, 0]
         encoding = box_encoding(reference * torch.cat((finest, finest), dim=-1), self.hidden_dim // 2)
-        return Where(self.embed(encoding), reference=reference)
+        return QueryPosition(self.embed(encoding), reference=reference)
 
 
 def box_encoding(boxes: Float[Tensor, "b q 4"], dim: int) -> Float[Tensor, "b q e"]:

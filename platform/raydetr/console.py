@@ -29,7 +29,7 @@ class Progress:
     images_per_second: float
     loss: float | None = None
     ap: float | None = None
-    damaged: int = 0  # different samples so far
+    corrupt: int = 0  # different samples so far
     phase: str = "training"
     warning: str | None = None  # the latest; said once, on a line of its own
 
@@ -50,8 +50,8 @@ class Progress:
             f"left {duration(self.seconds_left)}",
             f"AP {'-' if self.ap is None else f'{self.ap:.3f}'}",
         ]
-        if self.damaged:
-            parts.append(f"damaged {self.damaged}")
+        if self.corrupt:
+            parts.append(f"damaged {self.corrupt}")
         return "  ".join(parts)
 
 
@@ -64,7 +64,7 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def say(text: str) -> None:
+def print_status(text: str) -> None:
     """A line for the person at the command line, on standard error."""
     Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False)
 

@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from detrs import attention
-from detrs.attention import DeformableAttention, Where
+from detrs.attention import DeformableAttention, QueryPosition
 from detrs.structures import Memory
 
 SHAPES = ((6, 8), (3, 4))
 NUM_TOKENS = 60
 
 
-def made(dtype: torch.dtype = torch.float64) -> tuple[DeformableAttention, torch.Tensor, Where, Memory]:
+def made(
+    dtype: torch.dtype = torch.float64,
+) -> tuple[DeformableAttention, torch.Tensor, QueryPosition, Memory]:
     """An attention with random weights, 7 queries with boxes, and a memory whose right and lower parts are padding."""
     torch.manual_seed(0)
     module = DeformableAttention(16, 2, len(SHAPES), 3).to(dtype)
@@ -29,7 +31,7 @@ def made(dtype: torch.dtype = torch.float64) -> tuple[DeformableAttention, torch
     ratios = torch.tensor([[[0.75, 2 / 3]] * 2, [[1, 1]] * 2], dtype=dtype)
     tokens = torch.randn(2, NUM_TOKENS, 16, dtype=dtype)
     memory = Memory(tokens, torch.randn_like(tokens), torch.cat(masks, 1), SHAPES, ratios)
-    where = Where(torch.randn(2, 7, 16, dtype=dtype), reference=torch.rand(2, 7, 4, dtype=dtype))
+    where = QueryPosition(torch.randn(2, 7, 16, dtype=dtype), reference=torch.rand(2, 7, 4, dtype=dtype))
     return module, torch.randn(2, 7, 16, dtype=dtype), where, memory
 
 
@@ -66,10 +68,10 @@ def test_padded_tokens_are_not_read_and_get_no_gradient(fused: bool) -> None:
 def test_no_queries_and_no_images(fused: bool) -> None:
     module, content, where, memory = made()
     module.fused = fused
-    none = Where(where.pos[:, :0], reference=torch.zeros(2, 0, 4, dtype=content.dtype))
+    none = QueryPosition(where.pos[:, :0], reference=torch.zeros(2, 0, 4, dtype=content.dtype))
     assert module(content[:, :0], none, memory).shape == (2, 0, 16)
     nobody = Memory(memory.tokens[:0], memory.pos[:0], memory.padding[:0], SHAPES, memory.valid_ratios[:0])
-    nowhere = Where(where.pos[:0], reference=torch.zeros(0, 7, 4, dtype=content.dtype))
+    nowhere = QueryPosition(where.pos[:0], reference=torch.zeros(0, 7, 4, dtype=content.dtype))
     assert module(content[:0], nowhere, nobody).shape == (0, 7, 16)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import small_models
-from detrs.attention import Where
+from detrs.attention import QueryPosition
 from detrs.structures import Outputs, Predictions, Queries
 from detrs.zoo import build
 
@@ -65,7 +65,7 @@ def test_references_stay_in_float32_from_layer_to_layer(name: str) -> None:
     model = build(small_models.CONFIGS[name])
     found: list[torch.dtype] = []
 
-    def look(module: nn.Module, arguments: tuple[object, ...], where: Where) -> None:
+    def look(module: nn.Module, arguments: tuple[object, ...], where: QueryPosition) -> None:
         queries = arguments[2]
         assert isinstance(queries, Queries)
         found.extend(x.dtype for x in (queries.reference, where.reference) if x is not None)

@@ -11,7 +11,7 @@ from made_coco import write_coco
 from raydetr import recipes
 from raydetr.config import RunConfig, override
 from raydetr.shards.reader import Shards, open_shards
-from raydetr.shards.synthetic import write_sample_data
+from raydetr.shards.synthetic import write_synthetic_data
 from raydetr.shards.writer import write_shards
 
 
@@ -41,7 +41,7 @@ def coco_tiny() -> Path:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `coco`, and shards in `train` (48 images) and `val` (21 images)."""
     root = tmp_path_factory.mktemp("tiny")
-    write_sample_data(root / "coco", num_train=48, num_val=21)
+    write_synthetic_data(root / "coco", num_train=48, num_val=21)
     for split in ("train", "val"):
         annotations = root / "coco" / "annotations" / f"instances_{split}.json"
         write_shards(root / "coco" / split, annotations, root / split, samples_per_shard=16)
@@ -56,7 +56,7 @@ def tiny_run(tiny_data: Path, tmp_path: Path) -> RunConfig:
         {
             "data.train": str(tiny_data / "train"),
             "data.val": str(tiny_data / "val"),
-            "data.sample": None,
+            "data.synthetic": None,
             "data.batch_size": 8,
             "data.eval_batch_size": 5,
             "optim.epochs": 4,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ray_head import RayHead, ray_head
-from raydetr.shards.synthetic import write_sample_data
+from raydetr.shards.synthetic import write_synthetic_data
 from raydetr.shards.writer import write_shards
 from raydetr.training.checkpoint import read_meta
 
@@ -34,14 +34,14 @@ def submit(head: RayHead, *entrypoint: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(600)  # less than a minute; many where the cores are shared
 def test_a_submitted_job_trains_evaluates_and_leaves_a_checkpoint_and_an_mlflow_run(tmp_path: Path) -> None:
-    write_sample_data(tmp_path / "coco", num_train=32, num_val=16)
+    write_synthetic_data(tmp_path / "coco", num_train=32, num_val=16)
     for split in ("train", "val"):
         annotations = tmp_path / "coco" / "annotations" / f"instances_{split}.json"
         write_shards(tmp_path / "coco" / split, annotations, tmp_path / split)
     with ray_head(num_cpus=2) as head:
         done = submit(
             head,
-            *("python", "jobs/train_detector.py", "quickstart", "optim.epochs=1", "data.sample=null"),
+            *("python", "jobs/train_detector.py", "quickstart", "optim.epochs=1", "data.synthetic=null"),
             *(f"data.train={tmp_path / 'train'}", f"data.val={tmp_path / 'val'}"),
             f"storage.path={tmp_path / 'runs'}",
         )

@@ -105,7 +105,7 @@ def test_every_parameter_has_its_official_rate_and_groups_are_few(full: str, rec
     expected = official_rates(optimizer, {name for group in names.values() for name in group})
     for name, parameter in trained.items():
         assert found[id(parameter)] == (expected[names[name][0]], optimizer["weight_decay"]), name
-    assert optim.clip_norm == optimizer["clip_max_norm"]
+    assert optim.clip_max_norm == optimizer["clip_max_norm"]
 
 
 def official_rates(optimizer: dict[str, Any], names: set[str]) -> dict[str, float]:
@@ -143,8 +143,8 @@ def trains(name: str) -> bool:
 def test_the_schedule_is_the_official_one(recipe: str) -> None:
     config = recipes.find(recipe)
     optim = config.optim
-    assert (optim.epochs, *optim.drop_epochs, config.data.batch_size) == SCHEDULES[recipe]
-    assert (optim.schedule, optim.warmup_share, optim.weight_decay, optim.ema_decay) == (
+    assert (optim.epochs, *optim.lr_drop_epochs, config.data.batch_size) == SCHEDULES[recipe]
+    assert (optim.schedule, optim.warmup_fraction, optim.weight_decay, optim.ema_decay) == (
         "step",
         0.0,
         1e-4,
@@ -159,14 +159,14 @@ def test_the_schedule_is_the_official_one(recipe: str) -> None:
 def test_the_rate_of_every_epoch_is_that_of_torchs_scheduler(recipe: str) -> None:
     """StepLR, stepped after each epoch, as in the official loops; on data that the batch divides."""
     optim = recipes.find(recipe).optim
-    (drop,) = optim.drop_epochs
+    (drop,) = optim.lr_drop_epochs
     steps_per_epoch = 7
     expected = torch_rates(optim, lambda o: torch.optim.lr_scheduler.StepLR(o, drop), steps_per_epoch)
     check_rates(optim, expected, steps_per_epoch)
 
 
 def test_several_drops_are_those_of_torchs_multi_step_scheduler() -> None:
-    optim = recipes.find("dino_r50_4scale_36ep").optim.model_copy(update={"drop_epochs": (20, 33)})
+    optim = recipes.find("dino_r50_4scale_36ep").optim.model_copy(update={"lr_drop_epochs": (20, 33)})
     expected = torch_rates(optim, lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [20, 33]), 5)
     check_rates(optim, expected, 5)
 
@@ -272,7 +272,7 @@ def changes(before: RunConfig, after: RunConfig) -> set[str]:
 @pytest.mark.parametrize(
     ("parent", "variant", "paths"),
     [
-        ("dino_r50_4scale_12ep", "dino_r50_4scale_36ep", {"optim.epochs", "optim.drop_epochs"}),
+        ("dino_r50_4scale_12ep", "dino_r50_4scale_36ep", {"optim.epochs", "optim.lr_drop_epochs"}),
         ("dino_r50_4scale_12ep", "dino_r50_5scale_12ep", {"model.strides", "model.num_feature_levels"}),
         ("deformable_detr_r50_refine_50ep", "deformable_detr_r50_two_stage_50ep", {"model.two_stage"}),
         ("detr_r50_500ep", "detr_r50_dc5_500ep", {"model.backbone.dilation", "data.eval_batch_size"}),

@@ -9,7 +9,7 @@ import pytest
 from raydetr.cli import main as cli
 
 
-class Outcome:
+class SearchResult:
     """What a command printed, and its exit code."""
 
     def __init__(self, code: int, out: str, err: str) -> None:
@@ -24,7 +24,7 @@ class CommandLine:
     ) -> None:
         self._monkeypatch, self._capsys, self._beginning = monkeypatch, capsys, beginning
 
-    def __call__(self, *arguments: object) -> Outcome:
+    def __call__(self, *arguments: object) -> SearchResult:
         self._monkeypatch.setattr(sys, "argv", ["raydetr", *self._beginning, *map(str, arguments)])
         try:
             cli.main()
@@ -32,4 +32,4 @@ class CommandLine:
         except SystemExit as end:
             code = int(end.code or 0)
         printed = self._capsys.readouterr()
-        return Outcome(code, printed.out, printed.err)
+        return SearchResult(code, printed.out, printed.err)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from raydetr.data.batch import Batch
-from raydetr.data.corrupt import Damage
+from raydetr.data.corrupt import CorruptSample
 from raydetr.data.loader.ring import Message, Sender
 
 SHAPE = (2, 30, 40, 3)
@@ -24,7 +24,7 @@ def make_batch(pixels: np.ndarray, position: int = 0) -> Batch:
         image_ids=torch.arange(size) + 2**40,
         original_sizes=torch.full((size, 2), 9),
         position=position,
-        damage=(Damage(5, "a.tar", "000000000007", 512, "crc", "masked"),),
+        corrupt=(CorruptSample(5, "a.tar", "000000000007", 512, "crc", "masked"),),
     )
 
 

@@ -87,7 +87,7 @@ def _config(settings: Settings) -> RunConfig | None:
 def _open(config: RunConfig | None, location: str) -> Shards:
     if config is None:
         return open_shards(location)
-    return open_shards(location, label_map=config.data.label_map, remote=config.data.build_remote(location))
+    return open_shards(location, label_map=config.data.label_map, remote=config.data.remote)
 
 
 def _target(config: RunConfig | None, settings: Settings) -> Target:

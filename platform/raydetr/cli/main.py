@@ -14,7 +14,7 @@ from raydetr import config as configuration
 from raydetr import recipes as recipe_book
 from raydetr.cli.shards import shards_app
 from raydetr.config import ConfigError, RunConfig
-from raydetr.console import progress_bar, say
+from raydetr.console import print_status, progress_bar
 from raydetr.store.output_folder import check_out_file
 
 app = typer.Typer(
@@ -43,16 +43,18 @@ Data = Annotated[Path, typer.Option(help="A folder of shards.")]
 @app.command("sample-data")
 def sample_data(
     out: Annotated[Path, typer.Option(help="The folder to write; must be empty or new.")],
-    hard: Annotated[bool, typer.Option(help="5 classes, no colour cue, objects of 11-60 pixels.")] = False,
+    hard: Annotated[bool, typer.Option(help="5 classes, no color cue, objects of 11-60 pixels.")] = False,
     seed: Annotated[int, typer.Option(help="Another seed gives other images.")] = 0,
     num_train: Annotated[int, typer.Option(min=1, help="Training images.")] = 2400,
     num_val: Annotated[int, typer.Option(min=1, help="Validation images.")] = 500,
 ) -> None:
     """Generate a small COCO-format data set of drawn shapes: something to try things on."""
-    from raydetr.shards.synthetic import write_sample_data
+    from raydetr.shards.synthetic import write_synthetic_data
 
     with progress_bar("images") as progress:
-        write_sample_data(out, hard=hard, seed=seed, num_train=num_train, num_val=num_val, progress=progress)
+        write_synthetic_data(
+            out, hard=hard, seed=seed, num_train=num_train, num_val=num_val, progress=progress
+        )
     typer.echo(
         f"wrote {out}\nnext: raydetr shards write --images {out}/train --annotations "
         f"{out}/annotations/instances_train.json --out {out}/shards/train"
@@ -84,21 +86,24 @@ def train(
 ) -> None:
     """Train a detector on Ray Train workers, evaluate it and log everything to MLflow."""
     from raydetr.runs import run
-    from raydetr.runs.summary import summary
 
     if resume is None:
         result = run.start(read_config(arguments or [], config), local=local)
     elif config is not None:
-        raise ConfigError("--resume takes the run's own configuration: leave --config away")
+        raise ConfigError("--resume takes the run's own configuration: omit --config")
     else:
         overrides = configuration.parse_assignments(arguments or [])
         result = run.resume(resume, overrides=overrides, local=local)
-    typer.echo(summary(result))
+    typer.echo(result.to_text())
 
 
 @app.command()
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, of a run or imported.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PATH=VALUE]...", help="Overrides, such as cluster.num_workers=1."),
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Shards; by default those the run validates on.")] = None,
     out: Annotated[Path | None, typer.Option(help="A JSON file for the AP table.")] = None,
     local: Local = False,
@@ -108,7 +113,10 @@ def evaluate(
 
     if out is not None:
         check_out_file(out)
-    table = evaluate_checkpoint(checkpoint, data, local=local)
+    assignments = configuration.parse_assignments(overrides or [])
+    if data is not None and assignments.setdefault("data.val", data) != data:
+        raise ConfigError(f"--data {data} and data.val={assignments['data.val']} are given: keep one")
+    table = evaluate_checkpoint(checkpoint, assignments, local=local)
     typer.echo(table.to_text())
     if out is not None:
         out.write_text(json.dumps(table.to_dict(), indent=1))
@@ -165,11 +173,10 @@ def overfit(
 ) -> None:
     """Train on a few images and evaluate on the same ones: is the data, and the set-up, learnable?"""
     from raydetr.runs.overfit import overfit as run_overfit
-    from raydetr.runs.summary import overfit_summary
 
     chosen = read_config(arguments or [], config)
     outcome = run_overfit(chosen, data, num_images=images, num_steps=steps, long_side=long_side, out=out)
-    typer.echo(overfit_summary(outcome))
+    typer.echo(outcome.to_text())
 
 
 @app.command()
@@ -223,14 +230,15 @@ def tune(
 
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="MLflow run ids or run names.")],
-    uri: Annotated[str | None, typer.Option(help="MLflow tracking URI; by default sqlite in runs/.")] = None,
+    runs: Annotated[list[str], typer.Argument(help="Folders of runs, names of runs or MLflow run ids.")],
+    uri: Annotated[
+        str | None, typer.Option(help="MLflow tracking URI of named runs; by default sqlite in runs/.")
+    ] = None,
 ) -> None:
     """Compare runs: AP by size and class, and where their configurations differ."""
     from raydetr.runs.compare import compare as compare_runs
-    from raydetr.tracking import mlflow_run
 
-    typer.echo(compare_runs(uri or mlflow_run.default_uri(Path("runs")), runs, plain=not sys.stdout.isatty()))
+    typer.echo(compare_runs(runs, uri, plain=not sys.stdout.isatty()))
 
 
 def read_config(arguments: list[str], config_file: Path | None) -> RunConfig:
@@ -257,7 +265,7 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         if not _is_meant_for_users(error):
             raise
-        say(f"error: {error}")
+        print_status(f"error: {error}")
         sys.exit(1)
 
 

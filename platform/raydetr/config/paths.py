@@ -19,7 +19,9 @@ from detrs.backbone import PathOrUrl
 REMOTE = ("s3", "gs", "http", "https")
 SQLITE = "sqlite:///"
 
-MakeAbsolute: TypeAlias = Callable[[str, Path], str]  # (value, base folder) -> the same from any working directory
+MakeAbsolute: TypeAlias = Callable[
+    [str, Path], str
+]  # (value, base folder) -> the same from any working directory
 
 
 def check_location(location: str) -> str:
@@ -74,7 +76,7 @@ def absolute_tracking_uri(uri: str, base: Path) -> str:
 Location = Annotated[str, AfterValidator(check_location), absolute]  # a folder, or a URL of one
 TrackingUri = Annotated[str, absolute_tracking_uri]
 
-_PATH_OR_URL = get_args(PathOrUrl)[1]
+_PATH_OR_URL, _URI = get_args(PathOrUrl)[1], absolute_tracking_uri
 
 
 def path_rule(annotation: Any) -> MakeAbsolute | None:
@@ -82,17 +84,14 @@ def path_rule(annotation: Any) -> MakeAbsolute | None:
 
     The marks are the metadata of `Annotated` types; a union such as `Path | None` has the rule of its part.
     """
-    if annotation is Path:
-        return absolute
+    marks = [annotation] if annotation is Path else list(getattr(annotation, "__metadata__", ()))
+    for mark, rule in ((Path, absolute), (absolute, absolute), (_PATH_OR_URL, absolute), (_URI, _URI)):
+        if mark in marks:
+            return rule
     if get_origin(annotation) is Annotated:
-        for mark in annotation.__metadata__:
-            if mark in (absolute, absolute_tracking_uri):
-                rule: MakeAbsolute = mark
-                return rule
-            if mark == _PATH_OR_URL:
-                return absolute
         return None
-    return next((rule for part in get_args(annotation) if (rule := path_rule(part))), None)
+    rules = [path_rule(part) for part in get_args(annotation)]
+    return next((rule for rule in rules if rule is not None), None)
 
 
 def scheme_of(location: str) -> str | None:

@@ -75,7 +75,9 @@ class TransformConfig(Section):
     lsj_min_scale: float = Field(default=0.1, gt=0)  # the image is made to fit lsj_size times a number
     lsj_max_scale: float = Field(default=2.0, gt=0)  # that is drawn from lsj_min_scale to lsj_max_scale
     mosaic_probability: float = Field(default=0.0, ge=0.0, le=1.0)  # of combining four images into one
-    brightness: float = Field(default=0.0, ge=0.0)  # the factor is drawn from 1 - brightness to 1 + brightness
+    brightness: float = Field(
+        default=0.0, ge=0.0
+    )  # the factor is drawn from 1 - brightness to 1 + brightness
     contrast: float = Field(default=0.0, ge=0.0)  # likewise
     saturation: float = Field(default=0.0, ge=0.0)  # likewise
     hue: float = Field(default=0.0, ge=0.0, le=0.5)  # largest shift, as a fraction of the color circle

@@ -12,7 +12,7 @@ from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 from detrs.structures import Images, Targets
-from raydetr.data.corrupt import Damage
+from raydetr.data.corrupt import CorruptSample
 from raydetr.data.transforms.pixels import Resized
 
 # of ImageNet in RGB, in units of 1/255 (what torchvision's backbones were trained with)
@@ -47,7 +47,7 @@ class Batch:
     image_ids: Int64[Tensor, " b"]
     original_sizes: Int64[Tensor, "b 2"]  # (height, width) before the transform
     position: int  # of the first sample of the global batch, counted over the run
-    damage: tuple[Damage, ...] = ()  # what happened to samples of this batch
+    corrupt: tuple[CorruptSample, ...] = ()  # what happened to samples of this batch
     is_blank: bool = False  # all its samples were masked: one black image, which nothing may be learnt from
 
 

@@ -9,12 +9,12 @@ from PIL import Image
 from raydetr import recipes
 from raydetr.config import from_yaml, override, parse_assignments
 from raydetr.data.samples import load_sample
-from raydetr.data.stream import make_plan
+from raydetr.data.stream import make_order
 from raydetr.data.transforms.transform import Transform
 from raydetr.process_pool import Progress
 from raydetr.shards.images import UNREADABLE, decode_rgb
 from raydetr.shards.reader import Shards
-from raydetr.visualization.boxes import Box, Picture, coco_boxes, draw_sheet
+from raydetr.visualization.boxes import AnnotatedImage, Box, coco_boxes, draw_contact_sheet
 
 
 def contact_sheet(
@@ -38,7 +38,7 @@ def contact_sheet(
         ShardError: a sample is damaged.
     """
     num = min(num, shards.num_samples)
-    indices = make_plan(shards, seed).samples(0, num).tolist()
+    indices = make_order(shards, seed).samples(0, num).tolist()
     names = {
         category["id"]: f"{category['id']} {category['name']}" for category in shards.manifest.categories
     }
@@ -52,7 +52,7 @@ def contact_sheet(
             progress(position + 1, num)
     what = "as packed" if transform is None else f"augmented with seed {seed}"
     heading = f"{shards.location}: {num} of {shards.num_samples} images, {what}; a box has its category's id and name"
-    return draw_sheet(pictures, heading=heading)
+    return draw_contact_sheet(pictures, heading=heading)
 
 
 def training_transform(recipe_or_file: str, overrides: list[str]) -> Transform:
@@ -63,10 +63,10 @@ def training_transform(recipe_or_file: str, overrides: list[str]) -> Transform:
     """
     is_file = recipe_or_file.endswith((".yaml", ".yml"))
     config = from_yaml(Path(recipe_or_file)) if is_file else recipes.find(recipe_or_file)
-    return override(config, parse_assignments(overrides)).data.train_transform.build()
+    return Transform(override(config, parse_assignments(overrides)).data.train_transform)
 
 
-def _packed(shards: Shards, index: int, names: dict[int, str]) -> Picture:
+def _packed(shards: Shards, index: int, names: dict[int, str]) -> AnnotatedImage:
     raw = shards.read(index)
     try:
         image = decode_rgb(raw.image)
@@ -77,7 +77,7 @@ def _packed(shards: Shards, index: int, names: dict[int, str]) -> Picture:
 
 def _augmented(
     shards: Shards, index: int, position: int, transform: Transform, seed: int, names: dict[int, str]
-) -> Picture:
+) -> AnnotatedImage:
     short_side = transform.step_short_side(seed, start=0)  # the sheet is the beginning of one global batch
     sample = load_sample(shards, index, transform, seed=seed, position=position, short_side=short_side)
     category_ids = {label: category_id for category_id, label in shards.label_map.labels.items()}
@@ -90,6 +90,8 @@ def _augmented(
     return _titled(sample.image_id, Image.fromarray(sample.image.pixels()), tuple(boxes))
 
 
-def _titled(image_id: int, image: Image.Image, boxes: tuple[Box, ...]) -> Picture:
+def _titled(image_id: int, image: Image.Image, boxes: tuple[Box, ...]) -> AnnotatedImage:
     noun = "box" if len(boxes) == 1 else "boxes"
-    return Picture(f"image {image_id}    {image.width}x{image.height}    {len(boxes)} {noun}", image, boxes)
+    return AnnotatedImage(
+        f"image {image_id}    {image.width}x{image.height}    {len(boxes)} {noun}", image, boxes
+    )

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from raydetr.data.order import Plan
+from raydetr.config import OnCorrupt
+from raydetr.data.order import SampleOrder
 from raydetr.shards.reader import ShardError, Shards
 from raydetr.shards.validation import RawSample
 
 T = TypeVar("T")
-OnDamage = Literal["raise", "substitute", "mask"]
 
 MAX_TRIES = 64  # samples that are tried as a substitute; where as many are damaged, so is the whole set
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Damage:
+class CorruptSample:
     """One sample that could not be used when its turn came."""
 
     position: int  # G; of an evaluation: where the training was
@@ -44,13 +44,13 @@ class Damage:
 
 
 def apply_policy(
-    policy: OnDamage,
+    policy: OnCorrupt,
     shards: Shards,
     index: int,
     position: int,
     make: Callable[[int, RawSample], T],
     others: Iterable[int],
-) -> tuple[T | None, Damage | None]:
+) -> tuple[T | None, CorruptSample | None]:
     """What to use in place of a sample that could not be made, after one more try.
 
     Args:
@@ -95,7 +95,7 @@ def _substitute(
     )
 
 
-def earlier_samples(plan: Plan, position: int) -> Iterator[int]:
+def earlier_samples(plan: SampleOrder, position: int) -> Iterator[int]:
     """The other samples of the position's epoch, the one just before it in the order first, then around."""
     epoch, place = divmod(position, plan.num_samples)
     for back in range(1, plan.num_samples):
@@ -105,23 +105,23 @@ def earlier_samples(plan: Plan, position: int) -> Iterator[int]:
 
 def note(
     error: ShardError, position: int, action: Literal["substituted", "masked", "not evaluated"]
-) -> Damage:
+) -> CorruptSample:
     """The row for the ledger."""
-    return Damage(position, error.shard, error.key, error.offset, error.reason, action)
+    return CorruptSample(position, error.shard, error.key, error.offset, error.reason, action)
 
 
-LEDGER = "damage.jsonl"
+CORRUPT_LOG = "damage.jsonl"
 NUM_TOLD = 5  # damaged samples that a message lists
 
 
-class DamageError(ValueError):
+class TooManyCorruptError(ValueError):
     """More samples are damaged than a run may meet; the message names the ledger, the first ones and a remedy."""
 
 
-class Ledger:
+class CorruptSampleLog:
     """All damage that a run met, in order. Every worker holds the same rows."""
 
-    def __init__(self, rows: Iterable[Damage] = ()) -> None:
+    def __init__(self, rows: Iterable[CorruptSample] = ()) -> None:
         self.rows = list(rows)
         self._samples = {(row.shard, row.key) for row in self.rows}  # kept, as it is asked for all the time
 
@@ -130,30 +130,30 @@ class Ledger:
         """Different samples: one that is met again in a later epoch is counted once."""
         return len(self._samples)
 
-    def to_plain(self) -> list[dict[str, Any]]:
+    def to_dicts(self) -> list[dict[str, Any]]:
         """As plain values, for a checkpoint."""
         return [dataclasses.asdict(row) for row in self.rows]
 
     @staticmethod
-    def from_plain(rows: Iterable[dict[str, Any]]) -> Ledger:
-        """What `to_plain` gave."""
-        return Ledger(Damage(**row) for row in rows)
+    def from_dicts(rows: Iterable[dict[str, Any]]) -> CorruptSampleLog:
+        """What `to_dicts` gave."""
+        return CorruptSampleLog(CorruptSample(**row) for row in rows)
 
     def write(self, folder: Path) -> None:
         """Write all rows to `damage.jsonl` in the folder of a run; without rows it shall not exist."""
-        (folder / LEDGER).unlink(missing_ok=True)
+        (folder / CORRUPT_LOG).unlink(missing_ok=True)
         self._append(folder, self.rows)
 
-    def add(self, rows: Sequence[Damage], folder: Path | None) -> None:
+    def add(self, rows: Sequence[CorruptSample], folder: Path | None) -> None:
         """Note what was met, also in the file, on disk at once, where `folder` is given."""
         self.rows += rows
         self._samples.update((row.shard, row.key) for row in rows)
         if folder is not None:
             self._append(folder, rows)
 
-    def _append(self, folder: Path, rows: Sequence[Damage]) -> None:
+    def _append(self, folder: Path, rows: Sequence[CorruptSample]) -> None:
         if rows:
-            with (folder / LEDGER).open("a") as file:
+            with (folder / CORRUPT_LOG).open("a") as file:
                 file.writelines(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
 
     def check(self, budget: int, folder: Path) -> None:
@@ -166,13 +166,13 @@ class Ledger:
             return
         first = list({(row.shard, row.key): str(row) for row in self.rows}.values())[:NUM_TOLD]
         listing = "".join(f"\n  {row}" for row in first)
-        raise DamageError(
-            f"{self.num_samples} samples are damaged, and data.max_damaged allows {budget}; "
-            f"{folder / LEDGER} lists them, the first are:{listing}\n"
-            "Copy these shards again, or write them again, and resume; or allow more with data.max_damaged."
+        raise TooManyCorruptError(
+            f"{self.num_samples} samples are damaged, and data.max_corrupt allows {budget}; "
+            f"{folder / CORRUPT_LOG} lists them, the first are:{listing}\n"
+            "Copy these shards again, or write them again, and resume; or allow more with data.max_corrupt."
         )
 
 
-def default_budget(num_samples: int) -> int:
-    """Damaged samples that a run without `data.max_damaged` may meet: one in a hundred, at least ten."""
+def default_max_corrupt(num_samples: int) -> int:
+    """Damaged samples that a run without `data.max_corrupt` may meet: one in a hundred, at least ten."""
     return max(num_samples // 100, 10)

@@ -1,27 +1,26 @@
-r"""The order of training samples: a pure function of seed, epoch and data, and of nothing else.
+r"""Define the order of training samples: a pure function of seed, epoch and data, and of nothing else.
 
-One counter G numbers all samples of a run, over epochs. Sample G is entry i of the order tau_e of epoch e,
-where G = e N + i and N is the number of samples. With R ranks, b samples a rank and a start at G0, slot k
-of rank r in step s takes sample G0 + s R b + r b + k: every epoch holds every sample once, for any R and b,
-and a run goes on at any G with any other R and b.
+One counter G, the position, numbers all samples of a run, over epochs. Sample G is entry i of the order tau_e of epoch
+e, where G = e N + i and N is the number of samples. With R ranks, b samples per rank and a start at G0, slot k of rank
+r in step s takes sample G0 + s R b + r b + k: every epoch holds every sample once, for any R and b, and a run resumes
+at any G with any other R and b.
 
-tau_e, for blocks of k, windows of w and atoms of a samples, V windows a lane (`PlanParameters`):
+tau_e, for chunks of k, aspect groups of a, windows of at least w samples and V windows per stream (`OrderParameters`):
 
-1. Blocks. Cut each shard into blocks of k consecutive samples and permute the blocks: the sequence sigma_e.
-2. Head. Its first h = min(N, (-e N) mod a) entries stay as they are, so that body atoms begin where G is a
-   multiple of a, in every epoch. Hence no atom is split between two batches of m a samples.
-3. Lanes. Cut the body, J = floor((N - h) / a) atoms, into C runs, the lanes, of J div C atoms and, the first
-   J mod C of them, one more; C is the largest power of two <= N / (V w). Body atom j is the (j div C)-th atom
-   of lane j mod C. Where b = a and R divides C, a rank meets C / R lanes and reads the blocks of no others.
-4. Windows. Cut a lane of A atoms at the atoms floor(v A / V). In each window permute the samples, sort them
-   by width / height, cut them into atoms of nearly one shape, and permute the atoms.
+1. Chunks. Cut each shard into chunks of k consecutive samples and permute the chunks: the sequence sigma_e.
+2. Head. Its first h = min(N, (-e N) mod a) entries stay as they are, so that the aspect groups of the body begin where
+   G is a multiple of a, in every epoch. Hence no group is split between two batches of m a samples.
+3. Streams. Cut the body, J = floor((N - h) / a) groups, into C runs, the streams, of J div C groups and, the first
+   J mod C of them, one more; C is the largest power of two <= N / (V w). Group j of the body is the (j div C)-th group
+   of stream j mod C. Where b = a and R divides C, a rank reads C / R streams, and the chunks of no others.
+4. Windows. Cut a stream of A groups at the groups floor(v A / V). In each window permute the samples, sort them by
+   width / height, cut them into groups of nearly one aspect ratio, and permute the groups.
 5. Tail. The fewer than a samples that are left over come last, as they are.
 
-One sort of the N / k blocks and one window give any entry of tau_e: a run goes on anywhere at once. Random
-numbers are the words of Philox4x64, a function of key and counter. The key is a hash of version, parameters,
-seed, fingerprint and e; the counter begins at 0 for the blocks and at (0, 0, 0, V c + v + 1) for window v of
-lane c.
-A permutation is a stable sort of words, so that no library's way to shuffle is part of the definition.
+One sort of the N / k chunks and one window give any entry of tau_e, so a run resumes anywhere at once. Random numbers
+are the words of Philox4x64, a function of key and counter. The key is a hash of version, parameters, seed, fingerprint
+and e; the counter begins at 0 for the chunks and at (0, 0, 0, V c + v + 1) for window v of stream c. A permutation is a
+stable sort of such words, so that no library's shuffle is part of the definition.
 """
 
 from __future__ import annotations
@@ -34,48 +33,54 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from raydetr.shards.manifest import CHUNK_SIZE
+
 IntArray = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
-PLAN_VERSION = 2
+ORDER_VERSION = 2
+# What is hashed is part of the definition. Version 2 spells its parameters like this, whatever the code calls them:
+# another spelling would be another order, and the position in older checkpoints would mean other samples.
+_KEY_TEXT = "({}, (2, PlanParameters(block={}, window={}, windows={}, atom={}), {}, {!r}))"
 
 
 @dataclass(frozen=True)
-class PlanParameters:
+class OrderParameters:
     """The lengths in the order's definition, in samples, and the number of windows."""
 
-    block: int = 32  # k
-    window: int = 384  # w, the least; nearly 2 w at most
-    windows: int = 2  # V, of a lane
-    atom: int = 4  # a
+    chunk_size: int = CHUNK_SIZE  # k
+    min_window: int = 384  # w; windows hold fewer than 2 w
+    windows_per_stream: int = 2  # V
+    group_size: int = 4  # a
 
 
 @dataclass(frozen=True)
 class _Epoch:
-    """sigma_e, by its blocks, and the sizes of its parts."""
+    """sigma_e, as its chunks, and the sizes of its parts."""
 
     key: Words
-    samples: IntArray  # the first of each block
-    places: IntArray  # where the blocks begin in sigma_e, and N
+    samples: IntArray  # first sample of each chunk
+    starts: IntArray  # where the chunks begin in sigma_e, and N
     head: int  # h
-    cuts: IntArray  # first body atoms of all windows, lane after lane, and J
+    cuts: IntArray  # first groups of all windows, stream after stream, and J
 
     def sequence(self, begin: int, end: int) -> IntArray:
-        """Entries `begin` to `end` > `begin` of sigma_e."""
-        first, last = np.searchsorted(self.places, (begin, end - 1), side="right")
-        shifts = self.samples[first - 1 : last] - self.places[first - 1 : last]
-        edges = self.places[first - 1 : last + 1].clip(begin, end)
+        """Return entries `begin` to `end` > `begin` of sigma_e."""
+        first, last = np.searchsorted(self.starts, (begin, end - 1), side="right")
+        # Within a chunk, sample minus entry is constant: repeat it for as many entries as fall into the chunk
+        shifts = self.samples[first - 1 : last] - self.starts[first - 1 : last]
+        edges = self.starts[first - 1 : last + 1].clip(begin, end)
         return np.arange(begin, end) + np.repeat(shifts, np.diff(edges))
 
 
-class Plan:
-    """The order of one data set under one seed.
+class SampleOrder:
+    """The order of one data set with one seed.
 
     Args:
         shards: [n] number of the shard of each sample, ascending.
         aspects: [n] width / height of each image.
         fingerprint: of the data.
-        seed: another seed, another order.
+        seed: another seed gives another order.
         parameters: part of the order's definition, fixed for a run.
     """
 
@@ -85,19 +90,21 @@ class Plan:
         aspects: npt.NDArray[np.float64],
         fingerprint: str,
         seed: int,
-        parameters: PlanParameters = PlanParameters(),
+        parameters: OrderParameters = OrderParameters(),
     ) -> None:
         self.aspects, self.parameters, self.num_samples = aspects, parameters, len(shards)
-        self.identity = (PLAN_VERSION, parameters, seed, fingerprint)
-        least = parameters.windows * parameters.window
-        self.num_lanes = 1 << max(self.num_samples // least, 1).bit_length() - 1
+        self.seed, self.fingerprint = seed, fingerprint
+        min_stream = parameters.windows_per_stream * parameters.min_window
+        self.num_streams = 1 << max(self.num_samples // min_stream, 1).bit_length() - 1
         in_shard = np.arange(len(shards)) - np.searchsorted(shards, shards)
-        self.blocks = np.append(np.flatnonzero(in_shard % parameters.block == 0), len(shards))
+        self.chunks = np.append(np.flatnonzero(in_shard % parameters.chunk_size == 0), len(shards))
+        # Two epochs, because a batch may hold the end of one and the beginning of the next
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
-        self._window = lru_cache(maxsize=self.num_lanes)(self._make_window)  # as many are in use at a time
+        # Consecutive groups come from different streams: one window of each is in use at a time
+        self._window = lru_cache(maxsize=self.num_streams)(self._make_window)
 
     def samples(self, position: int, count: int) -> IntArray:
-        """Samples `position` to `position + count` of the run, also across epochs."""
+        """Return samples `position` to `position + count` of the run, also across epochs."""
         parts = [np.empty(0, np.int64)]
         while count > 0:
             epoch, begin = divmod(position, self.num_samples)
@@ -106,25 +113,29 @@ class Plan:
         return np.concatenate(parts)
 
     def order(self, epoch: int) -> IntArray:
-        """tau_e: a permutation of all samples."""
+        """Return tau_e, a permutation of all samples."""
         return self.samples(epoch * self.num_samples, self.num_samples)
 
     def _entries(self, number: int, begin: int, end: int) -> IntArray:
-        """Entries `begin` to `end` > `begin` of tau_e."""
-        epoch, atom = self._epoch(number), self.parameters.atom
+        """Return entries `begin` to `end` > `begin` of tau_e."""
+        epoch, size = self._epoch(number), self.parameters.group_size
         entries = epoch.sequence(begin, end)  # right for head and tail
-        low, high = max(begin - epoch.head, 0), min(end - epoch.head, int(epoch.cuts[-1]) * atom)
-        if low < high:  # they hold these entries of the body
-            first = low // atom
-            body = self._atoms(number, np.arange(first, -(-high // atom))).reshape(-1)
+        low, high = max(begin - epoch.head, 0), min(end - epoch.head, int(epoch.cuts[-1]) * size)
+        if low < high:  # some of the entries are of the body
+            first = low // size
+            body = self._groups(number, np.arange(first, -(-high // size))).reshape(-1)
             at = low + epoch.head - begin
-            entries[at : at + high - low] = body[low - first * atom : high - first * atom]
+            entries[at : at + high - low] = body[low - first * size : high - first * size]
         return entries
 
-    def _atoms(self, number: int, atoms: IntArray) -> IntArray:
-        """The samples of body atoms: [n] -> [n, a]."""
+    def _groups(self, number: int, groups: IntArray) -> IntArray:
+        """Return the samples of groups of the body: [n] -> [n, a]."""
         cuts = self._epoch(number).cuts
-        sources = cuts[(atoms % self.num_lanes) * self.parameters.windows] + atoms // self.num_lanes
+        # Position of each group before the streams were interleaved
+        sources = (
+            cuts[(groups % self.num_streams) * self.parameters.windows_per_stream]
+            + groups // self.num_streams
+        )
         windows, which = np.unique(np.searchsorted(cuts, sources, side="right") - 1, return_inverse=True)
         contents = [self._window(number, window) for window in windows.tolist()]
         shifts = np.cumsum([len(content) for content in contents]) - cuts[windows + 1]
@@ -132,26 +143,36 @@ class Plan:
         return found
 
     def _make_window(self, number: int, window: int) -> IntArray:
-        """A window's atoms in their order: [atoms, a]."""
-        epoch, atom = self._epoch(number), self.parameters.atom
+        """Return the groups of a window in their order: [groups, a]."""
+        epoch, size = self._epoch(number), self.parameters.group_size
         begin, end = epoch.cuts[window : window + 2].tolist()
-        samples = epoch.sequence(epoch.head + begin * atom, epoch.head + end * atom)
+        samples = epoch.sequence(epoch.head + begin * size, epoch.head + end * size)
         words = _words(epoch.key, len(samples) + end - begin, window + 1)
+        # Permuted first and sorted stably then, so that images of one aspect ratio are in random order
         samples = samples[_order(words[: len(samples)])]
-        atoms = samples[_order(self.aspects[samples])].reshape(-1, atom)
-        return atoms[_order(words[len(samples) :])]
+        groups = samples[_order(self.aspects[samples])].reshape(-1, size)
+        return groups[_order(words[len(samples) :])]
 
     def _make_epoch(self, number: int) -> _Epoch:
-        digest = hashlib.blake2b(repr((number, self.identity)).encode(), digest_size=16).digest()
-        key = np.frombuffer(digest, "<u8")
-        permuted = _order(_words(key, len(self.blocks) - 1, 0))
-        places = np.append(0, np.diff(self.blocks)[permuted].cumsum())
-        head = min(-number * self.num_samples % self.parameters.atom, self.num_samples)
-        num_atoms = (self.num_samples - head) // self.parameters.atom
-        lengths = (num_atoms + np.arange(self.num_lanes)[::-1]) // self.num_lanes
-        windows = np.arange(self.parameters.windows) * lengths[:, None] // self.parameters.windows
-        cuts = np.append((lengths.cumsum() - lengths)[:, None] + windows, num_atoms)
-        return _Epoch(key, self.blocks[permuted], places, head, cuts)
+        p = self.parameters
+        text = _KEY_TEXT.format(
+            number,
+            p.chunk_size,
+            p.min_window,
+            p.windows_per_stream,
+            p.group_size,
+            self.seed,
+            self.fingerprint,
+        )
+        key = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), "<u8")
+        permuted = _order(_words(key, len(self.chunks) - 1, 0))
+        starts = np.append(0, np.diff(self.chunks)[permuted].cumsum())
+        head = min(-number * self.num_samples % p.group_size, self.num_samples)
+        num_groups = (self.num_samples - head) // p.group_size
+        lengths = (num_groups + np.arange(self.num_streams)[::-1]) // self.num_streams
+        windows = np.arange(p.windows_per_stream) * lengths[:, None] // p.windows_per_stream
+        cuts = np.append((lengths.cumsum() - lengths)[:, None] + windows, num_groups)
+        return _Epoch(key, self.chunks[permuted], starts, head, cuts)
 
 
 def _words(key: Words, count: int, counter: int) -> Words:

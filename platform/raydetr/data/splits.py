@@ -6,10 +6,10 @@ from pathlib import Path
 
 from raydetr.config import DataConfig
 from raydetr.config.paths import is_remote, local_folder
-from raydetr.console import say
+from raydetr.console import print_status
 from raydetr.shards.manifest import MANIFEST
 from raydetr.shards.reader import Shards, open_shards
-from raydetr.shards.synthetic import write_sample_data
+from raydetr.shards.synthetic import write_synthetic_data
 from raydetr.shards.writer import write_shards
 
 
@@ -23,39 +23,37 @@ def open_splits(data: DataConfig, *, sizes_known: bool = False) -> tuple[Shards,
         RemoteError: a server cannot be reached, or refuses.
     """
     train, val = (
-        open_shards(
-            location, label_map=data.label_map, remote=data.build_remote(location), sizes_known=sizes_known
-        )
+        open_shards(location, label_map=data.label_map, remote=data.remote, sizes_known=sizes_known)
         for location in (data.train, data.val)
     )
     limit = data.limit_images
     return (train, val) if limit is None else (train.head(limit), val.head(limit))
 
 
-def write_missing_sample(data: DataConfig) -> None:
-    """Generate the sample data that `data.sample` asks for, and its shards, where they are missing.
+def write_missing_synthetic(data: DataConfig) -> None:
+    """Generate the sample data that `data.synthetic` asks for, and its shards, where they are missing.
 
     The JPEGs and annotations go into a folder `coco` beside the training shards.
     """
-    if data.sample is None:
+    if data.synthetic is None:
         return
-    train, val = (_sample_folder(data, location) for location in (data.train, data.val))
+    train, val = (_synthetic_folder(data, location) for location in (data.train, data.val))
     coco = train.parent / "coco"
     for split, out in (("train", train), ("val", val)):
         if (out / MANIFEST).exists():
             continue
         if not (coco / "annotations").exists():
-            say(f"generating sample data in {coco}")
-            write_sample_data(coco, hard=data.sample == "hard")
-        say(f"writing shards to {out}")
+            print_status(f"generating sample data in {coco}")
+            write_synthetic_data(coco, hard=data.synthetic == "hard")
+        print_status(f"writing shards to {out}")
         write_shards(coco / split, _annotations(coco, split), out)
 
 
-def _sample_folder(data: DataConfig, location: str) -> Path:
+def _synthetic_folder(data: DataConfig, location: str) -> Path:
     if is_remote(location):
         raise ValueError(
-            f"data.sample={data.sample} writes sample shards, which is not possible to {location}: "
-            "set data.sample=null, or name a folder"
+            f"data.synthetic={data.synthetic} writes sample shards, which is not possible to {location}: "
+            "set data.synthetic=null, or name a folder"
         )
     return local_folder(location)
 

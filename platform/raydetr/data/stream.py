@@ -11,13 +11,14 @@ from itertools import count
 
 import numpy as np
 
+from raydetr.config import OnCorrupt
 from raydetr.data.batch import Batch, Sample, blank_batch, collate
-from raydetr.data.corrupt import Damage, OnDamage, apply_policy, earlier_samples
+from raydetr.data.corrupt import CorruptSample, apply_policy, earlier_samples
 from raydetr.data.loader.loader import Out, load
-from raydetr.data.order import Plan
+from raydetr.data.order import SampleOrder
 from raydetr.data.samples import make_sample
 from raydetr.data.transforms.transform import Transform
-from raydetr.shards.files import Follower
+from raydetr.shards.files import Prefetcher
 from raydetr.shards.reader import ShardError, Shards
 from raydetr.shards.validation import RawSample
 
@@ -34,7 +35,7 @@ def train_batches(
     batch_size: int,
     transform: Transform,
     num_workers: int = 0,
-    on_damage: OnDamage = "raise",
+    on_corrupt: OnCorrupt = "raise",
 ) -> Iterator[Batch]:
     """The batches of one rank, without end, from `position` on.
 
@@ -50,18 +51,18 @@ def train_batches(
         batch_size: images per rank and step.
         transform: applied with randomness keyed by (seed, position of the sample).
         num_workers: loader processes; 0 loads in this process.
-        on_damage: what becomes of a damaged sample; the batch says what did. Where "mask" leaves nothing of a
+        on_corrupt: what becomes of a damaged sample; the batch says what did. Where "mask" leaves nothing of a
             batch, it is blank.
 
     Raises:
-        ShardError: a sample is damaged, and `on_damage` is "raise".
+        ShardError: a sample is damaged, and `on_corrupt` is "raise".
         LoaderError: a loader process died, or there is no memory for its batches.
     """
     assert 0 <= rank < world_size, (rank, world_size)
     assert batch_size >= 1, batch_size
     assert position >= 0, position
-    maker = _Maker(shards, transform, seed, on_damage)
-    yield from load(_TrainBatches(maker, position, rank, world_size, batch_size), num_workers)
+    builder = BatchBuilder(shards, transform, seed, on_corrupt)
+    yield from load(_TrainBatches(builder, position, rank, world_size, batch_size), num_workers)
 
 
 def evaluation_batches(
@@ -72,71 +73,73 @@ def evaluation_batches(
     batch_size: int,
     transform: Transform,
     num_workers: int = 0,
-    on_damage: OnDamage = "raise",
+    on_corrupt: OnCorrupt = "raise",
 ) -> Iterator[Batch | None]:
     """The batches of one rank in an evaluation: every image once, as many batches on every rank.
 
     Batch j holds images j * batch_size and following, for any number of ranks, and goes to rank
     j mod world_size; `None` stands for a batch that a rank does not have. A damaged image is missing in its
-    batch, unless `on_damage` is "raise"; no other image takes its place.
+    batch, unless `on_corrupt` is "raise"; no other image takes its place.
 
     Raises:
-        ShardError: an image is damaged, and `on_damage` is "raise".
+        ShardError: an image is damaged, and `on_corrupt` is "raise".
         LoaderError: a loader process died, or there is no memory for its batches.
     """
     assert 0 <= rank < world_size, (rank, world_size)
     assert batch_size >= 1, batch_size
-    maker = _Maker(shards, transform, 0, "raise" if on_damage == "raise" else "mask")
-    yield from load(_EvaluationBatches(maker, rank, world_size, batch_size), num_workers)
+    builder = BatchBuilder(shards, transform, 0, "raise" if on_corrupt == "raise" else "mask")
+    yield from load(_EvaluationBatches(builder, rank, world_size, batch_size), num_workers)
 
 
-def make_plan(shards: Shards, seed: int) -> Plan:
+def make_order(shards: Shards, seed: int) -> SampleOrder:
     """The order in which `train_batches` goes through the shards."""
     samples = shards.samples
     aspects = samples["width"] / samples["height"]
-    return Plan(samples["shard"].astype(np.int64), aspects, shards.fingerprint, seed)
+    return SampleOrder(samples["shard"].astype(np.int64), aspects, shards.fingerprint, seed)
 
 
 @dataclass(frozen=True, eq=False)
-class _Turn:
+class BatchSpec:
     """A batch that is to be made: samples `indices`, at `position` and following, of the step at `start`."""
 
     step: int  # of this rank, from 0
     start: int
     position: int
     indices: list[int]
-    instead: Callable[[int], Iterable[int]]  # samples that may take the place of the one at a position
+    fallbacks: Callable[[int], Iterable[int]]  # samples that may take the place of the one at a position
 
 
 @dataclass(frozen=True, eq=False)
-class _Maker:
+class BatchBuilder:
     """Makes batches of samples that were read."""
 
     shards: Shards
     transform: Transform
     seed: int
-    on_damage: OnDamage
+    on_corrupt: OnCorrupt
 
-    def batches(self, turns: Iterable[_Turn], all_turns: Iterable[_Turn], out: Out | None) -> Iterator[Batch]:
+    def batches(
+        self, specs: Iterable[BatchSpec], all_specs: Iterable[BatchSpec], out: Out | None
+    ) -> Iterator[Batch]:
         """The batches of this process's turns, out of those of all processes of the rank."""
-        with closing(self.shards.files.follow(turn.indices for turn in all_turns)) as follower:
-            for turn, raws in _read_ahead(self.shards, turns, follower):
-                yield self._batch(turn, raws, out)
+        with closing(self.shards.files.prefetch(spec.indices for spec in all_specs)) as prefetcher:
+            for spec, raws in _read_ahead(self.shards, specs, prefetcher):
+                yield self._batch(spec, raws, out)
 
-    def _batch(self, turn: _Turn, raws: list[RawSample | ShardError], out: Out | None) -> Batch:
+    def _batch(self, spec: BatchSpec, raws: list[RawSample | ShardError], out: Out | None) -> Batch:
         samples: list[Sample] = []
-        damage: list[Damage] = []
-        for position, (index, raw) in enumerate(zip(turn.indices, raws, strict=True), turn.position):
-            sample, row = self._sample(turn, position, index, raw)
+        corrupt: list[CorruptSample] = []
+        for position, (index, raw) in enumerate(zip(spec.indices, raws, strict=True), spec.position):
+            sample, row = self._sample(spec, position, index, raw)
             samples += [sample] if sample is not None else []
-            damage += [row] if row is not None else []
-        batch = collate(samples, turn.start, out=out) if samples else blank_batch(turn.start, out=out)
-        return replace(batch, damage=tuple(damage)) if damage else batch
+            corrupt += [row] if row is not None else []
+        batch = collate(samples, spec.start, out=out) if samples else blank_batch(spec.start, out=out)
+        return replace(batch, corrupt=tuple(corrupt)) if corrupt else batch
 
     def _sample(
-        self, turn: _Turn, position: int, index: int, raw: RawSample | ShardError
-    ) -> tuple[Sample | None, Damage | None]:
-        short_side = self.transform.step_short_side(self.seed, turn.start)
+        self, spec: BatchSpec, position: int, index: int, raw: RawSample | ShardError
+    ) -> tuple[Sample | None, CorruptSample | None]:
+        short_side = self.transform.step_short_side(self.seed, spec.start)
 
         def make(index: int, raw: RawSample) -> Sample:
             return make_sample(
@@ -147,51 +150,51 @@ class _Maker:
         if not isinstance(raw, ShardError):
             with suppress(ShardError):  # the policy makes it again
                 return make(index, raw), None
-        others = turn.instead(position)
-        return apply_policy(self.on_damage, self.shards, index, position, make, others)
+        others = spec.fallbacks(position)
+        return apply_policy(self.on_corrupt, self.shards, index, position, make, others)
 
 
 @dataclass(frozen=True, eq=False)
 class _TrainBatches:
-    maker: _Maker
+    builder: BatchBuilder
     position: int
     rank: int
     world_size: int
     batch_size: int
 
     def batches(self, worker: int, num_workers: int, out: Out | None) -> Iterator[Batch]:
-        return self.maker.batches(self._turns(worker, num_workers), self._turns(0, 1), out)
+        return self.builder.batches(self._specs(worker, num_workers), self._specs(0, 1), out)
 
-    def _turns(self, worker: int, num_workers: int) -> Iterator[_Turn]:
-        plan = make_plan(self.maker.shards, self.maker.seed)
+    def _specs(self, worker: int, num_workers: int) -> Iterator[BatchSpec]:
+        plan = make_order(self.builder.shards, self.builder.seed)
         for step in count(worker, num_workers):
             start = self.position + step * self.world_size * self.batch_size
             own = start + self.rank * self.batch_size
             indices = plan.samples(own, self.batch_size).tolist()
-            yield _Turn(step, start, own, indices, partial(earlier_samples, plan))
+            yield BatchSpec(step, start, own, indices, partial(earlier_samples, plan))
 
 
 @dataclass(frozen=True, eq=False)
 class _EvaluationBatches:
-    maker: _Maker
+    builder: BatchBuilder
     rank: int
     world_size: int
     batch_size: int
 
     def batches(self, worker: int, num_workers: int, out: Out | None) -> Iterator[Batch | None]:
-        turns = self._turns(worker, num_workers)
-        all_turns = (turn for turn in self._turns(0, 1) if turn.indices)
-        yield from self.maker.batches([turn for turn in turns if turn.indices], all_turns, out)
-        yield from [None for turn in turns if not turn.indices]  # only the last can be
+        specs = self._specs(worker, num_workers)
+        all_specs = (spec for spec in self._specs(0, 1) if spec.indices)
+        yield from self.builder.batches([spec for spec in specs if spec.indices], all_specs, out)
+        yield from [None for spec in specs if not spec.indices]  # only the last can be
 
-    def _turns(self, worker: int, num_workers: int) -> list[_Turn]:
-        num_images = self.maker.shards.num_samples
+    def _specs(self, worker: int, num_workers: int) -> list[BatchSpec]:
+        num_images = self.builder.shards.num_samples
         num_rounds = -(-num_images // (self.batch_size * self.world_size))
         rounds = range(worker, num_rounds, num_workers)
         starts = [(number * self.world_size + self.rank) * self.batch_size for number in rounds]
         ends = [min(start + self.batch_size, num_images) for start in starts]
         return [
-            _Turn(number, start, start, list(range(start, end)), _nothing)
+            BatchSpec(number, start, start, list(range(start, end)), _nothing)
             for number, start, end in zip(rounds, starts, ends, strict=True)
         ]
 
@@ -201,15 +204,15 @@ def _nothing(position: int) -> Iterable[int]:
 
 
 def _read_ahead(
-    shards: Shards, turns: Iterable[_Turn], follower: Follower
-) -> Iterator[tuple[_Turn, list[RawSample | ShardError]]]:
+    shards: Shards, specs: Iterable[BatchSpec], prefetcher: Prefetcher
+) -> Iterator[tuple[BatchSpec, list[RawSample | ShardError]]]:
     """Read the samples of each turn, and begin with those of the following ones."""
-    begun = deque[tuple[_Turn, Callable[[], list[RawSample | ShardError]]]]()
-    for turn in turns:
-        follower.at(turn.step)
-        begun.append((turn, shards.start(turn.indices)))
+    begun = deque[tuple[BatchSpec, Callable[[], list[RawSample | ShardError]]]]()
+    for spec in specs:
+        prefetcher.advance(spec.step)
+        begun.append((spec, shards.start(spec.indices)))
         if len(begun) > READ_AHEAD:
             first, wait = begun.popleft()
             yield first, wait()
-    for turn, wait in begun:
-        yield turn, wait()
+    for spec, wait in begun:
+        yield spec, wait()

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raydetr.doctor.findings import MAX_EXAMPLES, Finding, Level, Target, counted, listed
-from raydetr.doctor.scan import Examined, Split
+from raydetr.doctor.scan import ScannedSplit, Split
 from raydetr.shards.manifest import MAX_LABEL
 from raydetr.shards.reader import check_same_categories
 
@@ -109,34 +109,34 @@ MOST_DETECTIONS = 100  # that COCO's AP counts in an image
 Counts = npt.NDArray[np.int64]
 
 
-def class_counts(examined: Examined) -> tuple[Counts, Counts]:
+def class_counts(scanned: ScannedSplit) -> tuple[Counts, Counts]:
     """Images with, and objects of, each category in the order of the list; those that training uses."""
-    ids = np.array([category["id"] for category in examined.split.shards.manifest.categories])
-    objects = examined.facts.objects[examined.is_usable]
+    ids = np.array([category["id"] for category in scanned.split.shards.manifest.categories])
+    objects = scanned.scan.objects[scanned.is_usable]
     classes = np.searchsorted(ids, objects["category_id"])
     pairs = np.unique(objects["sample"].astype(np.int64) * len(ids) + classes) % len(ids)
     return np.bincount(pairs, minlength=len(ids)), np.bincount(classes, minlength=len(ids))
 
 
-def balance_findings(splits: Sequence[Examined]) -> list[Finding]:
+def balance_findings(splits: Sequence[ScannedSplit]) -> list[Finding]:
     """Classes without objects, rare ones, and those that only other splits have."""
     found: list[Finding] = []
     trained = class_counts(splits[0])[1]
-    for examined in splits:
-        counts = class_counts(examined)[1]
-        if examined.split.shards.samples["num_annotations"].any():  # else it is told from the index
-            found += class_findings(examined.split, counts)
+    for scanned in splits:
+        counts = class_counts(scanned)[1]
+        if scanned.split.shards.samples["num_annotations"].any():  # else it is told from the index
+            found += class_findings(scanned.split, counts)
         if counts.any():
-            found += _rare(examined, counts)
-        manifest, first = examined.split.shards.manifest, splits[0].split.shards.manifest
-        if examined is not splits[0] and manifest.categories == first.categories:
+            found += _rare(scanned, counts)
+        manifest, first = scanned.split.shards.manifest, splits[0].split.shards.manifest
+        if scanned is not splits[0] and manifest.categories == first.categories:
             missing = np.flatnonzero((counts > 0) & (trained == 0))
             if len(missing):
                 names = listed([manifest.categories[number]["name"] for number in missing])
                 found.append(
                     Finding(
-                        "classes-not-trained", "warning", (splits[0].name, examined.name),
-                        f"{counted(len(missing), 'class', 'classes')} with objects in {examined.name}, "
+                        "classes-not-trained", "warning", (splits[0].name, scanned.name),
+                        f"{counted(len(missing), 'class', 'classes')} with objects in {scanned.name}, "
                         f"but none in {splits[0].name}: {names}",
                         "divide the images anew, so that each class is in both",
                         len(missing),
@@ -174,14 +174,14 @@ def no_objects(split: Split) -> Finding:
     return Finding("no-objects", level, (split.name,), "not one object to find", remedy, 1)
 
 
-def _rare(examined: Examined, counts: Counts) -> Iterator[Finding]:
-    names = [category["name"] for category in examined.split.shards.manifest.categories]
+def _rare(scanned: ScannedSplit, counts: Counts) -> Iterator[Finding]:
+    names = [category["name"] for category in scanned.split.shards.manifest.categories]
     order = np.argsort(counts, kind="stable")
     rare = [number for number in order if 0 < counts[number] < RARE]
-    trained_on = examined.split.is_trained_on
+    trained_on = scanned.split.is_trained_on
     if rare:
         yield Finding(
-            "rare-classes", "warning" if trained_on else "note", (examined.name,),
+            "rare-classes", "warning" if trained_on else "note", (scanned.name,),
             f"{counted(len(rare), 'class', 'classes')} with fewer than {RARE} objects: "
             + listed([f"{names[number]} {counts[number]}" for number in rare]),
             "add images of them; they will hardly be learned"
@@ -193,7 +193,7 @@ def _rare(examined: Examined, counts: Counts) -> Iterator[Finding]:
     ratio = counts[most] / counts[least]
     if ratio >= IMBALANCE:
         yield Finding(
-            "imbalance", "note", (examined.name,),
+            "imbalance", "note", (scanned.name,),
             f"{names[most]!r} has {counts[most]:,} objects, {ratio:,.0f} times those of {names[least]!r} "
             f"({counts[least]:,})",
             "expect a low AP of small classes; it is the mean of all",

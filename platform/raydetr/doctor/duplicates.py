@@ -23,7 +23,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from raydetr.doctor.findings import MAX_EXAMPLES, Example, Finding, counted
-from raydetr.doctor.scan import Examined
+from raydetr.doctor.scan import ScannedSplit
 
 MAX_DIFFERENT_BITS = 7
 MIN_CORRELATION = 0.9
@@ -132,7 +132,7 @@ Numbers = npt.NDArray[np.int64]
 class _All:
     """The readable images of all splits, numbered through."""
 
-    splits: Sequence[Examined]
+    splits: Sequence[ScannedSplit]
     fingerprints: list[str]
     split: Numbers  # [n] which split
     sample: Numbers  # [n] which sample of it
@@ -141,7 +141,7 @@ class _All:
     thumbnails: npt.NDArray[np.uint8]
 
 
-def duplicate_findings(splits: Sequence[Examined]) -> list[Finding]:
+def duplicate_findings(splits: Sequence[ScannedSplit]) -> list[Finding]:
     """Repetitions within splits and, graver, across them."""
     images = _all(splits)
     total = len(images.split)
@@ -157,9 +157,9 @@ def duplicate_findings(splits: Sequence[Examined]) -> list[Finding]:
     return found
 
 
-def _all(splits: Sequence[Examined]) -> _All:
-    read = [np.flatnonzero(split.facts.images["is_read"]) for split in splits]
-    images = [split.facts.images[samples] for split, samples in zip(splits, read, strict=True)]
+def _all(splits: Sequence[ScannedSplit]) -> _All:
+    read = [np.flatnonzero(split.scan.images["is_read"]) for split in splits]
+    images = [split.scan.images[samples] for split, samples in zip(splits, read, strict=True)]
 
     def column(name: str) -> npt.NDArray[np.generic]:
         return np.concatenate([part[name] for part in images])

@@ -25,8 +25,8 @@ from raydetr.doctor.class_checks import (
 from raydetr.doctor.duplicates import duplicate_findings
 from raydetr.doctor.findings import MAX_EXAMPLES, Example, Finding, Level, Target, by_level, counted
 from raydetr.doctor.image_checks import image_findings
-from raydetr.doctor.report import Report, statistics_of
-from raydetr.doctor.scan import Examined, Split, scan
+from raydetr.doctor.report import Report, split_statistics
+from raydetr.doctor.scan import ScannedSplit, Split, scan
 from raydetr.shards.reader import ShardError, Shards, open_shards
 
 FEW_SAMPLES = 2_500  # of a split, which are read to count the objects of each class: about 0.2 s
@@ -175,17 +175,17 @@ def examine(
         raise ValueError(f"the same data is given twice ({', '.join(locations)}): name each once")
     opened, findings = _open(locations, open_location)
     total = sum(shards.num_samples for shards in opened)
-    examined: list[Examined] = []
+    scanned: list[ScannedSplit] = []
     for split in named_splits(opened):
-        before = sum(len(one.facts.images) for one in examined)
+        before = sum(len(one.scan.images) for one in scanned)
         report = _shifted(progress, before, total) if progress else None
-        examined.append(Examined(split, scan(split.shards, progress=report, num_processes=num_processes)))
-    if examined:
-        findings += _findings(examined, target)
+        scanned.append(ScannedSplit(split, scan(split.shards, progress=report, num_processes=num_processes)))
+    if scanned:
+        findings += _findings(scanned, target)
     return Report(
         target,
-        tuple(examined),
-        tuple(statistics_of(one, target) for one in examined),
+        tuple(scanned),
+        tuple(split_statistics(one, target) for one in scanned),
         tuple(by_level(findings)),
         time.perf_counter() - began,
     )
@@ -211,16 +211,16 @@ def _open(
     return opened, findings
 
 
-def _findings(examined: Sequence[Examined], target: Target) -> list[Finding]:
-    found = index_findings([one.split for one in examined], target)
-    num_damaged = sum(len(one.facts.damage) for one in examined)
-    tolerated = target.tolerates(num_damaged, examined[0].split.shards.num_samples)
-    damage: Level = "warning" if tolerated else "fault"
-    for one in examined:
-        found += image_findings(one, damage)
-        found += box_findings(one, damage)
+def _findings(scanned: Sequence[ScannedSplit], target: Target) -> list[Finding]:
+    found = index_findings([one.split for one in scanned], target)
+    num_corrupt = sum(len(one.scan.corrupt) for one in scanned)
+    tolerated = target.tolerates(num_corrupt, scanned[0].split.shards.num_samples)
+    corrupt: Level = "warning" if tolerated else "fault"
+    for one in scanned:
+        found += image_findings(one, corrupt)
+        found += box_findings(one, corrupt)
         found += crowding_findings(one.split, one.objects_per_image, target)
         found += scale_findings(one, target, class_counts(one)[1])
-    found += balance_findings(examined)
-    found += duplicate_findings(examined)
+    found += balance_findings(scanned)
+    found += duplicate_findings(scanned)
     return found

@@ -12,9 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from raydetr.config import RunConfig
-from raydetr.data.corrupt import default_budget
-from raydetr.shards.manifest import LabelMapKind
+from raydetr.config import LabelMapKind, RunConfig
+from raydetr.data.corrupt import default_max_corrupt
 
 Level = Literal["fault", "warning", "note"]
 
@@ -124,7 +123,7 @@ class Target:
     num_queries: int | None = None
     batch_size: int | None = None
     label_map: LabelMapKind | None = None
-    max_damaged: int | None = 0  # samples in all splits that may be damaged; None: as the training has it
+    max_corrupt: int | None = 0  # samples in all splits that may be damaged; None: as the training has it
 
     @staticmethod
     def of(config: RunConfig) -> Target:
@@ -137,7 +136,7 @@ class Target:
             num_queries=config.model.num_queries,
             batch_size=config.data.batch_size,
             label_map=config.data.label_map,
-            max_damaged=0 if config.data.on_damage == "raise" else config.data.max_damaged,
+            max_corrupt=0 if config.data.on_corrupt == "raise" else config.data.max_corrupt,
         )
 
     def factors(self, widths: Floats, heights: Floats) -> Floats:
@@ -147,10 +146,10 @@ class Target:
         short, long = np.minimum(widths, heights), np.maximum(widths, heights)
         return np.minimum(self.short_side / short, self.max_side / long)
 
-    def tolerates(self, num_damaged: int, num_samples: int) -> bool:
+    def tolerates(self, num_corrupt: int, num_samples: int) -> bool:
         """Whether a training on so many samples goes on with so many damaged ones."""
-        limit = default_budget(num_samples) if self.max_damaged is None else self.max_damaged
-        return num_damaged <= limit
+        limit = default_max_corrupt(num_samples) if self.max_corrupt is None else self.max_corrupt
+        return num_corrupt <= limit
 
     def scale(self) -> str:
         """The resize in words."""
@@ -162,4 +161,4 @@ class Target:
         """Plain values for JSON."""
         return {"recipe": self.recipe, "short_side": self.short_side, "max_side": self.max_side,
                 "num_queries": self.num_queries, "batch_size": self.batch_size,
-                "label_map": self.label_map, "max_damaged": self.max_damaged}  # fmt: skip
+                "label_map": self.label_map, "max_corrupt": self.max_corrupt}  # fmt: skip

@@ -7,37 +7,42 @@ from collections.abc import Iterator
 import numpy as np
 
 from raydetr.doctor.findings import MAX_EXAMPLES, Finding, Level, counted
-from raydetr.doctor.scan import Examined
+from raydetr.doctor.scan import ScannedSplit
 
 NARROW = 5  # long side by short side
 TINY = 32  # pixels of the short side: one cell of the coarsest feature map
 
 
-def image_findings(examined: Examined, damage: Level) -> list[Finding]:
+def image_findings(scanned: ScannedSplit, corrupt: Level) -> list[Finding]:
     """All that is wrong, or odd, with the images of a split; `damage` is the level of damaged samples."""
-    return [*_damaged(examined, damage), *_of_other_sizes(examined), *_turned(examined), *_unusual(examined)]
+    return [
+        *_corrupt_samples(scanned, corrupt),
+        *_of_other_sizes(scanned),
+        *_turned(scanned),
+        *_unusual(scanned),
+    ]
 
 
-def _damaged(examined: Examined, level: Level) -> Iterator[Finding]:
-    damage, shards = examined.facts.damage, examined.split.shards
-    if not damage:
+def _corrupt_samples(scanned: ScannedSplit, level: Level) -> Iterator[Finding]:
+    corrupt, shards = scanned.scan.corrupt, scanned.split.shards
+    if not corrupt:
         return
     examples = []
-    for sample in sorted(damage)[:MAX_EXAMPLES]:
+    for sample in sorted(corrupt)[:MAX_EXAMPLES]:
         row = shards.samples[sample]
         file = shards.manifest.shards[row["shard"]].name
-        where = f"{file}, key {shards.key(sample)}: {damage[sample]:.120}"
-        examples.append(examined.split.example(sample, where))
+        where = f"{file}, key {shards.key(sample)}: {corrupt[sample]:.120}"
+        examples.append(scanned.split.example(sample, where))
     yield Finding(
-        "damaged-samples", level, (examined.name,),
-        f"{counted(len(damage), 'sample')} of {shards.num_samples:,} cannot be used",
+        "damaged-samples", level, (scanned.name,),
+        f"{counted(len(corrupt), 'sample')} of {shards.num_samples:,} cannot be used",
         "copy these shards again; where a record is at fault, correct it and write the shards again",
-        len(damage), tuple(examples),
+        len(corrupt), tuple(examples),
     )  # fmt: skip
 
 
-def _of_other_sizes(examined: Examined) -> Iterator[Finding]:
-    images, split = examined.facts.images, examined.split
+def _of_other_sizes(scanned: ScannedSplit) -> Iterator[Finding]:
+    images, split = scanned.scan.images, scanned.split
     differs = (images["width"] != split.shards.samples["width"]) | (
         images["height"] != split.shards.samples["height"]
     )
@@ -52,26 +57,26 @@ def _of_other_sizes(examined: Examined) -> Iterator[Finding]:
             for sample in chosen[:MAX_EXAMPLES]
         )
         yield Finding(
-            "other-sizes", "fault", (examined.name,),
+            "other-sizes", "fault", (scanned.name,),
             f"{counted(len(chosen), 'image')} of another size than the record says: the boxes do not fit",
             "correct width and height, or replace the images, and write the shards again",
             len(chosen), examples,
         )  # fmt: skip
 
 
-def _turned(examined: Examined) -> Iterator[Finding]:
-    chosen = np.flatnonzero(examined.facts.images["turned"])
+def _turned(scanned: ScannedSplit) -> Iterator[Finding]:
+    chosen = np.flatnonzero(scanned.scan.images["turned"])
     if len(chosen):
         yield Finding(
-            "turned-images", "note", (examined.name,),
+            "turned-images", "note", (scanned.name,),
             f"{counted(len(chosen), 'image')} with an EXIF orientation, which is not applied",
             "look at the pictures: if the boxes are beside the objects, store the pixels turned",
-            len(chosen), tuple(examined.split.example(sample) for sample in chosen[:MAX_EXAMPLES]),
+            len(chosen), tuple(scanned.split.example(sample) for sample in chosen[:MAX_EXAMPLES]),
         )  # fmt: skip
 
 
-def _unusual(examined: Examined) -> Iterator[Finding]:
-    widths, heights = examined.split.widths, examined.split.heights
+def _unusual(scanned: ScannedSplit) -> Iterator[Finding]:
+    widths, heights = scanned.split.widths, scanned.split.heights
     short, long = np.minimum(widths, heights), np.maximum(widths, heights)
     for code, chosen, text, remedy in (
         ("narrow-images", np.flatnonzero(long > NARROW * short),
@@ -82,10 +87,10 @@ def _unusual(examined: Examined) -> Iterator[Finding]:
     ):  # fmt: skip
         if len(chosen):
             examples = tuple(
-                examined.split.example(sample, f"{widths[sample]:.0f}x{heights[sample]:.0f}")
+                scanned.split.example(sample, f"{widths[sample]:.0f}x{heights[sample]:.0f}")
                 for sample in chosen[:MAX_EXAMPLES]
             )
             yield Finding(
-                code, "note", (examined.name,),
+                code, "note", (scanned.name,),
                 f"{counted(len(chosen), 'image')} {text}", remedy, len(chosen), examples,
             )  # fmt: skip

@@ -22,7 +22,7 @@ from PIL import Image
 from raydetr.doctor.box_checks import SMALL
 from raydetr.doctor.findings import Example, Finding, Place
 from raydetr.doctor.report import ClassRow, Histogram, Report, summary_rows
-from raydetr.doctor.scan import Examined, as_record, is_box, read_anyway
+from raydetr.doctor.scan import ScannedSplit, as_record, is_box, read_anyway
 from raydetr.shards.images import UNREADABLE, decode_rgb
 from raydetr.visualization.boxes import Box, coco_boxes, draw_boxes
 
@@ -134,7 +134,7 @@ def histogram_chart(title: str, unit: str, histograms: Sequence[Histogram], name
 
 
 def legend(names: Sequence[str]) -> str:
-    """Which colour is which split."""
+    """Which color is which split."""
     items = (
         f'<span><i style="background:{COLORS[number % len(COLORS)]}"></i>{escape(name)}</span>'
         for number, name in enumerate(names)
@@ -163,31 +163,31 @@ SIDE = 340  # pixels of the long side
 QUALITY = 82
 
 
-def thumbnail(examined: Examined, place: Place) -> str | None:
+def thumbnail(scanned: ScannedSplit, place: Place) -> str | None:
     """A picture of a place as a data URL, with the boxes that are meant; None where it cannot be read."""
-    raw = read_anyway(examined.split.shards, place.sample)
+    raw = read_anyway(scanned.split.shards, place.sample)
     if raw is None:
         return None
     try:
         image = decode_rgb(raw.image)
     except UNREADABLE:
         return None
-    names = {c["id"]: c["name"] for c in examined.split.shards.manifest.categories}
+    names = {c["id"]: c["name"] for c in scanned.split.shards.manifest.categories}
     records = [as_record(raw.annotations[number]) for number in place.annotations]
     boxes = coco_boxes([record for record in records if is_box(record.get("bbox"))], names)
     return data_url(_drawn(image, boxes))
 
 
-def gallery_places(examined: Examined, count: int) -> list[Place]:
+def gallery_places(scanned: ScannedSplit, count: int) -> list[Place]:
     """Some images, evenly over the split."""
-    shards = examined.split.shards
+    shards = scanned.split.shards
     chosen = np.unique(np.linspace(0, shards.num_samples - 1, count).round().astype(int)).tolist()
-    return [examined.split.place(sample) for sample in chosen]
+    return [scanned.split.place(sample) for sample in chosen]
 
 
-def with_all_boxes(examined: Examined, place: Place) -> Place:
+def with_all_boxes(scanned: ScannedSplit, place: Place) -> Place:
     """The place with all annotations of its image."""
-    count = int(examined.split.shards.samples["num_annotations"][place.sample])
+    count = int(scanned.split.shards.samples["num_annotations"][place.sample])
     return replace(place, annotations=tuple(range(count)))
 
 
@@ -287,13 +287,13 @@ def _example(report: Report, example: Example) -> str:
 
 
 def _picture(report: Report, place: Place, *, is_pair: bool) -> str:
-    by_name = {examined.name: examined for examined in report.examined}
-    examined = by_name[place.split]
+    by_name = {scanned.name: scanned for scanned in report.scanned}
+    scanned = by_name[place.split]
     if (
         not is_pair and not place.annotations
     ):  # it is about the whole image: are the boxes where they should be?
-        place = with_all_boxes(examined, place)
-    source = thumbnail(examined, place)
+        place = with_all_boxes(scanned, place)
+    source = thumbnail(scanned, place)
     caption = f"{place.split} {place}" if is_pair else str(place)
     shown = (
         f'<img src="{source}" alt="{escape(caption)}">' if source else '<div class="none">not readable</div>'
@@ -345,9 +345,9 @@ def _class_cells(row: ClassRow | None, most: int, color: str) -> str:
 
 
 def _gallery(report: Report, number: int) -> str:
-    examined = report.examined[number]
-    pictures = "".join(_picture(report, place, is_pair=False) for place in gallery_places(examined, GALLERY))
+    scanned = report.scanned[number]
+    pictures = "".join(_picture(report, place, is_pair=False) for place in gallery_places(scanned, GALLERY))
     return (
-        f"<h2>Some images of {escape(examined.name)}</h2>"
+        f"<h2>Some images of {escape(scanned.name)}</h2>"
         f'<p class="target">Are the boxes on their objects?</p><div class="gallery">{pictures}</div>'
     )

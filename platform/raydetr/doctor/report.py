@@ -14,7 +14,7 @@ import numpy.typing as npt
 from raydetr.doctor.box_checks import SMALL, TINY, small_by_class, smaller_sides
 from raydetr.doctor.class_checks import class_counts
 from raydetr.doctor.findings import LEVELS, Example, Finding, Target, counted, may_start
-from raydetr.doctor.scan import Examined
+from raydetr.doctor.scan import ScannedSplit
 from raydetr.shards.manifest import MAX_LABEL
 
 PERCENTILES = (50, 90, 99)
@@ -49,7 +49,7 @@ class ClassRow:
 
 
 @dataclass(frozen=True)
-class Statistics:
+class SplitStatistics:
     """The numbers of one split. "Objects" are those that training uses, if not said otherwise."""
 
     name: str
@@ -75,25 +75,25 @@ class Statistics:
         return asdict(self)
 
 
-def statistics_of(examined: Examined, target: Target) -> Statistics:
+def split_statistics(scanned: ScannedSplit, target: Target) -> SplitStatistics:
     """All numbers of a split."""
-    shards, facts = examined.split.shards, examined.facts
-    per_image, usable = examined.objects_per_image, examined.is_usable
-    crowds = int(facts.objects["is_crowd"].sum())
-    sides = smaller_sides(examined, target)
+    shards, scan = scanned.split.shards, scanned.scan
+    per_image, usable = scanned.objects_per_image, scanned.is_usable
+    crowds = int(scan.objects["is_crowd"].sum())
+    sides = smaller_sides(scanned, target)
     categories = shards.manifest.categories
     highest = max(category["id"] for category in categories)
-    rows = zip(categories, *class_counts(examined), small_by_class(examined, target), strict=True)
-    return Statistics(
-        name=examined.name,
+    rows = zip(categories, *class_counts(scanned), small_by_class(scanned, target), strict=True)
+    return SplitStatistics(
+        name=scanned.name,
         location=shards.location,
         fingerprint=shards.fingerprint,
         images=shards.num_samples,
-        unusable_images=len(facts.damage),
+        unusable_images=len(scan.corrupt),
         empty_images=int((per_image == 0).sum()),
         objects=int(usable.sum()),
         crowds=crowds,
-        unusable_boxes=int((~usable & ~facts.objects["is_crowd"]).sum()),
+        unusable_boxes=int((~usable & ~scan.objects["is_crowd"]).sum()),
         objects_per_image={f"p{p}": _percentile(per_image, p) for p in PERCENTILES}
         | {"max": int(per_image.max())},
         classes={
@@ -102,13 +102,13 @@ def statistics_of(examined: Examined, target: Target) -> Statistics:
         },
         tiny_share=round(float((sides < TINY).mean()), 6) if len(sides) else None,
         small_share=round(float((sides < SMALL).mean()), 6) if len(sides) else None,
-        widths=_spread(examined.split.widths),
-        heights=_spread(examined.split.heights),
+        widths=_spread(scanned.split.widths),
+        heights=_spread(scanned.split.heights),
         categories=tuple(ClassRow(c["id"], c["name"], *map(int, counts)) for c, *counts in rows),
         histograms={
             "objects_per_image": Histogram.of(per_image, COUNT_EDGES),
             "smaller_side": Histogram.of(sides, SIDE_EDGES),
-            "aspect": Histogram.of(examined.split.widths / examined.split.heights, ASPECT_EDGES),
+            "aspect": Histogram.of(scanned.split.widths / scanned.split.heights, ASPECT_EDGES),
         },
     )
 
@@ -131,8 +131,8 @@ class Report:
     """What was found in the data, the gravest first."""
 
     target: Target
-    examined: tuple[Examined, ...]
-    statistics: tuple[Statistics, ...]  # of each
+    scanned: tuple[ScannedSplit, ...]
+    statistics: tuple[SplitStatistics, ...]  # of each
     findings: tuple[Finding, ...]
     seconds: float
 
@@ -184,7 +184,7 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _column(numbers: Statistics) -> dict[str, str]:
+def _column(numbers: SplitStatistics) -> dict[str, str]:
     per_image, classes = numbers.objects_per_image, numbers.classes
     return {
         "images": f"{numbers.images:,}",

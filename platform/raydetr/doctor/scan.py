@@ -32,7 +32,7 @@ from raydetr.doctor.findings import MAX_EXAMPLES, Example, Place
 from raydetr.process_pool import run_tasks
 from raydetr.shards.images import EXIF_ORIENTATION, FORMATS, UNREADABLE, decode_rgb
 from raydetr.shards.reader import ShardError, Shards
-from raydetr.shards.validation import Fault, RawSample, parse_content
+from raydetr.shards.validation import InvalidDataError, RawSample, parse_content
 
 SIDE = 16  # of a thumbnail
 HASH_SIZE = (9, 8)  # width, height
@@ -40,10 +40,10 @@ REDUCED_SIDE = 64  # pixels; JPEGs are decoded to at least that
 
 Bytes = npt.NDArray[np.uint8]
 
-Look = tuple[tuple[int, int], bool, int, Bytes]
+ImageSignature = tuple[tuple[int, int], bool, int, Bytes]
 
 
-def look_at(content: bytes) -> Look:
+def image_signature(content: bytes) -> ImageSignature:
     """Size as stored (width, height), whether EXIF turns it, gradient hash, thumbnail [SIDE * SIDE].
 
     Raises:
@@ -92,7 +92,7 @@ def refused_sample(shards: Shards, index: int) -> RawSample | None:
         if zlib.crc32(raw) != row["crc32"]:
             return None
         return RawSample(shards.key(index), raw[image], *parse_content(raw[record], shards.convert(index)))
-    except (OSError, Fault):
+    except (OSError, InvalidDataError):
         return None
 
 
@@ -140,15 +140,15 @@ OBJECT_DTYPE = np.dtype(
 
 
 @dataclass(frozen=True)
-class Facts:
+class ScanResult:
     """What was seen in the samples of a split."""
 
     images: npt.NDArray[np.void]  # [n] of IMAGE_DTYPE
     objects: npt.NDArray[np.void]  # [m] of OBJECT_DTYPE, in the order of samples
-    damage: dict[int, str] = field(default_factory=dict)  # sample -> what is wrong with it
+    corrupt: dict[int, str] = field(default_factory=dict)  # sample -> what is wrong with it
 
 
-def scan(shards: Shards, *, progress: Progress | None = None, num_processes: int | None = None) -> Facts:
+def scan(shards: Shards, *, progress: Progress | None = None, num_processes: int | None = None) -> ScanResult:
     """Read and decode all samples.
 
     Args:
@@ -165,11 +165,11 @@ def scan(shards: Shards, *, progress: Progress | None = None, num_processes: int
     parts = ((start, _part(shards, slice(start, start + CHUNK))) for start in range(0, total, CHUNK))
     report = (lambda done: progress(done, total)) if progress else None
     with closing(run_tasks(_scan_part, parts, workers=num_processes, progress=report)) as scanned:
-        facts = list(scanned)
-    return Facts(
-        np.concatenate([part.images for part in facts]),
-        np.concatenate([part.objects for part in facts]),
-        {sample: fault for part in facts for sample, fault in part.damage.items()},
+        scan = list(scanned)
+    return ScanResult(
+        np.concatenate([part.images for part in scan]),
+        np.concatenate([part.objects for part in scan]),
+        {sample: fault for part in scan for sample, fault in part.corrupt.items()},
     )
 
 
@@ -182,16 +182,16 @@ def _part(shards: Shards, samples: slice) -> Shards:
     return replace(shards, samples=shards.samples[samples], manifest=manifest)
 
 
-def _scan_part(task: tuple[int, Shards], advance: Callable[[int], None]) -> Facts:
+def _scan_part(task: tuple[int, Shards], advance: Callable[[int], None]) -> ScanResult:
     """Read some samples, of which the first has the given number."""
     start, shards = task
     images = np.zeros(shards.num_samples, IMAGE_DTYPE)
     objects: list[tuple[Any, ...]] = []
-    damage: dict[int, str] = {}
+    corrupt: dict[int, str] = {}
     for index, sample in enumerate(shards.read_many(range(shards.num_samples))):
         number = start + index
         if isinstance(sample, ShardError):
-            damage[number] = sample.reason
+            corrupt[number] = sample.reason
             refused = refused_sample(shards, index)
             annotations: list[Any] = refused.annotations if refused else []
         else:
@@ -199,14 +199,14 @@ def _scan_part(task: tuple[int, Shards], advance: Callable[[int], None]) -> Fact
             try:
                 _fill(images[index], sample.image)
             except UNREADABLE as error:
-                damage[number] = f"its image cannot be decoded ({error})"
+                corrupt[number] = f"its image cannot be decoded ({error})"
         objects += [_object(number, place, annotation) for place, annotation in enumerate(annotations)]
         advance(1)
-    return Facts(images, np.array(objects, OBJECT_DTYPE), damage)
+    return ScanResult(images, np.array(objects, OBJECT_DTYPE), corrupt)
 
 
 def _fill(row: np.void, content: bytes) -> None:
-    size, turned, gradients, thumbnail = look_at(content)
+    size, turned, gradients, thumbnail = image_signature(content)
     row["width"], row["height"] = size
     row["turned"], row["gradients"], row["thumbnail"] = turned, gradients, thumbnail
     row["digest"] = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
@@ -258,11 +258,11 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Examined:
+class ScannedSplit:
     """A split and what was seen in its samples."""
 
     split: Split
-    facts: Facts
+    scan: ScanResult
 
     @property
     def name(self) -> str:
@@ -272,13 +272,13 @@ class Examined:
     @cached_property
     def sizes(self) -> Floats:
         """Width and height of the image of each object, [m, 2] in pixels."""
-        samples = self.facts.objects["sample"]
+        samples = self.scan.objects["sample"]
         return np.stack([self.split.widths[samples], self.split.heights[samples]], axis=1)
 
     @cached_property
     def visible(self) -> Floats:
         """The sides of the part of each box that its image shows, [m, 2] in pixels; not positive: nothing."""
-        boxes = self.facts.objects["box"]
+        boxes = self.scan.objects["box"]
         sides: Floats = np.minimum(boxes[:, :2] + boxes[:, 2:], self.sizes) - np.maximum(boxes[:, :2], 0)
         return sides
 
@@ -286,13 +286,13 @@ class Examined:
     def is_known(self) -> Flags:
         """Whether each object has a category of the list, [m]."""
         ids = [category["id"] for category in self.split.shards.manifest.categories]
-        known: Flags = np.isin(self.facts.objects["category_id"], ids)
+        known: Flags = np.isin(self.scan.objects["category_id"], ids)
         return known
 
     @cached_property
     def is_usable(self) -> Flags:
         """Whether training uses each object, [m]: no crowd, a known category, a box with area in the image."""
-        objects = self.facts.objects
+        objects = self.scan.objects
         with np.errstate(invalid="ignore"):
             seen = (self.visible > 0).all(axis=1)
         usable: Flags = objects["is_box"] & ~objects["is_crowd"] & self.is_known & seen
@@ -302,7 +302,7 @@ class Examined:
     def objects_per_image(self) -> npt.NDArray[np.int64]:
         """Usable objects of each image, [n]."""
         return np.bincount(
-            self.facts.objects["sample"][self.is_usable], minlength=self.split.shards.num_samples
+            self.scan.objects["sample"][self.is_usable], minlength=self.split.shards.num_samples
         )
 
     def examples(
@@ -316,18 +316,18 @@ class Examined:
         """
         by_sample: dict[int, list[int]] = {}
         for number in chosen:
-            by_sample.setdefault(int(self.facts.objects["sample"][number]), []).append(int(number))
+            by_sample.setdefault(int(self.scan.objects["sample"][number]), []).append(int(number))
             if len(by_sample) > MAX_EXAMPLES:
                 break
         found = []
         for sample, numbers in list(by_sample.items())[:MAX_EXAMPLES]:
-            positions = tuple(int(self.facts.objects["position"][number]) for number in numbers)
+            positions = tuple(int(self.scan.objects["position"][number]) for number in numbers)
             place = self.split.place(sample, positions)
             found.append(Example((place,), self._box_text(numbers[0]) if boxes else ""))
         return tuple(found)
 
     def _box_text(self, number: int) -> str:
-        row = self.facts.objects[number]
+        row = self.scan.objects[number]
         if not row["is_box"]:
             return f"annotation {row['position']} has the box {self._stated(row)}"
         width, height = self.sizes[number]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from detrs.structures import Detections, Predictions
 from raydetr.data.batch import Batch, to_model
-from raydetr.data.corrupt import Damage
+from raydetr.data.corrupt import CorruptSample
 from raydetr.shards.manifest import LabelMap
 
 
@@ -72,19 +72,19 @@ def _image_results(image_id: int, found: Detections, category_ids: Sequence[int]
 
 
 Postprocess = Callable[[Predictions, Tensor], list[Detections]]
-Gather = Callable[[list[dict[str, Any]]], list[list[dict[str, Any]]]]
+AllGather = Callable[[list[dict[str, Any]]], list[list[dict[str, Any]]]]
 
 
-def alone(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def single_process(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The gather of a single process."""
     return [results]
 
 
-def without_blanks(batches: Iterator[Batch | None], met: list[Damage]) -> Iterator[Batch | None]:
+def without_blanks(batches: Iterator[Batch | None], met: list[CorruptSample]) -> Iterator[Batch | None]:
     """The batches, with None for those of which damage left nothing; the damage is added to `met`."""
     for batch in batches:
         if batch is not None:
-            met.extend(replace(row, action="not evaluated") for row in batch.damage)
+            met.extend(replace(row, action="not evaluated") for row in batch.corrupt)
         yield None if batch is None or batch.is_blank else batch
 
 
@@ -93,7 +93,7 @@ def evaluate(
     postprocess: Postprocess,
     batches: Iterator[Batch | None],
     label_map: LabelMap,
-    gather: Gather = alone,
+    all_gather: AllGather = single_process,
     device: torch.device | None = None,
 ) -> list[dict[str, Any]]:
     """COCO results of all ranks; what ranks other than 0 get is what `gather` gives them.
@@ -114,7 +114,7 @@ def evaluate(
             if batch is not None
             for result in _batch_results(detector, postprocess, batch, label_map, device)
         ]
-    return [result for share in gather(results) for result in share]
+    return [result for share in all_gather(results) for result in share]
 
 
 def _batch_results(

@@ -6,9 +6,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from raydetr.data.corrupt import OnDamage
+from raydetr.config import OnCorrupt
 from raydetr.shards.reader import ShardError, Shards
-from raydetr.shards.validation import Fault, RawSample, parse_record
+from raydetr.shards.validation import InvalidDataError, RawSample, parse_record
 from raydetr.store.transfer import RemoteError
 
 
@@ -20,7 +20,7 @@ class GroundTruth:
     num_lost: int
 
 
-def ground_truth(shards: Shards, policy: OnDamage) -> GroundTruth:
+def ground_truth(shards: Shards, policy: OnCorrupt) -> GroundTruth:
     """The ground truth for an evaluation. A damaged image stays in it, so that its objects count as missed.
 
     Raises:
@@ -71,6 +71,6 @@ def _record(
         return parse_record(row, text, shards.category_ids, shards.convert(index))
     except RemoteError:
         raise  # a server that cannot be reached is no damage
-    except (OSError, Fault):
+    except (OSError, InvalidDataError):
         size = {"width": int(row["width"]), "height": int(row["height"])}
         return {"id": int(row["image_id"]), "file_name": shards.key(index), **size}, None

@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 
 from raydetr.data.batch import Sample, collate, to_model
+from raydetr.data.transforms.transform import Transform
 from raydetr.evaluation.evaluator import to_coco_results
 from raydetr.shards.images import UNREADABLE, decode_rgb
-from raydetr.store.output_folder import new_folder
+from raydetr.store.output_folder import atomic_folder
 from raydetr.training.checkpoint import Loaded, load_for_inference, read_meta
 from raydetr.visualization.boxes import coco_boxes, draw_boxes
 
@@ -52,7 +53,7 @@ def predict(
         raise ValueError(f"score_threshold is {score_threshold}: scores lie between 0 and 1")
     files = find_images(images)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with new_folder(out, last="results.json") as folder:
+    with atomic_folder(out, last="results.json") as folder:
         loaded = load_for_inference(checkpoint, device)
         categories = read_meta(checkpoint).categories
         names = {category["id"]: category["name"] for category in categories}
@@ -97,7 +98,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 def detect(loaded: Loaded, image: Image.Image, image_id: int, device: torch.device) -> list[dict[str, Any]]:
     """COCO results of one image (RGB), all detections, best first."""
-    transform = loaded.config.data.val_transform.build()
+    transform = Transform(loaded.config.data.val_transform)
     resized, boxes, _ = transform(np.array(image), np.zeros((0, 4)), seed=0, position=0)
     labels = np.zeros(0, np.int64)
     sample = Sample(resized, labels, boxes, image_id, original_size=(image.height, image.width))

@@ -20,7 +20,7 @@ def official_run(recipe: str, model: ModelConfig, optim: OptimConfig, *, batch_s
 
 
 def official_optim(
-    *, epochs: int, drop_epoch: int, lr: float, lr_backbone: float, lr_sampling: float
+    *, epochs: int, lr_drop_epoch: int, lr: float, lr_backbone: float, lr_sampling: float
 ) -> OptimConfig:
     """AdamW with weight decay 1e-4 on everything, gradients clipped at 0.1, one tenfold drop, no EMA."""
     return OptimConfig(
@@ -29,9 +29,9 @@ def official_optim(
         lr_backbone=lr_backbone,
         lr_sampling=lr_sampling,
         weight_decay=1e-4,
-        clip_norm=0.1,
+        clip_max_norm=0.1,
         schedule="step",
-        drop_epochs=(drop_epoch,),
+        lr_drop_epochs=(lr_drop_epoch,),
     )
 
 

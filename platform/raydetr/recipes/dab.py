@@ -13,7 +13,7 @@ def dab_detr_r50_50ep() -> RunConfig:
     The rate drops after 40 epochs; 16 images a batch. Cost: 94 GFLOPs an image, an epoch like Conditional
     DETR's (about 5 V100 hours). Command: `raydetr train dab_detr_r50_50ep`.
     """
-    optim = official_optim(epochs=50, drop_epoch=40, lr=1e-4, lr_backbone=1e-5, lr_sampling=1e-4)
+    optim = official_optim(epochs=50, lr_drop_epoch=40, lr=1e-4, lr_backbone=1e-5, lr_sampling=1e-4)
     return official_run("dab_detr_r50_50ep", DabDetrConfig(), optim, batch_size=16)
 
 

@@ -14,7 +14,7 @@ def deformable_detr_r50_50ep() -> RunConfig:
     batch. The paper has AP 43.8. Cost: 173 GFLOPs an image, about 325 V100 hours.
     Command: `raydetr train deformable_detr_r50_50ep`.
     """
-    optim = official_optim(epochs=50, drop_epoch=40, lr=2e-4, lr_backbone=2e-5, lr_sampling=2e-5)
+    optim = official_optim(epochs=50, lr_drop_epoch=40, lr=2e-4, lr_backbone=2e-5, lr_sampling=2e-5)
     return official_run("deformable_detr_r50_50ep", DeformableDetrConfig(), optim, batch_size=32)
 
 

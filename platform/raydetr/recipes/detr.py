@@ -13,7 +13,7 @@ def detr_r50_500ep() -> RunConfig:
     The rate drops after 400 epochs; 64 images a batch, as in the paper. Cost: 86 GFLOPs an image, about 2000
     V100 hours. Command: `raydetr train detr_r50_500ep`.
     """
-    optim = official_optim(epochs=500, drop_epoch=400, lr=1e-4, lr_backbone=1e-5, lr_sampling=1e-4)
+    optim = official_optim(epochs=500, lr_drop_epoch=400, lr=1e-4, lr_backbone=1e-5, lr_sampling=1e-4)
     return official_run("detr_r50_500ep", DetrConfig(), optim, batch_size=64)
 
 
@@ -23,7 +23,7 @@ def detr_r50_150ep() -> RunConfig:
     The official short schedule, on one machine: the rate drops after 100 epochs, 16 images a batch. Cost: 86
     GFLOPs an image, about 580 V100 hours (3 days on 8). Command: `raydetr train detr_r50_150ep`.
     """
-    changes = {"optim.epochs": 150, "optim.drop_epochs": [100], "data.batch_size": 16}
+    changes = {"optim.epochs": 150, "optim.lr_drop_epochs": [100], "data.batch_size": 16}
     return override(detr_r50_500ep(), {"recipe": "detr_r50_150ep", **changes})
 
 

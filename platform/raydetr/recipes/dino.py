@@ -17,7 +17,7 @@ def dino_r50_4scale_12ep() -> RunConfig:
     Sampling offsets learn as fast as the rest, other than in Deformable DETR. Cost: 279 GFLOPs an image.
     Command: `raydetr train dino_r50_4scale_12ep`.
     """
-    optim = official_optim(epochs=12, drop_epoch=11, lr=1e-4, lr_backbone=1e-5, lr_sampling=1e-4)
+    optim = official_optim(epochs=12, lr_drop_epoch=11, lr=1e-4, lr_backbone=1e-5, lr_sampling=1e-4)
     return official_run("dino_r50_4scale_12ep", DinoConfig(), optim, batch_size=16)
 
 
@@ -26,7 +26,7 @@ def dino_r50_4scale_24ep() -> RunConfig:
 
     Cost: twice that of 12 epochs. Command: `raydetr train dino_r50_4scale_24ep`.
     """
-    changes = {"optim.epochs": 24, "optim.drop_epochs": [20]}
+    changes = {"optim.epochs": 24, "optim.lr_drop_epochs": [20]}
     return override(dino_r50_4scale_12ep(), {"recipe": "dino_r50_4scale_24ep", **changes})
 
 
@@ -35,7 +35,7 @@ def dino_r50_4scale_36ep() -> RunConfig:
 
     Cost: three times that of 12 epochs. Command: `raydetr train dino_r50_4scale_36ep`.
     """
-    changes = {"optim.epochs": 36, "optim.drop_epochs": [30]}
+    changes = {"optim.epochs": 36, "optim.lr_drop_epochs": [30]}
     return override(dino_r50_4scale_12ep(), {"recipe": "dino_r50_4scale_36ep", **changes})
 
 

@@ -24,7 +24,7 @@ def quickstart() -> RunConfig:
         data=DataConfig(
             train="build/quickstart/train",
             val="build/quickstart/val",
-            sample="easy",
+            synthetic="easy",
             batch_size=16,
             eval_batch_size=25,
             train_transform=TransformConfig(horizontal_flip=0.5),
@@ -37,8 +37,8 @@ def quickstart() -> RunConfig:
             lr_sampling=4e-3,
             decay_norms_and_biases=False,
             schedule="cosine",
-            warmup_share=0.05,
-            final_lr_share=0.02,
+            warmup_fraction=0.05,
+            min_lr_ratio=0.02,
             ema_decay=0.99,
         ),
         evaluation=EvaluationConfig(every_epochs=2),
@@ -47,13 +47,13 @@ def quickstart() -> RunConfig:
 
 
 def quickstart_hard() -> RunConfig:
-    """The quickstart on the hard sample data: 5 classes, no colour cue, objects of 11-60 pixels."""
+    """The quickstart on the hard sample data: 5 classes, no color cue, objects of 11-60 pixels."""
     easy = quickstart()
     data = easy.data.model_copy(
         update={
             "train": "build/quickstart-hard/train",
             "val": "build/quickstart-hard/val",
-            "sample": "hard",
+            "synthetic": "hard",
         }
     )
     return easy.model_copy(update={"recipe": "quickstart_hard", "data": data})

@@ -7,12 +7,14 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from raydetr.config import from_yaml
 from raydetr.evaluation.coco_metrics import AP_FILE, NAMES
 from raydetr.tracking import mlflow_run
 
@@ -27,19 +29,19 @@ class _Run:
     params: Mapping[str, str]
 
 
-def compare(uri: str, runs: Sequence[str], *, plain: bool = False) -> str:
-    """Tables of runs, given by MLflow id or name; the best value of a row is marked with a star.
+def compare(runs: Sequence[str], uri: str | None = None, *, plain: bool = False) -> str:
+    """Return tables of runs; the best value of a row is marked with a star.
 
     Args:
-        uri: the tracking URI.
-        runs: ids or names, one column each.
-        plain: without colours and lines, as wide as it needs to be; otherwise for this terminal.
+        runs: folders of runs, names or MLflow run ids, one column each.
+        uri: the tracking URI of named runs; None: the database in `runs/`. A folder knows its own.
+        plain: without colors and lines, as wide as it needs to be; otherwise for this terminal.
 
     Raises:
         ValueError: a name is unknown, or means several runs.
         TrackingError: MLflow cannot be reached.
     """
-    columns = _headed([mlflow_run.fetch_run(uri, name) for name in runs], uri)
+    columns = _columns([_fetch(name, uri or mlflow_run.default_uri(Path("runs"))) for name in runs])
     headings = [column.heading for column in columns]
     tables = [
         _table(
@@ -53,17 +55,28 @@ def compare(uri: str, runs: Sequence[str], *, plain: bool = False) -> str:
     return _rendered([table for table in tables if table.row_count], plain)
 
 
-def _headed(runs: Sequence[mlflow_run.TrackedRun], uri: str) -> list[_Run]:
-    names = [run.name or run.run_id for run in runs]
+def _fetch(name: str, uri: str) -> tuple[str, mlflow_run.TrackedRun]:
+    """Return where a run is tracked, and the run; a folder of a run has both written down."""
+    folder = Path(name).expanduser()
+    if (folder / "mlflow_run_id").is_file() and (folder / "config.yaml").is_file():
+        uri = mlflow_run.tracking_uri(from_yaml(folder / "config.yaml"))
+        name = (folder / "mlflow_run_id").read_text().strip()
+    elif folder.is_dir() and "/" in name:
+        raise ValueError(f"{name}: is no folder of a run: it has no mlflow_run_id and config.yaml")
+    return uri, mlflow_run.fetch_run(uri, name)
+
+
+def _columns(runs: Sequence[tuple[str, mlflow_run.TrackedRun]]) -> list[_Run]:
+    names = [run.name or run.run_id for _, run in runs]
     return [
-        # runs of one name, such as trials of two searches, are told apart by the beginning of their id
+        # Runs with the same name, such as trials of two searches, are told apart by the beginning of their id
         _Run(
             heading=name if names.count(name) == 1 else f"{name} ({run.run_id[:8]})",
             numbers={key: value for key, value in run.metrics.items() if value >= 0},
             classes=_class_ap(uri, run),
             params=run.params,
         )
-        for name, run in zip(names, runs, strict=True)
+        for name, (uri, run) in zip(names, runs, strict=True)
     ]
 
 

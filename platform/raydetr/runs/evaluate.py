@@ -1,83 +1,124 @@
-"""Evaluation of a checkpoint on a split of shards, in one process or by Ray Train workers."""
+"""Evaluate a checkpoint on a split of shards, in one process or on Ray Train workers."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from raydetr.config import ConfigError
-from raydetr.config.paths import absolute, check_location
-from raydetr.console import say
-from raydetr.data.corrupt import Damage
+from raydetr.config import ConfigError, DataConfig, RunConfig, absolute_paths, override
+from raydetr.console import print_status
+from raydetr.data.corrupt import CorruptSample
 from raydetr.data.stream import evaluation_batches
+from raydetr.data.transforms.transform import Transform
 from raydetr.evaluation.coco_metrics import ApTable, coco_ap
 from raydetr.evaluation.evaluator import evaluate, without_blanks
 from raydetr.evaluation.ground_truth import caveats, ground_truth
+from raydetr.runs.local import local_world
 from raydetr.shards.reader import Shards, open_shards
-from raydetr.training.checkpoint import Loaded, load_for_inference, read_meta
+from raydetr.training.checkpoint import load_for_inference, read_meta, run_config
 from raydetr.training.world import World
 
+# What an evaluation takes of the configuration; a dot at the end: all settings of the section
+SETTINGS = (
+    "data.val",
+    "data.val_transform.",
+    "data.eval_batch_size",
+    "data.num_loader_workers",
+    "data.on_corrupt",
+    "data.remote.",
+    "cluster.address",
+    "cluster.num_workers",
+    "cluster.use_gpu",
+    "cluster.cpus_per_worker",
+)
 
-def evaluate_checkpoint(checkpoint: Path, data: str | None, *, local: bool = False) -> ApTable:
-    """AP of a checkpoint on the shards at `data` (None: those its run validated on).
+Results = tuple[list[dict[str, Any]], list[CorruptSample]]
 
-    Damaged images are treated as in the run (`data.on_damage`), and told on standard error.
+
+def evaluate_checkpoint(
+    checkpoint: Path, overrides: Mapping[str, Any] | None = None, *, local: bool = False
+) -> ApTable:
+    """Return the AP of a checkpoint on the validation shards of its run, on the cluster of its run.
+
+    Corrupt images are treated as in the run (`data.on_corrupt`), and printed on standard error.
+
+    Args:
+        checkpoint: folder of a run, or what `raydetr import-checkpoint` wrote.
+        overrides: of the run's configuration, such as other shards (`data.val`) or fewer workers.
+        local: evaluate in this process, without Ray.
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
-        ConfigError: the shards have other categories than the checkpoint.
-        ShardError: an image is damaged, and `data.on_damage` is "raise".
+        ConfigError: an override has no effect on an evaluation, or the shards have other categories.
+        ShardError: an image is corrupt, and `data.on_corrupt` is "raise".
     """
-    checkpoint = checkpoint.resolve()
-    config = load_for_inference(checkpoint).config
-    data = absolute(check_location(data or config.data.val), Path.cwd())
-    shards = open_shards(data, remote=config.data.build_remote(data))
-    _check_categories(checkpoint, shards, data)
+    checkpoint = checkpoint.expanduser().resolve()
+    config = _configure(checkpoint, overrides or {})
+    shards = _open(config.data)
+    _check_categories(checkpoint, shards)
+    work = partial(evaluate_share, config, checkpoint)
     if local:
-        results, damage = share_of_results(checkpoint, data, World.alone())
+        results, corrupt = work(local_world(config.cluster))
     else:
-        from raydetr.runs.ray_train import launch_evaluation  # Ray takes seconds to import
+        from raydetr.runs.ray_train import run_on_workers  # Ray takes seconds to import
 
         scratch = checkpoint.parent / f"{checkpoint.name}-evaluation"
         try:
-            results, damage = launch_evaluation(checkpoint, data, config.cluster, scratch)
+            results, corrupt = run_on_workers(work, config.cluster, scratch)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    truth = ground_truth(shards, config.data.on_damage)
-    for row in damage:
-        say(f"warning: {row}")
-    for line in caveats(len(damage), truth.num_lost):
-        say(f"warning: {line}")
+    truth = ground_truth(shards, config.data.on_corrupt)
+    for line in (*map(str, corrupt), *caveats(len(corrupt), truth.num_lost)):
+        print_status(f"warning: {line}")
     return coco_ap(truth.coco, results)
 
 
-def share_of_results(checkpoint: Path, data: str, world: World) -> tuple[list[dict[str, Any]], list[Damage]]:
-    """COCO results of the whole split, this process having done its share, and the images left out as damaged."""
-    loaded: Loaded = load_for_inference(checkpoint, world.device)
-    settings = loaded.config.data
+def evaluate_share(config: RunConfig, checkpoint: Path, world: World) -> Results:
+    """Evaluate this process's share; return the COCO results of the whole split, and its corrupt images."""
+    loaded, data = load_for_inference(checkpoint, world.device), config.data
     batches = evaluation_batches(
-        open_shards(data, label_map=settings.label_map, remote=settings.build_remote(data), sizes_known=True),
+        _open(data, sizes_known=True),
         rank=world.rank,
         world_size=world.size,
-        batch_size=settings.eval_batch_size,
-        transform=settings.val_transform.build(),
-        num_workers=settings.num_loader_workers,
-        on_damage=settings.on_damage,
+        batch_size=data.eval_batch_size,
+        transform=Transform(data.val_transform),
+        num_workers=data.num_loader_workers,
+        on_corrupt=data.on_corrupt,
     )
-    met: list[Damage] = []
-    sound = without_blanks(batches, met)
+    found: list[CorruptSample] = []
     model = loaded.model
-    results = evaluate(model.detector, model.postprocess, sound, loaded.label_map, world.gather)
-    return results, [row for share in world.gather(met) for row in share]
+    results = evaluate(
+        model.detector,
+        model.postprocess,
+        without_blanks(batches, found),
+        loaded.label_map,
+        world.all_gather,
+    )
+    return results, [row for share in world.all_gather(found) for row in share]
 
 
-def _check_categories(checkpoint: Path, shards: Shards, data: str) -> None:
+def _configure(checkpoint: Path, overrides: Mapping[str, Any]) -> RunConfig:
+    for path in overrides:
+        if not any(path == name or (name.endswith(".") and path.startswith(name)) for name in SETTINGS):
+            names = ", ".join(name + "*" if name.endswith(".") else name for name in SETTINGS)
+            raise ConfigError(f"{path} has no effect on an evaluation: omit it; these have: {names}")
+    config = run_config(checkpoint, read_meta(checkpoint))
+    return absolute_paths(override(config, overrides), Path.cwd())
+
+
+def _open(data: DataConfig, *, sizes_known: bool = False) -> Shards:
+    return open_shards(data.val, label_map=data.label_map, remote=data.remote, sizes_known=sizes_known)
+
+
+def _check_categories(checkpoint: Path, shards: Shards) -> None:
     ours = {category["id"]: category["name"] for category in read_meta(checkpoint).categories}
     theirs = {category["id"]: category["name"] for category in shards.manifest.categories}
     if ours != theirs:
         different = sorted(set(ours.items()) ^ set(theirs.items()))[:5]
         raise ConfigError(
-            f"{data} has other categories than the checkpoint {checkpoint}, for example {different}: "
+            f"{shards.location} has other categories than the checkpoint {checkpoint}, for example {different}: "
             "evaluate on shards with the categories it was trained on"
         )

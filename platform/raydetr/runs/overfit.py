@@ -8,6 +8,8 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from raydetr.config import RunConfig, override, to_dict
 from raydetr.config.paths import is_remote
 from raydetr.runs import run
@@ -24,6 +26,18 @@ class Overfit:
     steps: int
     picture: str
     run: str
+
+    def to_text(self) -> str:
+        """Return the numbers and the verdict."""
+        verdict = (
+            "the model learns these images: data, labels and set-up fit together"
+            if self.AP50 >= 0.8
+            else "the model did not learn them: look at the picture; are the boxes where the objects are?"
+        )
+        return (
+            f"{self.images} images, {self.steps} steps, {self.seconds:.0f} s: AP {self.AP:.3f}, AP50 {self.AP50:.3f}\n"
+            f"{verdict}\npicture  {self.picture}\nrun      {self.run}"
+        )
 
 
 def overfit(
@@ -68,7 +82,7 @@ def _few_images(
     values["data"] |= {
         "train": shards,
         "val": shards,
-        "sample": config.data.sample if data is None else None,
+        "synthetic": config.data.synthetic if data is None else None,
         "batch_size": num_images,
         "limit_images": num_images,
         "train_transform": resize,
@@ -76,9 +90,13 @@ def _few_images(
         "num_loader_workers": 0,
     }
     if not is_remote(shards):
-        values["data"] |= {"remote": {}, "cache": None, "cache_gb": None}
+        values["data"] |= {"remote": {}}
     values["optim"] |= {"epochs": num_steps}
     values["evaluation"] |= {"every_epochs": num_steps}
-    values["cluster"] |= {"num_workers": 1, "cpus_per_worker": os.cpu_count() or 1}
+    values["cluster"] |= {
+        "num_workers": 1,
+        "cpus_per_worker": os.cpu_count() or 1,
+        "use_gpu": torch.cuda.is_available(),
+    }
     values["recipe"] = f"overfit-{config.recipe}"
     return override(RunConfig.model_validate(values), {})

@@ -1,10 +1,13 @@
-"""A run from the driver's side: check, make its folder and its MLflow run, train, say what came out."""
+"""Start and resume a run, from the driver's side: check, make its folder and its MLflow run, train, summarize."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,19 +15,28 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from raydetr.config import ConfigError, RunConfig, flatten, from_yaml, override, to_dict, to_yaml
-from raydetr.config.paths import absolute
-from raydetr.console import Display, Progress, say
-from raydetr.data.splits import open_splits, write_missing_sample
-from raydetr.doctor import examine as quick
+from raydetr.config import (
+    ConfigError,
+    RunConfig,
+    absolute_paths,
+    flatten,
+    from_yaml,
+    override,
+    to_dict,
+    to_yaml,
+)
+from raydetr.console import print_status
+from raydetr.data.corrupt import CORRUPT_LOG
+from raydetr.data.splits import open_splits, write_missing_synthetic
+from raydetr.doctor import examine
 from raydetr.doctor.findings import Target
 from raydetr.environment import describe_environment
-from raydetr.runs.session import Assignment, run_session
+from raydetr.evaluation.coco_metrics import ApTable
+from raydetr.evaluation.ground_truth import caveats
+from raydetr.runs.local import train_locally
+from raydetr.runs.session import Run
 from raydetr.tracking import mlflow_run
 from raydetr.training import checkpoint, init_weights
-from raydetr.training.world import World
 
 
 @dataclass(frozen=True)
@@ -36,8 +48,37 @@ class RunResult:
     mlflow_run_id: str
     tracking_uri: str
     checkpoint: Path
-    metrics: Mapping[str, Any]  # AP, AP50, ..., per_class, peak_rss_mb, train_seconds
+    metrics: Mapping[str, Any]  # AP, AP50, ..., table, peak_rss_mb, train_seconds
     seconds: float
+
+    def to_text(self) -> str:
+        """Return the AP table, the run's artifacts, and the next commands."""
+        metrics, checkpoint = self.metrics, shlex.quote(str(self.checkpoint))
+        table = ApTable.from_dict(metrics["table"])
+        notes = caveats(metrics.get("unpredicted_images", 0), metrics.get("lost_annotations", 0))
+        if metrics.get("corrupt_samples"):
+            notes.append(
+                f"{metrics['corrupt_samples']} samples were corrupt; {self.folder / CORRUPT_LOG} lists them"
+            )
+        warnings = "".join(f"warning: {note}\n" for note in notes)
+        activate = "" if shutil.which("raydetr") else f"\n  source {sys.prefix}/bin/activate"
+        return f"""
+{table.to_text()}
+{warnings}trained and evaluated in {metrics["train_seconds"]:.0f} s ({self.seconds:.0f} s with start-up), \
+peak memory {metrics["peak_rss_mb"]:.0f} MB per worker
+
+run         {self.folder}
+checkpoint  {self.checkpoint}
+MLflow      {self.tracking_uri}, run {self.mlflow_run_id}
+artifacts   {self.folder / "predictions.png"}, {self.folder / "curves.png"}
+
+next:{activate}
+  {_ui_command(self.tracking_uri)}  # see the run in the browser
+  raydetr predict {checkpoint} IMAGES --out predictions
+  raydetr evaluate {checkpoint}
+  raydetr compare {shlex.quote(str(self.folder))} OTHER_RUN
+  raydetr train RECIPE optim.lr=2e-4  # change a setting; `raydetr config RECIPE` prints all
+"""
 
 
 def start(
@@ -49,10 +90,15 @@ def start(
     callbacks: Sequence[Any] = (),
     warn: bool = True,
 ) -> RunResult:
-    """Train a new run of `config`, on Ray, or in this process with `local`.
+    """Train a new run, on Ray, or in this process with `local`.
 
-    A search gives its trials a name, an MLflow parent, and callbacks for Ray Train. Without `warn`, nothing is
-    said of what is odd in the data: it is meant, or was said before.
+    Args:
+        config: what to train.
+        local: train in this process, without Ray.
+        name: of the run; None: a new one. A search names its trials.
+        parent_run_id: of the search's MLflow run.
+        callbacks: of the search, for Ray Train.
+        warn: print what is odd in the data.
 
     Raises:
         ConfigError: the configuration contradicts itself or the data.
@@ -61,76 +107,78 @@ def start(
     """
     config = resolve(config)
     if warn:
-        say_warnings(config)
+        print_warnings(config)
     for line in init_weights.describe(config):
-        say(line)
+        print_status(line)
     name = name or new_name(config.recipe)
     folder = config.storage.path / name
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))
-    uri = mlflow_run.resolve_uri(config.tracking.uri, config.storage.path)
+    uri = mlflow_run.tracking_uri(config)
     run_id = mlflow_run.create_run(uri, config.tracking.experiment, name, parent_run_id=parent_run_id)
     (folder / "mlflow_run_id").write_text(run_id)
-    _describe(uri, run_id, config)
-    return _execute(config, folder, uri, run_id, None, local, callbacks)
+    _log_description(uri, run_id, config)
+    return _execute(Run(config, folder, run_id), local, callbacks)
 
 
 def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: bool = False) -> RunResult:
-    """Go on with the run in `folder` from its newest whole checkpoint, in the same MLflow run.
+    """Continue the run in `folder` from its newest complete checkpoint, in the same MLflow run.
 
     Raises:
         ConfigError: `folder` is no run.
-        CheckpointError: the run has no whole checkpoint, or the overrides do not fit it.
+        CheckpointError: the run has no complete checkpoint, or the overrides do not fit it.
     """
+    folder = folder.expanduser().absolute()  # Ray and the workers have working directories of their own
     if not (folder / "config.yaml").exists():
         raise ConfigError(
-            f"{folder}: no run there (config.yaml is missing); runs are folders below storage.path"
+            f"{folder}: no run there (config.yaml is missing); runs are folders in storage.path"
         )
-    config = override(from_yaml(folder / "config.yaml"), overrides or {})
-    config = resolve(config)
-    last, faults = checkpoint.newest(path.parent for path in folder.glob("*/*/meta.json"))
-    for fault in faults:
-        say(f"passed over: {fault}")
+    config = resolve(override(from_yaml(folder / "config.yaml"), overrides or {}))
+    last, errors = checkpoint.newest(path.parent for path in folder.glob("*/*/meta.json"))
+    for error in errors:
+        print_status(f"skipped: {error}")
     if last is None:
-        raise checkpoint.CheckpointError(f"{folder}: no whole checkpoint to resume from; start a new run")
+        raise checkpoint.CheckpointError(f"{folder}: no complete checkpoint to resume from; start a new run")
     train_shards, _ = open_splits(config.data, sizes_known=True)
     epochs = config.optim.epochs
     if checkpoint.check_fits(last, config, train_shards).position >= epochs * train_shards.num_samples:
         raise ConfigError(
-            f"{folder}: has trained all {epochs} epochs already; set optim.epochs higher to go on, "
+            f"{folder}: has trained all {epochs} epochs already; set optim.epochs higher to continue, "
             "or start a new run"
         )
     run_id = (folder / "mlflow_run_id").read_text()
-    uri = mlflow_run.resolve_uri(config.tracking.uri, config.storage.path)
+    uri = mlflow_run.tracking_uri(config)
     mlflow_run.reopen_run(uri, run_id)
     for path, (old, new) in mlflow_run.log_params(uri, run_id, flatten(to_dict(config))).items():
-        say(f"changed for the resumed run: {path} from {old} to {new}")
+        print_status(f"changed for the resumed run: {path} from {old} to {new}")
     (folder / "config.yaml").write_text(to_yaml(config))
-    return _execute(config, folder, uri, run_id, last, local)
+    return _execute(Run(config, folder, run_id, last), local)
 
 
-def say_warnings(config: RunConfig) -> None:
-    """What the quick part of `raydetr doctor` finds odd in the data of a resolved configuration, a line each."""
-    for line in quick.warnings(*open_splits(config.data, sizes_known=True), Target.of(config)):
-        say(f"warning: {line}")
+def print_warnings(config: RunConfig) -> None:
+    """Print what the quick part of `raydetr doctor` finds odd in the data of a resolved configuration."""
+    for line in examine.warnings(*open_splits(config.data, sizes_known=True), Target.of(config)):
+        print_status(f"warning: {line}")
 
 
 def new_name(prefix: str) -> str:
-    """A name that no other run has."""
+    """Return a name that no other run has."""
     return f"{prefix}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """Make paths absolute and fill in what the data decides; check what contradicts.
+    """Make paths absolute, set what the data decides, and check for contradictions.
 
     Raises:
-        ConfigError: the classes differ between the splits or from `model.num_classes`, the batch
-            cannot be divided among the workers, or the precision does not go with the device.
+        ConfigError: the classes differ between the splits or from `model.num_classes`, the batch cannot be divided
+            among the workers, or the precision does not go with the device.
     """
-    config = _with_absolute_paths(config)
-    write_missing_sample(config.data)
+    # In a Ray job the working directory is a copy that is deleted afterwards
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    config = absolute_paths(config, Path.home() / "raydetr" if in_job else Path.cwd())
+    write_missing_synthetic(config.data)
     train, val = open_splits(config.data)
-    quick.check_may_train(train, val)
+    examine.check_may_train(train, val)
     num_classes = train.label_map.num_classes
     given = config.model.num_classes
     if given is None:
@@ -153,118 +201,44 @@ def resolve(config: RunConfig) -> RunConfig:
     return config
 
 
-def _execute(
-    config: RunConfig,
-    folder: Path,
-    uri: str,
-    run_id: str,
-    resume_from: Path | None,
-    local: bool,
-    callbacks: Sequence[Any] = (),
-) -> RunResult:
+def _execute(run: Run, local: bool, callbacks: Sequence[Any] = ()) -> RunResult:
     began = time.perf_counter()
-    assignment = Assignment(
-        config=to_dict(config),
-        run_name=folder.name,
-        folder=str(folder),
-        tracking_uri=uri,
-        mlflow_run_id=run_id,
-        resume_from=None if resume_from is None else str(resume_from),
-    )
-    attempt = f"attempt-{1 + sum(1 for _ in folder.glob('attempt-*')):02d}"
+    uri, run_id = mlflow_run.tracking_uri(run.config), run.mlflow_run_id
+    attempt = f"attempt-{1 + sum(1 for _ in run.folder.glob('attempt-*')):02d}"
     try:
         if local:
-            metrics = _run_locally(assignment, config, attempt)
+            metrics = train_locally(run, attempt)
         else:
-            metrics = _run_on_ray(assignment, config, attempt, callbacks)
+            from raydetr.runs.ray_train import train_on_ray  # Ray takes seconds to import
+
+            metrics = train_on_ray(run, attempt, callbacks)
     except KeyboardInterrupt:
         _finish(uri, run_id, "KILLED")
         raise
     except BaseException:
         _finish(uri, run_id, "FAILED")
         raise
-    _finish(uri, run_id, "FINISHED", Path(metrics["checkpoint"]))
-    return RunResult(
-        name=folder.name,
-        folder=folder,
-        mlflow_run_id=run_id,
-        tracking_uri=uri,
-        checkpoint=Path(metrics["checkpoint"]),
-        metrics=metrics,
-        seconds=time.perf_counter() - began,
-    )
+    last = Path(metrics["checkpoint"])
+    _finish(uri, run_id, "FINISHED", last)
+    seconds = time.perf_counter() - began
+    return RunResult(run.folder.name, run.folder, run_id, uri, last, metrics, seconds)
 
 
 def _finish(uri: str, run_id: str, status: mlflow_run.Status, last: Path | None = None) -> None:
     """End the MLflow run; a server that is down then must not take the result of the training with it."""
     try:
         if last is not None:
-            meta = checkpoint.read_meta(last)
-            reference = {"path": str(last), "epoch": meta.epoch, "position": meta.position,
-                         "fingerprint": meta.fingerprint, "state_crc32": meta.state_crc32}  # fmt: skip
+            meta = dataclasses.asdict(checkpoint.read_meta(last))
+            fields = ("epoch", "position", "fingerprint", "state_crc32")
+            reference = {"path": str(last)} | {name: meta[name] for name in fields}
             mlflow_run.log_text(uri, run_id, json.dumps(reference, indent=1), "checkpoint.json")
         mlflow_run.finish_run(uri, run_id, status)
     except mlflow_run.TrackingError as error:
-        say(f"warning: {error}; the run's folder holds its checkpoints and metrics")
+        print_status(f"warning: {error}; the run's folder holds its checkpoints and metrics")
 
 
-def _run_on_ray(
-    assignment: Assignment, config: RunConfig, attempt: str, callbacks: Sequence[Any]
-) -> dict[str, Any]:
-    from raydetr.runs.ray_train import launch
-
-    return launch(assignment, config.cluster, attempt, config.storage.keep_checkpoints, callbacks)
-
-
-def _run_locally(assignment: Assignment, config: RunConfig, attempt: str) -> dict[str, Any]:
-    torch.set_num_threads(config.cluster.cpus_per_worker)
-    device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
-    with Display() as display:
-        folder = Path(assignment.folder) / attempt
-        host = LocalHost(folder, config.storage.keep_checkpoints, display)
-        run_session(assignment, World.alone(device), host)
-    assert host.last is not None
-    return host.last
-
-
-class LocalHost:
-    """Keeps checkpoints in a folder of the run and shows progress at once."""
-
-    def __init__(self, folder: Path, keep_checkpoints: int, display: Display) -> None:
-        self._folder, self._keep, self._display = folder, keep_checkpoints, display
-        self.last: dict[str, Any] | None = None
-
-    def publish(self, name: str, metrics: Mapping[str, Any], write: checkpoint.Writer | None) -> None:
-        """Write the checkpoint where it stays, and drop the oldest beyond those that are kept."""
-        assert write is not None
-        write(self._folder / name)
-        for old in sorted(self._folder.iterdir())[: -self._keep]:
-            shutil.rmtree(old)
-        self.last = {**metrics, "checkpoint": str(self._folder / name)}
-
-    def show(self, progress: Progress) -> None:
-        """Show at once."""
-        self._display.show(progress)
-
-
-def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Workers run elsewhere. In a Ray job the working directory is a copy that is deleted afterwards."""
-    base = Path.home() / "raydetr" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path.cwd()
-    paths = {
-        "storage.path": config.storage.path,
-        "init.checkpoint": config.init.checkpoint,
-        "data.cache": config.data.cache,
-    }
-    locations = {"data.train": config.data.train, "data.val": config.data.val}
-    return override(
-        config,
-        {key: str(base / path.expanduser()) for key, path in paths.items() if path}
-        | {key: absolute(location, base) for key, location in locations.items()},
-    )
-
-
-def _describe(uri: str, run_id: str, config: RunConfig) -> None:
-    """What is known before the first step: settings, data, environment."""
+def _log_description(uri: str, run_id: str, config: RunConfig) -> None:
+    """Log what is known before the first step: settings, data, environment."""
     mlflow_run.log_params(uri, run_id, flatten(to_dict(config)))
     splits = open_splits(config.data, sizes_known=True)
     for context, shards in zip(("training", "validation"), splits, strict=True):
@@ -282,3 +256,12 @@ def _describe(uri: str, run_id: str, config: RunConfig) -> None:
         )
     mlflow_run.log_text(uri, run_id, to_yaml(config), "config.yaml")
     mlflow_run.log_text(uri, run_id, json.dumps(describe_environment(), indent=1), "environment.json")
+
+
+def _ui_command(uri: str) -> str:
+    """Return what shows the runs at a tracking URI: `make ui` for the default one, else a command of MLflow's."""
+    if uri == mlflow_run.default_uri(Path("runs")) and Path("Makefile").exists():
+        return "make ui"
+    if uri.startswith(("http://", "https://")):
+        return f"open {uri}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"

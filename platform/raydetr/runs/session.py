@@ -1,9 +1,7 @@
-"""What a run keeps for people: AP tables, learning curves, pictures. In its folder and in MLflow.
+"""Run one process's part of a run: the training loop with its checkpoints, metrics, images and progress.
 
-One process's part of a run: the loop, with its checkpoints, metrics, pictures and progress.
-
-What differs between Ray Train and a single local process comes in as a `Host`: how a checkpoint is
-published, how progress is shown. There is no Ray here.
+What differs between Ray Train and a single local process is passed as a `Host`: how a checkpoint is published, and how
+progress is shown. There is no Ray here.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,122 +20,70 @@ import torch
 from PIL import Image
 
 from detrs import zoo
-from raydetr.config import RunConfig, from_dict
+from raydetr.config import RunConfig
 from raydetr.console import Progress
-from raydetr.data.corrupt import LEDGER, Damage, default_budget
+from raydetr.data.corrupt import CORRUPT_LOG, CorruptSample, default_max_corrupt
 from raydetr.data.splits import open_splits
 from raydetr.evaluation.coco_metrics import AP_FILE, ApTable, coco_ap
 from raydetr.evaluation.ground_truth import ground_truth
 from raydetr.shards.images import UNREADABLE, decode_rgb
 from raydetr.shards.reader import ShardError, Shards
 from raydetr.tracking.history import History
-from raydetr.tracking.mlflow_run import Tracker, TrackingError
+from raydetr.tracking.mlflow_run import TrackingError, tracking_uri
+from raydetr.tracking.tracker import Tracker
 from raydetr.training import checkpoint, init_weights
 from raydetr.training.loop import EvaluationReport, StepReport, Training, train
-from raydetr.training.nonfinite import Skipped
+from raydetr.training.nonfinite import SkippedStep
 from raydetr.training.world import World
-from raydetr.visualization.boxes import Picture, coco_boxes, draw_grid
+from raydetr.visualization.boxes import AnnotatedImage, coco_boxes, draw_grid
 from raydetr.visualization.curves import learning_curves
 
-NUM_PICTURES = 8
+NUM_IMAGES = 8  # in predictions.png
 SCORE_THRESHOLD = 0.3  # of the boxes that are drawn
-
-
-def log_table(tracker: Tracker, table: ApTable) -> None:
-    """The AP table of the last evaluation, for people and for programs."""
-    tracker.text(json.dumps(table.to_dict(), indent=1), AP_FILE)
-    tracker.text(table.to_markdown(), str(Path(AP_FILE).with_suffix(".md")))
-
-
-def log_pictures(
-    tracker: Tracker, folder: Path, history: History, shards: Shards, results: Sequence[dict[str, Any]]
-) -> None:
-    """Learning curves, and a grid of validation pictures with true and predicted boxes."""
-    curves = folder / "curves.png"
-    learning_curves(
-        losses=history.curves("loss", "step"),
-        rates=history.curves("lr/", "step"),
-        precision=history.curves("AP", "epoch"),
-    ).savefig(curves)
-    tracker.artifact(curves)
-    grid = folder / "predictions.png"
-    draw_grid(_pictures(shards, results), score_threshold=SCORE_THRESHOLD).save(grid)
-    tracker.artifact(grid)
-
-
-def _pictures(shards: Shards, results: Sequence[dict[str, Any]]) -> list[Picture]:
-    """Images spread evenly over the split."""
-    names = {category["id"]: category["name"] for category in shards.manifest.categories}
-    by_image = defaultdict(list)
-    for result in results:
-        by_image[result["image_id"]].append(result)
-    number = min(NUM_PICTURES, shards.num_samples)
-    pictures = []
-    for index in (i * shards.num_samples // number for i in range(number)):
-        try:
-            sample = shards.read(index)
-            image: Image.Image = decode_rgb(sample.image)
-        except (ShardError, *UNREADABLE):  # the evaluation before has raised, or noted it
-            continue
-        pictures.append(
-            Picture(
-                title=str(sample.record["file_name"]),
-                image=image,
-                true=coco_boxes([a for a in sample.annotations if not a.get("iscrowd")], names),
-                predicted=coco_boxes(by_image[sample.record["id"]], names, SCORE_THRESHOLD),
-            )
-        )
-    return pictures
-
+SHOW_SECONDS = 0.5  # between two updates of the progress
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Assignment:
-    """What every worker of a run is told."""
+class Run:
+    """What every worker of a run gets, beside its rank."""
 
-    config: dict[str, Any]  # of the resolved RunConfig
-    run_name: str
-    folder: str  # of the run, seen by all workers
-    tracking_uri: str
+    config: RunConfig  # resolved: paths are absolute
+    folder: Path  # of the run, on storage that all workers see
     mlflow_run_id: str
-    resume_from: str | None  # checkpoint folder
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for the way to a worker."""
-        return asdict(self)
+    resume_from: Path | None = None  # checkpoint folder
 
 
 class Host(Protocol):
-    """What runs the session."""
+    """What runs the session: Ray Train or a local process."""
 
     def publish(self, name: str, metrics: Mapping[str, Any], write: checkpoint.Writer | None) -> None:
-        """Keep a checkpoint (`write` writes it into a folder; None on all but the first worker)."""
+        """Keep a checkpoint (`write` writes it into a folder; None on all ranks but 0)."""
 
     def show(self, progress: Progress) -> None:
         """Show how far the run is."""
 
 
-def run_session(assignment: Assignment, world: World, host: Host) -> None:
+def run_session(run: Run, world: World, host: Host) -> None:
     """Train and evaluate to the end, as one of `world.size` processes.
 
     Raises:
         CheckpointError: `resume_from` or `init.checkpoint` cannot be used.
         FloatingPointError: more steps than `optim.max_skipped_steps` were not finite.
-        ShardError: a sample is damaged, and `data.on_damage` is "raise".
-        DamageError: more samples are damaged than `data.max_damaged` allows.
+        ShardError: a sample is corrupt, and `data.on_corrupt` is "raise".
+        TooManyCorruptError: more samples are corrupt than `data.max_corrupt` allows.
     """
-    config = from_dict(assignment.config)
+    config = run.config
     train_shards, val_shards = open_splits(config.data, sizes_known=True)
     torch.manual_seed(config.seed)  # the initial weights are the same on every worker
     model = zoo.build(config.model)
-    if assignment.resume_from is None:
+    if run.resume_from is None:
         init_weights.load(model.detector, config)
     training = Training(config, model, train_shards.num_samples, world)
-    if assignment.resume_from is not None:
-        checkpoint.restore(Path(assignment.resume_from), training, train_shards)
-    session = _Session(assignment, training, train_shards, val_shards, host)
+    if run.resume_from is not None:
+        checkpoint.restore(run.resume_from, training, train_shards)
+    session = _Session(run, training, train_shards, val_shards, host)
     try:
         session.run()
     finally:
@@ -146,22 +92,16 @@ def run_session(assignment: Assignment, world: World, host: Host) -> None:
 
 class _Session:
     def __init__(
-        self,
-        assignment: Assignment,
-        training: Training,
-        train_shards: Shards,
-        val_shards: Shards,
-        host: Host,
+        self, run: Run, training: Training, train_shards: Shards, val_shards: Shards, host: Host
     ) -> None:
-        self.assignment, self.training, self.host = assignment, training, host
-        self.config: RunConfig = training.config
+        self.config, self.folder = run.config, run.folder
+        self.training, self.host = training, host
         self.train_shards, self.val_shards = train_shards, val_shards
-        self.is_first = training.world.is_first
-        self.folder = Path(assignment.folder)
-        if self.is_first:
-            training.ledger.write(self.folder)
-        self.tracker = Tracker(assignment.tracking_uri, assignment.mlflow_run_id) if self.is_first else None
-        self.history = History(Path(assignment.folder) / "history.jsonl", training.position, self.is_first)
+        self.is_main = training.world.is_main
+        if self.is_main:
+            training.corrupt_log.write(self.folder)
+        self.tracker = Tracker(tracking_uri(run.config), run.mlflow_run_id) if self.is_main else None
+        self.history = History(self.folder / "history.jsonl", training.position, self.is_main)
         self.first_step = training.step
         self.began = time.perf_counter()
         self.shown_at = -1.0
@@ -183,83 +123,97 @@ class _Session:
             try:
                 self.tracker.close()
             except TrackingError as error:
-                log.error("%s; history.jsonl in %s has the metrics", error, self.assignment.folder)
+                log.error("%s; history.jsonl in %s has the metrics", error, self.folder)
 
     def _on_step(self, report: StepReport) -> None:
-        if report.skipped is not None and report.skipped.faults:
+        if report.skipped is not None and report.skipped.causes:
             self._on_skipped(report, report.skipped)
-        if report.damage:
-            self._on_damage(report, report.damage)
-            if self.is_first:
+        if report.corrupt:
+            self._on_corrupt(report, report.corrupt)
+            if self.is_main:
                 self._show("training", report.images_per_second)
-        if not self.is_first:
+        if not self.is_main:
             return
         if report.terms is not None:
             self.loss = report.terms["loss"]
             metrics = {**report.terms, "images_per_second": report.images_per_second}
             self._log(report.step, report.position, metrics)
         now = time.perf_counter()
-        if now - self.shown_at > 0.5:
+        if now - self.shown_at > SHOW_SECONDS:
             self.shown_at = now
             self._show("training", report.images_per_second)
 
-    def _on_skipped(self, report: StepReport, skipped: Skipped) -> None:
-        """Keep what is needed to find the cause; stop the run, on every worker, when it was too often."""
-        training, run = self.training, Path(self.assignment.folder)
-        skipped.dump(run, training.world.rank)
-        training.world.gather(None)  # all dumps are complete before anybody stops
-        self.warning = f"skipped {skipped.describe(run)}"
-        if self.is_first:
+    def _on_skipped(self, report: StepReport, skipped: SkippedStep) -> None:
+        """Keep what is needed to find the cause; stop the run, on every worker, after too many such steps."""
+        training = self.training
+        skipped.dump(self.folder, training.world.rank)
+        training.world.all_gather(None)  # all dumps are complete before any worker stops
+        self.warning = f"skipped {skipped.describe(self.folder)}"
+        if self.is_main:
             self._log(report.step, report.position, {"skipped_steps": training.skipped_steps})
             self._show("training", report.images_per_second)
-        budget = self.config.optim.max_skipped_steps
-        if training.skipped_steps > budget:
+        limit = self.config.optim.max_skipped_steps
+        if training.skipped_steps > limit:
             raise FloatingPointError(
-                f"{skipped.describe(run)}. Steps skipped because they were not finite: "
-                f"{training.skipped_steps}, and optim.max_skipped_steps is {budget}. "
-                "Lower optim.lr, or look at these images and their boxes."
+                f"{skipped.describe(self.folder)}. Steps skipped because they were not finite: "
+                f"{training.skipped_steps}, and optim.max_skipped_steps is {limit}. "
+                "Lower optim.lr, or check these images and their boxes."
             )
 
-    def _on_damage(self, report: StepReport | EvaluationReport, met: tuple[Damage, ...]) -> None:
-        """Note damaged samples, on every worker; stop the run, on every worker, when they are too many."""
-        training, ledger = self.training, self.training.ledger
-        ledger.add(met, self.folder if self.is_first else None)
-        more = f" (and {len(met) - 1} more)" if len(met) > 1 else ""
-        self.warning = f"damaged: {met[0]}{more}; {ledger.num_samples} so far, all in {self.folder / LEDGER}"
-        if self.is_first:
-            self._log(training.step, report.position, {"damaged_samples": ledger.num_samples})
-        limit = self.config.data.max_damaged
-        budget = default_budget(training.num_samples) if limit is None else limit
-        if ledger.num_samples > budget:
-            training.world.gather(None)  # the file is complete before anybody stops
-            ledger.check(budget, self.folder)
+    def _on_corrupt(self, report: StepReport | EvaluationReport, found: tuple[CorruptSample, ...]) -> None:
+        """Log corrupt samples, on every worker; stop the run, on every worker, when there are too many."""
+        training, corrupt_log = self.training, self.training.corrupt_log
+        corrupt_log.add(found, self.folder if self.is_main else None)
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        self.warning = (
+            f"corrupt: {found[0]}{more}; {corrupt_log.num_samples} so far, all in {self.folder / CORRUPT_LOG}"
+        )
+        if self.is_main:
+            self._log(training.step, report.position, {"corrupt_samples": corrupt_log.num_samples})
+        limit = self.config.data.max_corrupt
+        limit = default_max_corrupt(training.num_samples) if limit is None else limit
+        if corrupt_log.num_samples > limit:
+            training.world.all_gather(None)  # the file is complete before any worker stops
+            corrupt_log.check(limit, self.folder)
 
     def _on_evaluation(self, report: EvaluationReport) -> None:
         metrics: dict[str, Any] = {"epoch": report.epoch, "position": report.position}
-        if report.damage:
-            self._on_damage(report, report.damage)
-        metrics["unpredicted_images"] = len(report.damage)
-        metrics["damaged_samples"] = self.training.ledger.num_samples
-        if self.is_first:
-            truth = ground_truth(self.val_shards, self.config.data.on_damage)
+        if report.corrupt:
+            self._on_corrupt(report, report.corrupt)
+        metrics["unpredicted_images"] = len(report.corrupt)
+        metrics["corrupt_samples"] = self.training.corrupt_log.num_samples
+        if self.is_main:
+            truth = ground_truth(self.val_shards, self.config.data.on_corrupt)
             metrics["lost_annotations"] = truth.num_lost
             metrics |= self._record(coco_ap(truth.coco, report.results), report)
         metrics["skipped_steps"] = self.training.skipped_steps
-        metrics["peak_rss_mb"] = max(self.training.world.gather(_peak_rss_mb()))
+        metrics["peak_rss_mb"] = max(self.training.world.all_gather(_peak_rss_mb()))
         metrics["train_seconds"] = time.perf_counter() - self.began
         self.host.publish(f"epoch-{report.epoch:04d}", metrics, self._writer(report, metrics))
 
     def _record(self, table: ApTable, report: EvaluationReport) -> dict[str, Any]:
-        """Log an evaluation on the first worker; returns its numbers."""
+        """Log an evaluation, on rank 0; return its numbers."""
         assert self.tracker is not None
         numbers = {name: value for name, value in table.numbers.items() if value >= 0}  # -1: undefined
         self.ap = numbers.get("AP")
         self._log(self.training.step, report.position, {**numbers, "epoch": report.epoch})
-        log_table(self.tracker, table)
-        folder = Path(self.assignment.folder)
-        log_pictures(self.tracker, folder, self.history, self.val_shards, report.results)
+        self.tracker.text(json.dumps(table.to_dict(), indent=1), AP_FILE)
+        self.tracker.text(table.to_markdown(), str(Path(AP_FILE).with_suffix(".md")))
+        self._log_images(self.tracker, report.results)
         self._show("evaluated", 0.0)
         return {**numbers, "table": table.to_dict()}
+
+    def _log_images(self, tracker: Tracker, results: Sequence[dict[str, Any]]) -> None:
+        """Write the learning curves, and a grid of validation images with their true and predicted boxes."""
+        curves, grid = self.folder / "curves.png", self.folder / "predictions.png"
+        learning_curves(
+            losses=self.history.curves("loss", "step"),
+            rates=self.history.curves("lr/", "step"),
+            precision=self.history.curves("AP", "epoch"),
+        ).savefig(curves)
+        draw_grid(_annotated_images(self.val_shards, results), score_threshold=SCORE_THRESHOLD).save(grid)
+        for file in (curves, grid):
+            tracker.artifact(file)
 
     def _log(self, step: int, position: int, metrics: Mapping[str, float]) -> None:
         assert self.tracker is not None
@@ -267,7 +221,7 @@ class _Session:
         self.history.append(step, position, metrics)
 
     def _writer(self, report: EvaluationReport, metrics: Mapping[str, Any]) -> checkpoint.Writer | None:
-        if not self.is_first:
+        if not self.is_main:
             return None
         return lambda folder: checkpoint.save(folder, self.training, self.train_shards, report.epoch, metrics)
 
@@ -284,11 +238,36 @@ class _Session:
                 images_per_second=images_per_second,
                 loss=self.loss,
                 ap=self.ap,
-                damaged=self.training.ledger.num_samples,
+                corrupt=training.corrupt_log.num_samples,
                 phase=phase,
                 warning=self.warning,
             )
         )
+
+
+def _annotated_images(shards: Shards, results: Sequence[dict[str, Any]]) -> list[AnnotatedImage]:
+    """Read some images, spread evenly over the split, with their true and predicted boxes."""
+    names = {category["id"]: category["name"] for category in shards.manifest.categories}
+    by_image = defaultdict(list)
+    for result in results:
+        by_image[result["image_id"]].append(result)
+    number = min(NUM_IMAGES, shards.num_samples)
+    images = []
+    for index in (i * shards.num_samples // number for i in range(number)):
+        try:
+            sample = shards.read(index)
+            image: Image.Image = decode_rgb(sample.image)
+        except (ShardError, *UNREADABLE):  # reported by the evaluation that was just done
+            continue
+        images.append(
+            AnnotatedImage(
+                title=str(sample.record["file_name"]),
+                image=image,
+                true=coco_boxes([a for a in sample.annotations if not a.get("iscrowd")], names),
+                predicted=coco_boxes(by_image[sample.record["id"]], names, SCORE_THRESHOLD),
+            )
+        )
+    return images
 
 
 def _peak_rss_mb() -> float:

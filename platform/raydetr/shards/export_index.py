@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from raydetr.shards.tar_samples import TarSample, tar_samples
-from raydetr.shards.validation import Fault
+from raydetr.shards.validation import InvalidDataError
 from raydetr.store.output_folder import write_atomically
 
 IndexFormat = Literal["dali", "energon"]
@@ -40,7 +40,7 @@ def write_other_indexes(folder: Path, names: list[str], kind: IndexFormat) -> li
         path = folder / name
         try:
             content = make(list(tar_samples(path)))
-        except (OSError, Fault) as error:
+        except (OSError, InvalidDataError) as error:
             raise ValueError(f"{path}: {error}: copy the shard again, or write the shards again") from None
         paths.append(path.with_name(path.stem + suffix))
         write_atomically(paths[-1], content)
@@ -53,7 +53,9 @@ def _dali(samples: list[TarSample]) -> bytes:
         words = []
         for member in sample.members.values():
             if any(character.isspace() for character in member.name):
-                raise Fault(f"the name {member.name!r} has a blank, which DALI's index cannot hold")
+                raise InvalidDataError(
+                    f"the name {member.name!r} has a blank, which DALI's index cannot hold"
+                )
             _, _, extension = member.name.rpartition("/")[2].partition(".")
             words.append(f"{extension} {member.offset_data} {member.size} {member.name}")
         lines.append(" ".join(words))

@@ -16,10 +16,10 @@ MAX_OPEN_FILES = 64
 Span = tuple[int, int, int]  # number of the shard, offset, length
 
 
-class Follower(Protocol):
+class Prefetcher(Protocol):
     """Knows what will be read, and is told how far the reading is."""
 
-    def at(self, step: int) -> None:
+    def advance(self, step: int) -> None:
         """This process is about to read for a step."""
 
     def close(self) -> None:
@@ -46,7 +46,7 @@ class ShardFiles(Protocol):
     def start(self, spans: Sequence[Span]) -> Callable[[], list[bytes | OSError]]:
         """Begin to read several spans together; the function that is returned waits for them."""
 
-    def follow(self, turns: Iterable[Sequence[int]]) -> Follower:
+    def prefetch(self, turns: Iterable[Sequence[int]]) -> Prefetcher:
         """Prepare for what will be read: the samples of each step of this rank, from step 0 on.
 
         `turns` is read by another thread, as far ahead as is useful.
@@ -71,10 +71,10 @@ class Folder(Protocol):
         """What the folder is, if not one of shards, and what to do."""
 
 
-class Unprepared:
+class NullPrefetcher:
     """A Follower with nothing to do."""
 
-    def at(self, step: int) -> None:
+    def advance(self, step: int) -> None:
         """As Follower."""
 
     def close(self) -> None:
@@ -101,9 +101,9 @@ class LocalFiles:
         """As ShardFiles; nothing is gained by beginning early."""
         return lambda: [self._bytes_or_error(*span) for span in spans]
 
-    def follow(self, turns: Iterable[Sequence[int]]) -> Follower:
+    def prefetch(self, turns: Iterable[Sequence[int]]) -> Prefetcher:
         """As ShardFiles; there is nothing to prepare."""
-        return Unprepared()
+        return NullPrefetcher()
 
     def _bytes_or_error(self, shard: int, offset: int, length: int) -> bytes | OSError:
         try:

@@ -7,14 +7,15 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from raydetr.data.transforms.pixels import Pixels
 from raydetr.shards.coco import Record
 
 FORMATS = ("JPEG", "PNG")
 EXIF_ORIENTATION = 0x0112
+Pixels = npt.NDArray[np.uint8]  # [h, w, 3], RGB
 UNREADABLE = (
     OSError,
     SyntaxError,
@@ -107,8 +108,8 @@ def check_image(
 def _decode_plain_jpeg(content: bytes) -> Pixels | None:
     """Decode without Pillow, which is slower; None: Pillow has to see it, and says what is wrong if anything."""
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-        if colours not in PLAIN_COLOURS or height * width > MAX_PIXELS:
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
+        if colors not in PLAIN_COLOURS or height * width > MAX_PIXELS:
             return None
         decoded: Pixels = simplejpeg.decode_jpeg(content)
         return decoded

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from raydetr.config.paths import is_remote
 from raydetr.process_pool import Progress
 from raydetr.shards.reader import Shards
-from raydetr.shards.validation import Fault, parse_content
+from raydetr.shards.validation import InvalidDataError, parse_content
 
 PERCENTILES = (0, 5, 50, 95, 100)
 SIZES = ("width", "height", "annotations", "bytes")
@@ -88,7 +88,7 @@ def _count_categories(shards: Shards, progress: Progress | None) -> Counter[int]
             text = shards.files.read(int(row["shard"]), start, int(row["json_length"]))
             _, annotations = parse_content(text, shards.convert(index))
             counts.update(annotation["category_id"] for annotation in annotations)
-        except (OSError, Fault, KeyError, TypeError) as fault:
+        except (OSError, InvalidDataError, KeyError, TypeError) as fault:
             shards.refuse(index, str(fault))
         if progress:
             progress(index + 1, shards.num_samples)

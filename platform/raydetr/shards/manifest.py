@@ -13,13 +13,17 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from raydetr.config import LabelMapKind
+
 MANIFEST = "manifest.json"
 INDEX = "index.npz"
 FORMAT_VERSION = 1
 FOREIGN_VERSION = 2  # of shards that others wrote: as 1, and `foreign`
+# Samples of a chunk: the unit of the order of training (data/order.py) and of the cache of remote shards. A rank reads
+# all samples of a chunk within one window, so reading chunk by chunk brings a node little more than its share.
+CHUNK_SIZE = 32
 MAX_LABEL = 9999  # a head with more classes than this is a mistake
 
-LabelMapKind = Literal["contiguous", "category_id"]
 BoxFormat = Literal["xywh", "xyxy"]  # x, y, width, height, or both corners, in pixels
 
 SAMPLE_DTYPE = np.dtype(

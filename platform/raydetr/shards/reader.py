@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from raydetr.config import LabelMapKind, RemoteConfig
 from raydetr.config.paths import check_location, is_remote, local_folder
 from raydetr.shards.files import Folder, LocalFiles, LocalFolder, ShardFiles, Span
 from raydetr.shards.manifest import (
@@ -25,7 +26,6 @@ from raydetr.shards.manifest import (
     MANIFEST,
     SAMPLE_DTYPE,
     LabelMap,
-    LabelMapKind,
     Manifest,
     Samples,
     data_fingerprint,
@@ -34,8 +34,15 @@ from raydetr.shards.manifest import (
 )
 from raydetr.shards.remote.reading import RemoteFolder, make_remote_files
 from raydetr.shards.third_party.record_formats import convert
-from raydetr.shards.validation import Convert, Fault, RawSample, check_index, check_manifest, parse_sample
-from raydetr.store.transfer import RemoteError, RemoteSettings
+from raydetr.shards.validation import (
+    Convert,
+    InvalidDataError,
+    RawSample,
+    check_index,
+    check_manifest,
+    parse_sample,
+)
+from raydetr.store.transfer import RemoteError
 
 T = TypeVar("T")
 NOT_THERE = (FileNotFoundError, NotADirectoryError)
@@ -82,7 +89,7 @@ def _load(folder: Folder, name: str, parse: Callable[[bytes], T], location: str,
     for _ in range(reads):
         try:
             return parse(folder.read(name))
-        except (Fault, MemoryError) as error:
+        except (InvalidDataError, MemoryError) as error:
             fault = error
         except OSError as error:
             if isinstance(error, RemoteError) or (name == MANIFEST and isinstance(error, NOT_THERE)):
@@ -95,7 +102,7 @@ def _parse_manifest(content: bytes) -> Manifest:
     try:
         manifest = Manifest.parse(content)
     except ValueError as error:
-        raise Fault(str(error)) from None
+        raise InvalidDataError(str(error)) from None
     check_manifest(manifest)
     return manifest
 
@@ -105,12 +112,12 @@ def _parse_index(content: bytes, manifest: Manifest) -> Samples:
         with np.load(io.BytesIO(content)) as arrays:
             samples: Samples = arrays["samples"]
     except UNREADABLE_INDEX as error:
-        raise Fault(f"cannot be read ({error})") from None
+        raise InvalidDataError(f"cannot be read ({error})") from None
     if (
         samples.dtype != SAMPLE_DTYPE
         or data_fingerprint(samples, manifest.categories) != manifest.fingerprint
     ):
-        raise Fault("is not the index of this manifest")
+        raise InvalidDataError("is not the index of this manifest")
     check_index(samples, manifest)
     return samples
 
@@ -212,9 +219,9 @@ class Shards:
         """Read any number of samples, as `read_many`; of remote ones, the next are on their way meanwhile."""
         turns = [indices[at : at + READ_AT_ONCE] for at in range(0, len(indices), READ_AT_ONCE)]
         begun = deque[Callable[[], list[RawSample | ShardError]]]()
-        with closing(self.files.follow(turns)) as follower:
+        with closing(self.files.prefetch(turns)) as prefetcher:
             for step, turn in enumerate(turns):
-                follower.at(step)
+                prefetcher.advance(step)
                 begun.append(self.start(turn))
                 if len(begun) > 2:
                     yield from begun.popleft()()
@@ -236,7 +243,7 @@ class Shards:
             return parse_sample(
                 self.samples[index], self.key(index), raw, self.category_ids, self.convert(index)
             )
-        except Fault as fault:
+        except InvalidDataError as fault:
             self.refuse(index, str(fault))
 
     def key(self, index: int) -> str:
@@ -314,7 +321,7 @@ def open_shards(
     location: str | Path,
     *,
     label_map: LabelMapKind = "contiguous",
-    remote: RemoteSettings | None = None,
+    remote: RemoteConfig | None = None,
     sizes_known: bool = False,
 ) -> Shards:
     """Open a folder of shards after checking manifest, index and the presence and size of every shard.
@@ -322,7 +329,7 @@ def open_shards(
     Args:
         location: of what `write_shards` wrote: a folder, or its s3://, gs://, http(s):// or file:// URL.
         label_map: how category ids become labels (see `make_label_map`).
-        remote: how a remote folder is read; None: as RemoteSettings has it.
+        remote: how a remote folder is read; None: with the default settings.
         sizes_known: the sizes of remote shards were checked before, by another process of the run.
 
     Raises:
@@ -331,7 +338,7 @@ def open_shards(
     """
     location = check_location(str(location))
     folder = (
-        RemoteFolder(location, remote or RemoteSettings()) if is_remote(location) else LocalFolder(location)
+        RemoteFolder(location, remote or RemoteConfig()) if is_remote(location) else LocalFolder(location)
     )
     manifest, samples = load_header(folder, folder.location, reads=2 if is_remote(location) else 1)
     if isinstance(folder, LocalFolder) or not sizes_known:

@@ -2,7 +2,7 @@
 
 Textured discs, rings, squares and triangles on cluttered backgrounds, 96x96 JPEG, COCO layout. In the
 ordinary variant 80% of the objects have a hue that is typical of their class; the hard variant has five
-classes, no colour cue and a wider range of sizes. Image i is a function of (seed, split, i) alone.
+classes, no color cue and a wider range of sizes. Image i is a function of (seed, split, i) alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from raydetr.store.output_folder import new_folder
+from raydetr.store.output_folder import atomic_folder
 
 SIDE = 96
 SPLITS = ("train", "val")
@@ -58,7 +58,7 @@ class Shape:
         return self.cover > 0.5
 
 
-def write_sample_data(
+def write_synthetic_data(
     out: Path,
     *,
     hard: bool = False,
@@ -71,7 +71,7 @@ def write_sample_data(
 
     Args:
         out: output folder; missing or empty.
-        hard: the hard variant (five classes, no colour cue, objects of 11 to 60 pixels).
+        hard: the hard variant (five classes, no color cue, objects of 11 to 60 pixels).
         seed: another seed, other images.
         num_train: number of training images.
         num_val: number of validation images.
@@ -83,14 +83,14 @@ def write_sample_data(
     """
     variant = HARD if hard else ORDINARY
     counts = dict(zip(SPLITS, (num_train, num_val), strict=True))
-    with new_folder(out, last="annotations") as folder:
+    with atomic_folder(out, last="annotations") as folder:
         (folder / "annotations").mkdir()
         done = 0
         for split, count in counts.items():
             (folder / split).mkdir()
             images, annotations = [], []
             for index in range(count):
-                picture, shapes = draw_sample(variant, seed, split, index)
+                picture, shapes = draw_image(variant, seed, split, index)
                 file_name = f"{index:06d}.jpg"
                 picture.save(folder / split / file_name, quality=85)
                 images.append({"id": index + 1, "file_name": file_name, "width": SIDE, "height": SIDE})
@@ -102,7 +102,7 @@ def write_sample_data(
             path.write_text(json.dumps(_coco(variant, images, annotations)))
 
 
-def draw_sample(variant: Variant, seed: int, split: str, index: int) -> tuple[Image.Image, list[Shape]]:
+def draw_image(variant: Variant, seed: int, split: str, index: int) -> tuple[Image.Image, list[Shape]]:
     """The picture number `index` of a split and its objects, from the farthest to the nearest."""
     rng = np.random.default_rng([seed, SPLITS.index(split), len(variant.class_names), index])
     canvas = _background(rng)
@@ -181,12 +181,12 @@ def _paint(canvas: FloatArray, shape: Shape, variant: Variant, rng: np.random.Ge
     mix = _texture(shape, rng)[..., None]
     rows, columns = np.flatnonzero(shape.cover.any(1)), np.flatnonzero(shape.cover.any(0))
     part = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    colours = first + (second - first) * mix[part]
-    canvas[part] += shape.cover[part][..., None] * (colours - canvas[part])
+    colors = first + (second - first) * mix[part]
+    canvas[part] += shape.cover[part][..., None] * (colors - canvas[part])
 
 
 def _texture(shape: Shape, rng: np.random.Generator) -> FloatArray:
-    """One of four textures: how much of the second colour each pixel has, [SIDE, SIDE] in [0, 1]."""
+    """One of four textures: how much of the second color each pixel has, [SIDE, SIDE] in [0, 1]."""
     kind = int(rng.integers(4))
     frequency, phase = rng.uniform(4.0, 9.0), rng.uniform(0.0, 6.28)
     if kind == 0:  # plain
@@ -217,18 +217,18 @@ def _background(rng: np.random.Generator) -> FloatArray:
 def _distract(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
     """Clutter that is no object: lines, arcs and dots, all thinner or smaller than one."""
     for kind in rng.integers(0, 3, int(rng.integers(2, 9))):
-        colour = tuple(int(c) for c in _rgb(rng.random(), rng.uniform(0.1, 0.8), rng.uniform(0.2, 1.0)))
+        color = tuple(int(c) for c in _rgb(rng.random(), rng.uniform(0.1, 0.8), rng.uniform(0.2, 1.0)))
         x, y, dx, dy = rng.uniform(0, SIDE, 2).tolist() + rng.uniform(-40, 40, 2).tolist()
         width = int(rng.integers(1, 3))
         if kind == 0:
-            draw.line((x, y, x + dx, y + dy), fill=colour, width=width)
+            draw.line((x, y, x + dx, y + dy), fill=color, width=width)
         elif kind == 1:
             start, length, radius = rng.uniform(0, 360), rng.uniform(40, 160), rng.uniform(5, 25)
             box = (x - radius, y - radius, x + radius, y + radius)
-            draw.arc(box, start, start + length, fill=colour, width=width)
+            draw.arc(box, start, start + length, fill=color, width=width)
         else:
             radius = rng.uniform(1.0, 3.5)
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
 
 
 def _rgb(hue: float, saturation: float, value: float) -> FloatArray:

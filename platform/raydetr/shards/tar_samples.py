@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from raydetr.shards.validation import Fault
+from raydetr.shards.validation import InvalidDataError
 
 # folders, then a name up to its first dot: the key; the rest is the extension
 MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
@@ -57,11 +57,11 @@ def tar_samples(path: Path) -> Iterator[TarSample]:
                     current = TarSample(parts[1])
                 extension = parts[2].lower()
                 if extension in current.members:
-                    raise Fault(f"sample {current.key} has two members .{extension}")
+                    raise InvalidDataError(f"sample {current.key} has two members .{extension}")
                 current.members[extension] = member
             _check_end(path, tar.offset)
     except (tarfile.TarError, EOFError) as error:
-        raise Fault(f"is no plain tar, or damaged ({error})") from None
+        raise InvalidDataError(f"is no plain tar, or damaged ({error})") from None
     if current is not None:
         yield current
 
@@ -73,7 +73,7 @@ def _check_end(path: Path, end: int) -> None:
         length = 0
         while chunk := file.read(2**20):
             if any(chunk):
-                raise Fault(f"the tar header at byte {end} is damaged")
+                raise InvalidDataError(f"the tar header at byte {end} is damaged")
             length += len(chunk)
     if length < 2 * tarfile.BLOCKSIZE:
-        raise Fault(f"it is cut off: the end of the tar is missing after byte {end}")
+        raise InvalidDataError(f"it is cut off: the end of the tar is missing after byte {end}")

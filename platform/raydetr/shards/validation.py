@@ -25,7 +25,7 @@ Records = tuple[dict[str, Any], list[dict[str, Any]]]  # COCO's, of an image and
 Convert = Callable[[Any], Records]  # from the parsed JSON that others wrote
 
 
-class Fault(ValueError):
+class InvalidDataError(ValueError):
     """Something is not what it must be; the message says what."""
 
 
@@ -56,13 +56,13 @@ def parse_sample(
     """
     _, _, length, image_at, image_length, json_at, json_length, *_, crc32 = row.item()
     if len(raw) != length:
-        raise Fault(f"the shard ends after {len(raw)} of its {length} bytes")
+        raise InvalidDataError(f"the shard ends after {len(raw)} of its {length} bytes")
     if zlib.crc32(raw) != crc32:
-        raise Fault(f"its crc32 is {zlib.crc32(raw):#010x}, the index says {crc32:#010x}")
+        raise InvalidDataError(f"its crc32 is {zlib.crc32(raw):#010x}, the index says {crc32:#010x}")
     for what, at, size in (("image", image_at, image_length), ("record", json_at, json_length)):
         found = member_at(raw, at)
         if found != (key, size):
-            raise Fault(f"its {what} has key and size {found}, the index says {(key, size)}")
+            raise InvalidDataError(f"its {what} has key and size {found}, the index says {(key, size)}")
     record, annotations = parse_record(row, raw[json_at : json_at + json_length], category_ids, convert)
     return RawSample(key, raw[image_at : image_at + image_length], record, annotations)
 
@@ -80,9 +80,11 @@ def parse_record(
     named = {"id": image_id, "width": width, "height": height}
     for name, value in named.items():
         if record.get(name) != value:
-            raise Fault(f"its record has the {name} {record.get(name)!r:.40}, the index says {value}")
+            raise InvalidDataError(
+                f"its record has the {name} {record.get(name)!r:.40}, the index says {value}"
+            )
     if len(annotations) != count:
-        raise Fault(f"it has {len(annotations)} annotations, the index says {count}")
+        raise InvalidDataError(f"it has {len(annotations)} annotations, the index says {count}")
     for number, annotation in enumerate(annotations):
         _check_annotation(number, annotation, image_id, category_ids)
     return record, annotations
@@ -97,14 +99,14 @@ def parse_content(text: bytes, convert: Convert | None = None) -> Records:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Fault(f"its record is not JSON ({error})") from None
+        raise InvalidDataError(f"its record is not JSON ({error})") from None
     if convert is not None:
         return convert(content)
     if not isinstance(content, dict):
-        raise Fault(f"its record is a {type(content).__name__}, not an object")
+        raise InvalidDataError(f"its record is a {type(content).__name__}, not an object")
     for name, kind in (("image", dict), ("annotations", list)):
         if not isinstance(content.get(name), kind):
-            raise Fault(f"{name!r} in its record is {content.get(name)!r:.40}")
+            raise InvalidDataError(f"{name!r} in its record is {content.get(name)!r:.40}")
     return content["image"], content["annotations"]
 
 
@@ -115,27 +117,27 @@ def check_manifest(manifest: Manifest) -> None:
         Fault: one is not; names it.
     """
     if not isinstance(manifest.shards, list) or not manifest.shards:
-        raise Fault("it has no shards")
+        raise InvalidDataError("it has no shards")
     for shard in manifest.shards:
         name = shard.name
         if not isinstance(name, str) or name != PurePath(name).name or not name.isprintable():
-            raise Fault(f"{name!r:.80} is no file name of a shard")
+            raise InvalidDataError(f"{name!r:.80} is no file name of a shard")
         for what, number in (("size", shard.size), ("num_samples", shard.num_samples)):
             if not _is_count(number):
-                raise Fault(f"{what} of {name} is {number!r:.40}")
+                raise InvalidDataError(f"{what} of {name} is {number!r:.40}")
     if len({shard.name for shard in manifest.shards}) < len(manifest.shards):
-        raise Fault("it names a shard twice")
+        raise InvalidDataError("it names a shard twice")
     for what, number in (
         ("num_samples", manifest.num_samples),
         ("num_annotations", manifest.num_annotations),
     ):
         if not _is_count(number):
-            raise Fault(f"{what} is {number!r:.40}")
+            raise InvalidDataError(f"{what} is {number!r:.40}")
     if manifest.foreign is not None and len(manifest.foreign.keys) != manifest.num_samples:
-        raise Fault(f"it has {len(manifest.foreign.keys)} keys for {manifest.num_samples} samples")
+        raise InvalidDataError(f"it has {len(manifest.foreign.keys)} keys for {manifest.num_samples} samples")
     _check_categories(manifest.categories)
     if not isinstance(manifest.header, dict):
-        raise Fault(f"header is {manifest.header!r:.40}")
+        raise InvalidDataError(f"header is {manifest.header!r:.40}")
 
 
 def check_index(samples: Samples, manifest: Manifest) -> None:
@@ -145,16 +147,22 @@ def check_index(samples: Samples, manifest: Manifest) -> None:
         Fault: they do not, or are not; names the first.
     """
     if samples.ndim != 1 or not len(samples):
-        raise Fault(f"it is an array of shape {samples.shape}")
+        raise InvalidDataError(f"it is an array of shape {samples.shape}")
     if int(samples["shard"].max()) >= len(manifest.shards):
-        raise Fault(f"it names shard {samples['shard'].max()}, the manifest has {len(manifest.shards)}")
+        raise InvalidDataError(
+            f"it names shard {samples['shard'].max()}, the manifest has {len(manifest.shards)}"
+        )
     counts = np.bincount(samples["shard"], minlength=len(manifest.shards)).tolist()
     stated = [shard.num_samples for shard in manifest.shards]
     num_annotations = int(samples["num_annotations"].sum(dtype=np.int64))
     if counts != stated or len(samples) != manifest.num_samples:
-        raise Fault(f"it has {_listing(counts)} samples in the shards, the manifest says {_listing(stated)}")
+        raise InvalidDataError(
+            f"it has {_listing(counts)} samples in the shards, the manifest says {_listing(stated)}"
+        )
     if num_annotations != manifest.num_annotations:
-        raise Fault(f"it has {num_annotations} annotations, the manifest says {manifest.num_annotations}")
+        raise InvalidDataError(
+            f"it has {num_annotations} annotations, the manifest says {manifest.num_annotations}"
+        )
     sizes = np.array([shard.size for shard in manifest.shards], np.float64)[samples["shard"]]
     column = {name: samples[name].astype(np.float64) for name in SAMPLE_DTYPE.names or ()}  # sums do not wrap
     good = column["offset"] + column["length"] <= sizes
@@ -168,12 +176,12 @@ def check_index(samples: Samples, manifest: Manifest) -> None:
     good[1:] &= follows | (after & (column["shard"][1:] == column["shard"][:-1]))
     if not good.all():
         first = samples[int(np.argmin(good))]
-        raise Fault(
+        raise InvalidDataError(
             f"image {first['image_id']} cannot lie in {manifest.shards[first['shard']].name} at "
             f"byte {first['offset']} with {first['length']} bytes"
         )
     if len(np.unique(samples["image_id"])) != len(samples):
-        raise Fault("it has an image id twice")
+        raise InvalidDataError("it has an image id twice")
 
 
 def member_at(raw: bytes, content_at: int) -> tuple[str, int | None]:
@@ -209,21 +217,21 @@ def _check_annotation(number: int, annotation: Any, image_id: int, category_ids:
     except (TypeError, ValueError, KeyError, OverflowError):
         good = False
     if not good:
-        raise Fault(f"annotation {number} of its record is {annotation!r:.200}")
+        raise InvalidDataError(f"annotation {number} of its record is {annotation!r:.200}")
 
 
 def _check_categories(categories: Sequence[Any]) -> None:
     if not isinstance(categories, list) or not categories:
-        raise Fault("it has no categories")
+        raise InvalidDataError("it has no categories")
     ids = []
     for category in categories:
         if not isinstance(category, dict) or not isinstance(category.get("name"), str):
-            raise Fault(f"the category {category!r:.80} has no name")
+            raise InvalidDataError(f"the category {category!r:.80} has no name")
         if not _is_count(category.get("id")):
-            raise Fault(f"the category {category!r:.80} has no id")
+            raise InvalidDataError(f"the category {category!r:.80} has no id")
         ids.append(category["id"])
     if len(set(ids)) != len(ids) or ids != sorted(ids):
-        raise Fault("the ids of its categories are not in order, each once")
+        raise InvalidDataError("the ids of its categories are not in order, each once")
 
 
 def _is_count(value: object) -> bool:

@@ -17,7 +17,7 @@ from raydetr.shards.manifest import MANIFEST, Manifest, label_maps, make_label_m
 from raydetr.shards.reader import ShardError, Shards, load_header
 from raydetr.shards.tar_samples import TarSample, padded_end, tar_samples
 from raydetr.shards.third_party.shard import image_and_record
-from raydetr.shards.validation import Fault
+from raydetr.shards.validation import InvalidDataError
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _check_members(path: Path, shards: Shards, task: CheckTask, found: ShardFaul
             if shards.manifest.foreign is None and len(sample.members) != 2:
                 found.note(f"sample {sample.key}: has {len(sample.members)} members instead of two")
             index += 1
-    except Fault as fault:
+    except InvalidDataError as fault:
         found.note(str(fault))
         return
     if index < task.stop:

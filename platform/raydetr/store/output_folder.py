@@ -17,7 +17,7 @@ LOCK = "lock"
 
 
 @contextmanager
-def new_folder(out: Path, *, last: str) -> Iterator[Path]:
+def atomic_folder(out: Path, *, last: str) -> Iterator[Path]:
     """Give a folder to write into; its entries appear in `out` only when the block ends without an error.
 
     The temporary folder lies inside `out`, so that renaming never crosses file systems. The entry `last`
@@ -52,7 +52,7 @@ def new_folder(out: Path, *, last: str) -> Iterator[Path]:
 def resumable_folder(out: Path) -> Iterator[Path]:
     """Give a folder to write into that outlives a stop, for a writer that knows what it finds there.
 
-    It is `.partial` inside `out`, as for `new_folder`. The block ends with `publish`. After a ValueError, which is
+    It is `.partial` inside `out`, as for `atomic_folder`. The block ends with `publish`. After a ValueError, which is
     a fault of the input, it is removed; after anything else (Ctrl-C, a full disk, a killed process) it stays, and
     the next run is given it with everything that was finished.
 

@@ -1,7 +1,7 @@
 """Byte ranges over HTTP: retried with growing pauses, and gone on with where a broken one ended.
 
-Nothing waits without end: a connection has `connect_seconds` to be made; then a server that sends nothing for
-`stall_seconds`, or less than `SLOWEST` in that time, is left, and asked again for what is missing.
+Nothing waits without end: a connection has `connect_timeout` to be made; then a server that sends nothing for
+`read_timeout`, or less than `SLOWEST` in that time, is left, and asked again for what is missing.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import ssl
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
 import urllib3
 from urllib3.exceptions import HTTPError, SSLError
 
+from raydetr.config import RemoteConfig
 from raydetr.store.origins import Address
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 SLOWEST = 16 * 1024  # bytes a second
 CHUNK = 256 * 1024  # bytes
 PROGRESS = 64 * 1024  # bytes after which an attempt counts as a first one again
+FIRST_PAUSE = 0.2  # seconds, doubled from attempt to attempt
 LONGEST_PAUSE = 20.0  # seconds
 RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 REDIRECTS = urllib3.Retry(
@@ -48,29 +49,7 @@ class RemoteError(OSError):
     status = 0  # of HTTP, where the server refused
 
 
-@dataclass(frozen=True)
-class CacheSettings:
-    """The node cache."""
-
-    path: str
-    num_bytes: int  # never exceeded
-
-
-@dataclass(frozen=True)
-class RemoteSettings:
-    """How remote files are read."""
-
-    options: Mapping[str, Any] = field(default_factory=dict)  # of fsspec's backend
-    connect_seconds: float = 10.0
-    stall_seconds: float = 30.0
-    attempts: int = 6  # without progress
-    first_pause: float = 0.2  # seconds, doubled from attempt to attempt
-    max_requests: int = 16  # at a time, of a process
-    merge_gap: int = 64 * 1024  # bytes; ranges that are nearer become one request
-    cache: CacheSettings | None = None
-
-
-class _Fault(Exception):
+class _RetryableError(Exception):
     """Worth another attempt."""
 
     def __init__(self, what: str, pause: float = 0.0) -> None:
@@ -81,11 +60,11 @@ class _Fault(Exception):
 class Transfers:
     """Fetches ranges, from any thread of the process that made it."""
 
-    def __init__(self, settings: RemoteSettings) -> None:
-        self._settings = settings
-        self._pool = urllib3.PoolManager(num_pools=8, maxsize=settings.max_requests)
+    def __init__(self, config: RemoteConfig) -> None:
+        self._config = config
+        self._pool = urllib3.PoolManager(num_pools=8, maxsize=config.max_requests)
         self._proxies = {
-            scheme: urllib3.ProxyManager(url, maxsize=settings.max_requests)
+            scheme: urllib3.ProxyManager(url, maxsize=config.max_requests)
             for scheme, url in urllib.request.getproxies().items()
             if scheme in ("http", "https")
         }
@@ -117,7 +96,7 @@ class Transfers:
         received, since_progress, failures, began = 0, 0, 0, time.monotonic()
         span = f"bytes {start}-{'' if stop is None else stop - 1}"
         while True:
-            fault: _Fault | None = None
+            fault: _RetryableError | None = None
             try:
                 for chunk in self._chunks(name, address(), start, start + received, stop, size):
                     accept(chunk)
@@ -125,35 +104,35 @@ class Transfers:
                     since_progress += len(chunk)
                 if stop is None or start + received == stop:
                     return
-                fault = _Fault(f"the body ended at byte {start + received}")
-            except _Fault as error:
+                fault = _RetryableError(f"the body ended at byte {start + received}")
+            except _RetryableError as error:
                 fault = error
             if since_progress >= PROGRESS:
                 failures = since_progress = 0
             failures += 1
-            if failures >= self._settings.attempts or self.closed.is_set():
+            if failures >= self._config.attempts or self.closed.is_set():
                 raise RemoteError(
                     f"{name}: {span} could not be read: {failures} attempts in "
                     f"{time.monotonic() - began:.1f} s, the last one: {fault}. Look after the server and the "
-                    "network; data.remote.attempts, connect_seconds and stall_seconds say how long to try"
+                    "network; data.remote.attempts, connect_timeout and read_timeout say how long to try"
                 )
             if failures == 2:
                 log.warning("%s: %s: trying again (%s)", name, span, fault)
             self.closed.wait(max(fault.pause, self._pause(failures)))
 
     def _pause(self, failures: int) -> float:
-        longest = min(LONGEST_PAUSE, self._settings.first_pause * 2.0 ** (failures - 1))
+        longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** (failures - 1))
         return longest * self._random.uniform(0.5, 1.0)
 
     def _chunks(
         self, name: str, address: Address, first: int, at: int, stop: int | None, size: int | None
     ) -> Iterator[bytes]:
         """One attempt at the bytes from `at` on, of a range that begins at `first`."""
-        settings = self._settings
+        config = self._config
         headers = {**address.headers, "Accept-Encoding": "identity"}
         if at > 0 or stop is not None:
             headers["Range"] = f"bytes={at}-{'' if stop is None else stop - 1}"
-        timeout = urllib3.Timeout(connect=settings.connect_seconds, read=settings.stall_seconds)
+        timeout = urllib3.Timeout(connect=config.connect_timeout, read=config.read_timeout)
         response = None
         try:
             response = self._pool_for(address.url).request(
@@ -169,7 +148,7 @@ class Transfers:
                 raise
             if _is_certificate(error):
                 raise RemoteError(f"{name}: the server's certificate is not trusted ({error})") from None
-            raise _Fault(_describe(error, settings)) from None
+            raise _RetryableError(_describe(error, config)) from None
         finally:
             if response is not None:
                 response.close()  # what is not read to its end cannot be used again
@@ -193,9 +172,9 @@ class Transfers:
                 yield kept
             window_bytes += len(chunk)
             seconds = time.monotonic() - window
-            if seconds >= self._settings.stall_seconds:
+            if seconds >= self._config.read_timeout:
                 if window_bytes < seconds * SLOWEST:
-                    raise _Fault(f"only {window_bytes} bytes in {seconds:.1f} s")
+                    raise _RetryableError(f"only {window_bytes} bytes in {seconds:.1f} s")
                 window, window_bytes = time.monotonic(), 0
 
 
@@ -203,7 +182,7 @@ def _check_response(name: str, response: Any, first: int, at: int, stop: int | N
     """Number of bytes at the beginning of the body that are not wanted."""
     status = response.status
     if status in RETRIED_STATUS:
-        raise _Fault(f"HTTP {status} {_excerpt(response)}".rstrip(), _retry_after(response))
+        raise _RetryableError(f"HTTP {status} {_excerpt(response)}".rstrip(), _retry_after(response))
     if status == 416:
         raise RemoteError(
             f"{name}: ends before byte {at}: it is not the file of this manifest; copy it again"
@@ -225,7 +204,7 @@ def _check_response(name: str, response: Any, first: int, at: int, stop: int | N
         return _check_whole(name, response, first, at, stop, size)
     sent = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", "").strip())
     if sent is None or int(sent[1]) != at or (stop is not None and int(sent[2]) >= stop):
-        raise _Fault(f"it sent {response.headers.get('Content-Range')!r} instead of bytes {at}-")
+        raise _RetryableError(f"it sent {response.headers.get('Content-Range')!r} instead of bytes {at}-")
     if size is not None and sent[3] not in ("*", str(size)):
         raise _other_size(name, int(sent[3]), size)
     return 0
@@ -267,15 +246,15 @@ def _retry_after(response: Any) -> float:
     return min(float(asked), 60.0) if asked.isdigit() else 0.0
 
 
-def _describe(error: Exception, settings: RemoteSettings) -> str:
+def _describe(error: Exception, config: RemoteConfig) -> str:
     if isinstance(error, urllib3.exceptions.NewConnectionError):  # which urllib3 has for a kind of timeout
         return f"no connection: {error}"
     if isinstance(error, urllib3.exceptions.ConnectTimeoutError):
-        return f"no connection within {settings.connect_seconds:g} s"
+        return f"no connection within {config.connect_timeout:g} s"
     if isinstance(error, (urllib3.exceptions.ReadTimeoutError, TimeoutError)):
-        return f"the server sent nothing for {settings.stall_seconds:g} s"
+        return f"the server sent nothing for {config.read_timeout:g} s"
     if isinstance(error, urllib3.exceptions.MaxRetryError) and error.reason is not None:
-        return _describe(error.reason, settings)
+        return _describe(error.reason, config)
     return f"{type(error).__name__}: {error}"
 
 

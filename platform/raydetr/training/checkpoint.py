@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from detrs import zoo
-from raydetr.config import ConfigError, RunConfig, from_dict, to_dict
-from raydetr.data.corrupt import Ledger
-from raydetr.data.order import PLAN_VERSION
+from raydetr.config import ConfigError, RunConfig, flatten, from_dict, to_dict
+from raydetr.data.corrupt import CorruptSampleLog
+from raydetr.data.order import ORDER_VERSION
 from raydetr.shards.manifest import LabelMap, make_label_map
 from raydetr.shards.reader import Shards
 from raydetr.training.loop import Training
@@ -45,7 +45,7 @@ class Meta:
     state_bytes: int
     state_crc32: int
     format: int = FORMAT
-    plan: int = 1  # version of the order; the first checkpoints did not say
+    order: int = 1  # version of the order of samples; the first checkpoints did not say
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def save(folder: Path, training: Training, shards: Shards, epoch: int, metrics: 
         "optimizer": training.optimizer.state_dict(),
         "scaler": training.scaler.state_dict(),
         "skipped_steps": training.skipped_steps,
-        "damage": training.ledger.to_plain(),
+        "corrupt_samples": training.corrupt_log.to_dicts(),
         # schedule, data order and random draws are functions of these two
         "position": training.position,
         "seed": training.config.seed,
@@ -80,7 +80,7 @@ def save(folder: Path, training: Training, shards: Shards, epoch: int, metrics: 
         "epoch": epoch,
         "position": training.position,
         "metrics": dict(metrics),
-        "plan": PLAN_VERSION,
+        "order": ORDER_VERSION,
     }
     write(folder, state, meta)
 
@@ -130,28 +130,49 @@ def check_fits(folder: Path, config: RunConfig, shards: Shards) -> Meta:
         CheckpointError: it is damaged, or was made by another model, with other settings, or on other data.
     """
     meta = read_meta(folder)
-    ours, theirs = to_dict(config), meta.config
-    if ours["model"] != theirs["model"]:
-        raise CheckpointError(
-            f"{folder}: made by another model: {_differences(theirs['model'], ours['model'])}"
-        )
+    theirs = run_config(folder, meta)
+    differences = model_differences(theirs, config, ignored=("backbone.weights",))
+    if differences:
+        raise CheckpointError(f"{folder}: made by another model: {', '.join(differences)}")
     if meta.fingerprint != shards.fingerprint:
         raise CheckpointError(
             f"{folder}: made on other data (fingerprint {meta.fingerprint}); data.train {config.data.train} "
             f"has {shards.fingerprint}. Resume on the same shards, or start a new run."
         )
-    if meta.plan != PLAN_VERSION:
+    if meta.order != ORDER_VERSION:
         raise CheckpointError(
-            f"{folder}: its position {meta.position} counts samples in the order of plan {meta.plan}; this version "
-            f"has plan {PLAN_VERSION} and would repeat some samples and leave others out. Start a new run from its "
-            f"weights (init.checkpoint={folder}), or resume it with the version that it was made with."
+            f"{folder}: its position {meta.position} counts samples in version {meta.order} of the order of samples; "
+            f"this program has version {ORDER_VERSION} and would repeat some samples and omit others. Start a new run "
+            f"from its weights (init.checkpoint={folder}), or resume it with the program that made it."
         )
-    if theirs["seed"] != config.seed:
-        raise CheckpointError(f"{folder}: made with seed {theirs['seed']}, the run has {config.seed}")
-    if (theirs["optim"]["ema_decay"] is None) != (config.optim.ema_decay is None):
-        was = theirs["optim"]["ema_decay"]
-        raise CheckpointError(f"{folder}: optim.ema_decay was {was}, the run has {config.optim.ema_decay}")
+    if theirs.seed != config.seed:
+        raise CheckpointError(f"{folder}: made with seed {theirs.seed}, the run has {config.seed}")
+    before, now = theirs.optim.ema_decay, config.optim.ema_decay
+    if (before is None) != (now is None):
+        raise CheckpointError(f"{folder}: optim.ema_decay was {before}, the run has {now}")
     return meta
+
+
+def run_config(folder: Path, meta: Meta) -> RunConfig:
+    """Return the configuration of a checkpoint; settings that were added since then have their default.
+
+    Raises:
+        CheckpointError: it is not a configuration of this version.
+    """
+    try:
+        return from_dict(meta.config)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: its configuration is not one of this version: {error}") from None
+
+
+def model_differences(theirs: RunConfig, ours: RunConfig, ignored: tuple[str, ...] = ()) -> list[str]:
+    """Return a phrase for each setting of the model that differs; `ignored` are beginnings of settings' names."""
+    there, here = (flatten(to_dict(config)["model"]) for config in (theirs, ours))
+    return [
+        f"model.{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+        for name in dict.fromkeys([*there, *here])
+        if there.get(name) != here.get(name) and not name.startswith(ignored)
+    ]
 
 
 def restore(folder: Path, training: Training, shards: Shards) -> Meta:
@@ -167,11 +188,10 @@ def restore(folder: Path, training: Training, shards: Shards) -> Meta:
     if training.ema is not None:
         training.ema.model.load_state_dict(state["ema"])
         training.ema.num_updates = state["ema_updates"]
-    # the first checkpoints had none of these; and a resumed run may have another precision
-    if state.get("scaler") and training.scaler.is_enabled():
+    if state["scaler"] and training.scaler.is_enabled():  # a resumed run may have another precision
         training.scaler.load_state_dict(state["scaler"])
-    training.skipped_steps = state.get("skipped_steps", 0)
-    training.ledger = Ledger.from_plain(state.get("damage", ()))
+    training.skipped_steps = state["skipped_steps"]
+    training.corrupt_log = CorruptSampleLog.from_dicts(state["corrupt_samples"])
     training.position = state["position"]
     return meta
 
@@ -183,10 +203,7 @@ def load_for_inference(folder: Path, device: torch.device | None = None) -> Load
         CheckpointError: the folder holds no usable checkpoint.
     """
     meta = read_meta(folder)
-    try:
-        config = from_dict(meta.config)
-    except ConfigError as error:
-        raise CheckpointError(f"{folder}: its configuration is not one of this version: {error}") from None
+    config = run_config(folder, meta)
     device = device or torch.device("cpu")
     # the weights come from the checkpoint: nothing is fetched for the backbone
     backbone = replace(config.model.backbone, weights=None)
@@ -221,12 +238,6 @@ def _load_weights(detector: nn.Module, weights: Mapping[str, Any], folder: Path)
         raise CheckpointError(
             f"{folder}: the weights do not fit the model of its configuration: {error}"
         ) from None
-
-
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    paths = sorted(set(theirs) | set(ours))
-    changed = [p for p in paths if theirs.get(p) != ours.get(p)]
-    return ", ".join(f"model.{p} is {theirs.get(p)!r} there and {ours.get(p)!r} here" for p in changed)
 
 
 def _crc32(path: Path) -> int:

@@ -20,7 +20,7 @@ from detrs.checkpoints import from_official, official_names, read_official, reco
 from detrs.zoo import DetrConfig, ModelConfig
 from raydetr import recipes
 from raydetr.config import RunConfig, nearest, override, to_dict
-from raydetr.store.output_folder import new_folder
+from raydetr.store.output_folder import atomic_folder
 from raydetr.training.checkpoint import write
 
 _UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # ids without a category, up to 90
@@ -88,7 +88,7 @@ def import_checkpoint(file: Path, model: str, out: Path, annotations: Path | Non
         "position": 0,
         "metrics": {},
     }
-    with new_folder(out, last="meta.json") as folder:
+    with atomic_folder(out, last="meta.json") as folder:
         write(folder, {"model": state, "ema": None}, meta)
     num_parameters = sum(tensor.numel() for tensor in state.values())
     return Imported(config.recipe, expected, _num_classes(config.model), num_parameters, categories)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,9 +15,10 @@ from torch import nn
 from detrs import zoo
 from detrs.checkpoints import CLASS_DEPENDENT
 from detrs.zoo import ModelConfig
-from raydetr.config import ConfigError, RunConfig, flatten, from_dict, to_dict
+from raydetr.config import ConfigError, RunConfig
+from raydetr.config.paths import is_remote
 from raydetr.data.splits import open_splits
-from raydetr.training.checkpoint import Meta, load_for_inference, read_meta
+from raydetr.training.checkpoint import load_for_inference, model_differences, read_meta, run_config
 
 IMAGENET = "https://download.pytorch.org/models/"
 IMAGENET_FILES = {
@@ -53,13 +54,14 @@ def describe(config: RunConfig) -> list[str]:
             "from an official file with `raydetr import-checkpoint`"
         )
     meta = read_meta(config.init.checkpoint)
-    renewed = new_names(meta, config)
+    theirs = run_config(config.init.checkpoint, meta)
+    renewed = new_names(theirs, config)
     said = [f"starting from {config.init.checkpoint}"]
-    differences = [line for line in _differences(meta, config) if not line.startswith(_FREE)]
+    differences = model_differences(theirs, config, ignored=_FREE)
     if differences:
         said.append(f"note: its model has other settings: {', '.join(differences)}")
     if renewed:
-        there, here = from_dict(meta.config).model.num_classes, config.model.num_classes
+        there, here = theirs.model.num_classes, config.model.num_classes
         said.append(
             f"starting anew, because it has {there} classes and the data {here}: {', '.join(renewed)}; "
             "all other weights are kept"
@@ -79,18 +81,18 @@ def load(detector: nn.Module, config: RunConfig) -> None:
     folder = config.init.checkpoint
     if folder is None:
         return
-    renewed = new_names(read_meta(folder), config)
+    renewed = new_names(run_config(folder, read_meta(folder)), config)
     weights = load_for_inference(folder).model.detector.state_dict()
     detector.load_state_dict({**weights, **{name: detector.state_dict()[name] for name in renewed}})
 
 
-def new_names(meta: Meta, config: RunConfig) -> list[str]:
+def new_names(start: RunConfig, config: RunConfig) -> list[str]:
     """Names of the parameters that keep their new values: those by class, where the number of classes differs.
 
     Raises:
         ConfigError: other parameters differ too, or the checkpoint is of another paper.
     """
-    theirs, ours = from_dict(meta.config).model, config.model
+    theirs, ours = start.model, config.model
     if theirs.paper != ours.paper:
         raise ConfigError(
             f"init.checkpoint {config.init.checkpoint}: holds weights of {theirs.paper}, and the run trains "
@@ -105,13 +107,18 @@ def new_names(meta: Meta, config: RunConfig) -> list[str]:
         odd = sorted(here.keys() ^ there.keys()) or [name for name in different if name not in renewed]
         raise ConfigError(
             f"init.checkpoint {config.init.checkpoint}: weights of another {ours.paper} model: "
-            f"{', '.join(_differences(meta, config))} (first parameter that differs: {odd[0]})"
+            f"{', '.join(model_differences(start, config))} (first parameter that differs: {odd[0]})"
         )
     return renewed
 
 
 def _describe_backbone(config: RunConfig) -> list[str]:
     backbone = config.model.backbone
+    if backbone.weights is not None and not _exists(backbone.weights):
+        raise ConfigError(
+            f"model.backbone.weights {backbone.weights}: no such file; give the path or URL of a torchvision "
+            f"state dict, for example {IMAGENET}{IMAGENET_FILES.get(backbone.name, IMAGENET_FILES['resnet50'])}"
+        )
     is_frozen = backbone.norm == "frozen" or backbone.num_frozen_stages > 0
     if backbone.weights is not None or not is_frozen:
         return []
@@ -122,23 +129,14 @@ def _describe_backbone(config: RunConfig) -> list[str]:
     ]
 
 
+def _exists(weights: str) -> bool:
+    return is_remote(weights) or Path(weights).is_file()
+
+
 def _shapes(model: ModelConfig) -> Mapping[str, torch.Size]:
     with torch.device("meta"):  # shapes alone
         built = zoo.build(replace(model, backbone=replace(model.backbone, weights=None)))
     return {name: tensor.shape for name, tensor in built.detector.state_dict().items()}
-
-
-def _differences(meta: Meta, config: RunConfig) -> list[str]:
-    there, here = (flatten(values["model"]) for values in (_complete(meta), to_dict(config)))
-    return [
-        f"{path} is {there.get(path)!r} there and {here.get(path)!r} here"
-        for path in dict.fromkeys([*there, *here])
-        if there.get(path) != here.get(path)
-    ]
-
-
-def _complete(meta: Meta) -> dict[str, Any]:
-    return to_dict(from_dict(meta.config))  # with the settings that did not exist when it was written
 
 
 def _category_names(config: RunConfig) -> list[str]:

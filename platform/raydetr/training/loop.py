@@ -20,11 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from detrs.zoo import Model
 from raydetr.config import RunConfig
 from raydetr.data.batch import Batch, to_model
-from raydetr.data.corrupt import Damage, Ledger
+from raydetr.data.corrupt import CorruptSample, CorruptSampleLog
 from raydetr.data.stream import evaluation_batches, train_batches
+from raydetr.data.transforms.transform import Transform
 from raydetr.evaluation.evaluator import evaluate, without_blanks
 from raydetr.shards.reader import Shards
-from raydetr.training.nonfinite import Fault, Score, Skipped, Statistics, score
+from raydetr.training.nonfinite import BatchNormSnapshot, NonFinite, Score, SkippedStep, score
 from raydetr.training.optim import Ema, build_optimizer, lr_factor, set_learning_rates
 from raydetr.training.world import World
 
@@ -37,8 +38,8 @@ class StepReport:
     position: int
     terms: dict[str, float] | None
     images_per_second: float
-    skipped: Skipped | None = None
-    damage: tuple[Damage, ...] = ()  # of all workers
+    skipped: SkippedStep | None = None
+    corrupt: tuple[CorruptSample, ...] = ()  # of all workers
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class EvaluationReport:
     epoch: int
     position: int
     results: list[dict[str, Any]]
-    damage: tuple[Damage, ...] = ()  # images without predictions, of all workers
+    corrupt: tuple[CorruptSample, ...] = ()  # images without predictions, of all workers
 
 
 class Training:
@@ -62,13 +63,13 @@ class Training:
         self.ema = Ema(self.detector, decay) if decay is not None else None
         self.optimizer = build_optimizer(self.detector, config.optim)
         self.replica = _replicate(self.detector, world)
-        self.statistics = Statistics(self.detector)
+        self.batch_norms = BatchNormSnapshot(self.detector)
         # float16 underflows: the loss is scaled up, as far as the gradient allows
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16")
         self.position = 0
         self.skipped_steps = 0  # because of NaN or infinity
-        self.ledger = Ledger()  # the damaged samples that were met
-        self.damage: tuple[Damage, ...] = ()  # in the last step or evaluation, of all workers
+        self.corrupt_log = CorruptSampleLog()  # the damaged samples that were met
+        self.corrupt: tuple[CorruptSample, ...] = ()  # in the last step or evaluation, of all workers
 
     @property
     def weights(self) -> nn.Module:
@@ -100,7 +101,7 @@ class Training:
         """Of this worker's random draws in the next step; a resumed run draws what an unbroken one would."""
         return hash((self.config.seed, self.position, self.world.rank))
 
-    def train_step(self, batch: Batch) -> dict[str, Tensor] | Skipped:
+    def train_step(self, batch: Batch) -> dict[str, Tensor] | SkippedStep:
         """Forward, backward and update on this worker's share of a global batch; the loss terms.
 
         Where the loss or the gradient of any worker is not finite, all of them skip the step: only the
@@ -111,23 +112,23 @@ class Training:
         set_learning_rates(self.optimizer, lr_factor(self.config.optim, self.step, self.total_steps))
         images, targets = to_model(batch, self.world.device)
         counts = torch.tensor(
-            [float(len(targets.labels)), float(len(batch.damage))], device=self.world.device
+            [float(len(targets.labels)), float(len(batch.corrupt))], device=self.world.device
         )
-        sums = self.world.start_sum(counts)
-        self.statistics.keep()
+        sums = self.world.all_reduce_async(counts)
+        self.batch_norms.save()
         with self._autocast():
             outputs = self.replica(images, targets)
-        num_boxes, num_damaged = sums.wait().unbind()
+        num_boxes, num_corrupt = sums.wait().unbind()
         num_boxes = (num_boxes / self.world.size).clamp(min=1)
         scored = score(self.criterion, outputs, targets, num_boxes, is_blank=batch.is_blank)
         torch.autograd.backward(self.scaler.scale(scored.total))
         self.scaler.unscale_(self.optimizer)
         norm = self._clip()  # of the summed gradient: the same on every worker
         if batch.is_blank:
-            self.statistics.bring_back()
-        outcome: dict[str, Tensor] | Skipped
+            self.batch_norms.restore()
+        outcome: dict[str, Tensor] | SkippedStep
         # the host waits for the device once
-        is_finite, is_damaged = torch.stack((torch.isfinite(norm), num_damaged > 0)).tolist()
+        is_finite, is_corrupt = torch.stack((torch.isfinite(norm), num_corrupt > 0)).tolist()
         if is_finite:
             self._update()
             outcome = {"loss": scored.total.detach(), **scored.terms, "grad_norm": norm}
@@ -135,44 +136,44 @@ class Training:
             outcome = self._skip(batch, scored)
         self.optimizer.zero_grad(set_to_none=True)
         self.position += self.config.data.batch_size
-        self.damage = self._damage_of_all(batch.damage) if is_damaged else ()
+        self.corrupt = self._gather_corrupt(batch.corrupt) if is_corrupt else ()
         return outcome
 
     def evaluate(self, shards: Shards) -> list[dict[str, Any]]:
         """COCO results of the averaged weights (else the weights) on a split, this worker doing its share."""
         data = self.config.data
         # batch norm's statistics differ between the workers, and those of the first one are checkpointed
-        self.world.take_from_first(self.weights.buffers())
+        self.world.broadcast(self.weights.buffers())
         batches = evaluation_batches(
             shards,
             rank=self.world.rank,
             world_size=self.world.size,
             batch_size=data.eval_batch_size,
-            transform=data.val_transform.build(),
+            transform=Transform(data.val_transform),
             num_workers=data.num_loader_workers,
-            on_damage=data.on_damage,
+            on_corrupt=data.on_corrupt,
         )
-        met: list[Damage] = []
+        met: list[CorruptSample] = []
         results = evaluate(
             self.weights,
             self.model.postprocess,
             without_blanks(batches, met),
             shards.label_map,
-            self.world.gather,
+            self.world.all_gather,
             self.world.device,
         )
-        self.damage = self._damage_of_all(replace(row, position=self.position) for row in met)
+        self.corrupt = self._gather_corrupt(replace(row, position=self.position) for row in met)
         return results
 
     def mean_terms(self, terms: dict[str, Tensor]) -> dict[str, float]:
         """The loss terms averaged over the workers, and the learning rates."""
         stacked = torch.stack([term.detach().float() for term in terms.values()])
-        means = (self.world.start_sum(stacked).wait() / self.world.size).tolist()
+        means = (self.world.all_reduce_async(stacked).wait() / self.world.size).tolist()
         rates = {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         return {**dict(zip(terms, means, strict=True)), **rates}
 
-    def _damage_of_all(self, own: Iterable[Damage]) -> tuple[Damage, ...]:
-        return tuple(row for share in self.world.gather(tuple(own)) for row in share)
+    def _gather_corrupt(self, own: Iterable[CorruptSample]) -> tuple[CorruptSample, ...]:
+        return tuple(row for share in self.world.all_gather(tuple(own)) for row in share)
 
     def _autocast(self) -> torch.autocast:
         precision = self.config.optim.precision
@@ -185,25 +186,27 @@ class Training:
         if self.ema is not None:
             self.ema.update()
 
-    def _skip(self, batch: Batch, scored: Score) -> Skipped:
+    def _skip(self, batch: Batch, scored: Score) -> SkippedStep:
         """Undo what the forward pass changed; find out what was wrong, together with the other workers."""
-        self.statistics.bring_back()
-        faults = self._faults(batch, scored)
-        self.skipped_steps += bool(faults)
+        self.batch_norms.restore()
+        causes = self._causes(batch, scored)
+        self.skipped_steps += bool(causes)
         # a scale is lowered when the gradient outgrew it, but no scale helps against a fault
-        self.scaler.update(self.scaler.get_scale() if faults else None)
-        return Skipped(self.step + 1, self.random_seed, faults, batch, scored.terms)
+        self.scaler.update(self.scaler.get_scale() if causes else None)
+        return SkippedStep(self.step + 1, self.random_seed, causes, batch, scored.terms)
 
-    def _faults(self, batch: Batch, scored: Score) -> tuple[Fault, ...]:
-        shares = self.world.gather((scored.fault(), tuple(batch.image_ids.tolist())))
+    def _causes(self, batch: Batch, scored: Score) -> tuple[NonFinite, ...]:
+        shares = self.world.all_gather((scored.cause(), tuple(batch.image_ids.tolist())))
         if all(cause is None for cause, _ in shares):
             if self.scaler.get_scale() > 1:
                 return ()
             shares = [("the loss is finite, but not the gradient of all workers", ids) for _, ids in shares]
-        return tuple(Fault(rank, cause, ids) for rank, (cause, ids) in enumerate(shares) if cause is not None)
+        return tuple(
+            NonFinite(rank, cause, ids) for rank, (cause, ids) in enumerate(shares) if cause is not None
+        )
 
     def _clip(self) -> Tensor:
-        limit = self.config.optim.clip_norm
+        limit = self.config.optim.clip_max_norm
         return nn.utils.clip_grad_norm_(self.detector.parameters(), math.inf if limit is None else limit)
 
 
@@ -221,24 +224,24 @@ def train(
         rank=world.rank,
         world_size=world.size,
         batch_size=config.data.batch_size // world.size,
-        transform=config.data.train_transform.build(),
+        transform=Transform(config.data.train_transform),
         num_workers=config.data.num_loader_workers,
-        on_damage=config.data.on_damage,
+        on_corrupt=config.data.on_corrupt,
     )
     began = time.perf_counter()
     training.detector.train()
     for batch in batches:
         outcome = training.train_step(batch)
-        skipped = outcome if isinstance(outcome, Skipped) else None
+        skipped = outcome if isinstance(outcome, SkippedStep) else None
         now = time.perf_counter()
         rate, began = config.data.batch_size / (now - began), now
         is_logged = training.step % config.tracking.log_every_steps == 0
-        means = training.mean_terms(outcome) if is_logged and not isinstance(outcome, Skipped) else None
-        yield StepReport(training.step, training.position, means, rate, skipped, training.damage)
+        means = training.mean_terms(outcome) if is_logged and not isinstance(outcome, SkippedStep) else None
+        yield StepReport(training.step, training.position, means, rate, skipped, training.corrupt)
         epoch = training.finished_epoch()
         if epoch is not None and _is_evaluated(epoch, config):
             results = training.evaluate(val_shards)
-            yield EvaluationReport(epoch, training.position, results, training.damage)
+            yield EvaluationReport(epoch, training.position, results, training.corrupt)
             began = time.perf_counter()
         if training.step >= training.total_steps:
             return

@@ -32,7 +32,7 @@ class Score:
     terms: dict[str, Tensor]
     error: str | None = None
 
-    def fault(self) -> str | None:
+    def cause(self) -> str | None:
         """What is wrong in this worker's share of the step, as far as the forward pass shows."""
         if self.error is not None or self.total.isfinite():
             return self.error
@@ -41,7 +41,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Fault:
+class NonFinite:
     """Why a step was skipped, from the view of one worker."""
 
     rank: int
@@ -53,7 +53,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Skipped:
+class SkippedStep:
     """A step that changed nothing. `faults` are the same on every worker, the rest is this worker's share.
 
     Without faults the gradient has only outgrown float16, which happens when the scaler probes its range.
@@ -61,7 +61,7 @@ class Skipped:
 
     step: int  # counted from 1
     random_seed: int  # of this worker's random numbers in the step
-    faults: tuple[Fault, ...]
+    causes: tuple[NonFinite, ...]
     batch: Batch
     terms: Mapping[str, Tensor]
 
@@ -71,17 +71,17 @@ class Skipped:
 
     def dump(self, run: Path, rank: int) -> None:
         """Keep this worker's batch, as the model saw it, if the fault is here."""
-        for fault in self.faults:
-            if fault.rank == rank:
-                _dump(self.folder(run, rank), self, fault)
+        for found in self.causes:
+            if found.rank == rank:
+                _dump(self.folder(run, rank), self, found)
 
     def describe(self, run: Path) -> str:
         """One sentence a fault, with the folder of its dump."""
-        faults = [f"{fault} (kept in {self.folder(run, fault.rank)})" for fault in self.faults]
-        return f"step {self.step}: {'. '.join(faults)}"
+        causes = [f"{found} (kept in {self.folder(run, found.rank)})" for found in self.causes]
+        return f"step {self.step}: {'. '.join(causes)}"
 
 
-class Statistics:
+class BatchNormSnapshot:
     """The running statistics of a model's batch norms, which a forward pass changes for good or ill."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -89,12 +89,12 @@ class Statistics:
         self._live = [buffer for norm in norms for buffer in norm.buffers()]
         self._kept = [buffer.clone() for buffer in self._live]
 
-    def keep(self) -> None:
+    def save(self) -> None:
         """Remember them."""
         if self._live:
             torch._foreach_copy_(self._kept, self._live)
 
-    def bring_back(self) -> None:
+    def restore(self) -> None:
         """Undo what happened since `keep`."""
         if self._live:
             torch._foreach_copy_(self._live, self._kept)
@@ -116,14 +116,14 @@ def score(
     try:
         losses = criterion(outputs, targets, num_boxes)
     except NotFiniteError as error:
-        return Score(_spoilt(outputs), {}, str(error))
+        return Score(_nan_loss(outputs), {}, str(error))
     # a product and not a branch: the host need not wait for the device
     verdict = torch.where(losses.total.detach().isfinite(), 0.0 if is_blank else 1.0, math.nan)
     terms = {name: term * 0.0 for name, term in losses.terms.items()} if is_blank else losses.terms
     return Score(losses.total * verdict, terms)
 
 
-def _spoilt(outputs: Outputs) -> Tensor:
+def _nan_loss(outputs: Outputs) -> Tensor:
     """NaN, as a function of everything that the losses may be functions of."""
     parts = [outputs.predictions]
     if outputs.first_stage is not None:
@@ -134,7 +134,7 @@ def _spoilt(outputs: Outputs) -> Tensor:
     return torch.stack(sums).sum() * math.nan
 
 
-def _dump(folder: Path, skipped: Skipped, fault: Fault) -> None:
+def _dump(folder: Path, skipped: SkippedStep, found: NonFinite) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     batch = skipped.batch
     ends = torch.tensor(batch.counts).cumsum(0).tolist()
@@ -156,8 +156,8 @@ def _dump(folder: Path, skipped: Skipped, fault: Fault) -> None:
         )
     record = {
         "step": skipped.step,
-        "rank": fault.rank,
-        "cause": fault.cause,
+        "rank": found.rank,
+        "cause": found.cause,
         "position": batch.position,
         "random_seed": skipped.random_seed,
         "losses": {name: _number(float(term)) for name, term in skipped.terms.items()},

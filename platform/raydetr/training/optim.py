@@ -38,15 +38,15 @@ def parameter_groups(
 
 def lr_factor(optim: OptimConfig, step: int, total_steps: int) -> float:
     """What every base learning rate is multiplied by at `step` (counted from 0) of `total_steps`."""
-    warmup_steps = round(optim.warmup_share * total_steps)
+    warmup_steps = round(optim.warmup_fraction * total_steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if optim.schedule == "cosine":
         progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
         cosine = 0.5 * (1 + math.cos(math.pi * progress))
-        return optim.final_lr_share + (1 - optim.final_lr_share) * cosine
+        return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * cosine
     epoch = step * optim.epochs // total_steps
-    return float(0.1 ** sum(epoch >= drop for drop in optim.drop_epochs))
+    return float(0.1 ** sum(epoch >= drop for drop in optim.lr_drop_epochs))
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

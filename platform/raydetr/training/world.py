@@ -20,27 +20,27 @@ class World:
     device: torch.device
 
     @classmethod
-    def alone(cls, device: torch.device | None = None) -> World:
+    def single_process(cls, device: torch.device | None = None) -> World:
         """A single process: for debugging, tests and small data."""
         return cls(0, 1, device or torch.device("cpu"))
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes and logs for all."""
         return self.rank == 0
 
-    def start_sum(self, value: Tensor) -> PendingSum:
+    def all_reduce_async(self, value: Tensor) -> PendingSum:
         """Begin to add `value` over all processes (in place); `wait()` gives the sum."""
         handle = dist.all_reduce(value, async_op=True) if self.size > 1 else None
         return PendingSum(value, handle)
 
-    def take_from_first(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite the tensors with those of the first process."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """The values of all processes in rank order, on every process."""
         if self.size == 1:
             return [value]

@@ -11,10 +11,10 @@ from typing import Any
 
 from ray import tune
 from ray.exceptions import RayTaskError
-from rich.console import Console
 
-from raydetr.config import RunConfig
+from raydetr.console import print_status
 from raydetr.tracking import mlflow_run
+from raydetr.tracking.tracker import Tracker
 from raydetr.tune import cluster
 from raydetr.tune.result import Status, Trial
 from raydetr.tune.trial import Study, plain, trial_number
@@ -32,13 +32,13 @@ FREE_SECONDS = 15.0  # after the end of a trial; its controller is gone by then,
 ENDED_TAG = "raydetr.ended"
 
 
-class Watch(tune.Callback):
+class SearchCallback(tune.Callback):
     """The trials so far, by number. Ray Tune calls it in the driver's process."""
 
-    def __init__(self, study: Study, config: RunConfig) -> None:
-        self._study = study
+    def __init__(self, study: Study) -> None:
+        self._study, config = study, study.config
         self._epochs, self._batch_size = config.optim.epochs, config.data.batch_size
-        self._uri, self._experiment = study.config["tracking"]["uri"], config.tracking.experiment
+        self._uri, self._experiment = mlflow_run.tracking_uri(config), config.tracking.experiment
         self._positions: dict[int, int] = {}  # of the last evaluation
         self._groups: dict[int, str] = {}  # placement groups of the trials' workers
         self._to_free: list[tuple[float, str]] = []  # when, and which placement group
@@ -53,7 +53,7 @@ class Watch(tune.Callback):
         """A trial gets its process."""
         number = trial_number(trial.trial_id)
         self.trials[number] = Trial(number, self._study.trial_name(number), plain(trial.config))
-        say(f"trial {number}  starts  {_overrides(self.trials[number])}")
+        print_status(f"trial {number}  starts  {_overrides(self.trials[number])}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -67,7 +67,7 @@ class Watch(tune.Callback):
         self.trials[number], self._positions[number] = now, result["position"]
         self._groups[number] = result["placement_group"]
         if now != before:
-            say(f"trial {number}  {_numbers(now, self._epochs)}  {_overrides(now)}")
+            print_status(f"trial {number}  {_numbers(now, self._epochs)}  {_overrides(now)}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has finished, or ASHA has stopped it."""
@@ -103,7 +103,7 @@ class Watch(tune.Callback):
                 self._finish(trial)
 
     def _end(self, trial: Trial) -> None:
-        say(f"trial {trial.number}  {trial.status}" + (f": {trial.cause}" if trial.cause else ""))
+        print_status(f"trial {trial.number}  {trial.status}" + (f": {trial.cause}" if trial.cause else ""))
         try:
             trial = replace(trial, mlflow_run_id=self._mlflow_run(trial))
             assert trial.mlflow_run_id is not None
@@ -139,7 +139,7 @@ class Watch(tune.Callback):
         """The trial's process may have ended before it sent the numbers for which it was stopped."""
         assert trial.mlflow_run_id is not None
         numbers = {"AP": trial.AP, "AP50": trial.AP50}
-        tracker = mlflow_run.Tracker(self._uri, trial.mlflow_run_id)
+        tracker = Tracker(self._uri, trial.mlflow_run_id)
         tracker.metrics(
             self._positions[trial.number] // self._batch_size,
             {name: value for name, value in numbers.items() if value is not None},
@@ -149,11 +149,6 @@ class Watch(tune.Callback):
     def _description(self, trial: Trial) -> str:
         cause = f": {trial.cause}" if trial.cause else ""
         return f"{trial.status}{cause} (epoch {trial.epoch} of {self._epochs})"
-
-
-def say(text: str) -> None:
-    """Tell the person who waits for the search."""
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _overrides(trial: Trial) -> str:

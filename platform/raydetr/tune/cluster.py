@@ -23,7 +23,7 @@ STATE_LIMIT = 10_000  # actors and placement groups that the cluster is asked fo
 
 
 @dataclass(frozen=True)
-class Leftover:
+class LeakedResource:
     """Something on the cluster that a search's job has made and that is not gone."""
 
     kind: str  # "actor" or "placement group"
@@ -83,7 +83,7 @@ def num_fitting(nodes: list[Mapping[str, float]], cluster: ClusterConfig) -> int
     return workers // cluster.num_workers
 
 
-def remains(job_id: str) -> list[Leftover]:
+def list_leaked_resources(job_id: str) -> list[LeakedResource]:
     """The living actors and the placement groups that a job has made."""
     actors = list_actors(
         _address(), filters=[("job_id", "=", job_id), ("state", "!=", "DEAD")], limit=STATE_LIMIT, detail=True
@@ -96,30 +96,30 @@ def remains(job_id: str) -> list[Leftover]:
     )
     return [
         *(
-            Leftover("actor", actor.actor_id, actor.class_name)
+            LeakedResource("actor", actor.actor_id, actor.class_name)
             for actor in actors
             if actor.class_name not in RAY_SERVICES
         ),
         *(
-            Leftover("placement group", group.placement_group_id, f"{len(group.bundles or [])} bundles")
+            LeakedResource("placement group", group.placement_group_id, f"{len(group.bundles or [])} bundles")
             for group in groups
         ),
     ]
 
 
-def clear(job_id: str, before: list[Leftover]) -> list[Leftover]:
+def clear(job_id: str, before: list[LeakedResource]) -> list[LeakedResource]:
     """Wait until what the job has made since `before` is gone.
 
     What stays is returned; its placement groups are removed, so that it holds no CPUs and GPUs.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while left := [leftover for leftover in remains(job_id) if leftover not in before]:
+    while left := [resource for resource in list_leaked_resources(job_id) if resource not in before]:
         if time.monotonic() > deadline:
             break
         time.sleep(0.5)
-    for leftover in left:
-        if leftover.kind == "placement group":
-            remove_group(leftover.id)
+    for resource in left:
+        if resource.kind == "placement group":
+            remove_group(resource.id)
     return left
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from raydetr import recipes
 from raydetr.config import ConfigError, RunConfig, flatten, parse_assignments, to_dict
-from raydetr.tune.cluster import Leftover
+from raydetr.tune.cluster import LeakedResource
 
 Status = Literal["running", "finished", "stopped by ASHA", "failed", "interrupted"]
 ORDER: tuple[Status, ...] = ("finished", "stopped by ASHA", "interrupted", "running", "failed")
@@ -34,7 +34,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SearchResult:
     """A search that ended."""
 
     name: str
@@ -44,7 +44,7 @@ class Outcome:
     epochs: int
     trials: tuple[Trial, ...]  # best first: those that finished before those that were stopped
     command: str | None  # that trains the best configuration again; None: no trial has an AP
-    leftovers: tuple[Leftover, ...]  # what the search left on the cluster; should be empty
+    leaked: tuple[LeakedResource, ...]  # what the search left on the cluster; should be empty
 
     @property
     def best(self) -> Trial | None:
@@ -60,7 +60,7 @@ class Outcome:
                 f"search      {self.folder}",
                 f"MLflow      {self.tracking_uri}, run {self.mlflow_run_id}",
                 f"best        {self.command or 'none: no trial was evaluated'}",
-                *(f"WARNING     left on the cluster: {left}" for left in self.leftovers),
+                *(f"WARNING     left on the cluster: {left}" for left in self.leaked),
             ]
         )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,13 +17,16 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from raydetr.config import RunConfig, flatten, override, to_dict, to_yaml
+from raydetr.console import print_status
 from raydetr.runs import run
 from raydetr.runs.ray_train import connected
 from raydetr.tracking import mlflow_run
+from raydetr.tracking.mlflow_run import tracking_uri
+from raydetr.tracking.tracker import Tracker
 from raydetr.tune import cluster
-from raydetr.tune.callback import Watch, say
-from raydetr.tune.cluster import Leftover
-from raydetr.tune.result import Outcome, best_trial, ranked, train_command, trials_as_json
+from raydetr.tune.callback import SearchCallback
+from raydetr.tune.cluster import LeakedResource
+from raydetr.tune.result import SearchResult, best_trial, ranked, train_command, trials_as_json
 from raydetr.tune.space import Distribution, Space
 from raydetr.tune.trial import Study, run_trial
 
@@ -52,7 +54,7 @@ def search(
     max_concurrent: int = 1,
     grace_epochs: int = 1,
     reduction_factor: int = 3,
-) -> Outcome:
+) -> SearchResult:
     """Try `num_trials` configurations drawn from `space`, the same ones for the same `config.seed`.
 
     `max_concurrent` is lowered to what the cluster holds at once.
@@ -66,15 +68,15 @@ def search(
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     resolved = run.resolve(config)
-    run.say_warnings(resolved)
+    run.print_warnings(resolved)
     with connected(resolved.cluster):
         cluster.check_dashboard()
         fitting = cluster.concurrent_trials(resolved.cluster, max_concurrent)
         if fitting < max_concurrent:
-            say(f"the cluster holds {fitting} trials at once, not {max_concurrent}")
+            print_status(f"the cluster holds {fitting} trials at once, not {max_concurrent}")
         study = _begin(config, resolved, space)
-        watch = Watch(study, resolved)
-        before = cluster.remains(_job_id())
+        watch = SearchCallback(study)
+        before = cluster.list_leaked_resources(_job_id())
         try:
             _run_trials(
                 study, space, watch, _asha(resolved, grace_epochs, reduction_factor), num_trials, fitting
@@ -82,7 +84,7 @@ def search(
         finally:
             result = _conclude(config, study, watch, num_trials, before)
     if watch.num_ended < num_trials:
-        say(result.to_text())
+        print_status(result.to_text())
         raise KeyboardInterrupt
     if result.best is None:
         raise SearchError(f"no trial was evaluated\n{result.to_text()}")
@@ -118,7 +120,7 @@ def _begin(config: RunConfig, resolved: RunConfig, space: Space) -> Study:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / "space.yaml").write_text(space.text)
-    uri = mlflow_run.resolve_uri(resolved.tracking.uri, resolved.storage.path)
+    uri = tracking_uri(resolved)
     parent = mlflow_run.create_run(uri, resolved.tracking.experiment, name, tags={"raydetr.kind": "search"})
     searched = {f"search.{path}": f"{d.kind} {list(d.values)}" for path, d in space.distributions.items()}
     fixed = {
@@ -127,13 +129,13 @@ def _begin(config: RunConfig, resolved: RunConfig, space: Space) -> Study:
     mlflow_run.log_params(uri, parent, fixed | searched)
     mlflow_run.log_text(uri, parent, space.text, "space.yaml")
     mlflow_run.log_text(uri, parent, to_yaml(config), "config.yaml")
-    say(f"search {folder}\nMLflow {uri}, run {parent}")
+    print_status(f"search {folder}\nMLflow {uri}, run {parent}")
     inside = override(resolved, {"storage.path": str(folder), "tracking.uri": uri})
-    return Study(to_dict(inside), name, parent)
+    return Study(inside, name, parent)
 
 
 def _run_trials(
-    study: Study, space: Space, watch: Watch, asha: _Asha, num_trials: int, max_concurrent: int
+    study: Study, space: Space, watch: SearchCallback, asha: _Asha, num_trials: int, max_concurrent: int
 ) -> None:
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, study=study), TRIAL_RESOURCES),
@@ -142,13 +144,11 @@ def _run_trials(
             metric="AP",
             mode="max",
             scheduler=asha,
-            search_alg=BasicVariantGenerator(
-                max_concurrent=max_concurrent, random_state=study.config["seed"]
-            ),
+            search_alg=BasicVariantGenerator(max_concurrent=max_concurrent, random_state=study.config.seed),
             num_samples=num_trials,
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=study.config["storage"]["path"], callbacks=[watch], verbose=0
+            name="tune", storage_path=str(study.config.storage.path), callbacks=[watch], verbose=0
         ),
     )
     # what Tune logs, and its traces of failed trials, are in our own lines and in the table
@@ -171,29 +171,29 @@ def _domain(distribution: Distribution) -> Any:
 
 
 def _conclude(
-    config: RunConfig, study: Study, watch: Watch, num_trials: int, before: list[Leftover]
-) -> Outcome:
+    config: RunConfig, study: Study, watch: SearchCallback, num_trials: int, before: list[LeakedResource]
+) -> SearchResult:
     """Clear the cluster, settle the trials' runs, and write down what came out."""
     left = cluster.clear(_job_id(), before)
     watch.settle()
     trials = ranked(list(watch.trials.values()))
-    folder = Path(study.config["storage"]["path"])
+    folder = study.config.storage.path
     best = best_trial(trials)
-    result = Outcome(
+    result = SearchResult(
         name=study.name,
         folder=folder,
-        tracking_uri=study.config["tracking"]["uri"],
+        tracking_uri=tracking_uri(study.config),
         mlflow_run_id=study.parent_run_id,
         epochs=config.optim.epochs,
         trials=trials,
         command=train_command(config, best.overrides, folder / "config.yaml") if best else None,
-        leftovers=tuple(left),
+        leaked=tuple(left),
     )
     _record(result, is_complete=watch.num_ended == num_trials)
     return result
 
 
-def _record(result: Outcome, *, is_complete: bool) -> None:
+def _record(result: SearchResult, *, is_complete: bool) -> None:
     """Write the outcome into the search's folder and its MLflow run, and end that run."""
     uri, parent, best = result.tracking_uri, result.mlflow_run_id, result.best
     for file, text in (
@@ -208,7 +208,7 @@ def _record(result: Outcome, *, is_complete: bool) -> None:
         mlflow_run.set_tags(
             uri, parent, {"raydetr.best_trial": best.name, "raydetr.best_command": result.command}
         )
-        tracker = mlflow_run.Tracker(uri, parent)
+        tracker = Tracker(uri, parent)
         numbers = {"AP": best.AP, "AP50": best.AP50}
         tracker.metrics(0, {name: value for name, value in numbers.items() if value is not None})
         tracker.close()

@@ -29,7 +29,7 @@ FIXED = {
     "recipe": "it only names the run",
     "data.train": "trials on other data cannot be compared; run one search for each",
     "data.val": "trials on other data cannot be compared; run one search for each",
-    "data.sample": "trials on other data cannot be compared; run one search for each",
+    "data.synthetic": "trials on other data cannot be compared; run one search for each",
     "data.limit_images": "trials on other data cannot be compared; set it on the command line",
     "data.label_map": "it is a property of the data",
     "optim.epochs": "trials are compared at the same epoch of the same schedule; set it on the command line",

@@ -10,15 +10,15 @@ from typing import Any
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from raydetr.config import from_dict, override
+from raydetr.config import RunConfig, override
 from raydetr.runs import run
 
 
 @dataclass(frozen=True)
 class Study:
-    """What every trial of a search is told. Plain values, for the way to another process."""
+    """What every trial of a search gets."""
 
-    config: dict[str, Any]  # of the resolved RunConfig, its storage below the search's folder
+    config: RunConfig  # resolved; its storage is the search's folder
     name: str
     parent_run_id: str
 
@@ -28,7 +28,7 @@ class Study:
 
     def trial_folder(self, number: int) -> Path:
         """Where a trial keeps its run."""
-        return Path(self.config["storage"]["path"]) / self.trial_name(number)
+        return self.config.storage.path / self.trial_name(number)
 
 
 def trial_number(trial_id: str) -> int:
@@ -45,7 +45,7 @@ def run_trial(drawn: Mapping[str, Any], study: Study) -> None:
     """
     number = trial_number(tune.get_context().get_trial_id())
     run.start(
-        override(from_dict(study.config), plain(drawn)),
+        override(study.config, plain(drawn)),
         name=study.trial_name(number),
         parent_run_id=study.parent_run_id,
         warn=False,

@@ -1,6 +1,6 @@
 """Pictures for the eye: boxes on images, and a grid that sets true and predicted boxes side by side.
 
-Small images are enlarged before anything is drawn, so that text can be read. A category has the same colour
+Small images are enlarged before anything is drawn, so that text can be read. A category has the same color
 everywhere. True boxes are dashed, predicted ones solid with their score.
 """
 
@@ -44,7 +44,7 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Picture:
+class AnnotatedImage:
     """An image with its true and its predicted boxes."""
 
     title: str
@@ -84,7 +84,9 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
     return _draw(_at_least(image, SMALLEST_SIDE), image.size, boxes)
 
 
-def draw_grid(pictures: Sequence[Picture], *, score_threshold: float, num_columns: int = 2) -> Image.Image:
+def draw_grid(
+    pictures: Sequence[AnnotatedImage], *, score_threshold: float, num_columns: int = 2
+) -> Image.Image:
     """A page of pictures, each twice: true boxes at the left, predicted ones at the right.
 
     Args:
@@ -98,7 +100,9 @@ def draw_grid(pictures: Sequence[Picture], *, score_threshold: float, num_column
     return _page(heading, [_cell(picture) for picture in pictures], num_columns)
 
 
-def draw_sheet(pictures: Sequence[Picture], *, heading: str, num_columns: int = 4) -> Image.Image:
+def draw_contact_sheet(
+    pictures: Sequence[AnnotatedImage], *, heading: str, num_columns: int = 4
+) -> Image.Image:
     """A page of pictures with their true boxes."""
     cells = []
     for picture in pictures:
@@ -108,7 +112,7 @@ def draw_sheet(pictures: Sequence[Picture], *, heading: str, num_columns: int = 
 
 
 def color_of(category_id: int) -> Color:
-    """The colour of a category: hues far apart for neighbouring ids, in three strengths."""
+    """The color of a category: hues far apart for neighbouring ids, in three strengths."""
     hue = category_id * 0.61803398875 % 1.0
     saturation, value = ((0.85, 1.0), (0.55, 1.0), (1.0, 0.75))[category_id // 7 % 3]
     red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
@@ -145,7 +149,7 @@ def _outline(
     draw: ImageDraw.ImageDraw, rectangle: Rectangle, color: Color, thickness: int, *, dashed: bool
 ) -> None:
     left, top, right, bottom = rectangle
-    # the dark line beneath keeps a box visible on ground of its own colour
+    # the dark line beneath keeps a box visible on ground of its own color
     draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=_BLACK, width=thickness + 2)
     if not dashed:
         draw.rectangle(rectangle, outline=color, width=thickness)
@@ -223,7 +227,7 @@ def _page(heading: str, cells: Sequence[Image.Image], num_columns: int) -> Image
     return _framed(_stacked(page, _GAP))
 
 
-def _cell(picture: Picture) -> Image.Image:
+def _cell(picture: AnnotatedImage) -> Image.Image:
     panels = [
         _draw(_panel(picture.image), picture.image.size, boxes) for boxes in (picture.true, picture.predicted)
     ]

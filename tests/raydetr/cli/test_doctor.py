@@ -39,7 +39,7 @@ SCHEMA = exactly(
     target=exactly(recipe={"type": ["string", "null"]}, short_side={"type": ["integer", "null"]},
                    max_side=NUMBER, num_queries={"type": ["integer", "null"]},
                    batch_size={"type": ["integer", "null"]}, label_map={"type": ["string", "null"]},
-                   max_damaged={"type": ["integer", "null"]}),
+                   max_corrupt={"type": ["integer", "null"]}),
     splits=many(exactly(
         name=TEXT, location=TEXT, fingerprint=TEXT, images=NUMBER, unusable_images=NUMBER, empty_images=NUMBER,
         objects=NUMBER, crowds=NUMBER, unusable_boxes=NUMBER,

@@ -100,7 +100,7 @@ def test_from_sample_data_to_predictions(raydetr, tmp_path: Path) -> None:
         assert written.code == 0
         assert "4 classes" in written.out
     trained = raydetr(
-        "train", "quickstart", "--local", "data.sample=null", "data.train=shards/train", "data.val=shards/val",
+        "train", "quickstart", "--local", "data.synthetic=null", "data.train=shards/train", "data.val=shards/val",
         "data.batch_size=8", "optim.epochs=1",
     )  # fmt: skip
     assert trained.code == 0
@@ -132,7 +132,7 @@ def test_a_checkpoint_is_refused_on_data_with_other_categories(raydetr, tmp_path
             Path(name, "train"), Path(name, "annotations/instances_train.json"), Path(name, "shards")
         )
     trained = raydetr(
-        "train", "quickstart", "--local", "data.sample=null", "data.train=shapes/shards", "data.val=shapes/shards",
+        "train", "quickstart", "--local", "data.synthetic=null", "data.train=shapes/shards", "data.val=shapes/shards",
         "data.batch_size=8", "optim.epochs=1",
     )  # fmt: skip
     assert trained.code == 0

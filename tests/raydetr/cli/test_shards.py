@@ -60,12 +60,12 @@ def test_check_passes_and_fails_with_the_exit_code(written: Path, tmp_path: Path
     assert result.exit_code == 0
     assert "30 images with" in result.stdout
     assert "in 4 shards are what the manifest says, every byte" in result.stdout
-    damaged = tmp_path / "damaged"
-    shutil.copytree(written, damaged)
-    with (damaged / "shard-00001.tar").open("r+b") as file:
+    corrupt = tmp_path / "damaged"
+    shutil.copytree(written, corrupt)
+    with (corrupt / "shard-00001.tar").open("r+b") as file:
         file.seek(700)
         file.write(b"\0\1\2\3")
-    result = run("check", damaged, "--workers", 1)
+    result = run("check", corrupt, "--workers", 1)
     assert result.exit_code == 1
     assert "shard-00001.tar: its sha256 is" in str(result.exception)
 

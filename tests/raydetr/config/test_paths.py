@@ -7,7 +7,6 @@ import pytest
 from raydetr import recipes
 from raydetr.config import ConfigError, override, parse_assignments, to_dict
 from raydetr.config.paths import absolute, check_location, is_remote, local_folder
-from raydetr.store.transfer import CacheSettings
 
 
 @pytest.mark.parametrize(
@@ -49,9 +48,10 @@ def test_a_url_survives_the_configuration() -> None:
         recipes.find("quickstart"),
         parse_assignments(
             [
-                "data.sample=null", "data.train=s3://bucket/train", "data.cache=/fast/cache", "data.cache_gb=1.5",
+                "data.synthetic=null", "data.train=s3://bucket/train",
+                "data.remote.cache_dir=/fast/cache", "data.remote.cache_gb=1.5",
                 "data.remote.options={anon: true}", "data.remote.options.client_kwargs.region_name=eu-west-1",
-                "data.remote.stall_seconds=9",
+                "data.remote.read_timeout=9",
             ]
         ),
     )  # fmt: skip
@@ -60,7 +60,7 @@ def test_a_url_survives_the_configuration() -> None:
     assert settings is not None
     assert settings.options == {"anon": True, "client_kwargs": {"region_name": "eu-west-1"}}
     assert settings.cache == CacheSettings("/fast/cache", 1_500_000_000)
-    assert settings.stall_seconds == 9
+    assert settings.read_timeout == 9
     assert config.data.build_remote(config.data.val) is None
 
 
@@ -69,8 +69,8 @@ def test_a_url_survives_the_configuration() -> None:
     [
         (["data.remote.attempts=3"], r"remote.attempts would have no effect: .*train and .*val are local"),
         (["data.remote.options.anon=true"], "remote.options would have no effect"),
-        (["data.cache=/c", "data.cache_gb=3"], "cache, cache_gb would have no effect"),
-        (["data.cache=/c", "data.train=s3://b/x"], "cache and cache_gb belong together"),
+        (["data.remote.cache_dir=/c", "data.remote.cache_gb=3"], "cache, cache_gb would have no effect"),
+        (["data.remote.cache_dir=/c", "data.train=s3://b/x"], "cache and cache_gb belong together"),
         (["data.remote.atempts=3"], "did you mean data.remote.attempts"),
         (["data.remote.options=3", "data.train=s3://b/x"], "data.remote.options: .*dictionary"),
     ],

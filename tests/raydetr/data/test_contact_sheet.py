@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from raydetr.cli.main import app
-from raydetr.config import to_yaml
+from raydetr.config import TransformConfig, to_yaml
 from raydetr.data.contact_sheet import contact_sheet
 from raydetr.data.transforms.transform import Transform
 from raydetr.recipes import quickstart
@@ -63,7 +63,7 @@ def runs(flags: np.ndarray) -> list[tuple[int, int]]:
 
 
 def check_boxes(sheet: Image.Image, num: int) -> None:
-    """In each panel the dashes of the category's colour surround the white rectangle."""
+    """In each panel the dashes of the category's color surround the white rectangle."""
     found = panels(sheet)
     assert len(found) == num
     for panel in found:
@@ -88,10 +88,10 @@ def test_boxes_surround_their_objects(painted: Shards) -> None:
 
 
 def test_boxes_surround_their_objects_after_the_augmentation(painted: Shards) -> None:
-    transform = Transform(
+    transform = Transform(TransformConfig(
         short_sides=(240, 320, 400), max_side=600, horizontal_flip=0.5,
         crop_probability=0.5, crop_short_sides=(300, 320), crop_min_side=290, crop_max_side=480, brightness=0.1,
-    )  # fmt: skip
+    ))  # fmt: skip
     augmented = contact_sheet(painted, 6, seed=3, transform=transform)
     check_boxes(augmented, 6)
     assert augmented.tobytes() != contact_sheet(painted, 6, seed=3).tobytes()
@@ -116,7 +116,7 @@ def test_the_command_writes_a_png(painted: Shards, tmp_path: Path) -> None:
     )
     assert run.exit_code == 0, run.output
     check_boxes(Image.open(out), 2)
-    flipped = contact_sheet(painted, 2, transform=Transform(horizontal_flip=1.0))
+    flipped = contact_sheet(painted, 2, transform=Transform(TransformConfig(horizontal_flip=1.0)))
     np.testing.assert_array_equal(np.asarray(Image.open(out)), np.asarray(flipped))
 
 

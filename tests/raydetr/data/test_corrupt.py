@@ -13,24 +13,25 @@ import numpy as np
 import pytest
 
 from damaged_shards import damage_sample
+from raydetr.config import TransformConfig
 from raydetr.data.batch import Batch, collate
-from raydetr.data.corrupt import Damage, OnDamage
+from raydetr.data.corrupt import CorruptSample, OnCorrupt
 from raydetr.data.samples import load_sample
-from raydetr.data.stream import evaluation_batches, make_plan, train_batches
+from raydetr.data.stream import evaluation_batches, make_order, train_batches
 from raydetr.data.transforms.transform import Transform
 from raydetr.shards.files import LocalFiles, Span
 from raydetr.shards.reader import ShardError, Shards, open_shards
 from raydetr.shards.validation import RawSample
 
 SEED = 5
-TRANSFORM = Transform(short_sides=(24, 32, 40), max_side=64, horizontal_flip=0.5)
+TRANSFORM = Transform(TransformConfig(short_sides=(24, 32, 40), max_side=64, horizontal_flip=0.5))
 DAMAGED = (33, 7, 8)  # indices; one image, two JSON records
 TOPOLOGIES = [(1, 0, 4), (2, 2, 2), (1, 0, 53), (3, 0, 1)]  # ranks, loader processes, samples a rank
 Found = dict[int, tuple[int, bytes, bytes]]  # position -> image id, pixels, targets
 
 
 @pytest.fixture
-def damaged(shards: Shards, tmp_path: Path) -> Shards:
+def corrupt(shards: Shards, tmp_path: Path) -> Shards:
     """A copy of the 53 samples with three that are damaged."""
     copy = open_shards(shutil.copytree(shards.path, tmp_path / "copy"))
     for index in DAMAGED:
@@ -40,7 +41,7 @@ def damaged(shards: Shards, tmp_path: Path) -> Shards:
 
 def stream(
     shards: Shards,
-    policy: OnDamage,
+    policy: OnCorrupt,
     rank: int,
     topology: tuple[int, int, int],
     position: int = 0,
@@ -49,31 +50,31 @@ def stream(
     world_size, workers, batch_size = topology
     return train_batches(
         shards, seed=SEED, position=position, rank=rank, world_size=world_size, batch_size=batch_size,
-        transform=transform, num_workers=workers, on_damage=policy,
+        transform=transform, num_workers=workers, on_corrupt=policy,
     )  # fmt: skip
 
 
 def take(
     shards: Shards,
-    policy: OnDamage,
+    policy: OnCorrupt,
     topology: tuple[int, int, int],
     num_samples: int,
     position: int = 0,
     transform: Transform = TRANSFORM,
-) -> tuple[Found, list[Damage]]:
+) -> tuple[Found, list[CorruptSample]]:
     """What the positions of a run hold, those that are masked left out; and all rows, in order."""
     world_size, _, batch_size = topology
     steps = -(-num_samples // (world_size * batch_size))
     found: Found = {}
-    rows: list[Damage] = []
+    rows: list[CorruptSample] = []
     for rank in range(world_size):
         batches = stream(shards, policy, rank, topology, position, transform)
         for batch in itertools.islice(batches, steps):
             own = batch.position + rank * batch_size
-            masked = {row.position for row in batch.damage if row.action == "masked"}
+            masked = {row.position for row in batch.corrupt if row.action == "masked"}
             left = [place for place in range(own, own + batch_size) if place not in masked]
             assert batch.is_blank == (not left)
-            rows += batch.damage
+            rows += batch.corrupt
             found |= zip(left, () if batch.is_blank else contents(batch), strict=True)
         batches.close()
     end = position + num_samples
@@ -94,7 +95,7 @@ def expected_rows(shards: Shards, action: str, num_epochs: int) -> list[tuple[An
     """Worked out from the order of each epoch and the index."""
     rows = []
     for epoch in range(num_epochs):
-        order = make_plan(shards, SEED).order(epoch).tolist()
+        order = make_order(shards, SEED).order(epoch).tolist()
         for index in DAMAGED:
             row = shards.samples[index]
             shard = str(shards.path / f"shard-{row['shard']:05d}.tar")
@@ -103,18 +104,18 @@ def expected_rows(shards: Shards, action: str, num_epochs: int) -> list[tuple[An
     return sorted(rows)
 
 
-def short(rows: list[Damage]) -> list[tuple[Any, ...]]:
+def short(rows: list[CorruptSample]) -> list[tuple[Any, ...]]:
     return [(row.position, row.shard, row.key, row.offset, row.action) for row in rows]
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_masked_samples_are_missing_and_all_others_as_they_were(
-    shards: Shards, damaged: Shards, topology: tuple[int, int, int]
+    shards: Shards, corrupt: Shards, topology: tuple[int, int, int]
 ) -> None:
     whole, none = take(shards, "mask", topology, 106)
-    found, rows = take(damaged, "mask", topology, 106)
+    found, rows = take(corrupt, "mask", topology, 106)
     assert none == []
-    assert short(rows) == expected_rows(damaged, "masked", 2)
+    assert short(rows) == expected_rows(corrupt, "masked", 2)
     masked = {row.position for row in rows}
     assert len(masked) == 6
     assert found == {place: content for place, content in whole.items() if place not in masked}
@@ -123,18 +124,18 @@ def test_masked_samples_are_missing_and_all_others_as_they_were(
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_the_sample_before_takes_the_place(
-    shards: Shards, damaged: Shards, topology: tuple[int, int, int]
+    shards: Shards, corrupt: Shards, topology: tuple[int, int, int]
 ) -> None:
     whole, _ = take(shards, "raise", topology, 106)
-    found, rows = take(damaged, "substitute", topology, 106)
-    assert short(rows) == expected_rows(damaged, "substituted", 2)
+    found, rows = take(corrupt, "substitute", topology, 106)
+    assert short(rows) == expected_rows(corrupt, "substituted", 2)
     wrong = {row.position for row in rows}
     assert {place: found[place] for place in found.keys() - wrong} == {
         place: whole[place] for place in whole.keys() - wrong
     }
     for place in wrong:
         epoch, i = divmod(place, 53)
-        order = make_plan(shards, SEED).order(epoch).tolist()
+        order = make_order(shards, SEED).order(epoch).tolist()
         before = (order[(i - back) % 53] for back in range(1, 53))
         index = next(index for index in before if index not in DAMAGED)
         assert found[place][0] == shards.samples["image_id"][index]
@@ -147,33 +148,33 @@ def content_of(shards: Shards, index: int, position: int) -> tuple[int, bytes, b
 
 
 @pytest.mark.parametrize("policy", ["mask", "substitute"])
-def test_a_resumed_stream_meets_the_same(damaged: Shards, policy: OnDamage) -> None:
-    found, rows = take(damaged, policy, (1, 0, 4), 104)
-    resumed, then = take(damaged, policy, (2, 0, 2), 52, position=52)
+def test_a_resumed_stream_meets_the_same(corrupt: Shards, policy: OnCorrupt) -> None:
+    found, rows = take(corrupt, policy, (1, 0, 4), 104)
+    resumed, then = take(corrupt, policy, (2, 0, 2), 52, position=52)
     assert resumed == {place: content for place, content in found.items() if place >= 52}
     assert then == [row for row in rows if row.position >= 52]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_raise_names_shard_and_key(damaged: Shards, workers: int) -> None:
-    row = damaged.samples[33]
-    first = make_plan(damaged, SEED).order(0).tolist().index(33)
+def test_raise_names_shard_and_key(corrupt: Shards, workers: int) -> None:
+    row = corrupt.samples[33]
+    first = make_order(corrupt, SEED).order(0).tolist().index(33)
     with pytest.raises(
         ShardError, match=rf"shard-00002.tar: sample {row['image_id']:012d} at byte"
     ) as caught:
-        next(stream(damaged, "raise", 0, (1, workers, 1), position=first))
+        next(stream(corrupt, "raise", 0, (1, workers, 1), position=first))
     assert caught.value.key == f"{row['image_id']:012d}"
     assert "Traceback" not in str(caught.value)
 
 
 @pytest.mark.parametrize("policy", ["mask", "substitute"])
 def test_mosaics_with_a_damaged_image_are_replaced_too(
-    shards: Shards, damaged: Shards, policy: OnDamage
+    shards: Shards, corrupt: Shards, policy: OnCorrupt
 ) -> None:
     mosaics = dataclasses.replace(TRANSFORM, mosaic_probability=1.0)
     whole, _ = take(shards, policy, (1, 0, 4), 53, transform=mosaics)
-    found, rows = take(damaged, policy, (1, 0, 4), 53, transform=mosaics)
-    assert (found, rows) == take(damaged, policy, (2, 2, 2), 53, transform=mosaics)
+    found, rows = take(corrupt, policy, (1, 0, 4), 53, transform=mosaics)
+    assert (found, rows) == take(corrupt, policy, (2, 2, 2), 53, transform=mosaics)
     # four images in a picture: about four times as many are hit, and each row names the image that is damaged
     assert 6 < len(rows) < 20
     assert {row.key for row in rows} == {shards.key(index) for index in DAMAGED}
@@ -200,7 +201,7 @@ class Flaky(LocalFiles):
 
 
 @pytest.mark.parametrize("policy", ["raise", "mask", "substitute"])
-def test_a_second_look_past_the_cache_is_enough(shards: Shards, policy: OnDamage) -> None:
+def test_a_second_look_past_the_cache_is_enough(shards: Shards, policy: OnCorrupt) -> None:
     assert isinstance(shards.files, LocalFiles)
     files = Flaky(shards.files)
     flaky = dataclasses.replace(shards, files=files)
@@ -221,35 +222,35 @@ def test_everything_damaged_is_no_endless_search(shards: Shards, monkeypatch: py
         next(stream(shards, "substitute", 0, (1, 0, 4)))
     batch = next(stream(shards, "mask", 0, (1, 0, 4)))
     assert batch.is_blank
-    assert [row.position for row in batch.damage] == [0, 1, 2, 3]
+    assert [row.position for row in batch.corrupt] == [0, 1, 2, 3]
     assert (len(batch.labels), batch.counts, int(batch.pixels.sum())) == (0, (0,), 0)
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 2)])
 @pytest.mark.parametrize("policy", ["mask", "substitute"])
 def test_evaluation_leaves_damaged_images_out(
-    shards: Shards, damaged: Shards, policy: OnDamage, world_size: int, workers: int
+    shards: Shards, corrupt: Shards, policy: OnCorrupt, world_size: int, workers: int
 ) -> None:
     ids: list[int] = []
-    rows: list[Damage] = []
+    rows: list[CorruptSample] = []
     numbers = set()
     for rank in range(world_size):
         batches = list(
             evaluation_batches(
-                damaged,
+                corrupt,
                 rank=rank,
                 world_size=world_size,
                 batch_size=1,
-                transform=Transform(),
+                transform=Transform(TransformConfig()),
                 num_workers=workers,
-                on_damage=policy,
+                on_corrupt=policy,
             )
         )
         numbers.add(len(batches))
         for batch in batches:
             if batch is not None:
                 ids += [] if batch.is_blank else batch.image_ids.tolist()
-                rows += batch.damage
+                rows += batch.corrupt
     assert len(numbers) == 1
     everything = set(shards.samples["image_id"].tolist())
     assert sorted(ids) == sorted(everything - {int(shards.samples["image_id"][index]) for index in DAMAGED})

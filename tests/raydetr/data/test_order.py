@@ -13,23 +13,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raydetr.data.order import Plan, PlanParameters
+from raydetr.data.order import OrderParameters, SampleOrder
 
 BENCHMARK = Path(__file__).parents[3] / "benchmarks/stream_order.py"
 
-DEFAULT = PlanParameters()
+DEFAULT = OrderParameters()
 MODEST = settings(deadline=None, max_examples=60)
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=6)  # samples of each shard
-SMALL = st.builds(PlanParameters, st.integers(1, 9), st.integers(1, 20), st.integers(1, 4), st.integers(1, 5))
+SMALL = st.builds(
+    OrderParameters, st.integers(1, 9), st.integers(1, 20), st.integers(1, 4), st.integers(1, 5)
+)
 EPOCHS = st.one_of(st.integers(0, 5), st.integers(0, 10**12))
 TOPOLOGIES = st.tuples(st.integers(1, 9), st.integers(0, 4), st.integers(1, 7), st.integers(1, 4))
 
 
-def make_plan(
-    sizes: list[int], seed: int = 0, parameters: PlanParameters = DEFAULT, fingerprint: str = "f"
-) -> Plan:
+def make_order(
+    sizes: list[int], seed: int = 0, parameters: OrderParameters = DEFAULT, fingerprint: str = "f"
+) -> SampleOrder:
     shards = np.repeat(np.arange(len(sizes)), sizes)
-    return Plan(shards, made_aspects(len(shards)), fingerprint, seed, parameters)
+    return SampleOrder(shards, made_aspects(len(shards)), fingerprint, seed, parameters)
 
 
 def made_aspects(num_samples: int) -> np.ndarray:
@@ -38,7 +40,7 @@ def made_aspects(num_samples: int) -> np.ndarray:
     return np.array([0.67, 0.75, 1, 1.33, 1.5])[mixed]
 
 
-def plain_order(sizes: list[int], parameters: PlanParameters, epoch: int) -> list[int]:
+def plain_order(sizes: list[int], parameters: OrderParameters, epoch: int) -> list[int]:
     """tau_e as its definition says, sample by sample (seed 0, fingerprint "f")."""
     block, window, windows, atom = (
         getattr(parameters, name) for name in ("block", "window", "windows", "atom")
@@ -100,30 +102,30 @@ def philox(key: list[int], high: int) -> Iterator[int]:
 
 @settings(deadline=None, max_examples=150)
 @given(SIZES, SMALL, EPOCHS)
-def test_the_order_is_as_defined(sizes: list[int], parameters: PlanParameters, epoch: int) -> None:
-    order = make_plan(sizes, parameters=parameters).order(epoch)
+def test_the_order_is_as_defined(sizes: list[int], parameters: OrderParameters, epoch: int) -> None:
+    order = make_order(sizes, parameters=parameters).order(epoch)
     assert order.tolist() == plain_order(sizes, parameters, epoch)
 
 
 @MODEST
 @given(SIZES, SMALL, st.integers(0, 5), EPOCHS)
 def test_an_epoch_holds_every_sample_once(
-    sizes: list[int], parameters: PlanParameters, seed: int, epoch: int
+    sizes: list[int], parameters: OrderParameters, seed: int, epoch: int
 ) -> None:
-    order = make_plan(sizes, seed, parameters).order(epoch)
+    order = make_order(sizes, seed, parameters).order(epoch)
     assert sorted(order.tolist()) == list(range(sum(sizes)))
 
 
 @MODEST
 @given(SIZES, SMALL, st.integers(0, 5), st.data())
 def test_any_part_is_that_of_the_whole(
-    sizes: list[int], parameters: PlanParameters, seed: int, data: st.DataObject
+    sizes: list[int], parameters: OrderParameters, seed: int, data: st.DataObject
 ) -> None:
     """What is drawn for a few samples, in any sequence of requests, is what an epoch at once gives."""
     num_samples = sum(sizes)
     first = data.draw(st.integers(0, 10**6))
-    whole = make_plan(sizes, seed, parameters).samples(first, 3 * num_samples)
-    plan = make_plan(sizes, seed, parameters)
+    whole = make_order(sizes, seed, parameters).samples(first, 3 * num_samples)
+    plan = make_order(sizes, seed, parameters)
     for _ in range(8):
         begin = data.draw(st.integers(0, 3 * num_samples))
         count = data.draw(st.integers(0, min(3 * num_samples - begin, 50)))
@@ -131,7 +133,7 @@ def test_any_part_is_that_of_the_whole(
 
 
 def consume(
-    sizes: list[int], parameters: PlanParameters, position: int, topology: tuple[int, int, int, int]
+    sizes: list[int], parameters: OrderParameters, position: int, topology: tuple[int, int, int, int]
 ) -> tuple[int, list[list[list[int]]]]:
     """Run two optimizer steps; returns the position after them and what each rank saw in each batch.
 
@@ -140,7 +142,7 @@ def consume(
     ranks, workers, batch, accumulation = topology
     seen: list[list[list[int]]] = [[] for _ in range(ranks)]
     for rank in range(ranks):
-        plans = [make_plan(sizes, 0, parameters) for _ in range(max(workers, 1))]
+        plans = [make_order(sizes, 0, parameters) for _ in range(max(workers, 1))]
         for micro_step, own in zip(range(2 * accumulation), itertools.cycle(plans)):
             start = position + micro_step * ranks * batch + rank * batch
             seen[rank].append(own.samples(start, batch).tolist())
@@ -150,7 +152,7 @@ def consume(
 @settings(deadline=None, max_examples=100)
 @given(SIZES, SMALL, st.integers(0, 300), st.lists(TOPOLOGIES, min_size=1, max_size=3))
 def test_any_topologies_one_after_another_give_one_run(
-    sizes: list[int], parameters: PlanParameters, position: int, topologies: list[tuple[int, int, int, int]]
+    sizes: list[int], parameters: OrderParameters, position: int, topologies: list[tuple[int, int, int, int]]
 ) -> None:
     """Exactly once an epoch, one global order, batches of one size on all ranks, resumed at any G."""
     found, start = [], position
@@ -169,26 +171,26 @@ def test_any_entry_takes_one_window() -> None:
     sizes = [1000] * 118 + [287]
     late = 100_000 * sum(sizes)
     for begin, windows, epochs in [(late + 4, 1, 1), (late + 60_000, 1, 1), (late - 2, 2, 2)]:
-        plan = make_plan(sizes)
+        plan = make_order(sizes)
         plan.samples(begin, 4)
         assert plan._window.cache_info().misses <= windows
         assert plan._epoch.cache_info().misses == epochs
-    plan = make_plan([1000] * 16)
+    plan = make_order([1000] * 16)
     for begin in range(0, 16_000, 4):  # one rank reads all lanes
         plan.samples(begin, 4)
     assert plan._window.cache_info().misses == 2 * 16  # each window once
-    assert plan._window.cache_info().currsize <= plan.num_lanes == 16
+    assert plan._window.cache_info().currsize <= plan.num_streams == 16
 
 
 def test_seed_epoch_fingerprint_and_parameters_change_the_order() -> None:
-    base = make_plan([500, 500]).order(0).tolist()
+    base = make_order([500, 500]).order(0).tolist()
     others = [
-        make_plan([500, 500], seed=1).order(0),
-        make_plan([500, 500]).order(1),
-        make_plan([500, 500], fingerprint="g").order(0),
-        make_plan([500, 500], parameters=PlanParameters(windows=3)).order(0),
+        make_order([500, 500], seed=1).order(0),
+        make_order([500, 500]).order(1),
+        make_order([500, 500], fingerprint="g").order(0),
+        make_order([500, 500], parameters=OrderParameters(windows=3)).order(0),
     ]
-    assert make_plan([500, 500]).order(0).tolist() == base
+    assert make_order([500, 500]).order(0).tolist() == base
     assert all(order.tolist() != base for order in others)
     assert all(np.mean(order == base) < 0.05 for order in others)
 
@@ -196,7 +198,7 @@ def test_seed_epoch_fingerprint_and_parameters_change_the_order() -> None:
 def test_every_sample_comes_at_any_time() -> None:
     """Over many seeds, where a sample comes in its epoch is spread evenly."""
     orders = np.array(
-        [make_plan([100] * 5, seed, PlanParameters(5, 20, 3, 4)).order(0) for seed in range(200)]
+        [make_order([100] * 5, seed, OrderParameters(5, 20, 3, 4)).order(0) for seed in range(200)]
     )
     places = np.argsort(orders, axis=1)  # [seed, sample]
     assert np.abs(places.mean(0) / 499 - 0.5).max() < 0.1  # the mean of 200 even draws: sigma 0.02
@@ -204,10 +206,10 @@ def test_every_sample_comes_at_any_time() -> None:
 
 
 def test_the_order_is_fixed_for_all_time() -> None:
-    """A checkpoint's position means nothing to a program that orders otherwise: raise PLAN_VERSION then."""
-    orders = [make_plan([7, 6], 3, PlanParameters(3, 2, 2, 2)).order(epoch).tolist() for epoch in (0, 1)]
+    """A checkpoint's position means nothing to a program that orders otherwise: raise ORDER_VERSION then."""
+    orders = [make_order([7, 6], 3, OrderParameters(3, 2, 2, 2)).order(epoch).tolist() for epoch in (0, 1)]
     assert orders == FIXED
-    digest = hashlib.sha256(make_plan([1000] * 118 + [287]).order(7).astype("<i8").tobytes()).hexdigest()
+    digest = hashlib.sha256(make_order([1000] * 118 + [287]).order(7).astype("<i8").tobytes()).hexdigest()
     assert digest[:16] == FIXED_DEFAULT  # also with the parameters that runs have
 
 
@@ -218,7 +220,7 @@ FIXED = [[7, 8, 12, 3, 10, 11, 1, 4, 6, 9, 0, 5, 2], [7, 8, 9, 0, 1, 12, 11, 2, 
 @pytest.mark.parametrize("num_ranks", [8, 16])
 def test_coco_is_read_in_blocks_and_batched_by_shape(num_ranks: int) -> None:
     """118,287 samples: ranks hardly share blocks, and a batch of four has one aspect, also in epoch 3."""
-    plan = make_plan([1000] * 118 + [287])
+    plan = make_order([1000] * 118 + [287])
     num_samples = plan.num_samples
     samples = np.arange(num_samples)
     block = samples // 1000 * 1000 + samples % 1000 // 32

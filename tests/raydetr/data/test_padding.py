@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 
-from raydetr.data.order import Plan
+from raydetr.data.order import SampleOrder
 from raydetr.data.transforms.geometry import resized_size
 from raydetr.data.transforms.transform import Transform
 from raydetr.recipes.coco import official_training_transform
@@ -27,7 +27,7 @@ RARE = [
     (640, 418), (469, 469), (640, 457), (500, 486), (358, 640), (640, 368), (640, 444), (478, 640), (640, 320),
 ]  # fmt: skip
 
-OFFICIAL = official_training_transform().build()
+OFFICIAL = Transform(official_training_transform())
 PER_STEP = dataclasses.replace(OFFICIAL, scale_per="step")
 UNCROPPED = dataclasses.replace(OFFICIAL, crop_probability=0.0)
 UNCROPPED_PER_STEP = dataclasses.replace(PER_STEP, crop_probability=0.0)
@@ -68,7 +68,7 @@ def padded_share(transform: Transform, order: np.ndarray) -> float:
 @pytest.fixture(scope="module")
 def order() -> np.ndarray:
     widths, heights = np.array(SIZES).T
-    plan = Plan(np.arange(NUM_IMAGES) // 1000, widths / heights, "padding", 3)
+    plan = SampleOrder(np.arange(NUM_IMAGES) // 1000, widths / heights, "padding", 3)
     return plan.order(0)
 
 

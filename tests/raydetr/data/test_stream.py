@@ -13,12 +13,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from raydetr.config import TransformConfig
 from raydetr.data.batch import Batch
-from raydetr.data.stream import evaluation_batches, make_plan, train_batches
+from raydetr.data.stream import evaluation_batches, make_order, train_batches
 from raydetr.data.transforms.transform import Transform
 from raydetr.shards.reader import ShardError, Shards, open_shards
 
-TRANSFORM = Transform(short_sides=(24, 32, 40), max_side=64, horizontal_flip=0.5)
+TRANSFORM = Transform(TransformConfig(short_sides=(24, 32, 40), max_side=64, horizontal_flip=0.5))
 
 
 def batches(
@@ -113,7 +114,7 @@ def test_any_topologies_one_after_another_give_one_run(
 
 
 def test_one_scale_a_step_on_all_ranks(shards: Shards) -> None:
-    transform = Transform(short_sides=tuple(range(24, 48)), max_side=500, scale_per="step")
+    transform = Transform(TransformConfig(short_sides=tuple(range(24, 48)), max_side=500, scale_per="step"))
     streams = [
         train_batches(
             shards, seed=0, position=3, rank=rank, world_size=3, batch_size=2, transform=transform,
@@ -132,7 +133,7 @@ def test_one_scale_a_step_on_all_ranks(shards: Shards) -> None:
 def test_late_positions_start_at_once(shards: Shards) -> None:
     far = 100_000 * shards.num_samples + 17
     batch = next(batches(shards, far, 1, 2, 3))
-    plan = make_plan(shards, 5)
+    plan = make_order(shards, 5)
     expected = shards.samples["image_id"][plan.order(100_000)[20:23]]
     assert batch.position == far
     assert batch.image_ids.tolist() == expected.tolist()
@@ -167,7 +168,7 @@ def test_evaluation_shows_every_image_once_in_fixed_batches(
                 rank=rank,
                 world_size=world_size,
                 batch_size=batch_size,
-                transform=Transform(short_sides=(32,)),
+                transform=Transform(TransformConfig(short_sides=(32,))),
                 num_workers=workers,
             )
         )
@@ -216,7 +217,7 @@ def test_damage_stops_the_stream_and_names_shard_and_key(
     with pytest.raises(ShardError, match=place):
         seen.extend(batch.image_ids.item() for batch in batches(open_shards(folder), 0, 0, 1, 1, workers))
     assert row["image_id"] not in seen
-    expected = shards.samples["image_id"][make_plan(shards, 5).order(0)].tolist()
+    expected = shards.samples["image_id"][make_order(shards, 5).order(0)].tolist()
     assert seen == expected[: len(seen)]
 
 

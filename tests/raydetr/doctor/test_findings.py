@@ -452,8 +452,8 @@ def test_damage_that_a_run_goes_on_with_is_a_warning(tmp_path: Path) -> None:
     nan_box(train, val)
     locations = [str(made.write(train, tmp_path / "train")), str(made.write(val, tmp_path / "val"))]
     codes = {"damaged-samples", "malformed-boxes"}
-    for max_damaged, level in ((0, "fault"), (1, "fault"), (2, "warning"), (None, "warning")):
-        report = examine(locations, replace(TARGET, max_damaged=max_damaged), num_processes=1)
+    for max_corrupt, level in ((0, "fault"), (1, "fault"), (2, "warning"), (None, "warning")):
+        report = examine(locations, replace(TARGET, max_corrupt=max_corrupt), num_processes=1)
         assert {(found.code, found.level) for found in report.findings} == {(code, level) for code in codes}
         assert report.may_start == (level == "warning")
 

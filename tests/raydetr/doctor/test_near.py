@@ -19,7 +19,7 @@ from raydetr.doctor.duplicates import (
     groups_of,
     near_pairs,
 )
-from raydetr.doctor.scan import look_at
+from raydetr.doctor.scan import image_signature
 
 Variant = Callable[[Image.Image], bytes]
 
@@ -65,7 +65,7 @@ def photographs() -> list[Image.Image]:
 
 
 def looks(contents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    seen = [look_at(content) for content in contents]
+    seen = [image_signature(content) for content in contents]
     return np.array([look[2] for look in seen], np.uint64), np.stack([look[3] for look in seen])
 
 
@@ -145,7 +145,7 @@ def test_different_photographs_are_far_from_the_limit(photographs: list[Image.Im
 def test_a_truncated_image_is_no_look() -> None:
     content = encoded(picture(np.random.default_rng(1)))
     with pytest.raises(OSError, match="truncated"):
-        look_at(content[: len(content) // 2])
+        image_signature(content[: len(content) // 2])
 
 
 def test_deep_and_transparent_pictures_have_the_look_of_plain_ones() -> None:

@@ -18,7 +18,7 @@ from raydetr.runs import run
 from raydetr.runs.overfit import overfit
 from raydetr.shards.manifest import SAMPLE_DTYPE
 from raydetr.shards.reader import Shards, open_shards
-from raydetr.shards.synthetic import write_sample_data
+from raydetr.shards.synthetic import write_synthetic_data
 from raydetr.shards.writer import write_shards
 
 TARGET = Target(recipe="test", num_queries=20, batch_size=8)
@@ -38,7 +38,7 @@ def test_healthy_data_says_nothing(tmp_path: Path) -> None:
 
 
 def test_sample_data_says_nothing(tmp_path: Path) -> None:
-    write_sample_data(tmp_path / "coco", num_train=24, num_val=12)
+    write_synthetic_data(tmp_path / "coco", num_train=24, num_val=12)
     shards = []
     for split in ("train", "val"):
         annotations = tmp_path / "coco" / "annotations" / f"instances_{split}.json"
@@ -89,7 +89,7 @@ def test_faults_stop(tmp_path: Path) -> None:
 
 
 def test_a_damaged_sample_is_left_to_the_stream(tmp_path: Path) -> None:
-    """`data.on_damage` decides what becomes of it."""
+    """`data.on_corrupt` decides what becomes of it."""
     train = made.healthy(30, 1)
     train.samples[3].annotations[0]["bbox"] = None
     assert warnings(tmp_path, train, made.healthy(20, 2)) == []
@@ -128,14 +128,14 @@ def test_a_run_says_what_is_odd_and_goes_on(
     config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = override(config, {"data.val": config.data.train})
-    run.say_warnings(run.resolve(config))
+    run.print_warnings(run.resolve(config))
     said = " ".join(capsys.readouterr().err.split())
     assert said.startswith("warning: ")
     assert "they hold the very same samples" in said
 
 
 def test_a_run_on_healthy_data_says_nothing(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    run.say_warnings(run.resolve(config))
+    run.print_warnings(run.resolve(config))
     assert capsys.readouterr().err == ""
 
 

@@ -31,16 +31,16 @@ def test_processes_see_what_one_sees(shards: Shards) -> None:
     together = scan(shards, num_processes=2)
     assert (alone.images == together.images).all()
     assert alone.objects.tobytes() == together.objects.tobytes()  # NaN equals NaN
-    assert alone.damage == together.damage
+    assert alone.corrupt == together.corrupt
     total = shards.num_samples
     assert calls == [(done, total) for done in range(1, total + 1)]
 
 
 def test_what_is_seen_is_what_was_written(shards: Shards) -> None:
     facts = scan(shards, num_processes=1)
-    assert sorted(facts.damage) == [70, 71]
-    assert "cannot be decoded" in facts.damage[70]
-    assert "annotation 0" in facts.damage[71]
+    assert sorted(facts.corrupt) == [70, 71]
+    assert "cannot be decoded" in facts.corrupt[70]
+    assert "annotation 0" in facts.corrupt[71]
     is_read = facts.images["is_read"]
     assert np.flatnonzero(~is_read).tolist() == [70, 71]
     assert (facts.images["width"][is_read] == made.WIDTH).all()
@@ -60,8 +60,8 @@ def test_a_shard_that_is_cut_while_it_is_read_is_damage(tmp_path: Path) -> None:
     shard = folder / "shard-00000.tar"
     shard.write_bytes(shard.read_bytes()[: int(shards.samples["offset"][6])])
     facts = scan(shards, num_processes=1)
-    assert sorted(facts.damage) == [6, 7, 8, 9]
-    assert "the shard ends after 0 of its" in facts.damage[6]
+    assert sorted(facts.corrupt) == [6, 7, 8, 9]
+    assert "the shard ends after 0 of its" in facts.corrupt[6]
 
 
 def test_shards_that_others_wrote_are_read_beyond_the_first_chunk(tmp_path: Path) -> None:
@@ -76,5 +76,5 @@ def test_shards_that_others_wrote_are_read_beyond_the_first_chunk(tmp_path: Path
                 tar.addfile(member, io.BytesIO(content))
     index_folder(tmp_path)
     facts = scan(open_shards(tmp_path), num_processes=1)
-    assert facts.damage == {}
+    assert facts.corrupt == {}
     assert facts.objects["box"][:, 2].tolist() == [3 + number % 7 for number in range(CHUNK + 5)]

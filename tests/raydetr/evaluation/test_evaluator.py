@@ -103,17 +103,17 @@ def test_sharded_equals_single_to_the_last_digit() -> None:
     expected = coco_ap(truth(20), single).to_dict()
     assert 0 < expected["AP"] < 1
     for world_size in (2, 3, 4):
-        gather = Gathering()
+        all_gather = Gathering()
         for rank in range(world_size):
             mine: list[Batch | None] = [*batches[rank::world_size]]
             padding: list[Batch | None] = [None] * (-(-len(batches) // world_size) - len(mine))
-            sharded = evaluate(Detector(), postprocess, iter(mine + padding), LABEL_MAP, gather)
-        assert len(gather.shares) == world_size
+            sharded = evaluate(Detector(), postprocess, iter(mine + padding), LABEL_MAP, all_gather)
+        assert len(all_gather.shares) == world_size
         assert [r["image_id"] for r in sharded] != [r["image_id"] for r in single]
         assert coco_ap(truth(20), sharded).to_dict() == expected
 
 
 def test_gather_is_called_once_even_without_batches() -> None:
-    gather = Gathering()
-    assert evaluate(Detector(), postprocess, iter([None]), LABEL_MAP, gather) == []
-    assert gather.shares == [[]]
+    all_gather = Gathering()
+    assert evaluate(Detector(), postprocess, iter([None]), LABEL_MAP, all_gather) == []
+    assert all_gather.shares == [[]]

@@ -11,6 +11,7 @@ import pytest
 from raydetr.evaluation.coco_metrics import AP_FILE, NAMES, ApTable, ClassAp
 from raydetr.runs.compare import compare
 from raydetr.tracking import mlflow_run
+from raydetr.tracking.tracker import Tracker
 
 # SQLAlchemy 2.1 deprecates an option that MLflow 3.17 uses
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
@@ -34,7 +35,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 def _run(uri: str, name: str, ap: float, classes: Mapping[str, float], params: Mapping[str, Any]) -> str:
     run_id = mlflow_run.create_run(uri, "detectors", name)
     mlflow_run.log_params(uri, run_id, params)
-    tracker = mlflow_run.Tracker(uri, run_id)
+    tracker = Tracker(uri, run_id)
     numbers = dict.fromkeys(NAMES, ap) | {"APs": -1.0, "AR1": 0.125}
     tracker.metrics(10, dict.fromkeys(NAMES, 0.001))  # an earlier evaluation
     tracker.metrics(20, numbers)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from raydetr.runs.summary import summary
 from torch import Tensor
 
 import small_models
@@ -19,13 +20,13 @@ from damaged_shards import damage_sample
 from detrs import zoo
 from raydetr.config import ConfigError, RunConfig, from_dict, override, to_dict
 from raydetr.data.batch import Batch, blank_batch, collate, to_model
-from raydetr.data.corrupt import Damage, DamageError, Ledger
+from raydetr.data.corrupt import CorruptSample, CorruptSampleLog, TooManyCorruptError
 from raydetr.data.samples import load_sample
 from raydetr.data.splits import open_splits
-from raydetr.data.stream import make_plan, train_batches
+from raydetr.data.stream import make_order, train_batches
+from raydetr.data.transforms.transform import Transform
 from raydetr.runs import run
 from raydetr.runs.evaluate import evaluate_checkpoint
-from raydetr.runs.summary import summary
 from raydetr.shards.reader import ShardError, open_shards
 from raydetr.tracking import mlflow_run
 from raydetr.training import checkpoint
@@ -78,38 +79,38 @@ def masked_batch(config: RunConfig, rank: int = 0, size: int = 1, position: int 
     return next(
         train_batches(
             open_splits(config.data)[0], seed=0, position=position, rank=rank, world_size=size,
-            batch_size=config.data.batch_size // size, transform=config.data.train_transform.build(),
-            on_damage="mask",
+            batch_size=config.data.batch_size // size, transform=Transform(config.data.train_transform),
+            on_corrupt="mask",
         )
     )  # fmt: skip
 
 
-def batch_without(config: RunConfig, damaged: set[int], position: int = 0) -> Batch:
+def batch_without(config: RunConfig, corrupt: set[int], position: int = 0) -> Batch:
     """The batch of the sound images, put together by hand."""
-    shards, plan = open_splits(config.data)[0], make_plan(open_splits(config.data)[0], 0)
+    shards, plan = open_splits(config.data)[0], make_order(open_splits(config.data)[0], 0)
     indices = plan.samples(position, config.data.batch_size).tolist()
-    transform = config.data.train_transform.build()
+    transform = Transform(config.data.train_transform)
     samples = [
         load_sample(shards, index, transform, seed=0, position=position + slot)
         for slot, index in enumerate(indices)
-        if index not in damaged
+        if index not in corrupt
     ]
     assert 0 < len(samples) < config.data.batch_size
     return collate(samples, position)
 
 
 def first_damaged_step(config: RunConfig) -> int:
-    order = make_plan(open_splits(config.data)[0], 0).order(0).tolist()
+    order = make_order(open_splits(config.data)[0], 0).order(0).tolist()
     return min(order.index(index) for index in DAMAGED) // config.data.batch_size * config.data.batch_size
 
 
 @pytest.mark.parametrize("name", ["detr", "dab", "dino_quickstart", "deformable_two_stage"])
 def test_the_gradient_is_that_of_the_batch_without_the_image(damaged_run: RunConfig, name: str) -> None:
-    config = override(damaged_run, {"optim.clip_norm": None, "model.num_classes": 4})
+    config = override(damaged_run, {"optim.clip_max_norm": None, "model.num_classes": 4})
     config = config.model_copy(update={"model": small_models.CONFIGS[name]})
     position = first_damaged_step(config)
     masked = masked_batch(config, position=position)
-    assert masked.damage
+    assert masked.corrupt
     assert not masked.is_blank
     expected = batch_without(config, set(DAMAGED), position)
     ours = gradients(make_training(config), masked)
@@ -125,7 +126,7 @@ def test_the_gradient_is_that_of_the_batch_without_the_image(damaged_run: RunCon
 
 def test_a_false_background_would_show(damaged_run: RunConfig) -> None:
     """Else the test above could not fail: an image without its objects has another gradient."""
-    config = override(damaged_run, {"optim.clip_norm": None, "model.num_classes": 4})
+    config = override(damaged_run, {"optim.clip_max_norm": None, "model.num_classes": 4})
     batch = batch_without(config, set(DAMAGED), first_damaged_step(config))
     blank = blank_batch(batch.position)
     grown = collate_with_blank(batch, blank)
@@ -169,7 +170,7 @@ def two_workers(rank: int, size: int, values: dict[str, Any], folder: str) -> No
             batch = masked_batch(config, rank, size, position)
             assert batch.is_blank == ((position, rank) == (0, 1))
             steps.append(gradients(training, batch))
-            rows.append([(row.position, row.key) for row in training.damage])
+            rows.append([(row.position, row.key) for row in training.corrupt])
         torch.save({"steps": steps, "rows": rows}, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -181,14 +182,14 @@ def test_a_worker_without_images_takes_part(tiny_run: RunConfig, tmp_path: Path)
     config = override(
         tiny_run,
         {
-            "data.train": str(tmp_path / "train"), "optim.clip_norm": None,
+            "data.train": str(tmp_path / "train"), "optim.clip_max_norm": None,
             # what depends on the share of a worker: batch statistics and denoising draws
             "model.num_classes": 4, "model.backbone.norm": "frozen", "model.num_denoising": 0,
         },
     )  # fmt: skip
-    order = make_plan(shards, 0).order(0).tolist()
-    damaged = [*order[4:8], order[13]]
-    keys = [damage_sample(shards, index)[1] for index in damaged]
+    order = make_order(shards, 0).order(0).tolist()
+    corrupt = [*order[4:8], order[13]]
+    keys = [damage_sample(shards, index)[1] for index in corrupt]
     mp.spawn(two_workers, args=(2, to_dict(config), str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     # each worker knows of all damage, in order
@@ -197,7 +198,7 @@ def test_a_worker_without_images_takes_part(tiny_run: RunConfig, tmp_path: Path)
     for step, position in enumerate((0, 8)):
         training = make_training(config)
         training.position = position
-        alone = gradients(training, batch_without(config, set(damaged), position))
+        alone = gradients(training, batch_without(config, set(corrupt), position))
         for name, gradient in alone.items():
             assert torch.equal(first["steps"][step][name], second["steps"][step][name]), name
             torch.testing.assert_close(first["steps"][step][name], gradient, rtol=1e-3, atol=1e-5)
@@ -207,7 +208,7 @@ def test_a_worker_without_images_takes_part(tiny_run: RunConfig, tmp_path: Path)
 
 
 def with_policy(config: RunConfig, policy: str, **more: Any) -> RunConfig:
-    return override(config, {"data.on_damage": policy, **more})
+    return override(config, {"data.on_corrupt": policy, **more})
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -219,7 +220,7 @@ def expected_rows(config: RunConfig, action: str) -> list[tuple[Any, ...]]:
     train, val = open_splits(config.data)
     rows: list[tuple[Any, ...]] = []
     for epoch in range(config.optim.epochs):
-        order = make_plan(train, config.seed).order(epoch).tolist()
+        order = make_order(train, config.seed).order(epoch).tolist()
         rows += sorted((epoch * 48 + order.index(i), str(train.path), train.key(i), action) for i in DAMAGED)
         rows += [((epoch + 1) * 48, str(val.path), val.key(i), "not evaluated") for i in DAMAGED_VAL]
     return rows
@@ -238,11 +239,11 @@ def test_a_run_goes_on_and_keeps_a_ledger(
         (r["position"], str(Path(r["shard"]).parent), r["key"], r["action"]) for r in rows
     ] == expected_rows(config, action)
     assert all("crc32" in row["reason"] and row["offset"] % 512 == 0 for row in rows)
-    assert result.metrics["damaged_samples"] == 5  # each of the second epoch was met before
+    assert result.metrics["corrupt_samples"] == 5  # each of the second epoch was met before
     assert result.metrics["unpredicted_images"] == 2
     tracked = mlflow_run.fetch_history(result.tracking_uri, result.mlflow_run_id)
-    assert [value for _, value in tracked["damaged_samples"]][-1] == 5
-    assert Ledger.from_plain(rows).rows == state_of(result.checkpoint)
+    assert [value for _, value in tracked["corrupt_samples"]][-1] == 5
+    assert CorruptSampleLog.from_dicts(rows).rows == state_of(result.checkpoint)
     said = capsys.readouterr().err
     assert "warning: damaged: " in said
     assert "damaged 5" in said
@@ -255,13 +256,13 @@ def test_a_run_goes_on_and_keeps_a_ledger(
     assert "2 damaged validation images have no predictions" in capsys.readouterr().err
 
 
-def state_of(folder: Path) -> list[Damage]:
-    return Ledger.from_plain(torch.load(folder / "state.pt", weights_only=True)["damage"]).rows
+def state_of(folder: Path) -> list[CorruptSample]:
+    return CorruptSampleLog.from_dicts(torch.load(folder / "state.pt", weights_only=True)["damage"]).rows
 
 
 def test_by_default_the_first_damaged_sample_stops_a_run(damaged_run: RunConfig) -> None:
     shards = open_splits(damaged_run.data)[0]
-    order = make_plan(shards, 0).order(0).tolist()
+    order = make_order(shards, 0).order(0).tolist()
     first = next(index for index in order if index in DAMAGED)
     with pytest.raises(ShardError, match=rf"{shards.path}/shard-\d+.tar: sample {shards.key(first)} at byte"):
         run.start(damaged_run, local=True)
@@ -272,26 +273,26 @@ def test_by_default_the_first_damaged_sample_stops_a_run(damaged_run: RunConfig)
 def test_a_resumed_run_keeps_the_ledger(damaged_run: RunConfig) -> None:
     config = with_policy(damaged_run, "substitute")
     whole = run.start(config, local=True)
-    ledger = (whole.folder / "damage.jsonl").read_text()
+    corrupt_log = (whole.folder / "damage.jsonl").read_text()
     shutil.rmtree(whole.folder / "attempt-01" / "epoch-0002")
     with (whole.folder / "damage.jsonl").open("a") as file:
         file.write('{"cut o')  # what a killed process leaves
     resumed = run.resume(whole.folder, local=True)
-    assert (resumed.folder / "damage.jsonl").read_text() == ledger
-    assert resumed.metrics["damaged_samples"] == 5
-    assert state_of(resumed.checkpoint) == Ledger.from_plain(rows_of(whole.folder)).rows
+    assert (resumed.folder / "damage.jsonl").read_text() == corrupt_log
+    assert resumed.metrics["corrupt_samples"] == 5
+    assert state_of(resumed.checkpoint) == CorruptSampleLog.from_dicts(rows_of(whole.folder)).rows
 
 
 @pytest.mark.parametrize(("budget", "last"), [(0, 1), (3, 4)])
 def test_too_many_stop_the_run(damaged_run: RunConfig, budget: int, last: int) -> None:
-    config = with_policy(damaged_run, "mask", **{"data.max_damaged": budget})
-    with pytest.raises(DamageError) as caught:
+    config = with_policy(damaged_run, "mask", **{"data.max_corrupt": budget})
+    with pytest.raises(TooManyCorruptError) as caught:
         run.start(config, local=True)
     (folder,) = config.storage.path.glob("quickstart-*")
     rows = rows_of(folder)
     assert len({row["key"] for row in rows}) > budget
     said = str(caught.value)
-    assert f"and data.max_damaged allows {budget}; {folder}/damage.jsonl lists them" in said
+    assert f"and data.max_corrupt allows {budget}; {folder}/damage.jsonl lists them" in said
     assert all(f"{row['shard']}: sample {row['key']} at byte {row['offset']}" in said for row in rows)
     assert "Copy these shards again" in said
     assert mlflow_run.fetch_run(mlflow_run.default_uri(config.storage.path), folder.name).status == "FAILED"
@@ -299,8 +300,8 @@ def test_too_many_stop_the_run(damaged_run: RunConfig, budget: int, last: int) -
 
 
 def test_a_budget_without_effect_is_refused(damaged_run: RunConfig) -> None:
-    with pytest.raises(ConfigError, match="data: max_damaged 3 has no effect with on_damage=raise"):
-        override(damaged_run, {"data.max_damaged": 3})
+    with pytest.raises(ConfigError, match="data: max_corrupt 3 has no effect with on_corrupt=raise"):
+        override(damaged_run, {"data.max_corrupt": 3})
 
 
 def test_lost_annotations_are_told(damaged_run: RunConfig) -> None:
@@ -327,6 +328,6 @@ def test_checkpoints_without_a_ledger_can_be_resumed(tiny_run: RunConfig, tmp_pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "write", old)
         checkpoint.save(tmp_path / "old", training, shards, 1, {})
-    training.ledger = Ledger([Damage(0, "x.tar", "1", 0, "broken", "masked")])
+    training.corrupt_log = CorruptSampleLog([CorruptSample(0, "x.tar", "1", 0, "broken", "masked")])
     checkpoint.restore(tmp_path / "old", training, shards)
-    assert training.ledger.rows == []
+    assert training.corrupt_log.rows == []

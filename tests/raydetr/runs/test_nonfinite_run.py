@@ -23,11 +23,12 @@ from raydetr.config import ConfigError, RunConfig, from_dict, override, to_dict
 from raydetr.data.batch import Batch
 from raydetr.data.splits import open_splits
 from raydetr.data.stream import train_batches
+from raydetr.data.transforms.transform import Transform
 from raydetr.runs import run
 from raydetr.tracking import mlflow_run
 from raydetr.training import checkpoint, loop
 from raydetr.training.loop import Training
-from raydetr.training.nonfinite import Skipped, score
+from raydetr.training.nonfinite import SkippedStep, score
 from raydetr.training.world import World
 
 
@@ -59,7 +60,7 @@ def batches_of(config: RunConfig, world: World | None = None) -> Iterator[Batch]
     world = world or World.alone()
     return train_batches(
         open_splits(config.data)[0], seed=0, position=0, rank=world.rank, world_size=world.size,
-        batch_size=config.data.batch_size // world.size, transform=config.data.train_transform.build(),
+        batch_size=config.data.batch_size // world.size, transform=Transform(config.data.train_transform),
     )  # fmt: skip
 
 
@@ -88,10 +89,10 @@ def test_a_skipped_step_moves_the_position_and_nothing_else(small_run: RunConfig
     before = whole_state(training)
     batch = next(batches)
     skipped = training.train_step(SPOIL[kind](batch))
-    assert isinstance(skipped, Skipped)
+    assert isinstance(skipped, SkippedStep)
     assert same(whole_state(training), before)
     assert (training.step, training.position, training.skipped_steps) == (2, 16, 1)
-    (fault,) = skipped.faults
+    (fault,) = skipped.causes
     assert "not finite" in fault.cause
     # batch norm spreads NaN over all images, so that the matcher cannot say where it began
     assert ("target box of image" if kind == "boxes" else "predictions of decoder layer 0") in fault.cause
@@ -113,7 +114,7 @@ def test_a_fault_reaches_every_gradient(name: str, counts: tuple[int, ...]) -> N
     pixels[0, 0, 5, 5] = torch.nan
     outputs = model.detector.train()(dataclasses.replace(images, pixels=pixels), targets)
     scored = score(model.criterion, outputs, targets, torch.tensor(3.0))
-    assert "image 0" in (scored.fault() or "")
+    assert "image 0" in (scored.cause() or "")
     scored.total.backward()
     gradients = {name: parameter.grad for name, parameter in model.detector.named_parameters()}
     assert [name for name, gradient in gradients.items() if gradient is None] == []
@@ -130,7 +131,7 @@ def test_an_infinite_loss_spoils_the_gradient_though_its_own_is_finite() -> None
     scored = score(criterion, None, None, torch.tensor(1.0))
     scored.total.backward()
     assert weight.grad.isnan().all()
-    assert scored.fault() == "the loss is not finite (loss_ce)"
+    assert scored.cause() == "the loss is not finite (loss_ce)"
 
 
 # --- two processes ---
@@ -147,9 +148,9 @@ def two_processes(rank: int, size: int, values: dict[str, Any], folder: str) -> 
             batch = next(batches)
             spoil = {(1, 1): spoil_boxes, (2, 0): spoil_pixels, (2, 1): spoil_boxes}.get((step, rank))
             outcome = training.train_step(batch if spoil is None else spoil(batch))
-            if isinstance(outcome, Skipped):
+            if isinstance(outcome, SkippedStep):
                 outcome.dump(Path(folder), rank)
-                faults.append([outcome.step, *((f.rank, f.cause, f.image_ids) for f in outcome.faults)])
+                faults.append([outcome.step, *((f.rank, f.cause, f.image_ids) for f in outcome.causes)])
         weights = [parameter.detach() for parameter in training.detector.parameters()]
         torch.save({"faults": faults, "weights": weights}, f"{folder}/{rank}.pt")
         assert all(buffer.isfinite().all() for buffer in training.detector.buffers())
@@ -257,7 +258,7 @@ def test_a_resumed_run_with_skipped_steps_ends_in_the_same_bits(
 
 
 def test_bf16_learns_and_keeps_its_weights_in_float32(small_run: RunConfig) -> None:
-    config = override(small_run, {"optim.precision": "bf16", "optim.clip_norm": None})
+    config = override(small_run, {"optim.precision": "bf16", "optim.clip_max_norm": None})
     training, batch = make_training(config), next(batches_of(config))
     losses = [training.train_step(batch) for _ in range(12)]
     assert all(isinstance(terms, dict) for terms in losses)
@@ -283,13 +284,13 @@ def test_fp16_lowers_the_scale_without_blame_learns_and_keeps_the_scale(
     small_run: RunConfig, tmp_path: Path
 ) -> None:
     """People are refused float16 on a CPU, where it is slow; the loop is the same."""
-    config = override(small_run, {"optim.precision": "fp16", "optim.warmup_share": 0.0, "optim.lr": 1e-3})
+    config = override(small_run, {"optim.precision": "fp16", "optim.warmup_fraction": 0.0, "optim.lr": 1e-3})
     training, batch = make_training(config), next(batches_of(config))
     training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18)  # too much for a gradient in float16
     before = whole_state(training)
     skipped = training.train_step(batch)
-    assert isinstance(skipped, Skipped)
-    assert (skipped.faults, training.skipped_steps) == ((), 0)
+    assert isinstance(skipped, SkippedStep)
+    assert (skipped.causes, training.skipped_steps) == ((), 0)
     assert training.scaler.get_scale() == 2.0**17
     assert same(whole_state(training), before)
     outcomes = [training.train_step(batch) for _ in range(10)]
@@ -314,8 +315,8 @@ def test_a_gradient_that_no_scale_helps_is_counted(small_run: RunConfig) -> None
     handle = weight.register_hook(lambda gradient: gradient * torch.nan)
     skipped = training.train_step(batch)
     handle.remove()
-    assert isinstance(skipped, Skipped)
-    assert [fault.cause for fault in skipped.faults] == [
+    assert isinstance(skipped, SkippedStep)
+    assert [fault.cause for fault in skipped.causes] == [
         "the loss is finite, but not the gradient of all workers"
     ]
     assert training.skipped_steps == 1

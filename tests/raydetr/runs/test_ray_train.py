@@ -113,7 +113,12 @@ def test_a_run_that_fails_says_what_its_worker_said_and_is_not_tried_again(
 ) -> None:
     wild = override(
         two_workers,
-        {"optim.lr": 1e30, "optim.lr_backbone": 1e30, "optim.warmup_share": 0.0, "cluster.max_failures": 3},
+        {
+            "optim.lr": 1e30,
+            "optim.lr_backbone": 1e30,
+            "optim.warmup_fraction": 0.0,
+            "cluster.max_failures": 3,
+        },
     )
     before = workers_started()
     with pytest.raises(ray_train.LaunchError, match=r"worker \d: .*(finite|nan)"):
@@ -122,7 +127,7 @@ def test_a_run_that_fails_says_what_its_worker_said_and_is_not_tried_again(
 
 
 @pytest.fixture
-def damaged(two_workers: RunConfig, tmp_path: Path) -> tuple[RunConfig, list[tuple[Path, str]]]:
+def corrupt(two_workers: RunConfig, tmp_path: Path) -> tuple[RunConfig, list[tuple[Path, str]]]:
     """Two workers on shards with three damaged samples, which many retries would not mend; shard and key of each."""
     shards = open_shards(shutil.copytree(str(two_workers.data.train), tmp_path / "damaged"))
     config = override(two_workers, {"data.train": str(tmp_path / "damaged"), "cluster.max_failures": 3})
@@ -130,9 +135,9 @@ def damaged(two_workers: RunConfig, tmp_path: Path) -> tuple[RunConfig, list[tup
 
 
 def test_a_damaged_sample_stops_the_run_at_once(
-    cluster: Cluster, damaged: tuple[RunConfig, list[tuple[Path, str]]]
+    cluster: Cluster, corrupt: tuple[RunConfig, list[tuple[Path, str]]]
 ) -> None:
-    config, samples = damaged
+    config, samples = corrupt
     before = workers_started()
     with pytest.raises(ray_train.LaunchError) as caught:
         run.start(config)
@@ -147,14 +152,14 @@ def test_a_damaged_sample_stops_the_run_at_once(
 
 
 def test_too_many_damaged_samples_stop_all_workers_with_a_whole_ledger(
-    cluster: Cluster, damaged: tuple[RunConfig, list[tuple[Path, str]]]
+    cluster: Cluster, corrupt: tuple[RunConfig, list[tuple[Path, str]]]
 ) -> None:
-    config, samples = damaged
+    config, samples = corrupt
     before = workers_started()
     with pytest.raises(
-        ray_train.LaunchError, match=r"3 samples are damaged, and data\.max_damaged allows 2"
+        ray_train.LaunchError, match=r"3 samples are damaged, and data\.max_corrupt allows 2"
     ) as caught:
-        run.start(override(config, {"data.on_damage": "mask", "data.max_damaged": 2}), name="masked")
+        run.start(override(config, {"data.on_corrupt": "mask", "data.max_corrupt": 2}), name="masked")
     rows = [
         json.loads(line)
         for line in (config.storage.path / "masked" / "damage.jsonl").read_text().splitlines()

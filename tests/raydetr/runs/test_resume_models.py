@@ -14,6 +14,7 @@ from raydetr.config import RunConfig, override
 from raydetr.data.batch import Batch
 from raydetr.data.splits import open_splits
 from raydetr.data.stream import train_batches
+from raydetr.data.transforms.transform import Transform
 from raydetr.training import checkpoint
 from raydetr.training.loop import Training
 from raydetr.training.world import World
@@ -30,7 +31,7 @@ def losses(training: Training, num_steps: int) -> list[dict[str, float]]:
     data = training.config.data
     batches = train_batches(
         open_splits(data)[0], seed=0, position=training.position, rank=0, world_size=1,
-        batch_size=data.batch_size, transform=data.train_transform.build(),
+        batch_size=data.batch_size, transform=Transform(data.train_transform),
     )  # fmt: skip
     return [one_step(training, batch) for batch, _ in zip(batches, range(num_steps), strict=False)]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from raydetr.config import ConfigError, RunConfig, from_yaml, override
-from raydetr.data.order import PLAN_VERSION
+from raydetr.data.order import ORDER_VERSION
 from raydetr.runs import run
 from raydetr.runs.evaluate import evaluate_checkpoint
 from raydetr.shards.writer import write_shards
@@ -150,13 +150,13 @@ def test_resume_refuses_a_checkpoint_of_another_order(tiny_run: RunConfig) -> No
     done = run.start(override(tiny_run, {"optim.epochs": 1}), local=True)
     description = done.checkpoint / "meta.json"
     meta = json.loads(description.read_text())
-    assert meta.pop("plan") == PLAN_VERSION
+    assert meta.pop("plan") == ORDER_VERSION
     description.write_text(json.dumps(meta))  # as the first checkpoints were
     with pytest.raises(
-        CheckpointError, match=rf"position 48 .* plan 1; .* plan {PLAN_VERSION} .*init\.checkpoint="
+        CheckpointError, match=rf"position 48 .* plan 1; .* plan {ORDER_VERSION} .*init\.checkpoint="
     ):
         run.resume(done.folder, overrides={"optim.epochs": 2}, local=True)
-    meta = {**meta, "plan": PLAN_VERSION}
+    meta = {**meta, "plan": ORDER_VERSION}
     description.write_text(json.dumps(meta))
     assert run.resume(done.folder, overrides={"optim.epochs": 2}, local=True).checkpoint.name == "epoch-0002"
 
@@ -191,7 +191,7 @@ def test_splits_with_other_categories_are_refused(
 
 
 def test_a_diverging_run_stops_with_step_images_and_remedy_and_is_marked_failed(tiny_run: RunConfig) -> None:
-    wild = override(tiny_run, {"optim.lr": 1e30, "optim.lr_backbone": 1e30, "optim.warmup_share": 0.0})
+    wild = override(tiny_run, {"optim.lr": 1e30, "optim.lr_backbone": 1e30, "optim.warmup_fraction": 0.0})
     with pytest.raises((FloatingPointError, ValueError), match=r"finite|NaN|nan"):
         run.start(wild, local=True)
     uri = mlflow_run.default_uri(tiny_run.storage.path)

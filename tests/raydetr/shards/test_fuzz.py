@@ -25,6 +25,7 @@ from corruptions import (
     wrongly_written_json,
 )
 from made_coco import write_coco
+from raydetr.config import TransformConfig
 from raydetr.data.stream import train_batches
 from raydetr.data.transforms.transform import Transform
 from raydetr.shards.reader import ShardError, open_shards
@@ -78,7 +79,7 @@ def everything(folder: Path, num_workers: int = 0) -> Content:
     shards = open_shards(folder)
     stream = train_batches(
         shards, seed=0, position=0, rank=0, world_size=1, batch_size=shards.num_samples,
-        transform=Transform(), num_workers=num_workers,
+        transform=Transform(TransformConfig()), num_workers=num_workers,
     )  # fmt: skip
     batch = next(stream)
     stream.close()

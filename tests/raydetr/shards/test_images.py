@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from made_coco import write_coco
+from raydetr.config import TransformConfig
 from raydetr.data.samples import load_sample, make_sample
 from raydetr.data.transforms.transform import Transform
 from raydetr.shards.images import UNREADABLE, decode_pixels, decode_rgb
@@ -86,10 +87,10 @@ def test_damage_is_judged_as_pillow_judges_it(kind: str) -> None:
     """Flipped bits either fail in both decoders or give the same pixels; a decoder that shrugs is not trusted."""
     content, rng, outcomes = KINDS[kind](), np.random.default_rng(1), []
     for _ in range(400):
-        damaged = bytearray(content)
+        corrupt = bytearray(content)
         for place in rng.integers(2, len(content), rng.integers(1, 4)).tolist():
-            damaged[place] ^= 1 << int(rng.integers(8))
-        found, expected = attempt(decode_pixels, bytes(damaged)), attempt(decode_rgb, bytes(damaged))
+            corrupt[place] ^= 1 << int(rng.integers(8))
+        found, expected = attempt(decode_pixels, bytes(corrupt)), attempt(decode_rgb, bytes(corrupt))
         assert (found is None) == (expected is None)
         if found is not None:
             np.testing.assert_array_equal(found, expected)
@@ -114,8 +115,10 @@ def test_a_size_that_is_not_the_indexs_is_damage(tmp_path: Path) -> None:
     shards.samples["width"][1] += 1
     message = rf"its image has {width}x{height} pixels, the index says {width + 1}x{height}"
     with pytest.raises(ShardError, match=message):
-        make_sample(shards, 1, raw, Transform(), seed=0, position=0, short_side=None)
-    assert load_sample(shards, 0, Transform(), seed=0, position=0).image.size == size_in_index(shards, 0)
+        make_sample(shards, 1, raw, Transform(TransformConfig()), seed=0, position=0, short_side=None)
+    assert load_sample(
+        shards, 0, Transform(TransformConfig()), seed=0, position=0
+    ).image.size == size_in_index(shards, 0)
 
 
 def size_in_index(shards: Any, index: int) -> tuple[int, int]:

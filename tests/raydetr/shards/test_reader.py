@@ -130,11 +130,11 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     ("damage", "message"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN]
 )
 def test_folders_that_are_not_whole(
-    shards: Shards, tmp_path: Path, damage: Callable[[Path], object], message: str
+    shards: Shards, tmp_path: Path, corrupt: Callable[[Path], object], message: str
 ) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(shards.path, folder)
-    damage(folder)
+    corrupt(folder)
     with pytest.raises(ValueError, match=message) as caught:
         open_shards(folder)
     assert str(folder) in str(caught.value)
@@ -148,9 +148,9 @@ def test_every_flipped_bit_of_a_sample_is_found(shards: Shards, tmp_path: Path) 
     name = shards.manifest.shards[row["shard"]].name
     original = (folder / name).read_bytes()
     for _ in range(200):
-        damaged = bytearray(original)
-        damaged[int(row["offset"]) + int(rng.integers(row["length"]))] ^= 1 << int(rng.integers(8))
-        (folder / name).write_bytes(damaged)
+        corrupt = bytearray(original)
+        corrupt[int(row["offset"]) + int(rng.integers(row["length"]))] ^= 1 << int(rng.integers(8))
+        (folder / name).write_bytes(corrupt)
         with pytest.raises(ShardError, match=rf"{name}: sample {row['image_id']:012d} at byte .*crc32"):
             open_shards(folder).read(20)
         assert open_shards(folder).read(19) == shards.read(19)

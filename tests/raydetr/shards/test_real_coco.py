@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from made_results import average_precision
+from raydetr.config import TransformConfig
 from raydetr.data.batch import Batch
 from raydetr.data.samples import load_sample
 from raydetr.data.stream import train_batches
@@ -67,7 +68,7 @@ def test_every_byte_is_verified(coco_tiny: Path, real: Shards) -> None:
 def test_batches_hold_the_photographs_and_their_boxes(coco_tiny: Path, real: Shards) -> None:
     data = json.loads(annotation_file(coco_tiny).read_text())
     stream = train_batches(
-        real, seed=0, position=0, rank=0, world_size=1, batch_size=4, transform=Transform()
+        real, seed=0, position=0, rank=0, world_size=1, batch_size=4, transform=Transform(TransformConfig())
     )
     names = {record["id"]: record["file_name"] for record in data["images"]}
     seen: list[int] = []
@@ -83,7 +84,9 @@ def test_resized_photographs_are_pillows(real: Shards, short_side: int) -> None:
     """Up to the rounding of sums halfway between two levels."""
     for index in range(0, 80, 11):
         raw = real.read(index)
-        sample = load_sample(real, index, Transform(short_sides=(short_side,)), seed=0, position=0)
+        sample = load_sample(
+            real, index, Transform(TransformConfig(short_sides=(short_side,))), seed=0, position=0
+        )
         with Image.open(io.BytesIO(raw.image)) as image:
             expected = image.convert("RGB").resize(sample.image.size, Image.Resampling.BILINEAR)
         difference = sample.image.pixels().astype(int) - np.asarray(expected)

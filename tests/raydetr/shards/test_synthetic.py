@@ -9,13 +9,13 @@ from PIL import Image
 
 from made_coco import folder_bytes
 from raydetr.shards.coco import load_coco
-from raydetr.shards.synthetic import HARD, ORDINARY, Variant, draw_sample, write_sample_data
+from raydetr.shards.synthetic import HARD, ORDINARY, Variant, draw_image, write_synthetic_data
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sample") / "data"
-    write_sample_data(out, num_train=24, num_val=6)
+    write_synthetic_data(out, num_train=24, num_val=6)
     return out
 
 
@@ -33,8 +33,8 @@ def test_layout_is_valid_coco(written: Path) -> None:
 
 
 def test_same_seed_same_bytes_other_seed_other_pictures(written: Path, tmp_path: Path) -> None:
-    write_sample_data(tmp_path / "again", num_train=24, num_val=6)
-    write_sample_data(tmp_path / "other", num_train=24, num_val=6, seed=1)
+    write_synthetic_data(tmp_path / "again", num_train=24, num_val=6)
+    write_synthetic_data(tmp_path / "other", num_train=24, num_val=6, seed=1)
     first, again, other = (
         folder_bytes(written),
         folder_bytes(tmp_path / "again"),
@@ -46,7 +46,7 @@ def test_same_seed_same_bytes_other_seed_other_pictures(written: Path, tmp_path:
 
 
 def test_an_image_depends_on_its_number_alone(written: Path, tmp_path: Path) -> None:
-    write_sample_data(tmp_path / "fewer", num_train=5, num_val=2)
+    write_synthetic_data(tmp_path / "fewer", num_train=5, num_val=2)
     assert folder_bytes(tmp_path / "fewer" / "train").items() <= folder_bytes(written / "train").items()
     assert folder_bytes(tmp_path / "fewer" / "val").items() <= folder_bytes(written / "val").items()
     assert (written / "train" / "000000.jpg").read_bytes() != (written / "val" / "000000.jpg").read_bytes()
@@ -56,7 +56,7 @@ def test_an_image_depends_on_its_number_alone(written: Path, tmp_path: Path) -> 
 def test_objects_have_the_promised_number_size_and_visibility(variant: Variant) -> None:
     sides, labels = [], set()
     for index in range(60):
-        _, shapes = draw_sample(variant, 0, "train", index)
+        _, shapes = draw_image(variant, 0, "train", index)
         assert 1 <= len(shapes) <= 4
         hidden = np.zeros((96, 96), bool)
         for shape in reversed(shapes):
@@ -73,7 +73,7 @@ def test_boxes_are_the_extent_of_the_masks(written: Path) -> None:
     data = json.loads((written / "annotations" / "instances_train.json").read_text())
     boxes = iter(data["annotations"])
     for index in range(24):
-        for shape in draw_sample(ORDINARY, 0, "train", index)[1]:
+        for shape in draw_image(ORDINARY, 0, "train", index)[1]:
             x, y, width, height = next(boxes)["bbox"]
             outside = shape.mask.copy()
             outside[y : y + height, x : x + width] = False
@@ -87,7 +87,7 @@ def test_boxes_are_the_extent_of_the_masks(written: Path) -> None:
 
 
 def test_hard_variant_has_five_classes_and_no_colour_cue(tmp_path: Path) -> None:
-    write_sample_data(tmp_path / "hard", hard=True, num_train=3, num_val=1)
+    write_synthetic_data(tmp_path / "hard", hard=True, num_train=3, num_val=1)
     data = json.loads((tmp_path / "hard" / "annotations" / "instances_train.json").read_text())
     assert [category["name"] for category in data["categories"]] == [
         "disc",
@@ -101,9 +101,11 @@ def test_hard_variant_has_five_classes_and_no_colour_cue(tmp_path: Path) -> None
 
 def test_progress_counts_to_the_end_and_a_second_writing_is_refused(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    write_sample_data(tmp_path / "out", num_train=2, num_val=1, progress=lambda *counts: seen.append(counts))
+    write_synthetic_data(
+        tmp_path / "out", num_train=2, num_val=1, progress=lambda *counts: seen.append(counts)
+    )
     assert seen == [(1, 3), (2, 3), (3, 3)]
     with pytest.raises(
         ValueError, match=r"out is not empty \(it holds annotations and 2 more\): name another"
     ):
-        write_sample_data(tmp_path / "out", num_train=2, num_val=1)
+        write_synthetic_data(tmp_path / "out", num_train=2, num_val=1)

@@ -40,9 +40,9 @@ def test_every_flipped_bit_of_a_shard_is_found(folder: Path, shards: Shards) -> 
     rng = np.random.default_rng(0)
     places = [*rng.integers(len(content), size=25).tolist(), len(content) - 1, 3, 150]
     for place in places:
-        damaged = bytearray(content)
-        damaged[place] ^= 1 << int(rng.integers(8))
-        path.write_bytes(damaged)
+        corrupt = bytearray(content)
+        corrupt[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(corrupt)
         with pytest.raises(ValueError, match=r"shard-00003.tar: its sha256 is \w+..., the manifest says"):
             check_shards(folder)
 

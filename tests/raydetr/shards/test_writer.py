@@ -229,7 +229,7 @@ ODD_IMAGES: dict[str, bytes] = {
     "palette with transparency": encoded(noise().quantize(16), "PNG", transparency=bytes(range(16))),
     "1 bit": encoded(noise().convert("1"), "PNG"),
     "16 bit": encoded(Image.fromarray(GRAY16), "PNG"),
-    "16 bit colour": png16(RGB16),
+    "16 bit color": png16(RGB16),
     "png named jpg": encoded(noise(), "PNG"),
 }
 
@@ -246,7 +246,7 @@ def test_other_colour_modes_become_rgb(tmp_path: Path, name: str) -> None:
     assert (image.mode, image.size) == ("RGB", (30, 20))
     if name == "16 bit":
         np.testing.assert_array_equal(np.asarray(image)[..., 0], np.round(GRAY16 / 257))
-    elif name == "16 bit colour":
+    elif name == "16 bit color":
         np.testing.assert_allclose(np.asarray(image), RGB16 / 257, atol=1)
     elif name in ("rgba", "png named jpg"):
         np.testing.assert_array_equal(np.asarray(image), np.asarray(noise()))

@@ -12,6 +12,7 @@ from PIL import Image
 
 from mlflow_server import MlflowServer
 from raydetr.tracking import mlflow_run
+from raydetr.tracking.tracker import Tracker
 
 # SQLAlchemy 2.1 deprecates an option that MLflow 3.17 uses
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
@@ -51,12 +52,12 @@ def test_a_run_from_beginning_to_end(database: str, tmp_path: Path) -> None:
     params = {
         "optim.lr": 2e-4,
         "data.short_sides": [480, 640],
-        "optim.clip_norm": None,
+        "optim.clip_max_norm": None,
         "model.aux_loss": True,
     }
     assert mlflow_run.log_params(database, run_id, {**params, "recipe": "quickstart"}) == {}
     mlflow_run.log_text(database, run_id, "a: 1\n", "config.yaml")
-    tracker = mlflow_run.Tracker(database, run_id, interval_s=0.1)
+    tracker = Tracker(database, run_id, interval_s=0.1)
     tracker.metrics(10, {"loss": 2.5, "lr/backbone": 1e-5})
     tracker.metrics(20, {"loss": 1.5})
     tracker.text("table", "evaluation/ap.txt")
@@ -92,7 +93,7 @@ def test_a_run_from_beginning_to_end(database: str, tmp_path: Path) -> None:
 
 def test_more_values_than_one_batch_holds(database: str) -> None:
     run_id = mlflow_run.create_run(database, "many", "many values")
-    tracker = mlflow_run.Tracker(database, run_id, interval_s=60)
+    tracker = Tracker(database, run_id, interval_s=60)
     for step in range(500):
         tracker.metrics(step, {f"loss/{term}": step * term for term in range(5)})
     tracker.close()
@@ -103,7 +104,7 @@ def test_more_values_than_one_batch_holds(database: str) -> None:
 
 def test_values_that_are_not_finite_and_names_that_mlflow_refuses(database: str) -> None:
     run_id = mlflow_run.create_run(database, "odd", "odd values")
-    tracker = mlflow_run.Tracker(database, run_id)
+    tracker = Tracker(database, run_id)
     tracker.metrics(1, {"nan": math.nan, "up": math.inf, "down": -math.inf, "AP/traffic light [8] @50": 0.5})
     tracker.close()
     metrics = mlflow_run.fetch_run(database, run_id).metrics
@@ -124,7 +125,7 @@ def test_long_params_are_cut_visibly(database: str) -> None:
 def test_resume_goes_on_in_the_same_run(database: str) -> None:
     run_id = mlflow_run.create_run(database, "resume", "resumed")
     mlflow_run.log_params(database, run_id, {"optim.lr": 0.1, "optim.epochs": 2})
-    first = mlflow_run.Tracker(database, run_id)
+    first = Tracker(database, run_id)
     first.metrics(1, {"loss": 5.0})
     first.metrics(2, {"loss": 4.0})
     first.close()
@@ -136,7 +137,7 @@ def test_resume_goes_on_in_the_same_run(database: str) -> None:
     changed = mlflow_run.log_params(database, run_id, {"optim.lr": 0.1, "optim.epochs": 3, "seed": 1})
     assert changed == {"optim.epochs": ("2", "3")}
     time.sleep(0.01)
-    second = mlflow_run.Tracker(database, run_id)
+    second = Tracker(database, run_id)
     second.metrics(2, {"loss": 3.5})
     second.metrics(3, {"loss": 3.0})
     second.close()
@@ -177,7 +178,7 @@ def test_unknown_and_ambiguous_names(database: str) -> None:
 
 
 def test_a_value_that_mlflow_refuses_is_an_error_at_the_end(database: str) -> None:
-    tracker = mlflow_run.Tracker(database, "f" * 32, interval_s=0.1)
+    tracker = Tracker(database, "f" * 32, interval_s=0.1)
     tracker.metrics(1, {"loss": 1.0})
     with pytest.raises(
         mlflow_run.TrackingError, match=r"1 metric values and 0 files of run f{32} did not reach"
@@ -192,7 +193,7 @@ def test_everything_works_through_a_server(server: MlflowServer) -> None:
     mlflow_run.log_dataset(
         server.uri, run_id, name="d", fingerprint="ab", source="/d", context="training", profile={}
     )
-    tracker = mlflow_run.Tracker(server.uri, run_id)
+    tracker = Tracker(server.uri, run_id)
     for step in range(300):
         tracker.metrics(step, {"a": step, "b": -step, "nan": math.nan, "inf": math.inf})
     tracker.text("hello", "folder/text.txt")
@@ -208,7 +209,7 @@ def test_everything_works_through_a_server(server: MlflowServer) -> None:
 @pytest.mark.usefixtures("short_timeouts")
 def test_an_outage_costs_neither_time_nor_values(server: MlflowServer) -> None:
     run_id = mlflow_run.create_run(server.uri, "outage", "outage")
-    tracker = mlflow_run.Tracker(server.uri, run_id, interval_s=0.2)
+    tracker = Tracker(server.uri, run_id, interval_s=0.2)
     tracker.metrics(0, {"loss": 0.0})
     tracker.flush()
 
@@ -235,7 +236,7 @@ def test_close_ends_in_bounded_time_without_a_server() -> None:
     uri = "http://127.0.0.1:9"  # the discard port: nothing listens
     with pytest.raises(mlflow_run.TrackingError, match=uri):
         mlflow_run.create_run(uri, "none", "none")
-    tracker = mlflow_run.Tracker(uri, "f" * 32)
+    tracker = Tracker(uri, "f" * 32)
     tracker.metrics(1, {"loss": 1.0})
     started = time.monotonic()
     with pytest.raises(mlflow_run.TrackingError, match=f"1 metric values and 0 files .* {uri}"):

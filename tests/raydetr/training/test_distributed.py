@@ -14,6 +14,7 @@ from detrs import zoo
 from raydetr.config import RunConfig, from_dict, override, to_dict
 from raydetr.data.splits import open_splits
 from raydetr.data.stream import train_batches
+from raydetr.data.transforms.transform import Transform
 from raydetr.training.loop import EvaluationReport, Training, train
 from raydetr.training.world import World
 
@@ -35,7 +36,7 @@ def take_steps(config: RunConfig, world: World) -> list[dict[str, Any]]:
     training = Training(config, zoo.build(config.model), train_shards.num_samples, world)
     batches = train_batches(
         train_shards, seed=0, position=0, rank=world.rank, world_size=world.size,
-        batch_size=config.data.batch_size // world.size, transform=config.data.train_transform.build(),
+        batch_size=config.data.batch_size // world.size, transform=Transform(config.data.train_transform),
     )  # fmt: skip
     steps = []
     for batch, _ in zip(batches, range(STEPS), strict=False):
@@ -80,7 +81,7 @@ def test_the_shares_of_the_first_batches_hold_different_numbers_of_boxes(plain_r
     for rank in range(2):
         batches = train_batches(
             train_shards, seed=0, position=0, rank=rank, world_size=2, batch_size=4,
-            transform=plain_run.data.train_transform.build(),
+            transform=Transform(plain_run.data.train_transform),
         )  # fmt: skip
         boxes.append([len(batch.labels) for batch, _ in zip(batches, range(STEPS), strict=False)])
     assert boxes[0] != boxes[1]

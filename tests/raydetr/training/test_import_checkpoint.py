@@ -145,7 +145,7 @@ def test_a_missing_head_is_described(tmp_path: Path) -> None:
         import_checkpoint(file, "detr_r50", tmp_path / "out")
 
 
-def damaged(kind: str, path: Path) -> None:
+def corrupt(kind: str, path: Path) -> None:
     if kind == "cut off":
         torch.save({"model": {"weight": torch.zeros(10000)}}, path)
         path.write_bytes(path.read_bytes()[:20000])
@@ -175,7 +175,7 @@ def damaged(kind: str, path: Path) -> None:
 )
 def test_other_files_are_refused_in_one_line(kind: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "official.pth"
-    damaged(kind, file)
+    corrupt(kind, file)
     with pytest.raises(ValueError, match=message) as caught:
         import_checkpoint(file, "detr_r50", tmp_path / "out")
     assert str(file) in str(caught.value)

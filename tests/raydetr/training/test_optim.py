@@ -62,7 +62,7 @@ def test_norms_and_biases_can_be_left_out_of_the_decay_and_groups_stay_few() -> 
 
 
 def test_cosine_schedule_with_warm_up() -> None:
-    config = optim(schedule="cosine", warmup_share=0.1, final_lr_share=0.02)
+    config = optim(schedule="cosine", warmup_fraction=0.1, min_lr_ratio=0.02)
     factors = [lr_factor(config, step, 100) for step in range(100)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert max(factors) == factors[9] == 1.0
@@ -73,7 +73,7 @@ def test_cosine_schedule_with_warm_up() -> None:
 
 
 def test_step_schedule_drops_tenfold_after_the_named_epochs() -> None:
-    config = optim(drop_epochs=(4, 8))
+    config = optim(lr_drop_epochs=(4, 8))
     factors = [lr_factor(config, step, 100) for step in (0, 39, 40, 79, 80, 99)]
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 

@@ -10,7 +10,7 @@ import pytest
 from raydetr import recipes
 from raydetr.cli.main import read_config
 from raydetr.config import override
-from raydetr.tune.result import Outcome, Trial, ranked, train_command, trial_table, trials_as_json
+from raydetr.tune.result import SearchResult, Trial, ranked, train_command, trial_table, trials_as_json
 
 TRIALS = (
     Trial(1, "search-001", {"optim.lr": 0.00123456}, "failed", cause="too hot"),
@@ -39,7 +39,7 @@ def test_the_table_shows_every_trial_and_why_one_failed() -> None:
 
 
 def test_an_outcome_without_an_evaluated_trial_has_no_best() -> None:
-    outcome = Outcome("search", Path("/runs/search"), "sqlite:///x", "id", 4, TRIALS[:1], None, ())
+    outcome = SearchResult("search", Path("/runs/search"), "sqlite:///x", "id", 4, TRIALS[:1], None, ())
     assert outcome.best is None
     assert "none: no trial was evaluated" in outcome.to_text()
 
@@ -49,7 +49,7 @@ def test_an_outcome_without_an_evaluated_trial_has_no_best() -> None:
     [
         {"optim.lr": 0.0012345678901234567, "model.num_queries": 31},
         {"optim.lr": 1e-7, "optim.ema_decay": None, "optim.decay_norms_and_biases": True},
-        {"optim.schedule": "step", "optim.final_lr_share": 0.0, "optim.drop_epochs": [3, 5]},
+        {"optim.schedule": "step", "optim.min_lr_ratio": 0.0, "optim.lr_drop_epochs": [3, 5]},
         {"data.train_transform.short_sides": [], "model.loss.kind": "focal"},
     ],
 )

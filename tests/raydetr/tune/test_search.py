@@ -18,7 +18,7 @@ import pytest
 from ray_head import RayHead, ray_head
 from raydetr.cli.main import read_config
 from raydetr.config import from_yaml
-from raydetr.shards.synthetic import write_sample_data
+from raydetr.shards.synthetic import write_synthetic_data
 from raydetr.shards.writer import write_shards
 from raydetr.training.checkpoint import read_meta
 
@@ -36,7 +36,7 @@ DRAWN = [(4e-3, 4), (1e-9, 4), (1e-9, 7), (1e-9, 4)]
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    write_sample_data(folder / "coco", num_train=64, num_val=16)
+    write_synthetic_data(folder / "coco", num_train=64, num_val=16)
     for split in ("train", "val"):
         annotations = folder / "coco" / "annotations" / f"instances_{split}.json"
         write_shards(folder / "coco" / split, annotations, folder / split)
@@ -48,7 +48,7 @@ def search(head: RayHead, shards: Path, space: Path, *arguments: str) -> subproc
     return subprocess.Popen(
         [
             *(sys.executable, "jobs/tune_detector.py", "quickstart", "--space", str(space), *arguments),
-            *(f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.sample=null"),
+            *(f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.synthetic=null"),
             *("cluster.num_workers=1", "cluster.max_failures=0", "evaluation.every_epochs=1"),
             *(f"seed={SEED}", f"cluster.address={head.address}", f"storage.path={space.parent}"),
         ],

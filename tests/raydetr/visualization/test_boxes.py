@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from raydetr.visualization import boxes as pictures
-from raydetr.visualization.boxes import Box, Picture, coco_boxes, color_of, draw_boxes, draw_grid
+from raydetr.visualization.boxes import AnnotatedImage, Box, coco_boxes, color_of, draw_boxes, draw_grid
 
 GROUND = (90, 120, 90)
 
@@ -17,7 +17,7 @@ def blank(width: int = 96, height: int = 96, mode: str = "RGB") -> Image.Image:
 
 
 def pixels_of(image: Image.Image, color: tuple[int, int, int]) -> np.ndarray:
-    """(y, x) of the pixels of a colour."""
+    """(y, x) of the pixels of a color."""
     return np.argwhere((np.asarray(image) == color).all(axis=-1))
 
 
@@ -119,7 +119,9 @@ def test_coco_records_become_boxes_best_first() -> None:
 
 def test_grid_shows_each_picture_twice() -> None:
     true, predicted = (Box(1, "x", (10, 10, 50, 50)),), (Box(4, "x", (10, 10, 50, 50), 0.5),)
-    grid = draw_grid([Picture(f"{i}.jpg", blank(), true, predicted) for i in range(3)], score_threshold=0.3)
+    grid = draw_grid(
+        [AnnotatedImage(f"{i}.jpg", blank(), true, predicted) for i in range(3)], score_threshold=0.3
+    )
     assert grid.width > 4 * 320
     assert 2 * 320 < grid.height < 2 * 400
     middle_of_first = 10 + 320 + 2
@@ -128,11 +130,13 @@ def test_grid_shows_each_picture_twice() -> None:
     assert len(pixels_of(left_side, color_of(4))) == 0
     assert len(pixels_of(right_side, color_of(4))) > 100
     assert len(pixels_of(right_side, color_of(1))) == 0
-    again = draw_grid([Picture(f"{i}.jpg", blank(), true, predicted) for i in range(3)], score_threshold=0.3)
+    again = draw_grid(
+        [AnnotatedImage(f"{i}.jpg", blank(), true, predicted) for i in range(3)], score_threshold=0.3
+    )
     assert grid.tobytes() == again.tobytes()
 
 
 def test_grid_with_large_images_and_without_any() -> None:
-    grid = draw_grid([Picture("large", blank(3000, 1000), (), ())], score_threshold=0.3)
+    grid = draw_grid([AnnotatedImage("large", blank(3000, 1000), (), ())], score_threshold=0.3)
     assert 2 * 480 < grid.width < 2 * 480 + 60
     assert draw_grid([], score_threshold=0.3).width > 100

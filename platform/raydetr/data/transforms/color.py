@@ -8,30 +8,30 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from raydetr.data.transforms.pixels import Pixels
+from raydetr.shards.images import Pixels
 
 
 @dataclass(frozen=True)
-class ColourChange:
+class ColorChange:
     """What was drawn: three factors, a shift of the hue, and the order of the four changes."""
 
     brightness: float = 1.0
     contrast: float = 1.0
     saturation: float = 1.0
-    hue: float = 0.0  # of the colour circle, -0.5 to 0.5
+    hue: float = 0.0  # of the color circle, -0.5 to 0.5
     order: tuple[int, ...] = (0, 1, 2, 3)
 
     @classmethod
     def draw(
         cls, rng: random.Random, brightness: float, contrast: float, saturation: float, hue: float
-    ) -> ColourChange:
+    ) -> ColorChange:
         """Factors within these relative changes, not below 0; a shift within `hue` either way."""
         limits = (brightness, contrast, saturation)
         first, second, third = (rng.uniform(max(0.0, 1 - limit), 1 + limit) for limit in limits)
         return cls(first, second, third, rng.uniform(-hue, hue), tuple(rng.sample(range(4), 4)))
 
 
-def change_colours(pixels: Pixels, change: ColourChange) -> Pixels:
+def change_colors(pixels: Pixels, change: ColorChange) -> Pixels:
     """Apply the four changes in their order; the image that is given stays as it is.
 
     Source: torchvision's ColorJitter on Pillow images: a blend with black, with the mean grey of the image,

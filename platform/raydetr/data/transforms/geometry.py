@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from raydetr.data.transforms.pixels import Pixels, Size, mirror, resize_pixels, size_of
+from raydetr.data.transforms.pixels import Size, mirror, resize_pixels, size_of
+from raydetr.shards.images import Pixels
 
 Boxes = npt.NDArray[np.float64]  # [t, 4], xyxy in pixels
 Kept = npt.NDArray[np.bool_]  # [t]
@@ -84,7 +85,7 @@ def clamp(boxes_xyxy: Boxes, size: Size) -> tuple[Boxes, Kept]:
     return clamped[kept], kept
 
 
-GREY = (124, 116, 104)  # ImageNet's mean colour, about 0 after the normalisation
+GREY = (124, 116, 104)  # ImageNet's mean color, about 0 after the normalisation
 
 
 @dataclass(frozen=True)

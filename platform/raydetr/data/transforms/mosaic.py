@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from raydetr.data.transforms.geometry import Boxes, clamp, resize_boxes
-from raydetr.data.transforms.pixels import Pixels, resize_pixels, size_of
+from raydetr.data.transforms.pixels import resize_pixels, size_of
+from raydetr.shards.images import Pixels
 
 Labels = npt.NDArray[np.int64]  # [t]
 

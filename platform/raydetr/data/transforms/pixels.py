@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn.functional import interpolate
 
-Pixels = npt.NDArray[np.uint8]  # [h, w, 3], RGB
+from raydetr.shards.images import Pixels
+
 Size = tuple[int, int]  # (width, height)
 
 

@@ -19,9 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from raydetr.store.transfer import CacheSettings
-
-Outcome = Literal["stored", "there", "no room"]
+SearchResult = Literal["stored", "there", "no room"]
 Fill = Callable[[Callable[[bytes], None]], None]  # hands all bytes to the function it is given
 
 
@@ -36,10 +34,9 @@ class NodeCache:
         ValueError: the folder cannot be used.
     """
 
-    def __init__(self, settings: CacheSettings) -> None:
-        self.settings = settings
-        self._path = Path(settings.path)
-        self._whole, self._partial = self._path / "whole", self._path / "partial"
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        self._whole, self._partial = self.folder / "whole", self.folder / "partial"
         try:
             self._whole.mkdir(parents=True, exist_ok=True)
             self._partial.mkdir(exist_ok=True)
@@ -47,12 +44,12 @@ class NodeCache:
                 self._count_anew()
         except OSError as error:
             raise ValueError(
-                f"{settings.path} (data.cache) cannot be used as a cache ({error}): name a folder on a disk of "
+                f"{folder} (data.remote.cache_dir) cannot be used as a cache ({error}): name a folder on a disk of "
                 "this node that can be written"
             ) from None
 
-    def __reduce__(self) -> tuple[type[NodeCache], tuple[CacheSettings]]:
-        return NodeCache, (self.settings,)
+    def __reduce__(self) -> tuple[type[NodeCache], tuple[Path, int]]:
+        return NodeCache, (self.folder, self.max_bytes)
 
     def names(self) -> dict[str, int]:
         """Name and size of the entries."""
@@ -89,7 +86,7 @@ class NodeCache:
 
     def store(
         self, name: str, size: int, fill: Fill, victims: Callable[[int], Iterable[str] | None]
-    ) -> Outcome:
+    ) -> SearchResult:
         """Make an entry, unless it is there or another process is at it.
 
         Args:
@@ -107,7 +104,7 @@ class NodeCache:
         with self._locked():
             if self.has(name) or self._is_being_written(name):
                 return "there"
-            missing = self._read_used() + size - self.settings.num_bytes
+            missing = self._read_used() + size - self.max_bytes
             if missing > 0:
                 chosen = victims(missing)
                 if chosen is None or self._remove(chosen, missing) < missing:
@@ -169,7 +166,7 @@ class NodeCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        descriptor = os.open(self._path / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+        descriptor = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
@@ -177,11 +174,11 @@ class NodeCache:
             os.close(descriptor)
 
     def _read_used(self) -> int:
-        written = (self._path / "used").read_bytes()
+        written = (self.folder / "used").read_bytes()
         return int(written) if written else self._sum_of_entries()  # its writer was killed when it was new
 
     def _write_used(self, num_bytes: int) -> None:
-        descriptor = os.open(self._path / "used", os.O_CREAT | os.O_WRONLY, 0o644)
+        descriptor = os.open(self.folder / "used", os.O_CREAT | os.O_WRONLY, 0o644)
         try:
             os.pwrite(descriptor, b"%020d" % num_bytes, 0)  # in one go: a process may be killed at any moment
         finally:

@@ -15,15 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from raydetr.data.order import PlanParameters
+from raydetr.shards.manifest import CHUNK_SIZE, ShardFile, sample_key
 from raydetr.shards.manifest import Samples as SampleTable
-from raydetr.shards.manifest import ShardFile, sample_key
-
-SAMPLES_OF_A_PIECE = PlanParameters().block
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """A range of a shard."""
 
     name: str  # the same for equal url, size and sha256 of the shard, and range
@@ -39,7 +36,7 @@ class Piece:
         return self.stop - self.start
 
 
-class Pieces:
+class Chunks:
     """The pieces of some shards.
 
     Args:
@@ -52,12 +49,12 @@ class Pieces:
         self._samples, self._shards, self._urls = samples, shards, urls
         number = samples["shard"].astype(np.int64)
         place = np.arange(len(number)) - np.searchsorted(number, number)  # of a sample in its shard
-        begins = np.flatnonzero(place % SAMPLES_OF_A_PIECE == 0)
+        begins = np.flatnonzero(place % CHUNK_SIZE == 0)
         self._firsts: npt.NDArray[np.int64] = np.append(begins, len(number))
         self.of_sample: npt.NDArray[np.int64] = np.repeat(np.arange(len(begins)), np.diff(self._firsts))
         self._lengths = samples["length"].astype(np.int64)
         self._begins = number << 40 | samples["offset"].astype(np.int64)  # ascending, as the index is
-        self._made: dict[int, Piece] = {}
+        self._made: dict[int, Chunk] = {}
 
     @property
     def num_samples(self) -> int:
@@ -67,7 +64,7 @@ class Pieces:
     def __len__(self) -> int:
         return len(self._firsts) - 1
 
-    def __getitem__(self, number: int) -> Piece:
+    def __getitem__(self, number: int) -> Chunk:
         if number not in self._made:
             self._made[number] = self._make(number)
         return self._made[number]
@@ -76,7 +73,7 @@ class Pieces:
         """Piece and bytes of each of some samples."""
         return [(int(self.of_sample[index]), int(self._lengths[index])) for index in indices]
 
-    def _make(self, number: int) -> Piece:
+    def _make(self, number: int) -> Chunk:
         first, last = int(self._firsts[number]), int(self._firsts[number + 1])
         rows = self._samples[first:last]
         start = int(rows["offset"].min())
@@ -85,7 +82,7 @@ class Pieces:
         file = self._shards[shard]
         key = f"{self._urls[shard]} {file.size} {file.sha256}"
         digest = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-        return Piece(f"{digest}-{start}-{stop}", shard, start, stop, first, last)
+        return Chunk(f"{digest}-{start}-{stop}", shard, start, stop, first, last)
 
     def at(self, shard: int, offset: int) -> int | None:
         """Number of the piece that holds the sample which begins there."""
@@ -95,10 +92,10 @@ class Pieces:
             return None
         return int(self.of_sample[index])
 
-    def fault(self, piece: Piece, content: bytes | bytearray) -> str | None:
+    def fault(self, chunk: Chunk, content: bytes | bytearray) -> str | None:
         """The first sample of a piece that its bytes do not hold, in words."""
-        for row in self._samples[piece.first : piece.last]:
-            at = int(row["offset"]) - piece.start
+        for row in self._samples[chunk.first : chunk.last]:
+            at = int(row["offset"]) - chunk.start
             if zlib.crc32(content[at : at + int(row["length"])]) != row["crc32"]:
                 return f"sample {sample_key(row['image_id'])} at byte {row['offset']} has another crc32"
         return None

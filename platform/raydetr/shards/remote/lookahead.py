@@ -40,8 +40,8 @@ class Lookahead:
                 self.is_complete = True
                 return False
             self._steps.append((self._next_step, turn))
-            for piece, num_bytes in turn:
-                self._uses.setdefault(piece, deque()).append((self._next_step, num_bytes))
+            for chunk, num_bytes in turn:
+                self._uses.setdefault(chunk, deque()).append((self._next_step, num_bytes))
             self._num_uses += len(turn)
             self._next_step += 1
         return True
@@ -50,12 +50,12 @@ class Lookahead:
         """Forget the uses before a step."""
         self.step = max(self.step, step)
         while self._steps and self._steps[0][0] < self.step:
-            for piece, _ in self._steps.popleft()[1]:
+            for chunk, _ in self._steps.popleft()[1]:
                 self._num_uses -= 1
-                uses = self._uses[piece]
+                uses = self._uses[chunk]
                 uses.popleft()
                 if not uses:
-                    del self._uses[piece]
+                    del self._uses[chunk]
 
     def next_uses(self) -> dict[int, int]:
         """In how many steps each piece is used next, the nearest first."""
@@ -63,14 +63,14 @@ class Lookahead:
             sorted(((p, uses[0][0] - self.step) for p, uses in self._uses.items()), key=lambda u: u[1])
         )
 
-    def bytes_before(self, piece: int, steps: float) -> int:
+    def bytes_before(self, chunk: int, steps: float) -> int:
         """Bytes of a piece that are read in fewer than so many steps."""
-        return sum(n for step, n in self._uses.get(piece, ()) if step - self.step < steps)
+        return sum(n for step, n in self._uses.get(chunk, ()) if step - self.step < steps)
 
 
-def is_worth_it(ahead: Lookahead, piece: int, use: float, size: int, steps: float) -> bool:
+def is_worth_it(ahead: Lookahead, chunk: int, use: float, size: int, steps: float) -> bool:
     """Whether a piece of `size` bytes, used next in `use` steps, may replace one that is used in `steps`."""
-    return steps > use and ahead.bytes_before(piece, steps) >= WORTH * size
+    return steps > use and ahead.bytes_before(chunk, steps) >= WORTH * size
 
 
 def choose_victims(

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from raydetr.shards.files import Span
 from raydetr.shards.remote.cache import NodeCache
-from raydetr.shards.remote.chunks import Piece, Pieces
+from raydetr.shards.remote.chunks import Chunk, Chunks
 from raydetr.shards.remote.lookahead import MOST_USES, Lookahead, choose_victims, is_worth_it
 from raydetr.shards.remote.use_tables import UseTables
 from raydetr.store.background import BackgroundThreads
-from raydetr.store.transfer import CacheSettings, RemoteError
+from raydetr.store.transfer import RemoteError
 
 log = logging.getLogger(__name__)
 
@@ -25,17 +25,17 @@ IDLE_SECONDS = 0.2  # between two looks where nothing is to be done
 RETRY_SECONDS = 1.0  # after there was no room, or another process was at a piece
 PAUSE_SECONDS = 5.0  # after a server failed
 
-Download = Callable[[Piece, Callable[[bytes], None]], None]
+Download = Callable[[Chunk, Callable[[bytes], None]], None]
 
 
-class CachedPieces:
+class CachedChunks:
     """The pieces of some shards in the node cache, which is made by the first process that follows a plan.
 
     A driver that only looks at the shards needs no such disk.
     """
 
-    def __init__(self, settings: CacheSettings, pieces: Pieces) -> None:
-        self._settings, self.pieces = settings, pieces
+    def __init__(self, folder: Path, max_bytes: int, chunks: Chunks) -> None:
+        self._folder, self._max_bytes, self.chunks = folder, max_bytes, chunks
         self._cache: NodeCache | None = None
 
     @property
@@ -46,7 +46,7 @@ class CachedPieces:
             ValueError: its folder cannot be used.
         """
         if self._cache is None:
-            self._cache = NodeCache(self._settings)
+            self._cache = NodeCache(self._folder, self._max_bytes)
         return self._cache
 
     def read(self, span: Span) -> bytes | None:
@@ -54,28 +54,28 @@ class CachedPieces:
         if self._cache is None:
             return None
         shard, offset, length = span
-        number = self.pieces.at(shard, offset)
+        number = self.chunks.at(shard, offset)
         if number is None:
             return None
-        piece = self.pieces[number]
+        chunk = self.chunks[number]
         try:
-            return self.cache.read(piece.name, piece.size, offset - piece.start, length)
+            return self.cache.read(chunk.name, chunk.size, offset - chunk.start, length)
         except OSError as error:
-            log.warning("%s: the cached copy cannot be read (%s)", piece.name, error)
+            log.warning("%s: the cached copy cannot be read (%s)", chunk.name, error)
             return None
 
     def drop(self, span: Span) -> None:
         """Remove the piece that holds a sample: its copy may be damaged."""
-        number = self.pieces.at(*span[:2])
+        number = self.chunks.at(*span[:2])
         if number is not None and self._cache is not None:
-            self._cache.remove([self.pieces[number].name])
+            self._cache.remove([self.chunks[number].name])
 
 
 class WrongBytes(Exception):
     """A piece that came wrong twice."""
 
 
-class Prefetcher:
+class CachePrefetcher:
     """A thread that brings the pieces a rank will read, in that order, and removes those that are used last.
 
     Args:
@@ -84,11 +84,11 @@ class Prefetcher:
         turns: the samples that each step of the rank reads, of all its processes together.
     """
 
-    def __init__(self, cached: CachedPieces, download: Download, turns: Iterable[Sequence[int]]) -> None:
+    def __init__(self, cached: CachedChunks, download: Download, turns: Iterable[Sequence[int]]) -> None:
         self._cached, self._download = cached, download
-        most_uses = min(MOST_USES, 2 * cached.pieces.num_samples)  # farther, nothing depends on it
-        self._ahead = Lookahead((cached.pieces.turn(turn) for turn in turns), most_uses)
-        self._tables = UseTables(Path(cached.cache.settings.path) / "uses")
+        most_uses = min(MOST_USES, 2 * cached.chunks.num_samples)  # farther, nothing depends on it
+        self._ahead = Lookahead((cached.chunks.turn(turn) for turn in turns), most_uses)
+        self._tables = UseTables(cached.cache.folder / "uses")
         self._threads = BackgroundThreads(DOWNLOADS, "node cache")
         self._not_before: dict[int, float] = {}  # piece -> when to look at it again
         self._step = 0
@@ -97,7 +97,7 @@ class Prefetcher:
         self._thread = threading.Thread(target=self._run, name="prefetcher", daemon=True)
         self._thread.start()
 
-    def at(self, step: int) -> None:
+    def advance(self, step: int) -> None:
         """This process is about to read for a step.
 
         Raises:
@@ -121,8 +121,8 @@ class Prefetcher:
                     self._closed.wait(0.02 if grew else IDLE_SECONDS)  # the batches need this processor
         except OSError as error:
             log.warning(
-                "%s (data.cache): %s; this process caches nothing more and reads from the server",
-                self._cached.cache.settings.path, error,
+                "%s (data.remote.cache_dir): %s; this process caches nothing more and reads from the server",
+                self._cached.cache.folder, error,
             )  # fmt: skip
         except BaseException as error:
             self._failure = error
@@ -132,10 +132,10 @@ class Prefetcher:
     def _fetch_some(self) -> bool:
         """Fetch the next pieces that are not there; whether anything was fetched."""
         next_uses = self._ahead.next_uses()
-        self._tables.publish({self._cached.pieces[number].name: use for number, use in next_uses.items()})
+        self._tables.publish({self._cached.chunks[number].name: use for number, use in next_uses.items()})
         now, there, futures = time.monotonic(), self._cached.cache.listing(), []
         for number, use in next_uses.items():
-            if self._not_before.get(number, 0.0) <= now and self._cached.pieces[number].name not in there:
+            if self._not_before.get(number, 0.0) <= now and self._cached.chunks[number].name not in there:
                 futures.append(self._threads.submit(self._store, number, use))
             if len(futures) == DOWNLOADS:
                 break
@@ -143,17 +143,17 @@ class Prefetcher:
         return any(fetched)
 
     def _store(self, number: int, use: int) -> bool:
-        piece, cache = self._cached.pieces[number], self._cached.cache
+        chunk, cache = self._cached.chunks[number], self._cached.cache
 
         def victims(missing: int) -> list[str] | None:
             sizes = cache.names()
-            pays = partial(is_worth_it, self._ahead, number, use, piece.size)
+            pays = partial(is_worth_it, self._ahead, number, use, chunk.size)
             return choose_victims(missing, sizes, self._tables.next_uses(sizes), pays)
 
         try:
-            outcome = cache.store(piece.name, piece.size, lambda accept: self._bring(piece, accept), victims)
+            outcome = cache.store(chunk.name, chunk.size, lambda accept: self._bring(chunk, accept), victims)
         except WrongBytes as fault:
-            log.warning("%s: not cached: %s, twice; its samples are read one by one", piece.name, fault)
+            log.warning("%s: not cached: %s, twice; its samples are read one by one", chunk.name, fault)
             self._not_before[number] = float("inf")
             return True
         except RemoteError as error:
@@ -164,12 +164,12 @@ class Prefetcher:
             self._not_before[number] = time.monotonic() + RETRY_SECONDS
         return outcome == "stored"
 
-    def _bring(self, piece: Piece, accept: Callable[[bytes], None]) -> None:
+    def _bring(self, chunk: Chunk, accept: Callable[[bytes], None]) -> None:
         fault: str | None = None
         for _ in range(2):
             content = bytearray()
-            self._download(piece, content.extend)
-            fault = self._cached.pieces.fault(piece, content)
+            self._download(chunk, content.extend)
+            fault = self._cached.chunks.fault(chunk, content)
             if fault is None:
                 accept(bytes(content))
                 return

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from raydetr.shards.files import Follower, Span, Unprepared
+from raydetr.config import RemoteConfig
+from raydetr.shards.files import NullPrefetcher, Prefetcher, Span
 from raydetr.shards.manifest import Manifest, Samples
-from raydetr.shards.remote.chunks import Piece, Pieces
-from raydetr.shards.remote.prefetch import CachedPieces, Prefetcher
+from raydetr.shards.remote.chunks import Chunk, Chunks
+from raydetr.shards.remote.prefetch import CachedChunks, CachePrefetcher
 from raydetr.store.background import BackgroundThreads
 from raydetr.store.origins import Origin
-from raydetr.store.transfer import RemoteError, RemoteSettings, Transfers
+from raydetr.store.transfer import RemoteError, Transfers
 
 LONGEST_REQUEST = 4 * 1024 * 1024  # bytes; ranges are not merged beyond it, to come at the same time
 MOST_FAULTS = 10  # after which no more files are looked at
@@ -51,13 +52,13 @@ def merge(spans: Sequence[Span], gap: int) -> list[Request]:
 class Connection:
     """What a process needs to fetch files of one remote folder. Made anew after a fork, and in copies."""
 
-    def __init__(self, location: str, settings: RemoteSettings) -> None:
-        self.origin, self.settings = Origin(location, settings.options), settings
+    def __init__(self, location: str, config: RemoteConfig) -> None:
+        self.origin, self.config = Origin(location, config.options), config
         self._pid = 0
         self.connect()
 
-    def __reduce__(self) -> tuple[type[Connection], tuple[str, RemoteSettings]]:
-        return Connection, (self.origin.location, self.settings)
+    def __reduce__(self) -> tuple[type[Connection], tuple[str, RemoteConfig]]:
+        return Connection, (self.origin.location, self.config)
 
     @property
     def threads(self) -> BackgroundThreads:
@@ -87,16 +88,16 @@ class Connection:
         """Make ready in this process, before several threads would do it at once."""
         if self._pid != os.getpid():
             self.origin.connect()
-            self._transfers = Transfers(self.settings)
-            self._threads = BackgroundThreads(self.settings.max_requests, "remote")
+            self._transfers = Transfers(self.config)
+            self._threads = BackgroundThreads(self.config.max_requests, "remote")
             self._pid = os.getpid()
 
 
 class RemoteFolder:
     """A folder on a server; see Folder."""
 
-    def __init__(self, location: str, settings: RemoteSettings) -> None:
-        self.location, self.connection = location, Connection(location, settings)
+    def __init__(self, location: str, config: RemoteConfig) -> None:
+        self.location, self.connection = location, Connection(location, config)
 
     def read(self, name: str) -> bytes:
         """As Folder."""
@@ -141,7 +142,7 @@ class RemoteFiles:
     """
 
     def __init__(
-        self, connection: Connection, sizes: Mapping[str, int], cached: CachedPieces | None = None
+        self, connection: Connection, sizes: Mapping[str, int], cached: CachedChunks | None = None
     ) -> None:
         self.connection, self._cached = connection, cached
         self._files, self._sizes = list(sizes), list(sizes.values())
@@ -162,7 +163,7 @@ class RemoteFiles:
         """As ShardFiles."""
         copies = [self._cached.read(span) if self._cached else None for span in spans]
         missing = [span for span, copy in zip(spans, copies, strict=True) if copy is None]
-        requests = merge(missing, self.connection.settings.merge_gap)
+        requests = merge(missing, self.connection.config.merge_gap_kb * 1024)
         threads = self.connection.threads
         futures = [
             threads.submit(self._fetch, request.shard, request.start, request.stop - request.start)
@@ -175,19 +176,19 @@ class RemoteFiles:
 
         return wait
 
-    def follow(self, turns: Iterable[Sequence[int]]) -> Follower:
+    def prefetch(self, turns: Iterable[Sequence[int]]) -> Prefetcher:
         """As ShardFiles: fills the node cache."""
         if self._cached is None:
-            return Unprepared()
+            return NullPrefetcher()
         self.connection.connect()
-        return Prefetcher(self._cached, self._download, turns)
+        return CachePrefetcher(self._cached, self._download, turns)
 
     def _fetch(self, shard: int, offset: int, length: int) -> bytes:
         return self.connection.fetch(self._files[shard], offset, offset + length, self._sizes[shard])
 
-    def _download(self, piece: Piece, accept: Callable[[bytes], None]) -> None:
-        shard = piece.shard
-        self.connection.fetch_into(self._files[shard], piece.start, piece.stop, self._sizes[shard], accept)
+    def _download(self, chunk: Chunk, accept: Callable[[bytes], None]) -> None:
+        shard = chunk.shard
+        self.connection.fetch_into(self._files[shard], chunk.start, chunk.stop, self._sizes[shard], accept)
 
 
 def make_remote_files(connection: Connection, manifest: Manifest, samples: Samples) -> RemoteFiles:
@@ -197,16 +198,16 @@ def make_remote_files(connection: Connection, manifest: Manifest, samples: Sampl
         ValueError: the cache cannot be used, or is smaller than a shard.
     """
     files = RemoteFiles(connection, {shard.name: shard.size for shard in manifest.shards})
-    settings = connection.settings.cache
-    if settings is None:
+    config = connection.config
+    if config.cache_dir is None or config.cache_gb is None:
         return files
-    largest = max(shard.size for shard in manifest.shards)
-    if settings.num_bytes < largest:
+    largest, max_bytes = max(shard.size for shard in manifest.shards), round(config.cache_gb * 1e9)
+    if max_bytes < largest:
         raise ValueError(
-            f"data.cache_gb={settings.num_bytes / 1e9:g} is less than a shard of {connection.origin.location} "
-            f"({largest / 1e9:g} GB), too little to help: raise it, or leave data.cache out"
+            f"data.remote.cache_gb={config.cache_gb:g} is less than a shard of {connection.origin.location} "
+            f"({largest / 1e9:g} GB), too little to help: raise it, or omit data.remote.cache_dir"
         )
-    cached = CachedPieces(settings, Pieces(samples, manifest.shards, files.names))
+    cached = CachedChunks(config.cache_dir, max_bytes, Chunks(samples, manifest.shards, files.names))
     return RemoteFiles(connection, {shard.name: shard.size for shard in manifest.shards}, cached)
 
 

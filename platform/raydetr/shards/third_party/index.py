@@ -41,7 +41,7 @@ from raydetr.shards.third_party.shard import (
     index_foreign,
     read_content,
 )
-from raydetr.shards.validation import Fault, check_index, check_manifest
+from raydetr.shards.validation import InvalidDataError, check_index, check_manifest
 from raydetr.store.output_folder import write_atomically
 
 
@@ -180,7 +180,7 @@ def _find_form(paths: list[Path], box_format: BoxFormat | None) -> RecordFormat:
                     form = find_format(read_content(file, sample), box_format)
                     if form is not None:
                         return form
-        except Fault as fault:
+        except InvalidDataError as fault:
             raise ValueError(
                 f"{path}: the first records cannot be read as boxes and labels: {fault}"
             ) from None

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from raydetr.shards.manifest import BoxFormat, RecordFormat
-from raydetr.shards.validation import Fault
+from raydetr.shards.validation import InvalidDataError
 
 LISTS = ("annotations", "objects")
 BOXES = ("bbox", "boxes", "bboxes")
@@ -37,7 +37,9 @@ def find_format(content: Any, box_format: BoxFormat | None) -> RecordFormat | No
         Fault: none is followed, or nobody said how the boxes are written.
     """
     if not isinstance(content, dict):
-        raise Fault(f"the record is a {type(content).__name__}, not an object with boxes and labels")
+        raise InvalidDataError(
+            f"the record is a {type(content).__name__}, not an object with boxes and labels"
+        )
     name = next((name for name in LISTS if isinstance(content.get(name), list)), None)
     if name is not None:
         objects = content[name]
@@ -47,7 +49,7 @@ def find_format(content: Any, box_format: BoxFormat | None) -> RecordFormat | No
         kind: Literal["coco", "objects"] = "coco" if is_coco else "objects"
         first = objects[0]
         if not isinstance(first, dict):
-            raise Fault(f"{name}[0] is {first!r:.60}, not an object with a box and a label")
+            raise InvalidDataError(f"{name}[0] is {first!r:.60}, not an object with a box and a label")
         boxes, labels = _fields(first, f"{name}[0]")
         # a list of objects with `bbox` is what COCO has, and there it is x, y, width, height
         return RecordFormat(kind, name, boxes, labels, _box_format(box_format, boxes, default="xywh"), False)
@@ -66,20 +68,20 @@ def unpack(content: Any, form: RecordFormat) -> tuple[Record, list[Record]]:
         Fault: the record does not follow the convention.
     """
     if not isinstance(content, dict):
-        raise Fault(f"the record is a {type(content).__name__}, not an object")
+        raise InvalidDataError(f"the record is a {type(content).__name__}, not an object")
     holder = content.get(form.objects) if form.objects else content
     if holder is None:
-        raise Fault(f"the record has no {form.objects!r}; its fields are {_names(content)}")
+        raise InvalidDataError(f"the record has no {form.objects!r}; its fields are {_names(content)}")
     if form.kind == "coco":
         image = content.get("image")
         if not isinstance(image, dict):
-            raise Fault(f"the record has no object 'image'; its fields are {_names(content)}")
+            raise InvalidDataError(f"the record has no object 'image'; its fields are {_names(content)}")
     else:
         taken = (form.objects,) if form.objects else (form.boxes, form.labels, "area", "iscrowd")
         image = {name: value for name, value in content.items() if name not in taken}
     objects = _rows(holder, form) if form.kind == "arrays" else holder
     if not isinstance(objects, list):
-        raise Fault(f"{form.objects} is {objects!r:.60}, not a list")
+        raise InvalidDataError(f"{form.objects} is {objects!r:.60}, not a list")
     return image, [_object(number, item, form) for number, item in enumerate(objects)]
 
 
@@ -122,7 +124,7 @@ def _fields(holder: Record, where: str) -> tuple[str, str]:
     boxes = next((name for name in BOXES if name in holder), None)
     labels = next((name for name in LABELS if name in holder and name != boxes), None)
     if boxes is None or labels is None:
-        raise Fault(
+        raise InvalidDataError(
             f"{where} has no {'boxes' if boxes is None else 'labels'}; its fields are {_names(holder)}, and known are "
             f"{', '.join(BOXES if boxes is None else LABELS)}"
         )
@@ -131,7 +133,7 @@ def _fields(holder: Record, where: str) -> tuple[str, str]:
 
 def _box_format(given: BoxFormat | None, boxes: str, default: BoxFormat | None) -> BoxFormat:
     if given is None and (default is None or boxes != "bbox"):
-        raise Fault(
+        raise InvalidDataError(
             f"the boxes are in {boxes!r}, and may be [x, y, width, height] or [x1, y1, x2, y2]: "
             "say which with --boxes xywh or --boxes xyxy"
         )
@@ -141,39 +143,43 @@ def _box_format(given: BoxFormat | None, boxes: str, default: BoxFormat | None) 
 def _rows(holder: Any, form: RecordFormat) -> list[Record]:
     """Arrays of boxes and labels, as objects."""
     if not isinstance(holder, dict):
-        raise Fault(f"{form.objects} is {holder!r:.60}, not an object with lists")
+        raise InvalidDataError(f"{form.objects} is {holder!r:.60}, not an object with lists")
     columns: dict[str, list[Any]] = {}
     for name in (form.boxes, form.labels, *OWN[2:]):
         values = holder.get(name)
         if values is None and name in OWN:
             continue
         if not isinstance(values, list):
-            raise Fault(f"{name} is {values!r:.60}, not a list; the fields are {_names(holder)}")
+            raise InvalidDataError(f"{name} is {values!r:.60}, not a list; the fields are {_names(holder)}")
         columns[name] = values
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
-        raise Fault(f"its lists have different lengths: {lengths}")
+        raise InvalidDataError(f"its lists have different lengths: {lengths}")
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _object(number: int, item: Any, form: RecordFormat) -> Record:
     if not isinstance(item, dict):
-        raise Fault(f"object {number} is {item!r:.60}")
+        raise InvalidDataError(f"object {number} is {item!r:.60}")
     label = item.get(form.labels)
     if not isinstance(label, int | str) or isinstance(label, bool):
-        raise Fault(f"object {number}: {form.labels} is {label!r:.60}, neither a whole number nor a name")
+        raise InvalidDataError(
+            f"object {number}: {form.labels} is {label!r:.60}, neither a whole number nor a name"
+        )
     others = {name: value for name, value in item.items() if name not in (form.boxes, form.labels)}
     return {**others, "bbox": _xywh(number, item.get(form.boxes), form), "label": label}
 
 
 def _xywh(number: int, value: Any, form: RecordFormat) -> list[float]:
     if not isinstance(value, list) or len(value) != 4 or not all(map(_is_number, value)):
-        raise Fault(f"object {number}: {form.boxes} is {value!r:.60}, not four finite numbers")
+        raise InvalidDataError(f"object {number}: {form.boxes} is {value!r:.60}, not four finite numbers")
     box: list[float] = value
     if form.box_format == "xyxy":
         box = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
     if box[2] < 0 or box[3] < 0:
-        raise Fault(f"object {number}: {form.boxes}, read as {form.box_format}, has a negative size: {box}")
+        raise InvalidDataError(
+            f"object {number}: {form.boxes}, read as {form.box_format}, has a negative size: {box}"
+        )
     return box
 
 

@@ -18,7 +18,7 @@ from raydetr.shards.images import check_image
 from raydetr.shards.manifest import SAMPLE_DTYPE, RecordFormat, Samples, ShardFile
 from raydetr.shards.tar_samples import TarSample, tar_samples
 from raydetr.shards.third_party.record_formats import Record, unpack
-from raydetr.shards.validation import Fault, member_at
+from raydetr.shards.validation import InvalidDataError, member_at
 
 IMAGES = ("jpg", "jpeg", "png")
 
@@ -72,7 +72,7 @@ def index_foreign(task: IndexTask, advance: Advance) -> IndexedShard:
             for sample in tar_samples(task.path):
                 try:
                     if sample.key in seen:
-                        raise Fault(
+                        raise InvalidDataError(
                             "its members do not lie together: sort them, for example with tar --sort=name"
                         )
                     seen.add(sample.key)
@@ -83,7 +83,7 @@ def index_foreign(task: IndexTask, advance: Advance) -> IndexedShard:
                 at = sample.end
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, Fault) as error:
+    except (OSError, InvalidDataError) as error:
         shard.note(str(error))
         return shard
     finally:
@@ -103,7 +103,9 @@ def image_and_record(sample: TarSample) -> tuple[str, str]:
     images = [extension for extension in sample.members if extension in IMAGES]
     if len(images) != 1 or "json" not in sample.members:
         found = ", ".join(f".{extension}" for extension in sample.members)
-        raise Fault(f"its members are {found}: one image (.jpg, .jpeg or .png) and one .json are needed")
+        raise InvalidDataError(
+            f"its members are {found}: one image (.jpg, .jpeg or .png) and one .json are needed"
+        )
     return images[0], "json"
 
 
@@ -118,7 +120,7 @@ def read_content(file: BinaryIO, sample: TarSample) -> Any:
     try:
         return json.loads(file.read(member.size))
     except (ValueError, RecursionError) as error:
-        raise Fault(f"its record is not JSON ({error})") from None
+        raise InvalidDataError(f"its record is not JSON ({error})") from None
 
 
 def _index_sample(shard: IndexedShard, task: IndexTask, sample: TarSample, file: BinaryIO) -> None:
@@ -128,7 +130,7 @@ def _index_sample(shard: IndexedShard, task: IndexTask, sample: TarSample, file:
     raw = file.read(parts.end - parts.begin)
     for member in (image, record):
         if member_at(raw, member.offset_data - parts.begin) != (sample.key, member.size):
-            raise Fault("its name needs an extended tar header: give it at most 100 characters")
+            raise InvalidDataError("its name needs an extended tar header: give it at most 100 characters")
     content = raw[image.offset_data - parts.begin :][: image.size]
     fields, objects = unpack(read_content(file, sample), task.form)
     size, _, turned = check_image("its image", content, _stated_size(fields))
@@ -149,17 +151,19 @@ def _stated_size(fields: Record) -> tuple[int, int] | None:
     if width is None or height is None:
         return None
     if not isinstance(width, int) or not isinstance(height, int):
-        raise Fault(f"its width and height are {width!r:.40} and {height!r:.40}, not numbers of pixels")
+        raise InvalidDataError(
+            f"its width and height are {width!r:.40} and {height!r:.40}, not numbers of pixels"
+        )
     return width, height
 
 
 def _note_objects(shard: IndexedShard, objects: list[Record], form: RecordFormat) -> None:
     for number, item in enumerate(objects):
         if item.get("iscrowd", 0) not in (0, 1):
-            raise Fault(f"object {number}: iscrowd is {item['iscrowd']!r:.40}, neither 0 nor 1")
+            raise InvalidDataError(f"object {number}: iscrowd is {item['iscrowd']!r:.40}, neither 0 nor 1")
         area = item.get("area", 0)
         if not isinstance(area, int | float) or isinstance(area, bool) or not 0 <= area < float("inf"):
-            raise Fault(f"object {number}: area is {area!r:.40}, not a number of pixels")
+            raise InvalidDataError(f"object {number}: area is {area!r:.40}, not a number of pixels")
     for item in objects:
         x, y, width, height = item["bbox"]
         shard.labels[item["label"]] += 1

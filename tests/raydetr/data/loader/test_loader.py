@@ -193,13 +193,15 @@ def test_other_ways_to_start_processes(shards: Shards, method: str, tmp_path: Pa
     script = tmp_path / "script.py"
     script.write_text(f"""
 import itertools, multiprocessing, zlib
+from raydetr.config import TransformConfig
 from raydetr.shards.reader import open_shards
 from raydetr.data.stream import train_batches
 from raydetr.data.transforms.transform import Transform
 
 def sums(num_workers):
     stream = train_batches(open_shards({shards.location!r}), seed=3, position=7, rank=1, world_size=2,
-                           batch_size=3, transform=Transform((24, 40)), num_workers=num_workers)
+                           batch_size=3, num_workers=num_workers,
+                           transform=Transform(TransformConfig(short_sides=(24, 40))))
     return [zlib.crc32(batch.pixels.contiguous().numpy()) for batch in itertools.islice(stream, 6)]
 
 if __name__ == "__main__":
@@ -219,7 +221,7 @@ def test_loaders_end_with_a_killed_program(tmp_path: Path) -> None:
 import os, sys
 sys.path.insert(0, os.environ["TESTS"])
 from raydetr.data.loader.loader import load
-from test_loading import Numbers
+from test_loader import Numbers
 next(load(Numbers(kills_its_parent=True), 2))
 """)
     environment = {**ENVIRONMENT, "TESTS": str(Path(__file__).parent)}
@@ -236,6 +238,7 @@ def test_memory_is_flat_over_ten_thousand_batches(shards: Shards, tmp_path: Path
 import json, sys
 from pathlib import Path
 import psutil
+from raydetr.config import TransformConfig
 from raydetr.data.transforms.transform import Transform
 from raydetr.shards.reader import open_shards
 from raydetr.data.stream import train_batches
@@ -252,7 +255,7 @@ def megabytes():
 
 stream = train_batches(
     open_shards(sys.argv[1]), seed=0, position=0, rank=0, world_size=1, batch_size=1,
-    transform=Transform(short_sides=(24, 32, 40), max_side=64), num_workers=2,
+    transform=Transform(TransformConfig(short_sides=(24, 32, 40), max_side=64)), num_workers=2,
 )
 measured = []
 for number, batch in enumerate(stream):

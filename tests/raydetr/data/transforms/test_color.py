@@ -1,4 +1,4 @@
-"""Colour jitter against its definition, in float64 and with Python's own colour conversions."""
+"""Colour jitter against its definition, in float64 and with Python's own color conversions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import random
 import numpy as np
 import pytest
 
-from raydetr.config import ConfigError, override
-from raydetr.data.transforms.color import ColourChange, change_colours
+from raydetr.config import ConfigError, TransformConfig, override
+from raydetr.data.transforms.color import ColorChange, change_colors
 from raydetr.data.transforms.pixels import Pixels
 from raydetr.data.transforms.transform import Transform
 from raydetr.recipes import quickstart
@@ -27,7 +27,7 @@ def test_factors_blend_with_black_the_mean_grey_and_each_pixels_grey(pixels: Pix
     grey = (pixels @ LUMA)[..., None]
     others = {"brightness": 0.0, "contrast": grey.mean(), "saturation": grey}
     for name, other in others.items():
-        found = change_colours(pixels, ColourChange(**{name: factor}))
+        found = change_colors(pixels, ColorChange(**{name: factor}))
         expected = (other + (pixels - other) * factor).clip(0, 255)
         # the grey is rounded to a level before it is used, and the result is cut off to one
         np.testing.assert_allclose(found, expected, atol=1.01 + 0.6 * abs(1 - factor))
@@ -36,7 +36,7 @@ def test_factors_blend_with_black_the_mean_grey_and_each_pixels_grey(pixels: Pix
 @pytest.mark.parametrize("shift", [-0.5, -0.13, 0.07, 0.31])
 def test_hue_turns_in_hsv(pixels: Pixels, shift: float) -> None:
     """In 256 steps of the circle and 256 of saturation, as Pillow's and torchvision's."""
-    found = change_colours(pixels, ColourChange(hue=shift)).reshape(-1, 3)
+    found = change_colors(pixels, ColorChange(hue=shift)).reshape(-1, 3)
     for before, after in zip(pixels.reshape(-1, 3).tolist(), found.tolist(), strict=True):
         hue, saturation, value = colorsys.rgb_to_hsv(*(level / 255 for level in before))
         expected = [level * 255 for level in colorsys.hsv_to_rgb((hue + shift) % 1, saturation, value)]
@@ -44,24 +44,24 @@ def test_hue_turns_in_hsv(pixels: Pixels, shift: float) -> None:
 
 
 def test_changes_come_in_their_order(pixels: Pixels) -> None:
-    dark_first = ColourChange(brightness=0.2, contrast=3.0, order=(0, 1, 2, 3))
-    dark_last = ColourChange(brightness=0.2, contrast=3.0, order=(1, 0, 2, 3))
-    step_by_step = change_colours(
-        change_colours(pixels, ColourChange(brightness=0.2)), ColourChange(contrast=3.0)
+    dark_first = ColorChange(brightness=0.2, contrast=3.0, order=(0, 1, 2, 3))
+    dark_last = ColorChange(brightness=0.2, contrast=3.0, order=(1, 0, 2, 3))
+    step_by_step = change_colors(
+        change_colors(pixels, ColorChange(brightness=0.2)), ColorChange(contrast=3.0)
     )
-    np.testing.assert_array_equal(change_colours(pixels, dark_first), step_by_step)
-    assert (change_colours(pixels, dark_last) != step_by_step).any()
+    np.testing.assert_array_equal(change_colors(pixels, dark_first), step_by_step)
+    assert (change_colors(pixels, dark_last) != step_by_step).any()
 
 
 def test_nothing_drawn_changes_nothing_and_the_original_stays(pixels: Pixels) -> None:
     before = pixels.copy()
-    np.testing.assert_array_equal(change_colours(pixels, ColourChange()), before)
-    change_colours(pixels, ColourChange(2.0, 2.0, 2.0, 0.3))
+    np.testing.assert_array_equal(change_colors(pixels, ColorChange()), before)
+    change_colors(pixels, ColorChange(2.0, 2.0, 2.0, 0.3))
     np.testing.assert_array_equal(pixels, before)
 
 
 def test_draws_are_uniform_within_the_limits() -> None:
-    draws = [ColourChange.draw(random.Random(i), 0.4, 1.5, 0.2, 0.1) for i in range(4000)]
+    draws = [ColorChange.draw(random.Random(i), 0.4, 1.5, 0.2, 0.1) for i in range(4000)]
     limits = {"brightness": (0.6, 1.4), "contrast": (0.0, 2.5), "saturation": (0.8, 1.2), "hue": (-0.1, 0.1)}
     for name, (low, high) in limits.items():
         values = np.array([getattr(draw, name) for draw in draws])
@@ -74,11 +74,11 @@ def test_draws_are_uniform_within_the_limits() -> None:
 
 
 def test_colours_depend_on_seed_and_position() -> None:
-    transform = Transform(hue=0.5, brightness=1.0)
-    first = transform.draw(1, 2, (8, 8)).colours
-    assert first == transform.draw(1, 2, (640, 480)).colours
-    assert len({transform.draw(1, p, (8, 8)).colours for p in range(50)}) == 50
-    assert first != transform.draw(2, 2, (8, 8)).colours
+    transform = Transform(TransformConfig(hue=0.5, brightness=1.0))
+    first = transform.draw(1, 2, (8, 8)).colors
+    assert first == transform.draw(1, 2, (640, 480)).colors
+    assert len({transform.draw(1, p, (8, 8)).colors for p in range(50)}) == 50
+    assert first != transform.draw(2, 2, (8, 8)).colors
 
 
 @pytest.mark.parametrize(
@@ -87,11 +87,11 @@ def test_colours_depend_on_seed_and_position() -> None:
         ({"hue": 0.6}, r"train_transform\.hue: .*0\.5.*found 0\.6"),
         ({"brightness": -0.1}, r"train_transform\.brightness"),
         ({"mosaic_probability": 1.5}, r"train_transform\.mosaic_probability"),
-        ({"jitter_side": 0}, r"train_transform\.jitter_side"),
-        ({"jitter_side": 64, "jitter_min_scale": 3.0}, r"jitter_min_scale 3\.0 exceeds jitter_max_scale 2\.0"),
-        ({"jitter_min_scale": 0.5}, r"jitter_min_scale 0\.5 has no effect without jitter_side"),
-        ({"jitter_side": 64, "short_sides": [96]}, r"short_sides \(96,\) has no effect with jitter_side"),
-        ({"jitter_side": 64, "crop_probability": 0.5}, r"crop_probability 0\.5 has no effect with jitter_side"),
+        ({"lsj_size": 0}, r"train_transform\.lsj_size"),
+        ({"lsj_size": 64, "lsj_min_scale": 3.0}, r"lsj_min_scale 3\.0 exceeds lsj_max_scale 2\.0"),
+        ({"lsj_min_scale": 0.5}, r"lsj_min_scale 0\.5 has no effect without lsj_size"),
+        ({"lsj_size": 64, "short_sides": [96]}, r"short_sides \(96,\) has no effect with lsj_size"),
+        ({"lsj_size": 64, "crop_probability": 0.5}, r"crop_probability 0\.5 has no effect with lsj_size"),
         ({"max_side": 200}, r"max_side 200 has no effect without short_sides"),
         ({"crop_short_sides": [64]}, r"crop_short_sides \(64,\) has no effect without crop_probability"),
         ({"crop_min_side": 64}, r"crop_min_side 64 has no effect without crop_probability"),
@@ -110,7 +110,7 @@ def test_settings_that_cannot_be_or_have_no_effect_are_refused(
 @pytest.mark.parametrize(
     "changes",
     [{"horizontal_flip": 0.5}, {"crop_probability": 0.1}, {"hue": 0.1}, {"mosaic_probability": 0.1},
-     {"jitter_side": 64}, {"scale_per": "step", "short_sides": [64, 96]}],
+     {"lsj_size": 64}, {"scale_per": "step", "short_sides": [64, 96]}],
 )  # fmt: skip
 def test_evaluation_is_not_augmented(changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"val_transform\.\w+ \S+ is augmentation"):

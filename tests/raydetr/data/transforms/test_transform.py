@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import goldens
-from raydetr.config import ConfigError, override
+from raydetr.config import ConfigError, TransformConfig, override
 from raydetr.data.samples import load_sample
 from raydetr.data.transforms.geometry import Crop, flip_horizontally, resize, resized_size
 from raydetr.data.transforms.pixels import Pixels, Resized, size_of
@@ -78,7 +78,7 @@ def check_levels(found: Pixels, expected: Pixels) -> None:
 @pytest.mark.parametrize("number", range(len(DATA["images"])))
 def test_validation_transform_equals_the_official_one(number: int) -> None:
     golden = DATA["images"][number]
-    transform = Transform(short_sides=(800,), max_side=1333)
+    transform = Transform(TransformConfig(short_sides=(800,), max_side=1333))
     image, boxes, kept = transform(golden_image(f"image{number}"), converted(golden), seed=0, position=0)
     assert [image.height, image.width] == golden["val_transform"]["size"]
     expected = np.reshape(golden["val_transform"]["boxes"], (-1, 4))
@@ -94,7 +94,7 @@ def test_training_transform_equals_the_official_one(row: dict[str, Any]) -> None
     golden = DATA["images"][row["image"]]
     before = golden_image(f"image{row['image']}")
     boxes, category_ids = usable_boxes(golden["annotations"], *golden["wh"])
-    transform = official_training_transform().build()
+    transform = Transform(official_training_transform())
     image, boxes, kept = transform.apply(
         before, boxes, official_choices(transform, row["seed"], size_of(before))
     )
@@ -132,7 +132,7 @@ def converted(golden: dict[str, Any]) -> np.ndarray:
 
 
 def test_draws_depend_on_seed_and_position_alone_and_are_fair() -> None:
-    transform = Transform(short_sides=(10, 20, 30), max_side=99, horizontal_flip=0.25)
+    transform = Transform(TransformConfig(short_sides=(10, 20, 30), max_side=99, horizontal_flip=0.25))
     draws = [transform.draw(7, position, (64, 48)) for position in range(6000)]
     assert draws == [transform.draw(7, position, (64, 48)) for position in range(6000)]
     assert draws != [transform.draw(8, position, (64, 48)) for position in range(6000)]
@@ -145,7 +145,7 @@ def test_draws_depend_on_seed_and_position_alone_and_are_fair() -> None:
 
 def test_crops_are_drawn_as_officially() -> None:
     """Half of the images; uniform sizes between 384 and what the image has, at most 600; uniform places."""
-    transform = official_training_transform().build()
+    transform = Transform(official_training_transform())
     size = (640, 480)
     draws = [transform.draw(3, position, size) for position in range(12000)]
     crops = [drawn.crop for drawn in draws if drawn.crop is not None]
@@ -174,7 +174,7 @@ def check_uniform(values: list[int], low: int, high: int) -> None:
 
 
 def test_small_images_without_a_resize_are_cropped_to_what_they_have() -> None:
-    transform = Transform(crop_probability=1.0, crop_min_side=30, crop_max_side=60)
+    transform = Transform(TransformConfig(crop_probability=1.0, crop_min_side=30, crop_max_side=60))
     for position in range(200):
         crop = transform.draw(1, position, (20, 50)).crop
         assert crop is not None
@@ -190,10 +190,12 @@ def test_crop_settings_that_contradict_are_refused() -> None:
 
 def test_certain_transforms() -> None:
     size = (37, 22)
-    assert Transform().draw(0, 5, size) == Choices(False, None, None)
-    assert Transform(short_sides=(20,), horizontal_flip=1.0).draw(0, 5, size) == Choices(True, None, 20)
+    assert Transform(TransformConfig()).draw(0, 5, size) == Choices(False, None, None)
+    assert Transform(TransformConfig(short_sides=(20,), horizontal_flip=1.0)).draw(0, 5, size) == Choices(
+        True, None, 20
+    )
     image = np.zeros((*size[::-1], 3), np.uint8)
-    same, boxes, kept = Transform()(image, np.zeros((0, 4)), seed=0, position=0)
+    same, boxes, kept = Transform(TransformConfig())(image, np.zeros((0, 4)), seed=0, position=0)
     assert same.pixels() is image
     assert boxes.shape == (0, 4)
     assert kept.shape == (0,)
@@ -203,10 +205,10 @@ def test_a_mark_stays_in_its_box() -> None:
     """A white square on black is where its box says, after any flip, crop and resize."""
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[8:20, 6:30] = 255
-    transform = Transform(
+    transform = Transform(TransformConfig(
         short_sides=(20, 40, 80), max_side=100, horizontal_flip=0.5,
         crop_probability=0.7, crop_short_sides=(20, 30, 40), crop_min_side=8, crop_max_side=40,
-    )  # fmt: skip
+    ))  # fmt: skip
     num_lost = 0
     for position in range(100):
         image, boxes, kept = transform(pixels, np.array([[6.0, 8, 30, 20]]), seed=0, position=position)
@@ -226,7 +228,7 @@ def test_a_mark_stays_in_its_box() -> None:
 
 def test_labels_stay_with_their_boxes_in_a_crop(shards: Shards) -> None:
     """A box that the crop does not cut has the size of an object with its label, and no other is there."""
-    transform = Transform(crop_probability=1.0, crop_min_side=20, crop_max_side=60)
+    transform = Transform(TransformConfig(crop_probability=1.0, crop_min_side=20, crop_max_side=60))
     labels = shards.label_map.labels
     num_whole = num_dropped = 0
     for index in range(shards.num_samples):

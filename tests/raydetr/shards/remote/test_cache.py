@@ -24,18 +24,18 @@ import pytest
 from faulty_proxy import Fault, FaultyProxy
 from made_coco import write_coco
 from object_stores import CREDENTIALS, S3Server, WebServer
+from raydetr.config import RemoteConfig, TransformConfig
 from raydetr.data.batch import Batch
-from raydetr.data.order import Plan
-from raydetr.data.stream import evaluation_batches, make_plan, train_batches
+from raydetr.data.order import SampleOrder
+from raydetr.data.stream import evaluation_batches, make_order, train_batches
 from raydetr.data.transforms.transform import Transform
 from raydetr.shards.reader import Shards, open_shards
 from raydetr.shards.remote.cache import CacheFull, NodeCache
-from raydetr.shards.remote.chunks import Pieces
+from raydetr.shards.remote.chunks import Chunks
 from raydetr.shards.remote.lookahead import Lookahead, choose_victims, is_worth_it
 from raydetr.shards.writer import write_shards
-from raydetr.store.transfer import CacheSettings, RemoteSettings
 
-QUICK = RemoteSettings(connect_seconds=2.0, stall_seconds=0.4, attempts=3, first_pause=0.02)
+QUICK = RemoteConfig(connect_timeout=2.0, read_timeout=0.4, attempts=3)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,10 @@ def num_bytes(shards: Shards) -> int:
     return sum(shard.size for shard in shards.manifest.shards)
 
 
-def cached(url: str, folder: Path, budget: int, settings: RemoteSettings = QUICK) -> Shards:
-    return open_shards(url, remote=dataclasses.replace(settings, cache=CacheSettings(str(folder), budget)))
+def cached(url: str, folder: Path, budget: int, settings: RemoteConfig = QUICK) -> Shards:
+    return open_shards(
+        url, remote=settings.model_copy(update={"cache_dir": folder, "cache_gb": budget / 1e9})
+    )
 
 
 def on_disk(folder: Path) -> int:
@@ -103,7 +105,7 @@ def fill_with(content: bytes) -> Callable[[Callable[[bytes], None]], None]:
 
 
 def test_entries_come_whole_and_go_to_make_room(tmp_path: Path) -> None:
-    cache = NodeCache(CacheSettings(str(tmp_path), 250))
+    cache = NodeCache(tmp_path, 250)
     assert cache.store("a", 100, fill_with(b"a" * 100), lambda missing: None) == "stored"
     assert cache.store("a", 100, fill_with(b"x" * 100), lambda missing: None) == "there"
     assert cache.read("a", 100, 10, 5) == b"aaaaa"
@@ -123,7 +125,7 @@ def test_entries_come_whole_and_go_to_make_room(tmp_path: Path) -> None:
 
 def test_the_budget_is_kept_where_the_count_was_never_written(tmp_path: Path) -> None:
     """A process was killed between making the file and writing to it, while another one goes on."""
-    cache = NodeCache(CacheSettings(str(tmp_path), 250))
+    cache = NodeCache(tmp_path, 250)
     cache.store("a", 100, fill_with(b"a" * 100), lambda missing: None)
     (tmp_path / "used").write_bytes(b"")
     assert cache.store("b", 151, fill_with(b"b" * 151), lambda missing: None) == "no room"
@@ -137,8 +139,8 @@ def test_a_piece_is_known_by_url_size_and_sha256_of_its_shard(many: Shards) -> N
 
     def names(url: str = "s3://bucket", **changes: Any) -> set[str]:
         changed = [dataclasses.replace(file, **changes) for file in files]
-        pieces = Pieces(many.samples, changed, [f"{url}/{file.name}" for file in files])
-        return {pieces[number].name for number in range(len(pieces))}
+        chunks = Chunks(many.samples, changed, [f"{url}/{file.name}" for file in files])
+        return {chunks[number].name for number in range(len(chunks))}
 
     base = names()
     assert len(base) == len(ranges_of_pieces(many))
@@ -148,7 +150,7 @@ def test_a_piece_is_known_by_url_size_and_sha256_of_its_shard(many: Shards) -> N
 
 
 def test_what_is_being_read_is_not_removed(tmp_path: Path) -> None:
-    cache = NodeCache(CacheSettings(str(tmp_path), 100))
+    cache = NodeCache(tmp_path, 100)
     cache.store("a", 100, fill_with(b"a" * 100), lambda missing: None)
     with (tmp_path / "whole" / "a").open("rb") as reader:
         fcntl.flock(reader, fcntl.LOCK_SH)
@@ -158,7 +160,7 @@ def test_what_is_being_read_is_not_removed(tmp_path: Path) -> None:
 
 
 def test_an_error_while_filling_leaves_nothing(tmp_path: Path) -> None:
-    cache = NodeCache(CacheSettings(str(tmp_path), 250))
+    cache = NodeCache(tmp_path, 250)
 
     def fill(accept: Callable[[bytes], None]) -> None:
         accept(b"a" * 50)
@@ -173,12 +175,11 @@ def test_an_error_while_filling_leaves_nothing(tmp_path: Path) -> None:
 WRITER = """
 import sys, time
 from raydetr.shards.remote.cache import NodeCache
-from raydetr.store.transfer import CacheSettings
 def fill(accept):
     accept(b"a" * 60)
     print("half", flush=True)
     time.sleep(60)
-NodeCache(CacheSettings(sys.argv[1], 250)).store("a", 100, fill, lambda missing: None)
+NodeCache(Path(sys.argv[1]), 250).store("a", 100, fill, lambda missing: None)
 """
 
 
@@ -189,7 +190,7 @@ def test_a_killed_writer_leaves_nothing_that_looks_whole(tmp_path: Path) -> None
     )
     assert writer.stdout is not None
     assert writer.stdout.readline() == b"half\n"
-    cache = NodeCache(CacheSettings(str(tmp_path), 250))
+    cache = NodeCache(tmp_path, 250)
     assert cache.used() == 100  # its room is taken
     assert cache.store("a", 100, fill_with(b"b" * 100), lambda missing: None) == "there"  # it is at it
     writer.send_signal(signal.SIGKILL)
@@ -200,15 +201,14 @@ def test_a_killed_writer_leaves_nothing_that_looks_whole(tmp_path: Path) -> None
     assert cache.read("a", 100, 0, 3) == b"bbb"
     assert cache.used() == on_disk(tmp_path) == 100
     (tmp_path / "partial" / "stale").write_bytes(bytes(40))
-    assert NodeCache(CacheSettings(str(tmp_path), 250)).used() == 100
+    assert NodeCache(tmp_path, 250).used() == 100
     assert on_disk(tmp_path) == 100
 
 
 HAMMER = """
 import random, sys
 from raydetr.shards.remote.cache import NodeCache
-from raydetr.store.transfer import CacheSettings
-cache, rng = NodeCache(CacheSettings(sys.argv[1], 1000)), random.Random(sys.argv[2])
+cache, rng = NodeCache(Path(sys.argv[1]), 1000), random.Random(sys.argv[2])
 def victims(missing):
     names = sorted(cache.names())
     return rng.sample(names, min(5, len(names)))
@@ -221,7 +221,7 @@ for _ in range(200):
 
 
 def test_processes_that_fill_and_empty_it_together_keep_the_budget(tmp_path: Path) -> None:
-    cache = NodeCache(CacheSettings(str(tmp_path), 1000))
+    cache = NodeCache(tmp_path, 1000)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     processes = [
         subprocess.Popen([sys.executable, "-c", HAMMER, str(tmp_path), str(seed)], env=environment)
@@ -270,16 +270,16 @@ def test_what_is_used_last_goes_first_and_only_if_it_pays() -> None:
 
 def test_each_byte_is_fetched_once_over_epochs(many: Shards, web: WebServer, tmp_path: Path) -> None:
     shards = cached(web.url, tmp_path / "cache", 2 * num_bytes(many))
-    plan = make_plan(many, 0)
+    plan = make_order(many, 0)
     turns = [plan.samples(4 * step, 4).tolist() for step in range(180)]  # three epochs
-    follower = shards.files.follow(turns)
+    prefetcher = shards.files.prefetch(turns)
     wait_until(lambda: len(list((tmp_path / "cache" / "whole").iterdir())) == 9)
     begun = len(web.requests)
     assert sum(fetched_bytes(web.requests)) == pytest.approx(num_bytes(many), rel=0.03)
     for step, turn in enumerate(turns):
-        follower.at(step)
+        prefetcher.advance(step)
         assert shards.read_many(turn) == many.read_many(turn)
-    follower.close()
+    prefetcher.close()
     assert len(web.requests) == begun  # all of it came from the cache
 
 
@@ -288,16 +288,16 @@ def test_a_small_budget_is_kept_and_the_samples_are_right(
 ) -> None:
     folder, budget = tmp_path / "cache", num_bytes(many) // 2
     shards = cached(web.url, folder, budget)
-    plan = make_plan(many, 0)
+    plan = make_order(many, 0)
     turns = [plan.samples(4 * step, 4).tolist() for step in range(120)]
-    follower = shards.files.follow(turns)
+    prefetcher = shards.files.prefetch(turns)
     most = 0
     for step, turn in enumerate(turns):
-        follower.at(step)
+        prefetcher.advance(step)
         assert shards.read_many(turn) == many.read_many(turn)
         time.sleep(0.005)
         most = max(most, on_disk(folder))
-    follower.close()
+    prefetcher.close()
     assert num_bytes(many) // 4 < most <= budget
 
 
@@ -305,9 +305,9 @@ def test_room_for_half_saves_nearly_half() -> None:
     """The policy alone, on 12,000 samples, with fetching that takes no time."""
     num_samples, batch, epochs = 12_000, 32, 3
     rng = np.random.default_rng(0)
-    plan = Plan(np.arange(num_samples) // 500, np.exp(rng.normal(0, 0.3, num_samples)), "made", 0)
-    piece = np.arange(num_samples) // 32
-    turns = [piece[plan.samples(at, batch)].tolist() for at in range(0, epochs * num_samples, batch)]
+    plan = SampleOrder(np.arange(num_samples) // 500, np.exp(rng.normal(0, 0.3, num_samples)), "made", 0)
+    chunk = np.arange(num_samples) // 32
+    turns = [chunk[plan.samples(at, batch)].tolist() for at in range(0, epochs * num_samples, batch)]
     ahead = Lookahead([(number, 1) for number in turn] for turn in turns)
     kept: dict[str, int] = {}
     fetched = [0] * epochs
@@ -345,12 +345,12 @@ def test_nothing_waits_for_a_piece(many: Shards, web: WebServer, tmp_path: Path)
         )  # only pieces are longer
 
     proxy.faults = faults
-    follower = shards.files.follow([[0, 40, 200]])
-    follower.at(0)
+    prefetcher = shards.files.prefetch([[0, 40, 200]])
+    prefetcher.advance(0)
     assert shards.read_many([0, 40, 200]) == many.read_many([0, 40, 200])
     assert not list((tmp_path / "cache" / "whole").iterdir())
     whole.set()
-    follower.close()
+    prefetcher.close()
     proxy.close()
 
 
@@ -361,32 +361,35 @@ def test_wrong_bytes_are_not_kept(
     shards = cached(proxy.url, tmp_path / "cache", 2 * num_bytes(many))
     begun = proxy.num_requests
     proxy.faults = lambda request: Fault("corrupt", 700) if request == begun else None
-    follower = shards.files.follow([[0]])
+    prefetcher = shards.files.prefetch([[0]])
     wait_until(lambda: len(list((tmp_path / "cache" / "whole").iterdir())) == 1)
     assert proxy.num_requests - begun == 2  # discarded, and fetched again
     assert shards.read(0) == many.read(0)
-    follower.close()
+    prefetcher.close()
     proxy.faults = lambda request: Fault("corrupt", 700)
-    follower = shards.files.follow([[100]])
+    prefetcher = shards.files.prefetch([[100]])
     with caplog.at_level(logging.WARNING):
         wait_until(lambda: "not cached" in caplog.text)
     assert re.search(r"sample \d{12} at byte \d+ has another crc32, twice", caplog.text)
-    follower.close()
+    prefetcher.close()
     proxy.close()
 
 
 def test_a_damaged_copy_is_read_again_past_the_cache(many: Shards, web: WebServer, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     shards = cached(web.url, folder, 2 * num_bytes(many))
-    follower = shards.files.follow([[0]])
+    prefetcher = shards.files.prefetch([[0]])
     wait_until(lambda: len(list((folder / "whole").iterdir())) == 1)
-    follower.close()
+    prefetcher.close()
     (entry,) = (folder / "whole").iterdir()
     content = bytearray(entry.read_bytes())
     content[700] ^= 4
     entry.write_bytes(content)
     (batch,) = islice(
-        evaluation_batches(shards, rank=0, world_size=1, batch_size=1, transform=Transform()), 1
+        evaluation_batches(
+            shards, rank=0, world_size=1, batch_size=1, transform=Transform(TransformConfig())
+        ),
+        1,
     )
     assert batch is not None
     assert batch.image_ids.item() == many.samples["image_id"][0]
@@ -406,17 +409,15 @@ def test_a_full_disk_is_told_once_and_reading_goes_on(
     monkeypatch.setattr(os, "posix_fallocate", full)
     shards = cached(web.url, tmp_path / "cache", 2 * num_bytes(many))
     with caplog.at_level(logging.WARNING):
-        follower = shards.files.follow([[index] for index in range(240)])
+        prefetcher = shards.files.prefetch([[index] for index in range(240)])
         wait_until(lambda: "caches nothing more" in caplog.text)
         assert shards.read_many(range(50)) == many.read_many(range(50))
-        follower.at(50)
+        prefetcher.advance(50)
     assert caplog.text.count("caches nothing more") == 1
     assert on_disk(tmp_path / "cache") == 0
-    follower.close()
+    prefetcher.close()
     with pytest.raises(CacheFull, match="no room on the disk"):
-        NodeCache(CacheSettings(str(tmp_path / "other"), 100)).store(
-            "a", 9, fill_with(b"a" * 9), lambda _: None
-        )
+        NodeCache(tmp_path / "other", 100).store("a", 9, fill_with(b"a" * 9), lambda _: None)
 
 
 # --- the stream
@@ -425,7 +426,7 @@ def test_a_full_disk_is_told_once_and_reading_goes_on(
 def batches(shards: Shards, workers: int, seed: int) -> Iterator[Batch]:
     return train_batches(
         shards, seed=seed, position=0, rank=0, world_size=1, batch_size=4,
-        transform=Transform(horizontal_flip=0.5), num_workers=workers,
+        transform=Transform(TransformConfig(horizontal_flip=0.5)), num_workers=workers,
     )  # fmt: skip
 
 
@@ -460,7 +461,7 @@ def test_the_stream_from_s3_is_that_of_the_folder(
     proxy = FaultyProxy(s3.address)
     faults = {20: Fault("stall", 500), 25: Fault("reset", 50), 26: Fault("short", 300), 31: Fault("busy")}
     proxy.faults = faults.get
-    settings = RemoteSettings(options={"endpoint_url": proxy.url}, stall_seconds=2.0, first_pause=0.05)
+    settings = RemoteConfig(options={"endpoint_url": proxy.url}, read_timeout=2.0)
     if with_cache:
         settings = dataclasses.replace(
             settings, cache=CacheSettings(str(tmp_path / "c"), 2 * num_bytes(many))

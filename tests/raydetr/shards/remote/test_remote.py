@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pickle
 import shutil
@@ -17,11 +16,12 @@ import pytest
 
 from faulty_proxy import Fault, FaultyProxy, Kind
 from object_stores import CREDENTIALS, GsServer, S3Server, WebServer
+from raydetr.config import RemoteConfig
 from raydetr.shards.reader import ShardError, Shards, open_shards
 from raydetr.shards.remote.reading import merge
-from raydetr.store.transfer import RemoteError, RemoteSettings
+from raydetr.store.transfer import RemoteError
 
-QUICK = RemoteSettings(connect_seconds=2.0, stall_seconds=0.4, attempts=3, first_pause=0.02, merge_gap=2048)
+QUICK = RemoteConfig(connect_timeout=2.0, read_timeout=0.4, attempts=3, merge_gap_kb=2)
 LONGEST_SECONDS = 3 * (0.4 + 0.1) + 6  # of a read that fails in all attempts, with room for a busy machine
 
 
@@ -55,18 +55,18 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["http", "s3", "gs"])
-def remote(request: pytest.FixtureRequest) -> Iterator[tuple[str, RemoteSettings, FaultyProxy]]:
+def remote(request: pytest.FixtureRequest) -> Iterator[tuple[str, RemoteConfig, FaultyProxy]]:
     """A location, the settings to read it, and the proxy in front of its server."""
     server = request.getfixturevalue({"http": "web"}.get(request.param, request.param))
     proxy = FaultyProxy(server.address)
     options = {"s3": {"endpoint_url": proxy.url}, "gs": {"endpoint_url": proxy.url, "token": "anon"}}
     location = proxy.url if request.param == "http" else f"{request.param}://bucket/shards/train"
-    yield location, dataclasses.replace(QUICK, options=options.get(request.param, {})), proxy
+    yield location, QUICK.model_copy(update={"options": options.get(request.param, {})}), proxy
     proxy.close()
 
 
 def test_samples_are_those_of_the_folder(
-    shards: Shards, remote: tuple[str, RemoteSettings, FaultyProxy]
+    shards: Shards, remote: tuple[str, RemoteConfig, FaultyProxy]
 ) -> None:
     location, settings, _ = remote
     opened = open_shards(location, remote=settings)
@@ -115,7 +115,7 @@ FAULTS: list[Kind] = ["stall", "reset", "short", "drip", "refuse", "busy"]
 
 
 def test_a_fault_now_and_then_changes_nothing(
-    shards: Shards, remote: tuple[str, RemoteSettings, FaultyProxy]
+    shards: Shards, remote: tuple[str, RemoteConfig, FaultyProxy]
 ) -> None:
     location, settings, proxy = remote
     opened = open_shards(location, remote=settings)
@@ -149,7 +149,7 @@ def test_what_was_received_is_not_fetched_again(shards: Shards, web: WebServer) 
 
 @pytest.mark.parametrize("remote", ["http", "s3"], indirect=True)
 def test_a_server_that_stays_broken_is_an_error_in_time(
-    remote: tuple[str, RemoteSettings, FaultyProxy],
+    remote: tuple[str, RemoteConfig, FaultyProxy],
 ) -> None:
     location, settings, proxy = remote
     opened = open_shards(location, remote=settings)
@@ -177,7 +177,7 @@ def test_a_server_that_is_not_there(shards: Shards) -> None:
 
 
 def test_a_bit_that_is_wrong_on_its_way_is_found(
-    shards: Shards, remote: tuple[str, RemoteSettings, FaultyProxy]
+    shards: Shards, remote: tuple[str, RemoteConfig, FaultyProxy]
 ) -> None:
     location, settings, proxy = remote
     opened = open_shards(location, remote=settings)
@@ -193,7 +193,7 @@ def test_a_bit_that_is_wrong_on_its_way_is_found(
 
 
 def test_manifest_and_index_that_come_wrong_are_fetched_again(
-    shards: Shards, remote: tuple[str, RemoteSettings, FaultyProxy]
+    shards: Shards, remote: tuple[str, RemoteConfig, FaultyProxy]
 ) -> None:
     location, settings, proxy = remote
     for wrong in (0, 1):  # manifest, index
@@ -241,11 +241,11 @@ def test_a_compressing_server_is_named(shards: Shards) -> None:
     ],
 )
 def test_sizes_are_checked_before_anything_is_read(
-    shards: Shards, tmp_path: Path, damage: str, message: str
+    shards: Shards, tmp_path: Path, corrupt: str, message: str
 ) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(shards.path, folder)
-    if damage == "missing":
+    if corrupt == "missing":
         (folder / "shard-00002.tar").unlink()
     else:
         with (folder / "shard-00002.tar").open("ab") as file:
@@ -268,7 +268,7 @@ def test_a_shard_that_is_exchanged_later_is_an_error(shards: Shards, tmp_path: P
     server.close()
 
 
-def test_no_shards_there(remote: tuple[str, RemoteSettings, FaultyProxy]) -> None:
+def test_no_shards_there(remote: tuple[str, RemoteConfig, FaultyProxy]) -> None:
     location, settings, proxy = remote
     begun = proxy.num_requests
     with pytest.raises(
@@ -298,7 +298,7 @@ def test_a_batch_of_neighbours_is_one_request(shards: Shards, web: WebServer) ->
 
 def test_requests_go_out_together_and_connections_are_kept(shards: Shards, web: WebServer) -> None:
     proxy = FaultyProxy(web.address, latency=0.1)
-    opened = open_shards(proxy.url, remote=dataclasses.replace(QUICK, max_requests=8, merge_gap=0))
+    opened = open_shards(proxy.url, remote=QUICK.model_copy(update={"max_requests": 8, "merge_gap_kb": 0}))
     begun = proxy.num_requests
     began = time.monotonic()
     opened.read_many(range(0, 53, 7))
@@ -324,15 +324,15 @@ def test_options_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     for location, options, message in cases:
         with pytest.raises(ValueError, match=message):
-            open_shards(location, remote=dataclasses.replace(QUICK, options=options))
+            open_shards(location, remote=QUICK.model_copy(update={"options": options}))
 
 
 def test_headers_of_options_and_environment_are_sent(shards: Shards, tmp_path: Path) -> None:
     server = WebServer(shards.path)
     code = (
         "import sys; from raydetr.shards.reader import open_shards; "
-        "from raydetr.store.transfer import RemoteSettings; "
-        "settings = RemoteSettings(options={'headers': {'X-Team': 'a'}}); "
+        "from raydetr.config import RemoteConfig; "
+        "settings = RemoteConfig(options={'headers': {'X-Team': 'a'}}); "
         f"print(open_shards({server.url!r}, remote=settings).num_samples)"
     )
     environment = {
@@ -356,6 +356,6 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_refusal_says_what_the_server_said(s3: S3Server) -> None:
-    settings = dataclasses.replace(QUICK, options={"endpoint_url": s3.url})
+    settings = QUICK.model_copy(update={"options": {"endpoint_url": s3.url}})
     with pytest.raises(ValueError, match="no shards found there"):
         open_shards("s3://another-bucket/x", remote=settings)

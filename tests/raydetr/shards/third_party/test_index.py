@@ -16,6 +16,7 @@ from PIL import Image
 
 from made_coco import folder_bytes, write_json
 from made_results import average_precision
+from raydetr.config import TransformConfig
 from raydetr.data.stream import train_batches
 from raydetr.data.transforms.transform import Transform
 from raydetr.shards.reader import ShardError, Shards, open_shards
@@ -165,7 +166,7 @@ def test_stock_shards_are_streamed_like_our_own(
     others = open_shards(tmp_path / "others")
     assert others.coco() == shards.coco()
     stream = train_batches(
-        others, seed=0, position=0, rank=0, world_size=1, batch_size=1, transform=Transform()
+        others, seed=0, position=0, rank=0, world_size=1, batch_size=1, transform=Transform(TransformConfig())
     )
     ours = {int(image["id"]): image for image in shards.coco()["images"]}
     seen = []
@@ -365,9 +366,9 @@ def test_unusable_folders(tmp_path: Path) -> None:
     (tmp_path / "b.tar").write_bytes(content.rstrip(b"\0") + b"\0" * 100)
     with pytest.raises(ValueError, match=r"b.tar: (it is cut off|is no plain tar)"):
         index_folder(tmp_path)
-    damaged = bytearray(content)
-    damaged[content.index(b"x.json")] ^= 1  # a header in the middle: tarfile would end there in silence
-    (tmp_path / "b.tar").write_bytes(damaged)
+    corrupt = bytearray(content)
+    corrupt[content.index(b"x.json")] ^= 1  # a header in the middle: tarfile would end there in silence
+    (tmp_path / "b.tar").write_bytes(corrupt)
     with pytest.raises(ValueError, match=r"b.tar: the tar header at byte \d+ is damaged"):
         index_folder(tmp_path)
     (tmp_path / "b.tar").unlink()
