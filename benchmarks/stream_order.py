@@ -392,14 +392,14 @@ def simulate(
     """Run an epoch without data: every rank asks the plan for every batch. A block is read whole or not at all."""
     plan = made_plan(num_samples, num_samples // num_shards)
     lengths = np.random.default_rng(1).lognormal(np.log(150e3), 0.5, num_samples).astype(np.int64)
-    block = np.searchsorted(plan.blocks, np.arange(num_samples), side="right") - 1
-    block_bytes = np.bincount(block, lengths)
+    chunk = np.searchsorted(plan.chunks, np.arange(num_samples), side="right") - 1
+    chunk_bytes = np.bincount(chunk, lengths)
     first, last = epoch * num_samples, (epoch + 1) * num_samples
     step_samples = num_ranks * batch
     steps = range(first // step_samples, -(-last // step_samples))
     times_seen = np.zeros(num_samples, np.int64)
     counts, amplifications = [], []
-    node_blocks = np.zeros(len(block_bytes), np.bool_)
+    node_chunks = np.zeros(len(chunk_bytes), np.bool_)
     node_samples: list[np.ndarray] = []
     node_amplifications = []
     for rank in range(num_ranks):
@@ -408,14 +408,14 @@ def simulate(
         own = np.concatenate([plan.samples(low, max(high - low, 0)) for low, high in inside])
         times_seen += np.bincount(own, minlength=num_samples)
         counts.append(len(own))
-        touched = np.unique(block[own])
-        amplifications.append(block_bytes[touched].sum() / lengths[own].sum())
-        node_blocks[touched] = True
+        touched = np.unique(chunk[own])
+        amplifications.append(chunk_bytes[touched].sum() / lengths[own].sum())
+        node_chunks[touched] = True
         node_samples.append(own)
         if len(node_samples) == ranks_per_node:
             share = lengths[np.concatenate(node_samples)].sum()
-            node_amplifications.append(block_bytes[node_blocks].sum() / share)
-            node_blocks[:] = False
+            node_amplifications.append(chunk_bytes[node_chunks].sum() / share)
+            node_chunks[:] = False
             node_samples = []
     return World(
         int((times_seen != 1).sum()), max(counts) - min(counts), max(node_amplifications), max(amplifications)

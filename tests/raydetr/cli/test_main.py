@@ -104,7 +104,13 @@ def test_from_sample_data_to_predictions(raydetr, tmp_path: Path) -> None:
         "data.batch_size=8", "optim.epochs=1",
     )  # fmt: skip
     assert trained.code == 0
-    for word in ("AP50", "triangle", "checkpoint", "raydetr predict", "make ui"):
+    for word in (
+        "AP50",
+        "triangle",
+        "checkpoint",
+        "raydetr predict",
+        "mlflow ui --backend-store-uri sqlite:///",
+    ):
         assert word in trained.out
     (checkpoint,) = tmp_path.glob("runs/quickstart-*/attempt-01/epoch-0001")
     evaluated = raydetr("evaluate", checkpoint, "--local", "--out", "ap.json")

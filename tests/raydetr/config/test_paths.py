@@ -56,21 +56,22 @@ def test_a_url_survives_the_configuration() -> None:
         ),
     )  # fmt: skip
     assert to_dict(config)["data"]["train"] == "s3://bucket/train"
-    settings = config.data.build_remote(config.data.train)
-    assert settings is not None
-    assert settings.options == {"anon": True, "client_kwargs": {"region_name": "eu-west-1"}}
-    assert settings.cache == CacheSettings("/fast/cache", 1_500_000_000)
-    assert settings.read_timeout == 9
-    assert config.data.build_remote(config.data.val) is None
+    remote = config.data.remote
+    assert remote.options == {"anon": True, "client_kwargs": {"region_name": "eu-west-1"}}
+    assert (remote.cache_dir, remote.cache_gb) == (Path("/fast/cache"), 1.5)
+    assert remote.read_timeout == 9
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data.remote.attempts=3"], r"remote.attempts would have no effect: .*train and .*val are local"),
-        (["data.remote.options.anon=true"], "remote.options would have no effect"),
-        (["data.remote.cache_dir=/c", "data.remote.cache_gb=3"], "cache, cache_gb would have no effect"),
-        (["data.remote.cache_dir=/c", "data.train=s3://b/x"], "cache and cache_gb belong together"),
+        (["data.remote.attempts=3"], r"remote.attempts has no effect: .*train and .*val are local"),
+        (["data.remote.options.anon=true"], "remote.options has no effect"),
+        (
+            ["data.remote.cache_dir=/c", "data.remote.cache_gb=3"],
+            "remote.cache_dir, remote.cache_gb has no effect",
+        ),
+        (["data.remote.cache_dir=/c", "data.train=s3://b/x"], "cache_dir and cache_gb belong together"),
         (["data.remote.atempts=3"], "did you mean data.remote.attempts"),
         (["data.remote.options=3", "data.train=s3://b/x"], "data.remote.options: .*dictionary"),
     ],

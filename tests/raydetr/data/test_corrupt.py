@@ -171,7 +171,7 @@ def test_raise_names_shard_and_key(corrupt: Shards, workers: int) -> None:
 def test_mosaics_with_a_damaged_image_are_replaced_too(
     shards: Shards, corrupt: Shards, policy: OnCorrupt
 ) -> None:
-    mosaics = dataclasses.replace(TRANSFORM, mosaic_probability=1.0)
+    mosaics = Transform(TRANSFORM.config.model_copy(update={"mosaic_probability": 1.0}))
     whole, _ = take(shards, policy, (1, 0, 4), 53, transform=mosaics)
     found, rows = take(corrupt, policy, (1, 0, 4), 53, transform=mosaics)
     assert (found, rows) == take(corrupt, policy, (2, 2, 2), 53, transform=mosaics)

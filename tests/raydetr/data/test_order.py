@@ -42,43 +42,46 @@ def made_aspects(num_samples: int) -> np.ndarray:
 
 def plain_order(sizes: list[int], parameters: OrderParameters, epoch: int) -> list[int]:
     """tau_e as its definition says, sample by sample (seed 0, fingerprint "f")."""
-    block, window, windows, atom = (
-        getattr(parameters, name) for name in ("block", "window", "windows", "atom")
+    chunk, window, windows, group_size = (
+        getattr(parameters, name) for name in ("chunk_size", "min_window", "windows_per_stream", "group_size")
     )
     num_samples, aspects = sum(sizes), made_aspects(sum(sizes))
-    blocks, first = [], 0
+    chunks, first = [], 0
     for size in sizes:
-        blocks += [
-            list(range(begin, min(begin + block, first + size)))
-            for begin in range(first, first + size, block)
+        chunks += [
+            list(range(begin, min(begin + chunk, first + size)))
+            for begin in range(first, first + size, chunk)
         ]
         first += size
-    text = repr((epoch, (2, parameters, 0, "f"))).encode()
-    digest = hashlib.blake2b(text, digest_size=16).digest()
+    spelled = f"block={chunk}, window={window}, windows={windows}, atom={group_size}"  # by version 2
+    text = f"({epoch}, (2, PlanParameters({spelled}), 0, 'f'))"
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     key = [int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")]
-    sequence = [sample for one in shuffled(blocks, philox(key, 0)) for sample in one]
+    sequence = [sample for one in shuffled(chunks, philox(key, 0)) for sample in one]
 
     head = 0
-    while (epoch * num_samples + head) % atom and head < num_samples:
+    while (epoch * num_samples + head) % group_size and head < num_samples:
         head += 1
-    num_atoms = (num_samples - head) // atom
-    lanes = 1
-    while 2 * lanes * windows * window <= num_samples:
-        lanes *= 2
+    num_groups = (num_samples - head) // group_size
+    streams = 1
+    while 2 * streams * windows * window <= num_samples:
+        streams *= 2
     queues, at = [], head
-    for lane in range(lanes):
-        length = len(range(lane, num_atoms, lanes))
+    for stream in range(streams):
+        length = len(range(stream, num_groups, streams))
         queue = []
         for v in range(windows):
             begin, end = v * length // windows, (v + 1) * length // windows
-            words = philox(key, windows * lane + v + 1)
-            samples = shuffled(sequence[at + begin * atom : at + end * atom], words)
+            words = philox(key, windows * stream + v + 1)
+            samples = shuffled(sequence[at + begin * group_size : at + end * group_size], words)
             samples.sort(key=lambda sample: aspects[sample])
-            queue += shuffled([samples[i : i + atom] for i in range(0, len(samples), atom)], words)
+            queue += shuffled(
+                [samples[i : i + group_size] for i in range(0, len(samples), group_size)], words
+            )
         queues.append(iter(queue))
-        at += length * atom
-    body = [sample for j in range(num_atoms) for sample in next(queues[j % lanes])]
-    return sequence[:head] + body + sequence[head + num_atoms * atom :]
+        at += length * group_size
+    body = [sample for j in range(num_groups) for sample in next(queues[j % streams])]
+    return sequence[:head] + body + sequence[head + num_groups * group_size :]
 
 
 def shuffled(items: list, words: Iterator[int]) -> list:
@@ -188,7 +191,7 @@ def test_seed_epoch_fingerprint_and_parameters_change_the_order() -> None:
         make_order([500, 500], seed=1).order(0),
         make_order([500, 500]).order(1),
         make_order([500, 500], fingerprint="g").order(0),
-        make_order([500, 500], parameters=OrderParameters(windows=3)).order(0),
+        make_order([500, 500], parameters=OrderParameters(windows_per_stream=3)).order(0),
     ]
     assert make_order([500, 500]).order(0).tolist() == base
     assert all(order.tolist() != base for order in others)
@@ -218,18 +221,18 @@ FIXED = [[7, 8, 12, 3, 10, 11, 1, 4, 6, 9, 0, 5, 2], [7, 8, 9, 0, 1, 12, 11, 2, 
 
 
 @pytest.mark.parametrize("num_ranks", [8, 16])
-def test_coco_is_read_in_blocks_and_batched_by_shape(num_ranks: int) -> None:
+def test_coco_is_read_in_chunks_and_batched_by_shape(num_ranks: int) -> None:
     """118,287 samples: ranks hardly share blocks, and a batch of four has one aspect, also in epoch 3."""
     plan = make_order([1000] * 118 + [287])
     num_samples = plan.num_samples
     samples = np.arange(num_samples)
-    block = samples // 1000 * 1000 + samples % 1000 // 32
+    chunk = samples // 1000 * 1000 + samples % 1000 // 32
     run = np.concatenate([plan.order(epoch) for epoch in (3, 4)])
     begin = -3 * num_samples % (num_ranks * 4)  # G = 3 N + begin starts a step
     steps = (num_samples - begin) // (num_ranks * 4)
     batches = run[begin : begin + steps * num_ranks * 4].reshape(steps, num_ranks, 4)
-    blocks_read = [len(np.unique(block[batches[:, rank]])) for rank in range(num_ranks)]
-    amplification = sum(blocks_read) / len(np.unique(block[batches]))
+    chunks_read = [len(np.unique(chunk[batches[:, rank]])) for rank in range(num_ranks)]
+    amplification = sum(chunks_read) / len(np.unique(chunk[batches]))
     aspects = plan.aspects[batches]
     alike = np.mean(aspects.max(2) == aspects.min(2))
     assert amplification < 1.05
@@ -247,7 +250,7 @@ def stream_order() -> Any:
     return module
 
 
-def test_nodes_of_a_large_world_share_no_blocks(stream_order: Any) -> None:
+def test_nodes_of_a_large_world_share_no_chunks(stream_order: Any) -> None:
     """As in `make bench-stream`, where the world has 1,024 ranks: every rank asks for every batch of an epoch."""
     world = stream_order.simulate(num_ranks=16, ranks_per_node=8, num_samples=20_000, num_shards=200)
     assert world.wrong == 0

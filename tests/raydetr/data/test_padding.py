@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 import numpy as np
@@ -28,9 +27,9 @@ RARE = [
 ]  # fmt: skip
 
 OFFICIAL = Transform(official_training_transform())
-PER_STEP = dataclasses.replace(OFFICIAL, scale_per="step")
-UNCROPPED = dataclasses.replace(OFFICIAL, crop_probability=0.0)
-UNCROPPED_PER_STEP = dataclasses.replace(PER_STEP, crop_probability=0.0)
+PER_STEP = Transform(OFFICIAL.config.model_copy(update={"scale_per": "step"}))
+UNCROPPED = Transform(OFFICIAL.config.model_copy(update={"crop_probability": 0.0}))
+UNCROPPED_PER_STEP = Transform(PER_STEP.config.model_copy(update={"crop_probability": 0.0}))
 
 
 def coco_sizes() -> list[tuple[int, int]]:
@@ -59,7 +58,7 @@ def padded_share(transform: Transform, order: np.ndarray) -> float:
                 crop = choices.crop
                 size = (crop.width, crop.height) if crop else SIZES[order[position]]
                 assert choices.short_side is not None
-                sizes.append(resized_size(*size, choices.short_side, transform.max_side))
+                sizes.append(resized_size(*size, choices.short_side, transform.config.max_side))
             seen += sum(width * height for width, height in sizes)
             drawn += BATCH * max(width for width, _ in sizes) * max(height for _, height in sizes)
     return 1 - seen / drawn
@@ -87,10 +86,10 @@ def test_a_scale_per_image_needs_more_padding(order: np.ndarray) -> None:
 def test_the_scale_of_a_step_is_uniform_and_known_to_all_ranks() -> None:
     """Another process with another copy of the transform finds the same; steps and seeds are independent."""
     sides = [PER_STEP.step_short_side(7, start) for start in range(0, 33_000, 3)]
-    again = dataclasses.replace(PER_STEP)
+    again = Transform(PER_STEP.config)
     assert sides == [again.step_short_side(7, start) for start in range(0, 33_000, 3)]
     assert sides != [again.step_short_side(8, start) for start in range(0, 33_000, 3)]
-    for side in OFFICIAL.short_sides:
+    for side in OFFICIAL.config.short_sides:
         assert abs(sides.count(side) / len(sides) - 1 / 11) < 0.012
     repeated = np.mean([one == other for one, other in itertools.pairwise(sides)])
     assert abs(repeated - 1 / 11) < 0.012

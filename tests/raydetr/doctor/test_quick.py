@@ -118,7 +118,7 @@ def config(tmp_path: Path) -> RunConfig:
         made.write(made.healthy(16, seed), tmp_path / name)
     return override(
         recipes.quickstart(),
-        {"data.train": str(tmp_path / "train"), "data.val": str(tmp_path / "val"), "data.sample": None,
+        {"data.train": str(tmp_path / "train"), "data.val": str(tmp_path / "val"), "data.synthetic": None,
          "data.batch_size": 8, "optim.epochs": 1, "cluster.num_workers": 1,
          "storage.path": str(tmp_path / "runs")},
     )  # fmt: skip
@@ -162,7 +162,7 @@ def test_a_training_warns_and_learning_by_heart_does_not(
     def begin(_: RunConfig) -> list[str]:
         raise Begun
 
-    monkeypatch.setattr(run.initial, "describe", begin)
+    monkeypatch.setattr(run.init_weights, "describe", begin)
     same = override(config, {"data.val": config.data.train})
     train = {
         "train": lambda: run.start(same, local=True),

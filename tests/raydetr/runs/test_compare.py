@@ -53,7 +53,7 @@ def cells(text: str) -> dict[str, list[str]]:
 
 
 def test_best_values_are_marked_and_equal_ones_are_not(uri: str) -> None:
-    rows = cells(compare(uri, ["base", "better"], plain=True))
+    rows = cells(compare(["base", "better"], uri, plain=True))
     assert rows["base"] == ["better"]
     assert rows["AP"] == ["0.500", "0.625*"]
     assert rows["AR1"] == ["0.125", "0.125"]
@@ -63,20 +63,20 @@ def test_best_values_are_marked_and_equal_ones_are_not(uri: str) -> None:
 
 
 def test_only_differing_settings_are_shown(uri: str) -> None:
-    rows = cells(compare(uri, ["better", "base"], plain=True))
+    rows = cells(compare(["better", "base"], uri, plain=True))
     assert rows["optim.lr"] == ["0.0002", "0.0001"]
     assert rows["new"] == ["null", "-"]
     assert "seed" not in rows
 
 
 def test_a_run_that_was_never_evaluated(uri: str) -> None:
-    rows = cells(compare(uri, ["empty", "base", "better"], plain=True))
+    rows = cells(compare(["empty", "base", "better"], uri, plain=True))
     assert rows["AP"] == ["-", "0.500", "0.625*"]
     assert rows["disc"] == ["-", "0.250", "0.500*"]
 
 
 def test_one_run_has_no_best_and_no_differences(uri: str) -> None:
-    text = compare(uri, ["base"], plain=True)
+    text = compare(["base"], uri, plain=True)
     assert "*" not in text
     assert "differs" not in text
     assert cells(text)["AP"] == ["0.500"]
@@ -84,19 +84,19 @@ def test_one_run_has_no_best_and_no_differences(uri: str) -> None:
 
 def test_runs_of_one_name_are_told_apart(uri: str) -> None:
     ids = [_run(uri, "twin", ap, {}, {}) for ap in (0.25, 0.5)]
-    heading = compare(uri, ids, plain=True).splitlines()[1].split("  ")
+    heading = compare(ids, uri, plain=True).splitlines()[1].split("  ")
     assert [name.strip() for name in heading if name.strip()] == [f"twin ({run_id[:8]})" for run_id in ids]
 
 
 def test_the_terminal_gets_colour_and_its_width(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    text = compare(uri, ["base", "better"])
+    text = compare(["base", "better"], uri)
     assert "\x1b[1;32m0.625*" in text
-    assert "\x1b" not in compare(uri, ["base", "better"], plain=True)
+    assert "\x1b" not in compare(["base", "better"], uri, plain=True)
     assert max(len(re.sub("\x1b[^m]*m", "", line)) for line in text.splitlines()) <= 60
 
 
 def test_unknown_run(uri: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'gone'"):
-        compare(uri, ["base", "gone"])
+        compare(["base", "gone"], uri)

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from raydetr.runs.summary import summary
 from torch import Tensor
 
 import small_models
@@ -70,7 +69,7 @@ def gradients(training: Training, batch: Batch) -> dict[str, Tensor]:
 
 def make_training(config: RunConfig, world: World | None = None) -> Training:
     torch.manual_seed(0)
-    training = Training(config, zoo.build(config.model), 48, world or World.alone())
+    training = Training(config, zoo.build(config.model), 48, world or World.single_process())
     training.detector.train()
     return training
 
@@ -247,7 +246,7 @@ def test_a_run_goes_on_and_keeps_a_ledger(
     said = capsys.readouterr().err
     assert "warning: damaged: " in said
     assert "damaged 5" in said
-    text = summary(result)
+    text = result.to_text()
     assert "2 damaged validation images have no predictions" in text
     assert f"5 samples were damaged; {result.folder}/damage.jsonl lists them" in text
     # the ground truth still has the objects of the damaged images
@@ -314,7 +313,7 @@ def test_lost_annotations_are_told(damaged_run: RunConfig) -> None:
     path.write_bytes(content)
     result = run.start(with_policy(damaged_run, "mask", **{"optim.epochs": 1}), local=True)
     assert (result.metrics["unpredicted_images"], result.metrics["lost_annotations"]) == (3, 1)
-    assert "of 1 of them the annotations are lost too" in summary(result)
+    assert "of 1 of them the annotations are lost too" in result.to_text()
 
 
 def test_checkpoints_without_a_ledger_can_be_resumed(tiny_run: RunConfig, tmp_path: Path) -> None:

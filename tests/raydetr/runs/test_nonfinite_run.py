@@ -51,13 +51,13 @@ SPOIL = {"boxes": spoil_boxes, "pixels": spoil_pixels}
 def make_training(config: RunConfig, world: World | None = None) -> Training:
     torch.manual_seed(0)
     num_samples = open_splits(config.data)[0].num_samples
-    training = Training(config, zoo.build(config.model), num_samples, world or World.alone())
+    training = Training(config, zoo.build(config.model), num_samples, world or World.single_process())
     training.detector.train()
     return training
 
 
 def batches_of(config: RunConfig, world: World | None = None) -> Iterator[Batch]:
-    world = world or World.alone()
+    world = world or World.single_process()
     return train_batches(
         open_splits(config.data)[0], seed=0, position=0, rank=world.rank, world_size=world.size,
         batch_size=config.data.batch_size // world.size, transform=Transform(config.data.train_transform),
@@ -298,7 +298,7 @@ def test_fp16_lowers_the_scale_without_blame_learns_and_keeps_the_scale(
     assert losses[-1] < 0.9 * losses[0]
     # what no scale can help is a fault, and leaves the scale alone
     scale = training.scaler.get_scale()
-    assert training.train_step(spoil_boxes(batch)).faults
+    assert training.train_step(spoil_boxes(batch)).causes
     assert (training.scaler.get_scale(), training.skipped_steps) == (scale, 1)
     shards = open_splits(config.data)[0]
     checkpoint.save(tmp_path / "saved", training, shards, 1, {})

@@ -21,7 +21,7 @@ from raydetr.training.world import World
 
 
 def new_training(config: RunConfig) -> Training:
-    training = Training(config, zoo.build(config.model), 48, World.alone())
+    training = Training(config, zoo.build(config.model), 48, World.single_process())
     training.detector.train()
     return training
 

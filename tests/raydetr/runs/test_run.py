@@ -142,7 +142,7 @@ def test_resume_refuses_other_data_another_model_and_no_run(
     with pytest.raises(ConfigError, match=r"no run there \(config\.yaml is missing\)"):
         run.resume(tmp_path, local=True)
     shutil.rmtree(done.folder / "attempt-01")
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
         run.resume(done.folder, local=True)
 
 
@@ -150,13 +150,13 @@ def test_resume_refuses_a_checkpoint_of_another_order(tiny_run: RunConfig) -> No
     done = run.start(override(tiny_run, {"optim.epochs": 1}), local=True)
     description = done.checkpoint / "meta.json"
     meta = json.loads(description.read_text())
-    assert meta.pop("plan") == ORDER_VERSION
+    assert meta.pop("order") == ORDER_VERSION
     description.write_text(json.dumps(meta))  # as the first checkpoints were
     with pytest.raises(
         CheckpointError, match=rf"position 48 .* plan 1; .* plan {ORDER_VERSION} .*init\.checkpoint="
     ):
         run.resume(done.folder, overrides={"optim.epochs": 2}, local=True)
-    meta = {**meta, "plan": ORDER_VERSION}
+    meta = {**meta, "order": ORDER_VERSION}
     description.write_text(json.dumps(meta))
     assert run.resume(done.folder, overrides={"optim.epochs": 2}, local=True).checkpoint.name == "epoch-0002"
 

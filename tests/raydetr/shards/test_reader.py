@@ -127,7 +127,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN]
+    ("corrupt", "message"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN]
 )
 def test_folders_that_are_not_whole(
     shards: Shards, tmp_path: Path, corrupt: Callable[[Path], object], message: str

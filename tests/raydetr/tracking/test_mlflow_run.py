@@ -39,9 +39,6 @@ def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_default_uri_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert mlflow_run.default_uri(Path("runs")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
-    assert mlflow_run.resolve_uri(None, Path("runs")) == mlflow_run.default_uri(Path("runs"))
-    assert mlflow_run.resolve_uri("sqlite:///a.db", Path("runs")) == f"sqlite:///{tmp_path}/a.db"
-    assert mlflow_run.resolve_uri("http://host:5000", Path("runs")) == "http://host:5000"
 
 
 def test_a_run_from_beginning_to_end(database: str, tmp_path: Path) -> None:

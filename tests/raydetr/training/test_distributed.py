@@ -61,7 +61,7 @@ def test_two_workers_make_the_steps_of_one_on_the_same_global_batch(
     mp.spawn(worker, args=(2, to_dict(plain_run), str(tmp_path)), nprocs=2)
     (first,), (second,) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     torch.set_num_threads(1)
-    (alone,) = take_steps(plain_run, World.alone())
+    (alone,) = take_steps(plain_run, World.single_process())
     for name, value in first["weights"].items():
         assert torch.equal(value, second["weights"][name]), name
     counts = [len(batch) for batch in first["terms"]]

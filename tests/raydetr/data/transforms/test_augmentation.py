@@ -33,10 +33,10 @@ JITTERED = Transform(TransformConfig(horizontal_flip=0.5, lsj_size=96))
 COLOURFUL = {"brightness": 0.1, "contrast": 0.1, "saturation": 0.1, "hue": 0.02}
 TRANSFORMS = {
     "official": CROPPED,
-    "step": dataclasses.replace(CROPPED, scale_per="step"),
+    "step": Transform(CROPPED.config.model_copy(update={"scale_per": "step"})),
     "jitter": JITTERED,
-    "colors": dataclasses.replace(CROPPED, **COLOURFUL),
-    "colors and jitter": dataclasses.replace(JITTERED, **COLOURFUL),
+    "colors": Transform(CROPPED.config.model_copy(update=COLOURFUL)),
+    "colors and jitter": Transform(JITTERED.config.model_copy(update=COLOURFUL)),
 }
 
 
@@ -252,7 +252,8 @@ EVERYTHING = Transform(TransformConfig(
 
 
 @pytest.mark.parametrize(
-    "transform", [EVERYTHING, dataclasses.replace(JITTERED, mosaic_probability=0.5, hue=0.4)]
+    "transform",
+    [EVERYTHING, Transform(JITTERED.config.model_copy(update={"mosaic_probability": 0.5, "hue": 0.4}))],
 )
 def test_augmentation_is_the_same_for_any_number_of_workers(shards: Shards, transform: Transform) -> None:
     def first_batches(num_workers: int) -> list[dict[str, object]]:

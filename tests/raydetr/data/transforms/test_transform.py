@@ -109,7 +109,7 @@ def official_choices(transform: Transform, seed: int, size: tuple[int, int]) -> 
     torch.manual_seed(seed)
     flip, crop = python.random() < 0.5, None
     if python.random() >= 0.5:
-        short_side = python.choice(transform.crop_short_sides)
+        short_side = python.choice(transform.config.crop_short_sides)
         inside = resized_size(*size, short_side, None)
         width, height = (python.randint(384, min(side, 600)) for side in inside)
         top, left = 0, 0
@@ -119,7 +119,7 @@ def official_choices(transform: Transform, seed: int, size: tuple[int, int]) -> 
                 for side, window in ((inside[1], height), (inside[0], width))
             )
         crop = Crop(short_side, left, top, width, height)
-    return Choices(flip, crop, python.choice(transform.short_sides))
+    return Choices(flip, crop, python.choice(transform.config.short_sides))
 
 
 def normalised(boxes: np.ndarray, image: Resized) -> np.ndarray:
@@ -152,7 +152,7 @@ def test_crops_are_drawn_as_officially() -> None:
     assert abs(len(crops) / len(draws) - 0.5) < 0.02
     assert abs(np.mean([drawn.flip for drawn in draws if drawn.crop is not None]) - 0.5) < 0.03
     sides = [drawn.short_side for drawn in draws if drawn.crop is not None]
-    assert all(abs(sides.count(side) / len(sides) - 1 / 11) < 0.02 for side in transform.short_sides)
+    assert all(abs(sides.count(side) / len(sides) - 1 / 11) < 0.02 for side in transform.config.short_sides)
     for short_side in (400, 500, 600):
         own = [crop for crop in crops if crop.short_side == short_side]
         assert abs(len(own) / len(crops) - 1 / 3) < 0.03

@@ -174,6 +174,7 @@ def test_an_error_while_filling_leaves_nothing(tmp_path: Path) -> None:
 
 WRITER = """
 import sys, time
+from pathlib import Path
 from raydetr.shards.remote.cache import NodeCache
 def fill(accept):
     accept(b"a" * 60)
@@ -207,6 +208,7 @@ def test_a_killed_writer_leaves_nothing_that_looks_whole(tmp_path: Path) -> None
 
 HAMMER = """
 import random, sys
+from pathlib import Path
 from raydetr.shards.remote.cache import NodeCache
 cache, rng = NodeCache(Path(sys.argv[1]), 1000), random.Random(sys.argv[2])
 def victims(missing):
@@ -239,9 +241,11 @@ def test_processes_that_fill_and_empty_it_together_keep_the_budget(tmp_path: Pat
 def test_a_folder_that_cannot_be_used(tmp_path: Path, many: Shards, web: WebServer) -> None:
     (tmp_path / "file").write_text("")
     shards = cached(web.url, tmp_path / "file", 10**9)
-    with pytest.raises(ValueError, match=r"file \(data.cache\) cannot be used as a cache .*name a folder"):
+    with pytest.raises(
+        ValueError, match=r"file \(data.remote.cache_dir\) cannot be used as a cache .*name a folder"
+    ):
         list(islice(batches(shards, 0, 1), 1))
-    with pytest.raises(ValueError, match=r"data.cache_gb=1e-06 is less than a shard of http"):
+    with pytest.raises(ValueError, match=r"data.remote.cache_gb=1e-06 is less than a shard of http"):
         cached(web.url, tmp_path / "cache", 1000)
 
 
@@ -463,9 +467,8 @@ def test_the_stream_from_s3_is_that_of_the_folder(
     proxy.faults = faults.get
     settings = RemoteConfig(options={"endpoint_url": proxy.url}, read_timeout=2.0)
     if with_cache:
-        settings = dataclasses.replace(
-            settings, cache=CacheSettings(str(tmp_path / "c"), 2 * num_bytes(many))
-        )
+        room = 2 * num_bytes(many) / 1e9
+        settings = settings.model_copy(update={"cache_dir": tmp_path / "c", "cache_gb": room})
     shards = open_shards("s3://bucket/many", remote=settings)
     num_batches = 90  # an epoch and a half
     pairs = zip(batches(shards, workers, 3), islice(batches(many, 0, 3), num_batches), strict=False)

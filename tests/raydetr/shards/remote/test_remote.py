@@ -234,7 +234,7 @@ def test_a_compressing_server_is_named(shards: Shards) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("corrupt", "message"),
     [
         ("missing", r"shard-00002.tar: HTTP 404: it is not there"),
         ("longer", r"shard-00002.tar: has \d+ bytes instead of \d+: copy it again"),
