@@ -1,9 +1,9 @@
-# What a person types. `make` alone lists the verbs.
+# The commands of the project. `make` alone lists them.
 #
-#   make test ARGS="tests/detrs -k dino"   some of the tests
-#   make test VENV=/tmp/environment        another virtual environment
-#   make parity GOLDEN=/path/to/goldens    other numbers of the official code, in the format of tests/golden
-#   make setup PYTHON=python3.12           another interpreter
+#   make test ARGS="tests/detrs -k dino"   run some of the tests
+#   make test VENV=/tmp/environment        use another virtual environment
+#   make parity GOLDEN=/path/to/goldens    compare with other numbers, in the format of tests/golden
+#   make setup PYTHON=python3.12           use another interpreter
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup     torch without CUDA, far smaller
 
 VENV ?= .venv
@@ -14,46 +14,48 @@ GOLDEN ?= tests/golden
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# One process per core; tests that share a Ray cluster run in the same process. In a debugger: ARGS="-n 0 ..."
+pytest := $(python) -m pytest --numprocesses logical --dist loadgroup
 operator := models/detrs/ops/_C.so
 operator_files := $(wildcard $(addprefix csrc/,*.h *.inc *.cpp *.cuh *.cu */*.h */*.inc */*.cpp */*.cuh */*.cu))
 
-# What a folder of goldens lacks is not asked for: the models' are found by themselves.
+# GOLDEN may hold only some of the numbers. The tests of the models find theirs; the others run if their file is there.
 parity_tests := $(addprefix tests/detrs/test_,parity.py trajectories.py edge_goldens.py checkpoints.py) \
 	$(if $(wildcard $(GOLDEN)/msda.json),tests/detrs/ops/test_reference.py) \
 	$(if $(wildcard $(GOLDEN)/data.json),$(addprefix tests/raydetr/,data/transforms/test_transform.py shards/test_coco.py data/test_batch.py))
 
-# The stamp lies in the environment, so that a new one is set up from scratch, and names the clone: an environment
-# that two clones share holds the editable install of the one that was set up last.
+# The stamp is inside the environment, so that a new environment is set up from scratch. It names the clone: if two
+# clones share an environment, the editable install is that of the clone that was set up last.
 installed := $(VENV)/.raydetr-installed
 ifneq ($(shell cat $(installed) 2>/dev/null),$(CURDIR))
 if_of_another_clone := always
 endif
 
-# Nothing here reports to anybody.
+# No usage statistics are sent.
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .PHONY: help quickstart test test-slow parity setup fix check bench ui clean always
 
-help: ## list the verbs
+help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: setup ## generate data, train with two Ray workers, evaluate, log to MLflow
 	$(python) jobs/quickstart.py $(ARGS)
 
 test: setup ## run the tests
-	$(python) -m pytest $(ARGS)
+	$(pytest) $(ARGS)
 
 test-slow: setup ## run the tests that take minutes each
-	$(python) -m pytest -m slow $(ARGS)
+	$(pytest) -m slow $(ARGS)
 
-parity: setup ## compare with the official code's numbers in tests/golden, or in GOLDEN=DIR
-	@test -n '$(wildcard $(GOLDEN)/*.json)' || { echo "$(GOLDEN): no goldens there: give their folder as GOLDEN=DIR" >&2; exit 1; }
+parity: setup ## compare with numbers of the official code, in tests/golden or GOLDEN=DIR
+	@test -n '$(wildcard $(GOLDEN)/*.json)' || { echo "$(GOLDEN): holds no goldens: give their folder as GOLDEN=DIR" >&2; exit 1; }
 	RAYDETR_GOLDEN='$(abspath $(GOLDEN))' $(python) -m pytest -m 'slow or not slow' $(parity_tests) $(ARGS)
 
-setup: $(installed) $(operator) ## make the environment: pinned dependencies, the operator built
+setup: $(installed) $(operator) ## create the environment: pinned dependencies, and the built operator
 
-fix: setup ## format the code and repair what can be repaired
+fix: setup ## format the code, and fix what can be fixed automatically
 	$(python) -m ruff check --fix .
 	$(python) -m ruff format .
 	@$(clang_format) -i $(operator_files)
@@ -66,23 +68,23 @@ check: setup ## ruff, mypy --strict, clang-format
 
 bench: $(patsubst benchmarks/bench_%.py,bench-%,$(wildcard benchmarks/bench_*.py)) ## run benchmarks/bench_*.py; make bench-operator runs one
 
-# Photographs, where the machine has them: those that continuous integration uses.
+# Use the photographs of continuous integration, if this machine has them.
 bench-%: export RAYDETR_COCO_TINY := $(or $(RAYDETR_COCO_TINY),$(abspath $(wildcard ../shared/coco_tiny)))
 bench-%: setup
 	$(python) benchmarks/bench_$*.py $(ARGS)
 
-ui: setup ## show the runs in MLflow's pages, on this machine only
-	@test -f runs/mlflow.db || { echo "there is no run yet (no runs/mlflow.db): make quickstart makes one" >&2; exit 1; }
+ui: setup ## show the runs in MLflow's web interface, on this machine only
+	@test -f runs/mlflow.db || { echo "there is no run yet (no runs/mlflow.db): run make quickstart first" >&2; exit 1; }
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(VENV)/bin/mlflow ui --host 127.0.0.1 --port $(PORT) \
 		--backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
 
-clean: ## remove what was built and build/; the environment, runs/ and data/ stay
+clean: ## remove everything that was built, and build/; keep the environment, runs/ and data/
 	rm -rf build dist *.egg-info platform/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -f $(operator)
 
-# The environment's clang-format, else the system's, else a line that says what was left out.
+# The environment's clang-format, or the system's; without one, csrc/ is skipped with a message.
 clang_format = tool=$$(command -v $(VENV)/bin/clang-format || command -v clang-format) \
-	|| { echo "clang-format is not installed: csrc/ was left out"; exit 0; }; $$tool
+	|| { echo "clang-format is not installed: csrc/ was skipped"; exit 0; }; $$tool
 
 $(installed): pyproject.toml constraints.txt $(if_of_another_clone)
 	@command -v $${CXX:-c++} >/dev/null || { \
@@ -95,13 +97,13 @@ $(installed): pyproject.toml constraints.txt $(if_of_another_clone)
 	done; test -x $(VENV)/bin/pip || { \
 		echo "Python 3.11 or newer is needed, and $(or $(PYTHON),python3) is" \
 			"$$($(or $(PYTHON),python3) --version 2>&1 | head -n 1): make setup PYTHON=/path/to/python3.12" >&2; exit 1; }
-	@echo "installing torch, against which the operator is compiled"
+	@echo "installing torch, which the operator is compiled against"
 	@$(pip) torch setuptools wheel
-	@echo "installing the other dependencies and building the operator: minutes, the first time"
+	@echo "installing the other dependencies and building the operator: the first time, this takes minutes"
 	@$(pip) --no-build-isolation --editable '.[dev]'
 	@echo '$(CURDIR)' > $@
 
-# After a change in csrc/ only the operator is built.
+# A change in csrc/ rebuilds only the operator.
 $(operator): setup.py $(operator_files) | $(installed)
 	$(python) setup.py --quiet build_ext --inplace
 	@touch $@

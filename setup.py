@@ -1,14 +1,14 @@
-"""Builds the native operator (csrc/) into one library, `detrs/ops/_C.so`. All else is in pyproject.toml.
+"""Build the native operator (csrc/) into one library, `detrs/ops/_C.so`. Everything else is in pyproject.toml.
 
-The library holds no Python: it speaks libtorch's stable ABI (docs/decisions/0003-stable-abi.md), so one build
-serves every Python and every torch >= 2.11. Hence this file compiles by itself: torch's `CppExtension` ties a
-library to one version of both.
+The library contains no Python and uses libtorch's stable ABI (docs/decisions/0003-stable-abi.md): one build works with
+every Python and every torch >= 2.11. This file calls the compilers directly, because torch's `CppExtension` ties a
+library to one version of each.
 
-Without a C++ compiler the packages are installed without the library and run in pure torch. Where CUDA's compiler is
-found, the library has kernels for GPUs too; it still loads where there is neither GPU nor CUDA.
+Without a C++ compiler the packages are installed without the library and run in pure torch. If CUDA's compiler is
+found, the library also has GPU kernels; it still loads on machines without GPU and CUDA.
 
     CXX   the C++ compiler
-    NVCC  CUDA's compiler; empty (`NVCC= pip install ...`): build without kernels for GPUs
+    NVCC  CUDA's compiler; empty (`NVCC= pip install ...`): build without GPU kernels
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ except ImportError:  # setuptools < 70.1
 ROOT = Path(__file__).parent.resolve()
 OBJECTS = ROOT / "build" / "csrc"
 
-# kernel_code.h is compiled once per instruction set; the library picks one when it runs
+# kernel_code.h is compiled once per instruction set; the library selects one at run time
 KERNEL_FLAGS = {
     "csrc/cpu/kernels_baseline.cpp": [],
     "csrc/cpu/kernels_avx2.cpp": ["-mavx2", "-mfma"],
@@ -50,20 +50,20 @@ CUDA_SOURCE = "csrc/cuda/deform_attn.cu"
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h"))
 
 COMPILE_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
-# Both only allow the compiler to vectorise floor and comparisons; NaN and infinity keep their meaning.
+# Allow the compiler to vectorize floor and comparisons; NaN and infinity keep their meaning.
 COMPILE_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
-COMPILE_FLAGS += [f"-ffile-prefix-map={ROOT}/="]  # the same library whatever folder it is built in
+COMPILE_FLAGS += [f"-ffile-prefix-map={ROOT}/="]  # reproducible: independent of the build folder
 TORCH_2_11 = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
-# The GPUs to have kernels for, as many of them as the compiler knows: A100; RTX 30; RTX 40 and L4; H100 and H200;
-# B200; RTX 50. PTX of the newest, which drivers translate, serves later ones.
+# Compute capabilities to build for, if the compiler supports them: A100; RTX 30; RTX 40 and L4; H100 and H200; B200;
+# RTX 50. Later GPUs use the PTX of the newest, which the driver compiles.
 CUDA_TARGETS = (80, 86, 89, 90, 100, 120)
 CUDA_FLAGS = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden,-g0"]
-OLDEST_CUDA = (12, 1)  # adds four floats in one instruction
+OLDEST_CUDA = (12, 1)  # the first with atomicAdd of float4
 
 
 def find_compiler() -> list[str] | None:
-    """The C++ compiler's command: $CXX, or the first of the usual names that exists."""
+    """Return the C++ compiler's command: $CXX, or the first of the common names that exists."""
     for candidate in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
         command = shlex.split(candidate)
         if command and shutil.which(command[0]):
@@ -86,17 +86,17 @@ class Nvcc:
         return [*CUDA_FLAGS, *code, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
     def with_host(self, compiler: list[str]) -> list[str]:
-        """The C++ compiler beside it is `compiler`, unless that is more than a name (ccache c++)."""
+        """Return the flag that selects `compiler` as host compiler; none for commands of several words (ccache c++)."""
         return [f"-ccbin={shutil.which(compiler[0])}"] if len(compiler) == 1 else []
 
     @property
     def target_names(self) -> str:
-        """For people: what `flags` asks for."""
+        """Names of the targets in `flags`, to print."""
         return " ".join([*(f"sm_{target}" for target in self.targets), f"compute_{self.targets[-1]}"])
 
 
 def find_nvcc() -> Nvcc | str:
-    """CUDA's compiler, or why there is none to use."""
+    """Return CUDA's compiler, or the reason why there is none."""
     homes = (os.environ.get("CUDA_HOME", ""), "/usr/local/cuda")
     candidates = ["nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
     if "NVCC" in os.environ:
@@ -106,18 +106,20 @@ def find_nvcc() -> Nvcc | str:
     command = next(filter(None, map(shutil.which, candidates)), None)
     if command is None:
         return f"{' or '.join(candidates)} was not found when it was built"
-    release = re.search(r"release (\d+)\.(\d+)", ask([command, "--version"]))
+    release = re.search(r"release (\d+)\.(\d+)", output_of([command, "--version"]))
     if release is None or (int(release[1]), int(release[2])) < OLDEST_CUDA:
         return f"{command} was not at least CUDA {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]} when it was built"
-    known = ask([command, "--list-gpu-code"]).split()
+    known = output_of([command, "--list-gpu-code"]).split()
     targets = tuple(target for target in CUDA_TARGETS if f"sm_{target}" in known)
     return (
-        Nvcc(command, targets) if targets else f"{command} knew none of the GPUs that it was to be built for"
+        Nvcc(command, targets)
+        if targets
+        else f"{command} supported none of the targeted GPUs when it was built"
     )
 
 
 def torch_folder() -> Path:
-    """Where torch is installed (found without importing it)."""
+    """Return the folder of torch, without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         sys.exit("setup.py: torch is not installed; install it, then use pip's --no-build-isolation")
@@ -125,13 +127,13 @@ def torch_folder() -> Path:
 
 
 def headers_of(source: str) -> list[str]:
-    """The headers that `source` can see: those of csrc/ and of its own folder; for csrc/ itself all."""
+    """Return the headers on which `source` can depend: all for a file in csrc/, else those of csrc/ and its folder."""
     folder = str(Path(source).parent)
     return [path for path in HEADERS if folder == "csrc" or str(Path(path).parent) in ("csrc", folder)]
 
 
 def compile_object(command: list[str], source: str) -> Path:
-    """Compile one file, unless an object of the same source, headers and command is there already."""
+    """Compile one file, unless an object of the same source, headers and command exists."""
     command = [*command, "-c", str(ROOT / source)]
     digest = hashlib.sha256(repr(command).encode())
     for path in (source, *headers_of(source)):
@@ -154,7 +156,7 @@ def compile_all(compiler: list[str], nvcc: Nvcc | str) -> list[Path]:
     )
     include = f"-isystem{torch_folder() / 'include'}"
     commands: dict[str, list[str]] = {}
-    if isinstance(nvcc, Nvcc):  # first, because it takes longest
+    if isinstance(nvcc, Nvcc):  # first, because it takes the longest
         commands[CUDA_SOURCE] = [nvcc.command, *nvcc.with_host(compiler), *nvcc.flags]
     for source in SOURCES:
         flags = KERNEL_FLAGS.get(source, []) + ([found] if source == "csrc/library.cpp" else [])
@@ -164,7 +166,7 @@ def compile_all(compiler: list[str], nvcc: Nvcc | str) -> list[Path]:
 
 
 def link(compiler: list[str], nvcc: Nvcc | str, objects: list[Path], library: Path) -> None:
-    """Link the objects, unless the library was linked from exactly these."""
+    """Link the objects, unless the library was linked from the same ones."""
     names = " ".join(path.name for path in objects)
     linked = OBJECTS / "_C.so"
     record = OBJECTS / "_C.objects"
@@ -172,39 +174,39 @@ def link(compiler: list[str], nvcc: Nvcc | str, objects: list[Path], library: Pa
         torch_library = [f"-L{torch_folder() / 'lib'}", "-ltorch_cpu"]
         linker = [*compiler, "-s"]
         if isinstance(nvcc, Nvcc):
-            # CUDA's runtime inside, and its names hidden: torch brings another one along
+            # Link CUDA's runtime statically and hide its symbols: torch loads its own runtime
             linker = [nvcc.command, *nvcc.with_host(compiler), "--cudart=static", "-Xlinker=-s"]
             linker += ["-Xlinker=--exclude-libs,ALL"]
         run([*linker, "-shared", *map(str, objects), *torch_library, "-o", str(linked)])
         record.write_text(names)
     library.parent.mkdir(parents=True, exist_ok=True)
     if not library.exists() or library.read_bytes() != linked.read_bytes():
-        # a new file: a process that has the old one loaded keeps it
+        # Replace the file instead of overwriting it: a running process may have the old one mapped
         shutil.copyfile(linked, library.with_suffix(".new"))
         library.with_suffix(".new").replace(library)
 
 
-def ask(command: list[str]) -> str:
-    """What a command answers; nothing if it fails."""
+def output_of(command: list[str]) -> str:
+    """Return the output of a command; empty if it fails."""
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     return result.stdout if result.returncode == 0 else ""
 
 
 def run(command: list[str]) -> None:
-    """Run a compiler's command; on failure stop with what it said."""
+    """Run a compiler's command; exit with its output if it fails."""
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
-        remedy = "\nNVCC= (set to nothing) builds without kernels for GPUs" if "nvcc" in command[0] else ""
+        remedy = "\nNVCC= (set to nothing) builds without GPU kernels" if "nvcc" in command[0] else ""
         raise SystemExit(
-            f"setup.py: this failed:\n{shlex.join(command)}\n{result.stdout}{result.stderr}{remedy}"
+            f"setup.py: this command failed:\n{shlex.join(command)}\n{result.stdout}{result.stderr}{remedy}"
         )
 
 
 class BuildOperator(build_ext):
-    """Compiles csrc/ and puts the library where the extension module would go."""
+    """Compiles csrc/ and writes the library to the place of the extension module."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """`detrs/ops/_C.so`: no Python version in the name, because there is no Python inside."""
+        """Return `detrs/ops/_C.so`, without a version of Python, on which the library does not depend."""
         return str(Path(*fullname.split("."))) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
@@ -213,7 +215,7 @@ class BuildOperator(build_ext):
         assert compiler is not None, "without a compiler there is no extension"
         nvcc = find_nvcc()
         if isinstance(nvcc, str):
-            print(f"setup.py: the operator gets no kernels for GPUs: {nvcc}", file=sys.stderr)
+            print(f"setup.py: building the operator without GPU kernels: {nvcc}", file=sys.stderr)
         OBJECTS.mkdir(parents=True, exist_ok=True)
         link(compiler, nvcc, compile_all(compiler, nvcc), Path(self.get_ext_fullpath(ext.name)))
 
@@ -222,7 +224,7 @@ class AnyPythonWheel(bdist_wheel):
     """A wheel for this platform and any Python 3."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """`py3-none-<platform>`."""
+        """Return `py3-none-<platform>`."""
         python, abi, tag = super().get_tag()
         return ("py3", "none", tag) if self.distribution.has_ext_modules() else (python, abi, tag)
 

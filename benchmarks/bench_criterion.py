@@ -1,11 +1,11 @@
-"""Matcher and criterion against a straightforward implementation, at DINO's sizes, on one CPU thread.
+"""Benchmark matcher and criterion against a straightforward implementation, at DINO's sizes, on one CPU thread.
 
     make bench-criterion
 
-The straightforward one matches and scores layer by layer, with the class cost of all classes, distances
-to the targets of all images, and one-hot targets. Both are run alternately and give the same loss. Prints a
-table and writes build/bench/criterion.json, a list of {batch, targets, direction, ours_ms, plain_ms, ratio}.
-Times are CPU times; ratios are medians over pairs of runs.
+The straightforward implementation matches and scores layer by layer, with the class cost of all classes, distances to
+the targets of all images, and one-hot targets. Both run alternately and give the same loss. The script prints a table
+and writes build/bench/criterion.json, a list of {batch, targets, direction, ours_ms, plain_ms, ratio}. Times are CPU
+times; ratios are medians over pairs of runs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CASES = [(batch, targets) for batch in (2, 8) for targets in (1, 7, 20, 60)]
 def main() -> None:
     """Measure all cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="pairs of runs a case")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of runs per case")
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
     ours = Criterion(LossConfig(), giou_eps=1e-6, denoising=True, first_stage="interm")
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def synthetic(batch: int, num_targets: int) -> tuple[Outputs, Targets]:
-    """Random predictions of a six-layer DINO and `num_targets` targets an image."""
+    """Draw predictions of a six-layer DINO, and `num_targets` targets per image."""
     torch.manual_seed(0)
 
     def predictions(layers: int, queries: int) -> Predictions:
@@ -74,10 +74,10 @@ def synthetic(batch: int, num_targets: int) -> tuple[Outputs, Targets]:
 def measure(
     ours: Criterion, outputs: Outputs, targets: Targets, repeats: int, *, backward: bool
 ) -> dict[str, float]:
-    """Median times and ratio."""
+    """Measure median times and ratio."""
     num_boxes = float(len(targets.labels))
-    mine = [lambda: ours(outputs, targets, num_boxes).total, lambda: plain_total(outputs, targets, num_boxes)]
-    pairs = [tuple(cpu_milliseconds(run, backward) for run in mine) for _ in range(repeats + 1)][1:]
+    both = [lambda: ours(outputs, targets, num_boxes).total, lambda: plain_total(outputs, targets, num_boxes)]
+    pairs = [tuple(cpu_milliseconds(run, backward) for run in both) for _ in range(repeats + 1)][1:]
     return {
         "ours_ms": round(median(a for a, _ in pairs), 2),
         "plain_ms": round(median(b for _, b in pairs), 2),
@@ -86,7 +86,7 @@ def measure(
 
 
 def cpu_milliseconds(run: Callable[[], Tensor], backward: bool) -> float:
-    """CPU time of one run."""
+    """Return the CPU time of one run."""
     start = time.process_time()
     total = run()
     if backward:
@@ -95,14 +95,14 @@ def cpu_milliseconds(run: Callable[[], Tensor], backward: bool) -> float:
 
 
 def check_equal(ours: Criterion, outputs: Outputs, targets: Targets) -> None:
-    """Both compute the same loss."""
+    """Raise unless both compute the same loss."""
     num_boxes = float(len(targets.labels))
     totals = ours(outputs, targets, num_boxes).total, plain_total(outputs, targets, num_boxes)
     torch.testing.assert_close(*totals, rtol=1e-4, atol=0)
 
 
 def plain_total(outputs: Outputs, targets: Targets, num_boxes: float) -> Tensor:
-    """The weighted loss, layer by layer."""
+    """Return the weighted loss, computed layer by layer."""
     assert outputs.first_stage is not None
     assert outputs.denoised is not None
     labels, boxes = targets.labels.split(targets.counts), targets.boxes.split(targets.counts)
@@ -112,12 +112,14 @@ def plain_total(outputs: Outputs, targets: Targets, num_boxes: float) -> Tensor:
             pairs = plain_match(logits, predicted, labels, boxes)
             total = total + plain_losses(logits, predicted, labels, boxes, pairs, num_boxes)
     denoised = outputs.denoised
-    rows = torch.arange(denoised.block).repeat(denoised.num_groups)
-    starts = torch.arange(denoised.num_groups).repeat_interleave(denoised.block) * 2 * denoised.block
+    rows = torch.arange(denoised.max_targets).repeat(denoised.num_groups)
+    starts = (
+        torch.arange(denoised.num_groups).repeat_interleave(denoised.max_targets) * 2 * denoised.max_targets
+    )
     fixed = [(starts + rows, rows)] * len(labels)
     for logits, predicted in zip(denoised.predictions.logits, denoised.predictions.boxes, strict=True):
-        normaliser = num_boxes * denoised.num_groups
-        total = total + plain_losses(logits, predicted, labels, boxes, fixed, normaliser)
+        normalizer = num_boxes * denoised.num_groups
+        total = total + plain_losses(logits, predicted, labels, boxes, fixed, normalizer)
     return total
 
 
@@ -128,7 +130,7 @@ Pairs = list[tuple[Tensor, Tensor]]  # for each image: queries, targets
 def plain_match(
     logits: Tensor, predicted: Tensor, labels: tuple[Tensor, ...], boxes: tuple[Tensor, ...]
 ) -> Pairs:
-    """The assignment of one layer."""
+    """Match one layer."""
     score = logits.flatten(0, 1).sigmoid()
     positive = 0.25 * (1 - score) ** 2 * -(score + 1e-8).log()
     negative = 0.75 * score**2 * -(1 - score + 1e-8).log()
@@ -147,9 +149,9 @@ def plain_losses(
     labels: tuple[Tensor, ...],
     boxes: tuple[Tensor, ...],
     pairs: Pairs,
-    normaliser: float,
+    normalizer: float,
 ) -> Tensor:
-    """The weighted losses of one layer."""
+    """Return the weighted losses of one layer."""
     one_hot = torch.zeros(*logits.shape[:2], NUM_CLASSES + 1)
     classes = torch.full(logits.shape[:2], NUM_CLASSES)
     for i, (queries, rows) in enumerate(pairs):
@@ -159,14 +161,17 @@ def plain_losses(
     entropy = F.binary_cross_entropy_with_logits(logits, one_hot, reduction="none")
     missed = score * (1 - one_hot) + (1 - score) * one_hot
     focal = (0.25 * one_hot + 0.75 * (1 - one_hot)) * entropy * missed**2
-    mine = torch.cat([predicted[i, queries] for i, (queries, _) in enumerate(pairs)])
-    wanted = torch.cat([boxes[i][rows] for i, (_, rows) in enumerate(pairs)])
-    l1, giou = F.l1_loss(mine, wanted, reduction="sum"), (1 - plain_giou(mine, wanted)).sum()
-    return (focal.sum() + 5 * l1 + 2 * giou) / normaliser
+    matched = torch.cat([predicted[i, queries] for i, (queries, _) in enumerate(pairs)])
+    target_boxes = torch.cat([boxes[i][rows] for i, (_, rows) in enumerate(pairs)])
+    l1, giou = (
+        F.l1_loss(matched, target_boxes, reduction="sum"),
+        (1 - plain_giou(matched, target_boxes)).sum(),
+    )
+    return (focal.sum() + 5 * l1 + 2 * giou) / normalizer
 
 
 def plain_giou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised IoU, elementwise."""
+    """Return generalized IoU, elementwise."""
     a, b = (torch.cat((x[..., :2] - x[..., 2:] / 2, x[..., :2] + x[..., 2:] / 2), -1) for x in (a, b))
     overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
     hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)

@@ -1,15 +1,15 @@
-"""Deformable attention: our operator against eager `grid_sample`, interleaved in one process.
+"""Benchmark deformable attention: our operator against eager `grid_sample`, interleaved in one process.
 
-The fused form is measured against our plain one, with softmax and location arithmetic before it.
+The fused form is compared with our plain form, including softmax and location arithmetic.
 
     make bench-operator                      all cases
     make bench-operator ARGS="--only decoder --seconds 2"
-    make bench-operator ARGS="--official PATH"    on a GPU also against the official kernel, a module built by hand
+    make bench-operator ARGS="--official PATH"    on a GPU, also against the official kernel, built manually
 
-Prints a table and writes build/bench/operator.json, a list of
-{case, direction, threads, ours_ms, anchor_ms, ratio}, and build/bench/operator_memory.json, a list of
-{case, ours_mb, anchor_mb, ratio}. Ratios are medians over pairs of runs that follow each other, so that a busy
-machine slows both. Times are CPU time for one thread, wall time for more, and the GPU's own where there is one.
+It prints a table and writes build/bench/operator.json, a list of {case, direction, threads, ours_ms, anchor_ms, ratio},
+and build/bench/operator_memory.json, a list of {case, ours_mb, anchor_mb, ratio}. Ratios are medians over pairs of
+consecutive runs, so that a busy machine slows both. Times are CPU time for one thread, wall time for several, and CUDA
+events on a GPU.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from torch import Tensor
 from detrs.ops import (
     deform_attn,
     deform_attn_fused,
-    deform_attn_in_steps,
     deform_attn_reference,
+    deform_attn_unfused,
     native_status,
     sampling_locations,
     sampling_weights,
@@ -51,7 +51,7 @@ LEVELS_QUICKSTART = ((12, 12), (6, 6), (3, 3))  # 96 x 96
 
 @dataclass(frozen=True)
 class Case:
-    """One size. `num_queries` None means an encoder: every token asks, near its own place."""
+    """One size. `num_queries` None means an encoder: every token is a query and samples near its own position."""
 
     name: str
     shapes: Shapes
@@ -61,7 +61,7 @@ class Case:
     num_channels: int = 32
     num_points: int = 4
     dtype: torch.dtype = torch.float32
-    fused: bool = False  # the anchor is then our plain form, after eager softmax and location arithmetic
+    fused: bool = False  # the anchor is then our plain form, with eager softmax and location arithmetic
 
 
 QUICKSTART = Case("decoder 50 quickstart", LEVELS_QUICKSTART, 50, num_images=8, num_heads=4, num_channels=16)
@@ -81,8 +81,8 @@ CASES = (
 )
 
 
-def pixel_centres(shapes: Shapes) -> Tensor:
-    """[S, 2], (x, y) in [0, 1] of every token."""
+def pixel_centers(shapes: Shapes) -> Tensor:
+    """Return [S, 2], (x, y) in [0, 1] of the center of every token."""
     grids = [
         torch.cartesian_prod((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width)
         for height, width in shapes
@@ -91,18 +91,18 @@ def pixel_centres(shapes: Shapes) -> Tensor:
 
 
 def make_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Value, reference points, offsets of a few pixels, and logits."""
+    """Draw value, reference points, offsets of a few pixels, and logits."""
     torch.manual_seed(0)
     num_tokens = sum(height * width for height, width in case.shapes)
-    centres = pixel_centres(case.shapes) if case.num_queries is None else torch.rand(case.num_queries, 2)
-    rows = (case.num_images, len(centres), case.num_heads, len(case.shapes), case.num_points)
+    centers = pixel_centers(case.shapes) if case.num_queries is None else torch.rand(case.num_queries, 2)
+    rows = (case.num_images, len(centers), case.num_heads, len(case.shapes), case.num_points)
     value = torch.randn(case.num_images, num_tokens, case.num_heads, case.num_channels)
-    reference = centres[None, :, None].expand(case.num_images, -1, len(case.shapes), -1).contiguous()
+    reference = centers[None, :, None].expand(case.num_images, -1, len(case.shapes), -1).contiguous()
     return value, reference, 2 * torch.randn(*rows, 2), torch.randn(rows)
 
 
 def make_runs(case: Case, direction: str) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Ours and the anchor (float32 in every case) as functions without arguments."""
+    """Return our operator and the anchor (always float32) as functions without arguments."""
     value, reference, offsets, logits = make_inputs(case)
     samples = (sampling_locations(case.shapes, reference, offsets), sampling_weights(logits))
     if case.fused:
@@ -122,13 +122,13 @@ def make_runs(case: Case, direction: str) -> tuple[Callable[[], object], Callabl
         return run
 
     ours, anchor = (
-        (deform_attn_fused, deform_attn_in_steps) if case.fused else (deform_attn, deform_attn_reference)
+        (deform_attn_fused, deform_attn_unfused) if case.fused else (deform_attn, deform_attn_reference)
     )
     return make_run(ours, case.dtype), make_run(anchor, torch.float32)
 
 
 def time_interleaved(runs: tuple[Callable[[], object], ...], seconds: float) -> list[list[float]]:
-    """Milliseconds of each run, taken in turns until `seconds` have passed (and three rounds at least)."""
+    """Return the milliseconds of each run, interleaved until `seconds` have passed, but at least three rounds."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for run in runs:
         run()
@@ -143,7 +143,7 @@ def time_interleaved(runs: tuple[Callable[[], object], ...], seconds: float) -> 
 
 
 def measure(case: Case, direction: str, threads: int, seconds: float) -> dict[str, object]:
-    """One row of the table."""
+    """Measure one row of the table."""
     torch.set_num_threads(threads)
     ours, anchor = time_interleaved(make_runs(case, direction), seconds)
     ratio = median(slow / fast for fast, slow in zip(ours, anchor, strict=True))
@@ -152,7 +152,7 @@ def measure(case: Case, direction: str, threads: int, seconds: float) -> dict[st
 
 
 def peak_megabytes(case: Case, which: int) -> float:
-    """What one training step of ours (0) or the anchor (1) needs beside its inputs; Linux only."""
+    """Measure the memory that a training step of ours (0) or the anchor (1) needs besides its inputs; Linux only."""
     torch.set_num_threads(1)
     make_runs(Case("warm-up", LEVELS_128PX), "forward+backward")[which]()
     run = make_runs(case, "forward+backward")[which]
@@ -162,15 +162,15 @@ def peak_megabytes(case: Case, which: int) -> float:
         assert found is not None
         return int(found[1])
 
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak, VmHWM
     before = status("VmRSS")
     run()
     return (status("VmHWM") - before) / 1024
 
 
 def measure_memory(case: Case) -> dict[str, object]:
-    """A row of the table, each side in a process of its own."""
-    # a fixed threshold makes the allocator give freed tensors back at once: none is counted as still there
+    """Measure one row of the memory table, each side in a separate process."""
+    # With a fixed threshold, the allocator returns freed tensors to the system at once: none counts for the peak.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     peaks = []
     for which in (0, 1):
@@ -181,7 +181,7 @@ def measure_memory(case: Case) -> dict[str, object]:
 
 
 def print_row(row: dict[str, object]) -> None:
-    """One line of the table; times in ms, memory in MB."""
+    """Print one line of the table; times in ms, memory in MB."""
     ours, anchor = (row.get(f"{side}_ms", row.get(f"{side}_mb")) for side in ("ours", "anchor"))
     what, threads = row.get("direction", "peak memory"), row.get("threads", 1)
     print(
@@ -190,7 +190,7 @@ def print_row(row: dict[str, object]) -> None:
 
 
 def measure_all(cases: list[Case], threads: list[int], seconds: float) -> list[dict[str, object]]:
-    """The CPU's rows, printed as they come; on a terminal the next one is announced."""
+    """Measure and print the rows of the CPU; on a terminal, show progress."""
     wanted = [(c, n, d) for c in cases for n in threads for d in ("forward", "forward+backward")]
     rows = []
     for number, (case, num_threads, direction) in enumerate(wanted, 1):
@@ -204,13 +204,13 @@ def measure_all(cases: list[Case], threads: list[int], seconds: float) -> list[d
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure all cases, print the table and write the files."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each row")
+    parser.add_argument("--seconds", type=float, default=4.0, help="per row")
     parser.add_argument("--official", type=Path, help="the official kernel's module (.so), for the GPU")
     parser.add_argument("--peak", type=int, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -220,7 +220,7 @@ def main() -> None:
     cases = [case for case in CASES if args.only in case.name]
     if not cases:
         parser.error(
-            f"--only: no case has {args.only!r} in its name; there are {[case.name for case in CASES]}"
+            f"--only: no case has {args.only!r} in its name; the cases are {[case.name for case in CASES]}"
         )
     print(f"{cpu_name()}, {os.cpu_count()} cores, torch {torch.__version__}, {native_status().reason}")
     print(f"{'case':<36}{'direction':<18}{'threads':>7}{'ours':>11}{'anchor':>11}{'ratio':>9}")

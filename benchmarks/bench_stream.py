@@ -1,11 +1,11 @@
-"""The stream: pixels, order, hand-off, start-up, and a simulation of a large world.
+"""Measure the stream: pixels, order, hand-off, start-up, and a simulation of a large world.
 
     make bench-stream
 
-Real photographs are used where RAYDETR_COCO_TINY names a folder of them (`annotations/`, `train2017/`, `val2017/`),
-else drawn ones. What is compared takes turns in one process, on one core. Prints a table and writes
-build/bench/stream.json, a list of {case, ours, anchor, ratio, unit, wanted}: `wanted` is the least ratio or, where
-there is none, the most of `ours`. Exits with 1 where something wanted was not reached.
+Uses the photographs of the folder RAYDETR_COCO_TINY (`annotations/`, `train2017/`, `val2017/`), otherwise generated
+images. Ours and the anchor alternate in one process, on one core. Prints a table and writes build/bench/stream.json, a
+list of {case, ours, anchor, ratio, unit, wanted}: `wanted` is the minimal ratio or, without a ratio, the maximum of
+`ours`. Exits with 1 if a case misses it.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def main() -> None:
 
 
 def is_reached(row: dict[str, Any]) -> bool:
-    """Whether a case is as it should be."""
+    """Return whether a case reaches the ratio or limit wanted."""
     return bool(row["ours"] <= row["wanted"] if row["ratio"] is None else row["ratio"] >= row["wanted"])
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the table."""
+    """Format a row of the table."""
     anchor = "" if row["anchor"] is None else f"{row['anchor']:.4g}"
     ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
     wanted = f"{'<=' if row['ratio'] is None else '>='} {row['wanted']:g}{'' if is_reached(row) else ' !'}"

@@ -1,7 +1,7 @@
-"""The anchor of the stream's benchmark: a Pillow float pipeline that does what the official DETR code does.
+"""Anchor of the stream's benchmark: a Pillow float pipeline that works like the official DETR code.
 
-Decode, targets as a dictionary of tensors, flip, crop, resize, float32 in [0, 1], normalise, boxes relative to the
-image, and one padded batch with its mask. What is drawn is given, so that both sides do the same work.
+Decode, targets as a dictionary of tensors, flip, crop, resize, float32 in [0, 1], normalize, boxes relative to the
+image, and one padded batch with its mask. The drawn parameters are ours, so that both sides do the same work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from raydetr.data.transforms.geometry import Crop, resized_size
-from raydetr.data.transforms.transform import Choices, Transform
+from raydetr.data.transforms.transform import Transform, TransformParams
 from raydetr.shards.validation import RawSample
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -25,16 +25,16 @@ Target = dict[str, Tensor]
 def float_batch(
     raws: list[RawSample], transform: Transform, position: int
 ) -> tuple[Tensor, Tensor, list[Target]]:
-    """Pixels [b, 3, h, w], their padding [b, h, w], and a target for each image."""
+    """Return pixels [b, 3, h, w], their padding mask [b, h, w], and a target per image."""
     images, targets = [], []
     for slot, raw in enumerate(raws):
         image = Image.open(io.BytesIO(raw.image)).convert("RGB")
         target = _target(image, raw.record["id"], raw.annotations)
         image, target = _augment(
-            image, target, transform.draw(0, position + slot, image.size), transform.max_side
+            image, target, transform.draw(0, position + slot, image.size), transform.config.max_side
         )
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
-        images.append(_normalise(pixels))
+        images.append(_normalize(pixels))
         targets.append(_relative(target, image))
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     batch = torch.zeros(len(images), 3, height, width)
@@ -64,18 +64,18 @@ def _target(image: Image.Image, image_id: int, annotations: list[dict[str, Any]]
 
 
 def _augment(
-    image: Image.Image, target: Target, choices: Choices, max_side: int
+    image: Image.Image, target: Target, params: TransformParams, max_side: int
 ) -> tuple[Image.Image, Target]:
-    if choices.flip:
+    if params.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         boxes = target["boxes"][:, [2, 1, 0, 3]] * torch.as_tensor([-1, 1, -1, 1])
         target = {**target, "boxes": boxes + torch.as_tensor([image.width, 0, image.width, 0])}
-    if choices.crop is not None:
-        assert choices.crop.short_side is not None
-        image, target = _resize(image, target, choices.crop.short_side, None)
-        image, target = _crop(image, target, choices.crop)
-    assert choices.short_side is not None
-    return _resize(image, target, choices.short_side, max_side)
+    if params.crop is not None:
+        assert params.crop.short_side is not None
+        image, target = _resize(image, target, params.crop.short_side, None)
+        image, target = _crop(image, target, params.crop)
+    assert params.short_side is not None
+    return _resize(image, target, params.short_side, max_side)
 
 
 def _resize(
@@ -104,8 +104,8 @@ def _crop(image: Image.Image, target: Target, crop: Crop) -> tuple[Image.Image, 
     return cut, target
 
 
-def _normalise(pixels: Tensor) -> Tensor:
-    """As torchvision's `normalize`: on a copy."""
+def _normalize(pixels: Tensor) -> Tensor:
+    """Normalize a copy, like torchvision's `normalize`."""
     mean, std = (torch.as_tensor(values).view(-1, 1, 1) for values in (MEAN, STD))
     return pixels.clone().sub_(mean).div_(std)
 

@@ -1,7 +1,7 @@
-"""The GPU's part of bench_operator.py: against eager `grid_sample` and, if it was built by hand, the official kernel.
+"""Run the GPU part of bench_operator.py, against eager `grid_sample` and, if given, the official kernel.
 
-A kernel of the same interface as the official one is given as its extension module, a file that has
-`ms_deform_attn_forward` and `ms_deform_attn_backward`.
+The official kernel, or one with the same interface, is an extension module with the functions `ms_deform_attn_forward`
+and `ms_deform_attn_backward`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Row = dict[str, object]
 
 @dataclass(frozen=True)
 class GpuCase:
-    """One size; what bench_operator's `make_inputs` reads of a case."""
+    """One size, with the attributes that `make_inputs` of bench_operator reads."""
 
     name: str
     shapes: Shapes
@@ -45,12 +45,12 @@ def measure_on_gpu(
     official: Path | None,
     show: Callable[[Row], None],
 ) -> list[Row]:
-    """Each case, in float32 and bfloat16, against both anchors in float32; `threads` is 0 for the GPU."""
+    """Measure each case in float32 and bfloat16, against both anchors in float32; `threads` is 0 for the GPU."""
     anchors: dict[str, Callable[..., Tensor]] = {"grid_sample": deform_attn_reference}
     if official is not None:
         anchors["official"] = official_function(load_module(official))
     bandwidth = copy_bandwidth()
-    print(f"{torch.cuda.get_device_name()}: {bandwidth / 1e9:.0f} GB/s when memory is copied")
+    print(f"{torch.cuda.get_device_name()}: {bandwidth / 1e9:.0f} GB/s for copies in memory")
     rows: list[Row] = []
     sizes = [(None, 2), (None, 8), (300, 2), (900, 2)]
     for (queries, images), dtype in itertools.product(sizes, (torch.float32, torch.bfloat16)):
@@ -75,7 +75,7 @@ def measure(
     anchor: Callable[..., Tensor],
     seconds: float,
 ) -> Row:
-    """One row; runs in turns, timed by the GPU."""
+    """Measure one row, with interleaved runs and CUDA events."""
     value, reference, offsets, logits = (tensor.cuda() for tensor in make_inputs(case))
     samples = (sampling_locations(case.shapes, reference, offsets), sampling_weights(logits))
     runs = [
@@ -116,7 +116,7 @@ def _milliseconds(run: Callable[[], object]) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a large copy."""
+    """Measure the bytes per second, read and written, of a large copy."""
     source = torch.empty(2**28, device="cuda")
     target = torch.empty_like(source)
     best = min(_milliseconds(lambda: target.copy_(source)) for _ in range(10))
@@ -124,18 +124,18 @@ def copy_bandwidth() -> float:
 
 
 def floor_bytes(case: GpuCase, train: bool) -> int:
-    """What must be read and written once: inputs and output, and in training the same again as gradients."""
+    """Return the bytes that must be read and written at least: inputs and output, in training also their gradients."""
     num_tokens = sum(height * width for height, width in case.shapes)
     num_rows = case.num_images * (case.num_queries or num_tokens) * case.num_heads
     value = case.num_images * num_tokens * case.num_heads * case.num_channels * case.dtype.itemsize
     samples = num_rows * len(case.shapes) * case.num_points * 3 * 4
     out = num_rows * case.num_channels * case.dtype.itemsize
-    # the backward pass reads inputs and the output's gradient, and writes the inputs' gradients
+    # The backward pass reads the inputs and the gradient of the output, and writes the gradients of the inputs.
     return (value + samples + out) + (2 * (value + samples) + out if train else 0)
 
 
 def load_module(path: Path) -> ModuleType:
-    """The extension module in a file, whatever its name."""
+    """Load an extension module from a file of any name."""
     spec = importlib.util.spec_from_file_location(path.name.partition(".")[0], path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path}: not a Python extension module (.so)")
@@ -145,7 +145,7 @@ def load_module(path: Path) -> ModuleType:
 
 
 def official_function(module: ModuleType) -> Callable[..., Tensor]:
-    """The official kernel behind our plain form's interface; float32 only."""
+    """Wrap the official kernel in the interface of our plain form; float32 only."""
 
     class Official(torch.autograd.Function):
         @staticmethod

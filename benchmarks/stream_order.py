@@ -1,13 +1,13 @@
-"""The order of samples and the hand-off of batches: times, memory, and a simulation of a large world.
+"""Measure the sample order and the hand-off of batches: times, memory, and a simulation of a large world.
 
-Hand-off: a loader process has four images of 800x1088 and gives them to the trainer as a batch, again and again.
-Ours collates uint8 into recycled shared memory; the anchor is torch's DataLoader as the official code uses it, with
-float32 images, a collate function that pads them, and targets as one dictionary an image. The trainer touches every
-page of what it gets. Times are CPU times, of both processes together and of the trainer alone, medians over rounds
-that take turns. Decoding and augmentation are left out of both.
+Hand-off: a loader process has four images of 800x1088 and sends them to the trainer as a batch, repeatedly. Ours
+collates uint8 into recycled shared memory; the anchor is torch's DataLoader as the official code uses it, with float32
+images, a collate function that pads them, and one target dictionary per image. The trainer touches every page of a
+batch. Times are CPU times, of both processes together and of the trainer alone, as medians over alternating rounds.
+Decoding and augmentation are excluded from both.
 
-Start-up: 118,287 tiny images in 119 shards; time and memory of a process above what its imports took, from opening
-the shards to the first batch.
+Start-up: 118,287 tiny images in 119 shards; time and memory from opening the shards to the first batch, without those
+of the imports.
 """
 
 from __future__ import annotations
@@ -42,31 +42,23 @@ from raydetr.data.loader.loader import Out, load
 from raydetr.data.order import SampleOrder
 from raydetr.data.stream import train_batches
 from raydetr.data.transforms.geometry import resized_size
-from raydetr.data.transforms.pixels import Resized
+from raydetr.data.transforms.pixels import LazyImage
 from raydetr.data.transforms.transform import Transform
-from raydetr.shards.manifest import (
-    FORMAT_VERSION,
-    INDEX,
-    SAMPLE_DTYPE,
-    Manifest,
-    ShardFile,
-    data_fingerprint,
-    sample_key,
-)
+from raydetr.shards.manifest import (FORMAT_VERSION, INDEX, SAMPLE_DTYPE, Manifest, ShardFile, data_fingerprint, sample_key,)
 from raydetr.shards.reader import open_shards
 
 COCO, MILLION = 118_287, 1_000_000
 LATE = 100_000  # epochs
 HEIGHT, WIDTH, BATCH = 800, 1088, 4
-NUM_OBJECTS = 7  # of an image
+NUM_OBJECTS = 7  # per image
 SCALES = range(480, 801, 32)
 Case = dict[str, Any]
 
 
 def cases(seconds: float) -> list[Case]:
-    """Measure all cases, the repeated ones for about `seconds` each."""
+    """Measure all cases, repeated ones for about `seconds` each."""
     torch.set_num_threads(1)
-    found = [*hand_off(seconds), *plan_times(), padding()]
+    found = [*hand_off(seconds), *order_times(), padding()]
     with tempfile.TemporaryDirectory() as folder:
         print_status(f"writing {COCO:,} tiny samples")
         write_tiny_shards(Path(folder), COCO)
@@ -75,34 +67,34 @@ def cases(seconds: float) -> list[Case]:
 
 
 def print_status(text: str) -> None:
-    """A line of progress."""
+    """Print a line of progress."""
     print(f"    {text}", file=sys.stderr, flush=True)
 
 
 def limit(case: str, ours: float, unit: str, most: float) -> Case:
-    """A case that is compared with a limit."""
+    """Return a case that is compared with a limit."""
     return {"case": case, "ours": ours, "anchor": None, "ratio": None, "unit": unit, "wanted": most}
 
 
-# Hand-off
+# --- Hand-off ---
 
 
-class Ready:
-    """Work for our loaders: the same four images, again and again."""
+class RepeatedBatch:
+    """A source for our loaders: the same four images, repeatedly."""
 
     def __init__(self) -> None:
         pixels = np.random.default_rng(0).integers(0, 256, (BATCH, HEIGHT, WIDTH, 3), np.uint8)
         labels, boxes = np.zeros(NUM_OBJECTS, np.int64), np.tile([10.0, 10, 90, 90], (NUM_OBJECTS, 1))
-        self.samples = [Sample(Resized.whole(image), labels, boxes, 1, (600, 800)) for image in pixels]
+        self.samples = [Sample(LazyImage.unresized(image), labels, boxes, 1, (600, 800)) for image in pixels]
 
     def batches(self, worker: int, num_workers: int, out: Out | None) -> Iterator[Batch]:
-        """Without end."""
+        """Yield batches indefinitely."""
         while True:
             yield collate(self.samples, 0, out=out)
 
 
 class FloatImages(IterableDataset[tuple[Tensor, dict[str, Tensor]]]):
-    """What the official code's data set gives: a float32 image and its target."""
+    """Samples like those of the official code's data set: a float32 image and its target."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         image = torch.rand(3, HEIGHT, WIDTH)
@@ -132,13 +124,13 @@ def float_collate(samples: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[Tens
 
 
 def hand_off(seconds: float) -> list[Case]:
-    """CPU time of a batch of 4x3x800x1088."""
+    """Measure the CPU time of a batch of 4x3x800x1088."""
     print_status("hand-off")
-    # one after the other has a loader, so that each child's time is known
+    # Only one stream has a loader at a time, so that the child's CPU time belongs to it
     rounds: dict[str, list[tuple[float, float]]] = {"ours": [], "anchor": []}
     for number in range(6):
         for name in ("ours", "anchor") if number % 2 else ("anchor", "ours"):
-            stream = load(Ready(), 1) if name == "ours" else float_batches()
+            stream = load(RepeatedBatch(), 1) if name == "ours" else float_batches()
             rounds[name].append(cpu_milliseconds(stream, seconds / 6))
     both, alone = (
         {name: statistics.median(times[part] for times in rounds[name]) for name in rounds} for part in (0, 1)
@@ -150,18 +142,18 @@ def hand_off(seconds: float) -> list[Case]:
 
 
 def float_batches() -> Iterator[Any]:
-    """The anchor's batches."""
+    """Return the anchor's batches."""
     return iter(DataLoader(FloatImages(), batch_size=BATCH, num_workers=1, collate_fn=float_collate))
 
 
 def faster(case: str, times: dict[str, float], wanted: float) -> Case:
-    """A case of CPU milliseconds."""
+    """Return a case in CPU milliseconds."""
     ratio = times["anchor"] / times["ours"]
     return {"case": case, **times, "ratio": ratio, "unit": "CPU ms", "wanted": wanted}
 
 
 def cpu_milliseconds(stream: Iterator[Any], seconds: float) -> tuple[float, float]:
-    """CPU time of a batch: of trainer and loader, and of the trainer alone."""
+    """Measure the CPU time per batch: of trainer and loader, and of the trainer alone."""
     for _ in range(10):
         touch(next(stream))
     (loader,) = psutil.Process().children()
@@ -178,56 +170,56 @@ def cpu_milliseconds(stream: Iterator[Any], seconds: float) -> tuple[float, floa
 
 
 def touch(batch: Any) -> int:
-    """Look at every page of the pixels."""
+    """Read from every page of the pixels."""
     pixels = batch.pixels.permute(0, 2, 3, 1) if isinstance(batch, Batch) else batch[0]
     flat = pixels.view(-1)
     return int(flat[:: 4096 // flat.element_size()].sum())
 
 
-# The plan
+# --- Sample order ---
 
 
-def made_plan(num_samples: int, samples_per_shard: int) -> SampleOrder:
-    """Of made data."""
+def make_order(num_samples: int, samples_per_shard: int) -> SampleOrder:
+    """Make the order of a generated data set."""
     aspects = np.random.default_rng(0).choice([0.67, 0.75, 1, 1.33, 1.5], num_samples)
     return SampleOrder(np.arange(num_samples) // samples_per_shard, aspects, "made", 0)
 
 
-def plan_times() -> list[Case]:
-    """Of an epoch, and of the first samples of a late one."""
+def order_times() -> list[Case]:
+    """Measure the order of an epoch, and of the first samples of a late one."""
     found = []
     for num_samples, samples_per_shard in ((COCO, 1000), (MILLION, 100)):
-        print_status(f"plan of {num_samples:,} samples")
+        print_status(f"order of {num_samples:,} samples")
         late = LATE * num_samples
         asked = {"an epoch": (3 * num_samples, num_samples), "late": (late + 4, 1), "across": (late - 2, 4)}
         took = dict.fromkeys(asked, math.inf)
         for _ in range(5):
             for name, (position, count) in asked.items():
-                plan = made_plan(num_samples, samples_per_shard)  # which has computed nothing yet
+                order = make_order(num_samples, samples_per_shard)  # without cached windows
                 start = time.process_time()
-                plan.samples(position, count)
+                order.samples(position, count)
                 took[name] = min(took[name], time.process_time() - start)
         size = f"{num_samples:,} samples"
         found += [
-            limit(f"plan of an epoch, {size}", took["an epoch"], "CPU s", 0.5),
-            limit(f"plan of one sample of epoch {LATE:,}, {size}", 1e3 * took["late"], "CPU ms", 50),
-            limit(f"plan of four across its beginning, {size}", 1e3 * took["across"], "CPU ms", 50),
+            limit(f"order of an epoch, {size}", took["an epoch"], "CPU s", 0.5),
+            limit(f"order of one sample of epoch {LATE:,}, {size}", 1e3 * took["late"], "CPU ms", 50),
+            limit(f"order of four across its beginning, {size}", 1e3 * took["across"], "CPU ms", 50),
         ]
     return found
 
 
 def padding() -> Case:
-    """Share of a batch of 4 that is padding, at one scale a step; the anchor's batches have any four images."""
+    """Measure the padding of a batch of 4, at one scale per step; the anchor's batches are in random order."""
     print_status("padding")
     sizes = coco_sizes()
-    plan = SampleOrder(np.arange(COCO) // 1000, sizes[:, 0] / sizes[:, 1], "made", 0)
-    orders = plan.samples(COCO // 4 * 4 + 4, COCO), np.random.default_rng(0).permutation(COCO)
-    ours, anchor = (100 * padded_share(sizes[order]) for order in orders)
-    return limit("padding at micro-batch 4, a scale a step", ours, "%", 3.0) | {"anchor": anchor}
+    order = SampleOrder(np.arange(COCO) // 1000, sizes[:, 0] / sizes[:, 1], "made", 0)
+    permutations = order.samples(COCO // 4 * 4 + 4, COCO), np.random.default_rng(0).permutation(COCO)
+    ours, anchor = (100 * padded_fraction(sizes[indices]) for indices in permutations)
+    return limit("padding at micro-batch 4, one scale per step", ours, "%", 3.0) | {"anchor": anchor}
 
 
 def coco_sizes() -> np.ndarray:
-    """[n, 2] width and height of as many images as COCO has, drawn from real ones where there are some."""
+    """Draw the [n, 2] widths and heights of COCO's number of images, from real ones if available."""
     folder = os.environ.get("RAYDETR_COCO_TINY")
     known = [(640, 480)] * 34 + [(640, 427)] * 21 + [(480, 640)] * 17 + [(640, 426)] * 10 + [(500, 375)] * 6
     known += [(427, 640)] * 6 + [(640, 640)] * 3 + [(500, 333)] * 4 + [(375, 500)] * 3 + [(640, 360)] * 3
@@ -238,8 +230,8 @@ def coco_sizes() -> np.ndarray:
     return np.array(known)[np.random.default_rng(0).integers(0, len(known), COCO)]
 
 
-def padded_share(sizes: np.ndarray) -> float:
-    """Of batches of 4 in this order."""
+def padded_fraction(sizes: np.ndarray) -> float:
+    """Return the fraction of padding in batches of 4 in this order."""
     rng = np.random.default_rng(0)
     filled = total = 0
     for four in sizes[: len(sizes) // 4 * 4].reshape(-1, 4, 2)[::10]:
@@ -250,11 +242,11 @@ def padded_share(sizes: np.ndarray) -> float:
     return 1 - filled / total
 
 
-# Start-up and resume
+# --- Start-up and resume ---
 
 
 def write_tiny_shards(folder: Path, num_samples: int, samples_per_shard: int = 1000) -> None:
-    """Shards of pictures of 8x8 pixels, as `write_shards` makes them, without an image file for each."""
+    """Write shards of 8x8 images, like `write_shards`, without an image file for each."""
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), (200, 100, 50)).save(buffer, "JPEG")
     categories = [{"id": 1, "name": "square"}]
@@ -283,7 +275,7 @@ def write_tiny_shards(folder: Path, num_samples: int, samples_per_shard: int = 1
 
 
 def tiny_record(index: int) -> dict[str, Any]:
-    """COCO's records of a tiny picture."""
+    """Return the COCO records of a tiny image."""
     box = {
         "id": index + 1,
         "image_id": index,
@@ -296,14 +288,14 @@ def tiny_record(index: int) -> dict[str, Any]:
 
 
 def tar_member(name: str, content: bytes) -> bytes:
-    """A file of a tar."""
+    """Return a file of a tar."""
     header = tarfile.TarInfo(name)
     header.size = len(content)
     return header.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
 
 
 def start_up(folder: Path) -> list[Case]:
-    """In a new process, with and without loader processes: the median of three."""
+    """Measure the start-up in a new process, with and without loader processes: the median of three."""
     found = []
     for num_workers in (0, 2):
         print_status(f"start-up with {num_workers} loader processes")
@@ -318,11 +310,11 @@ def start_up(folder: Path) -> list[Case]:
 
 
 def measure_start_up(folder: Path, num_workers: int) -> dict[str, float]:
-    """From opening the shards to the first batch; memory is the trainer's peak and what its loaders do not share."""
-    import raydetr.training.loop  # noqa: F401  what a trainer imports
+    """Measure until the first batch; memory is the trainer's peak plus its loaders' private pages."""
+    import raydetr.training.loop  # noqa: F401  the imports of a trainer
 
     itself = psutil.Process()
-    Path("/proc/self/clear_refs").write_text("5")  # the imports' peak is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which the imports may have set
     before, start = peak_megabytes(itself), time.perf_counter()
     stream = tiny_stream(folder, 0, num_workers)
     next(stream)
@@ -332,7 +324,7 @@ def measure_start_up(folder: Path, num_workers: int) -> dict[str, float]:
 
 
 def tiny_stream(folder: Path, position: int, num_workers: int) -> Iterator[Batch]:
-    """Of the first of 8 ranks."""
+    """Return the stream of the first of 8 ranks."""
     return train_batches(
         open_shards(folder), seed=0, position=position, rank=0, world_size=8, batch_size=4,
         transform=Transform(TransformConfig()), num_workers=num_workers,
@@ -340,19 +332,19 @@ def tiny_stream(folder: Path, position: int, num_workers: int) -> Iterator[Batch
 
 
 def peak_megabytes(process: psutil.Process) -> float:
-    """The most that a process has had resident."""
+    """Return the peak resident memory of a process."""
     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
 
 def private_megabytes(process: psutil.Process) -> float:
-    """What is this process's alone."""
+    """Return the memory that a process does not share."""
     lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
 
 def resume(folder: Path) -> Case:
-    """The first batch after a resume: the order is set up, one sample found, read, decoded and batched."""
+    """Measure the first batch after a resume: make the order, find one sample, read, decode and batch it."""
     print_status("resume")
     shards, times = open_shards(folder), []
     for _ in range(5):
@@ -371,28 +363,27 @@ def resume(folder: Path) -> Case:
     return limit(f"resume at epoch {LATE:,}: first sample, decoded", 1e3 * min(times), "ms", 50)
 
 
-# A large world
+# --- A large world ---
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """What a simulation found, over one epoch."""
+    """Results of a simulation of one epoch."""
 
     wrong: int  # samples that did not come exactly once
-    imbalance: int  # most samples of a rank less fewest
-    node_amplification: (
-        float  # bytes of the blocks that a node read over those of its samples, the worst node
-    )
+    imbalance: int  # samples of the rank with most, minus those of the rank with fewest
+    # Bytes of the chunks that a node or rank reads, divided by those of its samples; of the worst one
+    node_amplification: float
     rank_amplification: float
 
 
 def simulate(
     num_ranks: int, ranks_per_node: int, num_samples: int, num_shards: int, epoch: int = 1, batch: int = 4
 ) -> World:
-    """Run an epoch without data: every rank asks the plan for every batch. A block is read whole or not at all."""
-    plan = made_plan(num_samples, num_samples // num_shards)
+    """Run an epoch without data: every rank gets the indices of its batches, and reads complete chunks."""
+    order = make_order(num_samples, num_samples // num_shards)
     lengths = np.random.default_rng(1).lognormal(np.log(150e3), 0.5, num_samples).astype(np.int64)
-    chunk = np.searchsorted(plan.chunks, np.arange(num_samples), side="right") - 1
+    chunk = np.searchsorted(order.chunks, np.arange(num_samples), side="right") - 1
     chunk_bytes = np.bincount(chunk, lengths)
     first, last = epoch * num_samples, (epoch + 1) * num_samples
     step_samples = num_ranks * batch
@@ -405,7 +396,7 @@ def simulate(
     for rank in range(num_ranks):
         starts = [step * step_samples + rank * batch for step in steps]
         inside = [(max(at, first), min(at + batch, last)) for at in starts]
-        own = np.concatenate([plan.samples(low, max(high - low, 0)) for low, high in inside])
+        own = np.concatenate([order.samples(low, max(high - low, 0)) for low, high in inside])
         times_seen += np.bincount(own, minlength=num_samples)
         counts.append(len(own))
         touched = np.unique(chunk[own])
@@ -413,8 +404,8 @@ def simulate(
         node_chunks[touched] = True
         node_samples.append(own)
         if len(node_samples) == ranks_per_node:
-            share = lengths[np.concatenate(node_samples)].sum()
-            node_amplifications.append(chunk_bytes[node_chunks].sum() / share)
+            sample_bytes = lengths[np.concatenate(node_samples)].sum()
+            node_amplifications.append(chunk_bytes[node_chunks].sum() / sample_bytes)
             node_chunks[:] = False
             node_samples = []
     return World(
@@ -423,15 +414,15 @@ def simulate(
 
 
 def simulation() -> list[Case]:
-    """1,024 ranks on nodes of 8; 1,000,000 samples in 10,000 shards."""
+    """Simulate 1,024 ranks on nodes of 8, with 1,000,000 samples in 10,000 shards."""
     print_status("simulation of 1,024 ranks")
     world = simulate(1024, 8, MILLION, 10_000)
     name = "1,024 ranks, 1,000,000 samples, 10,000 shards"
     return [
         limit(f"{name}: not exactly once", world.wrong, "samples", 0),
         limit(f"{name}: between the ranks", world.imbalance, "samples", 4),
-        limit(f"{name}: bytes of a node over its share", world.node_amplification, "", 1.1),
-        limit(f"{name}: bytes of a rank over its share", world.rank_amplification, "", 1.1),
+        limit(f"{name}: bytes read per byte used, of a node", world.node_amplification, "", 1.1),
+        limit(f"{name}: bytes read per byte used, of a rank", world.rank_amplification, "", 1.1),
     ]
 
 

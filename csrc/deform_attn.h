@@ -1,23 +1,23 @@
-// Multi-scale deformable attention: what the Python boundary (library.cpp), the division of work
-// (cpu/deform_attn.cpp) and the kernels (cpu/kernel_code.h) say to each other. README.md has the whole
-// picture.
+// Multi-scale deformable attention: the interface between the torch boundary (library.cpp), the division of
+// work (cpu/deform_attn.cpp, cuda/deform_attn.cu) and the kernels. README.md has an overview.
 #pragma once
 
 #include <cstdint>
 
 namespace detrs {
 
-// How a tensor's numbers lie in memory. Arithmetic is float for all but float64, and double for that.
+// The dtype of a tensor in memory. Arithmetic is double for float64, and float for all others.
 enum class Storage { float32, float64, bfloat16, float16 };
 
 // One call. T is the type of the arithmetic; everything is contiguous, last index fastest.
-// A "row" is one (image, query, head); a row looks at num_levels * num_points samples.
+// A "row" is one (image, query, head) and reads num_levels * num_points samples.
 //
-// There are two forms. The plain one has reference_size 0 and takes locations and weights as they are. The
-// fused one has a reference point (size 2: x, y) or box (4: centre x, y, width, height) per query and level,
-// and
-//   location = point + offset / (level's width, height),  or  centre + offset / num_points * (box's sides /
-//   2) weights  = softmax of the row's logits
+// There are two forms. The plain form has reference_size 0 and takes locations and weights directly. The
+// fused form has a reference per query and level, a point (size 2: x, y) or a box (size 4: center x, y,
+// width, height), and computes
+//   location = point + offset / (width, height) of the level
+//   or       = center + offset / num_points * (width, height) of the box / 2
+//   weights  = softmax of the logits of the row
 template <class T>
 struct Problem {
   int64_t num_images, num_tokens, num_heads, num_channels;
@@ -32,7 +32,7 @@ struct Problem {
 
   void* out;             // forward:  [images, queries, heads, channels]
   const void* grad_out;  // backward: as out
-  void* grad_value;      // backward: as value, but the CUDA kernels sum in T
+  void* grad_value;      // backward: as value, but of type T on CUDA, where it is summed
   T* grad_reference;     // backward, fused: [images, queries, heads, levels, reference_size], or null
   T* grad_locations;     // backward: as locations
   T* grad_weights;       // backward: as weights
@@ -48,7 +48,7 @@ void forward(const Problem<T>& problem);
 template <class T>
 void backward(const Problem<T>& problem);
 
-// The instruction set that forward and backward use on this machine: "avx512", "avx2" or "baseline".
+// Returns the instruction set that forward and backward use on this machine: "avx512", "avx2" or "baseline".
 const char* instruction_set();
 
 }  // namespace cpu

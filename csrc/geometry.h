@@ -1,5 +1,5 @@
-// The arithmetic of a sample, once for all kernels: Real and Int are numbers (CUDA) or vectors of as many
-// samples (CPU).
+// The arithmetic of a sample, written once for all kernels: Real and Int are numbers (CUDA), or vectors with
+// one element per sample (CPU).
 #pragma once
 
 #include <type_traits>
@@ -11,7 +11,7 @@
 #endif
 
 namespace detrs {
-namespace {  // the CPU compiles this once per instruction set: a copy must not serve another
+namespace {  // compiled once per CPU instruction set: the linker must not merge the copies
 
 template <class To, class From>
 DETRS_INLINE To convert_to(From number) {
@@ -24,7 +24,7 @@ DETRS_INLINE To convert_to(From number) {
   }
 }
 
-// Along one axis: the two pixels beside a position, what they count for, and whether they exist.
+// Along one axis: the two pixels beside a position, their interpolation factors, and whether they exist.
 template <class Real, class Int>
 struct Neighbours {
   Int before, after;                 // pixel numbers, clamped into the level
@@ -32,13 +32,15 @@ struct Neighbours {
   Real before_inside, after_inside;  // 1 inside, 0 outside
 
   Neighbours() = default;
-  // `valid` says that -1 <= position < length; elsewhere, and for NaN, this is pixel 0 with factor 0.
+  // `valid` is true for -1 <= position < length. Other positions, and NaN, give pixel 0 with factor 0.
   template <class Mask>
   DETRS_INLINE Neighbours(Real position, Int length, Mask valid) {
     const Real zero = {}, one = zero + 1;
     const Int first = {};
+    // Before the conversion: a huge number or NaN to int is undefined behavior.
     position = valid ? position : zero;
     const Int truncated = convert_to<Int>(position);
+    // Conversion rounds towards 0; this makes it floor, for positions between -1 and 0.
     before = convert_to<Real>(truncated) > position ? truncated - 1 : truncated;
     after = before + 1;
     const Real fraction = position - convert_to<Real>(before);
@@ -48,19 +50,20 @@ struct Neighbours {
     after_inside = valid ? after_inside : zero;
     before_factor = before_inside * (1 - fraction);
     after_factor = after_inside * fraction;
+    // Clamped, so that the kernels can read every corner without a branch.
     before = before < 0 ? first : before;
     after = after < length ? after : length - 1;
   }
 };
 
-// A level as the arithmetic sees it: its sides, in both kinds of number, and its first token.
+// The sides of a level, as Real and as Int, and its first token.
 template <class Real, class Int>
 struct LevelSize {
   Real width, height;
   Int width_index, height_index, start;
 };
 
-// Where a sample reads: its four nearest pixels. 0 top left, 1 top right, 2 bottom left, 3 bottom right.
+// The four pixels that a sample reads. 0 top left, 1 top right, 2 bottom left, 3 bottom right.
 template <class Real, class Int>
 struct Corners {
   Neighbours<Real, Int> across, down;
@@ -69,13 +72,14 @@ struct Corners {
   Corners() = default;
   // (x, y) in [0, 1] of the level.
   static DETRS_INLINE Corners at(Real x, Real y, const LevelSize<Real, Int>& level) {
+    // Pixel i has its center at i + 1/2.
     const Real half = (Real() + 1) / 2;
     const Real column = x * level.width - half, row = y * level.height - half;
     const auto valid = ((column >= -1) & (column < level.width)) & ((row >= -1) & (row < level.height));
     return Corners({column, level.width_index, valid}, {row, level.height_index, valid}, level);
   }
 
-  // What a corner counts for; times the attention weight it is the corner's factor.
+  // The bilinear factor of a corner.
   DETRS_INLINE Real share(int corner) const {
     return (corner & 2 ? down.after_factor : down.before_factor) *
            (corner & 1 ? across.after_factor : across.before_factor);
@@ -97,7 +101,8 @@ struct SampleGrads {
   Real x, y, weight;
 };
 
-// The product rule: from `dot`, grad_out . value at each corner, to the gradients of location and weight.
+// Applies the product rule: from `dot`, grad_out . value at each corner, to the gradients of location and
+// weight.
 template <class Real, class Int>
 DETRS_INLINE SampleGrads<Real> differentiate(const Corners<Real, Int>& corners, const Real (&dot)[4],
                                              Real weight, const LevelSize<Real, Int>& level) {

@@ -1,6 +1,6 @@
-// The boundary: schemas, and tensors to plain pointers. Python (models/detrs/ops/native.py) checks the
-// arguments for people and registers fake, autograd and autocast; the checks here only keep a direct call
-// from reading out of bounds.
+// The torch boundary: defines the operators and converts tensors to plain pointers. Python
+// (models/detrs/ops/native.py) registers fake kernels, gradients and autocast, and checks the arguments with
+// readable messages; the checks here only prevent that a direct call reads out of bounds.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -46,22 +46,22 @@ ScalarType arithmetic_type(Storage storage) {
   return storage == Storage::float64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// Contiguous; and for CUDA, which loads 16 bytes at a time, at a multiple of 16 (a slice may begin anywhere).
+// Makes a tensor contiguous. The CUDA kernels load 16 bytes at once, so there it must also start at a
+// multiple of 16, which a slice need not do; a clone does.
 Tensor pack(const Tensor& tensor) {
   Tensor packed = torch::stable::contiguous(tensor);
   bool aligned = reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0;
   return packed.is_cuda() && !aligned ? torch::stable::clone(packed) : packed;
 }
 
-// What both forms take. In the fused one `locations` are offsets and `weights` logits, and there is a
-// reference.
+// Inputs of both forms. In the fused form there is a reference, `locations` are offsets and `weights` logits.
 struct Inputs {
   Tensor value;
   std::vector<int64_t> shapes;
   Tensor locations, weights;
   std::optional<Tensor> reference;
 
-  // As the kernels want them.
+  // Copies where needed; see pack.
   Inputs packed() const {
     std::optional<Tensor> packed_reference;
     if (reference) packed_reference = pack(*reference);
@@ -97,7 +97,7 @@ void check_cuda_sizes(const Inputs& in) {
   STD_TORCH_CHECK(in.locations.size(3) * in.locations.size(4) < (int64_t(1) << 31), "2^31 samples or more");
 }
 
-// Throws unless the kernels may trust the sizes.
+// Throws unless all sizes are consistent: the kernels do not check them.
 void check(const Inputs& in) {
   STD_TORCH_CHECK(in.value.dim() == 4 && in.locations.dim() == 6 && in.weights.dim() == 5,
                   "wrong number of dimensions");
@@ -126,7 +126,7 @@ const T* data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
-// The inputs' part of a Problem; they must be contiguous and outlive it.
+// Fills in the inputs of a Problem. They must be contiguous, and outlive it: it holds plain pointers.
 template <class T>
 Problem<T> problem_of(const Inputs& in) {
   Problem<T> problem{};
@@ -145,21 +145,24 @@ Problem<T> problem_of(const Inputs& in) {
 }
 
 #ifdef DETRS_WITH_CUDA
-// torch's current CUDA stream. Its function is in libtorch_cuda; a library linked with that would not load
-// where torch is built for the CPU only.
+// Returns torch's current CUDA stream. The function for it is in libtorch_cuda. It is looked up at run time,
+// because a library that is linked with libtorch_cuda cannot be loaded by a torch without CUDA. RTLD_NOLOAD:
+// torch has loaded it already, since there are CUDA tensors.
 void* current_stream(int32_t device) {
   using Function = AOTITorchError (*)(int32_t, void**);
   void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
   auto function = library == nullptr
                       ? nullptr
                       : reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
-  STD_TORCH_CHECK(function != nullptr, "this torch does not tell its CUDA stream");
+  STD_TORCH_CHECK(function != nullptr, "this version of torch does not export its current CUDA stream");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
   return stream;
 }
 
-// run(level memory, stream), on the device where the tensors are.
+// Calls run(level memory, stream) on the device of the tensors. The memory comes from torch's caching
+// allocator and is released while the kernel may still run. This is safe: it can only be reused by later work
+// on the same stream.
 template <class Run>
 void on_cuda(const Inputs& in, const Run& run) {
   const int32_t device = in.value.get_device_index();
@@ -221,16 +224,17 @@ Gradients backward(const Tensor& grad_out, const Inputs& given, bool reference_n
                       grad_out.size(0) == given.value.size(0) &&
                       grad_out.size(1) == given.locations.size(1) &&
                       grad_out.size(2) == given.value.size(2) * given.value.size(3),
-                  "grad_out must look like the operator's result");
+                  "grad_out must have the shape, dtype and device of the output");
   const Inputs in = given.packed();
   const ScalarType storage = in.value.scalar_type();
-  // on CUDA many threads add to one number: it must not be rounded in between
+  // On CUDA, many threads add to one number, which must not be rounded to half precision after each addition.
   const ScalarType value_grad_type = in.value.is_cuda() ? in.locations.scalar_type() : storage;
   std::vector<int64_t> by_head = {0};
   if (reference_needs_grad)
     by_head = {in.value.size(0), in.locations.size(1), in.value.size(2), in.locations.size(3),
                in.reference->size(3)};
-  // the CPU clears it where it must
+  // The CUDA kernels add to grad_value, so it starts as zeros. The CPU code clears it itself, if it adds to
+  // it directly.
   Gradients gradients{in.value.is_cuda()
                           ? torch::stable::new_zeros(in.value, in.value.sizes(), value_grad_type)
                           : torch::stable::new_empty(in.value, in.value.sizes()),
@@ -273,7 +277,7 @@ std::string instruction_set() {
   return cpu::instruction_set();
 }
 
-// For the CPU and for CUDA: where the kernels differ, the tensors tell.
+// The same functions serve CPU and CUDA: they branch on the device of the tensors.
 template <class Library>
 void implement(Library& library) {
   library.impl("deform_attn", TORCH_BOX(&deform_attn));
@@ -282,7 +286,8 @@ void implement(Library& library) {
   library.impl("deform_attn_fused_backward", TORCH_BOX(&deform_attn_fused_backward));
 }
 
-// setup.py says which GPUs the library has kernels for, "sm_80 sm_90 compute_90", or why none.
+// setup.py defines the GPUs that the library has kernels for, such as "sm_80 sm_90 compute_90", or the reason
+// why there are none.
 std::string cuda_targets() {
 #ifdef DETRS_WITH_CUDA
   return DETRS_WITH_CUDA;
@@ -310,7 +315,8 @@ STABLE_TORCH_LIBRARY(detrs, library) {
   library.def(
       "deform_attn_fused(Tensor value, int[] shapes, Tensor reference, Tensor offsets, Tensor logits) -> "
       "Tensor");
-  // grad_reference comes per head, [images, queries, heads, levels, 2 or 4], or empty if it is not needed
+  // grad_reference is per head, [images, queries, heads, levels, 2 or 4], or empty if it is not needed.
+  // Python sums over the heads.
   library.def(
       "deform_attn_fused_backward(Tensor grad_out, Tensor value, int[] shapes, Tensor reference, Tensor "
       "offsets, "

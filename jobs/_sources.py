@@ -1,4 +1,4 @@
-"""Makes the packages importable from a checkout or a job's working directory when they are not installed."""
+"""Make the packages importable from a checkout or from the working directory of a job."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def add_sources() -> None:
-    """Put `platform/` and `models/` on the path unless `raydetr` is installed."""
+    """Add `platform/` and `models/` to the import path, unless `raydetr` is installed."""
     if importlib.util.find_spec("raydetr") is None:
         root = Path(__file__).resolve().parent.parent
         sys.path[:0] = [str(root / "platform"), str(root / "models")]

@@ -1,4 +1,4 @@
-"""`make quickstart`: the whole chain on sample data, from JPEGs to an MLflow run."""
+"""Train on synthetic data, from JPEG files to an MLflow run: the job of `make quickstart`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OUT = Path("build/quickstart.json")
 
 
 def main() -> None:
-    """Train the quickstart recipe as a new run, print what came out and write `build/quickstart.json`."""
+    """Train the quickstart recipe, print the result and write `build/quickstart.json`."""
     began = time.perf_counter()
     config = recipes.quickstart()
     result = run.start(config)
@@ -38,7 +38,7 @@ def main() -> None:
         )
     )
     print(result.to_text())
-    print("80% of the objects have a hue typical of their class: the AP is that of an easy data set.")
+    print("80% of the objects have the typical hue of their class: the AP is that of an easy data set.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train a detector: the job to submit to a cluster. The same as `raydetr train`.
+"""Train a detector: `raydetr train` as a job to submit to a cluster.
 
 ray job submit --working-dir . -- python jobs/train_detector.py RECIPE [PATH=VALUE]...
 """

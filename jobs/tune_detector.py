@@ -1,4 +1,4 @@
-"""Search hyper-parameters: the job to submit to a cluster. The same as `raydetr tune`.
+"""Search hyperparameters: `raydetr tune` as a job to submit to a cluster.
 
 ray job submit --working-dir . -- python jobs/tune_detector.py RECIPE --space FILE [PATH=VALUE]...
 """

@@ -1,4 +1,4 @@
-"""ray_cluster.yaml is a cluster that Ray accepts, and has none of the mistakes that Ray lets pass."""
+"""Ray accepts ray_cluster.yaml, and it has none of the mistakes that Ray does not detect."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 CLUSTER_FILE = Path(__file__).parents[1] / "ray_cluster.yaml"
 
-# What Ray's AWS provider reads (its own schema takes any key), and the fields of EC2's RunInstances that a
-# cluster can use (Ray adds SubnetIds). A key without a value: anything may stand below it.
+# The keys that Ray's AWS provider reads (its schema accepts any key), and the fields of EC2's RunInstances that a
+# cluster can use (Ray adds SubnetIds). Below a key without a value everything is accepted.
 KNOWN_KEYS: dict[str, Any] = yaml.safe_load("""
 provider: {
   type, region, availability_zone, cache_stopped_nodes, use_internal_ips, use_external_head_ip,
@@ -59,7 +59,7 @@ node_config:
 
 
 def problems(cluster: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a cluster file and passes Ray's own validation; empty when nothing is."""
+    """The problems of a cluster file that Ray's own validation does not detect."""
     found = _unknown(cluster["provider"], KNOWN_KEYS["provider"], "provider")
     for name, node_type in cluster["available_node_types"].items():
         found += _problems_of_node_type(f"available_node_types.{name}", node_type, cluster["max_workers"])
@@ -81,18 +81,18 @@ def _problems_of_node_type(path: str, node_type: Mapping[str, Any], max_workers:
 def _problems_of_head(head: Mapping[str, Any]) -> list[str]:
     found = []
     if head.get("resources", {}).get("CPU") != 0:
-        found.append('the head has CPUs to give away: resources: {"CPU": 0} keeps work off it')
+        found.append('the head has CPUs: resources: {"CPU": 0} keeps workers off it')
     if "InstanceMarketOptions" in head["node_config"]:
-        found.append("the head is a spot machine: losing it loses the cluster")
+        found.append("the head is a spot instance: without it the cluster is lost")
     return found
 
 
 def _problems_of_starting(key: str, command: str) -> list[str]:
     found = []
     if "ray start" in command and "RAY_AUTH_MODE=token " not in command:
-        found.append(f"{key}: `ray start` without RAY_AUTH_MODE=token leaves it to the version of Ray")
+        found.append(f"{key}: `ray start` without RAY_AUTH_MODE=token depends on the version of Ray")
     if "ray start --head" in command and "--dashboard-host=127.0.0.1" not in command:
-        found.append(f"{key}: the dashboard runs anybody's commands: --dashboard-host=127.0.0.1")
+        found.append(f"{key}: the dashboard executes commands of anyone: set --dashboard-host=127.0.0.1")
     return found
 
 
@@ -103,7 +103,7 @@ def _unknown(value: Any, known: Mapping[str, Any] | None, path: str) -> list[str
     if isinstance(value, list):
         return [line for i, item in enumerate(value) for line in _unknown(item, known, f"{path}[{i}]")]
     if not isinstance(value, Mapping):
-        return [f"{path}: {value!r} where {', '.join(known)} can stand"]
+        return [f"{path}: {value!r} where {', '.join(known)} is expected"]
     found = []
     for key, below in value.items():
         if key in known:
@@ -127,16 +127,16 @@ def cluster() -> dict[str, Any]:
 def test_ray_accepts_the_cluster_file(cluster: dict[str, Any]) -> None:
     prepared = prepare_config(copy.deepcopy(cluster))
     validate_config(prepared)
-    # Ray's defaults (an old image's environment) come in wherever the file leaves a list out
+    # Ray replaces a missing list with its defaults, which are for the environment of an old image
     assert prepared["head_setup_commands"] == cluster["setup_commands"] + cluster["head_setup_commands"]
     assert prepared["worker_setup_commands"] == cluster["setup_commands"]
 
 
-def test_the_cluster_file_has_no_mistake_that_ray_lets_pass(cluster: dict[str, Any]) -> None:
+def test_the_cluster_file_has_no_mistake_that_ray_does_not_detect(cluster: dict[str, Any]) -> None:
     assert problems(cluster) == []
 
 
-def test_gpu_workers_scale_from_zero_and_are_spot_machines(cluster: dict[str, Any]) -> None:
+def test_gpu_workers_scale_from_zero_and_are_spot_instances(cluster: dict[str, Any]) -> None:
     workers = {**cluster["available_node_types"]}
     del workers[cluster["head_node_type"]]
     assert workers
@@ -176,11 +176,15 @@ HEAD = "available_node_types.head"
             [{"Ebs": {"Size": 1}}],
             "[0].Ebs.Size: no such key",
         ),
-        (f"{WORKER}.node_config.IamInstanceProfile", "name", "'name' where Arn, Name can stand"),
+        (f"{WORKER}.node_config.IamInstanceProfile", "name", "'name' where Arn, Name is expected"),
         (f"{WORKER}.max_workers", 99, "max_workers: 99 is out of reach: the cluster's is 4"),
-        (f"{HEAD}.resources.CPU", 8, "the head has CPUs to give away"),
-        (f"{HEAD}.resources", {}, "the head has CPUs to give away"),
-        (f"{HEAD}.node_config.InstanceMarketOptions", {"MarketType": "spot"}, "losing it loses the cluster"),
+        (f"{HEAD}.resources.CPU", 8, "the head has CPUs"),
+        (f"{HEAD}.resources", {}, "the head has CPUs"),
+        (
+            f"{HEAD}.node_config.InstanceMarketOptions",
+            {"MarketType": "spot"},
+            "without it the cluster is lost",
+        ),
         (
             "worker_start_ray_commands",
             ["ray start --address=$RAY_HEAD_IP:6379"],
@@ -189,7 +193,7 @@ HEAD = "available_node_types.head"
         ("head_start_ray_commands", ["RAY_AUTH_MODE=token ray start --head"], "--dashboard-host=127.0.0.1"),
     ],
 )
-def test_a_mistake_that_ray_lets_pass_is_named(
+def test_a_mistake_that_ray_does_not_detect_is_reported(
     cluster: dict[str, Any], path: str, value: Any, expected: str
 ) -> None:
     *parents, last = path.split(".")

@@ -1,6 +1,6 @@
-// Divides the work among threads and picks the instruction set. A thread always does whole (image, head)
-// pairs in the backward pass: nothing is shared, no atomics, and sums are taken in one order whatever the
-// number of threads.
+// Divides the work among threads and selects the instruction set. In the backward pass, one thread computes a
+// complete (image, head): threads never write to the same memory, so there are no atomics, and the order of
+// all sums is independent of the number of threads.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -16,7 +16,7 @@ namespace {
 
 const KernelSet& choose_kernels() {
 #if defined(__x86_64__)
-  // torch's own variable limits its kernels and ours alike
+  // This variable of torch limits its own kernels; it limits these as well.
   const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
   bool allow_avx512 = limit == nullptr || std::strcmp(limit, "avx512") == 0;
   bool allow_avx2 = allow_avx512 || std::strcmp(limit, "avx2") == 0;
@@ -44,7 +44,7 @@ const Kernels<double>& kernels() {
   return kernel_set().double_;
 }
 
-// Room that starts on a cache line. Not cleared.
+// Uninitialized memory, aligned to cache lines (and to the widest vectors).
 template <class T>
 class Buffer {
  public:
@@ -71,7 +71,8 @@ int64_t head_size(const Problem<T>& problem) {
   return problem.num_tokens * problem.num_channels;
 }
 
-// One head's value and, in the backward pass, its gradient, where they lie: num_heads * num_channels apart.
+// Returns one head of value and, in the backward pass, of its gradient, in place: tokens are num_heads *
+// num_channels apart.
 template <class T>
 HeadView<T> view_in_place(const Problem<T>& problem, int64_t image, int64_t head) {
   int64_t stride = problem.num_heads * problem.num_channels;
@@ -81,12 +82,12 @@ HeadView<T> view_in_place(const Problem<T>& problem, int64_t image, int64_t head
   return {value, problem.storage, stride, grad_value, stride};
 }
 
-// Whether to copy each head together before reading it: because it is read often enough to repay the copy.
-// README.md, "Packing", has the measurements.
+// Returns whether to copy each head to contiguous memory first: only if it is read often enough to repay the
+// copy. README.md, "Packing", has the measurements.
 template <class T>
 bool should_pack(const Problem<T>& problem) {
   const int64_t repaid =
-      problem.storage == Storage::float16 ? 40 : 2;  // tokens a query; float16 is slow to widen
+      problem.storage == Storage::float16 ? 40 : 2;  // tokens per query; converting float16 is slow
   return repaid * problem.num_queries >= problem.num_tokens;
 }
 
@@ -106,7 +107,7 @@ void forward_packed(const Problem<T>& problem) {
 
 template <class T>
 void forward_in_place(const Problem<T>& problem) {
-  constexpr int64_t kBlock = 64;  // queries a task
+  constexpr int64_t kBlock = 64;  // queries per task
   const int64_t num_blocks = (problem.num_queries + kBlock - 1) / kBlock;
   const int64_t num_tasks = problem.num_images * num_blocks * problem.num_heads;
   torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
@@ -130,8 +131,8 @@ void clear_grad_value(const Problem<T>& problem) {
       });
 }
 
-// The backward pass of one head. `value` and `grad_value` are room for its copies, or null: then it is read,
-// and its gradient summed up, where it lies.
+// Computes the backward pass of one head. `value` and `grad_value` are memory for packed copies; if null,
+// value is read, and its gradient summed, in place.
 template <class T>
 void backward_head(const Problem<T>& problem, const Rows& rows, T* value, T* grad_value, T* scratch) {
   HeadView<T> view = view_in_place(problem, rows.image, rows.head);
@@ -156,6 +157,7 @@ void forward(const Problem<T>& problem) {
 
 template <class T>
 void backward(const Problem<T>& problem) {
+  // Half precision is always summed in a packed T: in place, every addition would round.
   const bool pack_value = should_pack(problem), pack_grad = pack_value || problem.storage != storage_of<T>();
   if (!pack_grad) clear_grad_value(problem);
   torch::stable::parallel_for(0, problem.num_images * problem.num_heads, 1, [&](int64_t begin, int64_t end) {

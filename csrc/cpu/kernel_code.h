@@ -1,5 +1,5 @@
-// The CPU kernels, once. kernels_<instruction set>.cpp include this file with
-//   DETRS_KERNELS       the KernelSet to define      DETRS_VECTOR_BYTES  how wide its vectors are
+// The CPU kernels. Each kernels_<instruction set>.cpp includes this file with
+//   DETRS_KERNELS       the KernelSet to define      DETRS_VECTOR_BYTES  the width of its vectors
 //   DETRS_NAME          its name
 #include "../geometry.h"
 #include "kernels.h"
@@ -9,48 +9,49 @@
 namespace detrs::cpu {
 namespace {
 
-// A row's samples are worked on in blocks of at most this many, as one array per quantity.
+// Samples of a row are processed in blocks of at most this many, with one array per quantity: a block stays
+// in the L1 cache.
 constexpr int64_t kBlock = 32;
 
-// One number for each of as many samples as a vector holds.
+// One number per sample, for as many samples as a vector holds.
 template <class T>
 using Numbers = typename Simd<T, lanes_of<T>()>::Vector;
 template <class T>
 using Indices = typename Simd<Index<T>, lanes_of<T>()>::Vector;
 
-// What the call's level shapes mean to the samples of one block; the same for every row.
+// Level of each sample of a block, and its size. The same for all rows: computed once per call.
 template <class T>
 struct alignas(64) BlockLevels {
   LevelSize<Numbers<T>, Indices<T>> size[kBlock / lanes_of<T>()];
   Index<T> level[kBlock];
 };
 
-// One block of one row, in vectors: the last one may have lanes that no sample belongs to. The corners of a
-// sample are its four nearest pixels: 0 top left, 1 top right, 2 bottom left, 3 bottom right.
+// One block of one row. The last vector may have lanes without a sample. The corners of a sample are its four
+// nearest pixels: 0 top left, 1 top right, 2 bottom left, 3 bottom right.
 template <class T>
 struct alignas(64) Block {
   int64_t count;
   T x[kBlock], y[kBlock], weight[kBlock];  // location in [0, 1], attention weight
   T scale_x[kBlock], scale_y[kBlock];      // fused: how far an offset of 1 moves the location
   Index<T> token[4][kBlock];               // corner pixels, clamped into the level
-  T factor[4][kBlock];                     // what a corner counts for: bilinear times attention
-  // for the backward pass
-  T partial[4 * kBlock * lanes_of<T>()];  // dot before its last summation
+  T factor[4][kBlock];                     // bilinear factor times attention weight
+  // For the backward pass
+  T partial[4 * kBlock * lanes_of<T>()];  // dot, before the lanes of each vector are summed
   T dot[4][kBlock];                       // grad_out . value at the corner
 };
 
-// As many numbers as a row has samples, in whole blocks.
+// The number of samples of a row, rounded up to complete blocks.
 template <class T>
 int64_t padded_samples(const Problem<T>& problem) {
   return (problem.num_samples() + kBlock - 1) / kBlock * kBlock;
 }
 
-// A thread's scratch.
+// The scratch buffer of a thread.
 template <class T>
 struct Scratch {
   BlockLevels<T>* levels;  // [blocks]
   T* weights;              // fused: one row's weights
-  T* locations_copy;       // of the tensors' last rows; see row_inputs
+  T* locations_copy;       // of the last rows of the tensor; see row_inputs
   T* weights_copy;
   T* channels;  // one row of out or grad_out, as T
 
@@ -74,6 +75,7 @@ template <class T>
 void prepare_scratch(const Problem<T>& problem, T* memory) {
   const Scratch<T> scratch(problem, memory);
   const int64_t end = scratch_size(problem);
+  // Copied rows do not fill their last vector: the rest must be zeros, not uninitialized memory.
   for (int64_t at = Scratch<T>::levels_size(problem); at < end; at++) memory[at] = 0;
   int64_t start = 0;
   for (int64_t sample = 0; sample < padded_samples(problem); sample++) {
@@ -96,21 +98,23 @@ inline int64_t row_number(const Problem<T>& problem, const Rows& rows, int64_t q
   return (rows.image * problem.num_queries + query) * problem.num_heads + rows.head;
 }
 
-// Asks for the row of a tensor that the same head will use four queries on. An address behind the end does no
-// harm.
+// Prefetches the row of a tensor that this head uses four queries later. Consecutive rows of a head are
+// num_heads rows apart, which the hardware prefetcher does not predict. A prefetch past the end of the tensor
+// is harmless.
 template <class T>
 inline void prefetch_ahead(const Problem<T>& problem, const void* tensor, int64_t row, int64_t row_bytes) {
   const char* ahead = static_cast<const char*>(tensor) + (row + 4 * problem.num_heads) * row_bytes;
   for (int64_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(ahead + at);
 }
 
-// A row's locations and weights; in the fused form offsets and logits.
+// Locations and weights of a row; offsets and logits in the fused form.
 template <class T>
 struct RowInputs {
   const T *locations, *weights;
 };
 
-// They are read in whole vectors, so into the next row: the last rows are copied to where there is room.
+// They are read in complete vectors, beyond the end of the row. Only the last rows of the tensors have
+// nothing behind them: those are copied to the scratch buffer first.
 template <class T>
 inline RowInputs<T> row_inputs(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch) {
   const int64_t count = problem.num_samples();
@@ -124,7 +128,7 @@ inline RowInputs<T> row_inputs(const Problem<T>& problem, int64_t row, const Scr
   return {scratch.locations_copy, scratch.weights_copy};
 }
 
-// scratch.weights = softmax of the row's logits.
+// scratch.weights = softmax of the logits of the row.
 template <class T>
 inline void softmax_row(const T* logits, int64_t count, const Scratch<T>& scratch) {
   constexpr int kLanes = lanes_of<T>();
@@ -132,7 +136,7 @@ inline void softmax_row(const T* logits, int64_t count, const Scratch<T>& scratc
   Indices<T> lane_numbers;
   for (int lane = 0; lane < kLanes; lane++) lane_numbers[lane] = lane;
   auto keep = [&](int64_t at, Numbers<T> numbers,
-                  Numbers<T> other) {  // `other` in lanes behind the row's end
+                  Numbers<T> other) {  // `other` in lanes past the end of the row
     return lane_numbers < Index<T>(count - at) ? numbers : other;
   };
   Numbers<T> largest = zero + logits[0], sum = {};
@@ -156,7 +160,8 @@ inline void softmax_row(const T* logits, int64_t count, const Scratch<T>& scratc
     store<kLanes>(scratch.weights + at, load<kLanes>(scratch.weights + at) * scale);
 }
 
-// A block's x, y and weight. Loops over a constant number of lanes become vector instructions.
+// Loads x, y and weight of a block. The compiler turns loops over a constant number of lanes into vector
+// instructions.
 template <class T>
 inline void load_samples(const T* __restrict locations, const T* __restrict weights, Block<T>& block) {
   constexpr int kLanes = lanes_of<T>();
@@ -174,7 +179,7 @@ inline const T* row_reference(const Problem<T>& problem, int64_t row) {
   return problem.reference + row / problem.num_heads * problem.num_levels * problem.reference_size;
 }
 
-// Fused: load_samples has put offsets into x and y; they become locations.
+// Fused: replaces the offsets, which load_samples has put into x and y, by locations.
 template <class T>
 inline void place_samples(const Problem<T>& problem, const T* reference, const BlockLevels<T>& levels,
                           Block<T>& block) {
@@ -197,12 +202,12 @@ inline void place_samples(const Problem<T>& problem, const T* reference, const B
   }
 }
 
-// Where a block's samples stand: in its row, and in the tensors.
+// The position of a block in its row and in the tensors.
 struct Place {
-  int64_t row, first, count;  // the row; the block's first sample within it; how many
+  int64_t row, first, count;  // row; first sample of the block in it; number of samples
 };
 
-// The corners of a vector of samples, of which the first is `at`.
+// Returns the corners of a vector of samples, starting with sample `at`.
 template <class T>
 inline auto corners_of(const BlockLevels<T>& levels, const Block<T>& block, int64_t at) {
   constexpr int kLanes = lanes_of<T>();
@@ -210,7 +215,7 @@ inline auto corners_of(const BlockLevels<T>& levels, const Block<T>& block, int6
                                              levels.size[at / kLanes]);
 }
 
-// From locations to corner tokens and factors.
+// Computes corner tokens and factors from locations.
 template <class T>
 inline void locate(const BlockLevels<T>& levels, Block<T>& block) {
   constexpr int kLanes = lanes_of<T>();
@@ -243,7 +248,7 @@ template <int N, class T, class Stored>
 inline void gather(Width<N>, const Block<T>& block, const Stored* value, int64_t stride, T* sums,
                    bool is_first) {
   typedef Run<Stored, T, N> Values;
-  Values upper{}, lower{};  // two chains hide the latency
+  Values upper{}, lower{};  // two independent sums hide the latency of the additions
   for (int64_t sample = 0; sample < block.count; sample++) {
 #pragma GCC unroll 2
     for (int corner = 0; corner < 2; corner++) {
@@ -265,7 +270,7 @@ inline void gather(Width<N>, const Block<T>& block, const Stored* value, int64_t
   upper.store_ordered(sums);
 }
 
-// The last summation of `partial`, into `dot`, which holds what earlier channel runs gave.
+// Sums the lanes of `partial` and adds them to `dot`, which holds the sums of earlier channel runs.
 template <int N, class T>
 inline void finish_dots(Block<T>& block, bool is_first_run) {
   for (int corner = 0; corner < 4; corner++) {
@@ -316,7 +321,7 @@ inline void scatter(Width<N>, Block<T>& block, const HeadView<T>& head, const St
   finish_dots<kLanes>(block, first_channel == 0);
 }
 
-// From the corners' dots to the gradients of x, y and weight, which take the place of dot[0..3).
+// Computes the gradients of x, y and weight from the dots of the corners, and stores them in dot[0..3).
 template <class T>
 inline void differentiate_block(const BlockLevels<T>& levels, Block<T>& block) {
   constexpr int kLanes = lanes_of<T>();
@@ -346,7 +351,8 @@ inline void store_sample_grads(const Problem<T>& problem, const Place& place, co
   }
 }
 
-// Fused, before store_sample_grads: the reference's gradient, and from locations' to offsets'.
+// Fused, before store_sample_grads: computes the gradient of the reference, and that of offsets from that of
+// locations.
 template <class T>
 inline void offset_grads(const Problem<T>& problem, const Place& place, const BlockLevels<T>& levels,
                          Block<T>& block) {
@@ -369,7 +375,7 @@ inline void offset_grads(const Problem<T>& problem, const Place& place, const Bl
   }
 }
 
-// Fused, at the row's end: from weights' gradients to logits'.
+// Fused, at the end of a row: computes the gradients of logits from those of weights.
 template <class T>
 inline void logit_grads(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch) {
   constexpr int kLanes = lanes_of<T>();
@@ -387,7 +393,7 @@ inline void logit_grads(const Problem<T>& problem, int64_t row, const Scratch<T>
   for (at = 0; at < count; at++) grad[at] = weights[at] * (grad[at] - mean);
 }
 
-// Fills the block for each part of a row in turn and calls use(place, levels).
+// Fills the block with each part of a row in turn, and calls use(place, levels).
 template <class T, class Use>
 inline void for_blocks(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch, Block<T>& block,
                        const Use& use) {
@@ -473,7 +479,7 @@ void backward(const Problem<T>& problem, const HeadView<T>& head, const Rows& ro
                [&](auto stored) { backward_rows<decltype(stored)>(problem, head, rows, memory); });
 }
 
-// Where one head's channels of one image begin in value and grad_value, and how far apart its tokens are.
+// Returns the first element of one head of one image in value and grad_value.
 template <class T>
 inline int64_t head_offset(const Problem<T>& problem, int64_t image, int64_t head) {
   return (image * problem.num_tokens * problem.num_heads + head) * problem.num_channels;

@@ -1,4 +1,4 @@
-// What the division of work (deform_attn.cpp) and the kernels (kernel_code.h) say to each other.
+// The interface between the division of work (deform_attn.cpp) and the kernels (kernel_code.h).
 #pragma once
 
 #include "../deform_attn.h"
@@ -18,7 +18,7 @@ constexpr int64_t bytes_of(Storage storage) {
 
 }  // namespace
 
-// One head of one image as a kernel reads it: the channels of token t start at number t * stride.
+// One head of one image as a kernel reads it: the channels of token t start at element t * stride.
 template <class T>
 struct HeadView {
   const void* value;
@@ -28,19 +28,21 @@ struct HeadView {
   int64_t grad_stride;
 };
 
-// Which rows a kernel call does: these queries, seen by one head, in one image.
+// The rows of a kernel call: a range of queries, for one head and one image.
 struct Rows {
   int64_t image, head, first_query, last_query;
 };
 
 template <class T>
 struct Kernels {
-  // A thread owns a scratch of this many T, readies it once a call, and uses it for all its rows.
+  // A thread owns a scratch buffer of this many T. It prepares it once per call, and uses it for all its
+  // rows.
   int64_t (*scratch_size)(const Problem<T>&);
   void (*prepare_scratch)(const Problem<T>&, T* scratch);
   void (*forward)(const Problem<T>&, const HeadView<T>&, const Rows&, T* scratch);
   void (*backward)(const Problem<T>&, const HeadView<T>&, const Rows&, T* scratch);
-  // One head of value -> contiguous [tokens, channels] of T, and from there into grad_value.
+  // pack copies one head of value to contiguous [tokens, channels] of T; unpack copies the other way, to
+  // grad_value.
   void (*pack)(const Problem<T>&, int64_t image, int64_t head, T* packed);
   void (*unpack)(const Problem<T>&, int64_t image, int64_t head, const T* packed);
 };

@@ -1,7 +1,7 @@
-// Vectors of the width that this compilation is for, through the compilers' vector extensions.
-// Everything is local to the file that includes this: a function compiled for AVX-512 must never be merged by
-// the linker with its namesake for an older machine. For the same reason no standard header with functions is
-// used.
+// Vectors of the width of this compilation, by the vector extensions of the compilers.
+// Everything is in an anonymous namespace: the linker must never merge a function that is compiled for
+// AVX-512 with the one of the same name for an older machine. For the same reason no standard header with
+// functions is included.
 #pragma once
 
 #include <cstdint>
@@ -56,7 +56,7 @@ inline void store(T* to, typename Simd<T, N>::Vector values) {
   __builtin_shuffle(a, b, typename Simd<Index<T>, 4>::Vector{i, j, k, l})
 #endif
 
-// The sum of the N numbers at `from` in four parts.
+// Sums N numbers at `from` to four partial sums.
 template <int N, class T>
 inline typename Simd<T, 4>::Vector fold(const T* from) {
   auto sum = load<4>(from);
@@ -64,7 +64,8 @@ inline typename Simd<T, 4>::Vector fold(const T* from) {
   return sum;
 }
 
-// The sums of four runs of N numbers each.
+// Returns the sums of four consecutive runs of N numbers. Four at once, because summing up one vector is
+// slow.
 template <int N, class T>
 inline typename Simd<T, 4>::Vector sums_of_four(const T* from) {
   auto a = fold<N>(from), b = fold<N>(from + N), c = fold<N>(from + 2 * N), d = fold<N>(from + 3 * N);
@@ -73,16 +74,16 @@ inline typename Simd<T, 4>::Vector sums_of_four(const T* from) {
   return DETRS_SHUFFLE(T, ab, cd, 0, 1, 4, 5) + DETRS_SHUFFLE(T, ab, cd, 2, 3, 6, 7);
 }
 
-// e to the x <= 0, for one vector. What would be less than 1e-37 is about that.
+// Computes e^x for x <= 0. Results below about 1e-38 are replaced by that number.
 template <class Vector, class Indices>
 inline Vector exp_negative(Vector x, float, Indices) {
   const Vector lowest = Vector{} - 87;
-  x = x < lowest ? lowest : x;  // in this order NaN stays
+  x = x < lowest ? lowest : x;  // false for NaN, which is kept
   Indices twos = __builtin_convertvector(x * 1.44269504f - 0.5f, Indices);
   Vector power = __builtin_convertvector(twos, Vector);
   Vector rest =
-      x - power * 0.693359375f + power * 2.12194440e-4f;  // ln 2 in two parts: rest is exact to the last bit
-  Vector sum = rest * (1.0f / 5040) + 1.0f / 720;         // Taylor; |rest| < 0.35 leaves 5e-9
+      x - power * 0.693359375f + power * 2.12194440e-4f;  // ln 2 in two parts, so that no bit of rest is lost
+  Vector sum = rest * (1.0f / 5040) + 1.0f / 720;         // Taylor series; error 5e-9 for |rest| < 0.35
   sum = sum * rest + 1.0f / 120;
   sum = sum * rest + 1.0f / 24;
   sum = sum * rest + 1.0f / 6;

@@ -1,4 +1,4 @@
-// Between the numbers in memory and the numbers in the arithmetic (float, or double for float64).
+// Converts between the dtype in memory and the type of the arithmetic (double for float64, else float).
 #pragma once
 
 #include <type_traits>
@@ -37,12 +37,12 @@ inline float widen(BFloat16 number) {
 inline float widen(Float16 number) {
   uint32_t sign = uint32_t(number.bits & 0x8000u) << 16;
   uint32_t magnitude = uint32_t(number.bits & 0x7fffu) << 13;
-  // The exponents' biases differ by 112; the product also turns float16's subnormals into normal floats.
+  // The exponent biases differ by 112. The product also turns subnormal float16 into normal floats.
   uint32_t finite = bits_as<uint32_t>(bits_as<float>(magnitude) * 0x1p112f);
   return bits_as<float>(sign | ((number.bits & 0x7c00u) == 0x7c00u ? magnitude | 0x7f800000u : finite));
 }
 
-// The narrowings round to nearest, ties to even.
+// narrow rounds to nearest, ties to even.
 template <class T>
 inline void narrow(T number, T* to) {
   *to = number;
@@ -57,7 +57,7 @@ inline void narrow(float number, BFloat16* to) {
 inline void narrow(float number, Float16* to) {
   uint32_t bits = bits_as<uint32_t>(number), magnitude = bits & 0x7fffffffu;
   uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
-  // One unit in the last place of 0.5f is float16's smallest subnormal: the addition rounds for us.
+  // One unit in the last place of 0.5f is the smallest subnormal of float16: the addition rounds to it.
   uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
   uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
   if (magnitude >= 0x477ff000u) result = 0x7c00u;
@@ -88,9 +88,9 @@ inline void narrow_all(const T* from, Stored* to, int64_t count) {
   for (int64_t i = 0; i < count; i++) narrow(from[i], to + i);
 }
 
-// Loads N numbers as vectors of T; `order_like` loads N others of T in the same order, and `store_ordered`
-// stores vectors in this order so that they lie as they should. The order is only a matter for bfloat16: it
-// is quickest widened as pairs, the even numbers to one vector and the odd ones to another.
+// Loads N numbers as vectors of T, possibly in another order. `order_like` loads N numbers of T in that same
+// order, and `store_ordered` stores vectors back in the original order. Only bfloat16 is reordered: it is
+// fastest to convert in pairs, even elements to one vector and odd elements to another.
 template <class Stored, class T, int N>
 struct Run {
   static constexpr int kLanes = N < lanes_of<T>() ? N : lanes_of<T>(), kVectors = N / kLanes;

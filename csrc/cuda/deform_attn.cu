@@ -14,7 +14,7 @@ void check(cudaError_t status) {
   if (status == cudaSuccess) return;
   std::string problem = std::string("deform_attn on CUDA: ") + cudaGetErrorString(status);
   if (status == cudaErrorNoKernelImageForDevice)
-    problem += "; detrs.ops.native_status() tells which GPUs the library was built for";
+    problem += "; detrs.ops.native_status() shows the GPUs that the library was built for";
   throw std::runtime_error(problem);
 }
 
@@ -45,13 +45,14 @@ Call<T> call_of(const Problem<T>& problem, void* level_memory, cudaStream_t stre
     std::copy(levels.begin(), levels.end(), call.levels);
   } else {
     const size_t size = levels.size() * sizeof(Level<T>);
+    // From pageable memory CUDA copies to a staging buffer before it returns: `levels` may be freed then.
     check(cudaMemcpyAsync(level_memory, levels.data(), size, cudaMemcpyHostToDevice, stream));
     call.more_levels = static_cast<const Level<T>*>(level_memory);
   }
   return call;
 }
 
-// How a row's channels are divided: `vector` to a lane, over `lanes` lanes.
+// How the channels of a row are divided: kVector per lane, over kLanes lanes.
 template <class Stored_, int kVector_, int kLanes_>
 struct Division {
   using Stored = Stored_;
@@ -90,9 +91,9 @@ void launch(const Kernel& kernel, Call<T> call, int64_t rows_per_block, size_t s
   const Problem<T>& problem = call.problem;
   const int64_t blocks_per_head = (problem.num_queries + rows_per_block - 1) / rows_per_block;
   const int64_t num_blocks = problem.num_images * problem.num_heads * blocks_per_head;
-  if (num_blocks == 0) return;
+  if (num_blocks == 0) return;  // CUDA refuses to launch an empty grid
   if (num_blocks >= int64_t(1) << 31)
-    throw std::runtime_error("deform_attn on CUDA: more than 2^31 blocks of rows");
+    throw std::runtime_error("deform_attn on CUDA: 2^31 blocks of rows or more");
   call.blocks_per_head = static_cast<uint32_t>(blocks_per_head);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(num_blocks));

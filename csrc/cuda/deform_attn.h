@@ -1,17 +1,19 @@
-// What library.cpp calls. No CUDA header here: library.cpp is compiled by the C++ compiler.
+// The interface for library.cpp. It includes no CUDA header, because library.cpp is compiled by the C++
+// compiler.
 #pragma once
 
 #include "../deform_attn.h"
 
 namespace detrs::cuda {
 
-// Bytes of device memory that a call needs for its levels; mostly 0.
+// Returns the bytes of device memory that a call needs for its levels; usually 0.
 int64_t level_memory_size(int64_t num_levels);
 
-// The calls on a CUDA stream (a cudaStream_t) of the current device. All pointers are to device memory and
-// start at a multiple of 16 bytes, but `shapes`, which is the host's. grad_value is a T, whatever the
-// storage: sums are taken there; it and grad_reference must be zero before. num_channels is a multiple of 4,
-// at most 128. Throw std::runtime_error with CUDA's own words.
+// Launch the kernels on a CUDA stream (a cudaStream_t) of the current device, and return without waiting for
+// them. All pointers are to device memory and aligned to 16 bytes, except `shapes`, which is in host memory.
+// grad_value is of type T for every storage, since gradients are summed there; it and grad_reference must be
+// zero before the call. num_channels is a multiple of 4, at most 128. Throw std::runtime_error with the
+// message of CUDA.
 template <class T>
 void forward(const Problem<T>& problem, void* level_memory, void* stream);
 

@@ -1,4 +1,4 @@
-// The CUDA kernels. README.md, "On the GPU", tells how they divide the work.
+// The CUDA kernels. README.md, "On the GPU", describes how they divide the work.
 #pragma once
 
 #include "../deform_attn.h"
@@ -9,13 +9,15 @@ namespace detrs::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-// Blocks that a multiprocessor shall hold at once: this limits registers, to 64, 80 and 128 a thread.
+// Blocks that a multiprocessor must be able to hold at once. This limits registers to 128, 80 and 64 per
+// thread.
 template <class T, int kVector>
 constexpr int kBlocks = sizeof(T) == 8 ? 4
                         : kVector == 8 ? 6
                                        : 8;
-constexpr int kSamplesPerLane =
-    2;  // of one pass: more fill registers and shared memory, which the L1 cache wants
+// Samples that a lane places per pass. More would take registers, and shared memory that is part of the L1
+// cache.
+constexpr int kSamplesPerLane = 2;
 constexpr unsigned kWarp = 0xffffffffu;
 
 template <class T>
@@ -23,35 +25,35 @@ struct Level {
   int height, width, start;
   T pixel_height, pixel_width;  // 1 / height and 1 / width
 };
-constexpr int kParameterLevels = 16;  // this many levels travel with the call, more in device memory
+constexpr int kParameterLevels = 16;  // up to this many are kernel parameters; more are in device memory
 
-// What a kernel is given. Besides the problem, what the host works out once: the kernels would do it per
-// thread, or in loops, where the compiler takes sums of products apart.
+// Parameters of a kernel: the problem, and numbers that the host computes once. The kernels would otherwise
+// compute them in every thread, or in loops.
 template <class T>
 struct Call {
   Problem<T> problem;
   int num_samples, num_points;
-  uint32_t blocks_per_head;     // blocks that one head's queries take
-  uint32_t token_stride;        // numbers from a token to the next
-  int64_t image_stride;         // numbers from an image to the next
+  uint32_t blocks_per_head;     // blocks for the queries of one head and image
+  uint32_t token_stride;        // elements from one token to the next
+  int64_t image_stride;         // elements from one image to the next
   T half_step;                  // fused, boxes: 1 / 2 / num_points
-  const Level<T>* more_levels;  // all levels, in device memory, if there are more than kParameterLevels
+  const Level<T>* more_levels;  // all levels, in device memory, if more than kParameterLevels; else null
   Level<T> levels[kParameterLevels];
 };
 
-// A row belongs to kLanes neighbouring lanes of a warp; each has kVector channels of it.
+// A row belongs to kLanes neighboring lanes of a warp; each lane has kVector of its channels.
 template <int kLanes>
-constexpr int kRows = kThreads / kLanes;  // rows of a block
+constexpr int kRows = kThreads / kLanes;  // rows per block
 template <int kLanes>
-constexpr int kPass = kSamplesPerLane * kLanes;  // samples of a row that are worked on at a time
+constexpr int kPass = kSamplesPerLane * kLanes;  // samples of a row per pass
 
 template <class Number>
 struct alignas(16) Four {
   Number at[4];  // by corner
 };
 
-// Shared memory: what the lane that places a sample tells the others. The spare sample at the end puts rows
-// into different banks.
+// Shared memory: the lane that places a sample passes its tokens and factors to the other lanes of the row.
+// The extra sample at the end shifts rows to different banks.
 template <class T, int kLanes>
 struct ForwardShared {
   Four<int> tokens[kRows<kLanes>][kPass<kLanes> + 1];
@@ -65,17 +67,20 @@ struct BackwardShared : ForwardShared<T, kLanes> {
 
 extern __shared__ __align__(16) unsigned char shared_memory[];
 
-// This thread's row, and its place among the row's lanes.
+// The row of this thread, and the index of the thread among the lanes of the row.
 struct Row {
   int64_t image, query, number;  // query and number count through all images
   int head, lane, slot;          // `slot` numbers the block's rows
-  bool exists;  // the last block has rows to spare, which do what row `number` does but write nothing
+  // False for surplus rows of the last block. They must not return early, because all lanes of a warp have to
+  // reach its barriers and shuffles: they compute the same as row `number`, and write nothing.
+  bool exists;
 
   template <int kLanes, class T>
   static __device__ __forceinline__ Row of_thread(const Call<T>& call) {
     const Problem<T>& problem = call.problem;
     const uint32_t num_heads = static_cast<uint32_t>(problem.num_heads);
-    const uint32_t block = blockIdx.x / num_heads;  // heads change fastest: fewer blocks meet in one pixel
+    // Heads change fastest: concurrent blocks then rarely add to the same memory.
+    const uint32_t block = blockIdx.x / num_heads;
     Row row;
     row.head = static_cast<int>(blockIdx.x % num_heads);
     row.lane = static_cast<int>(threadIdx.x % kLanes), row.slot = static_cast<int>(threadIdx.x / kLanes);
@@ -97,7 +102,7 @@ __device__ __forceinline__ T sum_over_lanes(T number) {
   return number;
 }
 
-// The fused form's weights.
+// Computes the weights of the fused form.
 template <class T>
 struct Softmax {
   T largest, scale;
@@ -124,10 +129,10 @@ struct Softmax {
   __device__ __forceinline__ T weight(T logit) const { return exp(logit - largest) * scale; }
 };
 
-// One sample, as the lane that places it sees it.
+// One sample, in the lane that places it.
 template <class T>
 struct Sample {
-  int64_t number;  // among all rows' samples
+  int64_t number;  // among the samples of all rows
   LevelSize<T, int> level;
   Corners<T, int> corners;
   T weight, scale_x, scale_y;  // fused: how far an offset of 1 moves the location
@@ -161,7 +166,8 @@ __device__ __forceinline__ Sample<T> place(const Call<T>& call, const Row& row, 
   return sample;
 }
 
-// Tells the row's other lanes where to read. `weight` is the sample's, or 0 where nothing may be added.
+// Passes a sample to the other lanes of the row. `weight` is that of the sample, or 0 if the row must add
+// nothing.
 template <class T, class Shared>
 __device__ __forceinline__ void announce(const Sample<T>& sample, T weight, int slot, int at,
                                          Shared& shared) {
@@ -176,7 +182,7 @@ __device__ __forceinline__ void announce(const Sample<T>& sample, T weight, int 
   shared.tokens[slot][at] = tokens, shared.factors[slot][at] = factors;
 }
 
-// This lane's channels of the row's head, at token 0, and how far apart tokens are.
+// The channels of this lane, at token 0, and the distance between tokens.
 template <class Stored>
 struct Channels {
   char* first;
@@ -202,8 +208,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Arithmetic<Stored>, kVector>
   const Problem<T>& problem = call.problem;
   const Row row = Row::of_thread<kLanes>(call);
   const bool has_channels = row.lane * kVector < problem.num_channels;
-  const int channel =
-      has_channels ? row.lane * kVector : 0;  // without channels of its own it reads the first
+  const int channel = has_channels ? row.lane * kVector : 0;  // a lane without channels reads the first ones
   const Channels<Stored> value(problem.value, call, row, channel);
   Softmax<T> softmax = {};
   if (problem.reference_size != 0) softmax = Softmax<T>::template of_row<kLanes>(call, row);
@@ -216,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Arithmetic<Stored>, kVector>
       const Sample<T> sample = place(call, row, softmax, first + at);
       announce(sample, sample.weight, row.slot, at, shared);
     }
-    __syncwarp();  // the samples are announced
+    __syncwarp();  // all samples are in shared memory
 #pragma unroll 2
     for (int at = 0; at < count; at++) {
       const Four<int> tokens = shared.tokens[row.slot][at];
@@ -229,13 +234,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Arithmetic<Stored>, kVector>
         for (int i = 0; i < kVector; i++) sums[i] += factors.at[corner] * numbers[i];
       }
     }
-    __syncwarp();  // and read
+    __syncwarp();  // all lanes have read them: the next pass may overwrite
   }
   if (row.exists && has_channels)
     store(sums, static_cast<Stored*>(problem.out) + row.number * problem.num_channels + channel);
 }
 
-// Sums each corner's numbers over the row's lanes; lane i gets corner i % 4.
+// Sums the numbers of each corner over the lanes of the row; lane i gets corner i % 4. With 8 lanes
+// this takes 4 shuffles, instead of 12 for four separate sums.
 template <int kLanes, class T>
 __device__ __forceinline__ T sum_corners(const T (&corner)[4], int lane) {
   const bool upper = lane & 2, odd = lane & 1;
@@ -249,8 +255,8 @@ __device__ __forceinline__ T sum_corners(const T (&corner)[4], int lane) {
   return sum;
 }
 
-// grad_reference of this row += what `shared.dots` holds of each sample. One lane does one level, always the
-// same, so that the sum has an order and needs no atomics.
+// Adds the gradients in `shared.dots` to grad_reference of this row. A level always belongs to the same lane,
+// so that the sum has a fixed order and needs no atomics.
 template <int kLanes, class T, class Shared>
 __device__ __forceinline__ void add_reference_grads(const Call<T>& call, const Row& row, int first, int count,
                                                     const Shared& shared) {
@@ -274,7 +280,7 @@ __device__ __forceinline__ void add_reference_grads(const Call<T>& call, const R
   }
 }
 
-// A sample's gradients from its dots. Returns the weight's, for the softmax.
+// Computes and stores the gradients of a sample from its dots. Returns that of the weight, for the softmax.
 template <class T, class Shared>
 __device__ __forceinline__ T store_sample_grads(const Call<T>& call, const Row& row, const Sample<T>& sample,
                                                 int at, Shared& shared) {
@@ -294,8 +300,8 @@ __device__ __forceinline__ T store_sample_grads(const Call<T>& call, const Row& 
   return grads.weight;
 }
 
-// Fused, when a row is finished: from the weights' gradients to the logits'. `dot` is weights . their
-// gradients.
+// Fused, at the end of a row: computes the gradients of the logits from those of the weights. `dot` is the
+// part of this lane of weights . their gradients.
 template <int kLanes, class T>
 __device__ __forceinline__ void store_logit_grads(const Call<T>& call, const Row& row,
                                                   const Softmax<T>& softmax, T dot) {
@@ -304,7 +310,7 @@ __device__ __forceinline__ void store_logit_grads(const Call<T>& call, const Row
 #pragma unroll 1
   for (int sample = row.lane; sample < call.num_samples && row.exists; sample += kLanes) {
     const T weight = softmax.weight(__ldg(call.problem.weights + first + sample));
-    T* grad = call.problem.grad_weights + first + sample;  // which this lane wrote itself
+    T* grad = call.problem.grad_weights + first + sample;  // written by this lane: no barrier is needed
     *grad = weight * (*grad - mean);
   }
 }
@@ -332,7 +338,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Arithmetic<Stored>, kVector>
       const Sample<T> sample = place(call, row, softmax, first + at);
       announce(sample, row.exists ? sample.weight : 0, row.slot, at, shared);
     }
-    __syncwarp();  // the samples are announced
+    __syncwarp();  // all samples are in shared memory
     for (int at = 0; at < count; at++) {
       const Four<int> tokens = shared.tokens[row.slot][at];
       const Four<T> factors = shared.factors[row.slot][at];
@@ -340,7 +346,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Arithmetic<Stored>, kVector>
 #pragma unroll
       for (int corner = 0; corner < 4; corner++) load(value.at(tokens.at[corner]), numbers[corner]);
 #pragma unroll
-      for (int corner = 0; corner < 4; corner++) {  // while the loads are under way
+      for (int corner = 0; corner < 4; corner++) {  // while the loads are in flight
         if (has_channels && factors.at[corner] != 0)
           add(factors.at[corner], grad_out, grad_value.at(tokens.at[corner]));
       }
@@ -354,14 +360,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Arithmetic<Stored>, kVector>
       const T dot = sum_corners<kLanes>(dots, row.lane);
       if (row.lane < 4) shared.dots[row.slot][at].at[row.lane] = dot;
     }
-    __syncwarp();  // the dots are there
+    __syncwarp();  // all dots are in shared memory
 #pragma unroll 1
-    for (int at = row.lane; at < count; at += kLanes) {  // placed again: to keep it would cost registers
+    for (int at = row.lane; at < count; at += kLanes) {
+      // Placing it again is cheaper than keeping it in registers.
       const Sample<T> sample = place(call, row, softmax, first + at);
       weight_dot += sample.weight * store_sample_grads(call, row, sample, at, shared);
     }
     if (problem.grad_reference != nullptr) {
-      __syncwarp();  // in place of the dots there are gradients
+      __syncwarp();  // gradients have replaced the dots
       add_reference_grads<kLanes>(call, row, first, count, shared);
     }
   }

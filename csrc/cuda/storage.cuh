@@ -1,5 +1,5 @@
-// Between the numbers in memory and the numbers in the arithmetic: loads and stores of 16 bytes where the
-// channels allow it (8 for half precision with a number of channels that 8 does not divide).
+// Converts between the dtype in memory and the type of the arithmetic. Loads and stores are 16 bytes wide, or
+// 8 for half precision with a number of channels that is not a multiple of 8.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -22,7 +22,7 @@ struct ArithmeticOf<double> {
 template <class Stored>
 using Arithmetic = typename ArithmeticOf<Stored>::Type;
 
-// One 32-bit word is two numbers, the first in the low half.
+// A 32-bit word holds two numbers, the first in the low half.
 __device__ __forceinline__ void widen(__nv_bfloat16, uint32_t word, float* numbers) {
   numbers[0] = __uint_as_float(word << 16);
   numbers[1] = __uint_as_float(word & 0xffff0000u);
@@ -80,7 +80,7 @@ __device__ __forceinline__ void store(const float (&numbers)[4], Half* to) {
       make_uint2(narrow(Half(), numbers[0], numbers[1]), narrow(Half(), numbers[2], numbers[3]));
 }
 
-// to[0..N) += factor * numbers, atomically. From sm_90 on four floats go in one instruction.
+// to[0..N) += factor * numbers, atomically. From sm_90 on, one instruction adds four floats.
 template <int N>
 __device__ __forceinline__ void add(float factor, const float (&numbers)[N], float* to) {
 #pragma unroll
@@ -101,7 +101,7 @@ __device__ __forceinline__ void add(double factor, const double (&numbers)[N], d
   for (int i = 0; i < N; i++) atomicAdd(to + i, factor * numbers[i]);
 }
 
-// x and y, which lie side by side.
+// x and y, which are adjacent in memory.
 __device__ __forceinline__ float2 load_pair(const float* from) {
   return __ldg(reinterpret_cast<const float2*>(from));
 }

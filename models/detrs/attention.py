@@ -1,12 +1,12 @@
-"""The ways of looking: each attention gets the content, where it looks, and the memory.
+"""Implement the attention variants of the family.
 
-An encoder layer is the special case in which the content is the memory's tokens.
+Self-attention gets the content and the position of the queries, cross-attention also the memory. In an
+encoder layer, the content is the tokens of the memory, so that cross-attention becomes self-attention.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +14,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from detrs.layers import full_precision
-from detrs.ops import deform_attn_fused, deform_attn_in_steps
+from detrs.ops import deform_attn_fused, deform_attn_unfused
+from detrs.query_position import QueryPosition
 from detrs.structures import Memory
-
-
-@dataclass(frozen=True)
-class QueryPosition:
-    """Where each query looks."""
-
-    pos: Float[Tensor, "b q d"]  # added to the content, or projected and added
-    spatial: Float[Tensor, "b q d"] | None = None  # conditional attention's own spatial query
-    reference: Float[Tensor, "b q k"] | None = None  # point or box in [0, 1], for deformable attention
 
 
 def attend(
@@ -32,17 +24,22 @@ def attend(
     key: Float[Tensor, "b s d"],
     value: Float[Tensor, "b s v"],
     num_heads: int,
-    attended: Bool[Tensor, "*n s"] | None,
+    attn_mask: Bool[Tensor, "*n s"] | None,
     dropout: float,
 ) -> Float[Tensor, "b q v"]:
-    """Multi-head scaled dot-product attention; `attended` broadcasts to [b, heads, q, s]."""
+    """Compute multi-head scaled dot-product attention.
+
+    `attn_mask` broadcasts to [b, heads, q, s] and is True where a query must not attend to a key.
+    """
+    # F.scaled_dot_product_attention has the opposite convention: True where a query may attend.
+    may_attend = None if attn_mask is None else ~attn_mask
     q, k, v = (x.view(*x.shape[:2], num_heads, -1).transpose(1, 2) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attended, dropout_p=dropout)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend, dropout_p=dropout)
     return out.transpose(1, 2).flatten(2)
 
 
 class PackedAttention(nn.Module):
-    """Query, key and value projections in one matrix, as torch's own multi-head attention keeps them."""
+    """Attention with one matrix for the query, key and value projections, as in `torch.nn.MultiheadAttention`."""
 
     def __init__(self, hidden_dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -51,38 +48,38 @@ class PackedAttention(nn.Module):
         nn.init.zeros_(self.in_proj.bias)
         nn.init.zeros_(self.out_proj.bias)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attended: Tensor | None) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
         weights, biases = self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3)
         q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
         dropout = self.dropout if self.training else 0.0
-        out: Tensor = self.out_proj(attend(q, k, v, self.num_heads, attended, dropout))
+        out: Tensor = self.out_proj(attend(q, k, v, self.num_heads, attn_mask, dropout))
         return out
 
 
 class SelfAttention(PackedAttention):
-    """Queries look at each other: q = k = W (content + position) (DETR)."""
+    """Self-attention of the queries; query and key are projections of content + position (DETR)."""
 
     def forward(
-        self, content: Float[Tensor, "b q d"], where: QueryPosition, blocked: Bool[Tensor, "q q"] | None
+        self, content: Float[Tensor, "b q d"], position: QueryPosition, attn_mask: Bool[Tensor, "q q"] | None
     ) -> Float[Tensor, "b q d"]:
-        """Mix the queries; `blocked[i, j]`: query i does not see query j."""
-        placed = content + where.pos
-        return self._attend(placed, placed, content, None if blocked is None else ~blocked)
+        """Attend among the queries; `attn_mask[i, j]` is True where query i must not attend to query j."""
+        query = content + position.pos
+        return self._attend(query, query, content, attn_mask)
 
 
 class DenseAttention(PackedAttention):
-    """Every query looks at every token (DETR)."""
+    """Cross-attention of every query to every token (DETR)."""
 
     def forward(
-        self, content: Float[Tensor, "b q d"], where: QueryPosition, memory: Memory
+        self, content: Float[Tensor, "b q d"], position: QueryPosition, memory: Memory
     ) -> Float[Tensor, "b q d"]:
-        """Gather from the unpadded tokens."""
-        attended = ~memory.padding[:, None, None, :]
-        return self._attend(content + where.pos, memory.tokens + memory.pos, memory.tokens, attended)
+        """Attend to the tokens that are not padding."""
+        mask = memory.key_padding_mask[:, None, None, :]
+        return self._attend(content + position.pos, memory.tokens + memory.pos, memory.tokens, mask)
 
 
 class SeparateSelfAttention(nn.Module):
-    """Queries look at each other with own projections of content and position (Conditional DETR)."""
+    """Self-attention with separate projections of content and position (Conditional DETR)."""
 
     def __init__(self, hidden_dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -93,23 +90,22 @@ class SeparateSelfAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(
-        self, content: Float[Tensor, "b q d"], where: QueryPosition, blocked: Bool[Tensor, "q q"] | None
+        self, content: Float[Tensor, "b q d"], position: QueryPosition, attn_mask: Bool[Tensor, "q q"] | None
     ) -> Float[Tensor, "b q d"]:
-        """Mix the queries; `blocked[i, j]`: query i does not see query j."""
-        query = self.content_query(content) + self.pos_query(where.pos)
-        key = self.content_key(content) + self.pos_key(where.pos)
+        """Attend among the queries; `attn_mask[i, j]` is True where query i must not attend to query j."""
+        query = self.content_query(content) + self.pos_query(position.pos)
+        key = self.content_key(content) + self.pos_key(position.pos)
         dropout = self.dropout if self.training else 0.0
-        attended = None if blocked is None else ~blocked
-        gathered = attend(query, key, self.value(content), self.num_heads, attended, dropout)
-        out: Tensor = self.out_proj(gathered)
+        attended = attend(query, key, self.value(content), self.num_heads, attn_mask, dropout)
+        out: Tensor = self.out_proj(attended)
         return out
 
 
 class ConditionalAttention(nn.Module):
-    """Content is compared with content and place with place, head by head (Conditional DETR, section 3.3).
+    """Cross-attention that concatenates content and spatial parts per head (Conditional DETR, section 3.3).
 
-    With `add_position` the queries' positions also join the content, as in DETR; official models do this
-    in the first layer only.
+    With `add_position`, positions are also added to the content, as in DETR; the official models do this in the first
+    layer only.
     """
 
     def __init__(self, hidden_dim: int, num_heads: int, dropout: float, *, add_position: bool) -> None:
@@ -122,31 +118,34 @@ class ConditionalAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(
-        self, content: Float[Tensor, "b q d"], where: QueryPosition, memory: Memory
+        self, content: Float[Tensor, "b q d"], position: QueryPosition, memory: Memory
     ) -> Float[Tensor, "b q d"]:
-        """Gather from the unpadded tokens."""
-        assert where.spatial is not None
+        """Attend to the tokens that are not padding."""
+        assert position.spatial is not None
         query, key = self.content_query(content), self.content_key(memory.tokens)
-        place = self.pos_key(memory.pos)
+        key_pos = self.pos_key(memory.pos)
         if self.pos_query is not None:
-            query, key = query + self.pos_query(where.pos), key + place
-        query = self._pair(query, self.spatial_query(where.spatial))
-        attended, dropout = ~memory.padding[:, None, None, :], self.dropout if self.training else 0.0
-        value = self.value(memory.tokens)
-        gathered = attend(query, self._pair(key, place), value, self.num_heads, attended, dropout)
-        out: Tensor = self.out_proj(gathered)
+            query, key = query + self.pos_query(position.pos), key + key_pos
+        query = self._concat(query, self.spatial_query(position.spatial))
+        key, value = self._concat(key, key_pos), self.value(memory.tokens)
+        mask, dropout = memory.key_padding_mask[:, None, None, :], self.dropout if self.training else 0.0
+        attended = attend(query, key, value, self.num_heads, mask, dropout)
+        out: Tensor = self.out_proj(attended)
         return out
 
-    def _pair(self, content: Float[Tensor, "b n d"], place: Float[Tensor, "b n d"]) -> Float[Tensor, "b n e"]:
+    def _concat(
+        self, content: Float[Tensor, "b n d"], spatial: Float[Tensor, "b n d"]
+    ) -> Float[Tensor, "b n e"]:
+        # Per head: a head then adds up content . content and spatial . spatial, without mixed terms.
         heads = (*content.shape[:2], self.num_heads, -1)
-        return torch.cat((content.view(heads), place.view(heads)), dim=-1).flatten(2)
+        return torch.cat((content.view(heads), spatial.view(heads)), dim=-1).flatten(2)
 
 
 class DeformableAttention(nn.Module):
-    """Every query looks at a few points a level around its reference (Deformable DETR, eq. 3).
+    """Cross-attention to a few sampled points per level around the reference (Deformable DETR, eq. 3).
 
-    `fused` may be set to False to compare: locations and weights then become tensors (`deform_attn_in_steps`), which
-    is slower and gives the same up to rounding.
+    Set `fused` to False for comparisons: locations and weights are then materialized (`deform_attn_unfused`), which is
+    slower and equal up to rounding.
     """
 
     def __init__(self, hidden_dim: int, num_heads: int, num_levels: int, num_points: int) -> None:
@@ -165,7 +164,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Head m starts by looking into direction m, point p at distance p + 1 (section 4.1, A.4)."""
+        """Initialize the offsets so that head m samples in direction m, point p at distance p + 1 (A.4)."""
         angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
         directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
         directions = directions / directions.abs().amax(-1, keepdim=True)
@@ -181,24 +180,24 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def forward(
-        self, content: Float[Tensor, "b q d"], where: QueryPosition, memory: Memory
+        self, content: Float[Tensor, "b q d"], position: QueryPosition, memory: Memory
     ) -> Float[Tensor, "b q d"]:
-        """Gather from sampled points. Positions, weights and sums are float32 at least, whatever the value is."""
-        query = content + where.pos
+        """Attend to the sampled points. Positions, weights and sums are float32 or wider, whatever the values are."""
+        query = content + position.pos
         samples = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)
         logits = full_precision(self.attention_weights(query)).view(samples)
         offsets = full_precision(self.sampling_offsets(query)).view(*samples, 2)
-        value = self.value_proj(memory.tokens).masked_fill(memory.padding[..., None], 0)
+        value = self.value_proj(memory.tokens).masked_fill(memory.key_padding_mask[..., None], 0)
         value = value.view(*value.shape[:2], self.num_heads, value.shape[2] // self.num_heads)
-        assert where.reference is not None
-        reference = on_levels(where.reference, memory)
-        deform_attn = deform_attn_fused if self.fused else deform_attn_in_steps
+        assert position.reference is not None
+        reference = on_levels(position.reference, memory)
+        deform_attn = deform_attn_fused if self.fused else deform_attn_unfused
         out: Tensor = self.output_proj(deform_attn(value, memory.shapes, reference, offsets, logits))
         return out
 
 
 def on_levels(reference: Float[Tensor, "b q k"], memory: Memory) -> Float[Tensor, "b q l k"]:
-    """Points or boxes relative to each padded level instead of to the image."""
+    """Convert points or boxes from relative to the image to relative to each padded level."""
     ratios = memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)
     return reference[:, :, None] * ratios[:, None]
 

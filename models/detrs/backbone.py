@@ -1,4 +1,4 @@
-"""ResNet feature extractors with torchvision's parameter names, and a small one for small images."""
+"""Build ResNet backbones with torchvision's parameter names, and a small one for small images."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-PathOrUrl = Annotated[str, "path or URL"]  # a platform finds the settings that name files by this type
+PathOrUrl = Annotated[str, "path or URL"]  # marks settings that name files, so that the platform finds them
 
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """Which feature extractor. The default is the papers': ResNet-50, frozen norms, frozen first stages."""
+    """Settings of the backbone. The default is that of the papers: ResNet-50, frozen norms and first stages."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "small"] = "resnet50"
     norm: Literal["frozen", "batch"] = "frozen"
-    num_frozen_stages: int = 2  # 0: all is trained; 1: the stem is not; 2: nor is layer1; ...
+    num_frozen_stages: int = 2  # 0: none; 1: the stem; 2: the stem and layer1; ...
     dilation: bool = False  # layer4 keeps the resolution of layer3 (DETR's DC5)
-    weights: PathOrUrl | None = None  # of a torchvision state dict; None: random
+    weights: PathOrUrl | None = None  # a torchvision state dict; None: random weights
 
     @property
     def widths(self) -> tuple[int, int, int, int]:
@@ -37,7 +37,7 @@ class BackboneConfig:
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch normalisation with fixed statistics and fixed affine; nothing in it is trained."""
+    """Batch normalization with fixed statistics and affine parameters; it has only buffers."""
 
     weight: Tensor
     bias: Tensor
@@ -106,8 +106,8 @@ _LAYOUTS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, i
 class ResNet(nn.Module):
     """Features of layer1 to layer4, without the classifier.
 
-    "small" has a 3x3 stem of 16 channels without pooling and one block a stage, the first strided: it sees
-    the same strides 4, 8, 16, 32 as the large ones.
+    "small" has a 3x3 stem of 16 channels without pooling and one block per stage. Its first stage is strided, so that
+    the strides are 4, 8, 16 and 32 like those of the large ones.
     """
 
     def __init__(self, config: BackboneConfig) -> None:
@@ -130,7 +130,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, pixels: Float[Tensor, "b 3 h w"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The outputs of layer1 to layer4, each [b, width, h / stride, w / stride]."""
+        """Return the outputs of layer1 to layer4, each [b, width, h / stride, w / stride]."""
         x = pixels.contiguous(memory_format=torch.channels_last)
         x = self.layer1(self.pool(F.relu(self.bn1(self.conv1(x)))))
         y = self.layer2(x)
@@ -139,7 +139,7 @@ class ResNet(nn.Module):
 
 
 def build_backbone(config: BackboneConfig) -> ResNet:
-    """A ResNet with its weights loaded and its first stages frozen.
+    """Build a ResNet, load its weights and freeze its first stages.
 
     Raises:
         ValueError: the weights do not fit; the message names the missing and unexpected keys.
@@ -162,10 +162,10 @@ def build_backbone(config: BackboneConfig) -> ResNet:
 
 
 def read_weights(source: str) -> dict[str, Tensor]:
-    """A state dict from a file or a URL (cached by torch.hub).
+    """Read a state dict from a file or a URL (cached by torch.hub).
 
     Raises:
-        ValueError: there is no such file, or it holds something else than a state dict.
+        ValueError: there is no such file, or it does not hold a state dict.
     """
     if source.startswith(("http://", "https://")):
         state = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
@@ -181,10 +181,10 @@ def read_weights(source: str) -> dict[str, Tensor]:
 
 
 def load_torchvision(backbone: ResNet, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy a torchvision classifier's weights; its `fc` and batch counters are not needed.
+    """Copy the weights of a torchvision classifier, without its `fc` and batch counters.
 
     Raises:
-        ValueError: names or shapes do not fit.
+        ValueError: names or shapes do not fit; the message names some of them.
     """
     own = backbone.state_dict()
     counters = {name for name in own if name.endswith("num_batches_tracked")}
@@ -198,7 +198,7 @@ def load_torchvision(backbone: ResNet, state: Mapping[str, Tensor], source: str)
     wrong = sorted(n for n in given.keys() & own.keys() if given[n].shape != own[n].shape)
     if missing or unexpected or wrong:
         raise ValueError(
-            f"{source}: these weights are of another network: missing {_some(missing)}; "
+            f"{source}: these are the weights of another network: missing {_some(missing)}; "
             f"unexpected {_some(unexpected)}; other shape {_some(wrong)}. Check backbone.name."
         )
     backbone.load_state_dict(given, strict=False)
@@ -229,7 +229,7 @@ def _stage(
     dilation: int,
     norm: type[nn.Module],
 ) -> nn.Sequential:
-    # torchvision dilates a stage from its second block on: the first one still sees the old grid
+    # As in torchvision, the first block is not dilated: its input still has the resolution of the stage before.
     inner = width // block.expansion
     blocks: list[nn.Module] = [block(width_in, inner, stride, 1, norm)]
     blocks += [block(width, inner, 1, dilation, norm) for _ in range(depth - 1)]

@@ -1,4 +1,4 @@
-"""Boxes: conversions and overlaps. Boxes are cxcywh unless a name ends in `_xyxy`."""
+"""Convert boxes and measure their overlap. Boxes are cxcywh unless a name ends in `_xyxy`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 def to_xyxy(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
-    """Corners (x1, y1, x2, y2) of boxes given as centre and size."""
-    centre, half = boxes[..., :2], boxes[..., 2:] / 2
-    return torch.cat((centre - half, centre + half), dim=-1)
+    """Convert (cx, cy, w, h) to (x1, y1, x2, y2)."""
+    center, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat((center - half, center + half), dim=-1)
 
 
 def to_cxcywh(boxes_xyxy: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
-    """Centre and size of boxes given as corners."""
+    """Convert (x1, y1, x2, y2) to (cx, cy, w, h)."""
     low, high = boxes_xyxy[..., :2], boxes_xyxy[..., 2:]
     return torch.cat(((low + high) / 2, high - low), dim=-1)
 
@@ -22,9 +22,9 @@ def to_cxcywh(boxes_xyxy: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
 def iou_and_giou(
     first: Float[Tensor, "*n 4"], second: Float[Tensor, "*m 4"], eps: float = 0.0
 ) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
-    """Intersection over union and its generalised form, elementwise with broadcasting.
+    """Return intersection over union and its generalized form, elementwise with broadcasting.
 
-    `eps` is added to both denominators. DAB-DETR and DINO use 1e-6, the other papers' code 0.
+    `eps` is added to both denominators. The official code of DAB-DETR and DINO uses 1e-6, that of the other papers 0.
     Source: Rezatofighi et al. 2019, "Generalized Intersection over Union", algorithm 1.
     """
     a, b = to_xyxy(first), to_xyxy(second)

@@ -1,7 +1,7 @@
-"""Names of the official repositories' checkpoints, as data, and the way there and back.
+"""Convert state dicts from and to the names of the official repositories.
 
-A rule is a pattern of our names with the official names of the same tensor; an official state dict holds a
-shared tensor under several names, which must agree.
+A rule maps a pattern of our names to the official names of the same tensor. An official state dict holds a shared
+tensor under several names, whose values must agree.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from detrs.zoo import (
     ModelConfig,
 )
 
-# what torch.load raises on files that are cut off, or are something else
+# Raised by torch.load for files that are truncated or not checkpoints
 _UNREADABLE = (
     pickle.UnpicklingError,
     OSError,
@@ -83,7 +83,7 @@ _CONDITIONAL_FAMILY: Rules = (
     | {
         r"decoder\.layers\.(\d+)\.self_attention\.out_proj\.(.*)": (_DECODER + ".self_attn.out_proj.{1}",),
         r"decoder\.layers\.(\d+)\.cross_attention\.out_proj\.(.*)": (_DECODER + ".cross_attn.out_proj.{1}",),
-        r"decoder\.where\.scale\.(.*)": ("transformer.decoder.query_scale.{0}",),
+        r"decoder\.query_position\.scale\.(.*)": ("transformer.decoder.query_scale.{0}",),
     }
 )
 
@@ -96,8 +96,8 @@ _DAB: Rules = _CONDITIONAL_FAMILY | {
     r"encoder\.position_scale\.(.*)": ("transformer.encoder.query_scale.{0}",),
     r"queries\.anchors\.weight": ("refpoint_embed.weight",),
     r"queries\.patterns\.weight": ("transformer.patterns.weight",),
-    r"decoder\.where\.embed\.(.*)": ("transformer.decoder.ref_point_head.{0}",),
-    r"decoder\.where\.sides\.(.*)": ("transformer.decoder.ref_anchor_head.{0}",),
+    r"decoder\.query_position\.embed\.(.*)": ("transformer.decoder.ref_point_head.{0}",),
+    r"decoder\.query_position\.sides\.(.*)": ("transformer.decoder.ref_anchor_head.{0}",),
 }
 
 _DAB_HEADS: dict[bool, Rules] = {
@@ -112,7 +112,7 @@ _MULTI_SCALE: Rules = _COMMON | {
     r"decoder\.layers\.(\d+)\.self_attention\.in_proj\.(.*)": (_DECODER + ".self_attn.in_proj_{1}",),
     r"decoder\.layers\.(\d+)\.self_attention\.out_proj\.(.*)": (_DECODER + ".self_attn.out_proj.{1}",),
     r"decoder\.layers\.(\d+)\.cross_attention\.(.*)": (_DECODER + ".cross_attn.{1}",),
-    # the official code numbers the norms of a decoder layer in another order
+    # The official code numbers the norms of a decoder layer in another order.
     r"decoder\.layers\.(\d+)\.norm1\.(.*)": (_DECODER + ".norm2.{1}",),
     r"decoder\.layers\.(\d+)\.norm2\.(.*)": (_DECODER + ".norm1.{1}",),
     r"decoder\.layers\.(\d+)\.norm3\.(.*)": (_DECODER + ".norm3.{1}",),
@@ -131,12 +131,12 @@ _DINO: Rules = _MULTI_SCALE | {
     r"queries\.content\.weight": ("transformer.tgt_embed.weight",),
     r"queries\.proposals\.class_head\.(.*)": ("transformer.enc_out_class_embed.{0}",),
     r"queries\.proposals\.box_head\.(.*)": ("transformer.enc_out_bbox_embed.{0}",),
-    r"decoder\.where\.embed\.(.*)": ("transformer.decoder.ref_point_head.{0}",),
+    r"decoder\.query_position\.embed\.(.*)": ("transformer.decoder.ref_point_head.{0}",),
     r"denoising\.label_embed\.weight": ("label_enc.weight",),
 }
 
 
-# a checkpoint is of the first paper whose parameter it has
+# A checkpoint belongs to the first paper whose parameter it has: the order matters.
 _SIGNATURES = {
     "dino": "transformer.tgt_embed.weight",
     "dab_detr": "refpoint_embed.weight",
@@ -145,72 +145,71 @@ _SIGNATURES = {
     "detr": "transformer.decoder.layers.0.multihead_attn.in_proj_weight",
 }
 
-# our names of what has a size by the number of classes
+# Our names of the tensors whose size depends on the number of classes
 CLASS_DEPENDENT = re.compile(
     r"(decoder\.class_heads|queries\.proposals\.class_head|denoising\.label_embed)\..*"
 )
 
 
-def recognise(official: Iterable[str]) -> str | None:
-    """The paper whose parameter names these are."""
+def recognize_paper(official: Iterable[str]) -> str | None:
+    """Return the paper that these official parameter names belong to, or None."""
     names = set(official)
     return next((paper for paper, name in _SIGNATURES.items() if name in names), None)
 
 
 def read_official(path: Path) -> dict[str, Tensor]:
-    """The state dict in an official checkpoint file, which also holds arguments and optimizer states.
+    """Read the state dict from an official checkpoint file, which also holds arguments and optimizer states.
 
     Raises:
-        ValueError: there is no such file, it is damaged or something else, or there is no state dict in it.
+        ValueError: there is no such file, it is not a valid checkpoint, or there is no state dict in it.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the path of an official checkpoint")
     try:
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # the official files hold their arguments
+        # The official files hold their arguments as a Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{path}: cannot be read as a checkpoint of tensors and plain arguments ({reason}); "
-            "is the download complete, and is it a .pth file?"
+            "is it a .pth file, and is the download complete?"
         ) from None
     state = content.get("model", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: no state dict in this file, neither as a whole nor under 'model'")
+        raise ValueError(f"{path}: no state dict in this file, neither at the top level nor under 'model'")
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def load_official(detector: nn.Module, config: ModelConfig, path: Path) -> list[str]:
-    """Load an official checkpoint; returns our names of what keeps its new values.
+    """Load an official checkpoint; return our names of the tensors that were not loaded.
 
-    These are the class heads and the label embedding, where the checkpoint has another number of classes.
+    These are the class heads and the label embedding, if the checkpoint has another number of classes.
 
     Raises:
-        ValueError: the file is no checkpoint of this model; the message says what was found.
+        ValueError: the file is not a checkpoint of this model; the message names what was found.
     """
     official, own = read_official(path), detector.state_dict()
-    paper = recognise(official)
+    paper = recognize_paper(official)
     if paper != config.paper:
         raise ValueError(f"{path}: a checkpoint of {paper or 'no known paper'}, not of {config.paper}")
     names = official_names(config, own)
     heads = [name for name in own if CLASS_DEPENDENT.fullmatch(name)]
-    renewed = [name for name in heads if _differs(official, names[name], own[name])]
-    for name in renewed:
+    not_loaded = [name for name in heads if _differs(official, names[name], own[name])]
+    for name in not_loaded:
         official |= dict.fromkeys(names[name], own[name])
     detector.load_state_dict(from_official(config, official, own))
-    return renewed
+    return not_loaded
 
 
 def _differs(official: Mapping[str, Tensor], names: tuple[str, ...], own: Tensor) -> bool:
-    """Whether the checkpoint's tensor is the same but for the number of classes."""
+    """Return whether the tensor of the checkpoint differs only in the number of classes."""
     given = official.get(names[0])
     return given is not None and given.shape != own.shape and given.shape[1:] == own.shape[1:]
 
 
 def rules(config: ModelConfig) -> Rules:
-    """The rules of a model; heads that are shared have a name for each layer."""
+    """Return the rules of a model; a shared head has one official name per layer."""
     layers = range(config.num_decoder_layers)
     match config:
         case DetrConfig():
@@ -223,11 +222,11 @@ def rules(config: ModelConfig) -> Rules:
             prefixes = ("{kind}_embed", "transformer.decoder.{kind}_embed")
             return _DINO | _heads(prefixes, prefixes, layers if config.shared_heads else None)
         case DeformableDetrConfig():
-            everywhere: tuple[str, ...] = ("{kind}_embed", "transformer.decoder.{kind}_embed")
-            class_prefixes = everywhere if config.two_stage else everywhere[:1]
-            box_prefixes = everywhere if config.refinement else everywhere[:1]
+            all_prefixes: tuple[str, ...] = ("{kind}_embed", "transformer.decoder.{kind}_embed")
+            class_prefixes = all_prefixes if config.two_stage else all_prefixes[:1]
+            box_prefixes = all_prefixes if config.refinement else all_prefixes[:1]
             heads = _heads(class_prefixes, box_prefixes, None if config.refinement else layers)
-            # the encoder's heads follow those of the decoder layers
+            # The heads of the encoder follow those of the decoder layers.
             for kind, names in (("class", class_prefixes), ("box", box_prefixes)):
                 heads[rf"queries\.proposals\.{kind}_head\.(.*)"] = tuple(
                     f"{_prefix(prefix, kind)}.{len(layers)}.{{0}}" for prefix in names
@@ -236,7 +235,7 @@ def rules(config: ModelConfig) -> Rules:
 
 
 def official_names(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The official names of each of our names; the first in alphabetical order comes first."""
+    """Return the official names of each of our names, in alphabetical order."""
     table = [(re.compile(pattern), templates) for pattern, templates in rules(config).items()]
     found = {}
     for name in names:
@@ -248,7 +247,7 @@ def official_names(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple
 
 
 def to_official(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An official state dict, shared tensors under all their names."""
+    """Convert to an official state dict, with shared tensors under all their names."""
     names = official_names(config, state)
     return {official: state[ours] for ours in state for official in names[ours]}
 
@@ -256,10 +255,10 @@ def to_official(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, T
 def from_official(
     config: ModelConfig, official: Mapping[str, Tensor], own: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """A state dict of ours from an official one; `own` is the model's, for names and shapes.
+    """Convert from an official state dict; `own` is the state dict of the model, for names and shapes.
 
     Raises:
-        ValueError: names are missing or left over, shapes differ, or names of one tensor disagree.
+        ValueError: names are missing or unexpected, shapes differ, or the values under the names of one tensor differ.
     """
     names = official_names(config, own)
     expected = {name: ours for ours, group in names.items() for name in group}

@@ -1,4 +1,4 @@
-"""The losses. Every prediction layer is matched and scored on its own; all layers in one tensor."""
+"""Compute the losses. Prediction layers are matched and scored separately, but as one tensor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from detrs.structures import Denoised, Outputs, Predictions, Targets
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Class loss, weights of the losses and of the matching costs.
+    """Class loss, and weights of the losses and of the matching costs.
 
     Kinds: "focal" (sigmoid focal loss); "mal" (matchability-aware loss, DEIM, eq. 3: the target is the
     matched box's IoU to the power `gamma`); "cross_entropy" (softmax with a no-object class, DETR).
@@ -40,10 +40,10 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class Losses:
-    """`total` is the weighted sum to minimise; `terms` the unweighted losses and the logged measures.
+    """`total` is the weighted sum to minimize; `terms` are the unweighted losses and the logged metrics.
 
-    Names are the official ones: `loss_ce`, `loss_bbox`, `loss_giou` of the last decoder layer, with `_0`,
-    `_1`, ... for the others, `_enc` or `_interm` for the encoder's and `_dn` for the denoising queries'.
+    Names are those of the official code: `loss_ce`, `loss_bbox`, `loss_giou` for the last decoder layer, with `_0`,
+    `_1`, ... for the other layers, `_enc` or `_interm` for the encoder and `_dn` for denoising queries.
     """
 
     total: Float[Tensor, ""]
@@ -62,15 +62,15 @@ class Matched:
 
 
 class Criterion:
-    """Matches predictions with targets and scores them.
+    """Match predictions with targets and compute the losses.
 
     Args:
         config: kind and weights.
         giou_eps: see `detrs.boxes.iou_and_giou`.
-        aux_loss: score all decoder layers, not only the last.
-        denoising: the model has denoising queries; without them in a batch their terms are zeros.
-        first_stage: name of the encoder's terms, where it predicts.
-        first_stage_labels: "zero": the encoder tells objects from background only, as class 0.
+        aux_loss: include all decoder layers, not only the last.
+        denoising: the model has denoising queries; their terms are zeros for a batch without them.
+        first_stage: suffix of the encoder's terms, for a model whose encoder predicts.
+        first_stage_labels: "zero": the encoder classifies objects against background only, as class 0.
         cost_alpha: alpha of the focal matching cost; None: that of the loss.
     """
 
@@ -88,7 +88,7 @@ class Criterion:
         self.config, self.giou_eps, self.aux_loss, self.denoising = config, giou_eps, aux_loss, denoising
         self.first_stage, self.first_stage_labels = first_stage, first_stage_labels
         softmax = config.kind == "cross_entropy"
-        # "mal" is matched with the focal cost too, whose gamma is 2
+        # The "mal" loss is matched with the focal cost too, whose gamma is 2.
         self.costs = Costs(
             "softmax" if softmax else "focal", config.class_cost, config.box_cost, config.giou_cost,
             giou_eps, config.alpha if cost_alpha is None else cost_alpha,
@@ -96,7 +96,7 @@ class Criterion:
         )  # fmt: skip
 
     def __call__(self, outputs: Outputs, targets: Targets, num_boxes: Float[Tensor, ""] | float) -> Losses:
-        """All losses, divided by `num_boxes`.
+        """Compute all losses, divided by `num_boxes`.
 
         Args:
             outputs: of a detector.
@@ -131,19 +131,19 @@ class Criterion:
         if outputs.first_stage is not None:
             zero = self.first_stage_labels == "zero"
             labels = torch.zeros_like(targets.labels) if zero else targets.labels
-            groups.append((self.first_stage, _full(outputs.first_stage.predictions), labels))
+            groups.append((self.first_stage, _to_full_precision(outputs.first_stage.predictions), labels))
         return groups
 
     def _scored(self, predictions: Predictions) -> Predictions:
         first = 0 if self.aux_loss else -1
-        return _full(Predictions(predictions.logits[first:], predictions.boxes[first:]))
+        return _to_full_precision(Predictions(predictions.logits[first:], predictions.boxes[first:]))
 
     def _score_denoising(
         self, outputs: Outputs, targets: Targets, num_boxes: Float[Tensor, ""] | float
     ) -> dict[str, Tensor]:
         denoised = outputs.denoised
-        if denoised is None or denoised.block == 0:
-            # exact zeros, as the official code's, and still one for each decoder layer
+        if denoised is None or denoised.max_targets == 0:
+            # Exact zeros, as in the official code, and one per decoder layer.
             num_layers = len(outputs.predictions.logits) if self.aux_loss else 1
             zeros = outputs.predictions.boxes.new_zeros(num_layers)
             names = ("loss_ce", "loss_bbox", "loss_giou", "loss_xy", "loss_hw", "cardinality_error")
@@ -160,11 +160,11 @@ class Criterion:
         targets: Targets,
         num_boxes: Float[Tensor, ""] | float,
     ) -> dict[str, Tensor]:
-        """Each loss of each layer: [n]."""
+        """Return each loss for each layer, [n]."""
         boxes = predictions.boxes[matched.layer, matched.image, matched.query]
-        wanted = targets.boxes[matched.target].to(boxes.dtype)
-        iou, giou = iou_and_giou(boxes, wanted, self.giou_eps)
-        distance = (boxes - wanted).abs()
+        target_boxes = targets.boxes[matched.target].to(boxes.dtype)
+        iou, giou = iou_and_giou(boxes, target_boxes, self.giou_eps)
+        distance = (boxes - target_boxes).abs()
         return {
             "loss_ce": self._class_loss(predictions.logits, matched, iou.detach(), num_boxes),
             "loss_bbox": distance.sum((1, 2)) / num_boxes,
@@ -200,17 +200,17 @@ class Criterion:
 def focal_loss(
     logits: Float[Tensor, "n b q c"], matched: Matched, alpha: float, gamma: float
 ) -> Float[Tensor, " n"]:
-    """Sum of the sigmoid focal loss of each layer (Lin et al. 2017, eq. 5)."""
-    # as if there were no objects
-    everywhere: Tensor = (1 - alpha) * _Background.apply(logits, gamma)  # type: ignore[no-untyped-call]
-    there = logits[matched.layer, matched.image, matched.query, matched.label]
-    return everywhere + (_focal(-there, alpha, gamma) - _focal(there, 1 - alpha, gamma)).sum(1)
+    """Return the sum of the sigmoid focal loss of each layer (Lin et al. 2017, eq. 5)."""
+    # The loss as if there were no objects, then a correction at the few matched logits.
+    background: Tensor = (1 - alpha) * _Background.apply(logits, gamma)  # type: ignore[no-untyped-call]
+    at_targets = logits[matched.layer, matched.image, matched.query, matched.label]
+    return background + (_focal(-at_targets, alpha, gamma) - _focal(at_targets, 1 - alpha, gamma)).sum(1)
 
 
 class _Background(torch.autograd.Function):
-    """Sum over a layer's queries and classes of sigmoid(x)^gamma * softplus(x).
+    """Sum of sigmoid(x)^gamma * softplus(x) over the queries and classes of a layer.
 
-    The derivative is formed in the forward pass: there are only three large tensors, and one is kept.
+    The derivative is computed in the forward pass: this takes only three large tensors, and one is saved.
     """
 
     @staticmethod
@@ -230,14 +230,14 @@ class _Background(torch.autograd.Function):
 
 
 def _focal(wrong: Float[Tensor, "*n"], weight: float, gamma: float) -> Float[Tensor, "*n"]:
-    """The loss given the logit of the wrong answer."""
+    """Return the focal loss, given the logit of the wrong answer."""
     return wrong.sigmoid() ** gamma * F.logsigmoid(-wrong) * -weight
 
 
 def mal_loss(
     logits: Float[Tensor, "n b q c"], matched: Matched, iou: Float[Tensor, "n m"], gamma: float
 ) -> Float[Tensor, " n"]:
-    """Sum of the matchability-aware loss of each layer (Huang et al. 2025, DEIM, eq. 3)."""
+    """Return the sum of the matchability-aware loss of each layer (Huang et al. 2025, DEIM, eq. 3)."""
     index = (matched.layer, matched.image, matched.query, matched.label)
     quality = torch.zeros_like(logits).index_put(index, iou.clamp(0, 1) ** gamma)
     weight = (logits.detach().sigmoid() ** gamma).index_put(index, torch.ones_like(iou))
@@ -248,7 +248,7 @@ def mal_loss(
 def cross_entropy(
     logits: Float[Tensor, "n b q c"], matched: Matched, no_object_weight: float
 ) -> Float[Tensor, " n"]:
-    """Weighted mean cross entropy of each layer; the last class is "no object" (DETR, section 3.1)."""
+    """Return the weighted mean cross entropy of each layer; the last class is "no object" (DETR, section 3.1)."""
     no_object = logits.shape[-1] - 1
     labels = torch.full(logits.shape[:3], no_object, dtype=torch.int64, device=logits.device)
     labels[matched.layer, matched.image, matched.query] = matched.label
@@ -258,33 +258,33 @@ def cross_entropy(
 
 
 def denoising_matches(denoised: Denoised, targets: Targets, num_layers: int) -> Matches:
-    """Positive denoising queries with the targets they were made of, the same for every layer."""
-    _, place = targets.places()
-    starts = torch.arange(denoised.num_groups, device=place.device)[:, None] * 2 * denoised.block
-    queries = (starts + place).flatten().expand(num_layers, -1)
-    rows = torch.arange(len(place), device=place.device).repeat(denoised.num_groups)
+    """Match positive denoising queries with the targets they were made from, in every layer."""
+    _, index = targets.indices()
+    starts = torch.arange(denoised.num_groups, device=index.device)[:, None] * 2 * denoised.max_targets
+    queries = (starts + index).flatten().expand(num_layers, -1)
+    rows = torch.arange(len(index), device=index.device).repeat(denoised.num_groups)
     return Matches(queries, rows.expand(num_layers, -1))
 
 
 def _index(matches: Matches, labels: Int64[Tensor, " t"], targets: Targets) -> Matched:
     layer = torch.arange(len(matches.queries), device=labels.device)[:, None].expand_as(matches.queries)
-    image = targets.places()[0][matches.targets]
+    image = targets.indices()[0][matches.targets]
     return Matched(layer, image, matches.queries, matches.targets, labels[matches.targets])
 
 
 def _cardinality_error(logits: Float[Tensor, "n b q c"], targets: Targets) -> Float[Tensor, " n"]:
-    """Mean over images of |number of queries whose best class is not the last - number of targets|."""
+    """Return the mean over images of |number of queries whose best class is not the last - number of targets|."""
     if logits.shape[-1] == 1:
         counted = torch.zeros(logits.shape[:2], dtype=torch.int64, device=logits.device)
     else:
         counted = (logits[..., :-1].detach().amax(-1) >= logits[..., -1]).sum(2)
-    image, _ = targets.places()
+    image, _ = targets.indices()
     counts = (image == torch.arange(len(targets.counts), device=image.device)[:, None]).sum(1)
     return (counted - counts).abs().to(logits.dtype).mean(1)
 
 
 def _class_error(predictions: Predictions, matched: Matched) -> Float[Tensor, ""]:
-    """Percentage of the last layer's matched queries whose best class is wrong; 100 without targets."""
+    """Return the percentage of matched queries of the last layer with a wrong best class; 100 without targets."""
     if matched.label.shape[1] == 0:
         return predictions.boxes.new_full((), 100.0)
     logits = predictions.logits[-1, matched.image[-1], matched.query[-1]].detach()
@@ -300,5 +300,5 @@ def _name_layers(losses: dict[str, Tensor], suffix: str) -> dict[str, Tensor]:
     return terms
 
 
-def _full(predictions: Predictions) -> Predictions:
+def _to_full_precision(predictions: Predictions) -> Predictions:
     return Predictions(full_precision(predictions.logits), full_precision(predictions.boxes))

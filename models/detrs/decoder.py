@@ -1,4 +1,4 @@
-"""The decoder: one loop for the whole family. It owns the heads, because refinement needs them."""
+"""Decode the queries: one loop for all models. It owns the heads, because refinement needs their output."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from detrs.attention import QueryPosition
 from detrs.layers import FeedForward, full_precision, inverse_sigmoid
+from detrs.query_position import QueryPosition
 from detrs.structures import Memory, Predictions, Queries
 
 Refinement = Literal["none", "detached", "look_forward_twice"]
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, cross-attention, feed-forward; residuals normalised after (or before: `pre_norm`)."""
+    """Self-attention, cross-attention and feed-forward, with layer norm after them (before with `pre_norm`)."""
 
     def __init__(
         self,
@@ -38,18 +38,18 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b q d"],
-        where: QueryPosition,
+        position: QueryPosition,
         memory: Memory,
-        blocked: Bool[Tensor, "q q"] | None,
+        attn_mask: Bool[Tensor, "q q"] | None,
     ) -> Float[Tensor, "b q d"]:
-        """The queries' new content."""
+        """Return the new content of the queries."""
         if self.pre_norm:
-            x = x + self.dropout(self.self_attention(self.norm1(x), where, blocked))
-            x = x + self.dropout(self.cross_attention(self.norm2(x), where, memory))
+            x = x + self.dropout(self.self_attention(self.norm1(x), position, attn_mask))
+            x = x + self.dropout(self.cross_attention(self.norm2(x), position, memory))
             out: Tensor = x + self.dropout(self.feed_forward(self.norm3(x)))
             return out
-        x = self.norm1(x + self.dropout(self.self_attention(x, where, blocked)))
-        x = self.norm2(x + self.dropout(self.cross_attention(x, where, memory)))
+        x = self.norm1(x + self.dropout(self.self_attention(x, position, attn_mask)))
+        x = self.norm2(x + self.dropout(self.cross_attention(x, position, memory)))
         out = self.norm3(x + self.dropout(self.feed_forward(x)))
         return out
 
@@ -59,19 +59,19 @@ class Decoder(nn.Module):
 
     Args:
         layers: the layers, in order.
-        where: called before each layer, says where its queries look.
-        class_heads, box_heads: one for each layer, or a single one shared by all.
-        norm: applied to a layer's output before the heads, but not before the next layer.
-        refinement: "none": every layer starts from the queries' reference. "detached": a layer's boxes are
-            the next one's references, without gradient (Deformable DETR, A.4). "look_forward_twice": the next
-            layer looks without gradient, but its boxes pass it back to this one (DINO, section 3.5).
-        eps: of the logit of a reference; the papers' code differs.
+        query_position: computes the `QueryPosition` of each layer.
+        class_heads, box_heads: one per layer, or a single one shared by all layers.
+        norm: applied to the output of a layer before the heads, but not before the next layer.
+        refinement: "none": all layers use the reference of the queries. "detached": the boxes of a layer, without
+            gradient, are the references of the next (Deformable DETR, A.4). "look_forward_twice": the next layer
+            attends at detached references too, but its boxes pass gradients to this layer (DINO, section 3.5).
+        eps: clamp of `inverse_sigmoid` for references; it differs between the papers.
     """
 
     def __init__(
         self,
         layers: nn.ModuleList,
-        where: nn.Module,
+        query_position: nn.Module,
         class_heads: Iterable[nn.Module],
         box_heads: Iterable[nn.Module],
         *,
@@ -80,36 +80,36 @@ class Decoder(nn.Module):
         eps: float,
     ) -> None:
         super().__init__()
-        self.layers, self.where = layers, where
+        self.layers, self.query_position = layers, query_position
         self.class_heads, self.box_heads = nn.ModuleList(class_heads), nn.ModuleList(box_heads)
         self.norm, self.refinement, self.eps = norm, refinement, eps
 
     def forward(self, queries: Queries, memory: Memory) -> Predictions:
-        """Class logits and boxes after every layer."""
+        """Return class logits and boxes after every layer."""
         x = queries.content
-        reference = queries.reference  # where the next layer looks
-        start = queries.reference  # what its box deltas are added to
+        reference = queries.reference  # the next layer attends here
+        start = queries.reference  # and its box deltas are added to this
         logits, boxes = [], []
         for i, layer in enumerate(self.layers):
-            where = self.where(i, x, queries, reference, memory)
-            x = layer(x, where, memory, queries.blocked)
+            position = self.query_position(i, x, queries, reference, memory)
+            x = layer(x, position, memory, queries.attn_mask)
             normed = x if self.norm is None else self.norm(x)
             box_head = self.box_heads[min(i, len(self.box_heads) - 1)]
             logits.append(self.class_heads[min(i, len(self.class_heads) - 1)](normed))
-            boxes.append(place(box_head(normed), start, self.eps))
+            boxes.append(decode_boxes(box_head(normed), start, self.eps))
             if self.refinement != "none" and i + 1 < len(self.layers):
-                # refined from the state without the norm, as the official code does
+                # The official code refines from the output before the norm.
                 same = self.norm is None and self.refinement == "detached"
-                refined = boxes[-1] if same else place(box_head(x), reference, self.eps)
+                refined = boxes[-1] if same else decode_boxes(box_head(x), reference, self.eps)
                 reference = refined.detach()
                 start = refined if self.refinement == "look_forward_twice" else reference
         return Predictions(torch.stack(logits), torch.stack(boxes))
 
 
-def place(
+def decode_boxes(
     delta: Float[Tensor, "b q 4"], reference: Float[Tensor, "b q k"] | None, eps: float
 ) -> Float[Tensor, "b q 4"]:
-    """Boxes from deltas in logit space on top of a reference point or box; in float32 at least."""
+    """Add deltas in logit space to a reference point or box; return boxes in float32 or wider."""
     delta = full_precision(delta)
     if reference is None:
         return delta.sigmoid()

@@ -1,4 +1,4 @@
-"""Contrastive denoising: queries built from noised targets, whose assignment is known (DINO, section 3.3)."""
+"""Build contrastive denoising queries: noised targets whose assignment is known (DINO, section 3.3)."""
 
 from __future__ import annotations
 
@@ -18,46 +18,45 @@ GroupRule = Literal["official", "fill"]
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of one call. Its `r` rows are the targets, repeated for each block."""
+    """Random numbers of one call. The `r` rows are the targets, repeated for each block."""
 
-    label_chance: Float[Tensor, " r"]  # in [0, 1): a row's label is replaced when it is small
+    label_chance: Float[Tensor, " r"]  # in [0, 1): the label is replaced if it is below half of label_noise
     new_labels: Int64[Tensor, " k"]  # for the `k` replaced rows, in order
-    signs: Float[Tensor, "r 4"]  # 0 or 1: which way a corner coordinate moves
-    shares: Float[Tensor, "r 4"]  # in [0, 1): how far
+    signs: Float[Tensor, "r 4"]  # 0 or 1: the direction in which a corner coordinate moves
+    fractions: Float[Tensor, "r 4"]  # in [0, 1): of the largest move
 
 
 @dataclass(frozen=True)
 class NoisedQueries:
     """Denoising queries in `num_groups` groups of two blocks, positives then negatives.
 
-    A block has a slot for each target of the fullest image (`block` slots); image i fills its first
-    `counts[i]`. `labels` are the rows' labels after noise.
+    A block has `max_targets` slots, the number of targets of the image with the most; image i fills the first
+    `counts[i]`. `labels` are those of the rows, with noise.
     """
 
     content: Float[Tensor, "b p d"]
     reference: Float[Tensor, "b p 4"]
     labels: Int64[Tensor, " r"]
     num_groups: int
-    block: int
+    max_targets: int
 
     @property
     def num_slots(self) -> int:
-        """Denoising queries of one image: `p`."""
-        return 2 * self.num_groups * self.block
+        """Number of denoising queries per image, `p`."""
+        return 2 * self.num_groups * self.max_targets
 
 
 class ContrastiveDenoising(nn.Module):
-    """Makes denoising queries and puts them in front of the matching queries.
+    """Turn targets into denoising queries.
 
     Args:
         num_classes: labels are drawn from [0, num_classes).
         hidden_dim: width of a query.
-        num_denoising: the wanted number of positive queries of an image.
+        num_denoising: desired number of positive queries per image.
         label_noise: twice the probability that a label is replaced by a random one.
-        box_noise: largest shift of a corner, as a share of half the box; negatives move up to twice as far.
-        group_rule: "official": as many groups as fit into `num_denoising`, but for `num_denoising` < 50 the
-            official code makes 2 * num_denoising groups however many targets there are. "fill": always as
-            many as fit, at least one.
+        box_noise: largest move of a corner, as a fraction of half the box; negatives move up to twice as far.
+        group_rule: "fill": the largest number of groups that fits into `num_denoising`, at least one. "official": the
+            same, but if `num_denoising` < 50, then 2 * num_denoising groups, for any number of targets.
     """
 
     def __init__(
@@ -73,50 +72,52 @@ class ContrastiveDenoising(nn.Module):
         super().__init__()
         self.num_classes, self.num_denoising, self.group_rule = num_classes, num_denoising, group_rule
         self.label_noise, self.box_noise = label_noise, box_noise
-        self.label_embed = nn.Embedding(num_classes + 1, hidden_dim)  # the last row is never looked up
+        self.label_embed = nn.Embedding(
+            num_classes + 1, hidden_dim
+        )  # the last row is unused, as in the official code
 
-    def num_groups(self, most_targets: int) -> int:
-        """Groups of a batch whose fullest image has `most_targets` targets."""
-        if most_targets == 0:
+    def num_groups(self, max_targets: int) -> int:
+        """Return the number of groups of a batch with at most `max_targets` targets per image."""
+        if max_targets == 0:
             return 1
         slots = 2 * self.num_denoising
         if self.group_rule == "official" and slots < 100:
             return max(slots, 1)
-        return max(slots // (2 * most_targets), 1)
+        return max(slots // (2 * max_targets), 1)
 
     def forward(self, targets: Targets, draws: Draws | None = None) -> NoisedQueries:
-        """Noise the targets; `draws` replaces the random numbers."""
-        block = max(targets.counts, default=0)
-        num_groups = self.num_groups(block)
+        """Add noise to the targets; use the random numbers in `draws` if given."""
+        max_targets = max(targets.counts, default=0)
+        num_groups = self.num_groups(max_targets)
         labels, boxes = targets.labels.repeat(2 * num_groups), targets.boxes.repeat(2 * num_groups, 1)
         negative = torch.arange(len(labels), device=labels.device) // max(len(targets.labels), 1) % 2 == 1
         if draws is None:
             draws = self.draw(labels)
         labels = self._noise_labels(labels, draws)
         boxes = self._noise_boxes(boxes, negative, draws)
-        shape = (len(targets.counts), 2 * num_groups * block)
+        shape = (len(targets.counts), 2 * num_groups * max_targets)
         image, slot = _slots(targets, num_groups)
         embedded = self.label_embed(labels)
-        # an unfilled slot is zero in logit space, as in the official code
+        # Empty slots have box logits of 0, as in the official code: boxes of 0.5.
         content = embedded.new_zeros(*shape, embedded.shape[-1]).index_put((image, slot), embedded)
         reference = boxes.new_full((*shape, 4), 0.5)
         reference = reference.index_put((image, slot), inverse_sigmoid(boxes, 1e-3).sigmoid())
-        return NoisedQueries(content, reference, labels, num_groups, block)
+        return NoisedQueries(content, reference, labels, num_groups, max_targets)
 
     def draw(self, labels: Int64[Tensor, " r"]) -> Draws:
-        """Random numbers in the official order and precision (float32); no noise draws nothing."""
+        """Draw random numbers in the order and precision (float32) of the official code; none for noise that is off."""
         device, num_rows = labels.device, len(labels)
         label_chance = torch.ones(num_rows, device=device)
         new_labels = torch.zeros(0, dtype=torch.int64, device=device)
-        signs = shares = torch.zeros(num_rows, 4, device=device)
+        signs = fractions = torch.zeros(num_rows, 4, device=device)
         if self.label_noise > 0:
             label_chance = torch.rand(num_rows, device=device)
             num_replaced = int((label_chance < self.label_noise * 0.5).sum())
             new_labels = torch.randint(0, self.num_classes, (num_replaced,), device=device)
         if self.box_noise > 0:
             signs = torch.randint(0, 2, (num_rows, 4), device=device).float()
-            shares = torch.rand(num_rows, 4, device=device)
-        return Draws(label_chance, new_labels, signs, shares)
+            fractions = torch.rand(num_rows, 4, device=device)
+        return Draws(label_chance, new_labels, signs, fractions)
 
     def _noise_labels(self, labels: Int64[Tensor, " r"], draws: Draws) -> Int64[Tensor, " r"]:
         replaced = draws.label_chance < self.label_noise * 0.5
@@ -126,36 +127,36 @@ class ContrastiveDenoising(nn.Module):
         self, boxes: Float[Tensor, "r 4"], negative: Bool[Tensor, " r"], draws: Draws
     ) -> Float[Tensor, "r 4"]:
         half = (boxes[:, 2:] / 2).repeat(1, 2)
-        shares = draws.shares.to(boxes.dtype) + negative[:, None]
-        moves = (2 * draws.signs.to(boxes.dtype) - 1) * shares * half * self.box_noise
+        fractions = draws.fractions.to(boxes.dtype) + negative[:, None]
+        moves = (2 * draws.signs.to(boxes.dtype) - 1) * fractions * half * self.box_noise
         return to_cxcywh((to_xyxy(boxes) + moves).clamp(min=0, max=1))
 
 
 def prepend(noised: NoisedQueries, queries: Queries) -> Queries:
-    """Put denoising queries in front of the matching queries, and block what must not be seen.
+    """Put denoising queries in front of the matching queries, and mask attention between them.
 
-    Matching queries do not see denoising queries, and groups do not see each other.
+    Denoising queries hold the targets: matching queries must not attend to them, nor groups to each other.
     """
     assert queries.reference is not None
     num_slots, num_queries = noised.num_slots, queries.content.shape[1]
     content = torch.cat((noised.content, queries.content), dim=1)
     reference = torch.cat((noised.reference, queries.reference), dim=1)
-    blocked = blocked_attention(noised, num_queries, content.device) if num_slots else None
-    return Queries(content, reference=reference, blocked=blocked)
+    attn_mask = denoising_attn_mask(noised, num_queries, content.device) if num_slots else None
+    return Queries(content, reference=reference, attn_mask=attn_mask)
 
 
-def blocked_attention(noised: NoisedQueries, num_queries: int, device: torch.device) -> Bool[Tensor, "q q"]:
-    """True where a query (row) must not see another (column); denoising queries come first."""
+def denoising_attn_mask(noised: NoisedQueries, num_queries: int, device: torch.device) -> Bool[Tensor, "q q"]:
+    """Return a mask that is True where a query (row) must not attend to a query (column); denoising queries first."""
     size = noised.num_slots + num_queries
-    group = torch.arange(size, device=device) // max(2 * noised.block, 1)
+    group = torch.arange(size, device=device) // max(2 * noised.max_targets, 1)
     matching = torch.arange(size, device=device) >= noised.num_slots
     other_group = (group[:, None] != group) | matching[:, None]
     return other_group & ~matching
 
 
 def _slots(targets: Targets, num_groups: int) -> tuple[Int64[Tensor, " r"], Int64[Tensor, " r"]]:
-    """Image and slot of each row."""
-    image, place = targets.places()
-    block = max(targets.counts, default=0)
-    starts = torch.arange(2 * num_groups, device=place.device) * block
-    return image.repeat(2 * num_groups), (starts[:, None] + place).flatten()
+    """Return the image and the slot of each row."""
+    image, index = targets.indices()
+    max_targets = max(targets.counts, default=0)
+    starts = torch.arange(2 * num_groups, device=index.device) * max_targets
+    return image.repeat(2 * num_groups), (starts[:, None] + index).flatten()

@@ -1,4 +1,4 @@
-"""A detector: backbone, neck, encoder, queries, decoder; with denoising queries where a paper has them."""
+"""Compose a detector from backbone, neck, encoder, queries, decoder and, optionally, denoising queries."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ STRIDES = (4, 8, 16, 32)
 
 
 class Detector(nn.Module):
-    """The parts in order; which ones is the zoo's choice.
+    """Run the parts of a model in order.
 
     Args:
-        backbone: all four feature levels.
-        strides: the strides of the levels the neck gets ("32" means layer4, also when it is dilated).
-        neck, encoder, queries, decoder: see there.
-        denoising: makes denoising queries in training.
+        backbone: computes four feature levels.
+        strides: strides of the levels that the neck gets (32 means layer4, also when it is dilated).
+        neck, encoder, queries, decoder: see their classes.
+        denoising: adds denoising queries in training.
     """
 
     def __init__(
@@ -42,15 +42,15 @@ class Detector(nn.Module):
         self.denoising = denoising
 
     def forward(self, images: Images, targets: Targets | None = None, draws: Draws | None = None) -> Outputs:
-        """Predict.
+        """Predict class logits and boxes.
 
         Args:
-            images: normalised, padded at the right and at the bottom.
-            targets: only used for denoising, in training.
-            draws: replaces the random numbers of denoising.
+            images: the batch.
+            targets: used for denoising queries only, in training mode.
+            draws: random numbers to use for denoising instead of new ones.
         """
         features = self.backbone(images.pixels)
-        memory = self.neck([features[level] for level in self.levels], images.padding)
+        memory = self.neck([features[level] for level in self.levels], images.padding_mask)
         memory = self.encoder(memory)
         queries, first_stage = self.queries(memory)
         noised = None
@@ -62,22 +62,22 @@ class Detector(nn.Module):
         if noised is None:
             return Outputs(predictions, first_stage)
         dn, predictions = split(predictions, noised.num_slots)
-        return Outputs(predictions, first_stage, Denoised(dn, noised.num_groups, noised.block))
+        return Outputs(predictions, first_stage, Denoised(dn, noised.num_groups, noised.max_targets))
 
 
 def with_denoising(
     queries: Queries, noised: NoisedQueries | None, denoising: ContrastiveDenoising
 ) -> Queries:
-    """Denoising queries in front, if any; the label embedding is always part of the graph."""
+    """Prepend the denoising queries, if any, and keep the label embedding part of the graph."""
     if noised is not None:
         queries = prepend(noised, queries)
-    # with DistributedDataParallel every parameter needs a gradient, also in a batch without targets
+    # DistributedDataParallel waits for a gradient of every parameter, also in a batch without targets.
     tie = denoising.label_embed.weight[0, 0] * 0
-    return Queries(queries.content + tie, queries.pos, queries.reference, queries.blocked)
+    return Queries(queries.content + tie, queries.pos, queries.reference, queries.attn_mask)
 
 
 def split(predictions: Predictions, num_slots: int) -> tuple[Predictions, Predictions]:
-    """The predictions of the first `num_slots` queries and of the others."""
+    """Split predictions into those of the first `num_slots` queries and the rest."""
     logits, boxes = predictions.logits, predictions.boxes
     return (
         Predictions(logits[:, :, :num_slots], boxes[:, :, :num_slots]),

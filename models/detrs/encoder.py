@@ -1,4 +1,4 @@
-"""The encoder: tokens look at each other."""
+"""Encode the memory: attention among its tokens."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from detrs.attention import QueryPosition
 from detrs.layers import FeedForward
+from detrs.query_position import QueryPosition
 from detrs.structures import Memory
 
 
 class EncoderLayer(nn.Module):
-    """Attention and feed-forward with residuals, normalised after them (or before: `pre_norm`)."""
+    """Attention and feed-forward with residuals and layer norm after them (before them with `pre_norm`)."""
 
     def __init__(
         self, attention: nn.Module, feed_forward: FeedForward, hidden_dim: int, dropout: float, pre_norm: bool
@@ -25,25 +25,25 @@ class EncoderLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(hidden_dim), nn.LayerNorm(hidden_dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, memory: Memory, where: QueryPosition) -> Float[Tensor, "b s d"]:
-        """The new tokens."""
+    def forward(self, memory: Memory, position: QueryPosition) -> Float[Tensor, "b s d"]:
+        """Return the new tokens."""
         if self.pre_norm:
             memory_in = dataclasses.replace(memory, tokens=self.norm1(memory.tokens))
-            x = memory.tokens + self.dropout(self.attention(memory_in.tokens, where, memory_in))
+            x = memory.tokens + self.dropout(self.attention(memory_in.tokens, position, memory_in))
             out: Tensor = x + self.dropout(self.feed_forward(self.norm2(x)))
             return out
-        x = self.norm1(memory.tokens + self.dropout(self.attention(memory.tokens, where, memory)))
+        x = self.norm1(memory.tokens + self.dropout(self.attention(memory.tokens, position, memory)))
         out = self.norm2(x + self.dropout(self.feed_forward(x)))
         return out
 
 
 class Encoder(nn.Module):
-    """Encoder layers; none is fine.
+    """Encoder layers; there may be none.
 
     Args:
         layers: the layers, in order.
-        norm: applied to the last output (DETR's pre-norm variant).
-        position_scale: factor of the position encoding computed from the tokens, layer by layer (DAB-DETR).
+        norm: applied to the output of the last layer (DETR's pre-norm variant).
+        position_scale: computes the factor of the position encoding from the tokens, in every layer (DAB-DETR).
     """
 
     def __init__(
@@ -58,26 +58,26 @@ class Encoder(nn.Module):
         self.norm, self.position_scale = norm, position_scale
 
     def forward(self, memory: Memory) -> Memory:
-        """The memory with its tokens transformed."""
-        centres = token_centres(memory) if len(self.layers) else None
+        """Return the memory with its tokens transformed."""
+        centers = token_centers(memory) if len(self.layers) else None
         for layer in self.layers:
-            seen = memory
+            layer_input = memory
             if self.position_scale is not None:
-                seen = dataclasses.replace(memory, pos=memory.pos * self.position_scale(memory.tokens))
-            tokens = layer(seen, QueryPosition(seen.pos, reference=centres))
+                layer_input = dataclasses.replace(memory, pos=memory.pos * self.position_scale(memory.tokens))
+            tokens = layer(layer_input, QueryPosition(layer_input.pos, reference=centers))
             memory = dataclasses.replace(memory, tokens=tokens)
         if self.norm is not None:
             memory = dataclasses.replace(memory, tokens=self.norm(memory.tokens))
         return memory
 
 
-def token_centres(memory: Memory) -> Float[Tensor, "b s 2"]:
-    """(x, y) of each token's centre, relative to the image without its padding."""
+def token_centers(memory: Memory) -> Float[Tensor, "b s 2"]:
+    """Return (x, y) of the center of each token, relative to the image without its padding."""
     ratios = memory.valid_ratios
-    centres = []
+    centers = []
     for level, (height, width) in enumerate(memory.shapes):
         y = torch.arange(height, dtype=ratios.dtype, device=ratios.device) + 0.5
         x = torch.arange(width, dtype=ratios.dtype, device=ratios.device) + 0.5
         y, x = torch.meshgrid(y / height, x / width, indexing="ij")
-        centres.append(torch.stack((x, y), dim=-1).flatten(0, 1)[None] / ratios[:, level, None])
-    return torch.cat(centres, dim=1)
+        centers.append(torch.stack((x, y), dim=-1).flatten(0, 1)[None] / ratios[:, level, None])
+    return torch.cat(centers, dim=1)

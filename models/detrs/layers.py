@@ -1,4 +1,4 @@
-"""Small building blocks: perceptrons, sine encodings, the inverse of the sigmoid."""
+"""Provide small building blocks: MLPs, prediction heads, sine encodings, the inverse sigmoid."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-PRIOR_LOGIT = -math.log((1 - 0.01) / 0.01)  # class bias that makes every first score 0.01 (RetinaNet, 4.1)
+PRIOR_LOGIT = -math.log(
+    (1 - 0.01) / 0.01
+)  # class bias with which all initial scores are 0.01 (RetinaNet, 4.1)
 
 
 class Mlp(nn.Module):
@@ -44,14 +46,14 @@ class FeedForward(nn.Module):
 
 
 def class_head(hidden_dim: int, num_classes: int) -> nn.Linear:
-    """A linear classifier whose sigmoid scores start at 0.01."""
+    """Return a linear classifier whose initial sigmoid scores are 0.01."""
     head = nn.Linear(hidden_dim, num_classes)
     nn.init.constant_(head.bias, PRIOR_LOGIT)
     return head
 
 
 def box_head(hidden_dim: int, size_bias: float = 0.0) -> Mlp:
-    """A box regressor that starts by changing nothing; `size_bias` is added to width and height."""
+    """Return a box regressor whose initial deltas are 0, but `size_bias` for width and height."""
     head = Mlp(hidden_dim, hidden_dim, hidden_dim, 4)
     last = head.layers[-1]
     assert isinstance(last, nn.Linear)
@@ -62,19 +64,19 @@ def box_head(hidden_dim: int, size_bias: float = 0.0) -> Mlp:
 
 
 def xavier_(module: nn.Module) -> None:
-    """Xavier-uniform for every parameter with more than one dimension, as all five papers do."""
+    """Initialize every parameter of more than one dimension Xavier-uniform, as all five papers do."""
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
 
 
 def full_precision(x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    """Half-precision values as float32; float32 and float64 as they are. For boxes and losses."""
+    """Convert half precision to float32; return float32 and float64 unchanged. For boxes and losses."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def inverse_sigmoid(x: Float[Tensor, "*n"], eps: float) -> Float[Tensor, "*n"]:
-    """The logit of x; x and 1 - x are each kept above `eps`, which the papers choose differently."""
+    """Return the logit of x. Clamp x and 1 - x to at least `eps`, which differs between the papers."""
     x = x.clamp(min=0, max=1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
@@ -82,7 +84,7 @@ def inverse_sigmoid(x: Float[Tensor, "*n"], eps: float) -> Float[Tensor, "*n"]:
 def sine_encoding(
     coordinates: Float[Tensor, "*n k"], dim: int, temperature: float = 10000.0
 ) -> Float[Tensor, "*n e"]:
-    """`dim` features for each coordinate (in [0, 1]): sine and cosine in turn, in the coordinates' order.
+    """Return `dim` features per coordinate (in [0, 1]): sine and cosine alternating, in the order of the coordinates.
 
     Source: DETR, A.4; the frequencies are `temperature ** (2i / dim)`, the scale is 2 pi.
     """
@@ -92,13 +94,14 @@ def sine_encoding(
 
 
 def image_encoding(
-    padding: Bool[Tensor, "b h w"], dim: int, temperature: float, offset: float, dtype: torch.dtype
+    padding_mask: Bool[Tensor, "b h w"], dim: int, temperature: float, offset: float, dtype: torch.dtype
 ) -> Float[Tensor, "b h w e"]:
-    """Sine encoding (y, then x; `dim` features each) of every pixel's place in the unpadded image.
+    """Return the sine encoding (y, then x; `dim` features each) of the position of every pixel in the unpadded image.
 
-    A place is the pixel's count from the border, moved by `offset`, over the number of unpadded pixels.
+    The position is the number of the pixel, counted from 1 and shifted by `offset`, divided by the number of unpadded
+    pixels.
     """
-    inside = (~padding).to(dtype)
+    inside = (~padding_mask).to(dtype)
     y, x = inside.cumsum(1), inside.cumsum(2)
     y = (y + offset) / (y[:, -1:, :] + 1e-6)
     x = (x + offset) / (x[:, :, -1:] + 1e-6)
@@ -107,6 +110,7 @@ def image_encoding(
 
 @functools.lru_cache(maxsize=64)
 def _frequencies(dim: int, temperature: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # The cache outlives the call: a tensor made in inference mode could never be used in training.
     with torch.inference_mode(False):
         powers = torch.arange(dim // 2, dtype=dtype, device=device) * 2 / dim
         return temperature**powers

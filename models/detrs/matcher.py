@@ -1,7 +1,7 @@
-"""One-to-one assignment of targets to queries (DETR, section 3.1).
+"""Assign targets to queries one to one (DETR, section 3.1).
 
-The costs of all prediction layers are computed as one tensor that holds only the pairs that can match: a
-target with the queries of its own image. It goes to the host once, the assignment comes back once.
+The costs of all prediction layers are one tensor of the pairs that can match: each target with the queries of its own
+image. There is one transfer to the host, and one back with the assignment.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class NotFiniteError(ValueError):
 
 @dataclass(frozen=True)
 class Costs:
-    """Weights of the matching cost and the details that differ between the papers."""
+    """Weights of the matching cost, and details that differ between the papers."""
 
     kind: Literal["focal", "softmax"]
     class_weight: float
@@ -40,7 +40,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Matches:
-    """The matched pairs of every layer: query `queries[n, j]` with packed target `targets[n, j]`."""
+    """Matched pairs of every layer: query `queries[n, j]` with packed target `targets[n, j]`."""
 
     queries: Int64[Tensor, "n m"]
     targets: Int64[Tensor, "n m"]
@@ -49,17 +49,17 @@ class Matches:
 def match(
     groups: Sequence[tuple[Predictions, Int64[Tensor, " t"]]], targets: Targets, costs: Costs
 ) -> list[Matches]:
-    """Match each layer of each group of predictions on its own.
+    """Match each layer of each group of predictions separately.
 
     Args:
-        groups: predictions (groups may differ in number of queries) with the labels to use for the targets.
-        targets: where an image has more targets than queries, only as many as queries are matched.
-        costs: the weights.
+        groups: predictions, with the labels to use for the targets. The number of queries may differ between groups.
+        targets: if an image has more targets than queries, every query is matched and some targets are not.
+        costs: weights and details of the cost.
 
     Raises:
         NotFiniteError: predictions or target boxes are not finite; names layer and image.
     """
-    image_of, _ = targets.places()
+    image_of, _ = targets.indices()
     parts = [pair_costs(predictions, labels, targets, image_of, costs) for predictions, labels in groups]
     finite = [_finite(predictions) for predictions, _ in groups]
     host = torch.cat([x.flatten() for x in (*parts, *finite)]).cpu().numpy()
@@ -83,7 +83,7 @@ def pair_costs(
     image_of: Int64[Tensor, " t"],
     costs: Costs,
 ) -> Float[Tensor, "n t q"]:
-    """Cost of each target with each query of its image; no gradient is kept."""
+    """Return the cost of each target with each query of its image, without gradients."""
     l1 = _l1(predictions.boxes, targets.boxes, image_of)
     giou = _giou(predictions.boxes, targets.boxes, image_of, costs.giou_eps)
     if costs.kind == "softmax":
@@ -95,31 +95,34 @@ def pair_costs(
 
 
 def _l1(
-    boxes: Float[Tensor, "n b q 4"], wanted: Float[Tensor, "t 4"], image_of: Int64[Tensor, " t"]
+    boxes: Float[Tensor, "n b q 4"], target_boxes: Float[Tensor, "t 4"], image_of: Int64[Tensor, " t"]
 ) -> Float[Tensor, "n t q"]:
-    # coordinate by coordinate: contiguous planes are several times faster than rows of four
-    pairs = zip(boxes.unbind(-1), wanted.unbind(-1), strict=True)
+    # Coordinate by coordinate: contiguous planes are several times faster than rows of four.
+    pairs = zip(boxes.unbind(-1), target_boxes.unbind(-1), strict=True)
     planes = [(plane[:, image_of] - value[:, None]).abs_() for plane, value in pairs]
     return planes[0].add_(planes[1]).add_(planes[2]).add_(planes[3])
 
 
 def _giou(
-    boxes: Float[Tensor, "n b q 4"], wanted: Float[Tensor, "t 4"], image_of: Int64[Tensor, " t"], eps: float
+    boxes: Float[Tensor, "n b q 4"],
+    target_boxes: Float[Tensor, "t 4"],
+    image_of: Int64[Tensor, " t"],
+    eps: float,
 ) -> Float[Tensor, "n t q"]:
-    """`detrs.boxes.iou_and_giou` of all pairs, in planes and in place; of boxes with sizes of at least 0."""
+    """Compute GIoU as `detrs.boxes.iou_and_giou` for all pairs, in planes and in place; sizes must not be negative."""
     x1, y1, x2, y2 = (plane[:, image_of] for plane in to_xyxy(boxes).unbind(-1))
-    wanted_x1, wanted_y1, wanted_x2, wanted_y2 = (c[:, None] for c in to_xyxy(wanted).unbind(-1))
-    overlap = (torch.minimum(x2, wanted_x2) - torch.maximum(x1, wanted_x1)).clamp_(min=0)
-    overlap *= (torch.minimum(y2, wanted_y2) - torch.maximum(y1, wanted_y1)).clamp_(min=0)
-    union = (boxes[..., 2] * boxes[..., 3])[:, image_of] + (wanted[:, 2] * wanted[:, 3])[:, None]
+    target_x1, target_y1, target_x2, target_y2 = (c[:, None] for c in to_xyxy(target_boxes).unbind(-1))
+    overlap = (torch.minimum(x2, target_x2) - torch.maximum(x1, target_x1)).clamp_(min=0)
+    overlap *= (torch.minimum(y2, target_y2) - torch.maximum(y1, target_y1)).clamp_(min=0)
+    union = (boxes[..., 2] * boxes[..., 3])[:, image_of] + (target_boxes[:, 2] * target_boxes[:, 3])[:, None]
     union -= overlap
-    hull = torch.maximum(x2, wanted_x2) - torch.minimum(x1, wanted_x1)
-    hull *= torch.maximum(y2, wanted_y2) - torch.minimum(y1, wanted_y1)
+    hull = torch.maximum(x2, target_x2) - torch.minimum(x1, target_x1)
+    hull *= torch.maximum(y2, target_y2) - torch.minimum(y1, target_y1)
     return overlap.div_(union + eps).sub_(hull.sub(union).div_(hull.add_(eps)))
 
 
 def _focal_cost(logits: Float[Tensor, "n t q"], costs: Costs) -> Float[Tensor, "n t q"]:
-    # 1 - score from the logit itself: in float32 the difference has too few digits near a score of 1
+    # 1 - score is computed from the logit: near a score of 1, the difference has too few digits in float32.
     score, rest = logits.sigmoid(), (-logits).sigmoid()
     negative = (rest + 1e-8).log_().mul_(score**costs.gamma).mul_(costs.alpha - 1)
     positive = (score + 1e-8).log_().mul_(rest**costs.gamma).mul_(-costs.alpha)
@@ -127,12 +130,12 @@ def _focal_cost(logits: Float[Tensor, "n t q"], costs: Costs) -> Float[Tensor, "
 
 
 def _finite(predictions: Predictions) -> Float[Tensor, "n b"]:
-    # a sum is not finite when one of its terms is not: one number for each layer and image
+    # A sum is not finite if one of its terms is not: one number per layer and image goes to the host.
     return predictions.logits.detach().sum((2, 3)) + predictions.boxes.detach().sum((2, 3))
 
 
 def _assign(costs: npt.NDArray[np.floating], counts: tuple[int, ...]) -> npt.NDArray[np.int64]:
-    """[2, n, m]: queries and packed targets of the matched pairs, images in order."""
+    """Return [2, n, m]: queries and packed targets of the matched pairs, in the order of the images."""
     num_layers, _, num_queries = costs.shape
     num_pairs = sum(min(count, num_queries) for count in counts)
     pairs = np.zeros((2, num_layers, num_pairs), dtype=np.int64)
@@ -151,8 +154,8 @@ def _raise_not_finite(
     groups: Sequence[tuple[Predictions, Int64[Tensor, " t"]]],
     targets: Targets,
 ) -> NoReturn:
-    # targets first: denoising carries their NaN into the predictions
-    for row, image in enumerate(targets.places()[0].tolist()):
+    # Targets first: denoising carries their NaN into the predictions.
+    for row, image in enumerate(targets.indices()[0].tolist()):
         if not targets.boxes[row].isfinite().all():
             raise NotFiniteError(
                 f"a target box of image {image} of the batch is not finite; check the annotations"
@@ -167,6 +170,6 @@ def _raise_not_finite(
             name = f"decoder layer {layer}" if number == 0 else "the encoder"
             raise NotFiniteError(
                 f"the predictions of {name} for image {image} of the batch are not finite; "
-                "lower the learning rate, or look at this batch"
+                "lower the learning rate, or check this batch"
             )
     raise NotFiniteError("a matching cost is not finite: a predicted and a target box both have no area")

@@ -1,4 +1,4 @@
-"""From backbone features to the memory: project each level, add what tells places and levels apart."""
+"""Build the memory from backbone features: project each level, encode positions and levels."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from detrs.structures import Memory
 
 @dataclass(frozen=True)
 class PositionEncoding:
-    """The papers' sine encodings of a token's place; see `detrs.layers.image_encoding`."""
+    """Settings of the sine encoding of a token's position; see `detrs.layers.image_encoding`."""
 
     temperature: float = 10000.0
     offset: float = 0.0
 
 
 class Neck(nn.Module):
-    """Projects feature levels to one width and flattens them into a Memory.
+    """Project feature levels to one width and flatten them into a Memory.
 
     Args:
         widths: channels of the backbone levels used, finest first.
         hidden_dim: channels of a token.
-        num_levels: levels of the memory; those beyond the backbone's are strided 3x3 convolutions, the first
+        num_levels: levels of the memory. Levels beyond those of the backbone are strided 3x3 convolutions: the first
             of the last backbone feature, each further one of the level before it.
-        position: the sine encoding; None: zeros, where nobody looks at positions.
-        group_norm: normalise the projections (Deformable DETR, DINO).
-        level_embed: add a learned vector per level to the position. Only an encoder looks at it.
+        position: the sine encoding; None: zeros, for models without an encoder.
+        group_norm: normalize the projections (Deformable DETR, DINO).
+        level_embed: add a learned vector per level to the position. Only an encoder uses it.
     """
 
     def __init__(
@@ -65,16 +65,16 @@ class Neck(nn.Module):
                 nn.init.zeros_(conv.bias)
         self.level_embed = nn.Parameter(torch.randn(num_levels, hidden_dim)) if level_embed else None
 
-    def forward(self, features: Sequence[Tensor], padding: Bool[Tensor, "b h w"]) -> Memory:
-        """Build the memory from the backbone levels ([b, width, h, w] each) and the image padding."""
+    def forward(self, features: Sequence[Tensor], padding_mask: Bool[Tensor, "b h w"]) -> Memory:
+        """Build the memory from the backbone levels ([b, width, h, w] each) and the padding of the images."""
         levels = self._project(features)
-        masks = [_resize(padding, level) for level in levels]
+        masks = [_resize(padding_mask, level) for level in levels]
         dtype = next(self.projections.parameters()).dtype  # the model's, also under autocast
         valid_ratios = torch.stack([_valid_ratio(mask, dtype) for mask in masks], dim=1)
         return Memory(
             tokens=torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1),
             pos=torch.cat([self._encode(i, mask, dtype) for i, mask in enumerate(masks)], dim=1),
-            padding=torch.cat([mask.flatten(1) for mask in masks], dim=1),
+            key_padding_mask=torch.cat([mask.flatten(1) for mask in masks], dim=1),
             shapes=tuple((level.shape[2], level.shape[3]) for level in levels),
             valid_ratios=valid_ratios,
         )
@@ -99,9 +99,11 @@ class Neck(nn.Module):
         return pos if self.level_embed is None else pos + self.level_embed[level]
 
 
-def _resize(padding: Bool[Tensor, "b h w"], level: Float[Tensor, "b c h2 w2"]) -> Bool[Tensor, "b h2 w2"]:
-    # nearest, as the official code: floor(i * ratio) computed in float32
-    resized = F.interpolate(padding[:, None].float(), size=level.shape[-2:])
+def _resize(
+    padding_mask: Bool[Tensor, "b h w"], level: Float[Tensor, "b c h2 w2"]
+) -> Bool[Tensor, "b h2 w2"]:
+    # Nearest neighbor with floor(i * ratio) in float32, as in the official code
+    resized = F.interpolate(padding_mask[:, None].float(), size=level.shape[-2:])
     return resized[:, 0].to(torch.bool)
 
 

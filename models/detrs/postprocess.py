@@ -1,4 +1,4 @@
-"""From predictions to detections in pixels."""
+"""Convert predictions to detections in pixels."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from detrs.structures import Detections, Predictions
 
 
 def best_pairs(predictions: Predictions, sizes: Int[Tensor, "b 2"], num_select: int) -> list[Detections]:
-    """The `num_select` best (query, class) pairs of each image by sigmoid score, from the last layer.
+    """Return the `num_select` (query, class) pairs of each image with the highest sigmoid scores, from the last layer.
 
     Args:
-        predictions: of a sigmoid model.
+        predictions: of a model with sigmoid scores.
         sizes: (height, width) of the original images in pixels.
-        num_select: pairs an image; a query can appear with several classes.
+        num_select: pairs per image; a query can appear with several classes.
     """
     scores = full_precision(predictions.logits[-1]).sigmoid()
     num_classes = scores.shape[-1]
@@ -27,7 +27,7 @@ def best_pairs(predictions: Predictions, sizes: Int[Tensor, "b 2"], num_select: 
 
 
 def best_classes(predictions: Predictions, sizes: Int[Tensor, "b 2"]) -> list[Detections]:
-    """Every query with its best class but "no object", by softmax score, from the last layer (DETR)."""
+    """Return every query with its best class other than "no object", by softmax score, from the last layer (DETR)."""
     scores, labels = full_precision(predictions.logits[-1]).softmax(-1)[..., :-1].max(-1)
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     boxes = _to_pixels(predictions.boxes[-1], sizes)

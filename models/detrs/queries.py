@@ -1,4 +1,4 @@
-"""What the decoder starts from: learned queries, or the encoder's best tokens."""
+"""Build the queries of the decoder: learned, or from the best tokens of the encoder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from detrs.encoder import token_centres
+from detrs.encoder import token_centers
 from detrs.layers import Mlp, full_precision, inverse_sigmoid, sine_encoding
 from detrs.structures import FirstStage, Memory, Predictions, Queries
 
@@ -19,7 +19,7 @@ ProposalScore = Literal["first_class", "best_class"]
 class PositionQueries(nn.Module):
     """Learned positions; the content starts at zero (DETR).
 
-    With `point`, a reference point is read off the position (Conditional DETR, section 3.3).
+    With `point`, a reference point is predicted from the position (Conditional DETR, section 3.3).
     """
 
     def __init__(self, num_queries: int, hidden_dim: int, *, point: bool) -> None:
@@ -28,7 +28,7 @@ class PositionQueries(nn.Module):
         self.point = Mlp(hidden_dim, hidden_dim, 2) if point else None
 
     def forward(self, memory: Memory) -> tuple[Queries, None]:
-        """The same queries for every image."""
+        """Return the same queries for every image."""
         pos = self.embed.weight.expand(len(memory.tokens), -1, -1)
         reference = None if self.point is None else full_precision(self.point(pos)).sigmoid()
         return Queries(torch.zeros_like(pos), pos, reference), None
@@ -37,8 +37,8 @@ class PositionQueries(nn.Module):
 class AnchorQueries(nn.Module):
     """Learned boxes (DAB-DETR, section 4.1); the content starts at zero.
 
-    With `num_patterns`, each box is asked once for each of as many learned contents (Anchor DETR).
-    `random_points` spreads the first centres evenly over the image; they are trained all the same.
+    With `num_patterns`, every box is combined with each of `num_patterns` learned contents (Anchor DETR).
+    `random_points` initializes the centers uniformly over the image; they are trained like all others.
     """
 
     def __init__(self, num_queries: int, hidden_dim: int, num_patterns: int, *, random_points: bool) -> None:
@@ -46,11 +46,11 @@ class AnchorQueries(nn.Module):
         self.anchors, self.hidden_dim = nn.Embedding(num_queries, 4), hidden_dim
         self.patterns = nn.Embedding(num_patterns, hidden_dim) if num_patterns else None
         if random_points:
-            centres = torch.rand(num_queries, 2)
-            self.anchors.weight.data[:, :2] = inverse_sigmoid(centres, 1e-3)
+            centers = torch.rand(num_queries, 2)
+            self.anchors.weight.data[:, :2] = inverse_sigmoid(centers, 1e-3)
 
     def forward(self, memory: Memory) -> tuple[Queries, None]:
-        """The same queries for every image; all boxes of the first pattern come first."""
+        """Return the same queries for every image; all boxes of the first pattern come first."""
         reference, num_anchors = self.anchors.weight.sigmoid(), self.anchors.num_embeddings
         content = reference.new_zeros(num_anchors, self.hidden_dim)
         if self.patterns is not None:
@@ -61,7 +61,7 @@ class AnchorQueries(nn.Module):
 
 
 class LearnedQueries(nn.Module):
-    """Learned content and position, and a reference point read off the position (Deformable DETR)."""
+    """Learned content and position; a reference point is predicted from the position (Deformable DETR)."""
 
     def __init__(self, num_queries: int, hidden_dim: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class LearnedQueries(nn.Module):
         nn.init.zeros_(self.point.bias)
 
     def forward(self, memory: Memory) -> tuple[Queries, None]:
-        """The same queries for every image."""
+        """Return the same queries for every image."""
         pos, content = self.embed.weight.chunk(2, dim=-1)
         reference = full_precision(self.point(pos)).sigmoid()
         pos, content, reference = (x.expand(len(memory.tokens), -1, -1) for x in (pos, content, reference))
@@ -79,10 +79,10 @@ class LearnedQueries(nn.Module):
 
 
 class Proposals(nn.Module):
-    """Scores every token as an object and regresses its box, from a square prior at its place.
+    """Score every token as an object and regress its box from a square prior around its center.
 
-    Tokens in the padding, or whose prior leaves (0.01, 0.99), have zero features and a prior at infinity.
-    Source: Deformable DETR, A.4; the official code's details.
+    Padded tokens, and tokens whose prior leaves (0.01, 0.99), have zero features and a prior at infinity.
+    Source: Deformable DETR, A.4; details of the official code.
     """
 
     def __init__(self, hidden_dim: int, class_head: nn.Module, box_head: nn.Module, size: float) -> None:
@@ -96,20 +96,20 @@ class Proposals(nn.Module):
     ) -> tuple[
         Float[Tensor, "b s d"], Float[Tensor, "b s c"], Float[Tensor, "b s 4"], Float[Tensor, "b s 4"]
     ]:
-        """Features, class logits, box logits and prior logits of every token."""
+        """Return features, class logits, box logits and prior logits of every token."""
         prior, usable = self._priors(memory)
         features = self.norm(self.project(memory.tokens.masked_fill(~usable[..., None], 0)))
         logits = self.class_head(features)
         return features, logits, full_precision(self.box_head(features)) + prior, prior
 
     def _priors(self, memory: Memory) -> tuple[Float[Tensor, "b s 4"], Bool[Tensor, "b s"]]:
-        centres = token_centres(memory)
+        centers = token_centers(memory)
         sides = torch.cat([
-            centres.new_full((height * width, 2), self.size * 2.0**level)
+            centers.new_full((height * width, 2), self.size * 2.0**level)
             for level, (height, width) in enumerate(memory.shapes)
         ])  # fmt: skip
-        prior = torch.cat((centres, sides.expand_as(centres)), dim=-1)
-        usable = ((prior > 0.01) & (prior < 0.99)).all(-1) & ~memory.padding
+        prior = torch.cat((centers, sides.expand_as(centers)), dim=-1)
+        usable = ((prior > 0.01) & (prior < 0.99)).all(-1) & ~memory.key_padding_mask
         return torch.log(prior / (1 - prior)).masked_fill(~usable[..., None], math.inf), usable
 
 
@@ -122,7 +122,7 @@ class EncoderBoxes(nn.Module):
         nn.init.xavier_uniform_(self.content.weight)
 
     def forward(self, memory: Memory) -> tuple[Queries, FirstStage]:
-        """Queries, and the encoder's predictions for the chosen tokens."""
+        """Return the queries, and the predictions of the encoder for the chosen tokens."""
         _, logits, boxes, prior = self.proposals(memory)
         chosen = _best(logits.amax(-1), self.content.num_embeddings)
         logits, boxes, prior = (_pick(x, chosen) for x in (logits, boxes, prior))
@@ -132,10 +132,10 @@ class EncoderBoxes(nn.Module):
 
 
 class EncoderProposals(nn.Module):
-    """Content and position both computed from the encoder's best boxes (two-stage Deformable DETR).
+    """Content and position computed from the best boxes of the encoder (two-stage Deformable DETR).
 
-    The official code ranks tokens by the logit of class 0 ("first_class"), whatever class 0 is;
-    "best_class" ranks them by their best class.
+    The official code ranks tokens by the logit of class 0 ("first_class"), whatever that class is; "best_class" ranks
+    them by the logit of their best class.
     """
 
     def __init__(self, num_queries: int, hidden_dim: int, proposals: Proposals, score: ProposalScore) -> None:
@@ -146,7 +146,7 @@ class EncoderProposals(nn.Module):
         self.norm = nn.LayerNorm(2 * hidden_dim)
 
     def forward(self, memory: Memory) -> tuple[Queries, FirstStage]:
-        """Queries, and the encoder's predictions for every token."""
+        """Return the queries, and the predictions of the encoder for every token."""
         _, logits, boxes, prior = self.proposals(memory)
         ranking = logits[..., 0] if self.score == "first_class" else logits.amax(-1)
         reference = _pick(boxes, _best(ranking, self.num_queries)).detach().sigmoid()

@@ -1,7 +1,8 @@
-"""The values that travel between the parts of a detector. All frozen; shapes are in the types.
+"""Define the values that the parts of a detector exchange. All are frozen; shapes are in the types.
 
-Boxes are cxcywh in [0, 1], relative to the image without its padding, unless a name ends in `_xyxy`.
-`padding` is True where padded, `blocked` is True where not attended; the batch always comes first.
+Boxes are cxcywh in [0, 1], relative to the image without its padding, unless a name ends in `_xyxy`. The batch is the
+first dimension. Masks follow `torch.nn.MultiheadAttention`: True masks. `padding_mask` and `key_padding_mask` are True
+where padded, `attn_mask[i, j]` is True where query i must not attend to query j.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Images:
-    """A batch of normalised images, padded at the right and at the bottom to one size."""
+    """A batch of normalized images, padded on the right and at the bottom to a common size."""
 
     pixels: Float[Tensor, "b 3 h w"]
-    padding: Bool[Tensor, "b h w"]
+    padding_mask: Bool[Tensor, "b h w"]  # True where padded
 
 
 @dataclass(frozen=True)
@@ -29,34 +30,35 @@ class Targets:
     boxes: Float[Tensor, "t 4"]
     counts: tuple[int, ...]
 
-    def places(self) -> tuple[Int64[Tensor, " t"], Int64[Tensor, " t"]]:
-        """The image of each row, and the row's number within it; made on the device, without a transfer."""
+    def indices(self) -> tuple[Int64[Tensor, " t"], Int64[Tensor, " t"]]:
+        """Return the image of each row, and the row's index within that image."""
+        # Built on the device from Python numbers: a copy from the host would wait for the device.
         device = self.labels.device
         empty = [torch.zeros(0, dtype=torch.int64, device=device)]
         image = [torch.full((count,), i, device=device) for i, count in enumerate(self.counts)]
-        place = [torch.arange(count, device=device) for count in self.counts]
-        return torch.cat(empty + image), torch.cat(empty + place)
+        index = [torch.arange(count, device=device) for count in self.counts]
+        return torch.cat(empty + image), torch.cat(empty + index)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What the decoder looks at: the tokens of all feature levels, flattened and concatenated."""
+    """The tokens of all feature levels, flattened and concatenated: what the decoder attends to."""
 
     tokens: Float[Tensor, "b s d"]
     pos: Float[Tensor, "b s d"]
-    padding: Bool[Tensor, "b s"]
+    key_padding_mask: Bool[Tensor, "b s"]  # True where padded
     shapes: tuple[tuple[int, int], ...]  # (height, width) of each level
-    valid_ratios: Float[Tensor, "b l 2"]  # share of each level's (width, height) that is not padding
+    valid_ratios: Float[Tensor, "b l 2"]  # fraction of each level's (width, height) that is not padding
 
 
 @dataclass(frozen=True)
 class Queries:
-    """What the decoder starts from. `reference` is a point (cx, cy) or a box (cx, cy, w, h) in [0, 1]."""
+    """The input of the decoder. `reference` is a point (cx, cy) or a box (cx, cy, w, h) in [0, 1]."""
 
     content: Float[Tensor, "b q d"]
     pos: Float[Tensor, "b q d"] | None = None
     reference: Float[Tensor, "b q k"] | None = None
-    blocked: Bool[Tensor, "q q"] | None = None
+    attn_mask: Bool[Tensor, "q q"] | None = None  # True where query i must not attend to query j
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Detections:
-    """The detections of one image, best first. `boxes_xyxy` in pixels of the original image."""
+    """The detections of one image, best first. `boxes_xyxy` are in pixels of the original image."""
 
     scores: Float[Tensor, " k"]
     labels: Int64[Tensor, " k"]
@@ -78,7 +80,7 @@ class Detections:
 
 @dataclass(frozen=True)
 class FirstStage:
-    """What the encoder predicted, as one layer; `proposals` are its boxes before regression."""
+    """The predictions of the encoder, as one layer; `proposals` are its boxes before regression."""
 
     predictions: Predictions
     proposals: Float[Tensor, "b q 4"]
@@ -86,11 +88,11 @@ class FirstStage:
 
 @dataclass(frozen=True)
 class Denoised:
-    """Predictions of denoising queries: `num_groups` groups of `block` positives and `block` negatives."""
+    """Predictions of the denoising queries; see `detrs.denoising.NoisedQueries`."""
 
     predictions: Predictions
     num_groups: int
-    block: int
+    max_targets: int
 
 
 @dataclass(frozen=True)

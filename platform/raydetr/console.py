@@ -1,37 +1,51 @@
-"""What a person sees in the terminal: status lines, the progress of a run, progress bars."""
+"""Print to the terminal: status lines, the progress of a run, progress bars."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Self, TextIO
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
+PLAIN_SECONDS = 10.0  # Between two lines where there is no terminal
+
+
+def print_status(text: str) -> None:
+    """Print a line for the user on standard error; standard output is for results."""
+    _print_line(Console(stderr=True), text)
+
+
+def _print_line(console: Console, line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+# --- The progress of a run ---
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a run is. `seconds` counts from the first step of this process."""
+class RunProgress:
+    """Progress of a run. `seconds` counts from the first step of this process."""
 
     step: int
     total_steps: int
-    first_step: int  # the step this attempt began at
+    first_step: int  # Of this attempt
     epoch: float
     epochs: int
     seconds: float
     images_per_second: float
     loss: float | None = None
     ap: float | None = None
-    corrupt: int = 0  # different samples so far
+    corrupt: int = 0  # Distinct corrupt samples so far
     phase: str = "training"
-    warning: str | None = None  # the latest; said once, on a line of its own
+    warning: str | None = None  # The latest; printed once, on a line of its own
 
     @property
     def seconds_left(self) -> float | None:
@@ -40,7 +54,7 @@ class Progress:
         return self.seconds / done * (self.total_steps - self.step) if done > 0 else None
 
     def line(self) -> str:
-        """One line for people."""
+        """Format the progress as one line."""
         parts = [
             self.phase,
             f"epoch {self.epoch:.2f}/{self.epochs}",
@@ -51,12 +65,12 @@ class Progress:
             f"AP {'-' if self.ap is None else f'{self.ap:.3f}'}",
         ]
         if self.corrupt:
-            parts.append(f"damaged {self.corrupt}")
+            parts.append(f"corrupt {self.corrupt}")
         return "  ".join(parts)
 
 
 def duration(seconds: float | None) -> str:
-    """`1:02:03` or `2:03`, or `-` when unknown."""
+    """Format a duration as `1:02:03` or `2:03`, or `-` if unknown."""
     if seconds is None:
         return "-"
     minutes, rest = divmod(round(seconds), 60)
@@ -64,20 +78,15 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def print_status(text: str) -> None:
-    """A line for the person at the command line, on standard error."""
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False)
-
-
 class Display:
-    """Shows the latest Progress on a stream (standard error by default)."""
+    """Shows the latest RunProgress on a stream (standard error by default)."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._console = Console(file=stream or sys.stderr)
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
         self._is_terminal = self._console.is_terminal
         self._last_time = -PLAIN_SECONDS
-        self._last: Progress | None = None
+        self._last: RunProgress | None = None
 
     def __enter__(self) -> Self:
         if self._is_terminal:
@@ -90,55 +99,47 @@ class Display:
         if self._is_terminal:
             self._live.stop()
         if self._last is not None:
-            self._print(self._last)
+            _print_line(self._console, self._last.line())
 
-    def show(self, progress: Progress) -> None:
-        """Show `progress` if it is news."""
-        if progress == self._last:
+    def show(self, progress: RunProgress) -> None:
+        """Show the progress if it has changed; without a terminal, print a line now and then."""
+        last = self._last
+        if progress == last:
             return
-        news = self._last is None or progress.ap != self._last.ap or progress.phase != self._last.phase
-        if progress.warning is not None and (self._last is None or progress.warning != self._last.warning):
-            self._say(f"warning: {progress.warning}")
+        is_news = last is None or progress.ap != last.ap or progress.phase != last.phase
+        if progress.warning is not None and (last is None or progress.warning != last.warning):
+            _print_line(self._console, f"warning: {progress.warning}")
         self._last = progress
         now = time.monotonic()
         if self._is_terminal:
             self._live.update(Text(progress.line()), refresh=True)
-        elif news or now - self._last_time >= PLAIN_SECONDS:
+        elif is_news or now - self._last_time >= PLAIN_SECONDS:
             self._last_time = now
-            self._print(progress)
-
-    def _print(self, progress: Progress) -> None:
-        self._say(progress.line())
-
-    def _say(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+            _print_line(self._console, progress.line())
 
 
-class progress_bar:
-    """A progress bar as the callback (done, total) that the library's long functions take."""
+# --- Progress bars ---
 
-    def __init__(self, unit: str) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._unit = unit
-        self._progress = Progress(
-            TextColumn(unit),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-        self._task: Any = None
+@contextmanager
+def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on standard error; yields the callback (done, total) that updates it."""
+    bar = Progress(
+        TextColumn(unit),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
 
-    def __enter__(self) -> Callable[[int, int], None]:
-        return self._update
+    def update(done: int, total: int) -> None:
+        if not bar.tasks:  # Starts with the first call, so that an error before it is printed alone
+            bar.start()
+            bar.add_task(unit, total=total)
+        bar.update(bar.tasks[0].id, completed=done)
 
-    def _update(self, done: int, total: int) -> None:
-        if self._task is None:  # not before there is something to show: an error stands alone
-            self._progress.start()
-            self._task = self._progress.add_task(self._unit, total=total)
-        self._progress.update(self._task, completed=done)
-
-    def __exit__(self, *_: object) -> None:
-        if self._task is not None:
-            self._progress.stop()
+    try:
+        yield update
+    finally:
+        if bar.tasks:
+            bar.stop()

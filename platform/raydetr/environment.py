@@ -1,4 +1,4 @@
-"""What a run ran on: versions, git revision, processor, GPUs."""
+"""Describe the environment of a run: versions, git revision, processor, GPUs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def describe_environment() -> dict[str, Any]:
-    """Plain values for JSON; `git` is None outside a git checkout of this package."""
+    """Return plain values for JSON; `git` is None outside a git checkout of this package."""
     return {
         "python": sys.version,
         "platform": platform.platform(),
@@ -28,8 +28,8 @@ def describe_environment() -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Revision and dirty flag of the checkout that tracks `folder`; None where there is none."""
-    # a virtual environment may lie inside the checkout of something else: only tracked files count
+    """Return revision and dirty flag of the checkout that tracks `folder`, None where there is none."""
+    # A virtual environment may be inside the checkout of another project: only tracked files count
     if not _git(folder, "ls-files", "."):
         return None
     revision = _git(folder, "rev-parse", "HEAD")
@@ -47,7 +47,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def cpu_name() -> str:
-    """The processor as its maker calls it."""
+    """Return the processor's model name."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,6 +1,6 @@
-"""Run one function over many tasks in processes, with progress, and so that none is left behind.
+"""Run one function over many tasks in worker processes, with progress, and leave no process behind.
 
-Used by what goes over whole data sets: writing, checking and indexing shards.
+Writing, checking, indexing and scanning shards use it.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ from typing import Any, TypeVar
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Advance = Callable[[int], None]  # called by a task with what was done since its last call
-Progress = Callable[[int, int], None]  # called with (done, in all)
+Advance = Callable[[int], None]  # called by a task with the number of units done since its last call
+Progress = Callable[[int, int], None]  # called with (units done, total)
 
 POLL_SECONDS = 0.2
-PRELOAD = ["raydetr.shards.writer"]  # imports webdataset, and with it torch: once, not in each process
 
 
-class Stopped(Exception):
-    """Ends a task whose result nobody will look at."""
+class Cancelled(Exception):
+    """Ends a task whose result is no longer needed."""
 
 
 class _Link:
-    """A worker process's connection with its parent; processes can be given it at their start only."""
+    """State that a worker process shares with its parent; it can be passed only when the process starts."""
 
     counter: Any
     stop: Any
@@ -39,7 +38,7 @@ class _Link:
         with self.counter.get_lock():
             self.counter.value += count
         if self.stop.is_set():
-            raise Stopped
+            raise Cancelled
 
 
 _LINK = _Link()
@@ -52,15 +51,15 @@ def run_tasks(
     workers: int,
     progress: Callable[[int], None] | None = None,
 ) -> Generator[Result]:
-    """Yield function(task, advance) for each task, in order; close the iterator to stop early.
+    """Yield `function(task, advance)` for each task, in order; close the iterator to stop early.
 
     Only a few tasks are in memory at a time. When this process is killed, its workers end too.
 
     Args:
-        function: of a module, so that another process can find it.
-        tasks: what to do; they must be picklable.
-        workers: processes; 1: in this one.
-        progress: called with what was done so far.
+        function: a module-level function, so that another process can import it.
+        tasks: the picklable arguments of the calls.
+        workers: number of processes; 1 runs all tasks in this process.
+        progress: called with the number of units done so far.
 
     Raises:
         RuntimeError: a worker process died.
@@ -95,13 +94,15 @@ def _run_in_processes(
     progress: Callable[[int], None] | None,
 ) -> Generator[Result]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    # The server imports the module of the task once (with torch, say); the workers are forked from it.
+    context.set_forkserver_preload([function.__module__])
     counter, stop = context.Value("Q", 0), context.Event()
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(counter, stop))
     waiting: deque[Future[Result]] = deque()
     remaining = iter(tasks)
     try:
         while True:
+            # Two tasks per worker keep all of them busy and bound the memory; tasks are created lazily.
             while len(waiting) < 2 * workers and (task := next(remaining, None)) is not None:
                 waiting.append(pool.submit(_run, function, task))
             if not waiting:
@@ -128,14 +129,15 @@ def _run(function: Callable[[Task, Advance], Result], task: Task) -> Result:
 
 
 def _start(counter: Any, stop: Any) -> None:
-    """Prepare a worker process: Ctrl-C is its parent's business, and it ends when its parent does."""
+    """Prepare a worker process: it leaves Ctrl-C to its parent and exits when the parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _LINK.counter, _LINK.stop = counter, stop
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def exit_with_parent() -> None:
+    """Wait for the parent process to end, then end this one: for a thread of a child."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])

@@ -1,4 +1,4 @@
-"""Backbones: torchvision's names, weights from files, what is frozen."""
+"""Test backbones: torchvision's names, weights from files, frozen stages."""
 
 from __future__ import annotations
 

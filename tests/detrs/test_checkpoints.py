@@ -1,4 +1,4 @@
-"""Official checkpoints: names, shapes and aliases of the full-size models, there and back; first values."""
+"""Test official checkpoints: names, shapes and aliases of the full-size models, round trips, initial values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from detrs.checkpoints import (
     load_official,
     official_names,
     read_official,
-    recognise,
+    recognize_paper,
     to_official,
 )
 from detrs.zoo import ModelConfig, build
@@ -55,10 +55,10 @@ def test_every_official_name_is_ours(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FULL)
-def test_there_and_back_is_lossless(name: str) -> None:
+def test_round_trip_is_lossless(name: str) -> None:
     config = full_config(goldens.read(name).manifest)
     own = meta_detector(config).state_dict()
-    # one number a tensor stands for its values; expand keeps the shape without the memory
+    # One number per tensor stands for its values; expand gives the shape without the memory.
     state = {key: torch.tensor(float(i)).expand(value.shape) for i, (key, value) in enumerate(own.items())}
     back = from_official(config, to_official(config, state), own)
     assert back.keys() == state.keys()
@@ -66,7 +66,7 @@ def test_there_and_back_is_lossless(name: str) -> None:
 
 
 def official_zeros(config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(our state dict without values, an official one of zeros)"""
+    """Return our state dict without values, and an official one of zeros."""
     own = meta_detector(config).state_dict()
     return own, to_official(config, {key: torch.zeros(()).expand(value.shape) for key, value in own.items()})
 
@@ -116,7 +116,7 @@ def check_distribution(key: str, value: Tensor, mean: float, std: float, low: fl
         assert value.min().item() == pytest.approx(low, abs=1e-5), key
         assert value.std(correction=0 if number == 4 else 1).item() == pytest.approx(std, rel=1e-1), key
         return
-    # two samples of one distribution; six standard errors, and more for the few numbers of a small tensor
+    # Two samples of one distribution: six standard errors, and more for small tensors.
     assert abs(value.mean().item() - mean) < 6 * std * (2 / number) ** 0.5, key
     if number >= 16:
         assert abs(value.std().item() / std - 1) < 6 * (1 / number) ** 0.5, key
@@ -127,7 +127,7 @@ SMALL = ["detr", "conditional", "dab", "deformable_two_stage", "dino"]
 
 
 def save_official(config: ModelConfig, path: Path) -> dict[str, Tensor]:
-    """A file such as the official training scripts write."""
+    """Write a checkpoint file as the official training scripts do."""
     state = build(config).detector.state_dict()
     official = {f"module.{name}": value for name, value in to_official(config, state).items()}
     torch.save({"model": official, "args": argparse.Namespace(lr=1e-4), "epoch": 49}, path)
@@ -144,21 +144,21 @@ def test_an_official_file_loads(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_heads_start_anew_for_other_classes(name: str, tmp_path: Path) -> None:
+def test_heads_keep_new_values_for_other_classes(name: str, tmp_path: Path) -> None:
     config = small_models.CONFIGS[name]
     state = save_official(config, tmp_path / "checkpoint.pth")
     other = dataclasses.replace(config, num_classes=7)
     detector = build(other).detector
     new = {key: value.clone() for key, value in detector.state_dict().items()}
-    renewed = load_official(detector, other, tmp_path / "checkpoint.pth")
-    assert {"decoder.class_heads.0.weight", "decoder.class_heads.0.bias"} <= set(renewed)
+    not_loaded = load_official(detector, other, tmp_path / "checkpoint.pth")
+    assert {"decoder.class_heads.0.weight", "decoder.class_heads.0.bias"} <= set(not_loaded)
     for key, value in detector.state_dict().items():
-        assert torch.equal(value, new[key] if key in renewed else state[key]), key
-    assert {key for key in state if state[key].shape != new[key].shape} == set(renewed)
+        assert torch.equal(value, new[key] if key in not_loaded else state[key]), key
+    assert {key for key in state if state[key].shape != new[key].shape} == set(not_loaded)
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_another_papers_checkpoint_is_recognised(name: str, tmp_path: Path) -> None:
+def test_another_papers_checkpoint_is_recognized(name: str, tmp_path: Path) -> None:
     save_official(small_models.CONFIGS[name], tmp_path / "checkpoint.pth")
     other = small_models.CONFIGS["dab" if name != "dab" else "dino"]
     paper = small_models.CONFIGS[name].paper
@@ -166,7 +166,7 @@ def test_another_papers_checkpoint_is_recognised(name: str, tmp_path: Path) -> N
         load_official(build(other).detector, other, tmp_path / "checkpoint.pth")
 
 
-def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
+def test_files_that_are_not_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
         read_official(tmp_path / "nothing.pth")
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
@@ -175,6 +175,6 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FULL)
-def test_full_models_are_recognised(name: str) -> None:
+def test_full_models_are_recognized(name: str) -> None:
     manifest = goldens.read(name).manifest
-    assert recognise(manifest["state_dict"]) == full_config(manifest).paper
+    assert recognize_paper(manifest["state_dict"]) == full_config(manifest).paper

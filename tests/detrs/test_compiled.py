@@ -1,4 +1,4 @@
-"""torch.compile of whole detectors gives the same outputs, loss and gradients."""
+"""Test that compiled detectors give the same outputs, loss and gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The class losses against plain definitions, and the criterion as a whole."""
+"""Test the class losses against plain definitions, and the complete criterion."""
 
 from __future__ import annotations
 
@@ -78,14 +78,14 @@ def synthetic(counts: tuple[int, ...], num_classes: int = 4) -> tuple[Outputs, T
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(2, len(counts), 6, num_classes, generator=generator)
     boxes = 0.2 + 0.3 * torch.rand(2, len(counts), 6, 4, generator=generator)
-    wanted = 0.2 + 0.3 * torch.rand(sum(counts), 4, generator=generator)
+    target_boxes = 0.2 + 0.3 * torch.rand(sum(counts), 4, generator=generator)
     labels = torch.randint(0, num_classes, (sum(counts),), generator=generator)
-    return Outputs(Predictions(logits, boxes)), Targets(labels, wanted, counts)
+    return Outputs(Predictions(logits, boxes)), Targets(labels, target_boxes, counts)
 
 
 @pytest.mark.parametrize("kind", ["focal", "mal"])
 def test_a_batch_is_the_sum_of_its_images(kind: str) -> None:
-    """With a common normaliser: what data-parallel training relies on."""
+    """Data-parallel training relies on this, with a common normalizer."""
     outputs, targets = synthetic((2, 0, 3))
     criterion = Criterion(LossConfig(kind), giou_eps=1e-6)
     parts = []
@@ -95,8 +95,8 @@ def test_a_batch_is_the_sum_of_its_images(kind: str) -> None:
         alone = Predictions(outputs.predictions.logits[:, i : i + 1], outputs.predictions.boxes[:, i : i + 1])
         one = Targets(targets.labels[rows], targets.boxes[rows], (count,))
         parts.append(criterion(Outputs(alone), one, 5.0).total)
-    whole = criterion(outputs, targets, torch.tensor(5.0)).total
-    torch.testing.assert_close(torch.stack(parts).sum(), whole)
+    total = criterion(outputs, targets, torch.tensor(5.0)).total
+    torch.testing.assert_close(torch.stack(parts).sum(), total)
 
 
 def test_without_aux_loss_only_the_last_layer_counts() -> None:

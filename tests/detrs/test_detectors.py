@@ -1,4 +1,4 @@
-"""Every model, small: shapes, gradients, odd inputs, learning, mixed precision, configuration."""
+"""Test small versions of all models: shapes, gradients, unusual inputs, learning, mixed precision, configuration."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_gradients_reach_every_parameter(name: str, counts: tuple[int, ...]) -> 
     torch.manual_seed(0)
     model = build(small_models.CONFIGS[name])
     for parameter in model.detector.parameters():
-        if parameter.abs().max() == 0:  # a start at zero stops gradients in the first step, on purpose
+        if parameter.abs().max() == 0:  # zero initialization stops gradients in the first step, on purpose
             torch.nn.init.normal_(parameter, std=0.1)
     model.detector.train()
     outputs, total = step(model, *small_models.batch(counts))
@@ -39,7 +39,7 @@ def test_gradients_reach_every_parameter(name: str, counts: tuple[int, ...]) -> 
     assert [n for n, gradient in gradients.items() if not gradient.isfinite().all()] == []
     if min(counts) > 0:
         zero = {n for n, gradient in gradients.items() if gradient.abs().max() == 0}
-        # content that starts as zeros is the same for all queries: the first self-attention mixes nothing
+        # Content that starts as zeros is equal for all queries: the first self-attention has no gradient.
         same = ("decoder.layers.0.self_attention", "decoder.layers.0.norm1.weight")
         assert {n for n in zero if not (starts_at_zero(name) and n.startswith(same))} == set()
     assert outputs.predictions.boxes.min() >= 0
@@ -71,8 +71,8 @@ def test_shapes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("dino")])
-def test_padding_is_not_seen(name: str) -> None:
-    """Tokens in a padded batch give what they give alone. (DINO's positions depend on padding by design.)"""
+def test_padding_has_no_influence(name: str) -> None:
+    """Padded and unpadded batches give equal predictions. (DINO's positions depend on padding by design.)"""
     torch.manual_seed(0)
     detector = build(small_models.CONFIGS[name]).detector.double().eval()
     pixels = torch.randn(1, 3, 64, 64, dtype=torch.float64)
@@ -88,9 +88,9 @@ def test_padding_is_not_seen(name: str) -> None:
 
 
 def pad_with_garbage(memory: Memory) -> Memory:
-    """The same tokens in the upper left of maps twice as high and three times as wide."""
+    """Put the tokens into the upper left of maps twice as high and three times as wide."""
     sizes = [height * width for height, width in memory.shapes]
-    parts: dict[str, list[torch.Tensor]] = {"tokens": [], "pos": [], "padding": []}
+    parts: dict[str, list[torch.Tensor]] = {"tokens": [], "pos": [], "mask": []}
     for tokens, pos, (height, width) in zip(
         memory.tokens.split(sizes, 1), memory.pos.split(sizes, 1), memory.shapes, strict=True
     ):
@@ -100,7 +100,7 @@ def pad_with_garbage(memory: Memory) -> Memory:
             parts[key].append(wide.flatten(1, 2))
         padding = torch.ones(1, 2 * height, 3 * width, dtype=torch.bool)
         padding[:, :height, :width] = False
-        parts["padding"].append(padding.flatten(1))
+        parts["mask"].append(padding.flatten(1))
     shapes = tuple((2 * height, 3 * width) for height, width in memory.shapes)
     ratios = torch.tensor([1 / 3, 1 / 2], dtype=torch.float64).expand(1, len(shapes), 2)
     return Memory(*(torch.cat(parts[key], 1) for key in parts), shapes=shapes, valid_ratios=ratios)
@@ -141,15 +141,15 @@ def test_bf16_autocast_scores_in_float32(name: str) -> None:
     losses.total.backward()
 
 
-@pytest.mark.parametrize("where", ["logits", "boxes"])
+@pytest.mark.parametrize("field", ["logits", "boxes"])
 @pytest.mark.parametrize("counts", [(2, 1), (2, 0)], ids=str)
-def test_nan_in_predictions_names_layer_and_image(where: str, counts: tuple[int, ...]) -> None:
+def test_nan_in_predictions_names_layer_and_image(field: str, counts: tuple[int, ...]) -> None:
     model = build(small_models.CONFIGS["dino"])
     images, targets = small_models.batch(counts)
     outputs = model.detector.eval()(images)
-    spoilt = getattr(outputs.predictions, where).detach().clone()
-    spoilt[1, 1, 3, 2] = float("nan")
-    predictions = dataclasses.replace(outputs.predictions, **{where: spoilt})
+    with_nan = getattr(outputs.predictions, field).detach().clone()
+    with_nan[1, 1, 3, 2] = float("nan")
+    predictions = dataclasses.replace(outputs.predictions, **{field: with_nan})
     with pytest.raises(ValueError, match="decoder layer 1 for image 1"):
         model.criterion(dataclasses.replace(outputs, predictions=predictions), targets, 3.0)
 

@@ -1,6 +1,6 @@
-"""Criterion, matcher, post-processing and denoising against the official ones on synthetic predictions.
+"""Test criterion, matcher, postprocessing and denoising against the official code on synthetic predictions.
 
-The cases: no targets, more targets than queries, saturated logits, boxes without area, and so on.
+The cases: no targets, more targets than queries, saturated logits, boxes without area, and others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 import goldens
 import parity
-from detrs.denoising import ContrastiveDenoising, blocked_attention
+from detrs.denoising import ContrastiveDenoising, denoising_attn_mask
 from detrs.structures import FirstStage, Outputs, Predictions
 from goldens import Golden
 
@@ -40,7 +40,7 @@ def test_case(name: str, case_name: str, dtype: torch.dtype) -> None:
     found = parity.matched_pairs(model, outputs, targets)
     assert found == parity.expected_pairs(case["matcher_indices"])
     losses.total.backward()
-    # the goldens keep the gradients of the logits in float32
+    # The goldens hold the gradients of the logits in float32.
     check_gradients(golden, case, leaves, 1e-7 if dtype == torch.float64 else 1e-4)
     if f"{case_name}/post_scores" in golden.arrays:
         sizes = torch.tensor(case["orig_sizes_hw"])
@@ -102,8 +102,8 @@ def test_noised_queries(name: str, prefix: str) -> None:
     )
     boxes = golden.tensor(f"{prefix}input_query_bbox").sigmoid()
     torch.testing.assert_close(noised.reference, boxes, rtol=0, atol=1e-12)
-    blocked = blocked_attention(noised, case["num_queries"], torch.device("cpu"))
-    assert torch.equal(blocked, golden.tensor(f"{prefix}attn_mask"))
+    attn_mask = denoising_attn_mask(noised, case["num_queries"], torch.device("cpu"))
+    assert torch.equal(attn_mask, golden.tensor(f"{prefix}attn_mask"))
 
 
 @pytest.mark.parametrize(("name", "prefix"), NOISED)
@@ -129,4 +129,4 @@ def test_noise_is_drawn_in_the_official_order(name: str, prefix: str) -> None:
         assert torch.equal(found.new_labels, expected.new_labels)
     if denoising.box_noise > 0:
         assert torch.equal(found.signs, expected.signs)
-        assert torch.equal(found.shares, expected.shares)
+        assert torch.equal(found.fractions, expected.fractions)

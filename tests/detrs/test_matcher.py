@@ -1,4 +1,4 @@
-"""The matcher against all permutations."""
+"""Test the matcher against all permutations."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def random_case(seed: int, counts: tuple[int, ...], num_queries: int) -> tuple[P
     shape = (2, len(counts), num_queries)
     logits = torch.randn(*shape, 5, generator=generator, dtype=torch.float64)
     boxes = 0.1 + 0.4 * torch.rand(*shape, 4, generator=generator, dtype=torch.float64)
-    wanted = 0.1 + 0.4 * torch.rand(sum(counts), 4, generator=generator, dtype=torch.float64)
+    target_boxes = 0.1 + 0.4 * torch.rand(sum(counts), 4, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 4, (sum(counts),), generator=generator)
-    return Predictions(logits, boxes), Targets(labels, wanted, counts)
+    return Predictions(logits, boxes), Targets(labels, target_boxes, counts)
 
 
 def cheapest(costs: np.ndarray) -> float:
-    """Least cost of pairing targets (rows) with queries (columns), by trying everything."""
+    """Return the least cost of pairing targets (rows) with queries (columns), by brute force."""
     if costs.shape[0] > costs.shape[1]:
         costs = costs.T
     rows = range(costs.shape[0])
@@ -49,8 +49,8 @@ def cheapest(costs: np.ndarray) -> float:
 def test_no_assignment_is_cheaper(seed: int, counts: tuple[int, ...], num_queries: int, costs: Costs) -> None:
     predictions, targets = random_case(seed, counts, num_queries)
     (matches,) = match([(predictions, targets.labels)], targets, costs)
-    table = pair_costs(predictions, targets.labels, targets, targets.places()[0], costs).numpy()
-    owner = targets.places()[0]
+    table = pair_costs(predictions, targets.labels, targets, targets.indices()[0], costs).numpy()
+    owner = targets.indices()[0]
     for layer in range(2):
         for image, count in enumerate(counts):
             mine = owner[matches.targets[layer]] == image
@@ -64,14 +64,14 @@ def test_no_assignment_is_cheaper(seed: int, counts: tuple[int, ...], num_querie
 
 def test_costs_are_those_of_the_definition() -> None:
     predictions, targets = random_case(0, (2, 1), 3)
-    table = pair_costs(predictions, targets.labels, targets, targets.places()[0], FOCAL)
+    table = pair_costs(predictions, targets.labels, targets, targets.indices()[0], FOCAL)
     for layer, target, query in itertools.product(range(2), range(3), range(3)):
         image = 0 if target < 2 else 1
         score = predictions.logits[layer, image, query, targets.labels[target]].sigmoid().item()
         focal = 0.25 * (1 - score) ** 2 * -np.log(score + 1e-8) - 0.75 * score**2 * -np.log(1 - score + 1e-8)
-        box, wanted = predictions.boxes[layer, image, query], targets.boxes[target]
-        l1 = (box - wanted).abs().sum().item()
-        expected = 2 * focal + 5 * l1 - 2 * plain_giou(to_xyxy(box).tolist(), to_xyxy(wanted).tolist())
+        box, target_boxes = predictions.boxes[layer, image, query], targets.boxes[target]
+        l1 = (box - target_boxes).abs().sum().item()
+        expected = 2 * focal + 5 * l1 - 2 * plain_giou(to_xyxy(box).tolist(), to_xyxy(target_boxes).tolist())
         assert table[layer, target, query].item() == pytest.approx(expected, abs=1e-12)
 
 

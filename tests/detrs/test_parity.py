@@ -1,6 +1,6 @@
-"""The models against the official ones: same weights in, same numbers out.
+"""Test the models against the official ones: with the same weights, all numbers are equal.
 
-Every setting is read from the goldens' manifests, so that other goldens of the format pass too.
+All settings are read from the manifests of the goldens, so that other goldens of the same format can be used.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ DEFORMABLE = [name for name in NAMES if goldens.read(name).paper in ("deformable
     ("name", "fused"), [(name, True) for name in NAMES] + [(name, False) for name in DEFORMABLE]
 )
 def test_model(name: str, fused: bool, dtype: torch.dtype) -> None:
-    """Deformable attention in both of its forms; the models use the fused one."""
+    """Deformable attention is tested in both forms; the models use the fused one."""
     this, tolerance = run(name, dtype, fused), parity.TOLERANCES[dtype]
-    assert torch.equal(this.images.padding, this.golden.tensor("mask"))
+    assert torch.equal(this.images.padding_mask, this.golden.tensor("mask"))
     parity.check_outputs(this, tolerance)
     parity.check_losses(this.losses, this.golden.manifest, tolerance)
     parity.check_matches(this)

@@ -1,4 +1,4 @@
-"""Mixed precision: the large products in half, everything about boxes and losses in float32."""
+"""Test mixed precision: large products in half precision, boxes and losses in float32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import small_models
-from detrs.attention import QueryPosition
+from detrs.query_position import QueryPosition
 from detrs.structures import Outputs, Predictions, Queries
 from detrs.zoo import build
 
@@ -19,7 +19,7 @@ HALVES = [torch.bfloat16, torch.float16]
 
 
 def tensors_of(outputs: Outputs) -> Iterator[tuple[str, Tensor]]:
-    """All boxes of a detector's outputs."""
+    """Yield all boxes of the outputs of a detector."""
     yield "boxes", outputs.predictions.boxes
     if outputs.first_stage is not None:
         yield "first stage", outputs.first_stage.predictions.boxes
@@ -31,10 +31,10 @@ def tensors_of(outputs: Outputs) -> Iterator[tuple[str, Tensor]]:
 @pytest.mark.parametrize("half", HALVES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_are_near_those_of_float32(name: str, half: torch.dtype) -> None:
-    """A rounding is at most u = 2^-8 (bf16) or 2^-11 (fp16) of a value. Of the many behind a loss about as many
-    go up as down, and a loss is a sum over many boxes: it is off by less than 2u (a quarter of u is seen). Where
-    queries are the encoder's best tokens, rounding also changes which ones are best while all scores are
-    still alike, and other queries are matched: some percents, whatever the precision.
+    """A rounding error is at most u = 2^-8 (bf16) or 2^-11 (fp16) of a value. Errors of both signs average out over
+    the many boxes of a loss: it is off by less than 2u (measured: a quarter of u). If queries are the best tokens of
+    the encoder, rounding also changes the choice while all scores are still similar, and other queries are matched:
+    an error of some percent in any precision.
     """
     torch.manual_seed(0)
     model = build(small_models.CONFIGS[name])
@@ -42,7 +42,7 @@ def test_losses_are_near_those_of_float32(name: str, half: torch.dtype) -> None:
     images, targets = small_models.batch((2, 3))
     results = []
     for enabled in (False, True):
-        torch.manual_seed(7)  # of denoising
+        torch.manual_seed(7)  # for denoising
         with torch.autocast("cpu", half, enabled=enabled):
             outputs = model.detector(images, targets)
         losses = model.criterion(outputs, targets, 5.0)
@@ -65,12 +65,12 @@ def test_references_stay_in_float32_from_layer_to_layer(name: str) -> None:
     model = build(small_models.CONFIGS[name])
     found: list[torch.dtype] = []
 
-    def look(module: nn.Module, arguments: tuple[object, ...], where: QueryPosition) -> None:
+    def record(module: nn.Module, arguments: tuple[object, ...], position: QueryPosition) -> None:
         queries = arguments[2]
         assert isinstance(queries, Queries)
-        found.extend(x.dtype for x in (queries.reference, where.reference) if x is not None)
+        found.extend(x.dtype for x in (queries.reference, position.reference) if x is not None)
 
-    model.detector.decoder.where.register_forward_hook(look)
+    model.detector.decoder.query_position.register_forward_hook(record)
     with torch.autocast("cpu", torch.bfloat16):
         model.detector.train()(*small_models.batch((2, 3)))
     assert set(found) == (set() if name.startswith("detr") else {torch.float32})
@@ -78,8 +78,8 @@ def test_references_stay_in_float32_from_layer_to_layer(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dab", "dab_scalar", "dab_patterns"])
-def test_a_box_head_that_says_nothing_leaves_the_anchors_bit_for_bit(name: str) -> None:
-    """Anchors are parameters and the box heads start at zero: bf16 anywhere between would be seen."""
+def test_zero_deltas_leave_the_anchors_equal_bit_by_bit(name: str) -> None:
+    """Anchors are parameters and the box heads start at zero: any rounding to bf16 between them would show."""
     torch.manual_seed(0)
     detector = build(small_models.CONFIGS[name]).detector.eval()
     images, _ = small_models.batch((1,))

@@ -1,4 +1,4 @@
-"""The factoring holds: DAB-Deformable DETR with denoising, of no single paper, from the same parts."""
+"""Test that the parts compose: DAB-Deformable DETR with denoising, a model of none of the papers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from detrs.layers import box_head, class_head
 from detrs.neck import Neck, PositionEncoding
 from detrs.postprocess import best_pairs
 from detrs.queries import AnchorQueries, EncoderBoxes, Proposals
-from detrs.where import AnchorPosition
+from detrs.query_position import AnchorPosition
 from detrs.zoo import Model
 from detrs.zoo.parts import deformable_decoder_layers, deformable_encoder, level_widths
 

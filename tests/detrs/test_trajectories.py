@@ -1,4 +1,4 @@
-"""Four AdamW steps against the official models': the losses before each, and how far each parameter went."""
+"""Test four AdamW steps against the official models: the loss before each step, the change of each parameter."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_trajectory(name: str, dtype: torch.dtype, tolerance: float) -> None:
 
 
 def official_parameters(config: ModelConfig, model: Model) -> dict[str, nn.Parameter]:
-    """The trained parameters by all their official names."""
+    """Return the trained parameters by all their official names."""
     trained = {n: p for n, p in model.detector.named_parameters() if p.requires_grad}
     names = official_names(config, trained)
     return {official: trained[ours] for ours, group in names.items() for official in group}
@@ -49,7 +49,7 @@ def train(
     parameters: dict[str, nn.Parameter],
     dtype: torch.dtype,
 ) -> Any:
-    """(total loss, gradient norm) of each step, and the loss after the last."""
+    """Yield (total loss, gradient norm) of each step, and the loss after the last step."""
     images, targets, _ = goldens.inputs(manifest, dtype)
     optimizer = adamw(manifest["args"], trajectory, parameters)
     model.detector.eval()
@@ -87,7 +87,7 @@ def check_changes(
     trajectory: dict[str, Any],
     manifest: dict[str, Any],
 ) -> None:
-    # where the gradient is zero but for rounding, AdamW follows the rounding
+    # If a gradient is zero except for rounding, AdamW amplifies the rounding.
     noise = set(manifest["grad_numerically_zero"])
     for name, expected in trajectory["param_delta_norm_float64"].items():
         if name not in noise:

@@ -1,4 +1,4 @@
-"""How often a step of the criterion makes host and device wait for each other, counted."""
+"""Count how often a step of the criterion makes host and device wait for each other."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from detrs.structures import Images, Targets
 from detrs.zoo import BackboneConfig, DinoConfig, build
 
-# what makes the host wait for a device: reading a value, or a shape that depends on values
+# Operators for which the host waits for the device: they read a value, or their shape depends on values
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "repeat_interleave", "is_nonzero"}
 
 
 class Waits(TorchDispatchMode):
-    """Counts operators that read values, and boolean indices, which have to be counted first."""
+    """Count operators that read values, and boolean indices, whose size has to be read first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("counts", [(3, 2), (0, 4), (0, 0)])
-def test_a_step_goes_to_the_host_once_and_comes_back_once(
+def test_a_step_transfers_to_the_host_once_and_back_once(
     counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
@@ -65,6 +65,6 @@ def test_a_step_goes_to_the_host_once_and_comes_back_once(
         losses = model.criterion(outputs, targets, 5.0)
         losses.total.backward()
     assert waits.found == {}
-    # one transfer to the host (`numpy` only looks at what `cpu` brought), one back, for three decoder
-    # layers, the encoder and the denoising queries together
+    # One transfer to the host (`numpy` is a view of the result of `cpu`) and one back, for three decoder
+    # layers, the encoder and the denoising queries together.
     assert transfers == {"cpu": 1, "numpy": 1, "back": 1}

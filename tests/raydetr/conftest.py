@@ -1,4 +1,4 @@
-"""Data sets and runs that several tests share."""
+"""Fixtures for data sets and runs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from raydetr.shards.writer import write_shards
 
 @pytest.fixture(scope="session")
 def coco(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Images and annotations of 53 made pictures."""
+    """Write 53 generated images with annotations."""
     return write_coco(tmp_path_factory.mktemp("coco"), 53)
 
 
 @pytest.fixture(scope="session")
 def shards(coco: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Shards:
-    """The same in four shards."""
+    """Pack the same images into four shards."""
     out = tmp_path_factory.mktemp("shards") / "made"
     write_shards(*coco, out, samples_per_shard=15)
     return open_shards(out)
@@ -33,13 +33,15 @@ def shards(coco: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
 def coco_tiny() -> Path:
     folder = os.environ.get("RAYDETR_COCO_TINY")
     if not folder:
-        pytest.skip("RAYDETR_COCO_TINY does not name a folder with annotations/, train2017/ and val2017/")
+        pytest.skip(
+            "RAYDETR_COCO_TINY is not set: it names a folder with annotations/, train2017/ and val2017/"
+        )
     return Path(folder)
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `coco`, and shards in `train` (48 images) and `val` (21 images)."""
+    """Make a folder with `coco`, and shards in `train` (48 images) and `val` (21 images)."""
     root = tmp_path_factory.mktemp("tiny")
     write_synthetic_data(root / "coco", num_train=48, num_val=21)
     for split in ("train", "val"):
@@ -50,7 +52,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_run(tiny_data: Path, tmp_path: Path) -> RunConfig:
-    """The quickstart on the tiny data: 4 epochs of 6 steps, evaluated after each, one worker."""
+    """Configure the quickstart on the tiny data: 4 epochs of 6 steps, evaluated after each, one worker."""
     return override(
         recipes.quickstart(),
         {

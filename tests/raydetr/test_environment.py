@@ -1,3 +1,5 @@
+"""The description of a run's environment."""
+
 from __future__ import annotations
 
 import json
@@ -18,7 +20,7 @@ def test_versions_and_hardware_are_plain_values() -> None:
     assert len(environment["gpus"]) == torch.cuda.device_count()
 
 
-def test_git_revision_and_dirty_flag(tmp_path: Path) -> None:
+def test_the_git_state_has_revision_and_dirty_flag(tmp_path: Path) -> None:
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=someone", "-c", "user.email=someone@example.org"]
         command = ["git", "-C", str(tmp_path), *identity, *arguments]
@@ -29,7 +31,7 @@ def test_git_revision_and_dirty_flag(tmp_path: Path) -> None:
     assert git_state(package) is None
     git("init", "-q")
     (package / "file.txt").write_text("1")
-    assert git_state(package) is None  # inside a checkout that does not track it
+    assert git_state(package) is None  # Inside a checkout that does not track it
     git("add", ".")
     git("commit", "-q", "-m", "first")
     assert git_state(package) == {"revision": git("rev-parse", "HEAD"), "dirty": False}

@@ -1,4 +1,4 @@
-"""The job as people submit it: to a head node, from a copy of the repository."""
+"""Submit the jobs as users do: to a head node, from a copy of the repository."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def submit(head: RayHead, *entrypoint: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.timeout(600)  # less than a minute; many where the cores are shared
+@pytest.mark.timeout(600)  # less than a minute; much longer on a busy machine
 def test_a_submitted_job_trains_evaluates_and_leaves_a_checkpoint_and_an_mlflow_run(tmp_path: Path) -> None:
     write_synthetic_data(tmp_path / "coco", num_train=32, num_val=16)
     for split in ("train", "val"):
@@ -60,8 +60,8 @@ def test_a_submitted_job_trains_evaluates_and_leaves_a_checkpoint_and_an_mlflow_
 
 
 @pytest.mark.timeout(600)
-def test_what_a_job_uploads_is_small() -> None:
-    """Ray refuses working directories over 100 MiB; what .gitignore names is not uploaded."""
+def test_the_upload_of_a_job_is_small() -> None:
+    """Ray refuses working directories over 100 MiB; files in .gitignore are not uploaded."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT,

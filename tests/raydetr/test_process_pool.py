@@ -18,12 +18,12 @@ from raydetr.shards.writer import write_shards
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_results_come_in_order_and_tasks_are_made_late(workers: int) -> None:
-    made: list[int] = []
+def test_results_come_in_order_and_tasks_are_created_lazily(workers: int) -> None:
+    created: list[int] = []
 
     def tasks() -> Iterator[int]:
         for task in range(20):
-            made.append(task)
+            created.append(task)
             yield task
 
     seen: list[int] = []
@@ -31,7 +31,7 @@ def test_results_come_in_order_and_tasks_are_made_late(workers: int) -> None:
     results = run_tasks(process_of, tasks(), workers=workers, progress=seen.append)
     for number, (task, process) in enumerate(results):
         assert task == number
-        assert len(made) <= number + 1 + 2 * workers
+        assert len(created) <= number + 1 + 2 * workers
         processes.add(process)
     assert seen == sorted(seen)
     assert seen[-1] == 20

@@ -1,4 +1,4 @@
-"""The recipes against the official settings: models, rates of every parameter, schedules, augmentation."""
+"""The recipes, compared with the official settings: models, rates of all parameters, schedules, augmentation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from raydetr import recipes
 from raydetr.config import OptimConfig, RunConfig, flatten, to_dict
 from raydetr.training.optim import lr_factor, parameter_groups
 
-# full-size official model -> recipes that train it
+# Full-size official model -> recipes that train it
 TRAINED_BY = {
     "detr": ["detr_r50_500ep", "detr_r50_150ep"],
     "conditional_detr": ["conditional_detr_r50_50ep"],
@@ -34,7 +34,7 @@ TRAINED_BY = {
 }
 PAIRS = [(full, recipe) for full, names in TRAINED_BY.items() for recipe in names]
 
-# (epochs, epoch of the drop, images a batch), from the papers and the official instructions
+# (epochs, epoch of the drop, images per batch), from the papers and the official instructions
 SCHEDULES = {
     "detr_r50_500ep": (500, 400, 64),
     "detr_r50_150ep": (150, 100, 16),
@@ -109,7 +109,7 @@ def test_every_parameter_has_its_official_rate_and_groups_are_few(full: str, rec
 
 
 def official_rates(optimizer: dict[str, Any], names: set[str]) -> dict[str, float]:
-    """The rate of each official name, as the manifest describes the groups."""
+    """The rate of each official parameter, from the groups in the manifest."""
     others, backbone, *slow = optimizer["groups"]
     assert others["names"].startswith("every other trainable parameter")
     rates = {name: float(others["lr"]) for name in names}
@@ -123,7 +123,7 @@ def official_rates(optimizer: dict[str, Any], names: set[str]) -> dict[str, floa
     return rates
 
 
-def test_the_test_of_rates_sees_a_wrong_one() -> None:
+def test_official_rates_include_the_slow_group() -> None:
     optimizer = manifest_of("deformable_detr")["optimizer"]
     rates = official_rates(optimizer, {name for name in manifest_of("deformable_detr")["state_dict"]
                                        if trains(name)})  # fmt: skip
@@ -132,7 +132,7 @@ def test_the_test_of_rates_sees_a_wrong_one() -> None:
 
 
 def trains(name: str) -> bool:
-    """Of an official name: norms, stem and first stage of the backbone are frozen."""
+    """True for an official name that is trained: norms, stem and first stage of the backbone are frozen."""
     in_backbone = name.startswith("backbone")
     return not in_backbone or (
         "layer1" not in name and bool(re.search(r"layer\d.*(conv\d|downsample\.0)", name))
@@ -157,7 +157,7 @@ def test_the_schedule_is_the_official_one(recipe: str) -> None:
 
 @pytest.mark.parametrize("recipe", ["dino_r50_4scale_12ep", "conditional_detr_r50_50ep", "detr_r50_150ep"])
 def test_the_rate_of_every_epoch_is_that_of_torchs_scheduler(recipe: str) -> None:
-    """StepLR, stepped after each epoch, as in the official loops; on data that the batch divides."""
+    """Compare with StepLR, stepped after each epoch as in the official loops; the batch size divides the data."""
     optim = recipes.find(recipe).optim
     (drop,) = optim.lr_drop_epochs
     steps_per_epoch = 7
@@ -213,7 +213,7 @@ def goldens_data() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("recipe", [*SCHEDULES, *FINETUNE])
-def test_names_say_what_is_set(recipe: str) -> None:
+def test_names_match_the_settings(recipe: str) -> None:
     model = recipes.find(recipe).model
     assert model.backbone.name == ("resnet101" if "r101" in recipe else "resnet50")
     assert model.backbone.dilation == ("dc5" in recipe)
@@ -222,7 +222,7 @@ def test_names_say_what_is_set(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", SCHEDULES)
-def test_docstrings_say_paper_ap_cost_and_command(recipe: str) -> None:
+def test_docstrings_have_paper_ap_cost_and_command(recipe: str) -> None:
     (function,) = (function for function in recipes.RECIPES if function.__name__ == recipe)
     text = inspect.getdoc(function) or ""
     assert re.search(r"AP \d\d\.\d\.$", recipes.summary(function)), text
@@ -252,7 +252,7 @@ PARENTS = {
 
 
 @pytest.mark.parametrize("recipe", FINETUNE)
-def test_fine_tuning_is_gentler_than_the_training_it_starts_from(recipe: str) -> None:
+def test_fine_tuning_has_lower_rates_than_the_training_it_starts_from(recipe: str) -> None:
     config, parent = recipes.find(recipe), recipes.find(PARENTS[recipe])
     assert config.init.checkpoint == Path("weights") / PARENTS[recipe].rpartition("_")[0]
     assert config.optim.epochs <= 60
@@ -279,12 +279,12 @@ def changes(before: RunConfig, after: RunConfig) -> set[str]:
         ("dab_detr_r50_50ep", "dab_detr_r50_3patterns_50ep", {"model.num_patterns"}),
     ],
 )
-def test_a_variant_changes_what_it_says(parent: str, variant: str, paths: set[str]) -> None:
+def test_a_variant_changes_only_what_its_name_implies(parent: str, variant: str, paths: set[str]) -> None:
     assert changes(recipes.find(parent), recipes.find(variant)) == {"recipe", *paths}
 
 
 @pytest.mark.parametrize("recipe", [*SCHEDULES, *FINETUNE])
-def test_the_page_says_for_what_a_scale_is_drawn(recipe: str) -> None:
+def test_the_documentation_has_scale_per_of_each_recipe(recipe: str) -> None:
     rows = [
         line
         for line in (ROOT / "docs/recipes.md").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""A real browser without a window: what a page looks like to it after loading."""
+"""Load pages in a real browser without a window."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def find_browser() -> str | None:
-    """The browser's program, if there is one."""
+    """Return the path of a browser, None where none is installed."""
     return next((found for name in PROGRAMS if (found := shutil.which(name))), None)
 
 
 def load(browser: str, page: Path, profile: Path, *options: str) -> tuple[str, str]:
-    """Load a page; returns the document after its scripts have run, and the messages of its console."""
+    """Load a page; return the document after its scripts have run, and the messages of its console."""
     done = subprocess.run(
         [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
          "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",

@@ -1,6 +1,6 @@
-"""Compares a small model with its compiled self: `python compare_compiled.py BACKEND NAME`.
+"""Compare a small model with its compiled version: `python compare_compiled.py BACKEND NAME`.
 
-A program of its own, because the type checks that pytest puts around every function cannot be compiled.
+This is a separate program, because the type checks that pytest adds to every function cannot be compiled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def main(backend: str, name: str) -> None:
     model = build(small_models.CONFIGS[name])
     model.detector.eval()
     images, targets = small_models.batch((2, 1), size=(64, 64))
-    # fullgraph: nothing in it falls back to Python
+    # fullgraph: an error if anything falls back to Python
     compiled = torch.compile(model.detector, backend=backend, fullgraph=True)
     results = []
     for detector in (model.detector, compiled):

@@ -1,7 +1,7 @@
-"""Random damage to a folder of shards: what disks, networks, programs and people do to files.
+"""Corrupt a folder of shards at random, as disks, networks, programs and people do.
 
-Each function takes the folder (a copy, to be spoilt) and a generator, and changes something in place. Those
-named `wrongly_written_...` also bring crc, index and manifest into line with the damage, as a faulty writer would.
+Each function takes the folder (a copy) and a generator, and changes something in place. Those named
+`wrongly_written_...` also adapt crc, index and manifest to the corruption, as a buggy writer would.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def truncate(folder: Path, rng: np.random.Generator) -> None:
     content = path.read_bytes()
     end = int(rng.integers(len(content)))
     if rng.random() < 0.3:
-        end -= end % 512  # where a tar looks whole
+        end -= end % 512  # where a tar looks complete
     path.write_bytes(content[:end])
 
 
@@ -80,7 +80,7 @@ def append(folder: Path, rng: np.random.Generator) -> None:
 
 
 def overwrite_a_range(folder: Path, rng: np.random.Generator) -> None:
-    """As a disk that loses a block, or gives another one."""
+    """Overwrite bytes like a disk that loses a block, or returns another one."""
     path = pick(rng, files(folder))
     content = bytearray(path.read_bytes())
     length = int(rng.integers(1, min(len(content), 4096) + 1))
@@ -121,7 +121,7 @@ def exchange_two_samples(folder: Path, rng: np.random.Generator) -> None:
 
 
 def members(folder: Path, rng: np.random.Generator) -> tuple[Path, bytes, list[tuple[int, int]]]:
-    """A shard, its content, and begin and end of each member with its header."""
+    """Return a shard, its content, and start and end of each member with its header."""
     rows = samples_of(folder)
     shard = int(rng.integers(rows["shard"].max() + 1))
     found = []
@@ -140,7 +140,7 @@ def exchange_two_members(folder: Path, rng: np.random.Generator) -> None:
 
 
 def lose_a_member(folder: Path, rng: np.random.Generator) -> None:
-    """What follows moves up, or zeros are where it was."""
+    """Remove a member: the rest moves up, or zeros take its place."""
     path, content, found = members(folder, rng)
     begin, end = pick(rng, found)
     gap = bytes(end - begin)
@@ -153,7 +153,7 @@ def lose_a_member(folder: Path, rng: np.random.Generator) -> None:
 
 
 def wrong_size_in_the_manifest(folder: Path, rng: np.random.Generator) -> None:
-    """The shard is cut or longer, and the manifest says so."""
+    """Truncate or extend a shard, and set that size in the manifest."""
     path = pick(rng, files(folder, "*.tar"))
     content = path.read_bytes()
     change = int(rng.integers(-len(content), 2048))
@@ -166,7 +166,7 @@ def wrong_size_in_the_manifest(folder: Path, rng: np.random.Generator) -> None:
 
 
 def junk_in_the_manifest(folder: Path, rng: np.random.Generator) -> None:
-    """A value somewhere is replaced, removed, or joined by another one."""
+    """Replace or remove a value somewhere, or add another one."""
     manifest = json.loads((folder / "manifest.json").read_text())
     node: Any = manifest
     while True:
@@ -202,7 +202,7 @@ def no_manifest_at_all(folder: Path, rng: np.random.Generator) -> None:
 
 
 def another_index(folder: Path, rng: np.random.Generator) -> None:
-    """Of the same samples in another order, of fewer, of more, or before they were changed."""
+    """Write an index with the same samples in another order, with fewer, with more, or with another crc."""
     rows = samples_of(folder)
     match rng.integers(4):
         case 0:
@@ -224,8 +224,8 @@ def a_wrong_row_in_the_index(folder: Path, rng: np.random.Generator) -> None:
         rng, [value + 1, value - 1, value + 512, value * 2, 0, 2**31, 2**32 - 1, int(rng.integers(2**31))]
     )
     rows[name][at] = np.int64(wrong).astype(rows.dtype[name])
-    # the image ids of shards that others wrote are what the index says, whatever that is
-    is_data = name == "image_id" and Manifest.load(folder).foreign is not None
+    # The image ids of third-party shards are defined by the index, so any value is valid.
+    is_data = name == "image_id" and Manifest.load(folder).third_party is not None
     save_index(folder, rows, in_manifest="all" if rng.random() < 0.8 and not is_data else "nothing")
 
 
@@ -253,7 +253,7 @@ def another_npz(folder: Path, rng: np.random.Generator) -> None:
 
 
 def save_index(folder: Path, rows: Samples, *, in_manifest: Literal["nothing", "fingerprint", "all"]) -> None:
-    """Write the index, and what the manifest says about it."""
+    """Write the index, and update the given part of the manifest."""
     np.savez(folder / "index.npz", samples=rows)
     if in_manifest == "nothing":
         return
@@ -278,7 +278,7 @@ def save_index(folder: Path, rows: Samples, *, in_manifest: Literal["nothing", "
 
 
 def rewrite_part(folder: Path, rng: np.random.Generator, part: str, make: Callable[[bytes], bytes]) -> None:
-    """Replace an image or json in place, filled up to its old length."""
+    """Replace an image or json in place, padded to its old length."""
     rows = samples_of(folder)
     at = int(rng.integers(len(rows)))
     row = rows[at]
@@ -294,7 +294,7 @@ def rewrite_part(folder: Path, rng: np.random.Generator, part: str, make: Callab
 
 
 def wrongly_written_json(folder: Path, rng: np.random.Generator) -> None:
-    def spoil(text: bytes) -> bytes:
+    def corrupt(text: bytes) -> bytes:
         content = json.loads(text)
         chosen = pick(
             rng, wrong_objects(content, text) if "objects" in content else wrong_records(content, text)
@@ -302,7 +302,7 @@ def wrongly_written_json(folder: Path, rng: np.random.Generator) -> None:
         return chosen if isinstance(chosen, bytes) else json.dumps(chosen, separators=(",", ":")).encode()
 
     def wrong_objects(content: Any, text: bytes) -> list[Any]:
-        """Of a record that others wrote."""
+        """Return invalid versions of a third-party record."""
         objects = content["objects"]
         choices: list[Any] = [b"", b"null", b"[]", b"[" * len(text), b"\xff" * len(text), {}, {"objects": {}}]
         if objects:
@@ -335,11 +335,11 @@ def wrongly_written_json(folder: Path, rng: np.random.Generator) -> None:
             choices += [{"image": image, "annotations": [other, *rest]} for other in wrong]
         return choices
 
-    rewrite_part(folder, rng, "json", spoil)
+    rewrite_part(folder, rng, "json", corrupt)
 
 
 def wrongly_written_image(folder: Path, rng: np.random.Generator) -> None:
-    def spoil(image: bytes) -> bytes:
+    def corrupt(image: bytes) -> bytes:
         smaller = io.BytesIO()
         Image.new("RGB", (9, 9)).save(smaller, "JPEG")
         huge = bytearray(smaller.getvalue())
@@ -347,7 +347,7 @@ def wrongly_written_image(folder: Path, rng: np.random.Generator) -> None:
         huge[frame + 5 : frame + 9] = b"\xff\xdc\xff\xdc"  # 65,500 pixels square
         return bytes(pick(rng, [b"", rng.bytes(len(image)), smaller.getvalue(), huge]))
 
-    rewrite_part(folder, rng, "image", spoil)
+    rewrite_part(folder, rng, "image", corrupt)
 
 
 CORRUPTIONS: list[Corruption] = [
@@ -359,6 +359,6 @@ CORRUPTIONS: list[Corruption] = [
 
 
 def fresh_copy(original: Path, folder: Path) -> Path:
-    """The folder, with exactly what the original holds."""
+    """Copy the original to the folder, replacing its content."""
     shutil.rmtree(folder, ignore_errors=True)
     return Path(shutil.copytree(original, folder))

@@ -1,4 +1,4 @@
-"""Runs the CUDA kernels' source on the CPU: builds tests/detrs/ops/emulation and hands it cases."""
+"""Run the source of the CUDA kernels on the CPU: build tests/detrs/ops/emulation and pass cases to it."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ needs_compiler = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Case:
-    """One call, forward and backward. Without a reference `locations` and `weights` are what they say, else they
-    are offsets and logits. `order` is that of the lanes: 0 ascending, 1 descending, else a random seed."""
+    """One call, forward and backward. With a reference, `locations` and `weights` hold offsets and logits. `order` is
+    that of the lanes: 0 ascending, 1 descending, else a random seed."""
 
     shapes: Shapes
     value: Tensor
@@ -56,7 +56,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """What the kernels wrote. `grad_value` is in the arithmetic's dtype; `reference` is per head, or None."""
+    """Output and gradients. That of the value is in the dtype of the arithmetic; `reference` is per head, or None."""
 
     out: Tensor
     value: Tensor
@@ -66,10 +66,10 @@ class Result:
 
 
 def build(folder: Path, *, sanitize: bool = False, csrc: Path = CSRC, architecture: int = 900) -> Path:
-    """The program that runs cases; `architecture` chooses between the kernels' kinds of atomics."""
+    """Build the program that runs cases; `architecture` selects the atomics that the kernels use."""
     program = folder / "emulate"
     flags = [*FLAGS, *(SANITIZERS if sanitize else []), f"-D__CUDA_ARCH__={architecture}"]
-    include = [f"-I{EMULATION}", f"-I{csrc}", "-include", "cuda_runtime.h"]  # that one first, as nvcc does
+    include = [f"-I{EMULATION}", f"-I{csrc}", "-include", "cuda_runtime.h"]  # this header first, as with nvcc
     command = ["c++", *flags, *include, str(EMULATION / "main.cpp"), "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     if "cannot find" in built.stderr and "san" in built.stderr:
@@ -81,7 +81,7 @@ def build(folder: Path, *, sanitize: bool = False, csrc: Path = CSRC, architectu
 def start(
     program: Path, cases: Sequence[Case], fault: int = 0
 ) -> tuple[subprocess.CompletedProcess[str], bytes]:
-    """Run the cases in one process, with a planted fault; what it said, and the bytes of its results."""
+    """Run the cases in one process with an injected fault; return the process and the bytes of its results."""
     given, written = program.with_suffix(".cases"), program.with_suffix(".results")
     given.write_bytes(b"".join(encode(case) for case in cases))
     command = [program, given, written, str(fault)]
@@ -90,7 +90,7 @@ def start(
 
 
 def run(program: Path, cases: Sequence[Case], fault: int = 0) -> list[Result]:
-    """The results of all cases; fails with what the program said if it ended itself."""
+    """Return the results of all cases; fail with the program's error message if it reports one."""
     process, written = start(program, cases, fault)
     assert process.returncode == 0, process.stderr or f"ended by signal {-process.returncode}"
     reader = Reader(written)
@@ -100,7 +100,7 @@ def run(program: Path, cases: Sequence[Case], fault: int = 0) -> list[Result]:
 
 
 def encode(case: Case) -> bytes:
-    """As main.cpp reads it."""
+    """Encode a case in the format that main.cpp reads."""
     storage = STORAGES.index(case.value.dtype)
     num_levels, num_points = case.weights.shape[3:]
     size = 0 if case.reference is None else case.reference.shape[3]
@@ -121,19 +121,19 @@ def encode(case: Case) -> bytes:
 
 
 def to_bytes(tensor: Tensor) -> bytes:
-    """The tensor's numbers, last index fastest."""
+    """Return the numbers of the tensor, last index fastest."""
     return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 class Reader:
-    """Takes tensors off a run of bytes."""
+    """Read tensors from bytes."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content
         self.position = 0
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The next tensor."""
+        """Read the next tensor."""
         end = self.position + math.prod(shape) * dtype.itemsize
         assert end <= len(self.content), "the results end early"
         content = bytearray(self.content[self.position : end])
@@ -146,7 +146,7 @@ class Reader:
 
 
 def decode(reader: Reader, case: Case) -> Result:
-    """As main.cpp writes it."""
+    """Decode a result in the format that main.cpp writes."""
     arithmetic = case.locations.dtype
     out = reader.take(case.grad_out.shape, case.value.dtype)
     value = reader.take(case.value.shape, arithmetic)

@@ -1,4 +1,4 @@
-"""Cases for the emulated CUDA kernels, and what is right for them: the reference in float64."""
+"""Define cases for the emulated CUDA kernels, and their expected results: the reference in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from emulated import STORAGES, Case, Result
 from sampling import Shapes, random_inputs
 
 PYRAMID = ((5, 7), (3, 2), (1, 1))
-# shapes, and what else differs from 2 images, 3 heads, 8 channels, 5 queries, 2 points
+# Shapes, and the differences from 2 images, 3 heads, 8 channels, 5 queries, 2 points
 SIZES = (
     (((6, 9), (3, 5), (2, 3), (1, 2)), {"num_points": 4, "num_channels": 32, "num_images": 1}),  # the usual
     (((1, 1),), {"num_images": 1, "num_heads": 1, "num_queries": 1, "num_points": 1}),
@@ -38,7 +38,7 @@ def make_case(
     seed: int = 0,
     **sizes: int,
 ) -> Case:
-    """Random numbers; a third of the locations lie outside. The seed also chooses the order of the lanes."""
+    """Draw a case; a third of the locations lie outside. The seed also determines the order of the lanes."""
     value, locations, weights = random_inputs(shapes, dtype=torch.float64, seed=seed, **sizes)
     generator = torch.Generator().manual_seed(seed + 1)
     reference = None
@@ -53,7 +53,7 @@ def make_case(
 
 
 def all_cases() -> list[Case]:
-    """Each size in each form and dtype; and each number of channels."""
+    """Return each size in each form and dtype, and each number of channels."""
     cases: list[Case] = []
     for shapes, sizes in SIZES:
         for reference_size in (0, 2, 4):
@@ -70,7 +70,7 @@ def all_cases() -> list[Case]:
 
 
 def expected_of(case: Case) -> list[Tensor]:
-    """Out and gradients, in float64 from the very numbers that the kernels are given."""
+    """Return output and gradients, in float64 from the same numbers that the kernels get."""
     given = [case.value, case.locations, case.weights]
     if case.reference is not None:
         given.insert(1, case.reference)
@@ -84,7 +84,7 @@ def expected_of(case: Case) -> list[Tensor]:
 
 
 def assert_right(case: Case, result: Result) -> None:
-    """The results are `expected_of` the case. Only `out` is rounded to the storage's dtype."""
+    """Assert that the results are `expected_of` the case. Only `out` is rounded to the dtype of the storage."""
     reference = [] if result.reference is None else [result.reference.sum(2)]
     found = [result.out, result.value, *reference, result.locations, result.weights]
     sums = 1e-12 if case.value.dtype == torch.float64 else 2e-5

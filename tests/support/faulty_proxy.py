@@ -1,4 +1,4 @@
-"""A TCP proxy on loopback that treats chosen answers badly: stalls, resets, ends early, wrong bytes, drips, 503."""
+"""A TCP proxy on loopback for fault injection: stalls, resets, short bodies, wrong bytes, slow bodies, 503."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Kind = Literal["stall", "reset", "short", "corrupt", "drip", "refuse", "busy"]
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to one answer after `after` bytes of its body."""
+    """A fault to inject into one response after `after` bytes of its body."""
 
     kind: Kind
     after: int = 0
 
 
 class FaultyProxy:
-    """Passes requests on to `target`; `faults(n)` says what happens to the answer to the n-th request."""
+    """Forwards requests to `target`; `faults(n)` returns the fault to inject into the response to request n."""
 
     def __init__(self, target: tuple[str, int], latency: float = 0.0) -> None:
         self.target, self.latency = target, latency
         self.faults: Callable[[int], Fault | None] = lambda request: None
         self.num_requests = 0
         self.num_connections = 0
-        self.met: list[Fault] = []
+        self.injected: list[Fault] = []
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
@@ -66,7 +66,7 @@ class FaultyProxy:
                     fault = self.faults(self.num_requests)
                     self.num_requests += 1
                     if fault is not None:
-                        self.met.append(fault)
+                        self.injected.append(fault)
                 if fault is not None and fault.kind == "refuse":
                     _reset(client)
                     return
@@ -78,7 +78,7 @@ class FaultyProxy:
                     return
 
     def _answer(self, server: socket.socket, client: socket.socket, fault: Fault | None) -> bool:
-        """Pass one answer on; False where the connection is at its end."""
+        """Forward one response; return False if the connection has ended."""
         head = _read_head(server, b"")
         time.sleep(self.latency)
         if not head:
@@ -109,7 +109,7 @@ class FaultyProxy:
 
     def _break(self, client: socket.socket, fault: Fault, rest: bytes) -> bool:
         if fault.kind == "reset":
-            time.sleep(0.02)  # what was sent before would be lost with the reset
+            time.sleep(0.02)  # otherwise the reset discards the bytes sent before
             _reset(client)
         elif fault.kind == "stall":
             while not self._closing.wait(0.05) and not _is_gone(client):

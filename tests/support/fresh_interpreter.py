@@ -1,4 +1,4 @@
-"""Runs code in an interpreter of its own, as on a machine where nothing of the test run is loaded."""
+"""Run code in a new interpreter, in which no module of the test run is loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MODELS = Path(__file__).parents[2] / "models"
 
 
 def run_python(code: str, *, models: Path = MODELS, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` with the packages in `models` and tests/support importable; returns what it printed."""
+    """Run `code` with the packages in `models` and tests/support importable; return the process and its output."""
     return subprocess.run(
         [sys.executable, "-c", code],
         env={

@@ -1,7 +1,7 @@
-"""Golden vectors of the official repositories: files, weights, configurations.
+"""Read golden vectors of the official repositories, and build models with their weights and configurations.
 
-A folder of goldens holds `NAME.json` (the manifest) and `NAME.npz` (the arrays) for each variant, and
-`inputs.npz`. The folder is tests/golden, or that of the environment variable RAYDETR_GOLDEN.
+A folder of goldens holds `NAME.json` (the manifest) and `NAME.npz` (the arrays) for each variant, and `inputs.npz`. The
+folder is tests/golden, unless the environment variable RAYDETR_GOLDEN names another.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PAPERS = {
 
 @dataclass(frozen=True)
 class Golden:
-    """One golden: what was run, and what came out."""
+    """One golden: settings and results of a run of the official code."""
 
     manifest: dict[str, Any]
     arrays: dict[str, np.ndarray]
@@ -69,7 +69,7 @@ class Golden:
 
 
 def names(kind: str) -> list[str]:
-    """Names of the goldens of a kind: model, edge, full or traj."""
+    """Return the names of the goldens of a kind: model, edge, full or traj."""
     found = []
     for path in sorted(FOLDER.glob("*.json")):
         prefix = path.stem.split("_")[0]
@@ -86,7 +86,7 @@ def read(name: str) -> Golden:
 
 
 def config_of(args: dict[str, Any], paper: str, options: dict[str, Any] | None = None) -> ModelConfig:
-    """The configuration that an official run's arguments mean."""
+    """Return the configuration that corresponds to the arguments of an official run."""
     readers = {
         "detr": _detr,
         "conditional_detr": _conditional,
@@ -190,7 +190,7 @@ def _dino(args: dict[str, Any], options: dict[str, Any]) -> DinoConfig:
 
 
 def build_filled(config: ModelConfig, dtype: torch.dtype) -> Model:
-    """A model with the weights of the goldens' rule."""
+    """Build a model with the weights of the goldens."""
     model = build(config)
     detector = model.detector
     with torch.no_grad():
@@ -202,7 +202,7 @@ def build_filled(config: ModelConfig, dtype: torch.dtype) -> Model:
 
 
 def build_edge(golden: Golden, case: dict[str, Any]) -> Model:
-    """A model for an edge case, of which only criterion and post-processing count: the rest is tiny."""
+    """Build a model for an edge case. Only its criterion and postprocessing are used: the rest is tiny."""
     weights, costs = golden.manifest["weight_dict"], golden.manifest["matcher"]
     loss = LossConfig(
         kind="cross_entropy" if golden.paper == "detr" else "focal",
@@ -237,7 +237,7 @@ def build_edge(golden: Golden, case: dict[str, Any]) -> Model:
 
 @functools.lru_cache(maxsize=1000)
 def rule_weight(name: str, shape: tuple[int, ...]) -> Tensor:
-    """The value the goldens' README gives the official parameter `name`."""
+    """Return the value of the official parameter `name`, by the rule in the README of the goldens."""
     generator = np.random.default_rng(zlib.crc32(name.encode()))
     last = name.split(".")[-1]
     if last == "running_var":
@@ -258,7 +258,7 @@ def rule_weight(name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def inputs(manifest: dict[str, Any], dtype: torch.dtype) -> tuple[Images, Targets, Tensor]:
-    """The batch of a model golden, and the original sizes."""
+    """Return the batch of a model golden, and the original sizes."""
     arrays = dict(np.load(FOLDER / manifest["inputs"]["file"]))
     pixels = [
         torch.from_numpy(arrays[f"image{i}"]).to(dtype) for i in range(len(manifest["inputs"]["n_targets"]))
@@ -286,9 +286,9 @@ def collate(pixels: list[Tensor]) -> Images:
 
 
 def draws(golden: Golden, prefix: str = "dn_") -> Draws | None:
-    """The random numbers of denoising; None where a golden has none.
+    """Return the random numbers of denoising, or None for a golden without denoising.
 
-    A kind of noise that is off draws nothing: zeros stand for it.
+    Noise that is off has no random numbers: zeros replace them.
     """
     found = [golden.tensor(name, torch.float32) for name in sorted(golden.arrays) if f"{prefix}draw" in name]
     if not found:
@@ -296,5 +296,5 @@ def draws(golden: Golden, prefix: str = "dn_") -> Draws | None:
     flat, wide = [x for x in found if x.dim() == 1], [x for x in found if x.dim() == 2]
     num_rows = len(found[0])
     label_chance, new_labels = flat or (torch.ones(num_rows), torch.zeros(0, dtype=torch.int64))
-    signs, shares = wide or (torch.zeros(num_rows, 4), torch.zeros(num_rows, 4))
-    return Draws(label_chance, new_labels, signs, shares)
+    signs, fractions = wide or (torch.zeros(num_rows, 4), torch.zeros(num_rows, 4))
+    return Draws(label_chance, new_labels, signs, fractions)

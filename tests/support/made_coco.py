@@ -1,4 +1,4 @@
-"""Small COCO data sets on disk for tests: random pictures of many sizes, with boxes."""
+"""Small COCO data sets on disk for tests: random images of many sizes, with boxes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}, {"id": 90, "na
 
 
 def write_coco(folder: Path, num_images: int, *, seed: int = 0) -> tuple[Path, Path]:
-    """Write `num_images` JPEGs and PNGs with 0 to 4 boxes each; returns the image folder and the JSON."""
+    """Write `num_images` JPEGs and PNGs with 0 to 4 boxes each; return the image folder and the JSON."""
     rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True)
     data: dict[str, Any] = {"images": [], "annotations": [], "categories": CATEGORIES}
     for image_id in rng.permutation(num_images * 3)[:num_images].tolist():
         width, height = rng.integers(20, 60, 2).tolist()
-        name = f"picture {image_id}.{'png' if image_id % 4 == 0 else 'jpg'}"
+        name = f"image {image_id}.{'png' if image_id % 4 == 0 else 'jpg'}"
         Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(folder / "images" / name)
         data["images"].append({"id": image_id, "file_name": name, "width": width, "height": height})
         for _ in range(rng.integers(0, 5)):
@@ -45,5 +45,5 @@ def write_json(path: Path, data: object) -> Path:
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
-    """The content of every file below a folder."""
+    """Read every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

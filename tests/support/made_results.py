@@ -1,4 +1,4 @@
-"""Made detection results, scored by pycocotools itself."""
+"""Score generated detection results with pycocotools itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 
 
 def average_precision(ground_truth: dict[str, Any]) -> list[float]:
-    """pycocotools' twelve numbers for made results: true boxes that were shifted, some with another class."""
+    """Return pycocotools' twelve metrics for generated results: shifted true boxes, some with another class."""
     rng = random.Random(0)
     categories = [category["id"] for category in ground_truth["categories"]]
     results = []

@@ -1,4 +1,4 @@
-"""Tasks for pools of processes, which find them by their module's name."""
+"""Tasks for process pools, which import them from this module."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 
 def process_of(task: int, advance: Callable[[int], None]) -> tuple[int, int]:
-    """The task and the process that did it; odd tasks take longer."""
+    """Return the task and the process that ran it; tasks with odd numbers take longer."""
     time.sleep(0.05 * (task % 2))
     advance(1)
     return task, os.getpid()
 
 
 def failing(task: int, advance: Callable[[int], None]) -> int:
-    """Task 2 fails as a full disk does; the others take their time, in small steps."""
+    """Fail in task 2 like a full disk; run the others for five seconds, in small steps."""
     if task == 2:
         raise OSError(28, "No space left on device")
     for _ in range(100):

@@ -1,4 +1,4 @@
-"""A real MLflow server on loopback, that a test can freeze, kill and start again."""
+"""Run a real MLflow server on loopback that a test can freeze, kill and restart."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class MlflowServer:
         self._signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """End the server and its workers: they are a session of their own."""
+        """Kill the server and its workers, which are one process group."""
         if self._process is not None:
             self._signal(signal.SIGKILL)
             self._process.wait(timeout=10)
@@ -61,8 +61,8 @@ class MlflowServer:
 
     def _is_healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as answer:
-                return bool(answer.status == 200)
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as response:
+                return bool(response.status == 200)
         except OSError:
             return False
 

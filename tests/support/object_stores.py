@@ -28,10 +28,10 @@ BUCKET = "bucket"
 
 
 class WebServer:
-    """The files below `folder` by HTTP/1.1, with byte ranges unless `ranges` is False.
+    """Serves the files below `folder` over HTTP/1.1, with byte ranges unless `ranges` is False.
 
-    `requests` lists (path, Range header) of each request; `longest` limits the body of an answer, which a
-    server is free to do. With `certificate`, a file that holds the key too, they come by HTTPS.
+    `requests` lists (path, Range header) of each request; `longest` limits the body of a response, as servers may do.
+    With `certificate`, a file that also holds the key, it serves HTTPS.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class WebServer:
 
 class _QuietServer(http.server.ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
-        """Connections are broken here on purpose."""
+        """Ignore errors: tests break connections on purpose."""
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -110,7 +110,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 class S3Server:
-    """moto's S3 server, in a process of its own, with one bucket."""
+    """moto's S3 server with one bucket, in its own process."""
 
     def __init__(self) -> None:
         self.address = ("127.0.0.1", _free_port())
@@ -120,7 +120,7 @@ class S3Server:
         self._put("")
 
     def upload(self, folder: Path, prefix: str) -> str:
-        """Put the files of a folder there; returns their location."""
+        """Upload the files of a folder; return their location."""
         for path in folder.iterdir():
             self._put(f"{prefix}/{path.name}", path.read_bytes())
         return f"s3://{BUCKET}/{prefix}"
@@ -130,7 +130,7 @@ class S3Server:
 
     def _put(self, key: str, content: bytes = b"") -> None:
         request = urllib.request.Request(f"{self.url}/{BUCKET}/{key}".rstrip("/"), data=content, method="PUT")
-        # moto reads the region from the credentials' scope, and checks no signature
+        # moto reads the region from the credentials' scope and does not check the signature.
         request.add_header(
             "Authorization", "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request"
         )
@@ -140,7 +140,7 @@ class S3Server:
 
 
 class GsServer:
-    """A small imitation of Google Cloud Storage (gcp-storage-emulator), in a process of its own, with one bucket."""
+    """A Google Cloud Storage emulator (gcp-storage-emulator) with one bucket, in its own process."""
 
     def __init__(self) -> None:
         self.address = ("127.0.0.1", _free_port())
@@ -149,7 +149,7 @@ class GsServer:
         self._process = _start([*command, "--in-memory", "--default-bucket", BUCKET], self.address)
 
     def upload(self, folder: Path, prefix: str) -> str:
-        """Put the files of a folder there; returns their location."""
+        """Upload the files of a folder; return their location."""
         for path in folder.iterdir():
             url = f"{self.url}/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name={prefix}/{path.name}"
             request = urllib.request.Request(url, data=path.read_bytes(), method="POST")
@@ -163,7 +163,7 @@ class GsServer:
 
 
 def _start(module: list[str], address: tuple[str, int]) -> subprocess.Popen[bytes]:
-    """Run a Python module that is a server, and wait until it answers."""
+    """Run a Python module that is a server, and wait until it responds."""
     process = subprocess.Popen(
         [sys.executable, "-m", *module], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, env={**os.environ, **CREDENTIALS},

@@ -1,4 +1,4 @@
-"""Comparing runs of our models with goldens; used by the parity tests."""
+"""Compare runs of our models with goldens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Pairs = dict[str, list[list[tuple[int, int]]]]  # for each prediction layer and 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """From the README of the goldens."""
+    """Tolerances, from the README of the goldens."""
 
     logits: float
     boxes: float
@@ -79,7 +79,7 @@ def check_predictions(
     golden: Golden, key: str, predictions: Predictions, layer: int, tolerance: Tolerance
 ) -> None:
     logits, boxes = golden.tensor(f"{key}pred_logits"), golden.tensor(f"{key}pred_boxes")
-    # the goldens keep the encoder's logits in float32
+    # The goldens hold the logits of the encoder in float32.
     rounding = 1e-6 if golden.arrays[f"{key}pred_logits"].dtype == "float32" else 0
     assert distance(predictions.logits[layer], logits) <= tolerance.logits + rounding, key
     assert distance(predictions.boxes[layer], boxes) <= tolerance.boxes, key
@@ -89,7 +89,7 @@ def check_losses(losses: Losses, expected: dict[str, Any], tolerance: Tolerance)
     for name, value in expected["losses"].items():
         limit = tolerance.loss * abs(value) + tolerance.loss_floor
         assert abs(losses.terms[name].item() - value) <= limit, name
-    # the split of the box loss is logged for every paper, officially only for some
+    # We log the parts of the box loss for all papers, the official code only for some.
     extra = {name for name in losses.terms if not name.startswith(("loss_xy", "loss_hw"))}
     assert extra <= expected["losses"].keys()
     total = expected["total_weighted_loss"]
@@ -147,7 +147,7 @@ def check_detections(this: Run, tolerance: Tolerance) -> None:
 
 def check_detection(golden: Golden, prefix: str, i: int, image: Detections, tolerance: Tolerance) -> None:
     scores, labels, boxes = (golden.tensor(f"{prefix}post_{x}")[i] for x in ("scores", "labels", "boxes"))
-    order = scores.sort(descending=True, stable=True).indices  # DETR's are in the order of the queries
+    order = scores.sort(descending=True, stable=True).indices  # those of DETR are in the order of the queries
     assert distance(image.scores, scores[order]) <= tolerance.logits
     if image.scores.dtype == torch.float32 and len(image.scores.unique()) < len(image.scores):
         return  # saturated: equal scores in float32 have no order

@@ -1,4 +1,4 @@
-"""Shards with planted faults: written without the program's own checks, by tarfile alone."""
+"""Shards with planted problems, written with tarfile alone, without the checks of the library."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WIDTH, HEIGHT = 64, 48
 
 @dataclass
 class Sample:
-    """One image with its records; all of it may be spoilt."""
+    """One image with its records; tests may make any part invalid."""
 
     image: bytes
     record: dict[str, Any]
@@ -35,14 +35,14 @@ class Sample:
 
 @dataclass
 class Split:
-    """What is to be written."""
+    """The samples and categories to write."""
 
     samples: list[Sample]
     categories: list[dict[str, Any]] = field(default_factory=lambda: copy.deepcopy(CATEGORIES))
 
 
 def healthy(num_images: int, seed: int) -> Split:
-    """Images that look different, each with an object of both classes, of a reasonable size."""
+    """Return dissimilar images, each with one object of either class, of a reasonable size."""
     return copy.deepcopy(_healthy(num_images, seed))
 
 
@@ -60,25 +60,25 @@ def _healthy(num_images: int, seed: int) -> Split:
                 {"id": image_id * 10 + category["id"], "image_id": image_id, "category_id": category["id"],
                  "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
             )  # fmt: skip
-        samples.append(Sample(encoded(picture(rng)), record, annotations))
+        samples.append(Sample(encoded(random_image(rng)), record, annotations))
     return Split(samples)
 
 
-def picture(rng: np.random.Generator, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Image.Image:
-    """Soft random spots."""
+def random_image(rng: np.random.Generator, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Image.Image:
+    """Return an image of soft random spots."""
     spots = Image.fromarray(rng.integers(0, 256, (8, 10, 3), np.uint8))
     return spots.resize(size, Image.Resampling.BICUBIC)
 
 
 def encoded(image: Image.Image, **options: Any) -> bytes:
-    """The image as JPEG, or as `format`."""
+    """Encode an image as JPEG, or as `format`."""
     buffer = io.BytesIO()
     image.save(buffer, **({"format": "JPEG", "quality": 90} | options))
     return buffer.getvalue()
 
 
 def write(split: Split, out: Path) -> Path:
-    """Write one shard with index and manifest, whatever the samples hold."""
+    """Write one shard with index and manifest, without checking the samples."""
     out.mkdir(parents=True)
     rows = []
     with tarfile.open(out / "shard-00000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -93,7 +93,7 @@ def write(split: Split, out: Path) -> Path:
 
 
 def save_manifest(split: Split, samples: np.ndarray, out: Path, size: int) -> None:
-    """A manifest for these samples, else like that of a data set without faults."""
+    """Write a manifest for these samples; its other fields are those of a valid data set."""
     replace(
         _template(),
         fingerprint=data_fingerprint(samples, split.categories),

@@ -1,4 +1,4 @@
-"""A Ray head node in processes of its own, as `ray start` makes one, ended by process id."""
+"""Run a Ray head node with `ray start`, in separate processes that are ended by their ids."""
 
 from __future__ import annotations
 
@@ -26,40 +26,40 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "OMP_NUM_THREADS": "1",
-    "RAY_raylet_start_wait_time_s": str(START_SECONDS),  # 30 s are not enough where the cores are shared
+    "RAY_raylet_start_wait_time_s": str(START_SECONDS),  # 30 s are too short on a busy machine
 }
 
 
 @dataclass(frozen=True)
 class RayHead:
-    """Where a head node answers, and where it keeps its files."""
+    """Addresses and folder of a head node."""
 
     address: str
     dashboard: str  # URL
     folder: Path
 
     def environment(self) -> dict[str, str]:
-        """That of a client of this cluster, with `python` this one, and no variable of another cluster."""
+        """Return the environment of a client: `python` is this one, and no variable points to another cluster."""
         inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         path = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
         return inherited | ENVIRONMENT | {"PATH": path}
 
     def living(self, resource: str) -> list[dict[str, Any]]:
-        """The cluster's actors, placement_groups or nodes that have not ended, by the REST API."""
+        """List the actors, placement_groups or nodes of the cluster that have not ended, with the REST API."""
         url = f"{self.dashboard}/api/v0/{resource}?limit=1000&detail=1"
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            rows: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
+        with urllib.request.urlopen(url, timeout=30) as response:
+            rows: list[dict[str, Any]] = json.load(response)["data"]["result"]["result"]
         return [row for row in rows if row.get("state") not in ("DEAD", "REMOVED")]
 
     def processes(self) -> list[psutil.Process]:
-        """The processes that belong to this cluster, workers and drivers included."""
+        """List the processes of this cluster, including workers and drivers."""
         return [process for process in psutil.process_iter() if str(self.folder) in _command(process)]
 
 
 @contextmanager
 def ray_head(num_cpus: int) -> Iterator[RayHead]:
-    """A head node with a dashboard on loopback and free ports, gone with all its processes afterwards."""
-    # sockets live in it: a path of pytest's would be too long for them
+    """Start a head node with a dashboard on free loopback ports; end all its processes afterwards."""
+    # It holds sockets, for which the paths of pytest's folders are too long
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         port, dashboard, agent, metrics, client, environment_agent, grpc = free_ports(7)
@@ -91,7 +91,7 @@ def ray_head(num_cpus: int) -> Iterator[RayHead]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on, all different."""
+    """Return different free ports."""
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Batches through a ring, without loader processes."""
+"""Send batches through a ring without loader processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHAPE = (2, 30, 40, 3)
 
 
 def make_batch(pixels: np.ndarray, position: int = 0) -> Batch:
-    """A batch of these pixels, with something in every other field."""
+    """Make a batch of these pixels, with content in every other field."""
     size = len(pixels)
     return Batch(
         pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2),

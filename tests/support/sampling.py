@@ -1,4 +1,4 @@
-"""Inputs for deformable attention, and a slow definition of it that shares no code with the others."""
+"""Draw inputs for deformable attention, and define it slowly, without code shared with the other definitions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def random_inputs(
     margin: float = 0.3,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`value`, `locations` (up to `margin` outside the levels) and `weights`."""
+    """Return `value`, `locations` (up to `margin` outside the levels) and `weights`."""
     generator = torch.Generator().manual_seed(seed)
     num_tokens = sum(height * width for height, width in shapes)
     rows = (num_images, num_queries, num_heads, len(shapes), num_points)
@@ -34,7 +34,7 @@ def random_inputs(
 
 
 def deform_attn_loop(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """One sample at a time, one pixel at a time, in Python numbers (which are float64)."""
+    """Compute deformable attention sample by sample and pixel by pixel, in Python numbers (which are float64)."""
     num_images, num_queries, num_heads = locations.shape[:3]
     out = torch.zeros(num_images, num_queries, num_heads, value.shape[3], dtype=torch.float64)
     starts = [sum(height * width for height, width in shapes[:level]) for level in range(len(shapes))]
@@ -44,14 +44,14 @@ def deform_attn_loop(value: Tensor, shapes: Shapes, locations: Tensor, weights: 
         x = float(locations[sample][0]) * width - 0.5
         y = float(locations[sample][1]) * height - 0.5
         for row, column in itertools.product(range(height), range(width)):
-            share = max(0.0, 1 - abs(x - column)) * max(0.0, 1 - abs(y - row))
+            factor = max(0.0, 1 - abs(x - column)) * max(0.0, 1 - abs(y - row))
             token = starts[level] + row * width + column
-            out[image, query, head] += float(weights[sample]) * share * value[image, token, head].double()
+            out[image, query, head] += float(weights[sample]) * factor * value[image, token, head].double()
     return out.flatten(2)
 
 
 def assert_close_to_largest(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
-    """Each pair within `tolerance` of 1 + the largest number expected."""
+    """Assert that each pair differs by at most `tolerance` times 1 + the largest expected number."""
     for one, other in zip(found, expected, strict=True):
         limit = tolerance * float(1 + other.abs().max()) if other.numel() else 0
         torch.testing.assert_close(one.to(other.dtype), other, rtol=0, atol=limit)

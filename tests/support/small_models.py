@@ -1,4 +1,4 @@
-"""Small models and batches for tests that need no official weights."""
+"""Define small models and batches for tests without official weights."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ CONFIGS: dict[str, ModelConfig] = {
 
 
 def batch(counts: tuple[int, ...], size: tuple[int, int] = (64, 96), seed: int = 0) -> tuple[Images, Targets]:
-    """Random images without padding, each with its number of random targets."""
+    """Return random images without padding, each with its number of random targets."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(len(counts), 3, *size, generator=generator)
     total = sum(counts)

@@ -1,11 +1,11 @@
-"""Multi-scale deformable attention in two forms, each with a native path and a pure-torch path.
+"""Compute multi-scale deformable attention in two forms, each with a native and a pure-torch implementation.
 
-`deform_attn` takes locations and weights; `deform_attn_fused` takes what a network predicts, and is faster. Both
-check their arguments and take the native path where there is one. The functions in `_reference` are their
-definitions; `native_status` tells which path is active and why.
+`deform_attn` takes locations and weights; `deform_attn_fused` takes the outputs of the network, and is faster. Both
+check their arguments and use the native kernels if available. The functions that end in `_reference` define them;
+`native_status` reports which implementation is active and why.
 """
 
-from detrs.ops.deform_attn import deform_attn, deform_attn_fused, deform_attn_in_steps
+from detrs.ops.deform_attn import deform_attn, deform_attn_fused, deform_attn_unfused
 from detrs.ops.native import NativeStatus, native_status
 from detrs.ops.reference import (
     deform_attn_fused_reference,
@@ -19,8 +19,8 @@ __all__ = [
     "deform_attn",
     "deform_attn_fused",
     "deform_attn_fused_reference",
-    "deform_attn_in_steps",
     "deform_attn_reference",
+    "deform_attn_unfused",
     "native_status",
     "sampling_locations",
     "sampling_weights",

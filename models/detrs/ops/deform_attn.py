@@ -1,11 +1,11 @@
-"""The operator's two forms: the arguments checked, then the native operator or its pure-torch twin."""
+"""Dispatch both forms of the operator to the native kernels or to the pure-torch reference."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from detrs.ops.checks import check_kinds, check_levels, check_reference, check_samples
+from detrs.ops.checks import check_dtypes_and_devices, check_levels, check_reference, check_samples
 from detrs.ops.native import has_kernels
 from detrs.ops.reference import (
     Shapes,
@@ -19,16 +19,16 @@ from detrs.ops.reference import (
 def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """Sum, for each query and head, `weights` times `value` read at `locations`.
 
-    `deform_attn_reference` defines it. Arithmetic is float64 if the inputs are, else float32. A bfloat16
-    or float16 `value` is widened as it is read; `locations` and `weights` may be float32 beside it and should
-    be: bfloat16 has 8 bits, too few for a position. Autocast changes nothing here.
+    `deform_attn_reference` defines it. Arithmetic is float64 for float64 inputs, else float32. A bfloat16 or float16
+    `value` is converted as it is read. `locations` and `weights` may then be float32, and should be: the 8 significant
+    bits of bfloat16 are too few for a position. Autocast does not change the result.
 
-    A location outside its level reads zero and has no gradient; on the native path NaN and infinity count as
-    outside. On the CPU the result does not depend on the number of threads; on CUDA gradients are summed in no fixed
-    order, which is an error under `torch.use_deterministic_algorithms(True)`. There is no second derivative.
+    A location outside its level reads zero and has no gradient. The native kernels treat NaN and infinity as outside.
+    On the CPU, the result is independent of the number of threads. On CUDA, gradients are summed in no fixed order,
+    which is an error under `torch.use_deterministic_algorithms(True)`. There is no second derivative.
 
     Args:
-        value: [N, S, M, D], a vector per image, token and head.
+        value: [N, S, M, D], one vector per image, token and head.
         shapes: (height, width) of each of the L levels; their areas sum up to S.
         locations: [N, Q, M, L, P, 2], (x, y) in [0, 1] of the level.
         weights: [N, Q, M, L, P].
@@ -37,13 +37,13 @@ def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tenso
         [N, Q, M*D], in the dtype of `value`.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit; names the argument, what was found and expected.
+        ValueError: a shape, dtype or device is wrong; names the argument, what was found and what is expected.
     """
-    # The parameters' types are plain: with shapes in them a run-time type checker would answer first.
+    # Parameters are annotated without shapes: a run-time type checker would otherwise raise before these checks.
     samples = {"locations": locations, "weights": weights}
     check_levels(value, shapes)
     check_samples(value, shapes, samples)
-    check_kinds(value, samples)
+    check_dtypes_and_devices(value, samples)
     dtype = _compute_dtype(value)
     locations, weights = locations.to(dtype), weights.to(dtype)
     if has_kernels(value):
@@ -55,24 +55,24 @@ def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tenso
 def deform_attn_fused(
     value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor
 ) -> Tensor:
-    """`deform_attn` from what the network predicts: locations and softmax never become tensors.
+    """Compute `deform_attn` from the outputs of the network, without materializing locations and softmax.
 
-    `deform_attn_fused_reference` defines it. What `deform_attn` says of dtypes, of places outside the levels and of
-    second derivatives holds here too.
+    `deform_attn_fused_reference` defines it. Dtypes, locations outside the levels, determinism and second derivatives
+    are as in `deform_attn`.
 
     Args:
-        value: [N, S, M, D], a vector per image, token and head.
+        value: [N, S, M, D], one vector per image, token and head.
         shapes: (height, width) of each of the L levels; their areas sum up to S.
         reference: [N, Q, L, 2], points (x, y), or [N, Q, L, 4], boxes cxcywh; in [0, 1] of the level.
-        offsets: [N, Q, M, L, P, 2], (x, y): pixels of the level around a point; around a box's centre, units in
-            which P is half a side.
+        offsets: [N, Q, M, L, P, 2], (x, y): from a point in pixels of the level; from the center of a box in units of
+            its half side / P.
         logits: [N, Q, M, L, P]; the weights are their softmax over the last two axes.
 
     Returns:
         [N, Q, M*D], in the dtype of `value`.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit; names the argument, what was found and expected.
+        ValueError: a shape, dtype or device is wrong; names the argument, what was found and what is expected.
     """
     _check_fused(value, shapes, reference, offsets, logits)
     dtype = _compute_dtype(value)
@@ -83,10 +83,10 @@ def deform_attn_fused(
     return deform_attn_fused_reference(value.to(dtype), shapes, reference, offsets, logits).to(value.dtype)
 
 
-def deform_attn_in_steps(
+def deform_attn_unfused(
     value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor
 ) -> Tensor:
-    """What `deform_attn_fused` does, with locations and weights as tensors: slower, and there for comparison.
+    """Compute `deform_attn_fused` with locations and weights as tensors: slower, for comparisons only.
 
     Arguments, result and errors are those of `deform_attn_fused`.
     """
@@ -101,7 +101,7 @@ def _check_fused(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tens
     check_levels(value, shapes)
     check_samples(value, shapes, samples)
     check_reference(reference, offsets)
-    check_kinds(value, {"reference": reference, **samples})
+    check_dtypes_and_devices(value, {"reference": reference, **samples})
 
 
 def _compute_dtype(value: Tensor) -> torch.dtype:

@@ -1,6 +1,7 @@
-"""The one boundary to the native library: loads it, and tells torch what its operators mean.
+"""Load the native library and register its operators with torch. No other module touches the library.
 
-The library (csrc/, built by setup.py) registers `torch.ops.detrs.*`; here come fake tensors, gradients and autocast.
+The library (csrc/, built by setup.py) registers `torch.ops.detrs.*`. This module adds fake kernels, gradients and
+autocast.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_C.so")
-# The autocast rules live as long as it
+# The autocast rules are unregistered when this object is deleted: keep it.
 _library = torch.library.Library("detrs", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
 class NativeStatus:
-    """Which path `deform_attn` takes on this machine.
+    """The implementation that `deform_attn` uses on this machine.
 
-    `devices` are the device types with native kernels: on all others the pure-torch path serves. "cuda" is among
-    them if the library was built with CUDA's compiler, whether or not this machine has a GPU. `instruction_set` is
-    the CPU kernels': "avx512", "avx2" or "baseline". `reason` is for people.
+    `devices` are the device types with native kernels; all others use the pure-torch reference. "cuda" is among them if
+    the library was built with nvcc, whether or not this machine has a GPU. `instruction_set` is that of the CPU
+    kernels: "avx512", "avx2" or "baseline". `reason` is a sentence to print.
     """
 
     devices: tuple[str, ...]
@@ -35,12 +36,12 @@ class NativeStatus:
 
 
 def native_status() -> NativeStatus:
-    """Which path is active, and why. Settled when this module was imported."""
+    """Return which implementation is active, and why. This is determined at import."""
     return _status
 
 
 def _load() -> NativeStatus:
-    """Load and register the library; without it, one warning."""
+    """Load and register the library; warn once if that fails."""
     try:
         torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
     except OSError as error:
@@ -63,14 +64,14 @@ def _load() -> NativeStatus:
 
 
 def has_kernels(value: Tensor) -> bool:
-    """Whether the native path takes `value`, [N, S, M, D]: on CUDA only a D that is a multiple of 4, at most 128."""
+    """Return whether native kernels support `value`, [N, S, M, D]. On CUDA, D must be a multiple of 4, at most 128."""
     num_channels = value.shape[3]
     fits = value.device.type != "cuda" or (num_channels % 4 == 0 and num_channels <= 128)
     return fits and value.device.type in _status.devices
 
 
 def _register() -> None:
-    """Tell torch the operators' shapes and gradients."""
+    """Register shapes, gradients and autocast rules of the operators."""
     torch.library.register_fake("detrs::deform_attn", _fake_forward)
     torch.library.register_fake("detrs::deform_attn_backward", _fake_backward)
     torch.library.register_autograd("detrs::deform_attn", _backward, setup_context=_save_for_backward)
@@ -87,14 +88,15 @@ def _register() -> None:
 
 
 def _under_autocast(name: str, key: str) -> Callable[..., Tensor]:
-    """`value` stays as it is; what is said about places is widened, since half precision is too little for it.
+    """Return the autocast kernel of an operator: it keeps `value` and converts all other tensors to float32.
 
-    torch.library.register_autocast would cast all to one dtype.
+    Half precision is too coarse for positions, and torch.library.register_autocast would cast all tensors to one dtype.
     """
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def call(value: Tensor, shapes: list[int], *samples: Tensor) -> Tensor:
         dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+        # Without the guard the call would dispatch to this function again.
         with torch._C._ExcludeDispatchKeyGuard(keys):
             out: Tensor = getattr(torch.ops.detrs, name)(
                 value, shapes, *(tensor.to(dtype) for tensor in samples)
@@ -168,7 +170,7 @@ def _fused_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, Tensor | 
 
 
 def _check_determinism(value: Tensor) -> None:
-    """On CUDA many threads add to one number of grad_value, each time in another order."""
+    """Raise or warn on CUDA if torch shall be deterministic: threads add to grad_value in varying order."""
     if value.device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
         return
     problem = (

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention in plain torch: what the native operator computes, and its fallback."""
+"""Define multi-scale deformable attention in plain torch: specification and fallback of the native operator."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ def deform_attn_reference(
 ) -> Float[Tensor, "n q m*d"]:
     """Sum, for each query and head, `weights` times `value` read at `locations`.
 
-    The deformable attention of Zhu et al., "Deformable DETR" (arXiv 2010.04159), equation 3, without its two
-    linear maps.
+    This is the deformable attention of Zhu et al., "Deformable DETR" (arXiv 2010.04159), equation 3, without its two
+    linear projections.
 
     Args:
-        value: one vector per token and head. The tokens are the pixels of all levels: level after level, row
-            by row.
+        value: one vector per token and head. Tokens are the pixels of all levels, level by level and row by row.
         shapes: (height, width) of each level.
-        locations: (x, y); (0, 0) is the outer corner of a level's first pixel and (1, 1) that of its last.
-            Between pixel centres values are interpolated linearly; outside the level they are zero.
-        weights: of each sample; usually a softmax over the last two axes.
+        locations: (x, y). (0, 0) is the outer corner of the first pixel of a level and (1, 1) that of the last. Values
+            are interpolated bilinearly between pixel centers; outside the level they are zero.
+        weights: one per sample; usually a softmax over the last two axes.
     """
     num_images, num_queries, num_heads = locations.shape[:3]
     grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # [l, n*m, q, p, 2], edges -1 and 1
@@ -50,22 +49,22 @@ def deform_attn_fused_reference(
     offsets: Float[Tensor, "n q m l p 2"],
     logits: Float[Tensor, "n q m l p"],
 ) -> Float[Tensor, "n q m*d"]:
-    """`deform_attn_reference` at `sampling_locations`, with the softmax of `logits` as weights."""
+    """Compute `deform_attn_reference` at `sampling_locations`, with the softmax of `logits` as weights."""
     locations = sampling_locations(shapes, reference, offsets)
     return deform_attn_reference(value, shapes, locations, sampling_weights(logits))
 
 
 def sampling_weights(logits: Float[Tensor, "n q m l p"]) -> Float[Tensor, "n q m l p"]:
-    """The softmax over all samples of a query and head."""
+    """Return the softmax over all samples of a query and head."""
     return logits.flatten(3).softmax(3).reshape(logits.shape)
 
 
 def sampling_locations(
     shapes: Shapes, reference: Float[Tensor, "n q l k"], offsets: Float[Tensor, "n q m l p 2"]
 ) -> Float[Tensor, "n q m l p 2"]:
-    """Offsets count in pixels around a point (k = 2), in halves of a side over P within a box (k = 4).
+    """Add offsets to a point (k = 2) in pixels, or to the center of a box (k = 4) in units of its half side / P.
 
-    Deformable DETR, section 4.1 and appendix A.3.
+    Source: Deformable DETR, section 4.1 and appendix A.3.
     """
     anchors = reference[:, :, None, :, None]
     if reference.shape[3] == 4:

@@ -1,4 +1,4 @@
-"""The papers: a configuration each, and `build`, which makes the model of any of them."""
+"""Build the models of the papers: one configuration class per paper, and `build` for all of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def build(config: ModelConfig) -> Model:
-    """The model of a configuration, with new weights.
+    """Build the model of a configuration, with new weights.
 
     Raises:
         ValueError: a setting that cannot be built; the message names it.

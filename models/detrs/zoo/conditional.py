@@ -1,12 +1,12 @@
 """Conditional DETR for Fast Training Convergence (Meng et al., ICCV 2021, arXiv:2108.06152).
 
-The idea: in cross-attention, compare content with content and place with place, and let the content choose
-how to scale the place. Heads then find the extremities of objects without waiting for good content.
+Idea: in cross-attention, compare content with content and position with position, and scale the position by a function
+of the content. Heads then find the extremities of objects before the content is good.
 
-Its parent is DETR. What differs:
+Parent: DETR. Differences:
 - cross-attention is conditional: per head, content and spatial parts are concatenated;
-- self-attention projects content and position on their own;
-- a reference point is read off each query's position; boxes are offsets from it;
+- self-attention has separate projections of content and position;
+- a reference point is predicted from the position of each query; boxes are offsets from it;
 - sigmoid focal loss without a no-object class.
 """
 
@@ -25,7 +25,7 @@ from detrs.detector import Detector
 from detrs.layers import box_head, class_head, xavier_
 from detrs.postprocess import best_pairs
 from detrs.queries import PositionQueries
-from detrs.where import PointPosition
+from detrs.query_position import PointPosition
 from detrs.zoo.parts import (
     Model,
     conditional_decoder_layers,
@@ -38,12 +38,15 @@ from detrs.zoo.parts import (
 
 @dataclass(frozen=True)
 class ConditionalDetrConfig:
-    """The default is the paper's R50 model, 43.4 M parameters with 91 classes (DC5: backbone.dilation)."""
+    """Settings of Conditional DETR. The default is the R50 model of the paper.
+
+    It has 43.4 M parameters with 91 classes. For DC5, set `backbone.dilation`.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     paper: Literal["conditional_detr"] = "conditional_detr"
-    num_classes: int | None = None  # None: filled in from the data
+    num_classes: int | None = None  # None: taken from the data
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     hidden_dim: int = 256
     num_heads: int = 8
@@ -54,11 +57,11 @@ class ConditionalDetrConfig:
     num_queries: int = 300
     aux_loss: bool = True
     loss: LossConfig = field(default_factory=lambda: LossConfig(class_weight=2.0))
-    num_select: int = 100  # detections an image
+    num_select: int = 100  # detections per image
 
 
 def build_conditional_detr(config: ConditionalDetrConfig) -> Model:
-    """A new Conditional DETR.
+    """Build a Conditional DETR with new weights.
 
     Raises:
         ValueError: a setting that cannot be built; the message names it.
@@ -67,10 +70,10 @@ def build_conditional_detr(config: ConditionalDetrConfig) -> Model:
     require_heads(config.hidden_dim, config.num_heads)
     sizes = (config.hidden_dim, config.num_heads, config.ffn_dim, config.dropout)
     queries = PositionQueries(config.num_queries, config.hidden_dim, point=True)
-    where = PointPosition(config.hidden_dim)
+    query_position = PointPosition(config.hidden_dim)
     assert queries.point is not None
     xavier_(queries.point)
-    xavier_(where)
+    xavier_(query_position)
     detector = Detector(
         build_backbone(config.backbone),
         (32,),
@@ -79,7 +82,7 @@ def build_conditional_detr(config: ConditionalDetrConfig) -> Model:
         queries,
         Decoder(
             conditional_decoder_layers(config.num_decoder_layers, *sizes),
-            where,
+            query_position,
             [class_head(config.hidden_dim, num_classes)],
             [box_head(config.hidden_dim)],
             norm=nn.LayerNorm(config.hidden_dim),

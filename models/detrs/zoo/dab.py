@@ -1,13 +1,13 @@
 """DAB-DETR: Dynamic Anchor Boxes are Better Queries for DETR (Liu et al., ICLR 2022, arXiv:2201.12329).
 
-The idea: a query's position is a box, learned, refined from layer to layer, and used to place and to shape
-the attention.
+Idea: the position of a query is a learned box that every layer refines. It determines center and shape of the
+attention.
 
-Its parent is Conditional DETR. What differs:
-- the position embedding is a function of the box, and each layer corrects the box;
-- attention is stretched along the box's width and height;
-- the encoder scales its position encoding by the content;
-- PReLU instead of ReLU, no dropout, a hotter position encoding (temperature 20).
+Parent: Conditional DETR. Differences:
+- the position embedding is a function of the box, and each layer refines the box;
+- attention is scaled by the width and height of the box;
+- the encoder scales its position encoding by a function of the content;
+- PReLU instead of ReLU, no dropout, a position encoding with temperature 20.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from detrs.detector import Detector
 from detrs.layers import box_head, class_head, xavier_
 from detrs.postprocess import best_pairs
 from detrs.queries import AnchorQueries
-from detrs.where import ModulatedAnchorPosition, PositionScale
+from detrs.query_position import ModulatedAnchorPosition, PositionScale
 from detrs.zoo.parts import (
     Model,
     conditional_decoder_layers,
@@ -45,12 +45,15 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 @dataclass(frozen=True)
 class DabDetrConfig:
-    """The default is the paper's R50 model, 43.7 M parameters with 91 classes (DC5: backbone.dilation)."""
+    """Settings of DAB-DETR. The default is the R50 model of the paper.
+
+    It has 43.7 M parameters with 91 classes. For DC5, set `backbone.dilation`.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     paper: Literal["dab_detr"] = "dab_detr"
-    num_classes: int | None = None  # None: filled in from the data
+    num_classes: int | None = None  # None: taken from the data
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     position_temperature: float = 20.0
     hidden_dim: int = 256
@@ -61,19 +64,19 @@ class DabDetrConfig:
     dropout: float = 0.0
     activation: Literal["relu", "gelu", "prelu", "selu"] = "prelu"
     num_queries: int = 300
-    num_patterns: int = 0  # learned contents each box is asked with; 0: one content of zeros
-    random_points: bool = False  # boxes start with centres spread over the image
-    modulate_attention: bool = True  # stretch attention along the boxes' sides
+    num_patterns: int = 0  # learned contents per box; 0: one content of zeros
+    random_points: bool = False  # initialize the box centers uniformly over the image
+    modulate_attention: bool = True  # scale attention by the width and height of the box
     position_scale: PositionScale = "elementwise"  # see ModulatedAnchorPosition
-    keep_query_position: bool = False  # all layers add the queries' positions, not only the first
+    keep_query_position: bool = False  # all layers add the query positions, not only the first
     shared_box_heads: bool = True
     aux_loss: bool = True
     loss: LossConfig = field(default_factory=LossConfig)
-    num_select: int = 300  # detections an image
+    num_select: int = 300  # detections per image
 
 
 def build_dab_detr(config: DabDetrConfig) -> Model:
-    """A new DAB-DETR.
+    """Build a DAB-DETR with new weights.
 
     Raises:
         ValueError: a setting that cannot be built; the message names it.
@@ -103,13 +106,13 @@ def build_dab_detr(config: DabDetrConfig) -> Model:
 
 
 def _decoder(config: DabDetrConfig, num_classes: int) -> Decoder:
-    where = ModulatedAnchorPosition(
+    query_position = ModulatedAnchorPosition(
         config.hidden_dim,
         config.num_decoder_layers,
         config.position_scale,
         modulate=config.modulate_attention,
     )
-    xavier_(where)
+    xavier_(query_position)
     num_box_heads = 1 if config.shared_box_heads else config.num_decoder_layers
     return Decoder(
         conditional_decoder_layers(
@@ -121,7 +124,7 @@ def _decoder(config: DabDetrConfig, num_classes: int) -> Decoder:
             activation=_ACTIVATIONS[config.activation],
             add_position=config.keep_query_position,
         ),
-        where,
+        query_position,
         [class_head(config.hidden_dim, num_classes)],
         [box_head(config.hidden_dim) for _ in range(num_box_heads)],
         norm=nn.LayerNorm(config.hidden_dim),

@@ -1,14 +1,14 @@
 """Deformable DETR (Zhu et al., ICLR 2021, arXiv:2010.04159).
 
-The idea: a query looks at a few sampled points around its reference on every feature level, so that
-attention costs no more on large feature maps and several of them can be used.
+Idea: a query attends to a few sampled points around its reference on every feature level. The cost of attention is then
+independent of the size of the feature maps, and several large ones can be used.
 
-Its parent is DETR. What differs:
-- deformable attention in the encoder and across in the decoder, over levels C3 to C6;
-- the content of the queries is learned, and a reference point is read off their position;
+Parent: DETR. Differences:
+- deformable attention in the encoder and in the cross-attention of the decoder, over levels C3 to C6;
+- the content of the queries is learned, and a reference point is predicted from their position;
 - sigmoid focal loss without a no-object class;
-- variants: iterative box refinement (each layer corrects the boxes of the one before), and two-stage (the
-  encoder's best boxes become the queries).
+- variants: iterative box refinement (each layer refines the boxes of the layer before), and two-stage (the best boxes
+  of the encoder become the queries).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from detrs.layers import box_head, class_head
 from detrs.neck import Neck, PositionEncoding
 from detrs.postprocess import best_pairs
 from detrs.queries import EncoderProposals, LearnedQueries, Proposals, ProposalScore
-from detrs.where import LearnedPosition
+from detrs.query_position import LearnedPosition
 from detrs.zoo.parts import (
     Model,
     clones,
@@ -41,34 +41,37 @@ from detrs.zoo.parts import (
 
 @dataclass(frozen=True)
 class DeformableDetrConfig:
-    """The default is the paper's multi-scale ResNet-50 model, 40.1 M parameters with 91 classes."""
+    """Settings of Deformable DETR. The default is the multi-scale R50 model of the paper.
+
+    It has 40.1 M parameters with 91 classes.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     paper: Literal["deformable_detr"] = "deformable_detr"
-    num_classes: int | None = None  # None: filled in from the data
+    num_classes: int | None = None  # None: taken from the data
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     strides: tuple[int, ...] = (8, 16, 32)  # of the backbone levels used; single-scale: (32,)
-    num_feature_levels: int = 4  # those beyond the backbone's are strided convolutions
+    num_feature_levels: int = 4  # levels beyond those of the backbone are strided convolutions
     refinement: bool = False
-    two_stage: bool = False  # needs refinement
-    proposal_score: ProposalScore = "first_class"  # how two-stage ranks tokens; see EncoderProposals
+    two_stage: bool = False  # requires refinement
+    proposal_score: ProposalScore = "first_class"  # ranking of tokens in two-stage; see EncoderProposals
     hidden_dim: int = 256
     num_heads: int = 8
     num_encoder_layers: int = 6
     num_decoder_layers: int = 6
     ffn_dim: int = 1024
-    num_points: int = 4  # sampled by a decoder query, head and level
+    num_points: int = 4  # sampled per decoder query, head and level
     num_encoder_points: int = 4
     dropout: float = 0.1
     num_queries: int = 300
     aux_loss: bool = True
     loss: LossConfig = field(default_factory=lambda: LossConfig(class_weight=2.0))
-    num_select: int = 100  # detections an image
+    num_select: int = 100  # detections per image
 
 
 def build_deformable_detr(config: DeformableDetrConfig) -> Model:
-    """A new Deformable DETR.
+    """Build a Deformable DETR with new weights.
 
     Raises:
         ValueError: a setting that cannot be built; the message names it.
@@ -79,7 +82,7 @@ def build_deformable_detr(config: DeformableDetrConfig) -> Model:
     regress = box_head(config.hidden_dim)
     queries: nn.Module = LearnedQueries(config.num_queries, config.hidden_dim)
     if config.two_stage:
-        # the encoder's heads start as copies of the decoder's
+        # The heads of the encoder start as copies of those of the decoder.
         proposals = Proposals(config.hidden_dim, clones(classify, 1)[0], clones(regress, 1)[0], size=0.05)
         queries = EncoderProposals(config.num_queries, config.hidden_dim, proposals, config.proposal_score)
     detector = Detector(
@@ -106,15 +109,15 @@ def build_deformable_detr(config: DeformableDetrConfig) -> Model:
 def _check(config: DeformableDetrConfig) -> None:
     require_heads(config.hidden_dim, config.num_heads)
     if config.two_stage and not config.refinement:
-        raise ValueError("model.two_stage: needs model.refinement=true, as in the paper")
+        raise ValueError("model.two_stage: requires model.refinement=true, as in the paper")
     if config.refinement and not config.aux_loss:
         raise ValueError(
-            "model.aux_loss: with refinement, the heads of all but the last layer are trained by it"
+            "model.aux_loss: must be true with refinement: it trains the heads of all layers but the last"
         )
 
 
 def _neck(config: DeformableDetrConfig) -> Neck:
-    encoded = config.num_encoder_layers > 0  # without an encoder nobody looks at positions
+    encoded = config.num_encoder_layers > 0  # only the encoder uses positions
     return Neck(
         level_widths(config.backbone, config.strides),
         config.hidden_dim,
@@ -129,7 +132,7 @@ def _decoder(config: DeformableDetrConfig, classify: nn.Module, regress: nn.Modu
     num_pairs = config.num_decoder_layers if config.refinement else 1
     box_heads = clones(regress, num_pairs)
     if not config.two_stage:
-        # the first boxes start with a size of sigmoid(-2); two-stage takes its sizes from the proposals
+        # Initial boxes have a size of sigmoid(-2); in two-stage, sizes come from the proposals.
         last = list(box_heads[0].parameters())[-1]
         last.data[2:] = -2.0
     return Decoder(

@@ -1,10 +1,10 @@
 """DETR: End-to-End Object Detection with Transformers (Carion et al., ECCV 2020, arXiv:2005.12872).
 
-The idea: detection as the prediction of a set. Each of a fixed number of learned queries becomes one box or
-"no object"; training pairs boxes and targets one to one, so that nothing is left to suppress.
+Idea: predict a set. Each of a fixed number of learned queries becomes one box or "no object". Training matches boxes
+and targets one to one, so that no duplicates have to be suppressed.
 
-It is the root of the family: dense attention on one feature level, content that starts at zero, learned
-positions, boxes predicted outright, softmax with a no-object class.
+It is the root of the family: dense attention on one feature level, content that starts at zero, learned positions,
+boxes predicted directly, softmax with a no-object class.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ from detrs.detector import Detector
 from detrs.layers import FeedForward, Mlp, xavier_
 from detrs.postprocess import best_classes
 from detrs.queries import PositionQueries
-from detrs.where import LearnedPosition
+from detrs.query_position import LearnedPosition
 from detrs.zoo.parts import Model, dense_encoder, dense_neck, require_heads, require_num_classes
 
 
 @dataclass(frozen=True)
 class DetrConfig:
-    """The default is the paper's R50 model, 41.5 M parameters with 91 classes (DC5: backbone.dilation)."""
+    """Settings of DETR. The default is the R50 model of the paper.
+
+    It has 41.5 M parameters with 91 classes. For DC5, set `backbone.dilation`.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     paper: Literal["detr"] = "detr"
-    num_classes: int | None = None  # None: filled in from the data; "no object" is not counted
+    num_classes: int | None = None  # None: taken from the data; "no object" is not counted
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     hidden_dim: int = 256
     num_heads: int = 8
@@ -48,7 +51,7 @@ class DetrConfig:
 
 
 def build_detr(config: DetrConfig) -> Model:
-    """A new DETR.
+    """Build a DETR with new weights.
 
     Raises:
         ValueError: a setting that cannot be built; the message names it.

@@ -1,14 +1,14 @@
 """DINO: DETR with Improved DeNoising Anchor Boxes (Zhang et al., ICLR 2023, arXiv:2203.03605).
 
-The idea: teach the decoder with queries made of noised targets, and include near misses that it must reject
-(contrastive denoising).
+Idea: also train the decoder on queries made from noised targets, including near misses that it must reject (contrastive
+denoising).
 
-Its parent is two-stage Deformable DETR. What differs:
-- the encoder's best tokens, by their best class, give the queries' boxes, while their content is learned
+Parent: two-stage Deformable DETR. Differences:
+- the boxes of the queries come from the best tokens of the encoder, ranked by their best class; the content is learned
   (mixed query selection);
-- a query's position embedding is a function of its box (DAB-DETR);
-- a layer's box loss also reaches the layer before it (look forward twice);
-- the heads are shared by the decoder layers.
+- the position embedding of a query is a function of its box (DAB-DETR);
+- the box loss of a layer also trains the layer before (look forward twice);
+- all decoder layers share the heads.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from detrs.layers import box_head, class_head, xavier_
 from detrs.neck import Neck, PositionEncoding
 from detrs.postprocess import best_pairs
 from detrs.queries import EncoderBoxes, Proposals
-from detrs.where import AnchorPosition
+from detrs.query_position import AnchorPosition
 from detrs.zoo.parts import (
     Model,
     clones,
@@ -43,38 +43,41 @@ from detrs.zoo.parts import (
 
 @dataclass(frozen=True)
 class DinoConfig:
-    """The default is the paper's 4-scale ResNet-50 model, 46.9 M parameters with 91 classes."""
+    """Settings of DINO. The default is the 4-scale R50 model of the paper.
+
+    It has 46.9 M parameters with 91 classes.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     paper: Literal["dino"] = "dino"
-    num_classes: int | None = None  # None: filled in from the data
+    num_classes: int | None = None  # None: taken from the data
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     strides: tuple[int, ...] = (8, 16, 32)  # of the backbone levels used; 5-scale: (4, 8, 16, 32)
-    num_feature_levels: int = 4  # those beyond the backbone's are strided convolutions
+    num_feature_levels: int = 4  # levels beyond those of the backbone are strided convolutions
     position_temperature: float = 20.0
     hidden_dim: int = 256
     num_heads: int = 8
     num_encoder_layers: int = 6
     num_decoder_layers: int = 6
     ffn_dim: int = 2048
-    num_points: int = 4  # sampled by a decoder query, head and level
+    num_points: int = 4  # sampled per decoder query, head and level
     num_encoder_points: int = 4
     dropout: float = 0.0
     num_queries: int = 900
-    proposal_size: float = 0.05  # side of the encoder's box priors on the finest level, doubled a level
+    proposal_size: float = 0.05  # side of the box priors on the finest level; doubled with every level
     shared_heads: bool = True  # one pair of heads for all decoder layers
-    num_denoising: int = 100  # wanted positive denoising queries an image; 0: no denoising
+    num_denoising: int = 100  # desired positive denoising queries per image; 0: no denoising
     denoising_groups: GroupRule = "official"
     label_noise: float = 0.5
     box_noise: float = 0.4
     aux_loss: bool = True
     loss: LossConfig = field(default_factory=LossConfig)
-    num_select: int = 300  # detections an image
+    num_select: int = 300  # detections per image
 
 
 def build_dino(config: DinoConfig) -> Model:
-    """A new DINO.
+    """Build a DINO with new weights.
 
     Raises:
         ValueError: a setting that cannot be built; the message names it.
@@ -82,7 +85,7 @@ def build_dino(config: DinoConfig) -> Model:
     num_classes = require_num_classes(config.num_classes)
     require_heads(config.hidden_dim, config.num_heads)
     classify, regress = class_head(config.hidden_dim, num_classes), box_head(config.hidden_dim)
-    # the encoder's heads start as copies of the decoder's
+    # The heads of the encoder start as copies of those of the decoder.
     proposals = Proposals(
         config.hidden_dim, copy.deepcopy(classify), copy.deepcopy(regress), config.proposal_size
     )
@@ -109,7 +112,7 @@ def build_dino(config: DinoConfig) -> Model:
 
 
 def _neck(config: DinoConfig) -> Neck:
-    encoded = config.num_encoder_layers > 0  # without an encoder nobody looks at positions
+    encoded = config.num_encoder_layers > 0  # only the encoder uses positions
     return Neck(
         level_widths(config.backbone, config.strides),
         config.hidden_dim,
@@ -121,19 +124,21 @@ def _neck(config: DinoConfig) -> Neck:
 
 
 def _decoder(config: DinoConfig, classify: nn.Module, regress: nn.Module) -> Decoder:
-    num_heads_pairs = 1 if config.shared_heads else config.num_decoder_layers
+    num_pairs = 1 if config.shared_heads else config.num_decoder_layers
     if not (config.aux_loss or config.shared_heads):
-        raise ValueError("model.aux_loss: without it, heads that are not shared would never be trained")
-    where = AnchorPosition(config.hidden_dim)
-    xavier_(where)
+        raise ValueError(
+            "model.aux_loss: must be true with shared_heads=false: it trains the heads of all layers but the last"
+        )
+    query_position = AnchorPosition(config.hidden_dim)
+    xavier_(query_position)
     return Decoder(
         deformable_decoder_layers(
             config.num_decoder_layers, config.hidden_dim, config.num_heads, config.num_feature_levels,
             config.num_points, config.ffn_dim, config.dropout,
         ),
-        where,
-        clones(classify, num_heads_pairs),
-        clones(regress, num_heads_pairs),
+        query_position,
+        clones(classify, num_pairs),
+        clones(regress, num_pairs),
         norm=nn.LayerNorm(config.hidden_dim),
         refinement="look_forward_twice",
         eps=1e-3,

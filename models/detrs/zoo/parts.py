@@ -1,4 +1,4 @@
-"""What several papers build the same way."""
+"""Build the parts that several papers share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Postprocess = Callable[[Predictions, Int[Tensor, "b 2"]], list[Detections]]
 
 @dataclass(frozen=True)
 class Model:
-    """A detector with its criterion and its way from predictions to detections.
+    """A detector with its criterion and its postprocessing.
 
     `postprocess(predictions, sizes)` takes the original (height, width) of each image in pixels.
     """
@@ -41,10 +41,10 @@ class Model:
 
 
 def require_num_classes(num_classes: int | None) -> int:
-    """The number of classes.
+    """Return the number of classes.
 
     Raises:
-        ValueError: it is not known.
+        ValueError: it is missing, or less than 1.
     """
     if num_classes is None or num_classes < 1:
         raise ValueError(
@@ -54,10 +54,10 @@ def require_num_classes(num_classes: int | None) -> int:
 
 
 def require_heads(hidden_dim: int, num_heads: int) -> None:
-    """Check that the heads share the width evenly and that positions can be encoded.
+    """Check that the width can be divided among the heads and among the coordinates of a sine encoding.
 
     Raises:
-        ValueError: they do not.
+        ValueError: it cannot.
     """
     if hidden_dim % num_heads or hidden_dim % 4:
         raise ValueError(
@@ -66,7 +66,7 @@ def require_heads(hidden_dim: int, num_heads: int) -> None:
 
 
 def level_widths(backbone: BackboneConfig, strides: tuple[int, ...]) -> list[int]:
-    """Channels of the backbone levels with these strides.
+    """Return the channels of the backbone levels with these strides.
 
     Raises:
         ValueError: there is no such level.
@@ -77,7 +77,7 @@ def level_widths(backbone: BackboneConfig, strides: tuple[int, ...]) -> list[int
 
 
 def dense_neck(backbone: BackboneConfig, hidden_dim: int, temperature: float) -> Neck:
-    """One level, layer4, as in DETR: projected without a norm."""
+    """Build a neck with one level, layer4, projected without a norm, as in DETR."""
     position = PositionEncoding(temperature)
     return Neck([backbone.widths[-1]], hidden_dim, 1, position, group_norm=False, level_embed=False)
 
@@ -93,7 +93,7 @@ def dense_encoder(
     pre_norm: bool = False,
     scale_position: bool = False,
 ) -> Encoder:
-    """Encoder layers with dense attention, initialised as the papers' code does."""
+    """Build an encoder with dense attention, initialized as in the official code."""
 
     def layer() -> EncoderLayer:
         feed_forward = FeedForward(hidden_dim, ffn_dim, dropout, activation())
@@ -119,7 +119,7 @@ def conditional_decoder_layers(
     activation: type[nn.Module] = nn.ReLU,
     add_position: bool = False,
 ) -> nn.ModuleList:
-    """Decoder layers with conditional cross-attention; the first, or all, add the queries' positions."""
+    """Build decoder layers with conditional cross-attention; the first layer, or all, add the query positions."""
     layers = nn.ModuleList(
         DecoderLayer(
             SeparateSelfAttention(hidden_dim, num_heads, dropout),
@@ -143,7 +143,7 @@ def deformable_encoder(
     ffn_dim: int,
     dropout: float,
 ) -> Encoder:
-    """Encoder layers with deformable attention, initialised as the papers' code does."""
+    """Build an encoder with deformable attention, initialized as in the official code."""
 
     def layer() -> EncoderLayer:
         attention = DeformableAttention(hidden_dim, num_heads, num_levels, num_points)
@@ -151,7 +151,7 @@ def deformable_encoder(
         return EncoderLayer(attention, feed_forward, hidden_dim, dropout, pre_norm=False)
 
     encoder = Encoder(layer() for _ in range(num_layers))
-    initialise_(encoder)
+    initialize_(encoder)
     return encoder
 
 
@@ -164,7 +164,7 @@ def deformable_decoder_layers(
     ffn_dim: int,
     dropout: float,
 ) -> nn.ModuleList:
-    """Decoder layers with deformable cross-attention, initialised as the papers' code does."""
+    """Build decoder layers with deformable cross-attention, initialized as in the official code."""
     layers = nn.ModuleList(
         DecoderLayer(
             SelfAttention(hidden_dim, num_heads, dropout),
@@ -175,12 +175,12 @@ def deformable_decoder_layers(
         )
         for _ in range(num_layers)
     )
-    initialise_(layers)
+    initialize_(layers)
     return layers
 
 
-def initialise_(transformer: nn.Module) -> None:
-    """Xavier everywhere, then deformable attention's own start."""
+def initialize_(transformer: nn.Module) -> None:
+    """Initialize all parameters with Xavier, then those of deformable attention in its own way."""
     xavier_(transformer)
     for module in transformer.modules():
         if isinstance(module, DeformableAttention):
@@ -188,5 +188,5 @@ def initialise_(transformer: nn.Module) -> None:
 
 
 def clones(module: nn.Module, number: int) -> list[nn.Module]:
-    """Copies that start equal and are trained apart."""
+    """Return copies with equal values, to be trained separately."""
     return [copy.deepcopy(module) for _ in range(number)]

@@ -1,1 +1,1 @@
-"""The command line `raydetr`."""
+"""Provide the command line `raydetr`."""

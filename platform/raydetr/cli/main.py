@@ -1,4 +1,4 @@
-"""The command line. Every command is a few lines over a function of the library."""
+"""Define the commands of `raydetr`; each calls one function of the library."""
 
 from __future__ import annotations
 
@@ -30,25 +30,24 @@ RecipeAndOverrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="RECIPE [PATH=VALUE]...",
-        help="A recipe (see `raydetr recipes`), then overrides such as optim.lr=2e-4.",
+        help="Recipe (see `raydetr recipes`), then overrides such as optim.lr=2e-4.",
     ),
 ]
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="A configuration file, instead of a recipe.")
-]
-Local = Annotated[bool, typer.Option("--local", help="In this process, without Ray: for debugging.")]
-Data = Annotated[Path, typer.Option(help="A folder of shards.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="Configuration file, instead of a recipe.")]
+Local = Annotated[bool, typer.Option("--local", help="Run in this process, without Ray: for debugging.")]
 
 
-@app.command("sample-data")
-def sample_data(
-    out: Annotated[Path, typer.Option(help="The folder to write; must be empty or new.")],
-    hard: Annotated[bool, typer.Option(help="5 classes, no color cue, objects of 11-60 pixels.")] = False,
-    seed: Annotated[int, typer.Option(help="Another seed gives other images.")] = 0,
-    num_train: Annotated[int, typer.Option(min=1, help="Training images.")] = 2400,
-    num_val: Annotated[int, typer.Option(min=1, help="Validation images.")] = 500,
+@app.command("synthetic-data")
+def synthetic_data(
+    out: Annotated[Path, typer.Option(help="Output folder; must be empty or new.")],
+    hard: Annotated[
+        bool, typer.Option(help="Harder: 5 classes, no color cue, objects of 11-60 pixels.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    num_train: Annotated[int, typer.Option(min=1, help="Number of training images.")] = 2400,
+    num_val: Annotated[int, typer.Option(min=1, help="Number of validation images.")] = 500,
 ) -> None:
-    """Generate a small COCO-format data set of drawn shapes: something to try things on."""
+    """Generate a small COCO-format data set of drawn shapes, to try things on."""
     from raydetr.shards.synthetic import write_synthetic_data
 
     with progress_bar("images") as progress:
@@ -71,7 +70,7 @@ def recipes() -> None:
 
 @app.command("config")
 def config_command(arguments: RecipeAndOverrides = None, config: ConfigFile = None) -> None:
-    """Print a resolved configuration as YAML; `--config FILE` of the other commands reads it back."""
+    """Print a resolved configuration as YAML; `--config FILE` of the other commands reads it."""
     typer.echo(configuration.to_yaml(read_config(arguments or [], config)), nl=False)
 
 
@@ -80,11 +79,11 @@ def train(
     arguments: RecipeAndOverrides = None,
     config: ConfigFile = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with the run in this folder; overrides may follow.")
+        Path | None, typer.Option(help="Resume the run in this folder; overrides may follow.")
     ] = None,
     local: Local = False,
 ) -> None:
-    """Train a detector on Ray Train workers, evaluate it and log everything to MLflow."""
+    """Train a detector on Ray Train workers, evaluate it, and log everything to MLflow."""
     from raydetr.runs import run
 
     if resume is None:
@@ -99,16 +98,16 @@ def train(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, of a run or imported.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder of a run, or an imported one.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[PATH=VALUE]...", help="Overrides, such as cluster.num_workers=1."),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Shards; by default those the run validates on.")] = None,
-    out: Annotated[Path | None, typer.Option(help="A JSON file for the AP table.")] = None,
+    data: Annotated[str | None, typer.Option(help="Shards; default: the run's validation split.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the AP table to this JSON file.")] = None,
     local: Local = False,
 ) -> None:
-    """Evaluate a checkpoint: the twelve COCO numbers, and AP by class."""
+    """Evaluate a checkpoint: print the twelve COCO metrics and AP per class."""
     from raydetr.runs.evaluate import evaluate_checkpoint
 
     if out is not None:
@@ -124,12 +123,12 @@ def evaluate(
 
 @app.command()
 def predict(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder, of a run or imported.")],
-    images: Annotated[list[Path], typer.Argument(help="Images, and folders of images.")],
-    out: Annotated[Path, typer.Option(help="The folder to write; must be empty or new.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder of a run, or an imported one.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files and folders of images.")],
+    out: Annotated[Path, typer.Option(help="Output folder; must be empty or new.")],
     score_threshold: Annotated[float, typer.Option(help="Draw boxes with at least this score.")] = 0.3,
 ) -> None:
-    """Detect objects in images: pictures with boxes, and a COCO-format results JSON."""
+    """Detect objects in images; write images with boxes and a COCO-format results JSON."""
     from raydetr.inference.predict import predict as run_prediction
 
     run_prediction(checkpoint, images, out, score_threshold=score_threshold)
@@ -138,22 +137,22 @@ def predict(
 
 @app.command("import-checkpoint")
 def import_checkpoint(
-    file: Annotated[Path, typer.Argument(help="An official checkpoint (.pth).")],
-    model: Annotated[str, typer.Option(help="A recipe, with or without its epochs, or a paper.")],
+    file: Annotated[Path, typer.Argument(help="Official checkpoint (.pth).")],
+    model: Annotated[str, typer.Option(help="Recipe, with or without its epochs, or paper.")],
     out: Annotated[
-        Path | None, typer.Option(help="The folder to write, empty or new; by default named like the file.")
+        Path | None, typer.Option(help="Output folder, empty or new; default: the file's name.")
     ] = None,
     annotations: Annotated[
-        Path | None, typer.Option(help="A COCO JSON file with its categories; by default COCO's own.")
+        Path | None, typer.Option(help="COCO JSON file with its categories; default: COCO's.")
     ] = None,
 ) -> None:
-    """Convert an official checkpoint, to evaluate it, predict with it, or fine-tune from it."""
+    """Convert an official checkpoint to evaluate it, predict with it, or fine-tune it."""
     from raydetr.training.import_checkpoint import import_checkpoint as run_import
 
     out = out or Path(file.stem)
     found = run_import(file, model, out, annotations)
     typer.echo(
-        f"{file}: a checkpoint of {found.paper}, {found.num_parameters:,} numbers, {found.num_classes} classes\n"
+        f"{file}: a checkpoint of {found.paper}, {found.num_parameters:,} parameters, {found.num_classes} classes\n"
         f"wrote {out}, with the settings of {found.recipe}\n"
         f"next: raydetr evaluate {out} --data SHARDS, or raydetr train RECIPE init.checkpoint={out}"
     )
@@ -164,14 +163,14 @@ def overfit(
     arguments: RecipeAndOverrides = None,
     config: ConfigFile = None,
     data: Annotated[
-        str | None, typer.Option(help="A folder of shards, or its URL; by default the recipe's.")
+        str | None, typer.Option(help="Folder of shards, or its URL; default: the recipe's.")
     ] = None,
-    images: Annotated[int, typer.Option(help="How many images to learn by heart.")] = 8,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 300,
-    long_side: Annotated[int, typer.Option(help="Pixels of the images' long side.")] = 256,
-    out: Annotated[Path, typer.Option(help="Folder for overfit.json and the pictures.")] = Path("build"),
+    images: Annotated[int, typer.Option(help="Number of images to overfit.")] = 8,
+    steps: Annotated[int, typer.Option(help="Number of optimizer steps.")] = 300,
+    long_side: Annotated[int, typer.Option(help="Long side of the images, in pixels.")] = 256,
+    out: Annotated[Path, typer.Option(help="Folder for overfit.json and the image grid.")] = Path("build"),
 ) -> None:
-    """Train on a few images and evaluate on the same ones: is the data, and the set-up, learnable?"""
+    """Overfit a few images and evaluate on the same ones, to check data and set-up."""
     from raydetr.runs.overfit import overfit as run_overfit
 
     chosen = read_config(arguments or [], config)
@@ -185,26 +184,29 @@ def doctor(
         list[str] | None,
         typer.Argument(
             metavar="DATA",
-            help="Shards, the training split first; without any, this machine is examined.",
+            help="Shards, the training split first; without any, examine this machine.",
         ),
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="The recipe that is to be trained on the data.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe that the data is for.")] = None,
     config: ConfigFile = None,
     short_side: Annotated[
-        int | None, typer.Option(min=1, help="Pixels; judge small objects at this scale.")
+        int | None,
+        typer.Option(min=1, help="Judge small objects after a resize to this short side, in pixels."),
     ] = None,
-    max_side: Annotated[int | None, typer.Option(min=1, help="Pixels; the limit of the long side.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="A file for the result as JSON.")] = None,
-    html: Annotated[Path | None, typer.Option(help="A file for the result as a page with pictures.")] = None,
+    max_side: Annotated[int | None, typer.Option(min=1, help="Limit of the long side, in pixels.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the result to this JSON file.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the result as a page with images.")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that read; by default as many as there are CPUs.")
+        int | None, typer.Option(min=1, help="Processes that read; default: one per CPU.")
     ] = None,
 ) -> None:
-    """Examine data, or this machine, before time is spent on training; exit code 1: it must not start."""
+    """Examine data, or this machine, before training; exit code 1 means that training must not start."""
     from raydetr.cli import doctor as command
 
-    settings = command.Settings(recipe, config, short_side, max_side, json_file, html, workers)
-    text, may_start = command.run(data or [], settings)
+    options = command.Options(recipe, config, short_side, max_side, json_file, html, workers)
+    text, may_start = command.run(data or [], options)
     typer.echo(text)
     raise typer.Exit(0 if may_start else 1)
 
@@ -212,14 +214,16 @@ def doctor(
 @app.command()
 def tune(
     arguments: RecipeAndOverrides = None,
-    space: Annotated[Path, typer.Option(help="A YAML file: dotted paths and what to draw for them.")] = Path(
-        "space.yaml"
-    ),
-    trials: Annotated[int, typer.Option(min=1, help="How many configurations to try.")] = 8,
-    concurrent: Annotated[int, typer.Option(min=1, help="How many trials run at a time.")] = 1,
+    space: Annotated[
+        Path, typer.Option(help="YAML file of the search space: a distribution per setting.")
+    ] = Path("space.yaml"),
+    trials: Annotated[int, typer.Option(min=1, help="Number of configurations to try.")] = 8,
+    concurrent: Annotated[
+        int, typer.Option(min=1, help="Maximum number of trials that run at the same time.")
+    ] = 1,
     config: ConfigFile = None,
 ) -> None:
-    """Search hyper-parameters: ASHA over trials that are Ray Train runs, one MLflow parent run."""
+    """Search hyperparameters: ASHA over Ray Train runs, with one MLflow parent run."""
     from raydetr.tune.search import search
     from raydetr.tune.space import read_space
 
@@ -230,19 +234,19 @@ def tune(
 
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="Folders of runs, names of runs or MLflow run ids.")],
+    runs: Annotated[list[str], typer.Argument(help="Run folders, run names or MLflow run ids.")],
     uri: Annotated[
-        str | None, typer.Option(help="MLflow tracking URI of named runs; by default sqlite in runs/.")
+        str | None, typer.Option(help="MLflow tracking URI of named runs; default: sqlite in runs/.")
     ] = None,
 ) -> None:
-    """Compare runs: AP by size and class, and where their configurations differ."""
+    """Compare runs: AP by size and class, and differences of their configurations."""
     from raydetr.runs.compare import compare as compare_runs
 
     typer.echo(compare_runs(runs, uri, plain=not sys.stdout.isatty()))
 
 
 def read_config(arguments: list[str], config_file: Path | None) -> RunConfig:
-    """The recipe or file that the arguments name, with their overrides.
+    """Read the recipe or file that the arguments name, and apply the overrides.
 
     Raises:
         ConfigError: neither or both are given, or an override does not fit.
@@ -257,8 +261,8 @@ def read_config(arguments: list[str], config_file: Path | None) -> RunConfig:
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user ends in one clear line, not in a traceback."""
-    # `ray job stop` and schedulers send SIGTERM: end as after Ctrl-C, with the MLflow run closed
+    """Run the command line; a user's mistake ends in one clear line, not in a traceback."""
+    # `ray job stop` and schedulers send SIGTERM: exit as after Ctrl-C, with the MLflow run closed
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
@@ -270,7 +274,7 @@ def main() -> None:
 
 
 def _is_meant_for_users(error: Exception) -> bool:
-    """Ours: raised by this project's own code, not from inside a library."""
+    """Return whether this project's own code raised the error: one from inside a library is a bug of ours."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

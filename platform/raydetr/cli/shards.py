@@ -1,4 +1,4 @@
-"""The command line's `raydetr shards`: everything that is done with shards but training on them."""
+"""Define the commands of `raydetr shards`: write, check, describe, index and show shards."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ if TYPE_CHECKING:
 shards_app = typer.Typer(help="Write, check, describe and index WebDataset shards.", no_args_is_help=True)
 
 
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default as many as there are cores.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one per core.")]
 
 
 @shards_app.command("write")
 def shards_write(
-    out: Annotated[str, typer.Option(help="The folder to write; empty, new, or that of a stopped run.")],
-    images: Annotated[Path | None, typer.Option(help="COCO: the folder that holds the images.")] = None,
-    annotations: Annotated[Path | None, typer.Option(help="COCO: the JSON file with annotations.")] = None,
-    yolo: Annotated[Path | None, typer.Option(help="YOLO: the data.yaml.")] = None,
-    voc: Annotated[Path | None, typer.Option(help="Pascal VOC: the folder with ImageSets.")] = None,
-    split: Annotated[str | None, typer.Option(help="Of YOLO or VOC: train, val, ...")] = None,
-    zero_based: Annotated[bool, typer.Option("--zero-based", help="VOC: boxes count from 0.")] = False,
-    samples_per_shard: Annotated[int, typer.Option(min=1, help="Images in a tar file.")] = 1000,
+    out: Annotated[str, typer.Option(help="Output folder: empty, new, or that of an interrupted run.")],
+    images: Annotated[Path | None, typer.Option(help="COCO: folder of the images.")] = None,
+    annotations: Annotated[Path | None, typer.Option(help="COCO: JSON file of the annotations.")] = None,
+    yolo: Annotated[Path | None, typer.Option(help="YOLO: data.yaml.")] = None,
+    voc: Annotated[Path | None, typer.Option(help="Pascal VOC: folder that holds ImageSets.")] = None,
+    split: Annotated[str | None, typer.Option(help="YOLO or VOC: train, val, ...")] = None,
+    zero_based: Annotated[
+        bool, typer.Option("--zero-based", help="VOC: box coordinates count from 0.")
+    ] = False,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Images per tar file.")] = 1000,
     workers: Workers = None,
 ) -> None:
     """Check a data set and write it as WebDataset shards with an index and a manifest.
 
-    It comes as COCO (--images, --annotations), YOLO (--yolo, --split) or Pascal VOC (--voc, --split).
+    The source is COCO (--images, --annotations), YOLO (--yolo, --split) or Pascal VOC (--voc, --split).
     """
     from raydetr.shards.writer import write_source
 
@@ -51,17 +53,19 @@ def shards_write(
                 samples_per_shard=samples_per_shard,
                 workers=workers or _num_cores(),
                 progress=progress,
-                tell=typer.echo,
+                notify=typer.echo,
             )
     except KeyboardInterrupt:
-        typer.echo(f"stopped; what is finished is in {folder}: the same command goes on there", err=True)
+        typer.echo(
+            f"stopped; finished shards are in {folder}: run the same command again to resume", err=True
+        )
         raise
     typer.echo(_summary("wrote", folder, manifest))
 
 
 @shards_app.command("check")
 def shards_check(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder of shards.")], workers: Workers = None
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Folder of shards.")], workers: Workers = None
 ) -> None:
     """Verify every byte: sha256 of shards, crc, records and images of samples, tars against the index."""
     from raydetr.shards.verify import check_shards
@@ -70,16 +74,16 @@ def shards_check(
         manifest = check_shards(_local(data), workers=workers or _num_cores(), progress=progress)
     typer.echo(
         f"{data}: {manifest.num_samples} images with {manifest.num_annotations} annotations in "
-        f"{len(manifest.shards)} shards are what the manifest says, every byte"
+        f"{len(manifest.shards)} shards match the manifest, every byte"
     )
 
 
 @shards_app.command("info")
 def shards_info(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder of shards, or its URL.")],
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Folder of shards, or its URL.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print what shards hold: images, annotations, categories with counts, sizes, notices."""
+    """Print the content of shards: images, annotations, categories with counts, sizes, notices."""
     from raydetr.shards.info import describe, to_text
     from raydetr.shards.reader import open_shards
 
@@ -90,16 +94,16 @@ def shards_info(
 
 @shards_app.command("index")
 def shards_index(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder of tars that others wrote.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Folder of tars of another tool.")],
     categories: Annotated[
-        Path | None, typer.Option(help="A JSON file that names the categories, such as a COCO file.")
+        Path | None, typer.Option(help="JSON file of the categories, such as a COCO file.")
     ] = None,
     boxes: Annotated[
-        Literal["xywh", "xyxy"] | None, typer.Option(help="How boxes are written; COCO's are xywh.")
+        Literal["xywh", "xyxy"] | None, typer.Option(help="Format of the boxes; COCO's is xywh.")
     ] = None,
     workers: Workers = None,
 ) -> None:
-    """Index WebDataset shards of images and JSON that others wrote, so that they can be trained on."""
+    """Index third-party WebDataset shards of images and JSON, to train on them."""
     from raydetr.shards.third_party.index import index_folder
 
     folder = _local(data)
@@ -116,17 +120,17 @@ def shards_index(
 
 @shards_app.command("export-index")
 def shards_export_index(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder of shards.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Folder of shards.")],
     kind: Annotated[
         Literal["dali", "energon"], typer.Option("--format", help="DALI's .idx or Energon's .tar.idx.")
     ],
 ) -> None:
-    """Write the index that NVIDIA DALI or Megatron-Energon wants beside each shard."""
-    from raydetr.shards.export_index import write_other_indexes
+    """Write the index that NVIDIA DALI or Megatron-Energon expects beside each shard."""
     from raydetr.shards.reader import open_shards
+    from raydetr.shards.tar_samples import export_indexes
 
     shards = open_shards(_local(data))
-    paths = write_other_indexes(shards.path, [shard.name for shard in shards.manifest.shards], kind)
+    paths = export_indexes(shards.path, [shard.name for shard in shards.manifest.shards], kind)
     typer.echo(f"wrote {paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""))
 
 
@@ -140,14 +144,14 @@ def _summary(done: str, folder: Path, manifest: Manifest) -> str:
 
 
 def _local(location: str) -> Path:
-    """A folder of this machine.
+    """Return the path of a local folder.
 
     Raises:
         ValueError: the location is remote.
     """
     location = check_location(location)
     if is_remote(location):
-        raise ValueError(f"{location}: this needs a folder of this machine: work there, and copy the shards")
+        raise ValueError(f"{location}: this needs a local folder: work there, and copy the shards")
     return local_folder(location)
 
 
@@ -164,10 +168,10 @@ def _choose_source(
     *,
     zero_based: bool,
 ) -> Source:
-    """The one data set that the options of `raydetr shards write` name.
+    """Open the data set that the options of `raydetr shards write` name.
 
     Raises:
-        ValueError: they name none or several, one is missing or has no effect, or the data is faulty.
+        ValueError: they name none or several, one is missing or has no effect, or the data is invalid.
     """
     from raydetr.shards.coco import coco_source
     from raydetr.shards.importers.voc import voc_source
@@ -179,13 +183,13 @@ def _choose_source(
             "name one data set: --images with --annotations (COCO), --yolo with --split, or --voc with --split"
         )
     if zero_based and voc is None:
-        raise ValueError("--zero-based is about the boxes of --voc: leave it away")
+        raise ValueError("--zero-based needs --voc: omit it")
     if images is not None and annotations is not None and split is None:
         return coco_source(images, annotations)
     if is_coco and split is not None:
-        raise ValueError("--split has no meaning with --images and --annotations: leave it away")
+        raise ValueError("--split has no effect with --images and --annotations: omit it")
     if is_coco:
-        raise ValueError("--images and --annotations belong together: give both")
+        raise ValueError("--images and --annotations need each other: give both")
     if split is None:
         raise ValueError("which part of the data set? give --split train, --split val, ...")
     if yolo is not None:
@@ -196,18 +200,18 @@ def _choose_source(
 
 @shards_app.command("browse")
 def shards_browse(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder of shards, or its URL.")],
-    out: Annotated[Path, typer.Option(help="The PNG file to write.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Folder of shards, or its URL.")],
+    out: Annotated[Path, typer.Option(help="PNG file to write.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PATH=VALUE", help="Changes of the augmentation's recipe."),
+        typer.Argument(metavar="PATH=VALUE", help="Overrides of the augmentation's recipe."),
     ] = None,
     augment: Annotated[
         str | None,
         typer.Option(help="Show the training augmentation of a recipe, or of a configuration file."),
     ] = None,
-    num: Annotated[int, typer.Option(min=1, max=1000, help="Images to show.")] = 24,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed: other images, otherwise augmented.")] = 0,
+    num: Annotated[int, typer.Option(min=1, max=1000, help="Number of images.")] = 24,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the images and their augmentation.")] = 0,
 ) -> None:
     """Write a contact sheet: images with their boxes, class names and ids."""
     from raydetr.data.contact_sheet import contact_sheet, training_transform

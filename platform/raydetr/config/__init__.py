@@ -1,4 +1,4 @@
-"""The configuration of a run: sections (schema.py), dotted paths and YAML (overrides.py), paths (paths.py)."""
+"""Configure a run: sections (schema.py), dotted paths and YAML (overrides.py), types of paths (paths.py)."""
 
 from raydetr.config.overrides import (
     ConfigError,

@@ -1,7 +1,7 @@
-"""Settings by dotted path, as YAML and as `path=value`: read, changed, written.
+"""Read, override and write settings: by dotted path, as YAML, and as `path=value`.
 
-`optim.lr` is the same word on the command line, in a search space, in an MLflow param and in a config file. An
-unknown key or a wrong type is an error that names the path and the nearest valid key.
+A setting has the same name, such as `optim.lr`, on the command line, in search spaces, in MLflow params and in config
+files. Unknown keys and wrong types are errors whose message has the path and the nearest valid key.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from raydetr.config.paths import path_rule
 from raydetr.config.schema import RunConfig
 
 _VARIANTS = tuple(kind.paper for kind in get_args(ModelConfig))  # values of `model.paper`
-# Settings whose keys are not ours: they can be set one by one, or all together as a mapping
+# Mappings with arbitrary keys, which can be set one by one or together
 _FREE = ("data.remote.options.",)
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the path, what was found and what to do."""
+    """A configuration cannot be used; the message has the path, the value and the remedy."""
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
@@ -42,12 +42,12 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """The configuration as nested plain values (what YAML and JSON can hold)."""
+    """Return the configuration as nested plain values, as in YAML and JSON."""
     return config.model_dump(mode="json")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values as {dotted path: value}."""
+    """Flatten nested values to {dotted path: value}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         path = f"{prefix}{key}"
@@ -56,10 +56,10 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def override(config: RunConfig, assignments: Mapping[str, Any]) -> RunConfig:
-    """A copy of `config` with the values at some dotted paths replaced.
+    """Return a copy of `config` with the values at some dotted paths replaced.
 
     Raises:
-        ConfigError: a path does not exist (the nearest one is named) or a value does not fit.
+        ConfigError: a path does not exist (the message has the nearest one), or a value is not valid.
     """
     values = to_dict(config)
     for path, value in assignments.items():
@@ -68,7 +68,7 @@ def override(config: RunConfig, assignments: Mapping[str, Any]) -> RunConfig:
 
 
 def parse_assignments(arguments: Iterable[str]) -> dict[str, Any]:
-    """`["optim.lr=2e-4"]` as {"optim.lr": 2e-4}; values are YAML scalars or lists.
+    """Parse `["optim.lr=2e-4"]` to {"optim.lr": 2e-4}; values are YAML scalars or lists.
 
     Raises:
         ConfigError: an argument is not of the form `path=value`.
@@ -85,7 +85,7 @@ def parse_assignments(arguments: Iterable[str]) -> dict[str, Any]:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The configuration as YAML that `from_yaml` reads back to an equal one."""
+    """Return the configuration as YAML, which `from_yaml` reads back to an equal one."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
@@ -93,7 +93,7 @@ def from_yaml(path: Path) -> RunConfig:
     """Read a configuration file.
 
     Raises:
-        ConfigError: the file is missing, is no YAML mapping, or does not hold a valid configuration.
+        ConfigError: the file is missing, is not a YAML mapping, or is not a valid configuration.
     """
     try:
         values = yaml.safe_load(path.read_text())
@@ -101,7 +101,7 @@ def from_yaml(path: Path) -> RunConfig:
         raise ConfigError(f"{path}: cannot be read as YAML ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{path}: holds {type(values).__name__}, not a mapping; `raydetr config` prints one"
+            f"{path}: contains {type(values).__name__}, not a mapping; `raydetr config` prints one"
         )
     try:
         return from_dict(values)
@@ -110,7 +110,7 @@ def from_yaml(path: Path) -> RunConfig:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the known word most like `word`, or nothing."""
+    """Return `; did you mean X?` with the known word most similar to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -153,26 +153,26 @@ def _explain(error: ValidationError) -> str:
 
 
 def _explain_problem(problem: ErrorDetails) -> str:
-    # pydantic names the variant of `model` in the location: model.dino.num_queries
+    # The location has pydantic's name of the variant of `model`, which is not part of the path: model.dino.num_queries
     path = ".".join(str(part) for part in problem["loc"] if part not in _VARIANTS)
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{path}: no such setting{nearest(path, known_paths(RunConfig))}"
     if problem["type"] == "missing":
         return f"{path}: missing"
-    if problem["type"] == "value_error":  # of a whole section, by our own check
+    if problem["type"] == "value_error":  # from a validator of a section
         return f"{path}: {problem['msg'].removeprefix('Value error, ')}"
     return f"{path}: {problem['msg']}, found {problem['input']!r}"
 
 
 def known_paths(kind: Any, prefix: str = "") -> list[str]:
-    """Return all dotted paths below a section's type, those of every variant of the model included."""
+    """Return all dotted paths below a section's type, including those of every variant of the model."""
     return list(dict.fromkeys(path for path, _ in _settings(kind, prefix)))
 
 
 def absolute_paths(config: RunConfig, base: Path) -> RunConfig:
     """Return the configuration with every setting that names a file or folder made absolute, starting from `base`.
 
-    Which settings these are follows from their types alone (`raydetr.config.paths`).
+    The types of the settings determine which these are (`raydetr.config.paths`).
     """
     values = flatten(to_dict(config))
     rules = {path: rule for path, kind in _settings(RunConfig) if (rule := path_rule(kind))}

@@ -19,24 +19,25 @@ from detrs.backbone import PathOrUrl
 REMOTE = ("s3", "gs", "http", "https")
 SQLITE = "sqlite:///"
 
-MakeAbsolute: TypeAlias = Callable[
-    [str, Path], str
-]  # (value, base folder) -> the same from any working directory
+# (value, base folder) -> absolute value
+MakeAbsolute: TypeAlias = Callable[[str, Path], str]
 
 
 def check_location(location: str) -> str:
-    """The location without a slash at its end.
+    """Return the location without a slash at its end.
 
     Raises:
-        ValueError: it is empty, of an unknown scheme, or a URL that cannot name a folder.
+        ValueError: it is empty, has an unknown scheme, or is a URL that cannot be one of a folder.
     """
     if not location.strip():
         raise ValueError("the location is empty: give a folder, or a URL such as s3://bucket/shards/train")
     scheme = scheme_of(location)
     if scheme is None:
-        slip = re.match(r"(file|s3|gs|https?):/*", location, re.IGNORECASE)
-        if slip:
-            raise ValueError(f"{location}: is no URL: write {slip[1].lower()}://{location[slip.end() :]}")
+        malformed = re.match(r"(file|s3|gs|https?):/*", location, re.IGNORECASE)
+        if malformed:
+            raise ValueError(
+                f"{location}: is not a URL: write {malformed[1].lower()}://{location[malformed.end() :]}"
+            )
         return location
     if scheme not in (*REMOTE, "file"):
         known = ", ".join(f"{name}://" for name in (*REMOTE, "file"))
@@ -46,19 +47,19 @@ def check_location(location: str) -> str:
 
 
 def is_remote(location: str) -> bool:
-    """Whether it is not of this machine's file systems."""
+    """Return True for a URL that is not a file of this machine."""
     return scheme_of(location) in REMOTE
 
 
 def local_folder(location: str | Path) -> Path:
-    """The folder that a local location names."""
+    """Return the folder of a local location."""
     location = str(location)
     assert not is_remote(location), location
     return Path(unquote(urlsplit(location).path)) if scheme_of(location) == "file" else Path(location)
 
 
 def absolute(location: str, base: Path) -> str:
-    """The same location from any working directory: a folder is taken from `base`, a URL stays."""
+    """Make a location independent of the working directory: resolve a folder against `base`; keep a URL."""
     return location if is_remote(location) else str(base / local_folder(location).expanduser())
 
 
@@ -68,7 +69,7 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def absolute_tracking_uri(uri: str, base: Path) -> str:
-    """Resolve the file of a `sqlite:///` URI against `base`; other URIs stay."""
+    """Resolve the file of a `sqlite:///` URI against `base`; keep other URIs."""
     file = sqlite_file(uri)
     return f"{SQLITE}{base / file.expanduser()}" if file else uri
 
@@ -80,9 +81,9 @@ _PATH_OR_URL, _URI = get_args(PathOrUrl)[1], absolute_tracking_uri
 
 
 def path_rule(annotation: Any) -> MakeAbsolute | None:
-    """Return how a setting with this type is made absolute; None if it does not name a file.
+    """Return the function that makes a setting of this type absolute; None if it does not name a file.
 
-    The marks are the metadata of `Annotated` types; a union such as `Path | None` has the rule of its part.
+    It depends on the metadata of `Annotated` types; a union such as `Path | None` has the function of its member.
     """
     marks = [annotation] if annotation is Path else list(getattr(annotation, "__metadata__", ()))
     for mark, rule in ((Path, absolute), (absolute, absolute), (_PATH_OR_URL, absolute), (_URI, _URI)):
@@ -95,7 +96,7 @@ def path_rule(annotation: Any) -> MakeAbsolute | None:
 
 
 def scheme_of(location: str) -> str | None:
-    """The part before `://`, or None of a path."""
+    """Return the part before `://` in lower case; None for a path."""
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", location)
     return found[1].lower() if found else None
 
@@ -107,8 +108,8 @@ def _check_url(location: str, scheme: str) -> None:
             raise ValueError(f"{location}: a file URL has three slashes: file:///folder")
         return
     if not parts.netloc:
-        raise ValueError(f"{location}: names no bucket or server: write {scheme}://NAME/FOLDER")
+        raise ValueError(f"{location}: has no bucket or server: write {scheme}://NAME/FOLDER")
     if parts.username is not None or parts.query or parts.fragment:
-        # settings are logged, and names of shards are appended
+        # Settings are logged, so no credentials; names of shards are appended, so no query
         raise ValueError(f"{scheme}://{parts.hostname}{parts.path}: a URL without user, '?' and '#' is needed: "
-                         "credentials come from the environment (docs/data.md, Remote data)")  # fmt: skip
+                         "credentials come from the environment (docs/data/remote.md)")  # fmt: skip

@@ -1,8 +1,8 @@
 """Define the sections of a run's configuration, each setting once.
 
-The sections are plain frozen models without behaviour, and the code below takes them as they are: `Transform` takes a
-`TransformConfig`, the remote reader a `RemoteConfig`. A setting that names a file or folder has a type that says so
-(`raydetr.config.paths`), so that every one of them is made absolute before it is sent to a worker.
+The sections are frozen models without behavior, which other packages use directly: `Transform` takes a
+`TransformConfig`, the remote reader a `RemoteConfig`. Settings that name files or folders have the types of
+`raydetr.config.paths`, by which they are found and made absolute before they are sent to a worker.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     def non_default(self, names: tuple[str, ...]) -> list[str]:
-        """Return those of the named settings that differ from their default."""
+        """Return the settings among `names` that differ from their default."""
         fields = type(self).model_fields
         return [name for name in names if getattr(self, name) != fields[name].default]
 
 
-# Settings of TransformConfig that have no effect without another one
+# Setting of TransformConfig -> the setting without which it has no effect
 REQUIRES = {
     "max_side": "short_sides",
     "crop_short_sides": "crop_probability",
@@ -40,7 +40,7 @@ REQUIRES = {
     "lsj_min_scale": "lsj_size",
     "lsj_max_scale": "lsj_size",
 }
-# Settings of TransformConfig that augment, and are refused in the validation transform
+# Settings of TransformConfig that augment; the validation transform must not have them
 AUGMENTATION = (
     "horizontal_flip",
     "crop_probability",
@@ -57,13 +57,13 @@ AUGMENTATION = (
 class TransformConfig(Section):
     """How an image is augmented and resized before it is batched.
 
-    The official training of all five papers flips half of the images and crops half of them: those are resized to a
-    short side of 400, 500 or 600, and a window of 384 to 600 pixels a side is cut out.
+    The official training of all five papers flips half of the images. It crops half of them: they are resized to a
+    short side of 400, 500 or 600, and a window with sides of 384 to 600 pixels is cut out.
     """
 
     short_sides: tuple[PositiveInt, ...] = ()  # pixels; one is drawn; empty: keep the size
-    # Draw a short side for each image, as the official code does, or one for all images of a step. A crop then keeps
-    # the image's aspect ratio, so that images of one aspect ratio have one size and no padding.
+    # Draw a short side per image, as the official code does, or one for all images of a step. With "step" a crop keeps
+    # the image's aspect ratio: images of the same aspect ratio have the same size and no padding.
     scale_per: ScalePer = "image"
     max_side: PositiveInt = 1333  # pixels; limit of the long side when `short_sides` is given
     horizontal_flip: float = Field(default=0.0, ge=0.0, le=1.0)  # probability
@@ -72,7 +72,7 @@ class TransformConfig(Section):
     crop_min_side: PositiveInt = 384  # pixels; the sides of the crop are drawn from crop_min_side
     crop_max_side: PositiveInt = 600  # to crop_max_side, or to the image's side where that is smaller
     lsj_size: PositiveInt | None = None  # pixels; side of the square of large-scale jitter; None: no jitter
-    lsj_min_scale: float = Field(default=0.1, gt=0)  # the image is made to fit lsj_size times a number
+    lsj_min_scale: float = Field(default=0.1, gt=0)  # the image is resized to fit lsj_size times a factor
     lsj_max_scale: float = Field(default=2.0, gt=0)  # that is drawn from lsj_min_scale to lsj_max_scale
     mosaic_probability: float = Field(default=0.0, ge=0.0, le=1.0)  # of combining four images into one
     brightness: float = Field(
@@ -102,7 +102,7 @@ class TransformConfig(Section):
         if self.scale_per == "step" and len(self.short_sides) < 2:
             raise ValueError(
                 f"scale_per=step has no effect with short_sides {list(self.short_sides)}: "
-                "name two or more, or omit scale_per"
+                "give two or more, or omit scale_per"
             )
         return self
 
@@ -114,32 +114,32 @@ class RemoteConfig(Section):
     options: dict[str, Any] = {}
     connect_timeout: float = Field(default=10.0, gt=0)  # seconds until a connection must be established
     read_timeout: float = Field(default=30.0, gt=0)  # seconds without data before a request is repeated
-    attempts: PositiveInt = 6  # at a byte range, without progress, before the run stops
+    attempts: PositiveInt = 6  # per byte range, without progress, before the run stops
     max_requests: PositiveInt = 16  # concurrent requests of a process
-    merge_gap_kb: int = Field(default=64, ge=0)  # samples that are closer are read in one request
-    cache_dir: Path | None = None  # folder on each node's own disk, for what was read from remote shards
-    cache_gb: float | None = Field(default=None, gt=0)  # its size, never exceeded
+    merge_gap_kb: int = Field(default=64, ge=0)  # samples with a smaller gap are read in one request
+    cache_dir: Path | None = None  # folder on the local disk of each node, for data read from remote shards
+    cache_gb: float | None = Field(default=None, gt=0)  # size of the cache, never exceeded
 
     @model_validator(mode="after")
     def _check_cache(self) -> Self:
         if (self.cache_dir is None) != (self.cache_gb is None):
             raise ValueError(
-                "cache_dir and cache_gb belong together: name a folder and the gigabytes it may fill"
+                "cache_dir and cache_gb belong together: give a folder and its maximum size in gigabytes"
             )
         return self
 
 
 class DataConfig(Section):
-    """Which shards are read and how they become batches."""
+    """Which shards are read, and how they are batched."""
 
     train: Location  # a folder of shards, or its s3://, gs://, http(s):// or file:// URL
     val: Location
     batch_size: PositiveInt  # images of one optimizer step, over all workers
-    eval_batch_size: PositiveInt  # images of one evaluation batch on one worker
+    eval_batch_size: PositiveInt  # images of one evaluation batch, per worker
     label_map: LabelMapKind = "contiguous"
     train_transform: TransformConfig = TransformConfig()
     val_transform: TransformConfig = TransformConfig()
-    num_loader_workers: int = Field(default=0, ge=0)  # processes per worker; 0: load in the worker itself
+    num_loader_workers: int = Field(default=0, ge=0)  # processes per worker; 0: load in the worker's process
     limit_images: PositiveInt | None = None  # use only the first images of each split; None: all
     on_corrupt: OnCorrupt = "raise"  # what replaces a corrupt sample
     max_corrupt: int | None = Field(default=None, ge=0)  # corrupt samples before a run stops; None: 1%, or 10
@@ -151,7 +151,7 @@ class DataConfig(Section):
         for name in self.val_transform.non_default(AUGMENTATION):
             raise ValueError(
                 f"val_transform.{name} {getattr(self.val_transform, name)} is augmentation, and evaluation "
-                "needs the image as it is: omit it"
+                "needs the original image: omit it"
             )
         return self
 
@@ -183,7 +183,7 @@ class OptimConfig(Section):
     min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)  # "cosine": lr of the last step over lr
     clip_max_norm: float | None = Field(default=0.1, gt=0)  # None: no clipping
     ema_decay: float | None = Field(default=None, gt=0, lt=1)  # None: no moving average
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the model; losses and boxes are float32 always
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the model; losses and boxes are always float32
     max_skipped_steps: int = Field(default=10, ge=0)  # steps with NaN or infinity before a run stops
 
     @model_validator(mode="after")
@@ -209,9 +209,9 @@ class EvaluationConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Where the run happens."""
+    """Where the run is executed."""
 
-    address: str | None = None  # None: the cluster of this job, else a new one on this machine
+    address: str | None = None  # None: the cluster of this job, or else a new one on this machine
     num_workers: PositiveInt = 1
     use_gpu: bool = False
     cpus_per_worker: PositiveInt = 1
@@ -219,14 +219,14 @@ class ClusterConfig(Section):
 
 
 class StorageConfig(Section):
-    """Where runs are kept. With more than one node this is storage that every node sees."""
+    """Where runs are stored: with more than one node, on storage that all nodes mount."""
 
     path: Path = Path("runs")
     keep_checkpoints: PositiveInt = 2
 
 
 class TrackingConfig(Section):
-    """Where MLflow holds the run."""
+    """Where and how often the run is logged in MLflow."""
 
     uri: TrackingUri | None = None  # None: sqlite in `storage.path`
     experiment: str = "raydetr"
@@ -234,7 +234,7 @@ class TrackingConfig(Section):
 
 
 class RunConfig(Section):
-    """A complete run. Recipes return one; nothing outside it changes what is trained."""
+    """A complete run, as returned by recipes. It alone determines what is trained."""
 
     recipe: str
     seed: int = Field(default=0, ge=0)

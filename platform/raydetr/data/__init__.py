@@ -1,1 +1,1 @@
-"""Data: COCO in, WebDataset shards on disk, batches out (see docs/data.md)."""
+"""Turn shards into batches (see docs/data/)."""

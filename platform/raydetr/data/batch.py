@@ -1,4 +1,4 @@
-"""Batches: uint8 images padded to one size, with packed targets; normalised on the device."""
+"""Collate samples to batches: uint8 images padded to one size, with packed targets, normalized on the device."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from detrs.structures import Images, Targets
 from raydetr.data.corrupt import CorruptSample
-from raydetr.data.transforms.pixels import Resized
+from raydetr.data.transforms.pixels import LazyImage
 
-# of ImageNet in RGB, in units of 1/255 (what torchvision's backbones were trained with)
+# Of ImageNet in RGB, in units of 1/255: the normalization that torchvision's backbones were trained with
 MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 BLANK_SIDE = 128  # pixels
@@ -28,7 +28,7 @@ Canvas = npt.NDArray[np.uint8]  # [b, h, w, 3]
 class Sample:
     """One transformed image with its objects."""
 
-    image: Resized
+    image: LazyImage
     labels: npt.NDArray[np.int64]  # [t]
     boxes_xyxy: npt.NDArray[np.float64]  # [t, 4] in pixels of `image`
     image_id: int
@@ -47,8 +47,8 @@ class Batch:
     image_ids: Int64[Tensor, " b"]
     original_sizes: Int64[Tensor, "b 2"]  # (height, width) before the transform
     position: int  # of the first sample of the global batch, counted over the run
-    corrupt: tuple[CorruptSample, ...] = ()  # what happened to samples of this batch
-    is_blank: bool = False  # all its samples were masked: one black image, which nothing may be learnt from
+    corrupt: tuple[CorruptSample, ...] = ()  # samples of this batch that were substituted or masked
+    is_blank: bool = False  # all samples were masked; holds one black image, which must not be trained on
 
 
 def collate(
@@ -62,7 +62,7 @@ def collate(
     Args:
         samples: the images of one rank in one step.
         position: of the first sample of the global batch, counted over the run.
-        out: given the shape (b, h, w, 3), the array to fill, whatever it holds; None: a new one.
+        out: returns an array of the shape (b, h, w, 3) to fill; its content is overwritten. None: a new array.
     """
     sizes = np.array([(sample.image.height, sample.image.width) for sample in samples], np.int64)
     height, width = sizes.max(0).tolist()
@@ -87,7 +87,7 @@ def collate(
 
 
 def blank_batch(position: int, *, out: Callable[[tuple[int, int, int, int]], Canvas] | None = None) -> Batch:
-    """A batch of which nothing is left, as `collate`: the models, and the other ranks, want one in each step."""
+    """Return a batch of one black image, like `collate`: models and other ranks need a batch in every step."""
     shape = (1, BLANK_SIDE, BLANK_SIDE, 3)
     pixels = np.empty(shape, np.uint8) if out is None else out(shape)
     pixels[:] = 0
@@ -105,23 +105,23 @@ def blank_batch(position: int, *, out: Callable[[tuple[int, int, int, int]], Can
     )
 
 
-def _fill(canvas: Canvas, image: Resized) -> None:
+def _fill(canvas: Canvas, image: LazyImage) -> None:
     canvas[: image.height, : image.width] = image.pixels()
     canvas[image.height :] = 0
     canvas[: image.height, image.width :] = 0
 
 
 def to_model(batch: Batch, device: torch.device | str) -> tuple[Images, Targets]:
-    """Move a batch to the device and normalise it there; padding becomes 0 after the normalisation."""
+    """Move a batch to the device and normalize it there; padding is 0 after the normalization."""
     pixels = batch.pixels.to(device, non_blocking=True)
     sizes = batch.sizes.to(device, non_blocking=True)
     height, width = pixels.shape[-2:]
     below = torch.arange(height, device=device) >= sizes[:, 0, None]
     right = torch.arange(width, device=device) >= sizes[:, 1, None]
     padding = below[:, :, None] | right[:, None, :]
-    normalised = (pixels - _per_channel(MEAN, pixels)).div_(_per_channel(STD, pixels))
+    normalized = (pixels - _per_channel(MEAN, pixels)).div_(_per_channel(STD, pixels))
     targets = Targets(batch.labels.to(device), batch.boxes.to(device), batch.counts)
-    return Images(normalised.masked_fill_(padding[:, None], 0.0), padding), targets
+    return Images(normalized.masked_fill_(padding[:, None], 0.0), padding), targets
 
 
 def _per_channel(values: tuple[float, float, float], like: Tensor) -> Float32[Tensor, "3 1 1"]:

@@ -1,4 +1,4 @@
-"""A contact sheet: samples with their boxes, as they were packed or as the training sees them."""
+"""Draw a contact sheet: samples with their boxes, as packed or as augmented in training."""
 
 from __future__ import annotations
 
@@ -19,44 +19,45 @@ from raydetr.visualization.boxes import AnnotatedImage, Box, coco_boxes, draw_co
 
 def contact_sheet(
     shards: Shards,
-    num: int,
+    num_images: int,
     *,
     seed: int = 0,
     transform: Transform | None = None,
     progress: Progress | None = None,
 ) -> Image.Image:
-    """The first samples that a training with this seed meets, with boxes, class names and ids.
+    """Draw the first samples of a training with this seed, with boxes, class names and ids.
 
     Args:
         shards: the data set.
-        num: of samples; fewer are shown where there are fewer.
+        num_images: how many to draw; limited to the size of the data set.
         seed: of the order and of the augmentation.
-        transform: the augmentation that is shown, with the draws of a training; None: samples as they are.
-        progress: called after each sample with their number and that of all.
+        transform: the augmentation to apply, with the draws of a training; None: samples as packed.
+        progress: called after each sample with the number done and the total.
 
     Raises:
-        ShardError: a sample is damaged.
+        ShardError: a sample is corrupt.
     """
-    num = min(num, shards.num_samples)
-    indices = make_order(shards, seed).samples(0, num).tolist()
+    num_images = min(num_images, shards.num_samples)
+    indices = make_order(shards, seed).samples(0, num_images).tolist()
     names = {
         category["id"]: f"{category['id']} {category['name']}" for category in shards.manifest.categories
     }
-    pictures = []
+    images = []
     for position, index in enumerate(indices):
         if transform is None:
-            pictures.append(_packed(shards, index, names))
+            images.append(_packed(shards, index, names))
         else:
-            pictures.append(_augmented(shards, index, position, transform, seed, names))
+            images.append(_augmented(shards, index, position, transform, seed, names))
         if progress is not None:
-            progress(position + 1, num)
-    what = "as packed" if transform is None else f"augmented with seed {seed}"
-    heading = f"{shards.location}: {num} of {shards.num_samples} images, {what}; a box has its category's id and name"
-    return draw_contact_sheet(pictures, heading=heading)
+            progress(position + 1, num_images)
+    state = "as packed" if transform is None else f"augmented with seed {seed}"
+    count = f"{num_images} of {shards.num_samples} images"
+    heading = f"{shards.location}: {count}, {state}; boxes with category id and name"
+    return draw_contact_sheet(images, heading=heading)
 
 
 def training_transform(recipe_or_file: str, overrides: list[str]) -> Transform:
-    """The augmentation of a recipe, or of a configuration file (`.yaml`), with `path=value` overrides.
+    """Return the training augmentation of a recipe or a configuration file (`.yaml`), with `path=value` overrides.
 
     Raises:
         ConfigError: there is no such recipe or file, or an override does not fit.
@@ -71,14 +72,14 @@ def _packed(shards: Shards, index: int, names: dict[int, str]) -> AnnotatedImage
     try:
         image = decode_rgb(raw.image)
     except UNREADABLE as error:
-        shards.refuse(index, f"its image cannot be decoded ({error})")
+        shards.raise_corrupt(index, f"its image cannot be decoded ({error})")
     return _titled(raw.record["id"], image, coco_boxes(raw.annotations, names))
 
 
 def _augmented(
     shards: Shards, index: int, position: int, transform: Transform, seed: int, names: dict[int, str]
 ) -> AnnotatedImage:
-    short_side = transform.step_short_side(seed, start=0)  # the sheet is the beginning of one global batch
+    short_side = transform.step_short_side(seed, start=0)  # as if the sheet were one global batch
     sample = load_sample(shards, index, transform, seed=seed, position=position, short_side=short_side)
     category_ids = {label: category_id for category_id, label in shards.label_map.labels.items()}
     boxes = []

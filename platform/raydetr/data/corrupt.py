@@ -1,9 +1,9 @@
-"""What happens with a sample that is damaged: one policy for a run.
+"""Handle corrupt samples: one policy per run, a log of those encountered, and a budget.
 
-A sample is damaged when `Shards.read` or its decoding refuses it. It is read once more first. What comes instead
-of it is a function of the plan and of which samples are damaged, never of ranks, workers or batches.
+A sample is corrupt when `Shards.read` or its decoding refuses it, twice. Its substitute depends only on the sample
+order and on which samples are corrupt, never on ranks, workers or batches.
 
-The damaged samples that a run has met: a file of rows, a part of its checkpoints, and a budget.
+The log is a file of rows in the run's folder and a part of its checkpoints.
 """
 
 from __future__ import annotations
@@ -22,22 +22,28 @@ from raydetr.shards.reader import ShardError, Shards
 from raydetr.shards.validation import RawSample
 
 T = TypeVar("T")
+Action = Literal["substituted", "masked", "not evaluated"]
 
-MAX_TRIES = 64  # samples that are tried as a substitute; where as many are damaged, so is the whole set
+MAX_TRIES = 64  # candidates for a substitute; where that many are corrupt, more would not help
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class CorruptSample:
-    """One sample that could not be used when its turn came."""
+    """A sample that could not be used at its position."""
 
-    position: int  # G; of an evaluation: where the training was
+    position: int  # G; in an evaluation, the position of the training
     shard: str  # path
     key: str
     offset: int  # bytes, in the shard
     reason: str
-    action: Literal["substituted", "masked", "not evaluated"]
+    action: Action
+
+    @staticmethod
+    def from_error(error: ShardError, position: int, action: Action) -> CorruptSample:
+        """Describe the sample that an error names."""
+        return CorruptSample(position, error.shard, error.key, error.offset, error.reason, action)
 
     def __str__(self) -> str:
         return f"{self.shard}: sample {self.key} at byte {self.offset}: {self.reason}; {self.action}"
@@ -49,23 +55,23 @@ def apply_policy(
     index: int,
     position: int,
     make: Callable[[int, RawSample], T],
-    others: Iterable[int],
+    fallbacks: Iterable[int],
 ) -> tuple[T | None, CorruptSample | None]:
-    """What to use in place of a sample that could not be made, after one more try.
+    """Read a sample that could not be made once more; replace or mask it if that fails too.
 
     Args:
-        policy: "raise"; "substitute" takes the first of `others` that is sound; "mask" takes nothing.
-        shards: where the sample is.
+        policy: "raise"; "substitute" takes the first valid one of `fallbacks`; "mask" takes none.
+        shards: the data set of the sample.
         index: of the sample.
         position: G of the sample.
-        make: makes the final sample of this position from an index and what was read for it; raises ShardError.
-        others: indices of samples that may take its place, best first.
+        make: makes the final sample of this position from an index and the raw sample; raises ShardError.
+        fallbacks: indices of samples that may replace it, best first.
 
     Returns:
-        the sample, or None where it is masked; and the row for the ledger, or None where the second try did it.
+        the sample, or None if it is masked; and the row for the log, or None if the second read succeeded.
 
     Raises:
-        ShardError: the policy is "raise", or none of the first MAX_TRIES others is sound.
+        ShardError: the policy is "raise", or the first MAX_TRIES fallbacks are all corrupt.
     """
     try:
         sample = make(index, shards.reread(index))
@@ -73,79 +79,74 @@ def apply_policy(
         if policy == "raise":
             raise
         if policy == "mask":
-            return None, note(error, position, "masked")
-        return _substitute(shards, error, make, others), note(error, position, "substituted")
-    log.warning("sample %s was damaged when it was read first, and sound the second time", shards.key(index))
+            return None, CorruptSample.from_error(error, position, "masked")
+        substitute = _substitute(shards, error, make, fallbacks)
+        return substitute, CorruptSample.from_error(error, position, "substituted")
+    log.warning("sample %s was corrupt when first read, and valid when read again", shards.key(index))
     return sample, None
 
 
 def _substitute(
-    shards: Shards, error: ShardError, make: Callable[[int, RawSample], T], others: Iterable[int]
+    shards: Shards, error: ShardError, make: Callable[[int, RawSample], T], fallbacks: Iterable[int]
 ) -> T:
-    tried = 0
-    for other, _ in zip(others, range(MAX_TRIES), strict=False):
-        tried += 1
+    num_tried = 0
+    for other, _ in zip(fallbacks, range(MAX_TRIES), strict=False):
+        num_tried += 1
         for read in (shards.read, shards.reread):
             try:
                 return make(other, read(other))
-            except ShardError as fault:
-                log.info("no substitute: %s", fault)
+            except ShardError as other_error:
+                log.info("no substitute: %s", other_error)
     raise ShardError(
-        f"{error}; none of the {tried} samples before it can take its place, they are damaged too"
+        f"{error}; none of the {num_tried} samples before it can replace it, they are corrupt too"
     )
 
 
-def earlier_samples(plan: SampleOrder, position: int) -> Iterator[int]:
-    """The other samples of the position's epoch, the one just before it in the order first, then around."""
-    epoch, place = divmod(position, plan.num_samples)
-    for back in range(1, plan.num_samples):
-        place_before = (place - back) % plan.num_samples
-        yield int(plan.samples(epoch * plan.num_samples + place_before, 1)[0])
+def earlier_samples(order: SampleOrder, position: int) -> Iterator[int]:
+    """Yield the other samples of the position's epoch, backwards from it and around the epoch's beginning."""
+    epoch, place = divmod(position, order.num_samples)
+    for back in range(1, order.num_samples):
+        earlier = (place - back) % order.num_samples
+        yield int(order.samples(epoch * order.num_samples + earlier, 1)[0])
 
 
-def note(
-    error: ShardError, position: int, action: Literal["substituted", "masked", "not evaluated"]
-) -> CorruptSample:
-    """The row for the ledger."""
-    return CorruptSample(position, error.shard, error.key, error.offset, error.reason, action)
-
-
-CORRUPT_LOG = "damage.jsonl"
-NUM_TOLD = 5  # damaged samples that a message lists
+CORRUPT_LOG = "corrupt_samples.jsonl"
+MAX_LISTED = 5  # corrupt samples in an error message
 
 
 class TooManyCorruptError(ValueError):
-    """More samples are damaged than a run may meet; the message names the ledger, the first ones and a remedy."""
+    """More samples are corrupt than a run may encounter; the message names the log, the first ones and a remedy."""
 
 
 class CorruptSampleLog:
-    """All damage that a run met, in order. Every worker holds the same rows."""
+    """All corrupt samples that a run encountered, in order. Every worker holds the same rows."""
 
     def __init__(self, rows: Iterable[CorruptSample] = ()) -> None:
         self.rows = list(rows)
-        self._samples = {(row.shard, row.key) for row in self.rows}  # kept, as it is asked for all the time
+        # Cached, because its size is needed in every step
+        self._samples = {(row.shard, row.key) for row in self.rows}
 
     @property
     def num_samples(self) -> int:
-        """Different samples: one that is met again in a later epoch is counted once."""
+        """Number of different samples: one that recurs in a later epoch counts once."""
         return len(self._samples)
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """As plain values, for a checkpoint."""
+        """Return the rows as plain values, for a checkpoint."""
         return [dataclasses.asdict(row) for row in self.rows]
 
     @staticmethod
     def from_dicts(rows: Iterable[dict[str, Any]]) -> CorruptSampleLog:
-        """What `to_dicts` gave."""
+        """Restore the log from the result of `to_dicts`."""
         return CorruptSampleLog(CorruptSample(**row) for row in rows)
 
     def write(self, folder: Path) -> None:
-        """Write all rows to `damage.jsonl` in the folder of a run; without rows it shall not exist."""
+        """Write all rows to the log file in the folder of a run; without rows, remove the file."""
         (folder / CORRUPT_LOG).unlink(missing_ok=True)
         self._append(folder, self.rows)
 
     def add(self, rows: Sequence[CorruptSample], folder: Path | None) -> None:
-        """Note what was met, also in the file, on disk at once, where `folder` is given."""
+        """Add rows, and append them to the log file if `folder` is given."""
         self.rows += rows
         self._samples.update((row.shard, row.key) for row in rows)
         if folder is not None:
@@ -157,22 +158,22 @@ class CorruptSampleLog:
                 file.writelines(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
 
     def check(self, budget: int, folder: Path) -> None:
-        """Make sure that not too many samples are damaged.
+        """Raise unless at most `budget` different samples are corrupt.
 
         Raises:
-            DamageError: more than `budget` different ones are.
+            TooManyCorruptError: more are.
         """
         if self.num_samples <= budget:
             return
-        first = list({(row.shard, row.key): str(row) for row in self.rows}.values())[:NUM_TOLD]
+        first = list({(row.shard, row.key): str(row) for row in self.rows}.values())[:MAX_LISTED]
         listing = "".join(f"\n  {row}" for row in first)
         raise TooManyCorruptError(
-            f"{self.num_samples} samples are damaged, and data.max_corrupt allows {budget}; "
+            f"{self.num_samples} samples are corrupt, and data.max_corrupt allows {budget}; "
             f"{folder / CORRUPT_LOG} lists them, the first are:{listing}\n"
             "Copy these shards again, or write them again, and resume; or allow more with data.max_corrupt."
         )
 
 
 def default_max_corrupt(num_samples: int) -> int:
-    """Damaged samples that a run without `data.max_corrupt` may meet: one in a hundred, at least ten."""
+    """Return the budget of a run without `data.max_corrupt`: 1% of the samples, at least ten."""
     return max(num_samples // 100, 10)

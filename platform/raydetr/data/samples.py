@@ -1,11 +1,11 @@
-"""From a packed sample to one that can be batched: read, check, decode, transform."""
+"""Turn a packed sample into one that can be batched: read, check, decode, transform."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from raydetr.data.batch import Sample
-from raydetr.data.transforms.mosaic import Labelled, make_mosaic
+from raydetr.data.transforms.mosaic import LabeledImage, make_mosaic
 from raydetr.data.transforms.pixels import size_of
 from raydetr.data.transforms.transform import Transform
 from raydetr.shards.coco import usable_boxes
@@ -26,7 +26,7 @@ def load_sample(
     """Read, check, decode and transform one sample.
 
     Raises:
-        ShardError: it is damaged.
+        ShardError: the sample is corrupt.
     """
     raw = shards.read(index)
     return make_sample(shards, index, raw, transform, seed=seed, position=position, short_side=short_side)
@@ -45,16 +45,16 @@ def make_sample(
     """Decode and transform one sample that was read.
 
     Args:
-        shards: what it was read from.
+        shards: the data set that the sample was read from.
         index: of the sample in `shards`.
-        raw: what `shards.read(index)` returned.
+        raw: the result of `shards.read(index)`.
         transform: applied with randomness keyed by (seed, position).
         seed: of the run.
         position: G of the sample.
-        short_side: pixels; of the step (`Transform.step_short_side`); None: the image has its own.
+        short_side: in pixels, common to the step (`Transform.step_short_side`); None: drawn for this image.
 
     Raises:
-        ShardError: it is damaged, or another that a mosaic needs, which is named.
+        ShardError: the sample is corrupt, or another one that its mosaic needs; the message names which.
     """
     images = [_decode(shards, index, raw)]
     original_size = images[0].pixels.shape[:2]
@@ -74,15 +74,17 @@ def _read_partner(shards: Shards, index: int) -> RawSample:
         return shards.reread(index)
 
 
-def _decode(shards: Shards, index: int, raw: RawSample) -> Labelled:
+def _decode(shards: Shards, index: int, raw: RawSample) -> LabeledImage:
     try:
         pixels = decode_pixels(raw.image)
     except UNREADABLE as error:
-        shards.refuse(index, f"its image cannot be decoded ({error})")
+        shards.raise_corrupt(index, f"its image cannot be decoded ({error})")
     (width, height), row = size_of(pixels), shards.samples[index]
     if (width, height) != (row["width"], row["height"]):
         expected = f"{row['width']}x{row['height']}"
-        shards.refuse(index, f"its image has {width}x{height} pixels, the index says {expected}")
+        shards.raise_corrupt(
+            index, f"its image has {width}x{height} pixels instead of the index's {expected}"
+        )
     boxes, category_ids = usable_boxes(raw.annotations, width, height)
     labels = shards.label_map.labels
-    return Labelled(pixels, boxes, np.array([labels[i] for i in category_ids], np.int64))
+    return LabeledImage(pixels, boxes, np.array([labels[i] for i in category_ids], np.int64))

@@ -1,4 +1,4 @@
-"""The two splits of a run, as its configuration names them."""
+"""Open the two splits that a configuration names, and write synthetic ones where they are missing."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from raydetr.shards.writer import write_shards
 
 
 def open_splits(data: DataConfig, *, sizes_known: bool = False) -> tuple[Shards, Shards]:
-    """The training and the validation shards, limited to their first images where that is set.
+    """Open the training and the validation shards, limited to their first images if `data.limit_images` is set.
 
-    The sizes of remote shards are compared with their manifest unless another process of the run has done it.
+    Args:
+        data: names the shards.
+        sizes_known: another process of the run has compared the sizes of remote shards with their manifest.
 
     Raises:
-        ValueError: a folder holds no (whole) shards, or fewer images than `data.limit_images`.
-        RemoteError: a server cannot be reached, or refuses.
+        ValueError: a folder holds no complete shards, or fewer images than `data.limit_images`.
+        RemoteError: a server cannot be reached, or refuses the request.
     """
     train, val = (
         open_shards(location, label_map=data.label_map, remote=data.remote, sizes_known=sizes_known)
@@ -31,7 +33,7 @@ def open_splits(data: DataConfig, *, sizes_known: bool = False) -> tuple[Shards,
 
 
 def write_missing_synthetic(data: DataConfig) -> None:
-    """Generate the sample data that `data.synthetic` asks for, and its shards, where they are missing.
+    """Generate the synthetic data that `data.synthetic` selects, and its shards, where they are missing.
 
     The JPEGs and annotations go into a folder `coco` beside the training shards.
     """
@@ -43,7 +45,7 @@ def write_missing_synthetic(data: DataConfig) -> None:
         if (out / MANIFEST).exists():
             continue
         if not (coco / "annotations").exists():
-            print_status(f"generating sample data in {coco}")
+            print_status(f"generating synthetic data in {coco}")
             write_synthetic_data(coco, hard=data.synthetic == "hard")
         print_status(f"writing shards to {out}")
         write_shards(coco / split, _annotations(coco, split), out)
@@ -52,7 +54,7 @@ def write_missing_synthetic(data: DataConfig) -> None:
 def _synthetic_folder(data: DataConfig, location: str) -> Path:
     if is_remote(location):
         raise ValueError(
-            f"data.synthetic={data.synthetic} writes sample shards, which is not possible to {location}: "
+            f"data.synthetic={data.synthetic} writes synthetic shards, which is not possible to {location}: "
             "set data.synthetic=null, or name a folder"
         )
     return local_folder(location)

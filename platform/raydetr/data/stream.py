@@ -1,4 +1,4 @@
-"""From shards to batches: in the plan's order for training, once through for evaluation."""
+"""Stream batches from shards: in the sample order, indefinitely, for training; every image once for evaluation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from raydetr.shards.files import Prefetcher
 from raydetr.shards.reader import ShardError, Shards
 from raydetr.shards.validation import RawSample
 
-READ_AHEAD = 4  # batches of a process that are being read while one is made; remote shards only
+READ_AHEAD = 4  # batches per process whose reads are in flight while one is made; remote shards only
 
 
 def train_batches(
@@ -37,13 +37,13 @@ def train_batches(
     num_workers: int = 0,
     on_corrupt: OnCorrupt = "raise",
 ) -> Iterator[Batch]:
-    """The batches of one rank, without end, from `position` on.
+    """Yield the batches of one rank indefinitely, starting at `position`.
 
-    Step s takes the samples position + s * world_size * batch_size and following of the plan; this rank's are
-    the `rank`-th `batch_size` of them. All ranks see equally many batches, and each sample once an epoch.
+    Step s takes world_size * batch_size samples of the order from position + s * world_size * batch_size on; this
+    rank gets the `rank`-th `batch_size` of them. Over all ranks, each sample comes once per epoch.
 
     Args:
-        shards: what to read.
+        shards: the data set.
         seed: of the order and of the augmentation.
         position: G, the number of samples that the run has consumed, over all ranks.
         rank: of this process.
@@ -51,11 +51,11 @@ def train_batches(
         batch_size: images per rank and step.
         transform: applied with randomness keyed by (seed, position of the sample).
         num_workers: loader processes; 0 loads in this process.
-        on_corrupt: what becomes of a damaged sample; the batch says what did. Where "mask" leaves nothing of a
-            batch, it is blank.
+        on_corrupt: what replaces a corrupt sample; `Batch.corrupt` reports it. If "mask" removes all samples of a
+            batch, the batch is blank.
 
     Raises:
-        ShardError: a sample is damaged, and `on_corrupt` is "raise".
+        ShardError: a sample is corrupt, and `on_corrupt` is "raise".
         LoaderError: a loader process died, or there is no memory for its batches.
     """
     assert 0 <= rank < world_size, (rank, world_size)
@@ -75,14 +75,14 @@ def evaluation_batches(
     num_workers: int = 0,
     on_corrupt: OnCorrupt = "raise",
 ) -> Iterator[Batch | None]:
-    """The batches of one rank in an evaluation: every image once, as many batches on every rank.
+    """Yield the batches of one rank in an evaluation: every image once, the same number of batches on every rank.
 
-    Batch j holds images j * batch_size and following, for any number of ranks, and goes to rank
-    j mod world_size; `None` stands for a batch that a rank does not have. A damaged image is missing in its
-    batch, unless `on_corrupt` is "raise"; no other image takes its place.
+    Batch j holds `batch_size` images from j * batch_size on, for any number of ranks, and goes to rank
+    j mod world_size; ranks without a last batch get `None`. A corrupt image is omitted from its batch without a
+    substitute, unless `on_corrupt` is "raise".
 
     Raises:
-        ShardError: an image is damaged, and `on_corrupt` is "raise".
+        ShardError: an image is corrupt, and `on_corrupt` is "raise".
         LoaderError: a loader process died, or there is no memory for its batches.
     """
     assert 0 <= rank < world_size, (rank, world_size)
@@ -92,7 +92,7 @@ def evaluation_batches(
 
 
 def make_order(shards: Shards, seed: int) -> SampleOrder:
-    """The order in which `train_batches` goes through the shards."""
+    """Return the order in which `train_batches` takes the samples."""
     samples = shards.samples
     aspects = samples["width"] / samples["height"]
     return SampleOrder(samples["shard"].astype(np.int64), aspects, shards.fingerprint, seed)
@@ -100,18 +100,18 @@ def make_order(shards: Shards, seed: int) -> SampleOrder:
 
 @dataclass(frozen=True, eq=False)
 class BatchSpec:
-    """A batch that is to be made: samples `indices`, at `position` and following, of the step at `start`."""
+    """A batch to make."""
 
     step: int  # of this rank, from 0
-    start: int
-    position: int
-    indices: list[int]
-    fallbacks: Callable[[int], Iterable[int]]  # samples that may take the place of the one at a position
+    start: int  # position of the first sample of the global batch
+    position: int  # of the first sample of this batch
+    indices: list[int]  # of the samples
+    fallbacks: Callable[[int], Iterable[int]]  # samples that may replace the one at a position
 
 
 @dataclass(frozen=True, eq=False)
 class BatchBuilder:
-    """Makes batches of samples that were read."""
+    """Reads and makes batches."""
 
     shards: Shards
     transform: Transform
@@ -121,7 +121,7 @@ class BatchBuilder:
     def batches(
         self, specs: Iterable[BatchSpec], all_specs: Iterable[BatchSpec], out: Out | None
     ) -> Iterator[Batch]:
-        """The batches of this process's turns, out of those of all processes of the rank."""
+        """Yield the batches `specs` of this process; prefetch along `all_specs`, those of all processes of the rank."""
         with closing(self.shards.files.prefetch(spec.indices for spec in all_specs)) as prefetcher:
             for spec, raws in _read_ahead(self.shards, specs, prefetcher):
                 yield self._batch(spec, raws, out)
@@ -148,10 +148,10 @@ class BatchBuilder:
             )  # fmt: skip
 
         if not isinstance(raw, ShardError):
-            with suppress(ShardError):  # the policy makes it again
+            with suppress(ShardError):  # not decodable, or a corrupt mosaic partner: the policy reads again
                 return make(index, raw), None
-        others = spec.fallbacks(position)
-        return apply_policy(self.on_corrupt, self.shards, index, position, make, others)
+        fallbacks = spec.fallbacks(position)
+        return apply_policy(self.on_corrupt, self.shards, index, position, make, fallbacks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,12 +166,12 @@ class _TrainBatches:
         return self.builder.batches(self._specs(worker, num_workers), self._specs(0, 1), out)
 
     def _specs(self, worker: int, num_workers: int) -> Iterator[BatchSpec]:
-        plan = make_order(self.builder.shards, self.builder.seed)
+        order = make_order(self.builder.shards, self.builder.seed)
         for step in count(worker, num_workers):
             start = self.position + step * self.world_size * self.batch_size
-            own = start + self.rank * self.batch_size
-            indices = plan.samples(own, self.batch_size).tolist()
-            yield BatchSpec(step, start, own, indices, partial(earlier_samples, plan))
+            position = start + self.rank * self.batch_size
+            indices = order.samples(position, self.batch_size).tolist()
+            yield BatchSpec(step, start, position, indices, partial(earlier_samples, order))
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +185,7 @@ class _EvaluationBatches:
         specs = self._specs(worker, num_workers)
         all_specs = (spec for spec in self._specs(0, 1) if spec.indices)
         yield from self.builder.batches([spec for spec in specs if spec.indices], all_specs, out)
-        yield from [None for spec in specs if not spec.indices]  # only the last can be
+        yield from [None for spec in specs if not spec.indices]  # only the last can be empty
 
     def _specs(self, worker: int, num_workers: int) -> list[BatchSpec]:
         num_images = self.builder.shards.num_samples
@@ -194,25 +194,25 @@ class _EvaluationBatches:
         starts = [(number * self.world_size + self.rank) * self.batch_size for number in rounds]
         ends = [min(start + self.batch_size, num_images) for start in starts]
         return [
-            BatchSpec(number, start, start, list(range(start, end)), _nothing)
+            BatchSpec(number, start, start, list(range(start, end)), _no_fallbacks)
             for number, start, end in zip(rounds, starts, ends, strict=True)
         ]
 
 
-def _nothing(position: int) -> Iterable[int]:
+def _no_fallbacks(position: int) -> Iterable[int]:
     return ()
 
 
 def _read_ahead(
     shards: Shards, specs: Iterable[BatchSpec], prefetcher: Prefetcher
 ) -> Iterator[tuple[BatchSpec, list[RawSample | ShardError]]]:
-    """Read the samples of each turn, and begin with those of the following ones."""
-    begun = deque[tuple[BatchSpec, Callable[[], list[RawSample | ShardError]]]]()
+    """Yield each batch with its raw samples, while the reads of the next READ_AHEAD batches are in flight."""
+    pending = deque[tuple[BatchSpec, Callable[[], list[RawSample | ShardError]]]]()
     for spec in specs:
         prefetcher.advance(spec.step)
-        begun.append((spec, shards.start(spec.indices)))
-        if len(begun) > READ_AHEAD:
-            first, wait = begun.popleft()
+        pending.append((spec, shards.start(spec.indices)))
+        if len(pending) > READ_AHEAD:
+            first, wait = pending.popleft()
             yield first, wait()
-    for spec, wait in begun:
+    for spec, wait in pending:
         yield spec, wait()

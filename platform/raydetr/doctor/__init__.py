@@ -1,1 +1,1 @@
-"""The doctor: is everything as it should be, before time is spent on training?"""
+"""Examine data and machines before time is spent on training."""

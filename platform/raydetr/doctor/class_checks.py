@@ -1,7 +1,4 @@
-"""The list of categories: what it means for the labels, and what looks like a slip in it.
-
-How many images and objects there are, of each class and in each image.
-"""
+"""Find mistakes in the list of categories, missing, rare and imbalanced classes, and images with many objects."""
 
 from __future__ import annotations
 
@@ -9,26 +6,40 @@ import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from raydetr.doctor.findings import MAX_EXAMPLES, Finding, Level, Target, counted, listed
+from raydetr.doctor.findings import (
+    MAX_EXAMPLES,
+    Finding,
+    Integers,
+    Level,
+    TrainingTarget,
+    counted,
+    listed,
+)
 from raydetr.doctor.scan import ScannedSplit, Split
 from raydetr.shards.manifest import MAX_LABEL
 from raydetr.shards.reader import check_same_categories
 
-BACKGROUND = {"background", "bg", "na", "none", "nothing", "noobject", "unlabeled", "unlabelled", "unused"}
+# --- The list of categories ---
+
+BACKGROUND_NAMES = {
+    "background", "bg", "na", "none", "nothing", "noobject", "unlabeled", "unlabelled", "unused",
+}  # fmt: skip
 
 
 def category_findings(splits: Sequence[Split]) -> list[Finding]:
-    """What is to be said of the categories: of those of the first split, and where others differ."""
-    return [*_of_one(splits[0]), *(finding for other in splits[1:] for finding in _between(splits[0], other))]
+    """Return findings about the categories of the first split, and about differences of the others from it."""
+    first, *others = splits
+    return [*_category_list(first), *(finding for other in others for finding in _differences(first, other))]
 
 
-def _of_one(split: Split) -> Iterator[Finding]:
+def _category_list(split: Split) -> Iterator[Finding]:
     categories = split.shards.manifest.categories
     ids = [category["id"] for category in categories]
     names = [category["name"] for category in categories]
-    background = [f"{i} {name!r}" for i, name in zip(ids, names, strict=True) if _plain(name) in BACKGROUND]
+    background = [
+        f"{c['id']} {c['name']!r}" for c in categories if _normalized(c["name"]) in BACKGROUND_NAMES
+    ]
     if background:
         yield Finding(
             "background-category", "warning", (split.name,),
@@ -36,13 +47,13 @@ def _of_one(split: Split) -> Iterator[Finding]:
             "remove it, and its annotations: these models need no class for the background",
             len(background),
         )  # fmt: skip
-    alike = _alike(names)
-    if alike:
+    similar = _similar_names(names)
+    if similar:
         yield Finding(
             "similar-names", "warning", (split.name,),
-            f"names that differ in capitals, spaces or signs only: {listed(alike)}",
-            "give each class one name, and join those that are the same",
-            len(alike),
+            f"names that differ only in case, spaces or punctuation: {listed(similar)}",
+            "give each class one name, and merge those that are the same",
+            len(similar),
         )  # fmt: skip
     gaps = max(ids) - min(ids) + 1 - len(ids)
     if max(ids) > MAX_LABEL:
@@ -62,55 +73,54 @@ def _of_one(split: Split) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _between(first: Split, other: Split) -> Iterator[Finding]:
+def _differences(first: Split, other: Split) -> Iterator[Finding]:
     try:
         check_same_categories(first.shards, other.shards)
     except ValueError as error:
         text, _, remedy = str(error).rpartition(": ")
         yield Finding(
-            "different-categories", "fault", (first.name, other.name),
-            text + _how_they_differ(first, other), remedy, 1,
+            "different-categories", "error", (first.name, other.name),
+            text + _explain_difference(first, other), remedy, 1,
         )  # fmt: skip
 
 
-def _how_they_differ(first: Split, other: Split) -> str:
+def _explain_difference(first: Split, other: Split) -> str:
     here, there = ({c["name"]: c["id"] for c in split.shards.manifest.categories} for split in (first, other))
-    moved = {name: there[name] - here[name] for name in here if name in there and there[name] != here[name]}
-    if moved:
-        steps = set(moved.values())
+    shifts = {name: there[name] - here[name] for name in here if name in there and there[name] != here[name]}
+    if shifts:
+        steps = set(shifts.values())
         by_one = f", all by {steps.pop():+d}" if len(steps) == 1 else ""
-        examples = [f"{name!r} is {here[name]} and {there[name]}" for name in moved]
+        examples = [f"{name!r} is {here[name]} and {there[name]}" for name in shifts]
         return f"; the same names have other ids{by_one} ({listed(examples, 3)})"
-    plain = {_plain(name): name for name in here}
-    spelled = [
-        f"{plain[_plain(name)]!r} and {name!r}"
+    normalized = {_normalized(name): name for name in here}
+    spellings = [
+        f"{normalized[_normalized(name)]!r} and {name!r}"
         for name in there
-        if name not in here and _plain(name) in plain
+        if name not in here and _normalized(name) in normalized
     ]
-    return f"; some are only spelled otherwise ({listed(spelled, 3)})" if spelled else ""
+    return f"; some differ only in spelling ({listed(spellings, 3)})" if spellings else ""
 
 
-def _alike(names: list[str]) -> list[str]:
+def _similar_names(names: list[str]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(_plain(name), []).append(repr(name))
+        groups.setdefault(_normalized(name), []).append(repr(name))
     return [" and ".join(group) for group in groups.values() if len(group) > 1]
 
 
-def _plain(name: str) -> str:
-    """Letters and digits only; a name of none stays as it is."""
+def _normalized(name: str) -> str:
+    """Keep only letters and digits, in lower case; a name without any stays as it is."""
     return re.sub(r"[\W_]+", "", name.casefold()) or name
 
 
-RARE = 10  # objects of a class, below which it is hardly learned
-IMBALANCE = 100  # the largest class by the smallest
-MOST_DETECTIONS = 100  # that COCO's AP counts in an image
+# --- The balance of classes ---
 
-Counts = npt.NDArray[np.int64]
+MIN_OBJECTS = 10  # With fewer objects, a class is hardly learned
+IMBALANCE = 100  # Objects of the largest class by those of the smallest
 
 
-def class_counts(scanned: ScannedSplit) -> tuple[Counts, Counts]:
-    """Images with, and objects of, each category in the order of the list; those that training uses."""
+def class_counts(scanned: ScannedSplit) -> tuple[Integers, Integers]:
+    """Count the images and the objects of each category, in the order of the list; only objects that training uses."""
     ids = np.array([category["id"] for category in scanned.split.shards.manifest.categories])
     objects = scanned.scan.objects[scanned.is_usable]
     classes = np.searchsorted(ids, objects["category_id"])
@@ -119,15 +129,16 @@ def class_counts(scanned: ScannedSplit) -> tuple[Counts, Counts]:
 
 
 def balance_findings(splits: Sequence[ScannedSplit]) -> list[Finding]:
-    """Classes without objects, rare ones, and those that only other splits have."""
+    """Find classes without objects, rare classes, and classes that the training split alone lacks."""
     found: list[Finding] = []
     trained = class_counts(splits[0])[1]
     for scanned in splits:
         counts = class_counts(scanned)[1]
-        if scanned.split.shards.samples["num_annotations"].any():  # else it is told from the index
+        # Without any annotation, the checks of the index have reported it
+        if scanned.split.shards.samples["num_annotations"].any():
             found += class_findings(scanned.split, counts)
         if counts.any():
-            found += _rare(scanned, counts)
+            found += _rare_classes(scanned, counts)
         manifest, first = scanned.split.shards.manifest, splits[0].split.shards.manifest
         if scanned is not splits[0] and manifest.categories == first.categories:
             missing = np.flatnonzero((counts > 0) & (trained == 0))
@@ -138,17 +149,17 @@ def balance_findings(splits: Sequence[ScannedSplit]) -> list[Finding]:
                         "classes-not-trained", "warning", (splits[0].name, scanned.name),
                         f"{counted(len(missing), 'class', 'classes')} with objects in {scanned.name}, "
                         f"but none in {splits[0].name}: {names}",
-                        "divide the images anew, so that each class is in both",
+                        "split the images again, so that each class is in both",
                         len(missing),
                     )
                 )  # fmt: skip
     return found
 
 
-def class_findings(split: Split, counts: Counts) -> Iterator[Finding]:
-    """No object at all, or none of some class, given the objects of each class."""
+def class_findings(split: Split, counts: Integers) -> Iterator[Finding]:
+    """Find a split without any object, or classes without any, given the number of objects of each class."""
     if not counts.any():
-        yield no_objects(split)
+        yield no_objects_finding(split)
         return
     names = [category["name"] for category in split.shards.manifest.categories]
     absent = [name for name, count in zip(names, counts, strict=True) if not count]
@@ -156,16 +167,16 @@ def class_findings(split: Split, counts: Counts) -> Iterator[Finding]:
         yield Finding(
             "classes-without-objects", "warning" if split.is_trained_on else "note", (split.name,),
             f"{counted(len(absent), 'class', 'classes')} of {len(names)} without any object: {listed(absent)}",
-            "add images of them, or leave them out of the categories"
+            "add images of them, or omit them from the categories"
             if split.is_trained_on
-            else "their AP will be undefined; divide the images anew if they matter",
+            else "their AP will be undefined; split the images again if they matter",
             len(absent),
         )  # fmt: skip
 
 
-def no_objects(split: Split) -> Finding:
-    """Not one object in a whole split."""
-    level: Level = "fault" if split.is_trained_on else "warning"
+def no_objects_finding(split: Split) -> Finding:
+    """Return the finding about a split without any object."""
+    level: Level = "error" if split.is_trained_on else "warning"
     remedy = (
         "are these the right annotations? there is nothing to learn"
         if split.is_trained_on
@@ -174,18 +185,18 @@ def no_objects(split: Split) -> Finding:
     return Finding("no-objects", level, (split.name,), "not one object to find", remedy, 1)
 
 
-def _rare(scanned: ScannedSplit, counts: Counts) -> Iterator[Finding]:
+def _rare_classes(scanned: ScannedSplit, counts: Integers) -> Iterator[Finding]:
     names = [category["name"] for category in scanned.split.shards.manifest.categories]
     order = np.argsort(counts, kind="stable")
-    rare = [number for number in order if 0 < counts[number] < RARE]
-    trained_on = scanned.split.is_trained_on
+    rare = [number for number in order if 0 < counts[number] < MIN_OBJECTS]
+    is_trained_on = scanned.split.is_trained_on
     if rare:
         yield Finding(
-            "rare-classes", "warning" if trained_on else "note", (scanned.name,),
-            f"{counted(len(rare), 'class', 'classes')} with fewer than {RARE} objects: "
+            "rare-classes", "warning" if is_trained_on else "note", (scanned.name,),
+            f"{counted(len(rare), 'class', 'classes')} with fewer than {MIN_OBJECTS} objects: "
             + listed([f"{names[number]} {counts[number]}" for number in rare]),
             "add images of them; they will hardly be learned"
-            if trained_on
+            if is_trained_on
             else "their AP is a matter of chance",
             len(rare),
         )  # fmt: skip
@@ -201,29 +212,36 @@ def _rare(scanned: ScannedSplit, counts: Counts) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def crowding_findings(split: Split, objects_per_image: Counts, target: Target) -> Iterator[Finding]:
-    """More objects in an image than there are queries, or detections that count."""
-    limit = target.num_queries
-    for code, level, most, text, remedy in (
-        ("more-objects-than-queries", "warning", limit,
-         f"more objects than {target.recipe} has queries ({limit})",
-         "raise model.num_queries: what has no query is not found"),
-        ("more-objects-than-detections", "note", MOST_DETECTIONS,
-         f"more than {MOST_DETECTIONS} objects",
-         f"COCO's AP counts {MOST_DETECTIONS} detections in an image"),
-    ):  # fmt: skip
+# --- Objects per image ---
+
+MAX_DETECTIONS = 100  # Detections per image that COCO's AP counts
+
+
+def object_count_findings(
+    split: Split, objects_per_image: Integers, target: TrainingTarget
+) -> Iterator[Finding]:
+    """Find images with more objects than there are queries, or than detections count."""
+    checks: tuple[tuple[str, Level, int | None, str, str], ...] = (
+        ("more-objects-than-queries", "warning", target.num_queries,
+         f"more objects than {target.recipe} has queries ({target.num_queries})",
+         "raise model.num_queries: an object without a query is not found"),
+        ("more-objects-than-detections", "note", MAX_DETECTIONS,
+         f"more than {MAX_DETECTIONS} objects",
+         f"COCO's AP counts {MAX_DETECTIONS} detections per image"),
+    )  # fmt: skip
+    order = np.argsort(-objects_per_image, kind="stable")
+    for code, level, most, text, remedy in checks:
         if most is None:
             continue
-        order = np.argsort(-objects_per_image, kind="stable")
         above = order[objects_per_image[order] > most]
         if len(above):
             examples = tuple(
                 split.example(int(sample), counted(int(objects_per_image[sample]), "object"))
                 for sample in above[:MAX_EXAMPLES]
             )
-            share = len(above) / len(order)
             have = "has" if len(above) == 1 else "have"
             yield Finding(
-                code, "warning" if level == "warning" else "note", (split.name,),
-                f"{counted(len(above), 'image')} ({share:.1%}) {have} {text}", remedy, len(above), examples,
+                code, level, (split.name,),
+                f"{counted(len(above), 'image')} ({len(above) / len(order):.1%}) {have} {text}",
+                remedy, len(above), examples,
             )  # fmt: skip

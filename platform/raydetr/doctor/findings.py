@@ -1,7 +1,4 @@
-"""What the doctor says: findings with a level, the places they were seen at, and a remedy.
-
-What the data is to be trained with, as far as it matters to the data.
-"""
+"""Describe findings: what was found at which level, examples of it, and the remedy."""
 
 from __future__ import annotations
 
@@ -15,21 +12,26 @@ import numpy.typing as npt
 from raydetr.config import LabelMapKind, RunConfig
 from raydetr.data.corrupt import default_max_corrupt
 
-Level = Literal["fault", "warning", "note"]
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
 
-LEVELS: tuple[Level, ...] = ("fault", "warning", "note")  # a fault: training must not start
+Level = Literal["error", "warning", "note"]
+
+LEVELS: tuple[Level, ...] = ("error", "warning", "note")  # With an error, training must not start
 MAX_EXAMPLES = 4
+
+# --- Findings ---
 
 
 @dataclass(frozen=True)
 class Place:
-    """A sample, and which of its annotations are meant."""
+    """A sample, and those of its annotations that a finding is about."""
 
     split: str
-    sample: int  # number in its split
+    sample: int  # Number in its split
     image_id: int
     file_name: str  # "" where the sample cannot be read
-    annotations: tuple[int, ...] = ()  # their positions in the sample
+    annotations: tuple[int, ...] = ()  # Their positions in the sample
 
     def __str__(self) -> str:
         return f"image {self.image_id}" + (f" ({self.file_name})" if self.file_name else "")
@@ -37,7 +39,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Example:
-    """One place, or a pair of them, and what is seen there."""
+    """One place, or a pair of places, and what was found there."""
 
     places: tuple[Place, ...]
     detail: str = ""
@@ -52,22 +54,22 @@ class Example:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that the user of the data should know before it is trained on."""
+    """A problem of the data that its user should know before training."""
 
-    code: str  # a stable name
+    code: str  # A stable name
     level: Level
     splits: tuple[str, ...]
-    text: str  # what was found, with numbers
+    text: str  # What was found, with numbers
     remedy: str
-    count: int  # how often
+    count: int  # How often it was found
     examples: tuple[Example, ...] = ()
 
     def line(self) -> str:
-        """The finding in one line, without examples."""
+        """Return the finding as one line, without examples."""
         return f"{', '.join(self.splits)}: {self.text}: {self.remedy}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {
             "code": self.code,
             "level": self.level,
@@ -89,47 +91,42 @@ class Finding:
         }  # fmt: skip
 
 
-def may_start(findings: Iterable[Finding]) -> bool:
-    """Whether training may start: nothing found is a fault."""
-    return all(finding.level != "fault" for finding in findings)
-
-
 def by_level(findings: Iterable[Finding]) -> list[Finding]:
-    """The gravest first; in each level as found."""
+    """Sort findings by level, errors first; keep their order within a level."""
     return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
 
 
 def counted(count: int, singular: str, plural: str | None = None) -> str:
-    """`1 image`, `1,204 images`."""
+    """Format a count with its noun: `1 image`, `1,204 images`."""
     return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
 
 
 def listed(words: Sequence[object], most: int = 8) -> str:
-    """`a, b, c and 4 more`."""
+    """Format a list, shortened: `a, b, c and 4 more`."""
     shown = ", ".join(map(str, words[:most]))
     return f"{shown} and {len(words) - most} more" if len(words) > most else shown
 
 
-Floats = npt.NDArray[np.float64]
+# --- The training that the data is examined for ---
 
 
 @dataclass(frozen=True)
-class Target:
-    """The resize of the evaluation, the number of queries, the batch. By default that of the official recipes."""
+class TrainingTarget:
+    """The settings of a training that matter to its data. The default is the resize of the official recipes."""
 
-    short_side: int | None = 800  # pixels; None: images keep their size
-    max_side: int = 1333  # pixels
-    recipe: str | None = None  # None: nothing is known but the scale
+    short_side: int | None = 800  # Pixels after the resize of the evaluation; None: images keep their size
+    max_side: int = 1333  # Pixels
+    recipe: str | None = None  # None: only the resize is known
     num_queries: int | None = None
     batch_size: int | None = None
     label_map: LabelMapKind | None = None
-    max_corrupt: int | None = 0  # samples in all splits that may be damaged; None: as the training has it
+    max_corrupt: int | None = 0  # Corrupt samples that a run tolerates in all splits; None: the run's default
 
     @staticmethod
-    def of(config: RunConfig) -> Target:
-        """What a run's configuration says."""
+    def from_config(config: RunConfig) -> TrainingTarget:
+        """Return the target of a run with this configuration."""
         resize = config.data.val_transform
-        return Target(
+        return TrainingTarget(
             short_side=resize.short_sides[0] if resize.short_sides else None,
             max_side=resize.max_side,
             recipe=config.recipe,
@@ -139,26 +136,26 @@ class Target:
             max_corrupt=0 if config.data.on_corrupt == "raise" else config.data.max_corrupt,
         )
 
-    def factors(self, widths: Floats, heights: Floats) -> Floats:
-        """By how much images of these sizes, each [n] in pixels, are enlarged."""
+    def scale_factors(self, widths: Floats, heights: Floats) -> Floats:
+        """Return the factors [n] by which the resize scales images of these sizes, each [n] in pixels."""
         if self.short_side is None:
             return np.ones(len(widths))
         short, long = np.minimum(widths, heights), np.maximum(widths, heights)
         return np.minimum(self.short_side / short, self.max_side / long)
 
     def tolerates(self, num_corrupt: int, num_samples: int) -> bool:
-        """Whether a training on so many samples goes on with so many damaged ones."""
+        """Return whether a run on `num_samples` samples continues with `num_corrupt` corrupt ones."""
         limit = default_max_corrupt(num_samples) if self.max_corrupt is None else self.max_corrupt
         return num_corrupt <= limit
 
-    def scale(self) -> str:
-        """The resize in words."""
+    def describe_resize(self) -> str:
+        """Describe the resize in words."""
         if self.short_side is None:
             return "at the images' own size"
         return f"at a short side of {self.short_side} pixels, at most {self.max_side}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {"recipe": self.recipe, "short_side": self.short_side, "max_side": self.max_side,
                 "num_queries": self.num_queries, "batch_size": self.batch_size,
                 "label_map": self.label_map, "max_corrupt": self.max_corrupt}  # fmt: skip

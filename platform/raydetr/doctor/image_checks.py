@@ -1,4 +1,4 @@
-"""Images that cannot be read, are not what their record says, or have an unusual shape."""
+"""Find images that cannot be read, differ from their record, or have an unusual shape."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 from raydetr.doctor.findings import MAX_EXAMPLES, Finding, Level, counted
 from raydetr.doctor.scan import ScannedSplit
 
-NARROW = 5  # long side by short side
-TINY = 32  # pixels of the short side: one cell of the coarsest feature map
+MAX_SIDE_RATIO = 5  # Long side by short side
+MIN_SIDE = 32  # Pixels of the short side: one cell of the coarsest feature map
 
 
-def image_findings(scanned: ScannedSplit, corrupt: Level) -> list[Finding]:
-    """All that is wrong, or odd, with the images of a split; `damage` is the level of damaged samples."""
+def image_findings(scanned: ScannedSplit, corrupt_level: Level) -> list[Finding]:
+    """Return all findings about the images of a split; `corrupt_level` is the level of corrupt samples."""
     return [
-        *_corrupt_samples(scanned, corrupt),
-        *_of_other_sizes(scanned),
-        *_turned(scanned),
-        *_unusual(scanned),
+        *_corrupt_samples(scanned, corrupt_level),
+        *_size_mismatches(scanned),
+        *_exif_orientations(scanned),
+        *_unusual_shapes(scanned),
     ]
 
 
@@ -34,14 +34,14 @@ def _corrupt_samples(scanned: ScannedSplit, level: Level) -> Iterator[Finding]:
         where = f"{file}, key {shards.key(sample)}: {corrupt[sample]:.120}"
         examples.append(scanned.split.example(sample, where))
     yield Finding(
-        "damaged-samples", level, (scanned.name,),
+        "corrupt-samples", level, (scanned.name,),
         f"{counted(len(corrupt), 'sample')} of {shards.num_samples:,} cannot be used",
-        "copy these shards again; where a record is at fault, correct it and write the shards again",
+        "copy these shards again; if the record is wrong, correct it and write the shards again",
         len(corrupt), tuple(examples),
     )  # fmt: skip
 
 
-def _of_other_sizes(scanned: ScannedSplit) -> Iterator[Finding]:
+def _size_mismatches(scanned: ScannedSplit) -> Iterator[Finding]:
     images, split = scanned.scan.images, scanned.split
     differs = (images["width"] != split.shards.samples["width"]) | (
         images["height"] != split.shards.samples["height"]
@@ -51,39 +51,39 @@ def _of_other_sizes(scanned: ScannedSplit) -> Iterator[Finding]:
         examples = tuple(
             split.example(
                 sample,
-                f"the file holds {images['width'][sample]}x{images['height'][sample]} pixels, the record says "
-                f"{split.widths[sample]:.0f}x{split.heights[sample]:.0f}",
+                f"the file holds {images['width'][sample]}x{images['height'][sample]} pixels, "
+                f"the record has {split.widths[sample]:.0f}x{split.heights[sample]:.0f}",
             )
             for sample in chosen[:MAX_EXAMPLES]
         )
         yield Finding(
-            "other-sizes", "fault", (scanned.name,),
-            f"{counted(len(chosen), 'image')} of another size than the record says: the boxes do not fit",
+            "size-mismatch", "error", (scanned.name,),
+            f"{counted(len(chosen), 'image')} of another size than in the record: the boxes do not fit",
             "correct width and height, or replace the images, and write the shards again",
             len(chosen), examples,
         )  # fmt: skip
 
 
-def _turned(scanned: ScannedSplit) -> Iterator[Finding]:
-    chosen = np.flatnonzero(scanned.scan.images["turned"])
+def _exif_orientations(scanned: ScannedSplit) -> Iterator[Finding]:
+    chosen = np.flatnonzero(scanned.scan.images["has_orientation"])
     if len(chosen):
         yield Finding(
-            "turned-images", "note", (scanned.name,),
+            "exif-orientation", "note", (scanned.name,),
             f"{counted(len(chosen), 'image')} with an EXIF orientation, which is not applied",
-            "look at the pictures: if the boxes are beside the objects, store the pixels turned",
+            "look at the images: if the boxes are beside the objects, store the pixels rotated",
             len(chosen), tuple(scanned.split.example(sample) for sample in chosen[:MAX_EXAMPLES]),
         )  # fmt: skip
 
 
-def _unusual(scanned: ScannedSplit) -> Iterator[Finding]:
+def _unusual_shapes(scanned: ScannedSplit) -> Iterator[Finding]:
     widths, heights = scanned.split.widths, scanned.split.heights
     short, long = np.minimum(widths, heights), np.maximum(widths, heights)
     for code, chosen, text, remedy in (
-        ("narrow-images", np.flatnonzero(long > NARROW * short),
-         f"with one side more than {NARROW} times the other",
-         "they are mostly padding in a batch: cut them into parts, or leave them out"),
-        ("tiny-images", np.flatnonzero(short < TINY),
-         f"with a side under {TINY} pixels", "are they thumbnails? leave them out"),
+        ("narrow-images", np.flatnonzero(long > MAX_SIDE_RATIO * short),
+         f"with one side more than {MAX_SIDE_RATIO} times the other",
+         "they are mostly padding in a batch: cut them into parts, or omit them"),
+        ("tiny-images", np.flatnonzero(short < MIN_SIDE),
+         f"with a side under {MIN_SIDE} pixels", "are they thumbnails? omit them"),
     ):  # fmt: skip
         if len(chosen):
             examples = tuple(

@@ -1,9 +1,4 @@
-"""The machine's facts, asked of the operating system: cores, memory, instruction sets, GPUs.
-
-Installed packages against what this one needs, as its metadata says (from pyproject.toml).
-
-`raydetr doctor` without an argument: what a person needs to know of a machine before they train on it.
-"""
+"""Examine this machine: packages, native operators, cores, memory, GPUs and disk (`raydetr doctor` without data)."""
 
 from __future__ import annotations
 
@@ -24,41 +19,44 @@ from detrs.ops import NativeStatus, native_status
 from raydetr.environment import cpu_name
 
 GIB = 2**30
-# The flags of /proc/cpuinfo that the operator's kernels of each name need (csrc/cpu/deform_attn.cpp)
+
+# --- Hardware, as the operating system describes it ---
+
+# Flags of /proc/cpuinfo that each set of the operator's kernels needs (csrc/cpu/deform_attn.cpp)
 INSTRUCTION_SETS = {
     "avx512": {"avx512f", "avx512dq", "avx512vl", "avx512bw"},
     "avx2": {"avx2", "fma"},
 }
-MAX_CGROUP_LIMIT = 2**60  # larger numbers are how cgroup v1 says "no limit"
+MAX_CGROUP_LIMIT = 2**60  # cgroup v1 has no word for "no limit", only larger numbers
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU that torch sees; bytes."""
+    """One GPU that torch can use; sizes in bytes."""
 
     name: str
-    capability: str  # such as "sm_90"
+    capability: str  # Such as "sm_90"
     total: int
     free: int
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What training has to do with; bytes. The container's limits are None where there are none."""
+    """Hardware that training can use; sizes in bytes. The container's limits are None where there are none."""
 
-    num_cores: int  # that this process may use
+    num_cores: int  # That this process may use
     num_all_cores: int
     container_cores: float | None
     memory: int
     free_memory: int
     container_memory: int | None
-    instruction_sets: tuple[str, ...]  # best first; empty off x86-64
+    instruction_sets: tuple[str, ...]  # Best first; empty except on x86-64
     gpus: tuple[Gpu, ...]
     has_nvidia_driver: bool
 
 
 def read_machine(root: Path = Path("/")) -> Machine:
-    """This machine, as the process sees it; `root` is where proc and sys are looked for."""
+    """Read this machine's hardware; `root` is the folder of proc and sys."""
     memory = psutil.virtual_memory()
     return Machine(
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -74,14 +72,14 @@ def read_machine(root: Path = Path("/")) -> Machine:
 
 
 def instruction_sets(cpuinfo: Path) -> tuple[str, ...]:
-    """Those of INSTRUCTION_SETS that the processor has."""
+    """Return those of INSTRUCTION_SETS that the processor has."""
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
     return tuple(name for name, needed in INSTRUCTION_SETS.items() if needed <= flags)
 
 
 def container_memory(cgroup: Path) -> int | None:
-    """The container's limit in bytes: cgroup version 2, else version 1."""
+    """Return the container's memory limit in bytes, from cgroup version 2 or 1."""
     for file in (cgroup / "memory.max", cgroup / "memory" / "memory.limit_in_bytes"):
         text = file.read_text().strip() if file.exists() else ""
         if text.isdigit() and int(text) < MAX_CGROUP_LIMIT:
@@ -90,7 +88,7 @@ def container_memory(cgroup: Path) -> int | None:
 
 
 def container_cores(cgroup: Path) -> float | None:
-    """How many cores' time the container gets: cgroup version 2, else version 1."""
+    """Return the number of cores whose time the container gets, from cgroup version 2 or 1."""
     quota, period = "", ""
     if (cgroup / "cpu.max").exists():
         quota, period = (cgroup / "cpu.max").read_text().split()
@@ -105,28 +103,31 @@ def _gpu(index: int) -> Gpu:
     return Gpu(torch.cuda.get_device_name(index), f"sm_{major}{minor}", total, free)
 
 
+# --- Packages, compared with the requirements in this project's metadata ---
+
+
 @dataclass(frozen=True)
 class Package:
-    """A requirement and what there is; `installed` None: nothing."""
+    """A requirement and the installed version; None: not installed."""
 
     requirement: Requirement
     installed: str | None
 
     @property
-    def fits(self) -> bool:
-        """Whether it is installed in a version that will do."""
+    def is_satisfied(self) -> bool:
+        """Whether the installed version satisfies the requirement."""
         return self.installed is not None and self.requirement.specifier.contains(
             self.installed, prereleases=True
         )
 
     def problem(self) -> str:
-        """What does not fit, in words."""
+        """Describe how the requirement is not satisfied."""
         needed = f"{self.requirement.name}{self.requirement.specifier}"
         return f"{needed} is needed, {self.installed or 'nothing'} is installed"
 
 
-def needed_packages(distribution: str = "raydetr") -> list[Package]:
-    """Everything that must be there to train; what only extras need is left out.
+def required_packages(distribution: str = "raydetr") -> list[Package]:
+    """Return the packages that training requires, without those of extras.
 
     Raises:
         ValueError: the distribution itself is not installed.
@@ -136,38 +137,40 @@ def needed_packages(distribution: str = "raydetr") -> list[Package]:
     except metadata.PackageNotFoundError as error:
         raise ValueError(f"{distribution} is not installed: pip install -e . in its folder") from error
     requirements = [Requirement(line) for line in lines]
-    return examine(
+    return find_packages(
         requirement
         for requirement in requirements
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
     )
 
 
-def examine(requirements: Iterable[Requirement]) -> list[Package]:
-    """Look up what is installed for each."""
+def find_packages(requirements: Iterable[Requirement]) -> list[Package]:
+    """Look up the installed version of each requirement."""
     return [Package(requirement, installed_version(requirement.name)) for requirement in requirements]
 
 
 def installed_version(name: str) -> str | None:
-    """None where the package is missing."""
+    """Return the version of a package, None where it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
 
 
-State = Literal["ok", "note", "fault"]
+# --- The report ---
 
-SHOWN = ("ray", "mlflow", "webdataset")  # with a line each; torch has its own; the others share one
-REMOTE = {"s3fs": "s3://", "gcsfs": "gs://", "aiohttp": "https://"}
+State = Literal["ok", "note", "error"]
+
+LISTED_PACKAGES = ("ray", "mlflow", "webdataset")  # With a line each, as torch has; the others share one
+REMOTE_PACKAGES = {"s3fs": "s3://", "gcsfs": "gs://", "aiohttp": "https://"}
 BUILD = "pip install --no-build-isolation -e ."
-LITTLE_DISK = 5 * GIB  # checkpoints of one run; a fault below a hundredth of it
-LITTLE_SHARED_MEMORY = GIB  # some batches of large images, twice; Docker gives 64 MiB unless it is told
+LOW_DISK = 5 * GIB  # Checkpoints of one run; less than a hundredth of it is an error
+LOW_SHARED_MEMORY = GIB  # A few batches of large images, twice; Docker's default is 64 MiB
 
 
 @dataclass(frozen=True)
 class EnvironmentLine:
-    """One thing looked at. A note costs speed or a feature; with a fault training does not work."""
+    """One examined subject. A note costs speed or a feature; with an error, training does not work."""
 
     subject: str
     state: State
@@ -177,17 +180,17 @@ class EnvironmentLine:
 
 @dataclass(frozen=True)
 class EnvironmentReport:
-    """Everything looked at, in the order in which it is printed."""
+    """All examined subjects, in the order in which they are printed."""
 
     lines: tuple[EnvironmentLine, ...]
 
     @property
     def can_train(self) -> bool:
-        """Whether nothing is at fault."""
-        return all(line.state != "fault" for line in self.lines)
+        """Whether no line is an error."""
+        return all(line.state != "error" for line in self.lines)
 
     def to_text(self) -> str:
-        """Aligned lines; a remedy stands below what it is for."""
+        """Format aligned lines, each remedy below its subject."""
         width = max(len(line.subject) for line in self.lines)
         text = []
         for line in self.lines:
@@ -196,13 +199,13 @@ class EnvironmentReport:
         return "\n".join(text)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {"can_train": self.can_train, "lines": [asdict(line) for line in self.lines]}
 
 
 def environment_report(folder: Path | None = None) -> EnvironmentReport:
-    """Look at this process's Python, packages and machine, and at `folder`, by default the working folder."""
-    machine, packages, folder = read_machine(), needed_packages(), folder or Path.cwd()
+    """Examine this process's Python, packages and machine, and `folder`, by default the working folder."""
+    machine, packages, folder = read_machine(), required_packages(), folder or Path.cwd()
     shared_memory = Path("/dev/shm")
     lines = [
         EnvironmentLine("Python", "ok", f"{sys.version.split()[0]}, {sys.prefix}"),
@@ -220,7 +223,7 @@ def environment_report(folder: Path | None = None) -> EnvironmentReport:
 
 
 def torch_line(machine: Machine) -> EnvironmentLine:
-    """The build, and whether it can use the GPUs that are there."""
+    """Report the build of torch, and whether it can use the machine's GPUs."""
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
     found = f"{torch.__version__}, built for {build}"
     if machine.has_nvidia_driver and torch.version.cuda is None:
@@ -230,7 +233,7 @@ def torch_line(machine: Machine) -> EnvironmentLine:
 
 
 def operator_lines(status: NativeStatus, machine: Machine) -> Iterator[EnvironmentLine]:
-    """Which deformable attention runs on the CPU and on the GPU, and why."""
+    """Report which deformable attention runs on the CPU and on the GPU, and why."""
     if "cpu" not in status.devices:
         remedy = f"install a C++ compiler (Debian, Ubuntu: apt install g++) and run `{BUILD}` again"
         found = f"pure torch, several times slower: {status.reason}"
@@ -248,8 +251,8 @@ def operator_lines(status: NativeStatus, machine: Machine) -> Iterator[Environme
 
 
 def _cpu_kernels_line(chosen: str, machine: Machine) -> EnvironmentLine:
-    has = ", ".join(machine.instruction_sets) or "none that has kernels of its own"
-    found = f"native, {chosen} kernels (the processor has: {has})"
+    available = ", ".join(machine.instruction_sets) or "none with kernels of its own"
+    found = f"native, {chosen} kernels (the processor has: {available})"
     if machine.instruction_sets and chosen != machine.instruction_sets[0]:
         limit = os.environ.get("ATEN_CPU_CAPABILITY")
         remedy = "unset ATEN_CPU_CAPABILITY" if limit else f"build it again: {BUILD}"
@@ -258,27 +261,29 @@ def _cpu_kernels_line(chosen: str, machine: Machine) -> EnvironmentLine:
 
 
 def cores_line(machine: Machine) -> EnvironmentLine:
-    """What the process may use, and what keeps it from more."""
+    """Report the cores that the process may use, and their limits."""
     found = f"{cpu_name()}, {machine.num_cores} cores"
     if machine.num_cores < machine.num_all_cores:
         found += f" of {machine.num_all_cores} (the process is bound to them)"
     if machine.container_cores is not None and machine.container_cores < machine.num_cores:
         found += f", and the container gets the time of {machine.container_cores:g}"
-        return EnvironmentLine("processor", "note", found, "count workers by the latter number")
+        return EnvironmentLine(
+            "processor", "note", found, "choose the number of workers by the latter number"
+        )
     return EnvironmentLine("processor", "ok", found)
 
 
 def memory_line(machine: Machine) -> EnvironmentLine:
-    """Of the machine, or less where a container limits it."""
+    """Report the machine's memory, and the container's limit where it is lower."""
     found = f"{_gib(machine.memory)}, {_gib(machine.free_memory)} free"
     if machine.container_memory is not None and machine.container_memory < machine.memory:
         found += f"; the container is killed above {_gib(machine.container_memory)}"
-    little = min(machine.free_memory, machine.container_memory or machine.free_memory) < 2 * GIB
-    return EnvironmentLine("memory", "note" if little else "ok", found)
+    is_low = min(machine.free_memory, machine.container_memory or machine.free_memory) < 2 * GIB
+    return EnvironmentLine("memory", "note" if is_low else "ok", found)
 
 
 def gpu_lines(machine: Machine) -> Iterator[EnvironmentLine]:
-    """One each, or one that says that there is none."""
+    """Report each GPU, or that there is none."""
     if not machine.gpus:
         yield EnvironmentLine("GPU", "note", "none that torch can use: training runs on the CPU")
     for index, gpu in enumerate(machine.gpus):
@@ -288,33 +293,33 @@ def gpu_lines(machine: Machine) -> Iterator[EnvironmentLine]:
 
 
 def disk_line(folder: Path) -> EnvironmentLine:
-    """Runs, checkpoints and logs go below the working folder."""
+    """Report the free space of the working folder, below which runs, checkpoints and logs are written."""
     free = shutil.disk_usage(folder).free
     found = f"{_gib(free)} free in {folder}"
     if not os.access(folder, os.W_OK):
-        return EnvironmentLine("disk", "fault", f"{folder} is not writable", "work in a folder of yours")
-    state: State = "fault" if free < LITTLE_DISK / 100 else "note" if free < LITTLE_DISK else "ok"
+        return EnvironmentLine("disk", "error", f"{folder} is not writable", "work in a folder of yours")
+    state: State = "error" if free < LOW_DISK / 100 else "note" if free < LOW_DISK else "ok"
     remedy = None if state == "ok" else "runs keep their checkpoints below this folder: make room"
     return EnvironmentLine("disk", state, found, remedy)
 
 
 def shared_memory_line(free: int) -> EnvironmentLine:
-    """Ray keeps its objects in /dev/shm; batches need no room there (see `raydetr.data.loader.ring`)."""
+    """Report the space for Ray's objects in /dev/shm; batches need none there (see `raydetr.data.loader.ring`)."""
     found = f"{_gib(free)} free in /dev/shm, where Ray keeps its objects"
-    if free >= LITTLE_SHARED_MEMORY:
+    if free >= LOW_SHARED_MEMORY:
         return EnvironmentLine("shared memory", "ok", found)
     return EnvironmentLine("shared memory", "note", found, "in a container: docker run --shm-size=8g")
 
 
 def package_lines(packages: list[Package]) -> Iterator[EnvironmentLine]:
-    """Those in SHOWN, those that do not fit, and how many others there are."""
+    """Report LISTED_PACKAGES, unsatisfied requirements, and the number of other packages."""
     others = 0
     for package in packages:
         name = package.requirement.name
-        if not package.fits:
+        if not package.is_satisfied:
             remedy = f"pip install '{package.requirement}'"
-            yield EnvironmentLine(name, "fault", package.problem(), remedy)
-        elif name in SHOWN:
+            yield EnvironmentLine(name, "error", package.problem(), remedy)
+        elif name in LISTED_PACKAGES:
             needed = str(package.requirement.specifier) or "any"
             yield EnvironmentLine(name, "ok", f"{package.installed} (needed: {needed})")
         else:
@@ -323,8 +328,8 @@ def package_lines(packages: list[Package]) -> Iterator[EnvironmentLine]:
 
 
 def remote_lines() -> Iterator[EnvironmentLine]:
-    """What reads shards from object stores and web servers; local shards need none of it."""
-    for package, scheme in REMOTE.items():
+    """Report the packages that read shards from object stores and web servers; local shards need none."""
+    for package, scheme in REMOTE_PACKAGES.items():
         version = installed_version(package)
         if version is None:
             found = f"{package} is not installed: shards cannot be read from there"

@@ -1,11 +1,4 @@
-"""The look of the page.
-
-Charts for the page, as SVG that needs nothing else: bars of several splits side by side.
-
-Pictures for the page: small JPEGs with boxes, inside the HTML itself.
-
-The report as one HTML file that needs nothing else: numbers, findings with pictures, charts, classes.
-"""
+"""Write the report as one self-contained HTML file: findings with images, charts and classes."""
 
 from __future__ import annotations
 
@@ -22,13 +15,13 @@ from PIL import Image
 from raydetr.doctor.box_checks import SMALL
 from raydetr.doctor.findings import Example, Finding, Place
 from raydetr.doctor.report import ClassRow, Histogram, Report, summary_rows
-from raydetr.doctor.scan import ScannedSplit, as_record, is_box, read_anyway
+from raydetr.doctor.scan import ScannedSplit, as_record, is_box, read_unchecked
 from raydetr.shards.images import UNREADABLE, decode_rgb
 from raydetr.visualization.boxes import Box, coco_boxes, draw_boxes
 
 STYLE = """
 :root { --ink: #22262b; --soft: #69717a; --line: #e2e5e9; --paper: #fff;
-  --fault: #c62828; --warning: #d98200; --note: #4a7ba6; --good: #2e7d4f; }
+  --error: #c62828; --warning: #d98200; --note: #4a7ba6; --good: #2e7d4f; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #f5f6f8; color: var(--ink);
   font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
@@ -38,33 +31,39 @@ h2 { font-size: 19px; margin: 36px 0 10px; }
 figure { margin: 0; }
 .verdict { font-size: 18px; font-weight: 600; color: #fff; padding: 10px 16px; border-radius: 8px;
   margin: 0 0 8px; }
-.good { background: var(--good); } .fair { background: #b26a00; } .bad { background: var(--fault); }
+.good { background: var(--good); }
+.fair { background: #b26a00; }
+.bad { background: var(--error); }
 .target { color: var(--soft); margin: 0 0 14px; }
 table { border-collapse: collapse; background: var(--paper); font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 500; } td { text-align: right; white-space: nowrap; }
+th { text-align: left; font-weight: 500; }
+td { text-align: right; white-space: nowrap; }
 .summary { border: 1px solid var(--line); border-radius: 8px; }
 .summary th, .summary td { padding: 4px 16px; border-top: 1px solid var(--line); }
 .summary tr:first-child th { border-top: 0; font-weight: 700; text-align: right; }
 .summary .inner { padding-left: 34px; color: var(--soft); }
 .finding { background: var(--paper); border: 1px solid var(--line); border-left: 6px solid var(--note);
-  border-radius: 8px;
-  padding: 12px 16px; margin: 0 0 12px; }
+  border-radius: 8px; padding: 12px 16px; margin: 0 0 12px; }
 .finding p { margin: 0 0 4px; }
 .finding b { text-transform: uppercase; font-size: 12px; letter-spacing: .06em; color: #fff;
-  background: var(--note);
-  border-radius: 4px; padding: 2px 7px; margin-right: 6px; }
-.fault { border-left-color: var(--fault); } .fault b { background: var(--fault); }
-.warning { border-left-color: var(--warning); } .warning b { background: var(--warning); }
-.what code { float: right; color: var(--soft); font-size: 12px; margin-left: 12px; }
-.remedy { color: var(--soft); } .remedy::before { content: "→ "; }
+  background: var(--note); border-radius: 4px; padding: 2px 7px; margin-right: 6px; }
+.error { border-left-color: var(--error); }
+.error b { background: var(--error); }
+.warning { border-left-color: var(--warning); }
+.warning b { background: var(--warning); }
+.text code { float: right; color: var(--soft); font-size: 12px; margin-left: 12px; }
+.remedy { color: var(--soft); }
+.remedy::before { content: "→ "; }
 .examples { display: flex; flex-wrap: wrap; gap: 14px; margin-top: 10px; align-items: flex-start; }
 .example p { font-size: 12.5px; color: var(--soft); margin: 2px 0 0; max-width: 460px;
   overflow-wrap: anywhere; }
-.single { width: 250px; } .pictures { display: flex; gap: 6px; }
-.pair { border: 1px solid var(--line); border-radius: 8px; padding: 8px; } .pair figure { width: 220px; }
+.single { width: 250px; }
+.images { display: flex; gap: 6px; }
+.pair { border: 1px solid var(--line); border-radius: 8px; padding: 8px; }
+.pair figure { width: 220px; }
 img { display: block; width: 100%; border-radius: 5px; }
 figure figcaption { font-size: 12.5px; color: var(--soft); overflow-wrap: anywhere; }
-.none { display: grid; place-items: center; height: 120px; border-radius: 5px; background: #eceef1;
+.unreadable { display: grid; place-items: center; height: 120px; border-radius: 5px; background: #eceef1;
   color: var(--soft); }
 .gallery { display: grid; grid-template-columns: repeat(4, 1fr); gap: 14px; align-items: start; }
 .charts { display: grid; grid-template-columns: repeat(3, 1fr); gap: 14px; }
@@ -72,161 +71,40 @@ figure figcaption { font-size: 12.5px; color: var(--soft); overflow-wrap: anywhe
   padding: 10px 14px; }
 .charts figcaption { color: var(--ink); font-weight: 600; font-size: 14px; margin-bottom: 4px; }
 .unit { color: var(--soft); font-weight: 400; }
-svg { display: block; width: 100%; } svg text { font-size: 9.5px; fill: var(--soft);
-  } svg line { stroke: var(--line); }
-.legend { margin: 0 0 10px; } .legend span { margin-right: 18px; }
+svg { display: block; width: 100%; }
+svg text { font-size: 9.5px; fill: var(--soft); }
+svg line { stroke: var(--line); }
+.legend { margin: 0 0 10px; }
+.legend span { margin-right: 18px; }
 .legend i { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 6px; }
 .scroll { max-height: 620px; overflow: auto; border: 1px solid var(--line); border-radius: 8px;
   background: var(--paper); }
-.classes { width: 100%; } .classes th, .classes td { padding: 3px 12px; }
+.classes { width: 100%; }
+.classes th, .classes td { padding: 3px 12px; }
 .classes thead th { position: sticky; top: 0; background: #eef0f3; font-weight: 600; text-align: right; }
-.classes thead th:nth-child(2) { text-align: left;
-  } .classes tbody tr:nth-child(even) { background: #f8f9fa; }
-.barred { width: 18%; text-align: left; } .barred i { display: block; height: 11px; border-radius: 3px;
-  min-width: 1px; }
-td.absent { color: var(--fault); }
+.classes thead th:nth-child(2) { text-align: left; }
+.classes tbody tr:nth-child(even) { background: #f8f9fa; }
+.barred { width: 18%; text-align: left; }
+.barred i { display: block; height: 11px; border-radius: 3px; min-width: 1px; }
+td.absent { color: var(--error); }
 @media (max-width: 900px) { .charts, .gallery { grid-template-columns: repeat(2, 1fr); } }
 """
 
-
-COLORS = ("#3366cc", "#e07b39", "#2a9d6f", "#9b4dca", "#b8a000", "#666666")  # of the splits
-
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 350, 190, 34, 24, 10
-
-
-def histogram_chart(title: str, unit: str, histograms: Sequence[Histogram], names: Sequence[str]) -> str:
-    """The shares of the values of each split, bin by bin.
-
-    Args:
-        title: above the chart.
-        unit: of the values, below it.
-        histograms: with the same edges, one for each split.
-        names: of the splits.
-    """
-    totals = [max(1, sum(histogram.counts)) for histogram in histograms]
-    shares = [
-        [count / total for count in histogram.counts]
-        for histogram, total in zip(histograms, totals, strict=True)
-    ]
-    top = max(0.05, *(share for row in shares for share in row))
-    edges = histograms[0].edges
-    slot = (_WIDTH - _LEFT) / len(edges)
-    plot = _HEIGHT - _BOTTOM - _TOP
-    parts = [_grid(top, plot)]
-    for number, (row, histogram) in enumerate(zip(shares, histograms, strict=True)):
-        bar = slot * 0.8 / len(shares)
-        for position, share in enumerate(row):
-            height = plot * share / top
-            x, y = _LEFT + slot * (position + 0.1) + bar * number, _TOP + plot - height
-            tip = f"{names[number]}, {_bin(edges, position)} {unit}: {histogram.counts[position]:,} ({share:.1%})"
-            parts.append(
-                f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(bar - 0.5, 1):.1f}" height="{height:.1f}" '
-                f'fill="{COLORS[number % len(COLORS)]}"><title>{escape(tip)}</title></rect>'
-            )
-    parts += [
-        f'<text x="{_LEFT + slot * position:.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{edge:g}</text>'
-        for position, edge in enumerate(edges)
-    ]
-    return (
-        f'<figure><figcaption>{escape(title)} <span class="unit">{escape(unit)}</span></figcaption>'
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
-    )
-
-
-def legend(names: Sequence[str]) -> str:
-    """Which color is which split."""
-    items = (
-        f'<span><i style="background:{COLORS[number % len(COLORS)]}"></i>{escape(name)}</span>'
-        for number, name in enumerate(names)
-    )
-    return f'<p class="legend">{"".join(items)}</p>'
-
-
-def _grid(top: float, plot: float) -> str:
-    lines = []
-    for part in (0.0, 0.5, 1.0):
-        y = _TOP + plot * (1 - part)
-        lines.append(
-            f'<line x1="{_LEFT}" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text x="{_LEFT - 4}" y="{y + 3:.1f}" text-anchor="end">{top * part:.0%}</text>'
-        )
-    return "".join(lines)
-
-
-def _bin(edges: Sequence[float], position: int) -> str:
-    if position + 1 == len(edges):
-        return f"{edges[position]:g} and more"
-    return f"{edges[position]:g} to under {edges[position + 1]:g}"
-
-
-SIDE = 340  # pixels of the long side
-QUALITY = 82
-
-
-def thumbnail(scanned: ScannedSplit, place: Place) -> str | None:
-    """A picture of a place as a data URL, with the boxes that are meant; None where it cannot be read."""
-    raw = read_anyway(scanned.split.shards, place.sample)
-    if raw is None:
-        return None
-    try:
-        image = decode_rgb(raw.image)
-    except UNREADABLE:
-        return None
-    names = {c["id"]: c["name"] for c in scanned.split.shards.manifest.categories}
-    records = [as_record(raw.annotations[number]) for number in place.annotations]
-    boxes = coco_boxes([record for record in records if is_box(record.get("bbox"))], names)
-    return data_url(_drawn(image, boxes))
-
-
-def gallery_places(scanned: ScannedSplit, count: int) -> list[Place]:
-    """Some images, evenly over the split."""
-    shards = scanned.split.shards
-    chosen = np.unique(np.linspace(0, shards.num_samples - 1, count).round().astype(int)).tolist()
-    return [scanned.split.place(sample) for sample in chosen]
-
-
-def with_all_boxes(scanned: ScannedSplit, place: Place) -> Place:
-    """The place with all annotations of its image."""
-    count = int(scanned.split.shards.samples["num_annotations"][place.sample])
-    return replace(place, annotations=tuple(range(count)))
-
-
-def data_url(image: Image.Image) -> str:
-    """An image as the text that `src` takes."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _drawn(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
-    """The image in the size of the page, and only then the boxes: lines and labels stay readable."""
-    factor = SIDE / max(image.size)
-    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    across, down = size[0] / image.width, size[1] / image.height
-    scaled = [
-        Box(box.category_id, box.name, (x0 * across, y0 * down, x1 * across, y1 * down), box.score)
-        for box in boxes
-        for x0, y0, x1, y1 in (box.xyxy,)
-    ]
-    resample = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.BICUBIC
-    return draw_boxes(image.resize(size, resample), scaled)
-
-
-GALLERY = 8  # images of each split
-
+COLORS = ("#3366cc", "#e07b39", "#2a9d6f", "#9b4dca", "#b8a000", "#666666")  # Of the splits
+GALLERY_SIZE = 8  # Images of each split
 CHARTS = (
-    ("objects_per_image", "Objects in an image", "objects"),
-    ("smaller_side", "Smaller side of an object", "pixels after the resize"),
+    ("objects_per_image", "Objects per image", "objects"),
+    ("shorter_side", "Shorter side of an object", "pixels after the resize"),
     ("aspect", "Shape of the images", "width / height"),
 )
 
 
 def to_html(report: Report) -> str:
-    """The whole page; pictures are read from the shards once more."""
+    """Render the page; its images are read from the shards again."""
     names = [statistics.name for statistics in report.statistics]
     body = [
         "<h1>raydetr doctor</h1>",
-        f'<p class="verdict {_color(report)}">{escape(report.verdict())}</p>',
+        f'<p class="verdict {_verdict_class(report)}">{escape(report.verdict())}</p>',
         f'<p class="target">{escape(_target_text(report))}</p>',
     ]
     if names:
@@ -234,9 +112,9 @@ def to_html(report: Report) -> str:
     body.append("<h2>Findings</h2>")
     body += [_finding(report, finding) for finding in report.findings] or ["<p>Nothing was found.</p>"]
     if names:
-        body += ["<h2>Distributions</h2>", legend(names), _charts(report, names)]
+        body += ["<h2>Distributions</h2>", _legend(names), _charts(report, names)]
         body += ["<h2>Classes</h2>", _classes(report, names)]
-        body += [_gallery(report, number) for number in range(len(names))]
+        body += [_gallery(scanned) for scanned in report.scanned]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -246,15 +124,18 @@ def to_html(report: Report) -> str:
     )
 
 
-def _color(report: Report) -> str:
+# --- Verdict and findings ---
+
+
+def _verdict_class(report: Report) -> str:
     levels = {finding.level for finding in report.findings}
-    return "bad" if "fault" in levels else "fair" if "warning" in levels else "good"
+    return "bad" if "error" in levels else "fair" if "warning" in levels else "good"
 
 
 def _target_text(report: Report) -> str:
     target = report.target
-    whose = f"recipe {target.recipe}" if target.recipe else "no recipe was named"
-    return f"Small objects are judged {target.scale()} ({whose})."
+    source = f"recipe {target.recipe}" if target.recipe else "no recipe was named"
+    return f"Small objects are judged {target.describe_resize()} ({source})."
 
 
 def _summary(report: Report) -> str:
@@ -272,7 +153,7 @@ def _finding(report: Report, finding: Finding) -> str:
     splits = escape(", ".join(finding.splits))
     return (
         f'<section class="finding {finding.level}">'
-        f'<p class="what"><code>{finding.code}</code><b>{finding.level}</b> {splits}: {escape(finding.text)}</p>'
+        f'<p class="text"><code>{finding.code}</code><b>{finding.level}</b> {splits}: {escape(finding.text)}</p>'
         f'<p class="remedy">{escape(finding.remedy)}</p>'
         + (f'<div class="examples">{examples}</div>' if examples else "")
         + "</section>"
@@ -280,38 +161,161 @@ def _finding(report: Report, finding: Finding) -> str:
 
 
 def _example(report: Report, example: Example) -> str:
-    cells = "".join(_picture(report, place, is_pair=len(example.places) > 1) for place in example.places)
-    detail = f"<p>{escape(example.detail)}</p>" if example.detail else ""
-    kind = "pair" if len(example.places) > 1 else "single"
-    return f'<div class="example {kind}"><div class="pictures">{cells}</div>{detail}</div>'
-
-
-def _picture(report: Report, place: Place, *, is_pair: bool) -> str:
     by_name = {scanned.name: scanned for scanned in report.scanned}
-    scanned = by_name[place.split]
-    if (
-        not is_pair and not place.annotations
-    ):  # it is about the whole image: are the boxes where they should be?
-        place = with_all_boxes(scanned, place)
-    source = thumbnail(scanned, place)
+    is_pair = len(example.places) > 1
+    figures = "".join(_figure(by_name[place.split], place, is_pair=is_pair) for place in example.places)
+    detail = f"<p>{escape(example.detail)}</p>" if example.detail else ""
+    kind = "pair" if is_pair else "single"
+    return f'<div class="example {kind}"><div class="images">{figures}</div>{detail}</div>'
+
+
+# --- Images: small JPEGs with boxes, inside the HTML ---
+
+IMAGE_SIDE = 340  # Pixels of the long side
+JPEG_QUALITY = 82
+
+
+def _gallery(scanned: ScannedSplit) -> str:
+    """Show some images, spread evenly over the split."""
+    numbers = np.linspace(0, scanned.split.shards.num_samples - 1, GALLERY_SIZE).round().astype(int)
+    places = [scanned.split.place(sample) for sample in np.unique(numbers).tolist()]
+    figures = "".join(_figure(scanned, place, is_pair=False) for place in places)
+    return (
+        f"<h2>Some images of {escape(scanned.name)}</h2>"
+        f'<p class="target">Are the boxes on their objects?</p><div class="gallery">{figures}</div>'
+    )
+
+
+def _figure(scanned: ScannedSplit, place: Place, *, is_pair: bool) -> str:
+    if not is_pair and not place.annotations:
+        # The finding is about the image: all its boxes show whether they are where they should be
+        num_annotations = int(scanned.split.shards.samples["num_annotations"][place.sample])
+        place = replace(place, annotations=tuple(range(num_annotations)))
+    source = _image_url(scanned, place)
     caption = f"{place.split} {place}" if is_pair else str(place)
     shown = (
-        f'<img src="{source}" alt="{escape(caption)}">' if source else '<div class="none">not readable</div>'
+        f'<img src="{source}" alt="{escape(caption)}">'
+        if source
+        else '<div class="unreadable">not readable</div>'
     )
     return f"<figure>{shown}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
+def _image_url(scanned: ScannedSplit, place: Place) -> str | None:
+    """Return the image with the boxes of the place as a data URL; None where it cannot be read."""
+    raw = read_unchecked(scanned.split.shards, place.sample)
+    if raw is None:
+        return None
+    try:
+        image = decode_rgb(raw.image)
+    except UNREADABLE:
+        return None
+    names = {c["id"]: c["name"] for c in scanned.split.shards.manifest.categories}
+    records = [as_record(raw.annotations[number]) for number in place.annotations]
+    boxes = coco_boxes([record for record in records if is_box(record.get("bbox"))], names)
+    buffer = io.BytesIO()
+    _draw_resized(image, boxes).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _draw_resized(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
+    """Resize the image before drawing the boxes, so that lines and labels stay readable."""
+    factor = IMAGE_SIDE / max(image.size)
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    x_scale, y_scale = size[0] / image.width, size[1] / image.height
+    scaled = [
+        Box(box.category_id, box.name, (x0 * x_scale, y0 * y_scale, x1 * x_scale, y1 * y_scale), box.score)
+        for box in boxes
+        for x0, y0, x1, y1 in (box.xyxy,)
+    ]
+    resample = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.BICUBIC
+    return draw_boxes(image.resize(size, resample), scaled)
+
+
+# --- Charts: SVG with the bars of several splits side by side ---
+
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 350, 190, 34, 24, 10
+
+
+def _legend(names: Sequence[str]) -> str:
+    items = (
+        f'<span><i style="background:{COLORS[number % len(COLORS)]}"></i>{escape(name)}</span>'
+        for number, name in enumerate(names)
+    )
+    return f'<p class="legend">{"".join(items)}</p>'
+
+
 def _charts(report: Report, names: list[str]) -> str:
     charts = (
-        histogram_chart(title, unit, [numbers.histograms[key] for numbers in report.statistics], names)
+        histogram_chart(title, unit, [statistics.histograms[key] for statistics in report.statistics], names)
         for key, title, unit in CHARTS
     )
     return f'<div class="charts">{"".join(charts)}</div>'
 
 
+def histogram_chart(title: str, unit: str, histograms: Sequence[Histogram], names: Sequence[str]) -> str:
+    """Draw the fraction of the values of each split in each bin.
+
+    Args:
+        title: above the chart.
+        unit: of the values.
+        histograms: with the same edges, one for each split.
+        names: of the splits.
+    """
+    totals = [max(1, sum(histogram.counts)) for histogram in histograms]
+    fractions = [
+        [count / total for count in histogram.counts]
+        for histogram, total in zip(histograms, totals, strict=True)
+    ]
+    top = max(0.05, *(fraction for row in fractions for fraction in row))
+    edges = histograms[0].edges
+    slot = (_WIDTH - _LEFT) / len(edges)
+    plot = _HEIGHT - _BOTTOM - _TOP
+    parts = [_grid(top, plot)]
+    for number, (row, histogram) in enumerate(zip(fractions, histograms, strict=True)):
+        bar = slot * 0.8 / len(fractions)
+        for position, fraction in enumerate(row):
+            height = plot * fraction / top
+            x, y = _LEFT + slot * (position + 0.1) + bar * number, _TOP + plot - height
+            count = f"{histogram.counts[position]:,} ({fraction:.1%})"
+            tip = f"{names[number]}, {_bin_name(edges, position)} {unit}: {count}"
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(bar - 0.5, 1):.1f}" height="{height:.1f}" '
+                f'fill="{COLORS[number % len(COLORS)]}"><title>{escape(tip)}</title></rect>'
+            )
+    parts += [
+        f'<text x="{_LEFT + slot * position:.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{edge:g}</text>'
+        for position, edge in enumerate(edges)
+    ]
+    return (
+        f'<figure><figcaption>{escape(title)} <span class="unit">{escape(unit)}</span></figcaption>'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
+    )
+
+
+def _grid(top: float, plot: float) -> str:
+    lines = []
+    for level in (0.0, 0.5, 1.0):
+        y = _TOP + plot * (1 - level)
+        lines.append(
+            f'<line x1="{_LEFT}" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text x="{_LEFT - 4}" y="{y + 3:.1f}" text-anchor="end">{top * level:.0%}</text>'
+        )
+    return "".join(lines)
+
+
+def _bin_name(edges: Sequence[float], position: int) -> str:
+    if position + 1 == len(edges):
+        return f"{edges[position]:g} and more"
+    return f"{edges[position]:g} to under {edges[position + 1]:g}"
+
+
+# --- Classes ---
+
+
 def _classes(report: Report, names: list[str]) -> str:
-    """A row for each class, the splits side by side; by id, so that splits with other lists fit too."""
-    tables = [{(row.id, row.name): row for row in numbers.categories} for numbers in report.statistics]
+    """Tabulate the classes by id, the splits side by side; splits with different categories fit too."""
+    tables = [{(row.id, row.name): row for row in statistics.categories} for statistics in report.statistics]
     keys = sorted({key for rows in tables for key in rows})
     most = max((row.objects for rows in tables for row in rows.values()), default=0)
     head = "<th>id</th><th>class</th>" + "".join(
@@ -334,20 +338,11 @@ def _classes(report: Report, names: list[str]) -> str:
 def _class_cells(row: ClassRow | None, most: int, color: str) -> str:
     if row is None:
         return '<td class="absent" colspan="4">not in this list</td>'
-    share = math.log1p(row.objects) / math.log1p(most) if most else 0.0
-    bar = f'<i style="width:{share:.1%};background:{color}"></i>'
+    length = math.log1p(row.objects) / math.log1p(most) if most else 0.0
+    bar = f'<i style="width:{length:.1%};background:{color}"></i>'
     small = f"{row.small / row.objects:.0%}" if row.objects else "-"
     kind = ' class="absent"' if not row.objects else ""
     return (
         f"<td{kind}>{row.images:,}</td><td{kind}>{row.objects:,}</td>"
         f'<td class="barred">{bar}</td><td>{small}</td>'
-    )
-
-
-def _gallery(report: Report, number: int) -> str:
-    scanned = report.scanned[number]
-    pictures = "".join(_picture(report, place, is_pair=False) for place in gallery_places(scanned, GALLERY))
-    return (
-        f"<h2>Some images of {escape(scanned.name)}</h2>"
-        f'<p class="target">Are the boxes on their objects?</p><div class="gallery">{pictures}</div>'
     )

@@ -1,7 +1,4 @@
-"""The numbers of a split: for the summary, the JSON and the page.
-
-The result of an examination, as text and as JSON.
-"""
+"""Report an examination: statistics of each split and findings, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -11,21 +8,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raydetr.doctor.box_checks import SMALL, TINY, small_by_class, smaller_sides
+from raydetr.doctor.box_checks import SMALL, TINY, shorter_sides, small_by_class
 from raydetr.doctor.class_checks import class_counts
-from raydetr.doctor.findings import LEVELS, Example, Finding, Target, counted, may_start
+from raydetr.doctor.findings import LEVELS, Example, Finding, Floats, TrainingTarget, counted
 from raydetr.doctor.scan import ScannedSplit
 from raydetr.shards.manifest import MAX_LABEL
 
+# --- Statistics of a split ---
+
 PERCENTILES = (50, 90, 99)
-SIDE_EDGES = (0, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # pixels
-COUNT_EDGES = (0, 1, 2, 3, 5, 10, 20, 50, 100, 200)  # objects in an image
-ASPECT_EDGES = (0.0, 0.33, 0.5, 0.67, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0)  # width by height
+SIDE_EDGES = (0, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # Pixels
+COUNT_EDGES = (0, 1, 2, 3, 5, 10, 20, 50, 100, 200)  # Objects per image
+ASPECT_EDGES = (0.0, 0.33, 0.5, 0.67, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0)  # Width by height
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """How many values lie between one edge and the next; the last bin has no upper edge."""
+    """Counts of values between each edge and the next; the last bin has no upper edge."""
 
     edges: tuple[float, ...]
     counts: tuple[int, ...]
@@ -39,48 +38,48 @@ class Histogram:
 
 @dataclass(frozen=True)
 class ClassRow:
-    """One category."""
+    """Counts of one category."""
 
     id: int
     name: str
     images: int
     objects: int
-    small: int  # objects with a side below SMALL pixels after the resize
+    small: int  # Objects with a side below SMALL pixels after the resize
 
 
 @dataclass(frozen=True)
 class SplitStatistics:
-    """The numbers of one split. "Objects" are those that training uses, if not said otherwise."""
+    """Statistics of one split. "Objects" are those that training uses, unless noted otherwise."""
 
     name: str
     location: str
     fingerprint: str
     images: int
-    unusable_images: int  # damaged
-    empty_images: int  # without an object
+    unusable_images: int  # Corrupt samples
+    empty_images: int  # Without an object
     objects: int
-    crowds: int  # annotations of crowds
-    unusable_boxes: int  # annotations that are neither: no box, without area in the image, of no category
-    objects_per_image: dict[str, int]  # percentiles and the maximum
-    classes: dict[str, int | None]  # with each label map; None: not possible
-    tiny_share: float | None  # of the objects, with a side below TINY pixels after the resize
-    small_share: float | None  # ... below SMALL pixels
-    widths: dict[str, int]  # smallest, median, largest, in pixels
+    crowds: int  # Annotations of crowds
+    unusable_boxes: int  # Other annotations: no box, without area in the image, of no category
+    objects_per_image: dict[str, int]  # Percentiles and the maximum
+    classes: dict[str, int | None]  # With each label map; None: not possible
+    tiny_fraction: float | None  # Of the objects, with a side below TINY pixels after the resize
+    small_fraction: float | None  # Below SMALL pixels
+    widths: dict[str, int]  # Minimum, median, maximum, in pixels
     heights: dict[str, int]
     categories: tuple[ClassRow, ...]
     histograms: dict[str, Histogram]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
-def split_statistics(scanned: ScannedSplit, target: Target) -> SplitStatistics:
-    """All numbers of a split."""
+def split_statistics(scanned: ScannedSplit, target: TrainingTarget) -> SplitStatistics:
+    """Compute the statistics of a split."""
     shards, scan = scanned.split.shards, scanned.scan
     per_image, usable = scanned.objects_per_image, scanned.is_usable
     crowds = int(scan.objects["is_crowd"].sum())
-    sides = smaller_sides(scanned, target)
+    sides = shorter_sides(scanned, target)
     categories = shards.manifest.categories
     highest = max(category["id"] for category in categories)
     rows = zip(categories, *class_counts(scanned), small_by_class(scanned, target), strict=True)
@@ -100,14 +99,14 @@ def split_statistics(scanned: ScannedSplit, target: Target) -> SplitStatistics:
             "contiguous": len(categories),
             "category_id": highest + 1 if highest <= MAX_LABEL else None,
         },
-        tiny_share=round(float((sides < TINY).mean()), 6) if len(sides) else None,
-        small_share=round(float((sides < SMALL).mean()), 6) if len(sides) else None,
+        tiny_fraction=round(float((sides < TINY).mean()), 6) if len(sides) else None,
+        small_fraction=round(float((sides < SMALL).mean()), 6) if len(sides) else None,
         widths=_spread(scanned.split.widths),
         heights=_spread(scanned.split.heights),
         categories=tuple(ClassRow(c["id"], c["name"], *map(int, counts)) for c, *counts in rows),
         histograms={
             "objects_per_image": Histogram.of(per_image, COUNT_EDGES),
-            "smaller_side": Histogram.of(sides, SIDE_EDGES),
+            "shorter_side": Histogram.of(sides, SIDE_EDGES),
             "aspect": Histogram.of(scanned.split.widths / scanned.split.heights, ASPECT_EDGES),
         },
     )
@@ -117,32 +116,34 @@ def _percentile(values: npt.NDArray[Any], percent: int) -> int:
     return int(np.percentile(values, percent, method="nearest"))
 
 
-def _spread(values: npt.NDArray[np.float64]) -> dict[str, int]:
+def _spread(values: Floats) -> dict[str, int]:
     return {"min": int(values.min()), "median": _percentile(values, 50), "max": int(values.max())}
 
 
+# --- The report ---
+
 FORMAT_VERSION = 1
 EXAMPLES_IN_TEXT = 3
-WIDTH = 110  # characters
+WIDTH = 110  # Characters
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found in the data, the gravest first."""
+    """Result of an examination; findings are sorted by level, errors first."""
 
-    target: Target
+    target: TrainingTarget
     scanned: tuple[ScannedSplit, ...]
-    statistics: tuple[SplitStatistics, ...]  # of each
+    statistics: tuple[SplitStatistics, ...]  # Of each split
     findings: tuple[Finding, ...]
     seconds: float
 
     @property
     def may_start(self) -> bool:
-        """Whether training may start."""
-        return may_start(self.findings)
+        """Whether training may start: no finding is an error."""
+        return all(finding.level != "error" for finding in self.findings)
 
     def verdict(self) -> str:
-        """The result in one line."""
+        """Return the result in one line."""
         if not self.findings:
             return "training may start: nothing was found"
         counts = [(level, sum(found.level == level for found in self.findings)) for level in LEVELS]
@@ -150,7 +151,7 @@ class Report:
         return f"training {'may' if self.may_start else 'must not'} start: {listing}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; docs/data.md tells the fields."""
+        """Return plain values for JSON; docs/data/doctor.md describes the fields."""
         return {
             "format_version": FORMAT_VERSION,
             "may_start": self.may_start,
@@ -161,21 +162,21 @@ class Report:
         }
 
     def to_text(self) -> str:
-        """A table of numbers, the findings, the verdict."""
-        parts = [table(summary_rows(self))] if self.statistics else []
+        """Format a table of statistics, the findings and the verdict."""
+        parts = [_table(summary_rows(self))] if self.statistics else []
         parts += [_finding_text(finding) for finding in self.findings]
         return "\n\n".join([*parts, self.verdict()])
 
 
 def summary_rows(report: Report) -> list[list[str]]:
-    """The numbers of the splits, a column for each; the first column says what they are."""
+    """Return rows of statistics with a column for each split; the first column names the rows."""
     columns = [_column(statistics) for statistics in report.statistics]
     heads = ["", *(statistics.name for statistics in report.statistics)]
     return [heads, *([name, *(column[name] for column in columns)] for name in columns[0])]
 
 
-def table(rows: list[list[str]]) -> str:
-    """Rows as lines, numbers to the right."""
+def _table(rows: list[list[str]]) -> str:
+    """Format rows as lines, with the first column aligned left and the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
@@ -184,24 +185,23 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _column(numbers: SplitStatistics) -> dict[str, str]:
-    per_image, classes = numbers.objects_per_image, numbers.classes
+def _column(statistics: SplitStatistics) -> dict[str, str]:
+    per_image, classes = statistics.objects_per_image, statistics.classes
+    with_ids = classes["category_id"]
     return {
-        "images": f"{numbers.images:,}",
-        "  without objects": f"{numbers.empty_images:,}",
-        "  that cannot be used": f"{numbers.unusable_images:,}",
-        "  width": _spread_text(numbers.widths),
-        "  height": _spread_text(numbers.heights),
-        "objects": f"{numbers.objects:,}",
-        "  in an image": f"{per_image['p50']}, 90% {per_image['p90']}, max {per_image['max']}",
-        f"  with a side under {TINY} pixels": _percent(numbers.tiny_share),
-        f"  with a side under {SMALL} pixels": _percent(numbers.small_share),
-        "crowds": f"{numbers.crowds:,}",
-        "boxes that are not used": f"{numbers.unusable_boxes:,}",
+        "images": f"{statistics.images:,}",
+        "  without objects": f"{statistics.empty_images:,}",
+        "  that cannot be used": f"{statistics.unusable_images:,}",
+        "  width": _spread_text(statistics.widths),
+        "  height": _spread_text(statistics.heights),
+        "objects": f"{statistics.objects:,}",
+        "  per image": f"{per_image['p50']}, 90% {per_image['p90']}, max {per_image['max']}",
+        f"  with a side under {TINY} pixels": _percent(statistics.tiny_fraction),
+        f"  with a side under {SMALL} pixels": _percent(statistics.small_fraction),
+        "crowds": f"{statistics.crowds:,}",
+        "boxes that are not used": f"{statistics.unusable_boxes:,}",
         "classes": f"{classes['contiguous']}",
-        "  with label_map=category_id": "-"
-        if classes["category_id"] is None
-        else f"{classes['category_id']}",
+        "  with label_map=category_id": "-" if with_ids is None else f"{with_ids}",
     }
 
 
@@ -211,8 +211,8 @@ def _spread_text(values: dict[str, int]) -> str:
     return f"{values['min']} to {values['max']}, median {values['median']}"
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{fraction:.1%}"
 
 
 def _finding_text(finding: Finding) -> str:

@@ -1,15 +1,4 @@
-"""How an image looks, in a few bytes that a copy of it shares: recompressed, resized, a little brighter.
-
-Two views of the gray picture. The *gradient hash* has 64 bits: for each of 8x8 cells, whether the next one at the
-right is brighter; it can be searched. The *thumbnail* has 16x16 gray values; it decides. Both are taken from a
-picture that the JPEG decoder itself has reduced, at half the cost of a full decode.
-
-Samples as they are, also those that the reader refuses: the doctor shows what is wrong with them.
-
-Read every sample once, in parallel processes, and keep what the examinations need: a few arrays.
-
-One of the data sets that are examined, with what its samples showed.
-"""
+"""Scan a split: read and decode each sample once and keep a few arrays for the checks."""
 
 from __future__ import annotations
 
@@ -28,60 +17,71 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from raydetr.doctor.findings import MAX_EXAMPLES, Example, Place
-from raydetr.process_pool import run_tasks
+from raydetr.doctor.findings import MAX_EXAMPLES, Example, Floats, Integers, Place
+from raydetr.process_pool import Progress, run_tasks
 from raydetr.shards.images import EXIF_ORIENTATION, FORMATS, UNREADABLE, decode_rgb
 from raydetr.shards.reader import ShardError, Shards
 from raydetr.shards.validation import InvalidDataError, RawSample, parse_content
+from raydetr.store.transfer import RemoteError
 
-SIDE = 16  # of a thumbnail
-HASH_SIZE = (9, 8)  # width, height
-REDUCED_SIDE = 64  # pixels; JPEGs are decoded to at least that
+Flags = npt.NDArray[np.bool_]
 
-Bytes = npt.NDArray[np.uint8]
+# --- Image signatures ---
+#
+# A signature keeps the look of an image in a few bytes, which recompressed, resized or brightened copies share. It has
+# two views of the gray image. The gradient hash has 64 bits: for each of 8x8 cells, whether the next cell to the right
+# is brighter. It can be searched. The thumbnail has 16x16 gray values. It decides. The JPEG decoder itself reduces
+# the image for both, at half the cost of a full decode.
 
-ImageSignature = tuple[tuple[int, int], bool, int, Bytes]
+THUMBNAIL_SIDE = 16
+HASH_SIZE = (9, 8)  # Width, height
+REDUCED_SIDE = 64  # Pixels; JPEGs are decoded to at least this size
+
+ImageSignature = tuple[tuple[int, int], bool, int, npt.NDArray[np.uint8]]
 
 
 def image_signature(content: bytes) -> ImageSignature:
-    """Size as stored (width, height), whether EXIF turns it, gradient hash, thumbnail [SIDE * SIDE].
+    """Compute stored size (width, height), EXIF orientation flag, gradient hash and thumbnail [SIDE * SIDE].
 
     Raises:
         OSError, or another of UNREADABLE: the image cannot be decoded.
     """
     image = Image.open(io.BytesIO(content), formats=FORMATS)
-    size, turned = image.size, _is_turned(image)
+    size, has_orientation = image.size, _has_exif_orientation(image)
     if image.format == "JPEG":
         image.draft("L", (REDUCED_SIDE, REDUCED_SIDE))
         gray = image.convert("L")
     else:
         gray = decode_rgb(content).convert("L")
-    # a reduced picture has whole pixels only; without the exact border, copies of other sizes would look shifted
+    # A reduced image rounds its size up to integer pixels. Without the exact border, resized copies would look shifted.
     reduction = max(1, round(size[0] / gray.width))
     box = (0, 0, min(size[0] / reduction, gray.width), min(size[1] / reduction, gray.height))
-    small = np.asarray(gray.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=box))
+    thumbnail_size = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+    thumbnail = np.asarray(gray.resize(thumbnail_size, Image.Resampling.BILINEAR, box=box))
     cells = np.asarray(gray.resize(HASH_SIZE, Image.Resampling.BILINEAR, box=box))
     bits = np.packbits(cells[:, 1:] > cells[:, :-1])
-    return size, turned, int.from_bytes(bits.tobytes(), "little"), small.ravel()
+    return size, has_orientation, int.from_bytes(bits.tobytes(), "little"), thumbnail.ravel()
 
 
-def _is_turned(image: Image.Image) -> bool:
+def _has_exif_orientation(image: Image.Image) -> bool:
     try:
         return bool(image.getexif().get(EXIF_ORIENTATION, 1) != 1)
     except (*UNREADABLE, TypeError, KeyError):
-        return False  # damaged metadata; the pixels may be fine
+        return False  # The metadata is corrupt; the pixels may be fine
 
 
-def read_anyway(shards: Shards, index: int) -> RawSample | None:
-    """A sample whose bytes are those that were packed, whatever its records hold; None: it is damaged."""
-    try:
-        return shards.read(index)
-    except ShardError:
-        return refused_sample(shards, index)
+# --- Samples that the reader refuses ---
 
 
-def refused_sample(shards: Shards, index: int) -> RawSample | None:
-    """The same, of a sample that was read in vain."""
+def read_unchecked(shards: Shards, index: int) -> RawSample | None:
+    """Read a sample without validating its record, to show what is wrong with it.
+
+    Returns:
+        None where the bytes are not those that were packed, or hold no record.
+
+    Raises:
+        RemoteError: a server cannot be reached, or refuses.
+    """
     row = shards.samples[index]
     image, record = (
         slice(int(row[f"{part}_offset"]), int(row[f"{part}_offset"]) + int(row[f"{part}_length"]))
@@ -92,12 +92,14 @@ def refused_sample(shards: Shards, index: int) -> RawSample | None:
         if zlib.crc32(raw) != row["crc32"]:
             return None
         return RawSample(shards.key(index), raw[image], *parse_content(raw[record], shards.convert(index)))
+    except RemoteError:
+        raise
     except (OSError, InvalidDataError):
         return None
 
 
 def is_box(value: object) -> bool:
-    """Whether it is [x, y, width, height]: four finite numbers, no negative size."""
+    """Return whether a value is [x, y, width, height]: four finite numbers, no negative size."""
     return (
         isinstance(value, list)
         and len(value) == 4
@@ -107,45 +109,45 @@ def is_box(value: object) -> bool:
 
 
 def as_record(annotation: Any) -> dict[str, Any]:
-    """The annotation, or nothing where it is no object."""
+    """Return the annotation, or an empty record where it is no JSON object."""
     return annotation if isinstance(annotation, dict) else {}
 
 
-CHUNK = 128  # samples that a process is given at once
-FEW_SAMPLES = 1_000  # a process takes seconds to start: fewer samples are read in this one
+# --- Scanning, in parallel processes ---
 
-Progress = Callable[[int, int], None]
+CHUNK = 128  # Samples per task of a process
+MIN_PARALLEL_SAMPLES = 1_000  # Fewer are read in this process: starting others takes seconds
 
 IMAGE_DTYPE = np.dtype(
     [
-        ("is_read", "?"),  # it could be read and decoded; else the rest is 0
-        ("width", "<u4"),  # as decoded
+        ("is_read", "?"),  # The image was read and decoded; otherwise all other fields are 0
+        ("width", "<u4"),  # As decoded
         ("height", "<u4"),
-        ("turned", "?"),  # carries an EXIF orientation
-        ("digest", "<u8"),  # of the encoded bytes
-        ("gradients", "<u8"),
-        ("thumbnail", "u1", (SIDE * SIDE,)),
+        ("has_orientation", "?"),  # It carries an EXIF orientation
+        ("digest", "<u8"),  # Of the encoded bytes
+        ("gradient_hash", "<u8"),
+        ("thumbnail", "u1", (THUMBNAIL_SIDE * THUMBNAIL_SIDE,)),
     ]
 )
 OBJECT_DTYPE = np.dtype(
     [
         ("sample", "<u4"),
-        ("position", "<u4"),  # among the annotations of its sample
+        ("position", "<u4"),  # Among the annotations of its sample
         ("category_id", "<i8"),  # -1: none
-        ("box", "<f8", (4,)),  # x, y, width, height in pixels; NaN where it is none
+        ("box", "<f8", (4,)),  # x, y, width, height in pixels; NaN where it is no box
         ("is_crowd", "?"),
-        ("is_box", "?"),  # four finite numbers, no negative width or height
+        ("is_box", "?"),  # Four finite numbers, no negative width or height
     ]
 )
 
 
 @dataclass(frozen=True)
 class ScanResult:
-    """What was seen in the samples of a split."""
+    """Images, objects and corrupt samples of a split."""
 
     images: npt.NDArray[np.void]  # [n] of IMAGE_DTYPE
     objects: npt.NDArray[np.void]  # [m] of OBJECT_DTYPE, in the order of samples
-    corrupt: dict[int, str] = field(default_factory=dict)  # sample -> what is wrong with it
+    corrupt: dict[int, str] = field(default_factory=dict)  # Sample -> the problem
 
 
 def scan(shards: Shards, *, progress: Progress | None = None, num_processes: int | None = None) -> ScanResult:
@@ -153,37 +155,37 @@ def scan(shards: Shards, *, progress: Progress | None = None, num_processes: int
 
     Args:
         shards: the samples.
-        progress: called with (samples read, samples in all).
-        num_processes: None: as many as there are CPUs; 1: in this process.
+        progress: called with (samples read, total samples).
+        num_processes: None: one per CPU; 1: only this process.
 
     Raises:
         RemoteError: a server cannot be reached, or refuses.
         RuntimeError: a process died.
     """
     total = shards.num_samples
-    num_processes = num_processes or (1 if total < FEW_SAMPLES else os.cpu_count() or 1)
-    parts = ((start, _part(shards, slice(start, start + CHUNK))) for start in range(0, total, CHUNK))
+    num_processes = num_processes or (1 if total < MIN_PARALLEL_SAMPLES else os.cpu_count() or 1)
+    tasks = ((start, _slice(shards, slice(start, start + CHUNK))) for start in range(0, total, CHUNK))
     report = (lambda done: progress(done, total)) if progress else None
-    with closing(run_tasks(_scan_part, parts, workers=num_processes, progress=report)) as scanned:
-        scan = list(scanned)
+    with closing(run_tasks(_scan_slice, tasks, workers=num_processes, progress=report)) as results:
+        scanned = list(results)
     return ScanResult(
-        np.concatenate([part.images for part in scan]),
-        np.concatenate([part.objects for part in scan]),
-        {sample: fault for part in scan for sample, fault in part.corrupt.items()},
+        np.concatenate([result.images for result in scanned]),
+        np.concatenate([result.objects for result in scanned]),
+        {sample: problem for result in scanned for sample, problem in result.corrupt.items()},
     )
 
 
-def _part(shards: Shards, samples: slice) -> Shards:
-    """Some of the samples only: little to send to another process."""
+def _slice(shards: Shards, samples: slice) -> Shards:
+    """Return shards with only these samples, so that little is sent to another process."""
     manifest = shards.manifest
-    if manifest.foreign is not None:
-        foreign = replace(manifest.foreign, keys=manifest.foreign.keys[samples])
-        manifest = replace(manifest, foreign=foreign)
+    if manifest.third_party is not None:
+        third_party = replace(manifest.third_party, keys=manifest.third_party.keys[samples])
+        manifest = replace(manifest, third_party=third_party)
     return replace(shards, samples=shards.samples[samples], manifest=manifest)
 
 
-def _scan_part(task: tuple[int, Shards], advance: Callable[[int], None]) -> ScanResult:
-    """Read some samples, of which the first has the given number."""
+def _scan_slice(task: tuple[int, Shards], advance: Callable[[int], None]) -> ScanResult:
+    """Read the samples of a slice; the task names the number of its first sample in the split."""
     start, shards = task
     images = np.zeros(shards.num_samples, IMAGE_DTYPE)
     objects: list[tuple[Any, ...]] = []
@@ -192,81 +194,80 @@ def _scan_part(task: tuple[int, Shards], advance: Callable[[int], None]) -> Scan
         number = start + index
         if isinstance(sample, ShardError):
             corrupt[number] = sample.reason
-            refused = refused_sample(shards, index)
-            annotations: list[Any] = refused.annotations if refused else []
+            unchecked = read_unchecked(shards, index)
+            annotations: list[Any] = unchecked.annotations if unchecked else []
         else:
             annotations = sample.annotations
             try:
-                _fill(images[index], sample.image)
+                _fill_row(images[index], sample.image)
             except UNREADABLE as error:
                 corrupt[number] = f"its image cannot be decoded ({error})"
-        objects += [_object(number, place, annotation) for place, annotation in enumerate(annotations)]
+        objects += [_object_row(number, *numbered) for numbered in enumerate(annotations)]
         advance(1)
     return ScanResult(images, np.array(objects, OBJECT_DTYPE), corrupt)
 
 
-def _fill(row: np.void, content: bytes) -> None:
-    size, turned, gradients, thumbnail = image_signature(content)
+def _fill_row(row: np.void, content: bytes) -> None:
+    size, has_orientation, gradient_hash, thumbnail = image_signature(content)
     row["width"], row["height"] = size
-    row["turned"], row["gradients"], row["thumbnail"] = turned, gradients, thumbnail
+    row["has_orientation"], row["gradient_hash"], row["thumbnail"] = has_orientation, gradient_hash, thumbnail
     row["digest"] = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
     row["is_read"] = True
 
 
-def _object(sample: int, position: int, annotation: Any) -> tuple[Any, ...]:
+def _object_row(sample: int, position: int, annotation: Any) -> tuple[Any, ...]:
     record = as_record(annotation)
     category_id, box = record.get("category_id"), record.get("bbox")
     if not isinstance(category_id, int) or not 0 <= category_id < 2**63:
         category_id = -1
-    good = is_box(box)
-    numbers = tuple(box) if box is not None and good else (math.nan,) * 4
-    return sample, position, category_id, numbers, bool(record.get("iscrowd", 0)), good
+    is_valid = is_box(box)
+    numbers = tuple(box) if box is not None and is_valid else (math.nan,) * 4
+    return sample, position, category_id, numbers, bool(record.get("iscrowd", 0)), is_valid
 
 
-Floats = npt.NDArray[np.float64]
-Flags = npt.NDArray[np.bool_]
+# --- Splits ---
 
 
 @dataclass(frozen=True)
 class Split:
-    """A data set under its short name. The first of several is that which is trained on."""
+    """A data set under a short name. The first of several is the training split."""
 
     name: str
     shards: Shards
     is_trained_on: bool
 
     def place(self, sample: int, annotations: tuple[int, ...] = ()) -> Place:
-        """Where a sample is, in the user's terms."""
+        """Describe a sample by its image id and file name."""
         image_id = int(self.shards.samples["image_id"][sample])
-        read = read_anyway(self.shards, sample)
-        file_name = str(read.record.get("file_name", "")) if read else ""
+        raw = read_unchecked(self.shards, sample)
+        file_name = str(raw.record.get("file_name", "")) if raw else ""
         return Place(self.name, sample, image_id, file_name, annotations)
 
     def example(self, sample: int, detail: str = "") -> Example:
-        """One sample as an example."""
+        """Return one sample as an example."""
         return Example((self.place(int(sample)),), detail)
 
     @property
     def widths(self) -> Floats:
-        """Of the images, [n] in pixels, as their records say."""
+        """Widths of the images according to their records, [n] in pixels."""
         return self.shards.samples["width"].astype(np.float64)
 
     @property
     def heights(self) -> Floats:
-        """Of the images, [n] in pixels, as their records say."""
+        """Heights of the images according to their records, [n] in pixels."""
         return self.shards.samples["height"].astype(np.float64)
 
 
 @dataclass(frozen=True)
 class ScannedSplit:
-    """A split and what was seen in its samples."""
+    """A split with the result of its scan: n images, m objects."""
 
     split: Split
     scan: ScanResult
 
     @property
     def name(self) -> str:
-        """Of the split."""
+        """Name of the split."""
         return self.split.name
 
     @cached_property
@@ -276,43 +277,41 @@ class ScannedSplit:
         return np.stack([self.split.widths[samples], self.split.heights[samples]], axis=1)
 
     @cached_property
-    def visible(self) -> Floats:
-        """The sides of the part of each box that its image shows, [m, 2] in pixels; not positive: nothing."""
+    def visible_sides(self) -> Floats:
+        """Width and height of each box inside its image, [m, 2] in pixels; not positive where it is outside."""
         boxes = self.scan.objects["box"]
         sides: Floats = np.minimum(boxes[:, :2] + boxes[:, 2:], self.sizes) - np.maximum(boxes[:, :2], 0)
         return sides
 
     @cached_property
     def is_known(self) -> Flags:
-        """Whether each object has a category of the list, [m]."""
+        """Flags of the objects whose category is in the list, [m]."""
         ids = [category["id"] for category in self.split.shards.manifest.categories]
         known: Flags = np.isin(self.scan.objects["category_id"], ids)
         return known
 
     @cached_property
     def is_usable(self) -> Flags:
-        """Whether training uses each object, [m]: no crowd, a known category, a box with area in the image."""
+        """Flags of the objects that training uses, [m]: no crowd, a known category, a box with area in the image."""
         objects = self.scan.objects
         with np.errstate(invalid="ignore"):
-            seen = (self.visible > 0).all(axis=1)
-        usable: Flags = objects["is_box"] & ~objects["is_crowd"] & self.is_known & seen
+            is_visible = (self.visible_sides > 0).all(axis=1)
+        usable: Flags = objects["is_box"] & ~objects["is_crowd"] & self.is_known & is_visible
         return usable
 
     @cached_property
-    def objects_per_image(self) -> npt.NDArray[np.int64]:
-        """Usable objects of each image, [n]."""
+    def objects_per_image(self) -> Integers:
+        """Number of usable objects in each image, [n]."""
         return np.bincount(
             self.scan.objects["sample"][self.is_usable], minlength=self.split.shards.num_samples
         )
 
-    def examples(
-        self, chosen: Sequence[int] | npt.NDArray[np.int64], *, boxes: bool = True
-    ) -> tuple[Example, ...]:
-        """Some of the images that have the objects with these numbers.
+    def examples(self, chosen: Sequence[int] | Integers, *, boxes: bool = True) -> tuple[Example, ...]:
+        """Return examples: some of the images with the chosen objects.
 
         Args:
             chosen: numbers of objects.
-            boxes: tell the boxes of the first object in each image.
+            boxes: describe the box of the first chosen object in each image.
         """
         by_sample: dict[int, list[int]] = {}
         for number in chosen:
@@ -323,19 +322,19 @@ class ScannedSplit:
         for sample, numbers in list(by_sample.items())[:MAX_EXAMPLES]:
             positions = tuple(int(self.scan.objects["position"][number]) for number in numbers)
             place = self.split.place(sample, positions)
-            found.append(Example((place,), self._box_text(numbers[0]) if boxes else ""))
+            found.append(Example((place,), self._describe_box(numbers[0]) if boxes else ""))
         return tuple(found)
 
-    def _box_text(self, number: int) -> str:
+    def _describe_box(self, number: int) -> str:
         row = self.scan.objects[number]
         if not row["is_box"]:
-            return f"annotation {row['position']} has the box {self._stated(row)}"
+            return f"annotation {row['position']} has the box {self._invalid_box(row)}"
         width, height = self.sizes[number]
         box = ", ".join(f"{side:g}" for side in row["box"].round(2))
         return f"box [{box}] in {width:g}x{height:g}"
 
-    def _stated(self, row: np.void) -> str:
-        """What the record has in place of a box."""
-        read = read_anyway(self.split.shards, int(row["sample"]))
-        record = as_record(read.annotations[row["position"]]) if read else {}
+    def _invalid_box(self, row: np.void) -> str:
+        """Quote the value that the record has in place of a box."""
+        raw = read_unchecked(self.split.shards, int(row["sample"]))
+        record = as_record(raw.annotations[row["position"]]) if raw else {}
         return f"{record['bbox']!r:.60}" if "bbox" in record else "missing"

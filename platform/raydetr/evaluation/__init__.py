@@ -1,1 +1,1 @@
-"""Evaluation: detections to COCO results, average precision."""
+"""Evaluate detectors: COCO results, ground truth, average precision."""

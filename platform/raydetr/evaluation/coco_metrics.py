@@ -1,7 +1,7 @@
-"""COCO average precision by pycocotools, as numbers with names.
+"""Compute COCO average precision with pycocotools.
 
-The numbers do not depend on the order in which results arrive: they are sorted first, because
-pycocotools breaks ties between equal scores by position.
+The numbers do not depend on the order of the results: these are sorted first, because pycocotools breaks ties between
+equal scores by position.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from pycocotools import coco, cocoeval
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-AP_FILE = "evaluation/ap.json"  # where a run keeps `ApTable.to_dict()` of its last evaluation, as an artifact
+AP_FILE = "evaluation/ap.json"  # artifact of a run: `ApTable.to_dict()` of its last evaluation
 
 _MEANING = {
     "AP": "IoU 0.50:0.95",
@@ -25,7 +25,7 @@ _MEANING = {
     "APs": "area < 32²",
     "APm": "area 32² to 96²",
     "APl": "area > 96²",
-    "AR1": "recall, 1 detection an image",
+    "AR1": "recall, 1 detection per image",
     "AR10": "recall, 10 detections",
     "AR100": "recall, 100 detections",
     "ARs": "recall, area < 32²",
@@ -33,8 +33,8 @@ _MEANING = {
     "ARl": "recall, area > 96²",
 }
 
-# pycocotools reports its progress with bare prints. Its modules get a silent `print` of their own: sys.stdout
-# belongs to every thread of the process, and Ray's workers replace the builtin.
+# pycocotools prints its progress. Its modules get a silent `print` of their own, because redirecting sys.stdout would
+# affect every thread of the process, and Ray's workers replace the builtin.
 for _module in (coco, cocoeval):
     vars(_module)["print"] = lambda *_values, **_options: None
 
@@ -52,7 +52,7 @@ class ClassAp:
 
 @dataclass(frozen=True)
 class ApTable:
-    """The twelve COCO numbers by name, in [0, 1], and AP by class; -1 where there is nothing to measure."""
+    """The twelve COCO metrics by name, in [0, 1], and AP by class; -1 where there is nothing to measure."""
 
     numbers: Mapping[str, float]
     classes: tuple[ClassAp, ...]
@@ -61,7 +61,7 @@ class ApTable:
         return self.numbers[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: the numbers by name, and `classes`, a list of dicts with the same names."""
+        """Return plain values for JSON: the metrics by name, and `classes`, a list of dicts."""
         fields = ("category_id", "name", "num_objects", "AP", "AP50")
         rows = ((c.category_id, c.name, c.num_objects, c.ap, c.ap50) for c in self.classes)
         classes = [dict(zip(fields, row, strict=True)) for row in rows]
@@ -69,32 +69,32 @@ class ApTable:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ApTable:
-        """The table that `to_dict` described."""
+        """Restore the table from the result of `to_dict`."""
         fields = ("category_id", "name", "num_objects", "AP", "AP50")
         classes = tuple(ClassAp(*(row[field] for field in fields)) for row in values["classes"])
         return cls({name: values[name] for name in NAMES}, classes)
 
     def to_text(self) -> str:
-        """Two plain tables: the twelve numbers, then the classes."""
+        """Return two plain-text tables: the twelve metrics, then the classes."""
         return f"{_align(self._number_rows())}\n\n{_align([_CLASS_HEADER, *self._class_rows()])}\n"
 
     def to_markdown(self) -> str:
-        """The same two tables as Markdown."""
+        """Return the same two tables as Markdown."""
         numbers = _markdown(("", "value", "meaning"), self._number_rows())
         return f"{numbers}\n\n{_markdown(_CLASS_HEADER, self._class_rows())}\n"
 
     def _number_rows(self) -> list[tuple[str, ...]]:
-        return [(name, _show(value), _MEANING[name]) for name, value in self.numbers.items()]
+        return [(name, _format(value), _MEANING[name]) for name, value in self.numbers.items()]
 
     def _class_rows(self) -> list[tuple[str, ...]]:
-        return [(c.name, _show(c.ap), _show(c.ap50), str(c.num_objects)) for c in self.classes]
+        return [(c.name, _format(c.ap), _format(c.ap50), str(c.num_objects)) for c in self.classes]
 
 
 _CLASS_HEADER = ("class", "AP", "AP50", "objects")
 
 
 def coco_ap(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> ApTable:
-    """Average precision of boxes against COCO ground truth.
+    """Compute the average precision of boxes against COCO ground truth.
 
     Args:
         ground_truth: a COCO dict (`images`, `annotations`, `categories`); it is not changed.
@@ -127,7 +127,7 @@ def _check(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
 
 def _truth_index(ground_truth: Mapping[str, Any]) -> Any:
     annotations = [
-        # pycocotools marks a match by the annotation's id: an object with id 0 would never count as found
+        # pycocotools marks a match by the annotation's id: an object with id 0 would never count as matched
         {"iscrowd": 0, "area": a["bbox"][2] * a["bbox"][3], **a, "id": number}
         for number, a in enumerate(ground_truth["annotations"], start=1)
     ]
@@ -157,7 +157,7 @@ def _index(ground_truth: Mapping[str, Any], annotations: list[dict[str, Any]]) -
 def _class_table(ground_truth: Mapping[str, Any], evaluation: Any) -> tuple[ClassAp, ...]:
     names = {category["id"]: category["name"] for category in ground_truth["categories"]}
     objects = Counter(a["category_id"] for a in ground_truth["annotations"] if not a.get("iscrowd", 0))
-    # [threshold, recall, category]: objects of any area, 100 detections an image
+    # [threshold, recall, category]: objects of any area, 100 detections per image
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     return tuple(
         ClassAp(
@@ -176,7 +176,7 @@ def _mean(precision: Any) -> float:
     return float(np.mean(measured)) if measured.size else -1.0
 
 
-def _show(value: float) -> str:
+def _format(value: float) -> str:
     return "-" if value < 0 else f"{value:.3f}"
 
 

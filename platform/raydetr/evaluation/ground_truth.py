@@ -1,4 +1,4 @@
-"""The ground truth of an evaluation, from the shards, also where some of their samples are damaged."""
+"""Read the ground truth of an evaluation from shards, some of whose samples may be corrupt."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from raydetr.store.transfer import RemoteError
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """COCO's ground truth of a split, and how many of its images lost their annotations with their record."""
+    """The COCO ground truth of a split."""
 
     coco: dict[str, Any]
-    num_lost: int
+    num_unreadable: int  # images whose record, and so their annotations, cannot be read
 
 
 def ground_truth(shards: Shards, policy: OnCorrupt) -> GroundTruth:
-    """The ground truth for an evaluation. A damaged image stays in it, so that its objects count as missed.
+    """Read the ground truth for an evaluation. It includes corrupt images, so that their objects count as missed.
 
     Raises:
-        ShardError: the policy is "raise", and a sample is damaged.
+        ShardError: the policy is "raise", and a sample is corrupt.
         RemoteError: a server cannot be reached.
     """
     if policy == "raise":
         return GroundTruth(shards.coco(), 0)
-    everything = range(shards.num_samples)
-    found = zip(everything, shards.read_in_order(everything), strict=True)
-    records = [_record(shards, index, sample) for index, sample in found]
+    samples = enumerate(shards.read_in_order(range(shards.num_samples)))
+    records = [_record(shards, index, sample) for index, sample in samples]
     coco = {
         **shards.manifest.header,
         "images": [record for record, _ in records],
@@ -41,16 +40,14 @@ def ground_truth(shards: Shards, policy: OnCorrupt) -> GroundTruth:
     return GroundTruth(coco, sum(annotations is None for _, annotations in records))
 
 
-def caveats(num_unpredicted: int, num_lost: int) -> list[str]:
-    """What damaged images mean for an AP, in sentences."""
+def evaluation_warnings(num_unpredicted: int, num_unreadable: int) -> list[str]:
+    """Describe the effect of corrupt images on AP, one line per effect."""
     lines = []
     if num_unpredicted:
+        lines.append(f"{num_unpredicted} corrupt validation images have no predictions: AP may be too low")
+    if num_unreadable:
         lines.append(
-            f"{num_unpredicted} damaged validation images have no predictions: AP is too low, if anything"
-        )
-    if num_lost:
-        lines.append(
-            f"of {num_lost} of them the annotations are lost too: their objects are not counted as missed"
+            f"the annotations of {num_unreadable} of them cannot be read: their objects do not count as missed"
         )
     return lines
 
@@ -58,7 +55,7 @@ def caveats(num_unpredicted: int, num_lost: int) -> list[str]:
 def _record(
     shards: Shards, index: int, raw: RawSample | ShardError
 ) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
-    """An image's record and annotations; of a damaged one, if they can still be read, else None."""
+    """Return the record and annotations of an image; None for annotations that cannot be read."""
     if isinstance(raw, ShardError):
         with suppress(ShardError):
             raw = shards.reread(index)
@@ -70,7 +67,7 @@ def _record(
         text = shards.files.read(int(row["shard"]), start, int(row["json_length"]))
         return parse_record(row, text, shards.category_ids, shards.convert(index))
     except RemoteError:
-        raise  # a server that cannot be reached is no damage
+        raise  # an unreachable server does not make a sample corrupt
     except (OSError, InvalidDataError):
         size = {"width": int(row["width"]), "height": int(row["height"])}
         return {"id": int(row["image_id"]), "file_name": shards.key(index), **size}, None

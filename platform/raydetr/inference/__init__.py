@@ -1,1 +1,1 @@
-"""Prediction with a trained model."""
+"""Run trained models on images."""

@@ -1,9 +1,8 @@
-"""Prediction: a checkpoint and some images in, pictures with boxes and COCO results out.
+"""Detect objects in images with a checkpoint; write annotated images and COCO results.
 
-The folder gets `results.json` (a list of COCO results with all detections, whatever their score),
-`images.json` (a COCO dict that tells which `image_id` is which file, with the categories), and one
-picture an image, named by its id and its file. Images are taken as they are stored, as in training:
-an EXIF orientation is not applied, and boxes refer to the stored pixels.
+The output folder contains `results.json` (a list of COCO results with all detections, whatever their score),
+`images.json` (a COCO dict with the file of each `image_id`, and the categories), and one annotated image per input,
+named by its id and its file. As in training, an EXIF orientation is not applied: boxes refer to the stored pixels.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from raydetr.data.transforms.transform import Transform
 from raydetr.evaluation.evaluator import to_coco_results
 from raydetr.shards.images import UNREADABLE, decode_rgb
 from raydetr.store.output_folder import atomic_folder
-from raydetr.training.checkpoint import Loaded, load_for_inference, read_meta
+from raydetr.training.checkpoint import LoadedModel, load_for_inference, read_meta
 from raydetr.visualization.boxes import coco_boxes, draw_boxes
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -36,14 +35,14 @@ def predict(
     score_threshold: float = 0.3,
     device: torch.device | str | None = None,
 ) -> list[dict[str, Any]]:
-    """Detect objects and write pictures and results into `out`; returns the COCO results.
+    """Detect objects, write annotated images and results into `out`, and return the COCO results.
 
     Args:
         checkpoint: a checkpoint folder.
         images: JPEG and PNG files, and folders of such files (not of folders).
-        out: the folder to write; new or empty. It is filled at the end, or not at all.
+        out: the folder to write; new or empty. It is written completely or not at all.
         score_threshold: boxes with a lower score are not drawn.
-        device: where to compute; None: the GPU where there is one.
+        device: None: the GPU if there is one.
 
     Raises:
         ValueError: no images, an unreadable image, an output folder that is not empty, or a checkpoint that
@@ -60,10 +59,10 @@ def predict(
         results, records = [], []
         for image_id, file in enumerate(files, start=1):
             image = _open(file)
-            # under the 91-class convention some labels stand for no category
+            # Under the 91-class convention some labels have no category
             found = [r for r in detect(loaded, image, image_id, device) if r["category_id"] in names]
-            picture = draw_boxes(image, coco_boxes(found, names, score_threshold))
-            picture.save(folder / f"{image_id:05d}-{file.stem}.jpg", quality=92, subsampling=0)
+            annotated = draw_boxes(image, coco_boxes(found, names, score_threshold))
+            annotated.save(folder / f"{image_id:05d}-{file.stem}.jpg", quality=92, subsampling=0)
             results += found
             records.append(
                 {"id": image_id, "file_name": str(file), "width": image.width, "height": image.height}
@@ -75,7 +74,7 @@ def predict(
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The image files that files and folders name, in order; a folder's by name, each file once.
+    """List the image files among files and folders, in order and each once; those of a folder sorted by name.
 
     Raises:
         ValueError: a path does not exist, or a folder holds no image.
@@ -96,8 +95,10 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def detect(loaded: Loaded, image: Image.Image, image_id: int, device: torch.device) -> list[dict[str, Any]]:
-    """COCO results of one image (RGB), all detections, best first."""
+def detect(
+    loaded: LoadedModel, image: Image.Image, image_id: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Detect objects in one RGB image; return all detections as COCO results, best first."""
     transform = Transform(loaded.config.data.val_transform)
     resized, boxes, _ = transform(np.array(image), np.zeros((0, 4)), seed=0, position=0)
     labels = np.zeros(0, np.int64)
@@ -114,4 +115,4 @@ def _open(file: Path) -> Image.Image:
     try:
         return decode_rgb(file.read_bytes())
     except UNREADABLE as error:
-        raise ValueError(f"{file}: is no readable JPEG or PNG image ({error}): leave it out") from None
+        raise ValueError(f"{file}: not a readable JPEG or PNG image ({error}): omit it") from None

@@ -1,7 +1,8 @@
-"""Recipes: functions that return a complete RunConfig. A variant calls its parent and changes fields.
+"""Define recipes: functions that return a complete RunConfig. A variant calls its parent and overrides fields.
 
-The docstring's first line is what `raydetr recipes` shows; the rest says what to expect. A recipe is trained
-with `raydetr train NAME`; docs/recipes.md says which settings are yours to fill in.
+`raydetr recipes` prints the first line of a recipe's docstring, which therefore describes the training rather than the
+function; the other lines have its cost and command. `raydetr train NAME` trains a recipe; docs/recipes.md lists the
+settings to fill in.
 """
 
 from __future__ import annotations
@@ -95,10 +96,10 @@ RECIPES: tuple[Callable[[], RunConfig], ...] = (
 
 
 def find(name: str) -> RunConfig:
-    """The configuration of the recipe called `name`.
+    """Return the configuration of the recipe with this name.
 
     Raises:
-        ConfigError: there is no such recipe; the nearest one is named.
+        ConfigError: there is no such recipe; the message has the nearest name.
     """
     for recipe in RECIPES:
         if recipe.__name__ == name:
@@ -108,5 +109,5 @@ def find(name: str) -> RunConfig:
 
 
 def summary(recipe: Callable[[], RunConfig]) -> str:
-    """The first line of a recipe's docstring."""
+    """Return the first line of a recipe's docstring."""
     return (inspect.getdoc(recipe) or "").splitlines()[0]

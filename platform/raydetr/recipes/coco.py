@@ -1,4 +1,4 @@
-"""What the official trainings on COCO 2017 have in common: data, augmentation, optimizer."""
+"""Build what the official trainings on COCO 2017 have in common: data, augmentation, optimizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ OFFICIAL_SHORT_SIDES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  
 
 
 def official_run(recipe: str, model: ModelConfig, optim: OptimConfig, *, batch_size: int) -> RunConfig:
-    """A training on COCO with eight GPUs; the batch is that of all of them."""
+    """Return a training on COCO with eight GPUs; `batch_size` is the sum over all of them."""
     return RunConfig(
         recipe=recipe,
         data=coco_data(batch_size),
@@ -22,7 +22,7 @@ def official_run(recipe: str, model: ModelConfig, optim: OptimConfig, *, batch_s
 def official_optim(
     *, epochs: int, lr_drop_epoch: int, lr: float, lr_backbone: float, lr_sampling: float
 ) -> OptimConfig:
-    """AdamW with weight decay 1e-4 on everything, gradients clipped at 0.1, one tenfold drop, no EMA."""
+    """Return AdamW with weight decay 1e-4 on all parameters, clipping at 0.1, one tenfold drop, no EMA."""
     return OptimConfig(
         epochs=epochs,
         lr=lr,
@@ -36,7 +36,7 @@ def official_optim(
 
 
 def coco_data(batch_size: int) -> DataConfig:
-    """COCO 2017 at the official scales, labels as the official checkpoints have them."""
+    """Return COCO 2017 at the official scales, with the labels of the official checkpoints."""
     return DataConfig(
         train="data/coco/train2017",
         val="data/coco/val2017",
@@ -50,7 +50,7 @@ def coco_data(batch_size: int) -> DataConfig:
 
 
 def official_training_transform() -> TransformConfig:
-    """Flip by halves; resize to one of eleven scales, half of the images after a random crop; each its own."""
+    """Return flips and crops of half of the images each, and a resize of each image to one of eleven scales."""
     return TransformConfig(
         short_sides=OFFICIAL_SHORT_SIDES,
         scale_per="image",

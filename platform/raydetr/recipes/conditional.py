@@ -10,7 +10,7 @@ from raydetr.recipes.coco import official_optim, official_run
 def conditional_detr_r50_50ep() -> RunConfig:
     """Conditional DETR, ResNet-50, 50 epochs on COCO (Meng et al. 2021); official AP 41.0.
 
-    The rate drops after 40 epochs; 16 images a batch. Cost: 90 GFLOPs an image, about 240 V100 hours.
+    The rate drops after 40 epochs; 16 images per batch. Cost: 90 GFLOPs per image, about 240 V100 hours.
     Command: `raydetr train conditional_detr_r50_50ep`.
     """
     optim = official_optim(epochs=50, lr_drop_epoch=40, lr=1e-4, lr_backbone=1e-5, lr_sampling=1e-4)
@@ -20,8 +20,8 @@ def conditional_detr_r50_50ep() -> RunConfig:
 def conditional_detr_r50_dc5_50ep() -> RunConfig:
     """Conditional DETR-DC5, ResNet-50, 50 epochs on COCO (Meng et al. 2021); official AP 43.7.
 
-    One image a GPU on eight, as in the official script, and one in evaluation: more padding costs AP.
-    Cost: 195 GFLOPs an image. Command: `raydetr train conditional_detr_r50_dc5_50ep`.
+    One image per GPU on eight GPUs, as in the official script, and one in evaluation: padding costs AP.
+    Cost: 195 GFLOPs per image. Command: `raydetr train conditional_detr_r50_dc5_50ep`.
     """
     changes = {"model.backbone.dilation": True, "data.batch_size": 8, "data.eval_batch_size": 1}
     return override(conditional_detr_r50_50ep(), {"recipe": "conditional_detr_r50_dc5_50ep", **changes})
@@ -30,7 +30,7 @@ def conditional_detr_r50_dc5_50ep() -> RunConfig:
 def conditional_detr_r101_50ep() -> RunConfig:
     """Conditional DETR, ResNet-101, 50 epochs on COCO (Meng et al. 2021); official AP 42.8.
 
-    Cost: 156 GFLOPs an image. Command: `raydetr train conditional_detr_r101_50ep`.
+    Cost: 156 GFLOPs per image. Command: `raydetr train conditional_detr_r101_50ep`.
     """
     changes = {"model.backbone.name": "resnet101"}
     return override(conditional_detr_r50_50ep(), {"recipe": "conditional_detr_r101_50ep", **changes})
@@ -39,7 +39,7 @@ def conditional_detr_r101_50ep() -> RunConfig:
 def conditional_detr_r101_dc5_50ep() -> RunConfig:
     """Conditional DETR-DC5, ResNet-101, 50 epochs on COCO (Meng et al. 2021); official AP 45.0.
 
-    Cost: 262 GFLOPs an image. Command: `raydetr train conditional_detr_r101_dc5_50ep`.
+    Cost: 262 GFLOPs per image. Command: `raydetr train conditional_detr_r101_dc5_50ep`.
     """
     changes = {"model.backbone.name": "resnet101"}
     return override(conditional_detr_r50_dc5_50ep(), {"recipe": "conditional_detr_r101_dc5_50ep", **changes})

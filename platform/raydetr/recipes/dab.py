@@ -10,8 +10,8 @@ from raydetr.recipes.coco import official_optim, official_run
 def dab_detr_r50_50ep() -> RunConfig:
     """DAB-DETR, ResNet-50, 50 epochs on COCO (Liu et al. 2022); official AP 42.2.
 
-    The rate drops after 40 epochs; 16 images a batch. Cost: 94 GFLOPs an image, an epoch like Conditional
-    DETR's (about 5 V100 hours). Command: `raydetr train dab_detr_r50_50ep`.
+    The rate drops after 40 epochs; 16 images per batch. Cost: 94 GFLOPs per image; an epoch takes
+    as long as Conditional DETR's (about 5 V100 hours). Command: `raydetr train dab_detr_r50_50ep`.
     """
     optim = official_optim(epochs=50, lr_drop_epoch=40, lr=1e-4, lr_backbone=1e-5, lr_sampling=1e-4)
     return official_run("dab_detr_r50_50ep", DabDetrConfig(), optim, batch_size=16)
@@ -20,7 +20,7 @@ def dab_detr_r50_50ep() -> RunConfig:
 def dab_detr_r50_3patterns_50ep() -> RunConfig:
     """DAB-DETR with 3 pattern embeddings, ResNet-50, 50 epochs on COCO (Liu et al. 2022); official AP 42.6.
 
-    Every box is asked with three learned contents. Cost: 100 GFLOPs an image.
+    Each anchor has three queries, with different learned contents. Cost: 100 GFLOPs per image.
     Command: `raydetr train dab_detr_r50_3patterns_50ep`.
     """
     changes = {"model.num_patterns": 3}
@@ -30,7 +30,7 @@ def dab_detr_r50_3patterns_50ep() -> RunConfig:
 def dab_detr_r50_dc5_50ep() -> RunConfig:
     """DAB-DETR-DC5, ResNet-50, 50 epochs on COCO (Liu et al. 2022); official AP 44.5.
 
-    Cost: 202 GFLOPs an image. Evaluated with one image a batch: more padding costs AP.
+    Cost: 202 GFLOPs per image. Evaluated with one image per batch: padding costs AP.
     Command: `raydetr train dab_detr_r50_dc5_50ep`.
     """
     changes = {"model.backbone.dilation": True, "data.eval_batch_size": 1}
@@ -40,7 +40,7 @@ def dab_detr_r50_dc5_50ep() -> RunConfig:
 def dab_detr_r50_dc5_3patterns_50ep() -> RunConfig:
     """DAB-DETR-DC5, 3 pattern embeddings, ResNet-50, 50 epochs on COCO (Liu et al. 2022); official AP 45.7.
 
-    Cost: 216 GFLOPs an image. Command: `raydetr train dab_detr_r50_dc5_3patterns_50ep`.
+    Cost: 216 GFLOPs per image. Command: `raydetr train dab_detr_r50_dc5_3patterns_50ep`.
     """
     changes = {"model.num_patterns": 3}
     return override(dab_detr_r50_dc5_50ep(), {"recipe": "dab_detr_r50_dc5_3patterns_50ep", **changes})
@@ -49,7 +49,7 @@ def dab_detr_r50_dc5_3patterns_50ep() -> RunConfig:
 def dab_detr_r101_50ep() -> RunConfig:
     """DAB-DETR, ResNet-101, 50 epochs on COCO (Liu et al. 2022); official AP 43.5.
 
-    Cost: 174 GFLOPs an image. Command: `raydetr train dab_detr_r101_50ep`.
+    Cost: 174 GFLOPs per image. Command: `raydetr train dab_detr_r101_50ep`.
     """
     changes = {"model.backbone.name": "resnet101"}
     return override(dab_detr_r50_50ep(), {"recipe": "dab_detr_r101_50ep", **changes})
@@ -58,7 +58,7 @@ def dab_detr_r101_50ep() -> RunConfig:
 def dab_detr_r101_dc5_50ep() -> RunConfig:
     """DAB-DETR-DC5, ResNet-101, 50 epochs on COCO (Liu et al. 2022); official AP 45.8.
 
-    Cost: 282 GFLOPs an image. Command: `raydetr train dab_detr_r101_dc5_50ep`.
+    Cost: 282 GFLOPs per image. Command: `raydetr train dab_detr_r101_dc5_50ep`.
     """
     changes = {"model.backbone.name": "resnet101"}
     return override(dab_detr_r50_dc5_50ep(), {"recipe": "dab_detr_r101_dc5_50ep", **changes})

@@ -10,8 +10,8 @@ from raydetr.recipes.coco import official_optim, official_run
 def deformable_detr_r50_50ep() -> RunConfig:
     """Deformable DETR, four scales, ResNet-50, 50 epochs on COCO (Zhu et al. 2021); official AP 44.5.
 
-    The rate drops after 40 epochs; sampling offsets and reference points learn at a tenth of it; 32 images a
-    batch. The paper has AP 43.8. Cost: 173 GFLOPs an image, about 325 V100 hours.
+    The rate drops after 40 epochs; sampling offsets and reference points have a tenth of it; 32 images per
+    batch. The paper has AP 43.8. Cost: 173 GFLOPs per image, about 325 V100 hours.
     Command: `raydetr train deformable_detr_r50_50ep`.
     """
     optim = official_optim(epochs=50, lr_drop_epoch=40, lr=2e-4, lr_backbone=2e-5, lr_sampling=2e-5)
@@ -21,7 +21,7 @@ def deformable_detr_r50_50ep() -> RunConfig:
 def deformable_detr_r50_refine_50ep() -> RunConfig:
     """Deformable DETR with box refinement, ResNet-50, 50 epochs on COCO (Zhu et al. 2021); official AP 46.2.
 
-    The paper has AP 45.4. Cost: 173 GFLOPs an image, about 325 V100 hours.
+    The paper has AP 45.4. Cost: 173 GFLOPs per image, about 325 V100 hours.
     Command: `raydetr train deformable_detr_r50_refine_50ep`.
     """
     changes = {"model.refinement": True}
@@ -31,7 +31,7 @@ def deformable_detr_r50_refine_50ep() -> RunConfig:
 def deformable_detr_r50_two_stage_50ep() -> RunConfig:
     """Two-stage Deformable DETR with refinement, ResNet-50, 50 epochs on COCO (Zhu et al. 2021); AP 46.9.
 
-    The paper has AP 46.2. Cost: 173 GFLOPs an image, about 340 V100 hours.
+    The paper has AP 46.2. Cost: 173 GFLOPs per image, about 340 V100 hours.
     Command: `raydetr train deformable_detr_r50_two_stage_50ep`.
     """
     recipe = {"recipe": "deformable_detr_r50_two_stage_50ep"}
@@ -39,9 +39,9 @@ def deformable_detr_r50_two_stage_50ep() -> RunConfig:
 
 
 def deformable_detr_r50_single_scale_50ep() -> RunConfig:
-    """Deformable DETR on the last stage alone, ResNet-50, 50 epochs (Zhu et al. 2021); official AP 39.4.
+    """Deformable DETR on the last stage only, ResNet-50, 50 epochs (Zhu et al. 2021); official AP 39.4.
 
-    Cost: 78 GFLOPs an image, about 160 V100 hours. Command: `raydetr train deformable_detr_r50_single_scale_50ep`.
+    Cost: 78 GFLOPs per image, about 160 V100 hours. Command: `raydetr train deformable_detr_r50_single_scale_50ep`.
     """
     changes = {"model.strides": [32], "model.num_feature_levels": 1}
     recipe = {"recipe": "deformable_detr_r50_single_scale_50ep"}
@@ -49,9 +49,9 @@ def deformable_detr_r50_single_scale_50ep() -> RunConfig:
 
 
 def deformable_detr_r50_single_scale_dc5_50ep() -> RunConfig:
-    """Deformable DETR on the dilated last stage alone, ResNet-50, 50 epochs (Zhu et al. 2021); AP 41.5.
+    """Deformable DETR on the dilated last stage only, ResNet-50, 50 epochs (Zhu et al. 2021); AP 41.5.
 
-    Cost: 128 GFLOPs an image, about 215 V100 hours.
+    Cost: 128 GFLOPs per image, about 215 V100 hours.
     Command: `raydetr train deformable_detr_r50_single_scale_dc5_50ep`.
     """
     recipe = {"recipe": "deformable_detr_r50_single_scale_dc5_50ep"}

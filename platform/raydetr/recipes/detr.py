@@ -10,7 +10,7 @@ from raydetr.recipes.coco import official_optim, official_run
 def detr_r50_500ep() -> RunConfig:
     """DETR, ResNet-50, 500 epochs on COCO (Carion et al. 2020); official AP 42.0.
 
-    The rate drops after 400 epochs; 64 images a batch, as in the paper. Cost: 86 GFLOPs an image, about 2000
+    The rate drops after 400 epochs; 64 images per batch, as in the paper. Cost: 86 GFLOPs per image, about 2000
     V100 hours. Command: `raydetr train detr_r50_500ep`.
     """
     optim = official_optim(epochs=500, lr_drop_epoch=400, lr=1e-4, lr_backbone=1e-5, lr_sampling=1e-4)
@@ -20,8 +20,8 @@ def detr_r50_500ep() -> RunConfig:
 def detr_r50_150ep() -> RunConfig:
     """DETR, ResNet-50, 150 epochs on COCO (Carion et al. 2020); official AP 39.5.
 
-    The official short schedule, on one machine: the rate drops after 100 epochs, 16 images a batch. Cost: 86
-    GFLOPs an image, about 580 V100 hours (3 days on 8). Command: `raydetr train detr_r50_150ep`.
+    The official short schedule, on one machine: the rate drops after 100 epochs, 16 images per batch. Cost: 86
+    GFLOPs per image, about 580 V100 hours (3 days on 8). Command: `raydetr train detr_r50_150ep`.
     """
     changes = {"optim.epochs": 150, "optim.lr_drop_epochs": [100], "data.batch_size": 16}
     return override(detr_r50_500ep(), {"recipe": "detr_r50_150ep", **changes})
@@ -30,7 +30,7 @@ def detr_r50_150ep() -> RunConfig:
 def detr_r50_dc5_500ep() -> RunConfig:
     """DETR-DC5 (dilated last stage), ResNet-50, 500 epochs on COCO (Carion et al. 2020); official AP 43.3.
 
-    Cost: 187 GFLOPs an image, about 7000 V100 hours. It was trained with one image a GPU and loses AP when
+    Cost: 187 GFLOPs per image, about 7000 V100 hours. It was trained with one image per GPU and loses AP when
     evaluated with more, because of the padding. Command: `raydetr train detr_r50_dc5_500ep`.
     """
     changes = {"model.backbone.dilation": True, "data.eval_batch_size": 1}
@@ -40,7 +40,7 @@ def detr_r50_dc5_500ep() -> RunConfig:
 def detr_r101_500ep() -> RunConfig:
     """DETR, ResNet-101, 500 epochs on COCO (Carion et al. 2020); official AP 43.5.
 
-    Cost: 152 GFLOPs an image. Command: `raydetr train detr_r101_500ep`.
+    Cost: 152 GFLOPs per image. Command: `raydetr train detr_r101_500ep`.
     """
     changes = {"model.backbone.name": "resnet101"}
     return override(detr_r50_500ep(), {"recipe": "detr_r101_500ep", **changes})
@@ -49,7 +49,7 @@ def detr_r101_500ep() -> RunConfig:
 def detr_r101_dc5_500ep() -> RunConfig:
     """DETR-DC5 (dilated last stage), ResNet-101, 500 epochs on COCO (Carion et al. 2020); official AP 44.9.
 
-    Cost: 253 GFLOPs an image. Command: `raydetr train detr_r101_dc5_500ep`.
+    Cost: 253 GFLOPs per image. Command: `raydetr train detr_r101_dc5_500ep`.
     """
     changes = {"model.backbone.name": "resnet101"}
     return override(detr_r50_dc5_500ep(), {"recipe": "detr_r101_dc5_500ep", **changes})

@@ -1,7 +1,7 @@
 """DINO: the official schedules (Zhang et al., ICLR 2023, arXiv:2203.03605; AP of the official models).
 
-All learn at 1e-4, the backbone at 1e-5, with 16 images a batch. The rate drops after 11, 20 and 30 epochs of
-12, 24 and 36.
+All have a rate of 1e-4, 1e-5 in the backbone, and 16 images per batch. The rate drops after 11 of 12, 20 of 24 or 30 of
+36 epochs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from raydetr.recipes.coco import official_optim, official_run
 def dino_r50_4scale_12ep() -> RunConfig:
     """DINO, 4 scales, ResNet-50, 12 epochs on COCO (Zhang et al. 2022); official AP 49.0.
 
-    Sampling offsets learn as fast as the rest, other than in Deformable DETR. Cost: 279 GFLOPs an image.
+    Sampling offsets have the full rate, unlike in Deformable DETR. Cost: 279 GFLOPs per image.
     Command: `raydetr train dino_r50_4scale_12ep`.
     """
     optim = official_optim(epochs=12, lr_drop_epoch=11, lr=1e-4, lr_backbone=1e-5, lr_sampling=1e-4)
@@ -42,7 +42,7 @@ def dino_r50_4scale_36ep() -> RunConfig:
 def dino_r50_5scale_12ep() -> RunConfig:
     """DINO, 5 scales, ResNet-50, 12 epochs on COCO (Zhang et al. 2022); official AP 49.4.
 
-    Cost: 860 GFLOPs an image; officially one image on each of 16 GPUs.
+    Cost: 860 GFLOPs per image; officially one image on each of 16 GPUs.
     Command: `raydetr train dino_r50_5scale_12ep cluster.num_workers=16`.
     """
     return override(dino_r50_4scale_12ep(), {"recipe": "dino_r50_5scale_12ep", **_FIVE_SCALES})

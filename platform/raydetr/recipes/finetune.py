@@ -1,10 +1,10 @@
-"""Fine-tuning on your own data, from official weights or from a checkpoint of a run.
+"""Fine-tune on your own data, from official weights or from a checkpoint of a run.
 
-`raydetr import-checkpoint` writes the official weights where these recipes look for them (`init.checkpoint`).
-Class heads start anew, all else is kept. Rates are half of the official ones, with a short warm-up for the new
-heads, and go down by a cosine; a moving average steadies the result on few images. Batch norm stays frozen.
-The batch is for one GPU; with a larger one, raise the rates in proportion. All images of a step have one scale
-(`scale_per=step`), so that less of a batch is padding.
+These recipes start from the checkpoint (`init.checkpoint`) that `raydetr import-checkpoint` writes with the command in
+their docstrings. Class heads are reinitialized, all other weights are kept. Rates are half of the official ones, with a
+short warm-up for the new heads and a cosine decay; a moving average reduces the noise of training on few images. Batch
+norm stays frozen. The batch is for one GPU; with a larger one, scale the rates in proportion. All images of a step have
+the same scale (`scale_per=step`), which reduces padding.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from raydetr.recipes.deformable import deformable_detr_r50_two_stage_50ep
 from raydetr.recipes.detr import detr_r50_500ep
 from raydetr.recipes.dino import dino_r50_4scale_12ep
 
-WEIGHTS = Path("weights")  # a folder for each imported checkpoint
+WEIGHTS = Path("weights")  # with one folder per imported checkpoint
 
 
 def finetune_dino_r50() -> RunConfig:
-    """Fine-tune DINO (4 scales, ResNet-50) on your data, 24 epochs: the one to begin with.
+    """Fine-tune DINO (4 scales, ResNet-50) on your data, 24 epochs: try this one first.
 
     It starts from AP 49.0 on COCO, the highest of the five.
     First `raydetr import-checkpoint FILE --model dino_r50_4scale --out weights/dino_r50_4scale`.

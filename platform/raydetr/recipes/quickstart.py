@@ -1,4 +1,4 @@
-"""The quickstart: a small model on drawn data, in minutes on two CPU cores."""
+"""Train a small model on synthetic data, in minutes on two CPU cores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from raydetr.config import (
 
 
 def quickstart() -> RunConfig:
-    """A small DINO that learns the procedural sample data in minutes on two CPU cores.
+    """Train a small DINO on the synthetic data, in minutes on two CPU cores.
 
     Data: 2,400 + 500 generated 96x96 images of 4 classes (written on first use).
     Expected: AP 0.58, AP50 0.83 after 8 epochs. Command: `make quickstart`, or `raydetr train quickstart`.
@@ -47,7 +47,7 @@ def quickstart() -> RunConfig:
 
 
 def quickstart_hard() -> RunConfig:
-    """The quickstart on the hard sample data: 5 classes, no color cue, objects of 11-60 pixels."""
+    """Train the small DINO on the hard synthetic data: 5 classes, no color cue, objects of 11-60 pixels."""
     easy = quickstart()
     data = easy.data.model_copy(
         update={
@@ -60,7 +60,7 @@ def quickstart_hard() -> RunConfig:
 
 
 def small_dino() -> DinoConfig:
-    """DINO with 0.7 M parameters for 96-pixel images: no encoder, two decoder layers, three levels."""
+    """Return a DINO with 0.7 M parameters for 96-pixel images: no encoder, two decoder layers, three levels."""
     return DinoConfig(
         backbone=BackboneConfig(name="small", norm="batch", num_frozen_stages=0),
         num_feature_levels=3,

@@ -1,4 +1,4 @@
-"""Runs side by side: AP by size and class, and where their configurations differ."""
+"""Compare runs side by side: AP by size and class, and the settings in which they differ."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class _Run:
 
 
 def compare(runs: Sequence[str], uri: str | None = None, *, plain: bool = False) -> str:
-    """Return tables of runs; the best value of a row is marked with a star.
+    """Return tables with one column per run; the best value of each row is marked with a star.
 
     Args:
-        runs: folders of runs, names or MLflow run ids, one column each.
-        uri: the tracking URI of named runs; None: the database in `runs/`. A folder knows its own.
-        plain: without colors and lines, as wide as it needs to be; otherwise for this terminal.
+        runs: folders of runs, names of runs, or MLflow run ids.
+        uri: the tracking URI of runs that are given by name or id; None: the database in `runs/`.
+        plain: without colors and lines, and as wide as needed; otherwise for this terminal.
 
     Raises:
-        ValueError: a name is unknown, or means several runs.
+        ValueError: a name is unknown, or several runs have it.
         TrackingError: MLflow cannot be reached.
     """
     columns = _columns([_fetch(name, uri or mlflow_run.default_uri(Path("runs"))) for name in runs])
@@ -52,27 +52,27 @@ def compare(runs: Sequence[str], uri: str | None = None, *, plain: bool = False)
         ),
         _table("configuration, where it differs", headings, _differences(columns)),
     ]
-    return _rendered([table for table in tables if table.row_count], plain)
+    return _render([table for table in tables if table.row_count], plain)
 
 
 def _fetch(name: str, uri: str) -> tuple[str, mlflow_run.TrackedRun]:
-    """Return where a run is tracked, and the run; a folder of a run has both written down."""
+    """Return the tracking URI of a run, and the run; for a folder both are read from its files."""
     folder = Path(name).expanduser()
     if (folder / "mlflow_run_id").is_file() and (folder / "config.yaml").is_file():
         uri = mlflow_run.tracking_uri(from_yaml(folder / "config.yaml"))
         name = (folder / "mlflow_run_id").read_text().strip()
     elif folder.is_dir() and "/" in name:
-        raise ValueError(f"{name}: is no folder of a run: it has no mlflow_run_id and config.yaml")
+        raise ValueError(f"{name}: not the folder of a run: mlflow_run_id or config.yaml is missing")
     return uri, mlflow_run.fetch_run(uri, name)
 
 
 def _columns(runs: Sequence[tuple[str, mlflow_run.TrackedRun]]) -> list[_Run]:
     names = [run.name or run.run_id for _, run in runs]
     return [
-        # Runs with the same name, such as trials of two searches, are told apart by the beginning of their id
+        # Runs with the same name, such as trials of two searches, are distinguished by the start of their ids
         _Run(
             heading=name if names.count(name) == 1 else f"{name} ({run.run_id[:8]})",
-            numbers={key: value for key, value in run.metrics.items() if value >= 0},
+            numbers={key: value for key, value in run.metrics.items() if value >= 0},  # -1: undefined
             classes=_class_ap(uri, run),
             params=run.params,
         )
@@ -92,7 +92,7 @@ def _classes(columns: Sequence[_Run]) -> list[str]:
 
 
 def _scores(name: str, columns: Sequence[Mapping[str, float]]) -> list[Text]:
-    """A row of scores; its best value is marked, unless all are equal."""
+    """Return a row of scores; the best value is marked, unless all are equal."""
     values = [column.get(name) for column in columns]
     known = [value for value in values if value is not None]
     best = max(known) if len(set(known)) > 1 else None
@@ -119,7 +119,7 @@ def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[Text]]) 
     return table
 
 
-def _rendered(tables: Sequence[Table], plain: bool) -> str:
+def _render(tables: Sequence[Table], plain: bool) -> str:
     buffer = io.StringIO()
     width = 10_000 if plain else shutil.get_terminal_size((120, 24)).columns
     console = Console(file=buffer, width=width, force_terminal=not plain, no_color=plain)

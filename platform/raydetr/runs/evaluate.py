@@ -14,8 +14,8 @@ from raydetr.data.corrupt import CorruptSample
 from raydetr.data.stream import evaluation_batches
 from raydetr.data.transforms.transform import Transform
 from raydetr.evaluation.coco_metrics import ApTable, coco_ap
-from raydetr.evaluation.evaluator import evaluate, without_blanks
-from raydetr.evaluation.ground_truth import caveats, ground_truth
+from raydetr.evaluation.evaluator import drop_blank_batches, evaluate
+from raydetr.evaluation.ground_truth import evaluation_warnings, ground_truth
 from raydetr.runs.local import local_world
 from raydetr.shards.reader import Shards, open_shards
 from raydetr.training.checkpoint import load_for_inference, read_meta, run_config
@@ -71,7 +71,7 @@ def evaluate_checkpoint(
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     truth = ground_truth(shards, config.data.on_corrupt)
-    for line in (*map(str, corrupt), *caveats(len(corrupt), truth.num_lost)):
+    for line in (*map(str, corrupt), *evaluation_warnings(len(corrupt), truth.num_unreadable)):
         print_status(f"warning: {line}")
     return coco_ap(truth.coco, results)
 
@@ -93,7 +93,7 @@ def evaluate_share(config: RunConfig, checkpoint: Path, world: World) -> Results
     results = evaluate(
         model.detector,
         model.postprocess,
-        without_blanks(batches, found),
+        drop_blank_batches(batches, found),
         loaded.label_map,
         world.all_gather,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from raydetr.config import ClusterConfig, ConfigError
-from raydetr.console import Display, Progress
+from raydetr.console import Display, RunProgress
 from raydetr.runs.session import Run, run_session
 from raydetr.training import checkpoint
 from raydetr.training.world import World
@@ -58,5 +58,5 @@ class _LocalHost:
             shutil.rmtree(old)
         self.last = {**metrics, "checkpoint": str(self._folder / name)}
 
-    def show(self, progress: Progress) -> None:
+    def show(self, progress: RunProgress) -> None:
         self._display.show(progress)

@@ -1,4 +1,4 @@
-"""Learning a few images by heart: the quickest test that data, labels and model fit together."""
+"""Overfit a few images: the fastest check that data, labels and model fit together."""
 
 from __future__ import annotations
 
@@ -16,61 +16,61 @@ from raydetr.runs import run
 
 
 @dataclass(frozen=True)
-class Overfit:
-    """AP on the very images that were trained on; `seconds` of wall time, start-up included."""
+class OverfitResult:
+    """AP on the training images; `seconds` is the wall time including start-up."""
 
     AP: float
     AP50: float
     seconds: float
     images: int
     steps: int
-    picture: str
-    run: str
+    predictions: str  # image grid with true and predicted boxes
+    run: str  # folder
 
     def to_text(self) -> str:
         """Return the numbers and the verdict."""
         verdict = (
-            "the model learns these images: data, labels and set-up fit together"
+            "the model has learned these images: data, labels and settings fit together"
             if self.AP50 >= 0.8
-            else "the model did not learn them: look at the picture; are the boxes where the objects are?"
+            else "the model has not learned these images: look at the predictions; are the true boxes on the objects?"
         )
         return (
             f"{self.images} images, {self.steps} steps, {self.seconds:.0f} s: AP {self.AP:.3f}, AP50 {self.AP50:.3f}\n"
-            f"{verdict}\npicture  {self.picture}\nrun      {self.run}"
+            f"{verdict}\npredictions  {self.predictions}\nrun          {self.run}"
         )
 
 
 def overfit(
     config: RunConfig, data: str | None, *, num_images: int, num_steps: int, long_side: int, out: Path
-) -> Overfit:
-    """Train `config`'s model on the first `num_images` of `data` and evaluate on the same ones.
+) -> OverfitResult:
+    """Train `config`'s model on the first `num_images` of `data`, and evaluate it on the same images.
 
-    All of them make one batch; nothing is augmented. Runs in this process, on all its CPUs. Writes
-    `overfit.json` and `overfit.png` into `out`.
+    All images are in one batch, without augmentation. Runs in this process, on all CPUs. Writes `overfit.json` and
+    `overfit.png` into `out`.
 
     Args:
         config: model and optimizer; `epochs` becomes `num_steps`.
-        data: where shards are; None: the recipe's training shards.
-        num_images: how many images.
-        num_steps: optimizer steps.
-        long_side: pixels; images are resized so that their long side has them.
+        data: folder or URL of shards; None: the training shards of `config`.
+        num_images: number of images.
+        num_steps: number of optimizer steps.
+        long_side: pixels; long side of the resized images.
         out: folder for the results.
     """
     result = run.start(_few_images(config, data, num_images, num_steps, long_side), local=True, warn=False)
     out.mkdir(parents=True, exist_ok=True)
-    picture = out / "overfit.png"
-    shutil.copyfile(result.folder / "predictions.png", picture)
-    outcome = Overfit(
+    grid = out / "overfit.png"
+    shutil.copyfile(result.folder / "predictions.png", grid)
+    overfit_result = OverfitResult(
         AP=result.metrics["AP"],
         AP50=result.metrics["AP50"],
         seconds=round(result.seconds, 1),
         images=num_images,
         steps=num_steps,
-        picture=str(picture),
+        predictions=str(grid),
         run=str(result.folder),
     )
-    (out / "overfit.json").write_text(json.dumps(asdict(outcome), indent=1))
-    return outcome
+    (out / "overfit.json").write_text(json.dumps(asdict(overfit_result), indent=1))
+    return overfit_result
 
 
 def _few_images(
@@ -89,7 +89,7 @@ def _few_images(
         "val_transform": resize,
         "num_loader_workers": 0,
     }
-    if not is_remote(shards):
+    if not is_remote(shards):  # remote settings are refused for local shards
         values["data"] |= {"remote": {}}
     values["optim"] |= {"epochs": num_steps}
     values["evaluation"] |= {"every_epochs": num_steps}

@@ -21,7 +21,7 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from raydetr.config import ClusterConfig
-from raydetr.console import Display, Progress, print_status
+from raydetr.console import Display, RunProgress, print_status
 from raydetr.runs.session import Run, run_session
 from raydetr.training import checkpoint
 from raydetr.training.world import World
@@ -310,7 +310,7 @@ class _RayHost:
             reported = {**metrics, "placement_group": group.id.hex()}
             ray.train.report(reported, checkpoint=kept, checkpoint_dir_name=name)
 
-    def show(self, progress: Progress) -> None:
+    def show(self, progress: RunProgress) -> None:
         self._progress_actor.update.remote(progress)  # not waited for
 
 

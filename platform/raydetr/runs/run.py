@@ -29,10 +29,10 @@ from raydetr.console import print_status
 from raydetr.data.corrupt import CORRUPT_LOG
 from raydetr.data.splits import open_splits, write_missing_synthetic
 from raydetr.doctor import examine
-from raydetr.doctor.findings import Target
+from raydetr.doctor.findings import TrainingTarget
 from raydetr.environment import describe_environment
 from raydetr.evaluation.coco_metrics import ApTable
-from raydetr.evaluation.ground_truth import caveats
+from raydetr.evaluation.ground_truth import evaluation_warnings
 from raydetr.runs.local import train_locally
 from raydetr.runs.session import Run
 from raydetr.tracking import mlflow_run
@@ -55,7 +55,7 @@ class RunResult:
         """Return the AP table, the run's artifacts, and the next commands."""
         metrics, checkpoint = self.metrics, shlex.quote(str(self.checkpoint))
         table = ApTable.from_dict(metrics["table"])
-        notes = caveats(metrics.get("unpredicted_images", 0), metrics.get("lost_annotations", 0))
+        notes = evaluation_warnings(metrics.get("unpredicted_images", 0), metrics.get("lost_annotations", 0))
         if metrics.get("corrupt_samples"):
             notes.append(
                 f"{metrics['corrupt_samples']} samples were corrupt; {self.folder / CORRUPT_LOG} lists them"
@@ -108,7 +108,7 @@ def start(
     config = resolve(config)
     if warn:
         print_warnings(config)
-    for line in init_weights.describe(config):
+    for line in init_weights.summarize(config):
         print_status(line)
     name = name or new_name(config.recipe)
     folder = config.storage.path / name
@@ -134,14 +134,14 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
             f"{folder}: no run there (config.yaml is missing); runs are folders in storage.path"
         )
     config = resolve(override(from_yaml(folder / "config.yaml"), overrides or {}))
-    last, errors = checkpoint.newest(path.parent for path in folder.glob("*/*/meta.json"))
+    last, errors = checkpoint.newest_complete(path.parent for path in folder.glob("*/*/meta.json"))
     for error in errors:
         print_status(f"skipped: {error}")
     if last is None:
         raise checkpoint.CheckpointError(f"{folder}: no complete checkpoint to resume from; start a new run")
     train_shards, _ = open_splits(config.data, sizes_known=True)
     epochs = config.optim.epochs
-    if checkpoint.check_fits(last, config, train_shards).position >= epochs * train_shards.num_samples:
+    if checkpoint.check_compatible(last, config, train_shards).position >= epochs * train_shards.num_samples:
         raise ConfigError(
             f"{folder}: has trained all {epochs} epochs already; set optim.epochs higher to continue, "
             "or start a new run"
@@ -156,8 +156,9 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
 
 
 def print_warnings(config: RunConfig) -> None:
-    """Print what the quick part of `raydetr doctor` finds odd in the data of a resolved configuration."""
-    for line in examine.warnings(*open_splits(config.data, sizes_known=True), Target.of(config)):
+    """Print the warnings of the quick part of `raydetr doctor` about the data of a resolved configuration."""
+    train, val = open_splits(config.data, sizes_known=True)
+    for line in examine.quick_warnings(train, val, TrainingTarget.from_config(config)):
         print_status(f"warning: {line}")
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from detrs import zoo
 from raydetr.config import RunConfig
-from raydetr.console import Progress
+from raydetr.console import RunProgress
 from raydetr.data.corrupt import CORRUPT_LOG, CorruptSample, default_max_corrupt
 from raydetr.data.splits import open_splits
 from raydetr.evaluation.coco_metrics import AP_FILE, ApTable, coco_ap
@@ -61,7 +61,7 @@ class Host(Protocol):
     def publish(self, name: str, metrics: Mapping[str, Any], write: checkpoint.Writer | None) -> None:
         """Keep a checkpoint (`write` writes it into a folder; None on all ranks but 0)."""
 
-    def show(self, progress: Progress) -> None:
+    def show(self, progress: RunProgress) -> None:
         """Show how far the run is."""
 
 
@@ -184,7 +184,7 @@ class _Session:
         metrics["corrupt_samples"] = self.training.corrupt_log.num_samples
         if self.is_main:
             truth = ground_truth(self.val_shards, self.config.data.on_corrupt)
-            metrics["lost_annotations"] = truth.num_lost
+            metrics["lost_annotations"] = truth.num_unreadable
             metrics |= self._record(coco_ap(truth.coco, report.results), report)
         metrics["skipped_steps"] = self.training.skipped_steps
         metrics["peak_rss_mb"] = max(self.training.world.all_gather(_peak_rss_mb()))
@@ -197,8 +197,8 @@ class _Session:
         numbers = {name: value for name, value in table.numbers.items() if value >= 0}  # -1: undefined
         self.ap = numbers.get("AP")
         self._log(self.training.step, report.position, {**numbers, "epoch": report.epoch})
-        self.tracker.text(json.dumps(table.to_dict(), indent=1), AP_FILE)
-        self.tracker.text(table.to_markdown(), str(Path(AP_FILE).with_suffix(".md")))
+        self.tracker.log_text(json.dumps(table.to_dict(), indent=1), AP_FILE)
+        self.tracker.log_text(table.to_markdown(), str(Path(AP_FILE).with_suffix(".md")))
         self._log_images(self.tracker, report.results)
         self._show("evaluated", 0.0)
         return {**numbers, "table": table.to_dict()}
@@ -213,11 +213,11 @@ class _Session:
         ).savefig(curves)
         draw_grid(_annotated_images(self.val_shards, results), score_threshold=SCORE_THRESHOLD).save(grid)
         for file in (curves, grid):
-            tracker.artifact(file)
+            tracker.log_artifact(file)
 
     def _log(self, step: int, position: int, metrics: Mapping[str, float]) -> None:
         assert self.tracker is not None
-        self.tracker.metrics(step, metrics)
+        self.tracker.log_metrics(step, metrics)
         self.history.append(step, position, metrics)
 
     def _writer(self, report: EvaluationReport, metrics: Mapping[str, Any]) -> checkpoint.Writer | None:
@@ -228,7 +228,7 @@ class _Session:
     def _show(self, phase: str, images_per_second: float) -> None:
         training = self.training
         self.host.show(
-            Progress(
+            RunProgress(
                 step=training.step,
                 total_steps=training.total_steps,
                 first_step=self.first_step,

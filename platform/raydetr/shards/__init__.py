@@ -1,1 +1,1 @@
-"""What lies on disk: WebDataset shards, their index and manifest; writing, reading, verifying them."""
+"""WebDataset shards with their index and manifest: write, read, verify and cache them."""

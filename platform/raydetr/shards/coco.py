@@ -1,8 +1,7 @@
-"""COCO annotation files: read, checked as a whole, and refused with all that is wrong with them.
+"""Read COCO annotation files and validate them; an invalid file is rejected with a list of all its problems.
 
-What each kind of fault means for training is decided here and in `usable_boxes`; docs/data.md has the table.
-
-Where images and annotations come from: COCO JSON, YOLO or Pascal VOC, all as COCO's records.
+Datasets of other formats (`importers/`) become COCO's records too, and pass the same checks. docs/data/prepare.md lists
+how training treats each kind of unusual annotation.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ MAX_REPORTED = 10
 
 
 class Problems:
-    """Faults found so far. All are counted, the first ten are told."""
+    """Collects problems: counts all of them and keeps the first ten messages."""
 
     def __init__(self, source: object, kind: str) -> None:
         self.source, self.kind = source, kind
@@ -33,18 +32,18 @@ class Problems:
         self.messages: list[str] = []
 
     def add(self, message: str) -> None:
-        """Note one fault; `message` names the field, the value found and the remedy."""
+        """Add one problem; `message` names the field, the value found and the remedy."""
         self.count += 1
         if self.count <= MAX_REPORTED:
             self.messages.append(message)
 
     def add_many(self, messages: list[str], count: int) -> None:
-        """Note `count` faults, of which the first ten or all are given."""
+        """Add `count` problems, given the messages of the first ten of them (or all)."""
         self.messages += messages[: max(0, MAX_REPORTED - len(self.messages))]
         self.count += count
 
     def raise_if_any(self) -> None:
-        """Raise a ValueError that lists what was noted."""
+        """Raise a ValueError that lists the problems, if there are any."""
         if self.count:
             more = f"\n  and {self.count - MAX_REPORTED} more" if self.count > MAX_REPORTED else ""
             listing = "".join(f"\n  {message}" for message in self.messages)
@@ -57,31 +56,31 @@ class CocoDataset:
     """A validated annotation file. Records are the original dicts, untouched."""
 
     images: list[Record]
-    annotations: dict[int, list[Record]]  # by image id, in the file's order; images without any are absent
+    annotations: dict[int, list[Record]]  # by image id, in file order; images without any are absent
     categories: list[Record]  # in the order of their ids
-    header: Record  # `info` and `licenses`, where the file has them
+    header: Record  # `info` and `licenses`, if the file has them
     sha256: str
-    notices: list[str] = field(default_factory=list)  # what is lawful but worth knowing
+    notices: list[str] = field(default_factory=list)  # valid but worth knowing
 
 
 def load_coco(path: Path) -> CocoDataset:
-    """Read and check a COCO instances file.
+    """Read and validate a COCO instances file.
 
     Raises:
-        ValueError: the file is missing, is no JSON, or does not hold what COCO's format asks for; the message
-            lists up to ten faults with field, value and remedy, and the number of all.
+        ValueError: the file is missing, is not JSON, or violates COCO's format; the message counts all problems and
+            lists the first ten with field, value and remedy.
     """
     data, sha256 = _read_json(path)
     return check_records(data, path, sha256)
 
 
 def check_records(data: Record, source: object, sha256: str) -> CocoDataset:
-    """Check COCO's records as a whole.
+    """Validate the content of a COCO instances file.
 
     Args:
-        data: what a COCO instances file holds.
-        source: what it was read from, for messages.
-        sha256: of that.
+        data: the parsed JSON.
+        source: where it was read from, for messages.
+        sha256: hash of the source.
 
     Raises:
         ValueError: as `load_coco`.
@@ -115,20 +114,20 @@ def check_records(data: Record, source: object, sha256: str) -> CocoDataset:
 def usable_boxes(
     annotations: list[Record], width: int, height: int
 ) -> tuple[npt.NDArray[np.float64], list[int]]:
-    """The boxes that training uses: no crowd, clamped to the image, of a positive size.
+    """Return the boxes that training uses: not crowds, clamped to the image, with a positive area.
 
     Source: the conversion of COCO annotations in the official DETR code.
 
     Args:
         annotations: the records of one image.
-        width: of the image, in pixels.
-        height: of the image, in pixels.
+        width: image width in pixels.
+        height: image height in pixels.
 
     Returns:
         boxes_xyxy [t, 4] in pixels and their category ids.
     """
     boxes, category_ids = [], []
-    for annotation in annotations:  # there are few: quicker than arrays
+    for annotation in annotations:  # faster than arrays for the few objects of an image
         x, y, w, h = annotation["bbox"]
         x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
         if x2 > x1 and y2 > y1 and not annotation.get("iscrowd", 0):
@@ -156,7 +155,7 @@ def _read_json(path: Path) -> tuple[Record, str]:
 def _by_id(
     records: list[Any], section: str, check: Callable[[Record, str, Problems], None], problems: Problems
 ) -> dict[int, Record]:
-    """Check each record of a section; those with a good id by that id, in the file's order."""
+    """Check each record of a section; return those with a valid id by id, in file order."""
     found: dict[int, Record] = {}
     for index, record in enumerate(records):
         where = f"{section}[{index}]"
@@ -238,7 +237,7 @@ def _check_references(
 
 
 def _notices(images: dict[int, Record], annotations: dict[int, list[Record]]) -> list[str]:
-    """What is lawful, but what somebody who trains on the data would want to be told."""
+    """Describe valid but unusual annotations that affect training or evaluation."""
     crowd, without_area, clamped, zero_id = [], [], [], []
     for image_id, records in annotations.items():
         width, height = images[image_id]["width"], images[image_id]["height"]
@@ -251,7 +250,7 @@ def _notices(images: dict[int, Record], annotations: dict[int, list[Record]]) ->
                 crowd.append(record["id"])
             elif inside_w <= 0 or inside_h <= 0:
                 without_area.append(record["id"])
-            elif inside_w < w - 0.5 or inside_h < h - 0.5:  # COCO's own boxes reach out by rounding
+            elif inside_w < w - 0.5 or inside_h < h - 0.5:  # COCO's own boxes exceed the image by rounding
                 clamped.append(record["id"])
     empty = [image_id for image_id in images if image_id not in annotations]
     lines = (
@@ -286,18 +285,18 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Source:
-    """A checked data set on disk."""
+    """A validated data set on disk."""
 
     dataset: CocoDataset
-    images: Path  # the folder that the records' file names start from
-    name: str  # of what holds the annotations, for the manifest
+    images: Path  # folder that the records' file names are relative to
+    name: str  # name of the annotation source, for the manifest
 
 
 def coco_source(images: Path, annotations: Path) -> Source:
-    """A COCO instances JSON and the folder of its images.
+    """Read a COCO data set from an instances JSON and the folder of its images.
 
     Raises:
-        ValueError: the folder is missing, or the annotations are faulty.
+        ValueError: the folder is missing, or the annotations are invalid.
     """
     if not images.is_dir():
         raise ValueError(f"{images}: there is no such folder of images")

@@ -1,4 +1,4 @@
-"""The bytes of shards: what reading needs of them, and how a local folder gives it."""
+"""Define how the bytes of shards are read (`ShardFiles`, `Folder`), and read them from a local folder."""
 
 from __future__ import annotations
 
@@ -13,76 +13,76 @@ from raydetr.store.output_folder import PARTIAL
 
 MAX_OPEN_FILES = 64
 
-Span = tuple[int, int, int]  # number of the shard, offset, length
+Span = tuple[int, int, int]  # shard number, offset, length
 
 
 class Prefetcher(Protocol):
-    """Knows what will be read, and is told how far the reading is."""
+    """Fetches ahead of the reader, which reports its progress."""
 
     def advance(self, step: int) -> None:
-        """This process is about to read for a step."""
+        """Report that this process is about to read the samples of a step."""
 
     def close(self) -> None:
-        """Nothing more will be read."""
+        """Stop fetching."""
 
 
 class ShardFiles(Protocol):
-    """Reads at an offset. One thread uses it at a time; forks and copies make what they need themselves."""
+    """Reads byte ranges of shards. Not thread-safe; forks and unpickled copies open their own files."""
 
     @property
     def names(self) -> Sequence[str]:
-        """Each shard for messages, as a user would write it."""
+        """Location of each shard, for messages."""
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
-        """Read `length` bytes, or fewer where the file ends.
+        """Read `length` bytes, or fewer at the end of the file.
 
         Raises:
             OSError: they cannot be read.
         """
 
     def reread(self, shard: int, offset: int, length: int) -> bytes:
-        """The same, from where the shard comes from, past every copy of it."""
+        """Read like `read`, but from the origin of the shard, bypassing every cached copy."""
 
     def start(self, spans: Sequence[Span]) -> Callable[[], list[bytes | OSError]]:
-        """Begin to read several spans together; the function that is returned waits for them."""
+        """Start reading several spans together; return a function that waits for the results."""
 
-    def prefetch(self, turns: Iterable[Sequence[int]]) -> Prefetcher:
-        """Prepare for what will be read: the samples of each step of this rank, from step 0 on.
+    def prefetch(self, batches: Iterable[Sequence[int]]) -> Prefetcher:
+        """Start fetching the samples of each step of this rank, from step 0 on.
 
-        `turns` is read by another thread, as far ahead as is useful.
+        Another thread consumes `batches`, as far ahead as is useful.
         """
 
 
 class Folder(Protocol):
-    """A folder of shards, before it is known to be one."""
+    """A folder that should hold shards; not validated yet."""
 
     def read(self, name: str) -> bytes:
-        """A whole small file.
+        """Read a complete small file.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is no such file.
             OSError: it cannot be read.
         """
 
     def check_sizes(self, sizes: Mapping[str, int]) -> list[str]:
-        """What is wrong with some files of known sizes, in words; the first faults at least."""
+        """Compare files with their expected sizes; return messages about (at least the first) differences."""
 
-    def without_manifest(self) -> str:
-        """What the folder is, if not one of shards, and what to do."""
+    def explain_missing_manifest(self) -> str:
+        """Return a message: why there is no manifest, and the remedy."""
 
 
 class NullPrefetcher:
-    """A Follower with nothing to do."""
+    """A `Prefetcher` that does nothing."""
 
     def advance(self, step: int) -> None:
-        """As Follower."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """As Follower."""
+        """Do nothing."""
 
 
 class LocalFiles:
-    """Open shards, the latest used ones only."""
+    """Shards in local files, of which the most recently used ones stay open."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
@@ -90,19 +90,19 @@ class LocalFiles:
         self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
-        """As ShardFiles."""
+        """Read a range of a shard."""
         return os.pread(self._descriptor(shard), length, offset)
 
     def reread(self, shard: int, offset: int, length: int) -> bytes:
-        """As ShardFiles; there are no copies."""
+        """Read a range of a shard; there are no cached copies to bypass."""
         return self.read(shard, offset, length)
 
     def start(self, spans: Sequence[Span]) -> Callable[[], list[bytes | OSError]]:
-        """As ShardFiles; nothing is gained by beginning early."""
+        """Return a function that reads the spans; starting early gains nothing for local files."""
         return lambda: [self._bytes_or_error(*span) for span in spans]
 
-    def prefetch(self, turns: Iterable[Sequence[int]]) -> Prefetcher:
-        """As ShardFiles; there is nothing to prepare."""
+    def prefetch(self, batches: Iterable[Sequence[int]]) -> Prefetcher:
+        """Return a prefetcher that does nothing, because the files are local."""
         return NullPrefetcher()
 
     def _bytes_or_error(self, shard: int, offset: int, length: int) -> bytes | OSError:
@@ -121,7 +121,7 @@ class LocalFiles:
         return self._open[shard]
 
     def __reduce__(self) -> tuple[type[LocalFiles], tuple[list[Path]]]:
-        return LocalFiles, (self.paths,)  # another process opens the files itself
+        return LocalFiles, (self.paths,)  # the other process opens the files itself
 
     def __del__(self) -> None:
         for descriptor in self._open.values():
@@ -129,33 +129,33 @@ class LocalFiles:
 
 
 class LocalFolder:
-    """A folder of this machine's file systems."""
+    """A folder in this machine's file system."""
 
     def __init__(self, location: str | Path) -> None:
         self.path = local_folder(location)
         self.location = str(self.path)
 
     def read(self, name: str) -> bytes:
-        """As Folder."""
+        """Read a complete small file."""
         return (self.path / name).read_bytes()
 
     def check_sizes(self, sizes: Mapping[str, int]) -> list[str]:
-        """As Folder."""
-        faults = []
+        """Compare files with their expected sizes; return messages about all differences."""
+        problems = []
         for name, size in sizes.items():
             file = self.path / name
             if not file.is_file():
-                faults.append(f"{name} is missing")
+                problems.append(f"{name} is missing")
             elif file.stat().st_size != size:
-                faults.append(f"{name} has {file.stat().st_size} bytes instead of {size}")
-        return faults
+                problems.append(f"{name} has {file.stat().st_size} bytes instead of {size}")
+        return problems
 
-    def without_manifest(self) -> str:
-        """As Folder."""
+    def explain_missing_manifest(self) -> str:
+        """Return a message: why there is no manifest, and the remedy."""
         if (self.path / PARTIAL).is_dir():
-            return "writing the shards did not end: run that command again, it goes on where it stopped"
+            return "writing the shards did not finish: run that command again, it resumes where it stopped"
         write = f"`raydetr shards write --images DIR --annotations FILE --out {self.path}`"
         if any(self.path.glob("*.tar")):
-            index = f"`raydetr shards index {self.path}`, if others wrote them"
-            return f"the shards have no manifest.json, so writing did not end; write them with {write}, or {index}"
+            index = f"`raydetr shards index {self.path}`, if another program wrote them"
+            return f"the shards have no manifest.json, so writing did not finish; write them with {write}, or {index}"
         return f"no shards found; write them with {write}"

@@ -1,4 +1,4 @@
-"""Encoded images: checked before they are packed, and decoded to the same RGB pixels everywhere."""
+"""Validate encoded images before they are packed, and decode them to the same RGB pixels everywhere."""
 
 from __future__ import annotations
 
@@ -16,50 +16,45 @@ from raydetr.shards.coco import Record
 FORMATS = ("JPEG", "PNG")
 EXIF_ORIENTATION = 0x0112
 Pixels = npt.NDArray[np.uint8]  # [h, w, 3], RGB
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    struct.error,
-    Image.DecompressionBombError,
-)  # what Pillow raises
+# The exceptions that Pillow raises for images that cannot be decoded.
+UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 JPEG_START = b"\xff\xd8"
-PLAIN_COLOURS = ("YCbCr", "RGB", "Gray")  # of a JPEG, in simplejpeg's words
-MAX_PIXELS = 2**26  # above this Pillow decodes, or refuses
-TURNED = (5, 6, 7, 8)  # the EXIF orientations that exchange width and height
+PLAIN_COLORSPACES = ("YCbCr", "RGB", "Gray")  # of a JPEG, as simplejpeg names them
+MAX_PIXELS = 2**26  # larger images are left to Pillow, which may reject them
+TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 def decode_rgb(content: bytes) -> Image.Image:
-    """Decode a JPEG or PNG to 8-bit RGB, in the orientation in which it is stored.
+    """Decode a JPEG or PNG to 8-bit RGB, in its stored orientation.
 
-    Gray, palette and CMYK images are converted, 16-bit ones scaled to 8 bit, an alpha channel is dropped; an
+    Gray, palette and CMYK images are converted, 16-bit ones are scaled to 8 bits, an alpha channel is dropped. An
     EXIF orientation is not applied, because COCO's boxes refer to the stored pixels.
 
     Raises:
-        OSError: the content is no JPEG or PNG, or is damaged.
+        OSError: the content is not a JPEG or PNG, or is corrupt.
     """
     return _to_rgb(Image.open(io.BytesIO(content), formats=FORMATS))
 
 
 def decode_pixels(content: bytes) -> Pixels:
-    """The pixels of `decode_rgb`, as an array [h, w, 3] that may be written to, and sooner.
+    """Decode like `decode_rgb`, but faster and to a writable array [h, w, 3].
 
     Raises:
-        OSError, and others of `UNREADABLE`: as `decode_rgb`.
+        OSError: as `decode_rgb`; the other exceptions of `UNREADABLE` are possible too.
     """
     pixels = _decode_plain_jpeg(content) if content.startswith(JPEG_START) else None
     return np.array(decode_rgb(content)) if pixels is None else pixels
 
 
 def read_checked(path: Path, record: Record) -> tuple[bytes, str, bool]:
-    """Read an image file and make sure that it decodes to the size its COCO record says.
+    """Read an image file and verify that it decodes to the size in its COCO record.
 
     Returns:
-        the file's bytes, the extension that fits its content (`jpg` or `png`), and whether it carries an EXIF
-        orientation (which is ignored).
+        the file's bytes, the extension that fits its content (`jpg` or `png`), and whether it has an EXIF
+        orientation that rotates or flips it (which is ignored).
 
     Raises:
-        ValueError: the file is missing, empty, no image, damaged, or of another size.
+        ValueError: the file is missing, empty, not an image, corrupt, or of another size.
     """
     where = f"{path} (image id {record['id']})"
     try:
@@ -70,50 +65,51 @@ def read_checked(path: Path, record: Record) -> tuple[bytes, str, bool]:
         ) from None
     if not content:
         raise ValueError(f"{where}: the file is empty: replace it or remove the record")
-    _, extension, turned = check_image(where, content, (record["width"], record["height"]))
-    return content, extension, turned
+    _, extension, rotated = check_image(where, content, (record["width"], record["height"]))
+    return content, extension, rotated
 
 
 def check_image(
     where: str, content: bytes, expected: tuple[int, int] | None
 ) -> tuple[tuple[int, int], str, bool]:
-    """Make sure that an image decodes, to the size that is expected of it.
+    """Verify that an image decodes to the expected size.
 
     Args:
-        where: begins the messages.
-        content: of the image file.
-        expected: width and height in pixels; None: any.
+        where: prefix of the error messages.
+        content: bytes of the image file.
+        expected: width and height in pixels; None accepts any size.
 
     Returns:
-        its width and height, the extension that fits its content, and whether it carries an EXIF orientation.
+        width and height, the extension that fits the content, and whether it has an EXIF orientation that rotates or
+        flips it.
 
     Raises:
-        ValueError: it is no image, damaged, or of another size.
+        ValueError: it is not an image, is corrupt, or has another size.
     """
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     except UnidentifiedImageError:
-        raise ValueError(f"{where}: is no JPEG or PNG image: convert or replace it") from None
+        raise ValueError(f"{where}: is not a JPEG or PNG image: convert or replace it") from None
     except UNREADABLE as error:
         raise ValueError(f"{where}: cannot be decoded ({error}): replace the file") from None
     orientation = _orientation(image)
     _check_size(where, image.size, expected or image.size, orientation)
     try:
-        decode_pixels(content)  # as in training
+        decode_pixels(content)  # the decoder of training
     except UNREADABLE as error:
         raise ValueError(f"{where}: cannot be decoded ({error}): replace the file") from None
     return image.size, "png" if image.format == "PNG" else "jpg", orientation != 1
 
 
 def _decode_plain_jpeg(content: bytes) -> Pixels | None:
-    """Decode without Pillow, which is slower; None: Pillow has to see it, and says what is wrong if anything."""
+    """Decode without Pillow, which is slower; None: the caller must use Pillow, whose result and errors count."""
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
-        if colors not in PLAIN_COLOURS or height * width > MAX_PIXELS:
+        if colors not in PLAIN_COLORSPACES or height * width > MAX_PIXELS:
             return None
         decoded: Pixels = simplejpeg.decode_jpeg(content)
         return decoded
-    except ValueError:  # damage, or what is merely unusual, such as bytes too many before the end
+    except ValueError:  # corrupt or merely unusual, for example surplus bytes before the end
         return None
 
 
@@ -121,18 +117,20 @@ def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(EXIF_ORIENTATION, 1))
     except (*UNREADABLE, TypeError, KeyError):
-        return 1  # damaged metadata; the pixels may be fine
+        return 1  # corrupt metadata; the pixels may be fine
 
 
 def _check_size(where: str, stored: tuple[int, int], expected: tuple[int, int], orientation: int) -> None:
     if stored == expected:
         return
-    sizes = f"the file holds {stored[0]}x{stored[1]} pixels, the annotations say {expected[0]}x{expected[1]}"
-    if stored == expected[::-1] and orientation in TURNED:
+    sizes = (
+        f"the file holds {stored[0]}x{stored[1]} pixels, the annotations specify {expected[0]}x{expected[1]}"
+    )
+    if stored == expected[::-1] and orientation in TRANSPOSED_ORIENTATIONS:
         raise ValueError(
-            f"{where}: {sizes}, the size after the turn that its EXIF orientation {orientation} asks for: "
-            "store the pixels turned (ImageOps.exif_transpose) if the boxes were drawn on the turned image, "
-            "else exchange width and height in the annotations"
+            f"{where}: {sizes}, the size after applying its EXIF orientation {orientation}: "
+            "store the rotated pixels (ImageOps.exif_transpose) if the boxes were drawn on the rotated image, "
+            "else swap width and height in the annotations"
         )
     raise ValueError(f"{where}: {sizes}: correct width and height, or replace the file")
 
@@ -141,7 +139,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         image.load()
         return image
-    if image.mode.startswith("I"):  # 16 bits in Pillow's integer modes, which its own conversion clips
+    if image.mode.startswith("I"):  # 16-bit integer modes, which Pillow's own conversion would clip
         wide = np.asarray(image).astype(np.uint32)
         image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
     elif "transparency" in image.info:

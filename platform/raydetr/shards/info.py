@@ -1,4 +1,4 @@
-"""What a folder of shards holds, for people: `raydetr shards info`."""
+"""Summarize a folder of shards: `raydetr shards info`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SIZES = ("width", "height", "annotations", "bytes")
 
 
 def describe(shards: Shards, progress: Progress | None = None) -> dict[str, Any]:
-    """A summary that can be written as JSON.
+    """Return a summary that can be written as JSON.
 
-    Annotations are counted by category where the shards are local, because every record is read for that.
+    Annotations are counted per category only for local shards, because this reads every record.
 
     Args:
-        shards: to describe.
-        progress: called with (images done, images in all).
+        shards: the shards to describe.
+        progress: called with (images done, total images).
 
     Raises:
         ShardError: a record cannot be read.
@@ -42,7 +42,7 @@ def describe(shards: Shards, progress: Progress | None = None) -> dict[str, Any]
         "samples_per_shard": manifest.samples_per_shard,
         "bytes": sum(shard.size for shard in manifest.shards),
         "source": manifest.source,
-        "written_by_others": manifest.foreign is not None,
+        "third_party": manifest.third_party is not None,
         "categories": [
             {
                 "id": category["id"],
@@ -57,19 +57,19 @@ def describe(shards: Shards, progress: Progress | None = None) -> dict[str, Any]
 
 
 def to_text(info: dict[str, Any]) -> str:
-    """The summary as lines for a terminal."""
+    """Format the summary as lines for a terminal."""
     source = info["source"]
     lines = [
         f"location     {info['location']}",
         f"fingerprint  {info['fingerprint']}",
         f"source       {source['name']}, sha256 {source['sha256'][:12]}..."
-        + (", indexed as others wrote it" if info["written_by_others"] else ""),
+        + (", third-party shards with an added index" if info["third_party"] else ""),
         f"images       {info['images']:,} ({info['images_without_annotations']:,} without annotations)",
         f"annotations  {info['annotations']:,}",
         f"shards       {info['shards']:,} of up to {info['samples_per_shard']:,} images, "
         f"{info['bytes'] / 2**20:,.1f} MiB",
         "",
-        "an image     " + "".join(f"{_percentile_name(percentile):>12}" for percentile in PERCENTILES),
+        "per image    " + "".join(f"{_percentile_name(percentile):>12}" for percentile in PERCENTILES),
     ]
     for name, values in info["percentiles"].items():
         lines.append(f"{name:<13}" + "".join(f"{value:>12,}" for value in values.values()))
@@ -88,8 +88,8 @@ def _count_categories(shards: Shards, progress: Progress | None) -> Counter[int]
             text = shards.files.read(int(row["shard"]), start, int(row["json_length"]))
             _, annotations = parse_content(text, shards.convert(index))
             counts.update(annotation["category_id"] for annotation in annotations)
-        except (OSError, InvalidDataError, KeyError, TypeError) as fault:
-            shards.refuse(index, str(fault))
+        except (OSError, InvalidDataError, KeyError, TypeError) as error:
+            shards.raise_corrupt(index, str(error))
         if progress:
             progress(index + 1, shards.num_samples)
     return counts
@@ -101,4 +101,4 @@ def _percentiles(column: npt.NDArray[Any]) -> dict[str, int]:
 
 
 def _percentile_name(percentile: int) -> str:
-    return {0: "least", 50: "median", 100: "most"}.get(percentile, f"{percentile}%")
+    return {0: "min", 50: "median", 100: "max"}.get(percentile, f"{percentile}%")

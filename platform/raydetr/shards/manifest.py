@@ -1,4 +1,4 @@
-"""What a folder of shards says about itself: `manifest.json`."""
+"""Read and write `manifest.json`, which describes a folder of shards, and define the rows of the index."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from raydetr.config import LabelMapKind
 MANIFEST = "manifest.json"
 INDEX = "index.npz"
 FORMAT_VERSION = 1
-FOREIGN_VERSION = 2  # of shards that others wrote: as 1, and `foreign`
-# Samples of a chunk: the unit of the order of training (data/order.py) and of the cache of remote shards. A rank reads
-# all samples of a chunk within one window, so reading chunk by chunk brings a node little more than its share.
+THIRD_PARTY_VERSION = 2  # for third-party shards: version 1 with the additional key `foreign`
+# Samples per chunk: the unit of the training order (data/order.py) and of the cache of remote shards. A rank reads all
+# samples of a chunk within one window, so chunk-wise fetching downloads little more than the rank reads.
 CHUNK_SIZE = 32
-MAX_LABEL = 9999  # a head with more classes than this is a mistake
+MAX_LABEL = 9999  # more classes than this must be a mistake
 
 BoxFormat = Literal["xywh", "xyxy"]  # x, y, width, height, or both corners, in pixels
 
 SAMPLE_DTYPE = np.dtype(
     [
-        ("shard", "<u4"),  # number of the shard
+        ("shard", "<u4"),  # shard number
         ("offset", "<u8"),  # of the sample's first tar header in the shard
-        ("length", "<u4"),  # bytes of the sample, headers and padding included
-        ("image_offset", "<u4"),  # of the encoded image, from `offset`
+        ("length", "<u4"),  # bytes of the sample, including headers and padding
+        ("image_offset", "<u4"),  # of the encoded image, relative to `offset`
         ("image_length", "<u4"),
         ("json_offset", "<u4"),
         ("json_length", "<u4"),
@@ -58,19 +58,19 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class RecordFormat:
-    """How the JSON members of shards that others wrote describe objects: see `record_formats.py`."""
+    """How the JSON members of third-party shards describe objects: see `third_party/record_formats.py`."""
 
     kind: Literal["coco", "objects", "arrays"]
-    objects: str  # field of the record that holds the objects; empty: the record itself
-    boxes: str  # field that holds a box, or all boxes
-    labels: str  # field that holds a category's id or name, or those of all boxes
+    objects: str  # field of the record with the objects; empty: the record itself
+    boxes: str  # field with the box of an object, or with all boxes
+    labels: str  # field with the category (id or name) of an object, or with those of all boxes
     box_format: BoxFormat
-    own_ids: bool  # the objects' ids are kept; else they are numbered
+    own_ids: bool  # keep the objects' ids; else number the objects
 
 
 @dataclass(frozen=True)
-class Foreign:
-    """What has to be known of shards that others wrote."""
+class ThirdPartyRecords:
+    """Keys and record format of third-party shards, which are read as they are."""
 
     keys: list[str]  # WebDataset key of each sample
     records: RecordFormat
@@ -78,7 +78,7 @@ class Foreign:
 
 @dataclass(frozen=True)
 class LabelMap:
-    """What a model predicts, in COCO's terms: label i is the category `category_ids[i]`, `names[i]`."""
+    """Maps labels to COCO categories: label i is the category with `category_ids[i]` and `names[i]`."""
 
     kind: LabelMapKind
     category_ids: tuple[int, ...]
@@ -86,25 +86,25 @@ class LabelMap:
 
     @property
     def num_classes(self) -> int:
-        """Number of labels, from 0 on."""
+        """Number of labels."""
         return len(self.category_ids)
 
     @cached_property
     def labels(self) -> dict[int, int]:
-        """Label of each category id."""
+        """Category id -> label."""
         return {category_id: label for label, category_id in enumerate(self.category_ids)}
 
 
 def make_label_map(categories: list[dict[str, Any]], kind: LabelMapKind) -> LabelMap:
-    """The label map of some categories.
+    """Create the label map of the given categories.
 
     Args:
-        categories: COCO's records, in the order of their ids.
-        kind: "contiguous" numbers the categories from 0; "category_id" takes the ids themselves as labels, as
-            the official DETR code does (91 classes for COCO's 80 categories; the gaps stay unused).
+        categories: COCO's category records, sorted by id.
+        kind: "contiguous" numbers the categories from 0; "category_id" uses the ids as labels, like the official
+            DETR code (91 classes for COCO's 80 categories; the gaps stay unused).
 
     Raises:
-        ValueError: category ids are too large to be labels.
+        ValueError: category ids are too large for labels.
     """
     by_id = {category["id"]: category["name"] for category in categories}
     if kind == "category_id" and max(by_id) > MAX_LABEL:
@@ -117,30 +117,31 @@ def make_label_map(categories: list[dict[str, Any]], kind: LabelMapKind) -> Labe
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about the shards but the samples themselves."""
+    """Everything about the shards except the rows of the index."""
 
     format_version: int
-    fingerprint: str  # changes with any byte of any sample, with the order and with the categories
+    fingerprint: str  # changes with any byte of any sample, their order, and the categories
     num_samples: int
     num_annotations: int
     samples_per_shard: int
     shards: list[ShardFile]
-    categories: list[dict[str, Any]]  # COCO's records, in the order of their ids
+    categories: list[dict[str, Any]]  # COCO's records, sorted by id
     label_maps: dict[str, dict[str, int]]  # kind -> {category id: label}
     source: dict[str, str]  # name and sha256 of the annotation file
     header: dict[str, Any]  # COCO's `info` and `licenses`
-    notices: list[str]  # what is worth knowing about the data
-    foreign: Foreign | None = None  # of shards that others wrote
+    notices: list[str]  # valid but worth knowing
+    third_party: ThirdPartyRecords | None = None  # the JSON key is `foreign`
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json`."""
         (folder / MANIFEST).write_bytes(self.to_json())
 
     def to_json(self) -> bytes:
-        """The content of `manifest.json`."""
+        """Return the content of `manifest.json`."""
         values = dataclasses.asdict(self)
-        if self.foreign is None:
-            del values["foreign"]
+        third_party = values.pop("third_party")
+        if third_party is not None:
+            values["foreign"] = third_party
         return json.dumps(values, indent=1).encode() + b"\n"
 
     @staticmethod
@@ -148,7 +149,7 @@ class Manifest:
         """Read `manifest.json`.
 
         Raises:
-            ValueError: it cannot be read, or is of another format version.
+            ValueError: it cannot be read, or has another format version.
         """
         path = folder / MANIFEST
         try:
@@ -158,46 +159,48 @@ class Manifest:
 
     @staticmethod
     def parse(content: bytes) -> Manifest:
-        """What is in a `manifest.json`.
+        """Parse the content of a `manifest.json`.
 
         Raises:
-            ValueError: it is damaged, or of another format version.
+            ValueError: it is corrupt, or has another format version.
         """
         try:
             values = json.loads(content)
             version = values["format_version"]
-            if version not in (FORMAT_VERSION, FOREIGN_VERSION):
-                known = f"{FORMAT_VERSION} and {FOREIGN_VERSION}"
+            if version not in (FORMAT_VERSION, THIRD_PARTY_VERSION):
+                known = f"{FORMAT_VERSION} and {THIRD_PARTY_VERSION}"
                 raise ValueError(f"format_version is {version}, this program reads {known}")
             shards = [ShardFile(**shard) for shard in values.pop("shards")]
-            foreign = _parse_foreign(values.pop("foreign")) if version == FOREIGN_VERSION else None
-            return Manifest(shards=shards, foreign=foreign, **values)
+            third_party = (
+                _parse_third_party(values.pop("foreign")) if version == THIRD_PARTY_VERSION else None
+            )
+            return Manifest(shards=shards, third_party=third_party, **values)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"is no manifest of shards ({error})") from None
+            raise ValueError(f"is not a manifest of shards ({error})") from None
 
 
-def _parse_foreign(values: dict[str, Any]) -> Foreign:
-    foreign = Foreign(values["keys"], RecordFormat(**values["records"]))
-    if not isinstance(foreign.keys, list) or not all(isinstance(key, str) for key in foreign.keys):
-        raise ValueError("the keys of its samples are no list of texts")
+def _parse_third_party(values: dict[str, Any]) -> ThirdPartyRecords:
+    third_party = ThirdPartyRecords(values["keys"], RecordFormat(**values["records"]))
+    if not isinstance(third_party.keys, list) or not all(isinstance(key, str) for key in third_party.keys):
+        raise ValueError("the keys of its samples are not a list of strings")
     choices = {
         "kind": ("coco", "objects", "arrays"),
         "box_format": ("xywh", "xyxy"),
         "own_ids": (True, False),
     }
-    for name, value in dataclasses.asdict(foreign.records).items():
+    for name, value in dataclasses.asdict(third_party.records).items():
         if value not in choices.get(name, (str(value),)):
             raise ValueError(f"{name} of its records is {value!r:.40}")
-    return foreign
+    return third_party
 
 
 def sample_key(image_id: int) -> str:
-    """The WebDataset key of an image: no dot, sorts like the id."""
+    """Return the WebDataset key of an image: it has no dot and sorts like the id."""
     return f"{image_id:012d}"
 
 
 def label_maps(category_ids: list[int]) -> dict[str, dict[str, int]]:
-    """Both label maps of a manifest, by the category's id as text."""
+    """Return both label maps of a manifest, keyed by the category id as a string."""
     return {
         "contiguous": {str(category_id): label for label, category_id in enumerate(category_ids)},
         "category_id": {str(category_id): category_id for category_id in category_ids},
@@ -205,7 +208,7 @@ def label_maps(category_ids: list[int]) -> dict[str, dict[str, int]]:
 
 
 def data_fingerprint(samples: Samples, categories: list[dict[str, Any]]) -> str:
-    """A short name for the data: equal for equal samples (by size and crc), order, shards and categories."""
+    """Return a hash that is equal for equal samples (by size and crc32), order, shards and categories."""
     digest = hashlib.sha256(samples.tobytes())
     digest.update(json.dumps(categories, sort_keys=True).encode())
     return digest.hexdigest()[:16]

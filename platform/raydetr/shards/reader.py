@@ -1,4 +1,4 @@
-"""Read shards: a folder of tars with their index and manifest, opened only when it is complete."""
+"""Read shards: open a complete folder of tars with index and manifest, and read verified samples."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ from raydetr.shards.validation import (
 from raydetr.store.transfer import RemoteError
 
 T = TypeVar("T")
-NOT_THERE = (FileNotFoundError, NotADirectoryError)
+MISSING = (FileNotFoundError, NotADirectoryError)
 
-# what numpy and zipfile raise for a damaged npz; a size that was changed may ask for more than the memory
+# What numpy and zipfile raise for a corrupt npz; a corrupt size may request more memory than there is.
 UNREADABLE_INDEX = (
     OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, SyntaxError, EOFError, RuntimeError,
     NotImplementedError, MemoryError, OverflowError, struct.error, zlib.error, zipfile.BadZipFile,
@@ -55,47 +55,49 @@ UNREADABLE_INDEX = (
 
 
 def load_header(folder: Folder, location: str, *, reads: int) -> tuple[Manifest, Samples]:
-    """The manifest and the index of a folder of shards, which belong together.
+    """Read the manifest and the index of a folder of shards, and verify that they belong together.
 
     Args:
-        folder: where they are.
-        location: its name for messages.
-        reads: how often a file is read that turns out wrong, which on its way it may have become.
+        folder: the folder to read from.
+        location: its location, for messages.
+        reads: how often to read an invalid file; more than once if it may have been corrupted in transfer.
 
     Raises:
-        ValueError: there is none, or they are damaged, or of different shards.
+        ValueError: a file is missing or corrupt, or they belong to different shards.
     """
     try:
         manifest = _load(folder, MANIFEST, _parse_manifest, location, reads)
-    except NOT_THERE:
-        raise ValueError(f"{location}: {folder.without_manifest()}") from None
+    except MISSING:
+        raise ValueError(f"{location}: {folder.explain_missing_manifest()}") from None
     return manifest, _load(folder, INDEX, lambda content: _parse_index(content, manifest), location, reads)
 
 
 def check_sizes(folder: Folder, location: str, manifest: Manifest) -> None:
-    """Make sure that every shard is there, with its size.
+    """Verify that every shard exists and has the size in the manifest.
 
     Raises:
-        ValueError: they are not; lists up to ten.
+        ValueError: a shard does not; the message lists up to ten.
     """
-    faults = folder.check_sizes({shard.name: shard.size for shard in manifest.shards})
-    if faults:
-        listing = "; ".join(faults[:10]) + (f"; and {len(faults) - 10} more" if len(faults) > 10 else "")
+    problems = folder.check_sizes({shard.name: shard.size for shard in manifest.shards})
+    if problems:
+        listing = "; ".join(problems[:10]) + (
+            f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        )
         raise ValueError(f"{location}: {listing}: copy these shards again, or write the shards again")
 
 
 def _load(folder: Folder, name: str, parse: Callable[[bytes], T], location: str, reads: int) -> T:
-    fault: Exception | None = None
+    invalid: Exception | None = None
     for _ in range(reads):
         try:
             return parse(folder.read(name))
         except (InvalidDataError, MemoryError) as error:
-            fault = error
+            invalid = error
         except OSError as error:
-            if isinstance(error, RemoteError) or (name == MANIFEST and isinstance(error, NOT_THERE)):
+            if isinstance(error, RemoteError) or (name == MANIFEST and isinstance(error, MISSING)):
                 raise
             raise ValueError(f"{location}/{name}: cannot be read ({error}): write the shards again") from None
-    raise ValueError(f"{location}/{name}: {fault}: write the shards again")
+    raise ValueError(f"{location}/{name}: {invalid}: write the shards again")
 
 
 def _parse_manifest(content: bytes) -> Manifest:
@@ -122,16 +124,16 @@ def _parse_index(content: bytes, manifest: Manifest) -> Samples:
     return samples
 
 
-READ_AT_ONCE = 32  # samples
+READ_BATCH_SIZE = 32  # samples that `read_in_order` reads together
 
 
 class ShardError(ValueError):
-    """A sample that is not what the index says; the message names shard, key and what is wrong."""
+    """A corrupt sample: it does not match the index; the message names shard, key and the problem."""
 
     shard = ""  # path of the shard
     key = ""
     offset = 0  # bytes, of the sample in the shard
-    reason = ""  # what is wrong, in short
+    reason = ""  # the problem, in short
 
 
 @dataclass(frozen=True)
@@ -142,12 +144,12 @@ class Shards:
     manifest: Manifest
     samples: Samples
     label_map: LabelMap
-    fingerprint: str  # of exactly these samples
+    fingerprint: str  # of exactly these samples: `head` changes it
     files: ShardFiles
 
     @property
     def path(self) -> Path:
-        """The folder of local shards."""
+        """Folder of local shards."""
         return local_folder(self.location)
 
     @property
@@ -157,11 +159,11 @@ class Shards:
 
     @cached_property
     def category_ids(self) -> frozenset[int]:
-        """Those that annotations may have."""
+        """Category ids that annotations may have."""
         return frozenset(category["id"] for category in self.manifest.categories)
 
     def head(self, num_samples: int) -> Shards:
-        """Only the first images.
+        """Return the shards with only their first `num_samples` images.
 
         Raises:
             ValueError: there are fewer.
@@ -179,19 +181,19 @@ class Shards:
         )
 
     def read(self, index: int) -> RawSample:
-        """Read one sample and check that it is the one that was packed.
+        """Read one sample and verify that it is the one that was packed.
 
         Raises:
-            ShardError: it cannot be read, or is not what the index says.
+            ShardError: it cannot be read, or does not match the index.
         """
         try:
             raw = self.files.read(*self.span(index))
         except OSError as error:
-            self._refuse_unread(index, error)
+            self._raise_unreadable(index, error)
         return self.check(index, raw)
 
     def reread(self, index: int) -> RawSample:
-        """Read one sample again, from where it comes from and not from a copy that may be damaged.
+        """Read one sample again, from its origin and not from a cached copy that may be corrupt.
 
         Raises:
             ShardError: as `read`.
@@ -199,67 +201,67 @@ class Shards:
         try:
             raw = self.files.reread(*self.span(index))
         except OSError as error:
-            self._refuse_unread(index, error)
+            self._raise_unreadable(index, error)
         return self.check(index, raw)
 
     def read_many(self, indices: Sequence[int]) -> list[RawSample | ShardError]:
-        """Read samples, together where they are remote. One that is damaged is there as its error.
+        """Read samples, remote ones in few requests. A corrupt sample is returned as its error.
 
         Raises:
-            RemoteError: a server cannot be reached, or refuses.
+            RemoteError: a server cannot be reached, or rejects the request.
         """
         return self.start(indices)()
 
     def start(self, indices: Sequence[int]) -> Callable[[], list[RawSample | ShardError]]:
-        """Begin to read samples, as `read_many`, in the background where they are remote."""
+        """Start reading samples like `read_many`, remote ones in the background; the returned function waits."""
         wait = self.files.start([self.span(index) for index in indices])
         return lambda: [self._checked(index, raw) for index, raw in zip(indices, wait(), strict=True)]
 
     def read_in_order(self, indices: Sequence[int]) -> Iterator[RawSample | ShardError]:
-        """Read any number of samples, as `read_many`; of remote ones, the next are on their way meanwhile."""
-        turns = [indices[at : at + READ_AT_ONCE] for at in range(0, len(indices), READ_AT_ONCE)]
-        begun = deque[Callable[[], list[RawSample | ShardError]]]()
-        with closing(self.files.prefetch(turns)) as prefetcher:
-            for step, turn in enumerate(turns):
+        """Yield any number of samples, like `read_many`; the next remote ones are fetched in the meantime."""
+        batches = [indices[at : at + READ_BATCH_SIZE] for at in range(0, len(indices), READ_BATCH_SIZE)]
+        started = deque[Callable[[], list[RawSample | ShardError]]]()
+        with closing(self.files.prefetch(batches)) as prefetcher:
+            for step, batch in enumerate(batches):
                 prefetcher.advance(step)
-                begun.append(self.start(turn))
-                if len(begun) > 2:
-                    yield from begun.popleft()()
-            for wait in begun:
+                started.append(self.start(batch))
+                if len(started) > 2:
+                    yield from started.popleft()()
+            for wait in started:
                 yield from wait()
 
     def span(self, index: int) -> Span:
-        """Where a sample lies: shard, offset, length."""
+        """Return shard number, offset and length of a sample."""
         row = self.samples[index]
         return int(row["shard"]), int(row["offset"]), int(row["length"])
 
     def check(self, index: int, raw: bytes) -> RawSample:
-        """The parts of one sample, given the bytes that were read for it.
+        """Verify the bytes that were read for a sample, and parse them.
 
         Raises:
-            ShardError: they are not what the index says.
+            ShardError: they do not match the index.
         """
         try:
             return parse_sample(
                 self.samples[index], self.key(index), raw, self.category_ids, self.convert(index)
             )
-        except InvalidDataError as fault:
-            self.refuse(index, str(fault))
+        except InvalidDataError as error:
+            self.raise_corrupt(index, str(error))
 
     def key(self, index: int) -> str:
-        """The WebDataset key of one sample."""
-        foreign = self.manifest.foreign
-        return sample_key(self.samples["image_id"][index]) if foreign is None else foreign.keys[index]
+        """Return the WebDataset key of one sample."""
+        third_party = self.manifest.third_party
+        return sample_key(self.samples["image_id"][index]) if third_party is None else third_party.keys[index]
 
     def convert(self, index: int) -> Convert | None:
-        """What makes COCO's records of the JSON of one sample; None: it holds them."""
-        foreign, row = self.manifest.foreign, self.samples[index]
-        if foreign is None:
+        """Return a function that converts the JSON of a sample to COCO's records; None if it is in that form."""
+        third_party, row = self.manifest.third_party, self.samples[index]
+        if third_party is None:
             return None
         return partial(
             convert,
-            form=foreign.records,
-            key=foreign.keys[index],
+            record_format=third_party.records,
+            key=third_party.keys[index],
             image_id=int(row["image_id"]),
             size=(int(row["width"]), int(row["height"])),
             first_id=int(self._first_annotation_ids[index]),
@@ -276,12 +278,14 @@ class Shards:
         return {category["name"]: category["id"] for category in self.manifest.categories}
 
     def _category_of(self, label: int | str) -> int:
-        return label if isinstance(label, int) else self._ids_by_name.get(label, -1)  # which is no category
+        return (
+            label if isinstance(label, int) else self._ids_by_name.get(label, -1)
+        )  # -1 is never a category id
 
     def coco(self) -> dict[str, Any]:
-        """The COCO data set, read from the shards alone: the ground truth for evaluation.
+        """Read the COCO data set from the shards: the ground truth for evaluation.
 
-        Records are the original ones, in the original order of images, so AP is that of the original file.
+        The records and the order of the images are the original ones, so AP equals that with the original file.
         """
         found = enumerate(self.read_in_order(range(self.num_samples)))
         samples = [self.reread(i) if isinstance(sample, ShardError) else sample for i, sample in found]
@@ -295,25 +299,25 @@ class Shards:
     def _checked(self, index: int, raw: bytes | OSError) -> RawSample | ShardError:
         try:
             if isinstance(raw, OSError):
-                self._refuse_unread(index, raw)
+                self._raise_unreadable(index, raw)
             return self.check(index, raw)
         except ShardError as error:
             return error
 
-    def _refuse_unread(self, index: int, error: OSError) -> NoReturn:
+    def _raise_unreadable(self, index: int, error: OSError) -> NoReturn:
         if isinstance(error, RemoteError):
-            raise error  # the server is at fault, and no sample damaged
-        self.refuse(index, f"it cannot be read ({error})")
+            raise error  # the server failed; no sample is corrupt
+        self.raise_corrupt(index, f"it cannot be read ({error})")
 
-    def refuse(self, index: int, fault: str) -> NoReturn:
+    def raise_corrupt(self, index: int, reason: str) -> NoReturn:
         """Raise a ShardError that names shard and key of a sample."""
         row = self.samples[index]
         shard, key, offset = self.files.names[row["shard"]], self.key(index), int(row["offset"])
         error = ShardError(
-            f"{shard}: sample {key} at byte {offset} is damaged: "
-            f"{fault}; copy the shard again, or write the shards again"
+            f"{shard}: sample {key} at byte {offset} is corrupt: "
+            f"{reason}; copy the shard again, or write the shards again"
         )
-        error.shard, error.key, error.offset, error.reason = shard, key, offset, fault
+        error.shard, error.key, error.offset, error.reason = shard, key, offset, reason
         raise error
 
 
@@ -324,17 +328,17 @@ def open_shards(
     remote: RemoteConfig | None = None,
     sizes_known: bool = False,
 ) -> Shards:
-    """Open a folder of shards after checking manifest, index and the presence and size of every shard.
+    """Open a folder of shards after verifying manifest, index, and the size of every shard.
 
     Args:
-        location: of what `write_shards` wrote: a folder, or its s3://, gs://, http(s):// or file:// URL.
+        location: folder with the output of `write_shards`, or its s3://, gs://, http(s):// or file:// URL.
         label_map: how category ids become labels (see `make_label_map`).
-        remote: how a remote folder is read; None: with the default settings.
-        sizes_known: the sizes of remote shards were checked before, by another process of the run.
+        remote: how to read a remote folder; None uses the default settings.
+        sizes_known: skip checking the sizes of remote shards, because another process of the run did it.
 
     Raises:
-        ValueError: there are no shards, or they are incomplete or not those of the index.
-        RemoteError: a server cannot be reached, or refuses.
+        ValueError: there are no shards, or they are incomplete or do not match the index.
+        RemoteError: a server cannot be reached, or rejects the request.
     """
     location = check_location(str(location))
     folder = (
@@ -352,7 +356,7 @@ def open_shards(
 
 
 def check_same_categories(train: Shards, val: Shards) -> None:
-    """Make sure that two data sets mean the same by their labels.
+    """Verify that the labels of two data sets mean the same categories.
 
     Raises:
         ValueError: ids or names differ.

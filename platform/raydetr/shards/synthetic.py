@@ -1,8 +1,8 @@
-"""A procedural detection data set that a small model learns on two CPU cores in minutes.
+"""Generate a synthetic detection data set that a small model learns on two CPU cores in minutes.
 
-Textured discs, rings, squares and triangles on cluttered backgrounds, 96x96 JPEG, COCO layout. In the
-ordinary variant 80% of the objects have a hue that is typical of their class; the hard variant has five
-classes, no color cue and a wider range of sizes. Image i is a function of (seed, split, i) alone.
+Textured discs, rings, squares and triangles on cluttered backgrounds, 96x96 JPEG, COCO layout. In the ordinary variant
+80% of the objects have a hue that is typical of their class. The hard variant has five classes, no color cue and a
+wider range of sizes. Image i depends only on (seed, split, i).
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ _rows, _columns = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + 0.5
 
 @dataclass(frozen=True)
 class Variant:
-    """What distinguishes the ordinary data set from the hard one."""
+    """Parameters that differ between the ordinary and the hard data set."""
 
     class_names: tuple[str, ...]
-    min_side: int  # pixels, of the square an object is drawn into before it is turned
+    min_side: int  # pixels, of the square in which an object is drawn before it is rotated
     max_side: int
-    hue_share: float  # share of the objects with a hue typical of their class
+    hue_fraction: float  # fraction of the objects with a hue typical of their class
 
 
-ORDINARY = Variant(("disc", "ring", "square", "triangle"), 19, 52, hue_share=0.8)
-HARD = Variant(("disc", "ring", "square", "triangle", "cross"), 11, 60, hue_share=0.0)
+ORDINARY = Variant(("disc", "ring", "square", "triangle"), 19, 52, hue_fraction=0.8)
+HARD = Variant(("disc", "ring", "square", "triangle", "cross"), 11, 60, hue_fraction=0.0)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """An object before it is painted: its class and where it covers pixels."""
+    """An object before it is painted: its class and the pixels that it covers."""
 
     label: int
-    u: FloatArray  # local coordinates; the shape lies within [-1, 1]
+    u: FloatArray  # local coordinates [SIDE, SIDE]; the shape lies within [-1, 1]
     v: FloatArray
-    cover: FloatArray  # [SIDE, SIDE] in [0, 1]; between the two at the edge
+    cover: FloatArray  # [SIDE, SIDE] in [0, 1]; fractional at the edge
 
     @property
     def mask(self) -> BoolArray:
-        """Pixels of the whole object, whether another one hides them or not."""
+        """Pixels of the object, including those that another object hides."""
         return self.cover > 0.5
 
 
@@ -71,11 +71,11 @@ def write_synthetic_data(
 
     Args:
         out: output folder; missing or empty.
-        hard: the hard variant (five classes, no color cue, objects of 11 to 60 pixels).
-        seed: another seed, other images.
+        hard: write the hard variant (five classes, no color cue, objects of 11 to 60 pixels).
+        seed: seed of the images.
         num_train: number of training images.
         num_val: number of validation images.
-        progress: called with (images written, images in all).
+        progress: called with (images written, total images).
 
     Raises:
         ValueError: `out` is not empty.
@@ -90,9 +90,9 @@ def write_synthetic_data(
             (folder / split).mkdir()
             images, annotations = [], []
             for index in range(count):
-                picture, shapes = draw_image(variant, seed, split, index)
+                image, shapes = draw_image(variant, seed, split, index)
                 file_name = f"{index:06d}.jpg"
-                picture.save(folder / split / file_name, quality=85)
+                image.save(folder / split / file_name, quality=85)
                 images.append({"id": index + 1, "file_name": file_name, "width": SIDE, "height": SIDE})
                 annotations += [_annotation(shape, index + 1) for shape in shapes]
                 done += 1
@@ -103,20 +103,20 @@ def write_synthetic_data(
 
 
 def draw_image(variant: Variant, seed: int, split: str, index: int) -> tuple[Image.Image, list[Shape]]:
-    """The picture number `index` of a split and its objects, from the farthest to the nearest."""
+    """Return image number `index` of a split and its objects, from the farthest to the nearest."""
     rng = np.random.default_rng([seed, SPLITS.index(split), len(variant.class_names), index])
     canvas = _background(rng)
     shapes = _arrange(variant, rng)
     for shape in shapes:
         _paint(canvas, shape, variant, rng)
     canvas += np.float32(rng.uniform(1.0, 7.0)) * rng.standard_normal(canvas.shape, np.float32)
-    picture = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
-    blur = rng.uniform(0.0, 1.6) - 0.8  # half of the pictures stay sharp
-    return (picture.filter(ImageFilter.GaussianBlur(blur)) if blur > 0 else picture), shapes
+    image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
+    blur = rng.uniform(0.0, 1.6) - 0.8  # half of the images stay sharp
+    return (image.filter(ImageFilter.GaussianBlur(blur)) if blur > 0 else image), shapes
 
 
 def _arrange(variant: Variant, rng: np.random.Generator) -> list[Shape]:
-    """One to four objects of which at least half stays visible each."""
+    """Draw one to four random objects, each of which stays at least half visible."""
     shapes: list[Shape] = []
     for _ in range(int(rng.integers(1, 5))):
         for _attempt in range(8):
@@ -141,9 +141,9 @@ def _random_shape(variant: Variant, rng: np.random.Generator) -> Shape:
     side = np.exp(rng.uniform(np.log(variant.min_side), np.log(variant.max_side)))
     stretch = np.exp(rng.uniform(-0.2, 0.2))
     half_width, half_height = side / 2 * stretch, side / 2 / stretch
-    centre_x, centre_y = rng.uniform(side * 0.45, SIDE - side * 0.45, 2)
+    center_x, center_y = rng.uniform(side * 0.45, SIDE - side * 0.45, 2)
     angle = rng.uniform(0.0, 2 * np.pi)
-    dx, dy = _columns - np.float32(centre_x), _rows - np.float32(centre_y)
+    dx, dy = _columns - np.float32(center_x), _rows - np.float32(center_y)
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     u = (cos * dx + sin * dy) / np.float32(half_width)
     v = (cos * dy - sin * dx) / np.float32(half_height)
@@ -152,7 +152,7 @@ def _random_shape(variant: Variant, rng: np.random.Generator) -> Shape:
 
 
 def _inside(name: str, u: FloatArray, v: FloatArray) -> FloatArray:
-    """Distance to the outline in local units, positive inside the shape."""
+    """Return the signed distance to the outline in local units, positive inside the shape."""
     if name == "square":
         return 0.9 - np.maximum(np.abs(u), np.abs(v))
     if name == "triangle":
@@ -168,8 +168,8 @@ def _inside(name: str, u: FloatArray, v: FloatArray) -> FloatArray:
 
 
 def _paint(canvas: FloatArray, shape: Shape, variant: Variant, rng: np.random.Generator) -> None:
-    """Blend an object onto the picture in place."""
-    if rng.random() < variant.hue_share:
+    """Blend an object onto the canvas in place."""
+    if rng.random() < variant.hue_fraction:
         hue = shape.label / len(variant.class_names) + rng.normal(0.0, 0.03)
     else:
         hue = rng.random()
@@ -186,7 +186,7 @@ def _paint(canvas: FloatArray, shape: Shape, variant: Variant, rng: np.random.Ge
 
 
 def _texture(shape: Shape, rng: np.random.Generator) -> FloatArray:
-    """One of four textures: how much of the second color each pixel has, [SIDE, SIDE] in [0, 1]."""
+    """Draw one of four textures: the amount of the second color in each pixel, [SIDE, SIDE] in [0, 1]."""
     kind = int(rng.integers(4))
     frequency, phase = rng.uniform(4.0, 9.0), rng.uniform(0.0, 6.28)
     if kind == 0:  # plain
@@ -200,22 +200,22 @@ def _texture(shape: Shape, rng: np.random.Generator) -> FloatArray:
 
 
 def _background(rng: np.random.Generator) -> FloatArray:
-    """Value noise in two octaves under lines, arcs and dots, [SIDE, SIDE, 3] in [0, 255]."""
+    """Draw value noise in two octaves under lines, arcs and dots, [SIDE, SIDE, 3] in [0, 255]."""
     base = np.asarray(_rgb(rng.random(), rng.uniform(0.0, 0.5), rng.uniform(0.25, 0.8)))
     canvas = np.zeros((SIDE, SIDE, 3), np.float32) + base
     for cells, strength in ((3, 50.0), (12, 22.0)):
-        grey = rng.uniform(-strength, strength, (cells, cells, 1))
+        gray = rng.uniform(-strength, strength, (cells, cells, 1))
         tint = rng.uniform(-strength / 2, strength / 2, (cells, cells, 3))
-        noise = np.clip(128 + grey + tint, 0, 255).astype(np.uint8)
+        noise = np.clip(128 + gray + tint, 0, 255).astype(np.uint8)
         smooth = Image.fromarray(noise).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         canvas += np.asarray(smooth, np.float32) - 128
-    picture = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
-    _distract(ImageDraw.Draw(picture), rng)
-    return np.asarray(picture, np.float32).copy()
+    image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
+    _draw_distractors(ImageDraw.Draw(image), rng)
+    return np.asarray(image, np.float32).copy()
 
 
-def _distract(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
-    """Clutter that is no object: lines, arcs and dots, all thinner or smaller than one."""
+def _draw_distractors(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
+    """Draw clutter: lines, arcs and dots, all thinner or smaller than any object."""
     for kind in rng.integers(0, 3, int(rng.integers(2, 9))):
         color = tuple(int(c) for c in _rgb(rng.random(), rng.uniform(0.1, 0.8), rng.uniform(0.2, 1.0)))
         x, y, dx, dy = rng.uniform(0, SIDE, 2).tolist() + rng.uniform(-40, 40, 2).tolist()
@@ -236,7 +236,7 @@ def _rgb(hue: float, saturation: float, value: float) -> FloatArray:
 
 
 def _annotation(shape: Shape, image_id: int) -> dict[str, object]:
-    """The box is the extent of the whole object inside the picture, also of parts that are hidden."""
+    """Return the COCO annotation; its box encloses the object inside the image, including hidden parts."""
     columns, rows = np.flatnonzero(shape.mask.any(0)), np.flatnonzero(shape.mask.any(1))
     x, y = int(columns[0]), int(rows[0])
     return {
@@ -252,7 +252,7 @@ def _coco(variant: Variant, images: list[dict[str, object]], annotations: list[d
     numbered = [{"id": index, **annotation} for index, annotation in enumerate(annotations, start=1)]
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(variant.class_names)]
     return {
-        "info": {"description": "raydetr sample data: procedural shapes"},
+        "info": {"description": "raydetr synthetic data: procedural shapes"},
         "images": images,
         "annotations": numbered,
         "categories": categories,

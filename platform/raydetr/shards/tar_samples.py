@@ -1,22 +1,25 @@
-"""The samples of a plain tar as WebDataset groups its members: neighbours with one key."""
+"""Group the members of a tar into samples, as webdataset does; export the indexes of other readers."""
 
 from __future__ import annotations
 
 import re
+import struct
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from raydetr.shards.validation import InvalidDataError
+from raydetr.store.output_folder import write_atomically
 
-# folders, then a name up to its first dot: the key; the rest is the extension
+# The key is the folders and the name up to its first dot; the rest is the extension.
 MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 
 
 @dataclass
 class TarSample:
-    """Members of one key, by their extensions in lower case."""
+    """The members of one key, by lower-case extension."""
 
     key: str
     members: dict[str, tarfile.TarInfo] = field(default_factory=dict)
@@ -33,15 +36,16 @@ class TarSample:
 
 
 def padded_end(member: tarfile.TarInfo) -> int:
-    """Offset of the byte after a member's content and padding."""
+    """Return the offset of the byte after a member's content and padding."""
     return member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def tar_samples(path: Path) -> Iterator[TarSample]:
-    """Group the members of a tar; folders, links and names without an extension are left out.
+    """Yield the samples of a tar; folders, links and names without an extension are omitted.
 
     Raises:
-        Fault: it is not a plain tar, is damaged or cut off, or a sample has two members with one extension.
+        InvalidDataError: it is not a plain tar, is corrupt or truncated, or a sample has two members with the same
+            extension.
         OSError: it cannot be read.
     """
     current: TarSample | None = None
@@ -61,19 +65,72 @@ def tar_samples(path: Path) -> Iterator[TarSample]:
                 current.members[extension] = member
             _check_end(path, tar.offset)
     except (tarfile.TarError, EOFError) as error:
-        raise InvalidDataError(f"is no plain tar, or damaged ({error})") from None
+        raise InvalidDataError(f"is not a plain tar, or corrupt ({error})") from None
     if current is not None:
         yield current
 
 
 def _check_end(path: Path, end: int) -> None:
-    """After the last member there are two blocks of zeros or more; tarfile stops as well at a damaged header."""
+    """Raise unless two or more blocks of zeros follow the last member; tarfile also stops at a corrupt header."""
     with path.open("rb") as file:
         file.seek(end)
         length = 0
         while chunk := file.read(2**20):
             if any(chunk):
-                raise InvalidDataError(f"the tar header at byte {end} is damaged")
+                raise InvalidDataError(f"the tar header at byte {end} is corrupt")
             length += len(chunk)
     if length < 2 * tarfile.BLOCKSIZE:
-        raise InvalidDataError(f"it is cut off: the end of the tar is missing after byte {end}")
+        raise InvalidDataError(f"it is truncated: the end of the tar is missing after byte {end}")
+
+
+IndexFormat = Literal["dali", "energon"]
+
+
+def export_indexes(folder: Path, names: list[str], kind: IndexFormat) -> list[Path]:
+    """Write an index next to each shard; an existing one is replaced.
+
+    DALI: `name.idx`, text. The first line is `v1.2 NUMBER`, followed by one line per sample: extension, content
+    offset, size and name of each member. Energon: `name.tar.idx`, little-endian 64-bit integers: the offset of each
+    sample's first header, then the offset of the end.
+
+    Args:
+        folder: folder of the shards.
+        names: names of the tar files.
+        kind: format of the index.
+
+    Raises:
+        ValueError: a shard is corrupt, or has names that the format cannot represent.
+        OSError: an index cannot be written.
+    """
+    make: Callable[[list[TarSample]], bytes] = _dali if kind == "dali" else _energon
+    suffix = ".idx" if kind == "dali" else ".tar.idx"
+    paths = []
+    for name in names:
+        path = folder / name
+        try:
+            content = make(list(tar_samples(path)))
+        except (OSError, InvalidDataError) as error:
+            raise ValueError(f"{path}: {error}: copy the shard again, or write the shards again") from None
+        paths.append(path.with_name(path.stem + suffix))
+        write_atomically(paths[-1], content)
+    return paths
+
+
+def _dali(samples: list[TarSample]) -> bytes:
+    lines = [f"v1.2 {len(samples)}"]
+    for sample in samples:
+        words = []
+        for member in sample.members.values():
+            if any(character.isspace() for character in member.name):
+                raise InvalidDataError(
+                    f"the name {member.name!r} contains whitespace, which DALI's index cannot represent"
+                )
+            _, _, extension = member.name.rpartition("/")[2].partition(".")
+            words.append(f"{extension} {member.offset_data} {member.size} {member.name}")
+        lines.append(" ".join(words))
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _energon(samples: list[TarSample]) -> bytes:
+    offsets = [sample.begin for sample in samples] + [samples[-1].end if samples else 0]
+    return struct.pack(f"<{len(offsets)}Q", *offsets)

@@ -1,8 +1,8 @@
-"""What the bytes of a sample, the index and the manifest must be, before anybody relies on them.
+"""Validate samples, index and manifest before other code relies on them.
 
-A crc finds what changed by accident. The checks here also find what fits its crc and is wrong all the same: an
-index of other shards, a member of another sample, a record that is not COCO's. They raise `Fault`, which says
-what is wrong; whoever calls them says where.
+A crc32 detects accidental changes. The checks here also detect invalid data with a matching crc32: an index of other
+shards, a member of another sample, a record that is not COCO's. They raise `InvalidDataError`, which describes the
+problem; the caller adds the location.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from raydetr.shards.manifest import SAMPLE_DTYPE, Manifest, Samples
 
 TAR_BLOCK = 512
 
-Records = tuple[dict[str, Any], list[dict[str, Any]]]  # COCO's, of an image and of its objects
-Convert = Callable[[Any], Records]  # from the parsed JSON that others wrote
+Records = tuple[dict[str, Any], list[dict[str, Any]]]  # COCO's records of an image and of its objects
+Convert = Callable[[Any], Records]  # converts the parsed JSON of a third-party shard
 
 
 class InvalidDataError(ValueError):
-    """Something is not what it must be; the message says what."""
+    """Invalid data; the message describes the problem, the caller adds the location."""
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample as it was packed."""
+    """A sample as packed: encoded image and COCO records."""
 
     key: str
     image: bytes  # JPEG or PNG
@@ -42,27 +42,27 @@ class RawSample:
 def parse_sample(
     row: np.void, key: str, raw: bytes, category_ids: Container[int], convert: Convert | None = None
 ) -> RawSample:
-    """The parts of a sample, if they are those of its row in the index.
+    """Parse the bytes of a sample and verify them against its row in the index.
 
     Args:
-        row: of SAMPLE_DTYPE.
-        key: that its members must have.
-        raw: what was read for it.
-        category_ids: those that annotations may have.
-        convert: of shards that others wrote: makes COCO's records of theirs.
+        row: its row in the index, of SAMPLE_DTYPE.
+        key: expected key of its members.
+        raw: bytes that were read for it.
+        category_ids: category ids that annotations may have.
+        convert: for third-party shards: converts their JSON to COCO's records.
 
     Raises:
-        Fault: it is cut off or damaged, or belongs to another image, or its record is not COCO's.
+        InvalidDataError: it is truncated or corrupt, belongs to another image, or its record is not COCO's.
     """
     _, _, length, image_at, image_length, json_at, json_length, *_, crc32 = row.item()
     if len(raw) != length:
         raise InvalidDataError(f"the shard ends after {len(raw)} of its {length} bytes")
     if zlib.crc32(raw) != crc32:
-        raise InvalidDataError(f"its crc32 is {zlib.crc32(raw):#010x}, the index says {crc32:#010x}")
+        raise InvalidDataError(f"its crc32 is {zlib.crc32(raw):#010x}, the index has {crc32:#010x}")
     for what, at, size in (("image", image_at, image_length), ("record", json_at, json_length)):
         found = member_at(raw, at)
         if found != (key, size):
-            raise InvalidDataError(f"its {what} has key and size {found}, the index says {(key, size)}")
+            raise InvalidDataError(f"its {what} has key and size {found}, the index has {(key, size)}")
     record, annotations = parse_record(row, raw[json_at : json_at + json_length], category_ids, convert)
     return RawSample(key, raw[image_at : image_at + image_length], record, annotations)
 
@@ -70,31 +70,37 @@ def parse_sample(
 def parse_record(
     row: np.void, text: bytes, category_ids: Container[int], convert: Convert | None = None
 ) -> Records:
-    """A sample's JSON member, if it fits its row in the index: COCO's record of the image and its annotations.
+    """Parse a sample's JSON member and verify it against its row in the index.
+
+    Returns:
+        COCO's record of the image, and its annotations.
 
     Raises:
-        Fault: it does not, or is not COCO's.
+        InvalidDataError: it does not match the row, or is not COCO's.
     """
     image_id, width, height, count = (int(row[n]) for n in ("image_id", "width", "height", "num_annotations"))
     record, annotations = parse_content(text, convert)
-    named = {"id": image_id, "width": width, "height": height}
-    for name, value in named.items():
+    expected = {"id": image_id, "width": width, "height": height}
+    for name, value in expected.items():
         if record.get(name) != value:
             raise InvalidDataError(
-                f"its record has the {name} {record.get(name)!r:.40}, the index says {value}"
+                f"its record has the {name} {record.get(name)!r:.40}, the index has {value}"
             )
     if len(annotations) != count:
-        raise InvalidDataError(f"it has {len(annotations)} annotations, the index says {count}")
+        raise InvalidDataError(f"it has {len(annotations)} annotations, the index has {count}")
     for number, annotation in enumerate(annotations):
         _check_annotation(number, annotation, image_id, category_ids)
     return record, annotations
 
 
 def parse_content(text: bytes, convert: Convert | None = None) -> Records:
-    """A sample's JSON member, whatever it describes: COCO's record of the image, and the list of annotations.
+    """Parse a sample's JSON member without comparing it with the index.
+
+    Returns:
+        COCO's record of the image, and its annotations.
 
     Raises:
-        Fault: it is not JSON, or of another shape.
+        InvalidDataError: it is not JSON, or has another structure.
     """
     try:
         content = json.loads(text)
@@ -111,17 +117,17 @@ def parse_content(text: bytes, convert: Convert | None = None) -> Records:
 
 
 def check_manifest(manifest: Manifest) -> None:
-    """Make sure that the parts of a manifest that reading relies on are of their types.
+    """Verify the types of those parts of a manifest that reading relies on.
 
     Raises:
-        Fault: one is not; names it.
+        InvalidDataError: a part is invalid; the message names it.
     """
     if not isinstance(manifest.shards, list) or not manifest.shards:
         raise InvalidDataError("it has no shards")
     for shard in manifest.shards:
         name = shard.name
         if not isinstance(name, str) or name != PurePath(name).name or not name.isprintable():
-            raise InvalidDataError(f"{name!r:.80} is no file name of a shard")
+            raise InvalidDataError(f"{name!r:.80} is not a valid file name of a shard")
         for what, number in (("size", shard.size), ("num_samples", shard.num_samples)):
             if not _is_count(number):
                 raise InvalidDataError(f"{what} of {name} is {number!r:.40}")
@@ -133,18 +139,19 @@ def check_manifest(manifest: Manifest) -> None:
     ):
         if not _is_count(number):
             raise InvalidDataError(f"{what} is {number!r:.40}")
-    if manifest.foreign is not None and len(manifest.foreign.keys) != manifest.num_samples:
-        raise InvalidDataError(f"it has {len(manifest.foreign.keys)} keys for {manifest.num_samples} samples")
+    third_party = manifest.third_party
+    if third_party is not None and len(third_party.keys) != manifest.num_samples:
+        raise InvalidDataError(f"it has {len(third_party.keys)} keys for {manifest.num_samples} samples")
     _check_categories(manifest.categories)
     if not isinstance(manifest.header, dict):
         raise InvalidDataError(f"header is {manifest.header!r:.40}")
 
 
 def check_index(samples: Samples, manifest: Manifest) -> None:
-    """Make sure that the rows of an index lie within the shards of the manifest, and are counted as it says.
+    """Verify that the rows of an index lie within the shards of the manifest and match its counts.
 
     Raises:
-        Fault: they do not, or are not; names the first.
+        InvalidDataError: they do not; the message names the first such row.
     """
     if samples.ndim != 1 or not len(samples):
         raise InvalidDataError(f"it is an array of shape {samples.shape}")
@@ -157,25 +164,26 @@ def check_index(samples: Samples, manifest: Manifest) -> None:
     num_annotations = int(samples["num_annotations"].sum(dtype=np.int64))
     if counts != stated or len(samples) != manifest.num_samples:
         raise InvalidDataError(
-            f"it has {_listing(counts)} samples in the shards, the manifest says {_listing(stated)}"
+            f"it has {_listing(counts)} samples in the shards, the manifest has {_listing(stated)}"
         )
     if num_annotations != manifest.num_annotations:
         raise InvalidDataError(
-            f"it has {num_annotations} annotations, the manifest says {manifest.num_annotations}"
+            f"it has {num_annotations} annotations, the manifest has {manifest.num_annotations}"
         )
     sizes = np.array([shard.size for shard in manifest.shards], np.float64)[samples["shard"]]
-    column = {name: samples[name].astype(np.float64) for name in SAMPLE_DTYPE.names or ()}  # sums do not wrap
-    good = column["offset"] + column["length"] <= sizes
+    # In float64 the sums below cannot wrap around.
+    column = {name: samples[name].astype(np.float64) for name in SAMPLE_DTYPE.names or ()}
+    valid = column["offset"] + column["length"] <= sizes
     for part in ("image", "json"):
-        good &= column[f"{part}_offset"] >= TAR_BLOCK
-        good &= column[f"{part}_offset"] + column[f"{part}_length"] <= column["length"]
-    good &= (column["width"] > 0) & (column["height"] > 0)
-    # in the order of the shards, which the plan relies on; samples do not overlap
+        valid &= column[f"{part}_offset"] >= TAR_BLOCK
+        valid &= column[f"{part}_offset"] + column[f"{part}_length"] <= column["length"]
+    valid &= (column["width"] > 0) & (column["height"] > 0)
+    # Samples must be sorted by shard, which the training order relies on, and must not overlap.
     follows = column["shard"][1:] > column["shard"][:-1]
     after = column["offset"][1:] >= (column["offset"] + column["length"])[:-1]
-    good[1:] &= follows | (after & (column["shard"][1:] == column["shard"][:-1]))
-    if not good.all():
-        first = samples[int(np.argmin(good))]
+    valid[1:] &= follows | (after & (column["shard"][1:] == column["shard"][:-1]))
+    if not valid.all():
+        first = samples[int(np.argmin(valid))]
         raise InvalidDataError(
             f"image {first['image_id']} cannot lie in {manifest.shards[first['shard']].name} at "
             f"byte {first['offset']} with {first['length']} bytes"
@@ -185,7 +193,7 @@ def check_index(samples: Samples, manifest: Manifest) -> None:
 
 
 def member_at(raw: bytes, content_at: int) -> tuple[str, int | None]:
-    """Key and size of a tar member, from the block before its content."""
+    """Return key and size of a tar member, from the header block before its content."""
     header = raw[content_at - TAR_BLOCK : content_at]
     try:
         size = int(header[124:136].rstrip(b" \0"), 8)
@@ -202,10 +210,10 @@ def _member_name(header: bytes) -> bytes:
 
 
 def _check_annotation(number: int, annotation: Any, image_id: int, category_ids: Container[int]) -> None:
-    """In one go, because there are many; `usable_boxes` and COCO's AP need all of it."""
+    """Raise unless an annotation has all that `usable_boxes` and COCO's AP need; one expression, because it is hot."""
     try:
         x, y, width, height = annotation["bbox"]
-        good = (
+        valid = (
             math.isfinite(x + y + width + height)
             and width >= 0
             and height >= 0
@@ -215,8 +223,8 @@ def _check_annotation(number: int, annotation: Any, image_id: int, category_ids:
             and isinstance(annotation["id"], int)
         )
     except (TypeError, ValueError, KeyError, OverflowError):
-        good = False
-    if not good:
+        valid = False
+    if not valid:
         raise InvalidDataError(f"annotation {number} of its record is {annotation!r:.200}")
 
 
@@ -231,7 +239,7 @@ def _check_categories(categories: Sequence[Any]) -> None:
             raise InvalidDataError(f"the category {category!r:.80} has no id")
         ids.append(category["id"])
     if len(set(ids)) != len(ids) or ids != sorted(ids):
-        raise InvalidDataError("the ids of its categories are not in order, each once")
+        raise InvalidDataError("the ids of its categories are not sorted and unique")
 
 
 def _is_count(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Verify every byte of a folder of shards, and that its parts say the same: `raydetr shards check`."""
+"""Verify every byte of a folder of shards, and that its parts are consistent: `raydetr shards check`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from raydetr.shards.validation import InvalidDataError
 
 @dataclass(frozen=True)
 class CheckTask:
-    """A shard to check, and which samples the index has in it."""
+    """A shard to check, and the range of its samples in the index."""
 
     folder: Path
     number: int
@@ -31,34 +31,34 @@ class CheckTask:
 
 
 @dataclass
-class ShardFaults:
-    """What is wrong with a shard."""
+class ShardProblems:
+    """The problems of a shard, and the ids of its annotations."""
 
     name: str
     annotation_ids: list[int] = field(default_factory=list)
-    num_faults: int = 0
-    faults: list[str] = field(default_factory=list)
+    num_problems: int = 0
+    problems: list[str] = field(default_factory=list)  # the first ones
 
-    def note(self, fault: str) -> None:
-        """Count a fault, and keep the first ones."""
-        self.num_faults += 1
-        if self.num_faults <= MAX_REPORTED:
-            self.faults.append(f"{self.name}: {fault}")
+    def add(self, problem: str) -> None:
+        """Count a problem; keep the first messages."""
+        self.num_problems += 1
+        if self.num_problems <= MAX_REPORTED:
+            self.problems.append(f"{self.name}: {problem}")
 
 
 def check_shards(folder: Path, *, workers: int = 1, progress: Progress | None = None) -> Manifest:
-    """Check size and sha256 of every shard, crc, key, records and image of every sample, and tars against index.
+    """Check size and sha256 of every shard, crc32, key, records and image of every sample, and tars against index.
 
     Args:
-        folder: of shards, on this machine.
-        workers: processes.
-        progress: called with (images checked, images in all).
+        folder: local folder of the shards.
+        workers: number of processes.
+        progress: called with (images checked, total images).
 
     Raises:
-        ValueError: something is wrong; up to ten faults are listed with shard and key, and all are counted.
+        ValueError: there are problems; the message counts them and lists the first ten with shard and key.
     """
     manifest, samples = load_header(LocalFolder(folder), str(folder), reads=1)
-    problems = Problems(folder, "fault")
+    problems = Problems(folder, "problem")
     _check_folder(folder, manifest, problems)
     total = manifest.num_samples
     advance = (lambda done: progress(done, total)) if progress else None
@@ -71,22 +71,22 @@ def check_shards(folder: Path, *, workers: int = 1, progress: Progress | None = 
         run_tasks(check_shard, tasks, workers=min(workers, len(tasks)), progress=advance)
     ) as results:
         for found in results:
-            problems.add_many(found.faults, found.num_faults)
+            problems.add_many(found.problems, found.num_problems)
             ids += found.annotation_ids
     if len(set(ids)) < len(ids):
-        problems.add(f"{len(ids) - len(set(ids))} annotations have the id of another one")
+        problems.add(f"{len(ids) - len(set(ids))} annotations repeat the id of another one")
     problems.raise_if_any()
     return manifest
 
 
-def check_shard(task: CheckTask, advance: Advance) -> ShardFaults:
+def check_shard(task: CheckTask, advance: Advance) -> ShardProblems:
     """Check one shard and its samples."""
-    shards = _open_anyway(task.folder)
+    shards = _open_unchecked(task.folder)
     file = shards.manifest.shards[task.number]
-    found = ShardFaults(file.name)
+    found = ShardProblems(file.name)
     path = task.folder / file.name
     if not path.is_file():
-        found.note("is missing: copy it again")
+        found.add("is missing: copy it again")
         advance(task.stop - task.start)
         return found
     _check_bytes(path, shards, task.number, found)
@@ -95,9 +95,9 @@ def check_shard(task: CheckTask, advance: Advance) -> ShardFaults:
         try:
             _check_sample(shards, index, found)
         except ShardError as error:
-            found.note(f"sample {error.key} at byte {error.offset}: {error.reason}")
+            found.add(f"sample {error.key} at byte {error.offset}: {error.reason}")
         except ValueError as error:
-            found.note(f"sample {shards.key(index)}: {error}")
+            found.add(f"sample {shards.key(index)}: {error}")
         advance(1)
     return found
 
@@ -107,56 +107,56 @@ def _check_folder(folder: Path, manifest: Manifest, problems: Problems) -> None:
     for name in sorted(extra):
         problems.add(f"{name} is not in {MANIFEST}: remove it, or write the shards again")
     if manifest.label_maps != label_maps([category["id"] for category in manifest.categories]):
-        problems.add(f"{MANIFEST}: its label maps are not those of its categories: write the shards again")
+        problems.add(f"{MANIFEST}: its label maps do not match its categories: write the shards again")
 
 
-def _open_anyway(folder: Path) -> Shards:
-    """The shards, even if files are missing or of another size."""
+def _open_unchecked(folder: Path) -> Shards:
+    """Open the shards even if files are missing or have another size."""
     manifest, samples = load_header(LocalFolder(folder), str(folder), reads=1)
     files = LocalFiles([folder / shard.name for shard in manifest.shards])
     labels = make_label_map(manifest.categories, "contiguous")
     return Shards(str(folder), manifest, samples, labels, manifest.fingerprint, files)
 
 
-def _check_bytes(path: Path, shards: Shards, number: int, found: ShardFaults) -> None:
+def _check_bytes(path: Path, shards: Shards, number: int, found: ShardProblems) -> None:
     file = shards.manifest.shards[number]
     size = path.stat().st_size
     if size != file.size:
-        found.note(f"has {size} bytes instead of {file.size}: copy it again")
+        found.add(f"has {size} bytes instead of {file.size}: copy it again")
     with path.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     if digest != file.sha256:
-        found.note(f"its sha256 is {digest[:12]}..., the manifest says {file.sha256[:12]}...: copy it again")
+        found.add(f"its sha256 is {digest[:12]}..., the manifest has {file.sha256[:12]}...: copy it again")
 
 
-def _check_members(path: Path, shards: Shards, task: CheckTask, found: ShardFaults) -> None:
-    """Whether the tar holds the samples of the index, where the index has them, and no others."""
+def _check_members(path: Path, shards: Shards, task: CheckTask, found: ShardProblems) -> None:
+    """Check that the tar holds exactly the samples of the index, at the offsets in the index."""
     index = task.start
     try:
         for sample in tar_samples(path):
             if index == task.stop:
-                found.note(f"sample {sample.key} is not in the index")
+                found.add(f"sample {sample.key} is not in the index")
                 return
             if _place(sample, task.number) != tuple(
                 shards.samples[index].item()[:7]
             ) or sample.key != shards.key(index):
-                found.note(
+                found.add(
                     f"sample {sample.key} at byte {sample.begin}: the index has sample {shards.key(index)} "
                     f"at byte {shards.samples['offset'][index]} there, with other members"
                 )
                 return
-            if shards.manifest.foreign is None and len(sample.members) != 2:
-                found.note(f"sample {sample.key}: has {len(sample.members)} members instead of two")
+            if shards.manifest.third_party is None and len(sample.members) != 2:
+                found.add(f"sample {sample.key}: has {len(sample.members)} members instead of two")
             index += 1
-    except InvalidDataError as fault:
-        found.note(str(fault))
+    except InvalidDataError as error:
+        found.add(str(error))
         return
     if index < task.stop:
-        found.note(f"sample {shards.key(index)} is in the index, and not in the tar")
+        found.add(f"sample {shards.key(index)} is in the index but not in the tar")
 
 
 def _place(sample: TarSample, shard: int) -> tuple[int, ...]:
-    """The first fields of the sample's row in an index."""
+    """Return the first fields that a sample's row in the index must have."""
     members = [sample.members[extension] for extension in image_and_record(sample)]
     begin = min(member.offset for member in members)
     length = max(padded_end(member) for member in members) - begin
@@ -164,7 +164,7 @@ def _place(sample: TarSample, shard: int) -> tuple[int, ...]:
     return (shard, begin, length, *parts)
 
 
-def _check_sample(shards: Shards, index: int, found: ShardFaults) -> None:
+def _check_sample(shards: Shards, index: int, found: ShardProblems) -> None:
     raw = shards.read(index)
     row = shards.samples[index]
     check_image("its image", raw.image, (int(row["width"]), int(row["height"])))

@@ -1,13 +1,11 @@
-"""Write one shard, or find that an earlier run has finished it.
-
-A shard is finished when its record, `<name>.json`, lies beside it. The record holds the sha256 of the shard and a
-digest of the input, so that a shard of other input, or a damaged one, is written again.
-
-Write a data set as WebDataset shards: plain tars, an index of their samples and a manifest.
+"""Write a data set as WebDataset shards: plain tars, an index of their samples and a manifest.
 
 A sample is the original image file (`jpg` or `png`) and `json` = {"image": ..., "annotations": [...]}, COCO's
-records. The same input gives the same bytes, with any number of processes and after any number of stops. The index
-is read back from the finished tars.
+records. The same input gives the same bytes, with any number of processes and after any number of interruptions. The
+index is read back from the finished tars.
+
+An interrupted run can be resumed: a shard is finished when its record, `<name>.json`, lies next to it. The record
+holds the sha256 of the shard and a digest of the input, so a corrupt shard, or one with other input, is rewritten.
 """
 
 from __future__ import annotations
@@ -49,39 +47,39 @@ NO_SAMPLES = np.empty(0, SAMPLE_DTYPE)
 
 @dataclass(frozen=True)
 class ShardTask:
-    """What belongs into one shard."""
+    """The content of one shard to write."""
 
     number: int
     images: Path  # folder of the image files
-    folder: Path  # that is written to
+    folder: Path  # output folder
     records: list[Record]
-    annotations: list[list[Record]]  # of each image
+    annotations: list[list[Record]]  # per image
 
     @property
     def path(self) -> Path:
-        """Of the tar file."""
+        """Path of the tar file."""
         return self.folder / f"shard-{self.number:05d}.tar"
 
     @property
     def record_path(self) -> Path:
-        """Of the file that says that the shard is finished."""
+        """Path of the record whose existence means that the shard is finished."""
         return self.path.with_name(f"{self.path.name}.json")
 
 
 @dataclass(frozen=True)
 class PackedShard:
-    """A finished shard, or what is wrong with its input."""
+    """A finished shard, or the problems of its input."""
 
     file: ShardFile | None
     samples: Samples = field(default_factory=lambda: NO_SAMPLES)
-    num_turned: int = 0  # images that carry an EXIF orientation
-    kept: bool = False  # it was finished by an earlier run
-    num_faults: int = 0
-    faults: list[str] = field(default_factory=list)  # the first ones
+    num_rotated: int = 0  # images with an EXIF orientation that rotates or flips them
+    reused: bool = False  # it was finished by an earlier run
+    num_problems: int = 0
+    problems: list[str] = field(default_factory=list)  # the first ones
 
 
 def pack_shard(task: ShardTask, advance: Advance) -> PackedShard:
-    """Write the shard of a task, unless it is there. A faulty image does not stop the checks of the others.
+    """Write the shard of a task, unless it is finished. An invalid image does not stop the checks of the others.
 
     Raises:
         OSError: it cannot be written.
@@ -93,23 +91,23 @@ def pack_shard(task: ShardTask, advance: Advance) -> PackedShard:
         advance(len(texts))
         return finished
     temporary = task.path.with_name(f"{task.path.name}.{os.getpid()}.tmp")
-    faults, num_turned = _write_tar(task, texts, temporary, advance)
-    if faults:
+    problems, num_rotated = _write_tar(task, texts, temporary, advance)
+    if problems:
         temporary.unlink()
-        return PackedShard(None, num_faults=len(faults), faults=faults[:MAX_REPORTED])
+        return PackedShard(None, num_problems=len(problems), problems=problems[:MAX_REPORTED])
     temporary.rename(task.path)
     shard = _shard_file(task)
-    state = {"input": digest, "num_turned": num_turned, "shard": dataclasses.asdict(shard)}
+    state = {"input": digest, "num_rotated": num_rotated, "shard": dataclasses.asdict(shard)}
     write_atomically(task.record_path, json.dumps(state).encode())
-    return PackedShard(shard, index_shard(task.path, task.number), num_turned)
+    return PackedShard(shard, index_shard(task.path, task.number), num_rotated)
 
 
 def index_shard(path: Path, number: int) -> Samples:
-    """Index the samples of a tar file as they lie on disk.
+    """Build the index rows of a finished tar file from its bytes on disk.
 
     Args:
-        path: a plain tar; each two members are a sample, one of them its json.
-        number: the shard's number, to be noted in each row.
+        path: a plain tar; every two consecutive members form a sample, one of them is its json.
+        number: shard number to write in each row.
     """
     with tarfile.open(path, "r:") as tar, path.open("rb") as file:
         members = tar.getmembers()
@@ -122,7 +120,8 @@ def _index_row(file: BinaryIO, number: int, pair: tuple[tarfile.TarInfo, tarfile
     end = last.offset_data + -(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     file.seek(begin)
     raw = file.read(end - begin)
-    image, record = sorted(pair, key=lambda member: member.name.endswith(".json"))  # they lie in either order
+    # webdataset sorts the members by extension, so the json is between `jpg` and `png`.
+    image, record = sorted(pair, key=lambda member: member.name.endswith(".json"))
     image_at, json_at = image.offset_data - begin, record.offset_data - begin
     content = json.loads(raw[json_at : json_at + record.size])
     parts = (image_at, image.size, json_at, record.size)
@@ -136,14 +135,14 @@ def _sample_text(record: Record, annotations: list[Record]) -> bytes:
 
 
 def _input_digest(task: ShardTask, texts: list[bytes]) -> str:
-    """Of everything the shard's bytes depend on; the pixels by size and time of the files."""
+    """Hash all that the shard's bytes depend on; image files by size and modification time."""
     digest = hashlib.sha256(f"{FORMAT_VERSION} {len(texts)}\n".encode())
     for record, text in zip(task.records, texts, strict=True):
         try:
             state = (task.images / record["file_name"]).stat()
             known = f"{state.st_size} {state.st_mtime_ns}"
         except (OSError, ValueError):
-            known = "missing"  # which is a fault, to be reported by `read_checked`
+            known = "missing"  # reported by `read_checked`
         digest.update(f"{len(text)} {known}\n".encode() + text)
     return digest.hexdigest()
 
@@ -154,32 +153,32 @@ def _finished_shard(task: ShardTask, digest: str) -> PackedShard | None:
     try:
         state = json.loads(task.record_path.read_bytes())
     except ValueError:
-        return None  # damaged
+        return None  # corrupt
     if state["input"] != digest or state["shard"] != dataclasses.asdict(_shard_file(task)):
         return None
     shard = ShardFile(**state["shard"])
-    return PackedShard(shard, index_shard(task.path, task.number), state["num_turned"], kept=True)
+    return PackedShard(shard, index_shard(task.path, task.number), state["num_rotated"], reused=True)
 
 
 def _write_tar(task: ShardTask, texts: list[bytes], path: Path, advance: Advance) -> tuple[list[str], int]:
-    """Returns what is wrong with the images, and how many carry an EXIF orientation."""
-    faults: list[str] = []
-    num_turned = 0
+    """Write the tar; return the problems of the images, and how many of them an EXIF orientation rotates."""
+    problems: list[str] = []
+    num_rotated = 0
     with path.open("wb") as file:
         with TarWriter(file, mtime=0, encoder=False) as writer:
             for record, text in zip(task.records, texts, strict=True):
                 try:
-                    content, extension, turned = read_checked(task.images / record["file_name"], record)
+                    content, extension, rotated = read_checked(task.images / record["file_name"], record)
                 except ValueError as error:
-                    faults.append(str(error))
+                    problems.append(str(error))
                 else:
-                    num_turned += turned
-                    if not faults:  # else nobody will want the shard
+                    num_rotated += rotated
+                    if not problems:  # otherwise the shard is discarded anyway
                         writer.write({"__key__": sample_key(record["id"]), extension: content, "json": text})
                 advance(1)
         file.flush()
         os.fsync(file.fileno())
-    return faults, num_turned
+    return problems, num_rotated
 
 
 def _shard_file(task: ShardTask) -> ShardFile:
@@ -197,19 +196,19 @@ def write_shards(
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Write the images of a COCO data set, in the order of its annotation file, as shards: see `write_source`.
+    """Write a COCO data set as shards, in the order of its annotation file: see `write_source`.
 
     Args:
         images: folder of the image files.
         annotations: COCO instances JSON.
-        out: output folder; missing, empty, or what a stopped run left.
-        samples_per_shard: images in each tar file.
-        workers: processes that write; each writes whole shards.
-        progress: called with (images written, images in all).
+        out: output folder; missing, empty, or left by an interrupted run.
+        samples_per_shard: images per tar file.
+        workers: number of processes; each writes complete shards.
+        progress: called with (images written, total images).
 
     Raises:
-        ValueError: the annotations or images are faulty (up to ten faults are listed), or `out` is not empty.
-        OSError: writing failed, for example because the disk is full; the next run goes on there.
+        ValueError: annotations or images are invalid (the first ten problems are listed), or `out` is not empty.
+        OSError: writing failed, for example because the disk is full; the next run resumes there.
     """
     _check_arguments(samples_per_shard, workers)
     return write_source(
@@ -228,31 +227,31 @@ def write_source(
     samples_per_shard: int = 1000,
     workers: int = 1,
     progress: Progress | None = None,
-    tell: Callable[[str], None] | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> Manifest:
     """Write a data set as shards. Nothing appears in `out` before everything is written.
 
-    A run that was stopped is continued: its finished shards are kept if input and sha256 are still the same.
+    An interrupted run is resumed: its finished shards are reused if input and sha256 are unchanged.
 
     Args:
         source: what to write.
-        out: output folder; missing, empty, or what a stopped run left.
-        samples_per_shard: images in each tar file.
-        workers: processes that write; each writes whole shards.
-        progress: called with (images written, images in all).
-        tell: called with a line on what was found of an earlier run.
+        out: output folder; missing, empty, or left by an interrupted run.
+        samples_per_shard: images per tar file.
+        workers: number of processes; each writes complete shards.
+        progress: called with (images written, total images).
+        notify: called with a message about the shards of an interrupted run, if there are any.
 
     Raises:
-        ValueError: images are faulty (up to ten faults are listed, all are counted), or `out` is not empty.
-        OSError: writing failed, for example because the disk is full; the next run goes on there.
-        RuntimeError: a worker process died; the next run goes on there.
+        ValueError: images are invalid (all are counted, the first ten are listed), or `out` is not empty.
+        OSError: writing failed, for example because the disk is full; the next run resumes there.
+        RuntimeError: a worker process died; the next run resumes there.
     """
     _check_arguments(samples_per_shard, workers)
     with resumable_folder(out) as folder:
         num_found = len(list(folder.glob("*.tar.json")))
         packed = _pack(source, folder, samples_per_shard, workers, progress)
-        if num_found and tell:
-            tell(_found_earlier(num_found, sum(shard.kept for shard in packed)))
+        if num_found and notify:
+            notify(_describe_reuse(num_found, sum(shard.reused for shard in packed)))
         manifest = _finish(source, folder, packed, samples_per_shard)
     return manifest
 
@@ -270,18 +269,18 @@ def _pack(
     """Write all tar files.
 
     Raises:
-        ValueError: images are faulty.
+        ValueError: images are invalid.
     """
     total = len(source.dataset.images)
     num_shards = -(-total // samples_per_shard)
-    problems = Problems(source.images, "faulty image")
+    problems = Problems(source.images, "invalid image")
     tasks = _tasks(source, folder, samples_per_shard)
     packed: list[PackedShard] = []
     advance = (lambda done: progress(done, total)) if progress else None
     with closing(run_tasks(pack_shard, tasks, workers=min(workers, num_shards), progress=advance)) as results:
         for shard in results:
             packed.append(shard)
-            problems.add_many(shard.faults, shard.num_faults)
+            problems.add_many(shard.problems, shard.num_problems)
     problems.raise_if_any()
     return packed
 
@@ -297,9 +296,9 @@ def _tasks(source: Source, folder: Path, samples_per_shard: int) -> Iterator[Sha
 def _finish(source: Source, folder: Path, packed: list[PackedShard], samples_per_shard: int) -> Manifest:
     samples = np.concatenate([shard.samples for shard in packed])
     files = [shard.file for shard in packed if shard.file is not None]
-    num_turned = sum(shard.num_turned for shard in packed)
+    num_rotated = sum(shard.num_rotated for shard in packed)
     np.savez(folder / INDEX, samples=samples)
-    manifest = _describe(source.dataset, source.name, samples, files, samples_per_shard, num_turned)
+    manifest = _describe(source.dataset, source.name, samples, files, samples_per_shard, num_rotated)
     manifest.save(folder)
     publish(folder, [*(file.name for file in files), INDEX, MANIFEST])
     return manifest
@@ -311,10 +310,10 @@ def _describe(
     samples: Samples,
     files: list[ShardFile],
     samples_per_shard: int,
-    num_turned: int,
+    num_rotated: int,
 ) -> Manifest:
-    turned = (
-        f"{num_turned} images carry an EXIF orientation, which is not applied: boxes refer to stored pixels"
+    rotated = (
+        f"{num_rotated} images have an EXIF orientation, which is not applied: boxes refer to stored pixels"
     )
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -327,12 +326,12 @@ def _describe(
         label_maps=label_maps([category["id"] for category in dataset.categories]),
         source={"name": source, "sha256": dataset.sha256},
         header=dataset.header,
-        notices=dataset.notices + ([turned] if num_turned else []),
+        notices=dataset.notices + ([rotated] if num_rotated else []),
     )
 
 
-def _found_earlier(num_found: int, num_kept: int) -> str:
-    line = f"an earlier run was stopped: {num_kept} of its finished shards were kept"
-    if num_kept < num_found:
-        line += f", {num_found - num_kept} of other input or damaged were discarded"
+def _describe_reuse(num_found: int, num_reused: int) -> str:
+    line = f"an earlier run was interrupted: {num_reused} of its finished shards were reused"
+    if num_reused < num_found:
+        line += f", {num_found - num_reused} (corrupt, or with other input) were discarded"
     return line

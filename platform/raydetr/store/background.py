@@ -1,4 +1,4 @@
-"""Threads that work in the background and do not keep a process from ending, as those of concurrent.futures do."""
+"""Run calls in background threads that, unlike those of concurrent.futures, do not keep a process from exiting."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Calls: TypeAlias = "queue.SimpleQueue[Call | None]"  # None ends a thread
 
 
 class BackgroundThreads:
-    """At most `num_threads` calls at a time, in the order in which they came. Not for use after a fork.
+    """A pool that runs at most `num_threads` calls at a time, first in, first out. Not for use after a fork.
 
-    The threads end with this object, when they have done what they were given.
+    The threads end when this object is garbage-collected and the submitted calls are done.
     """
 
     def __init__(self, num_threads: int, name: str) -> None:
@@ -28,12 +28,12 @@ class BackgroundThreads:
         weakref.finalize(self, _end, self._waiting, num_threads).atexit = False
 
     def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Call in the background."""
+        """Call a function in the background and return its future."""
         future: Future[T] = Future()
         self._waiting.put((future, lambda: function(*args, **kwargs)))
         if self._num_started < self._num_threads:
             self._num_started += 1
-            # which knows the queue only, so that it does not keep this object alive
+            # The thread references only the queue, so it does not keep this object alive.
             threading.Thread(target=_work, args=(self._waiting,), name=self._name, daemon=True).start()
         return future
 
@@ -46,7 +46,7 @@ def _work(waiting: Calls) -> None:
                 future.set_result(call())
             except BaseException as error:
                 future.set_exception(error)
-        del waited, future, call  # which may hold whoever made these threads
+        del waited, future, call  # They may reference the owner of this pool, which would never be collected.
 
 
 def _end(waiting: Calls, num_threads: int) -> None:

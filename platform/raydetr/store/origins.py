@@ -1,7 +1,7 @@
-"""Where the files of remote shards are, for HTTP: fsspec's backends know their URLs and bring the credentials.
+"""Resolve the files of a remote folder to HTTP requests: fsspec's backends supply URLs and credentials.
 
-The bytes are fetched by `transfer.py`, one way for all of them. A backend fetches as well, but what it had received
-when a connection broke is lost, and how long it waits and tries is its own affair.
+`transfer.py` fetches the bytes of all of them. The backends can fetch too, but they discard what they received when a
+connection breaks, and each has its own timeouts and retries.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from urllib.parse import quote
 
 from raydetr.config.paths import scheme_of
 
-SIGNATURE_SECONDS = 3600  # how long a signed URL is good
-SIGNED_AGAIN_SECONDS = 300  # temporary credentials may end before the signature does
+SIGNATURE_SECONDS = 3600  # validity of a signed URL
+SIGNATURE_REFRESH_SECONDS = 300  # temporary credentials may expire before the signature does
 
-# What has an effect here. Credentials are none of it: settings are logged.
+# Options with an effect. Credentials are excluded because settings are logged.
 KNOWN_OPTIONS = {
     "s3": ("anon", "client_kwargs", "config_kwargs", "endpoint_url", "profile", "requester_pays", "use_ssl"),
     "gs": ("endpoint_url", "project", "token"),
@@ -32,17 +32,17 @@ _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 
 @dataclass(frozen=True)
 class Address:
-    """Where to send a request for a file."""
+    """URL and headers of a request for a file."""
 
     url: str
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Origin:
-    """A remote folder. Every process makes its own file system: fsspec's do not survive a fork.
+    """A remote folder. Every process creates its own file system, because fsspec's do not survive a fork.
 
     Raises:
-        ValueError: an option is unknown or without effect, or the backend's package is not installed.
+        ValueError: an option is unknown or has no effect, or the backend's package is not installed.
     """
 
     def __init__(self, location: str, options: Mapping[str, Any]) -> None:
@@ -58,24 +58,24 @@ class Origin:
         return Origin, (self.location, self.options)
 
     def name(self, file: str) -> str:
-        """The file for messages, as the user writes locations."""
+        """Return the location of a file, for messages."""
         return f"{self.location}/{file}"
 
     def address(self, file: str) -> Address:
-        """The address of a file now; a signature in it is good for a while."""
+        """Return the current address of a file; a signature in it expires."""
         self.connect()
         now = time.monotonic()
         signed = self._signed.get(file)
-        if signed is None or now - signed[0] > SIGNED_AGAIN_SECONDS:
+        if signed is None or now - signed[0] > SIGNATURE_REFRESH_SECONDS:
             signed = self._signed[file] = (now, self._make_address(file))
         return signed[1]
 
     def connect(self) -> None:
-        """Make the backend's file system, once in each process."""
+        """Create the backend's file system, once in each process."""
         if self._pid != os.getpid():
             self._file_system, self._signed, self._pid = self._open(), {}, os.getpid()
             if self._scheme == "s3":
-                self._make_address("manifest.json")  # s3fs makes its client at the first signature
+                self._make_address("manifest.json")  # s3fs creates its client for the first signature
 
     def _make_address(self, file: str) -> Address:
         if self._scheme in ("http", "https"):
@@ -89,7 +89,7 @@ class Origin:
         return Address(self._file_system.url(path), headers)
 
     def _http_headers(self) -> dict[str, str]:
-        """Those of the options, and what FSSPEC_HTTP and FSSPEC_HTTPS in the environment say."""
+        """Merge the headers of the options with those of FSSPEC_HTTP and FSSPEC_HTTPS in the environment."""
         configured = self._file_system.client_kwargs
         headers = {**configured.get("headers", {}), **self.options.get("headers", {})}
         if "auth" in configured:
@@ -110,7 +110,7 @@ class Origin:
         if self._scheme in ("http", "https"):
             options.pop("headers", None)
         if self._scheme == "s3" and not options.get("anon"):
-            # else buckets of us-east-1 get signatures of version 2, which new ones refuse
+            # Without this, buckets of us-east-1 get signatures of version 2, which new buckets reject.
             options["config_kwargs"] = {"signature_version": "s3v4", **options.get("config_kwargs", {})}
         return fsspec.filesystem(self._scheme, skip_instance_cache=True, **options)
 
@@ -125,18 +125,18 @@ def _check_options(scheme: str, options: Mapping[str, Any]) -> None:
         if name not in known or (name == "token" and not _is_harmless(value)):
             raise ValueError(
                 f"data.remote.options.{name}: credentials do not belong in settings, which are logged: "
-                "give them in the environment (docs/data.md, Remote data)"
+                "give them in the environment (docs/data/remote.md)"
             )
     headers = options.get("headers", {})
     if not isinstance(headers, Mapping) or not all(isinstance(value, str) for value in headers.values()):
-        raise ValueError(f"data.remote.options.headers: {headers!r} is no mapping of names to text")
+        raise ValueError(f"data.remote.options.headers: {headers!r} is not a mapping of names to strings")
     if any(name.lower() in ("authorization", "cookie", "proxy-authorization") for name in headers):
         raise ValueError(
             "data.remote.options.headers: credentials do not belong in settings, which are logged: "
-            "give them in the environment variable FSSPEC_HTTP or FSSPEC_HTTPS (docs/data.md, Remote data)"
+            "give them in the environment variable FSSPEC_HTTP or FSSPEC_HTTPS (docs/data/remote.md)"
         )
 
 
 def _is_harmless(token: Any) -> bool:
-    """A way to find credentials, or the path of a file that holds them."""
+    """Return True for a method of finding credentials or the path of a file that holds them."""
     return isinstance(token, str) and (token in GS_TOKENS or token.endswith(".json"))

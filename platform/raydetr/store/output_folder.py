@@ -1,4 +1,4 @@
-"""Output folders that are either whole or not there."""
+"""Write output folders atomically: they are complete, or they do not exist."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
-PUBLISHING = "publishing.json"  # the names that are being renamed into place
+PUBLISHING = "publishing.json"  # names of the entries that are being renamed into place
 LOCK = "lock"
 
 
 @contextmanager
 def atomic_folder(out: Path, *, last: str) -> Iterator[Path]:
-    """Give a folder to write into; its entries appear in `out` only when the block ends without an error.
+    """Yield a folder to write into; its entries appear in `out` only when the block ends without an error.
 
-    The temporary folder lies inside `out`, so that renaming never crosses file systems. The entry `last`
-    is renamed after all others: where it exists, everything does. What a killed writer left is removed.
+    The temporary folder lies inside `out`, so renaming never crosses file systems. The entry `last` is renamed
+    after all others: if it exists, so does everything else. The leftovers of a killed writer are removed.
 
     Args:
-        out: the folder to fill; missing, or empty.
+        out: the folder to fill; missing or empty.
         last: name of the entry whose presence means "complete".
 
     Raises:
-        ValueError: `out` holds something, or is no folder.
+        ValueError: `out` is not empty, or is not a folder.
         OSError: writing failed (disk full, no permission); nothing is left behind.
     """
     existed = out.exists()
-    _refuse_occupied(out)
+    _raise_if_occupied(out)
     partial = out / PARTIAL
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -44,37 +44,37 @@ def atomic_folder(out: Path, *, last: str) -> Iterator[Path]:
     except BaseException as error:
         _remove(out, existed)
         if isinstance(error, OSError) and error.errno is not None:
-            raise _stopped(out, error, "free space or check permissions, then run again") from error
+            raise _interrupted(out, error, "free space or check permissions, then run again") from error
         raise
 
 
 @contextmanager
 def resumable_folder(out: Path) -> Iterator[Path]:
-    """Give a folder to write into that outlives a stop, for a writer that knows what it finds there.
+    """Yield a folder to write into that survives an interruption, for a writer that can resume from its content.
 
-    It is `.partial` inside `out`, as for `atomic_folder`. The block ends with `publish`. After a ValueError, which is
-    a fault of the input, it is removed; after anything else (Ctrl-C, a full disk, a killed process) it stays, and
-    the next run is given it with everything that was finished.
+    It is `.partial` inside `out`, as for `atomic_folder`. The block must end with `publish`. After a ValueError,
+    which means invalid input, it is removed. After anything else (Ctrl-C, a full disk, a killed process) it stays,
+    and the next run gets it with everything that was finished.
 
     Args:
-        out: the folder to fill; missing, empty, or what a stopped run left.
+        out: the folder to fill; missing, empty, or left by an interrupted run.
 
     Raises:
-        ValueError: `out` holds something else, is no folder, or is being written by another process.
+        ValueError: `out` holds something else, is not a folder, or is being written by another process.
         OSError: writing failed (disk full, no permission).
     """
     existed = out.exists()
     partial = out / PARTIAL
     if not partial.is_dir():
-        _refuse_occupied(out)
+        _raise_if_occupied(out)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = _lock(out)
     except OSError as error:
-        raise _stopped(out, error, "check permissions, then run again") from error
+        raise _interrupted(out, error, "check permissions, then run again") from error
     try:
-        _take_back(out)
-        _refuse_occupied(out)
+        _undo_publish(out)
+        _raise_if_occupied(out)
         yield from _filled(out, existed)
     finally:
         os.close(lock)
@@ -91,37 +91,39 @@ def _filled(out: Path, existed: bool) -> Iterator[Path]:
         _remove(out, existed)
         raise
     except OSError as error:
-        remedy = "free space or check permissions, then run again: it goes on where it stopped"
-        raise _stopped(out, error, remedy) from error
+        remedy = "free space or check permissions, then run again: it resumes where it stopped"
+        raise _interrupted(out, error, remedy) from error
 
 
 def publish(partial: Path, names: Sequence[str]) -> None:
     """Move entries of a resumable folder into place, in this order; the last one means "complete".
 
-    A stop in between is undone by the next `resumable_folder`.
+    The next `resumable_folder` undoes an interrupted call.
     """
     out = partial.parent
+    # Contents and the list of names must be on the disk before the first rename: after a power failure, an entry in
+    # `out` is either complete or can be moved back.
     for name in names:
-        flush(partial / name)
+        fsync_path(partial / name)
     write_atomically(partial / PUBLISHING, json.dumps(names).encode())
-    flush(partial)
+    fsync_path(partial)
     for name in names[:-1]:
         (partial / name).rename(out / name)
-    flush(out)
+    fsync_path(out)
     (partial / names[-1]).rename(out / names[-1])
-    flush(out)
+    fsync_path(out)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is there with this content, or not at all."""
+    """Write a file so that it either has this content or is unchanged, even after a crash."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
-    flush(temporary)
+    fsync_path(temporary)
     temporary.rename(path)
 
 
-def flush(path: Path) -> None:
-    """Make sure that a file's content, or a folder's entries, are on the disk."""
+def fsync_path(path: Path) -> None:
+    """Flush a file's content, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -130,24 +132,24 @@ def flush(path: Path) -> None:
 
 
 def check_out_file(path: Path) -> None:
-    """Before minutes of work: whether a file can be written there.
+    """Raise before minutes of work if a file cannot be written to `path`.
 
     Raises:
         ValueError: its folder is missing, or it is a folder itself.
     """
     if not path.parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {path.parent}: make it first")
+        raise ValueError(f"{path}: there is no folder {path.parent}: create it first")
     if path.is_dir():
         raise ValueError(f"{path}: is a folder: name a file")
 
 
-def _take_back(out: Path) -> None:
-    """Undo what a writer that was stopped in `publish` had renamed."""
+def _undo_publish(out: Path) -> None:
+    """Move back what an interrupted `publish` had renamed."""
     listing = out / PARTIAL / PUBLISHING
     if not listing.is_file():
         return
     names = json.loads(listing.read_bytes())
-    if (out / names[-1]).exists():  # everything was renamed
+    if (out / names[-1]).exists():  # Everything was renamed: the folder is complete.
         shutil.rmtree(out / PARTIAL)
         return
     for name in names:
@@ -157,7 +159,7 @@ def _take_back(out: Path) -> None:
 
 
 def _lock(out: Path) -> int:
-    """Keep other writers away; ends with the process, however that ends."""
+    """Lock out other writers; the kernel releases the lock when the process ends, in any way."""
     descriptor = os.open(out / PARTIAL / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -167,7 +169,7 @@ def _lock(out: Path) -> int:
             f"{out}: another process is writing there: wait for it, or name another folder"
         ) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # a file system without locks
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # the file system has no locks
             os.close(descriptor)
             raise
     return descriptor
@@ -179,11 +181,11 @@ def _remove(out: Path, existed: bool) -> None:
         out.rmdir()
 
 
-def _stopped(out: Path, error: OSError, remedy: str) -> OSError:
+def _interrupted(out: Path, error: OSError, remedy: str) -> OSError:
     return OSError(error.errno, f"{out}: writing stopped ({error.strerror or error}); {remedy}")
 
 
-def _refuse_occupied(out: Path) -> None:
+def _raise_if_occupied(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, not a folder: name another output folder")
     found = [entry.name for entry in out.iterdir() if entry.name != PARTIAL] if out.is_dir() else []

@@ -1,7 +1,7 @@
-"""Byte ranges over HTTP: retried with growing pauses, and gone on with where a broken one ended.
+"""Fetch byte ranges over HTTP: retry with exponential backoff, and resume where a broken response ended.
 
-Nothing waits without end: a connection has `connect_timeout` to be made; then a server that sends nothing for
-`read_timeout`, or less than `SLOWEST` in that time, is left, and asked again for what is missing.
+Every wait is bounded: a connection must be established within `connect_timeout`. A server that then sends nothing for
+`read_timeout`, or fewer than `MIN_BYTES_PER_SECOND` over that time, is disconnected and asked again for the rest.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from raydetr.store.origins import Address
 
 log = logging.getLogger(__name__)
 
-SLOWEST = 16 * 1024  # bytes a second
-CHUNK = 256 * 1024  # bytes
-PROGRESS = 64 * 1024  # bytes after which an attempt counts as a first one again
-FIRST_PAUSE = 0.2  # seconds, doubled from attempt to attempt
-LONGEST_PAUSE = 20.0  # seconds
-RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
+MIN_BYTES_PER_SECOND = 16 * 1024
+READ_SIZE = 256 * 1024  # bytes
+PROGRESS_BYTES = 64 * 1024  # received bytes that reset the count of failed attempts
+FIRST_BACKOFF = 0.2  # seconds, doubled after each failed attempt
+MAX_BACKOFF = 20.0  # seconds
+RETRIED_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 REDIRECTS = urllib3.Retry(
     total=5,
     connect=0,
@@ -44,21 +44,21 @@ REDIRECTS = urllib3.Retry(
 
 
 class RemoteError(OSError):
-    """Bytes that could not be fetched; the message names the file, the range and what was tried."""
+    """Bytes could not be fetched; the message names the file, the range and the attempts."""
 
-    status = 0  # of HTTP, where the server refused
+    status = 0  # HTTP status, if the server rejected the request
 
 
 class _RetryableError(Exception):
-    """Worth another attempt."""
+    """A failed attempt that may be repeated."""
 
     def __init__(self, what: str, pause: float = 0.0) -> None:
         super().__init__(what)
-        self.pause = pause  # seconds that the server asks for
+        self.pause = pause  # seconds that the server asks to wait
 
 
 class Transfers:
-    """Fetches ranges, from any thread of the process that made it."""
+    """Fetches byte ranges, from any thread of the process that created it."""
 
     def __init__(self, config: RemoteConfig) -> None:
         self._config = config
@@ -68,7 +68,7 @@ class Transfers:
             for scheme, url in urllib.request.getproxies().items()
             if scheme in ("http", "https")
         }
-        self._random = random.Random()  # jitter decides nothing but when
+        self._random = random.Random()  # for jitter: affects timing only
         self.closed = threading.Event()
 
     def fetch(
@@ -80,23 +80,23 @@ class Transfers:
         size: int | None,
         accept: Callable[[bytes], None],
     ) -> None:
-        """Hand the bytes from `start` to `stop` (None: the end) to `accept`, in order, each once.
+        """Pass the bytes from `start` to `stop` (None: the end) to `accept`, in order, each exactly once.
 
         Args:
-            name: of the file, for messages.
-            address: asked before every attempt.
-            start: first byte.
-            stop: after the last byte.
-            size: that the whole file must have; None: any.
-            accept: gets chunks.
+            name: name of the file, for messages.
+            address: called before every attempt, because signed URLs expire.
+            start: offset of the first byte.
+            stop: offset after the last byte.
+            size: expected size of the complete file in bytes; None skips the check.
+            accept: called with consecutive parts of the range.
 
         Raises:
-            RemoteError: the server refuses, has another file, or failed in all attempts.
+            RemoteError: the server rejects the request, has another file, or failed in all attempts.
         """
         received, since_progress, failures, began = 0, 0, 0, time.monotonic()
         span = f"bytes {start}-{'' if stop is None else stop - 1}"
         while True:
-            fault: _RetryableError | None = None
+            failure: _RetryableError | None = None
             try:
                 for chunk in self._chunks(name, address(), start, start + received, stop, size):
                     accept(chunk)
@@ -104,30 +104,30 @@ class Transfers:
                     since_progress += len(chunk)
                 if stop is None or start + received == stop:
                     return
-                fault = _RetryableError(f"the body ended at byte {start + received}")
+                failure = _RetryableError(f"the body ended at byte {start + received}")
             except _RetryableError as error:
-                fault = error
-            if since_progress >= PROGRESS:
+                failure = error
+            if since_progress >= PROGRESS_BYTES:
                 failures = since_progress = 0
             failures += 1
             if failures >= self._config.attempts or self.closed.is_set():
                 raise RemoteError(
                     f"{name}: {span} could not be read: {failures} attempts in "
-                    f"{time.monotonic() - began:.1f} s, the last one: {fault}. Look after the server and the "
-                    "network; data.remote.attempts, connect_timeout and read_timeout say how long to try"
+                    f"{time.monotonic() - began:.1f} s, the last one: {failure}. Check the server and the "
+                    "network; data.remote.attempts, connect_timeout and read_timeout limit the attempts"
                 )
             if failures == 2:
-                log.warning("%s: %s: trying again (%s)", name, span, fault)
-            self.closed.wait(max(fault.pause, self._pause(failures)))
+                log.warning("%s: %s: trying again (%s)", name, span, failure)
+            self.closed.wait(max(failure.pause, self._pause(failures)))
 
     def _pause(self, failures: int) -> float:
-        longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** (failures - 1))
+        longest = min(MAX_BACKOFF, FIRST_BACKOFF * 2.0 ** (failures - 1))
         return longest * self._random.uniform(0.5, 1.0)
 
     def _chunks(
         self, name: str, address: Address, first: int, at: int, stop: int | None, size: int | None
     ) -> Iterator[bytes]:
-        """One attempt at the bytes from `at` on, of a range that begins at `first`."""
+        """Make one attempt at the bytes from `at` on, of a range that begins at `first`."""
         config = self._config
         headers = {**address.headers, "Accept-Encoding": "identity"}
         if at > 0 or stop is not None:
@@ -142,7 +142,7 @@ class Transfers:
             skipped = _check_response(name, response, first, at, stop, size)
             yield from self._body(response, skipped, None if stop is None else stop - at)
             if response.length_remaining == 0:
-                response.drain_conn()  # the connection can be used again
+                response.drain_conn()  # lets the pool reuse the connection
         except (HTTPError, OSError) as error:
             if isinstance(error, RemoteError):
                 raise
@@ -151,10 +151,10 @@ class Transfers:
             raise _RetryableError(_describe(error, config)) from None
         finally:
             if response is not None:
-                response.close()  # what is not read to its end cannot be used again
+                response.close()  # a connection with unread bytes cannot be reused
 
     def _pool_for(self, url: str) -> urllib3.PoolManager:
-        """Through the proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name."""
+        """Return the pool of the proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY select, or the direct one."""
         parts = urlsplit(url)
         proxy = self._proxies.get(parts.scheme)
         return self._pool if proxy is None or urllib.request.proxy_bypass(parts.netloc) else proxy
@@ -162,9 +162,10 @@ class Transfers:
     def _body(self, response: Any, skipped: int, wanted: int | None) -> Iterator[bytes]:
         window, window_bytes, num_bytes = time.monotonic(), 0, 0
         while wanted is None or num_bytes < wanted + skipped:
-            chunk = response.read1(CHUNK)
+            chunk = response.read1(READ_SIZE)
             if not chunk:
                 return
+            # Drop the `skipped` bytes before the range (a response of the complete file) and those after its end.
             before, num_bytes = num_bytes, num_bytes + len(chunk)
             stop = len(chunk) if wanted is None else len(chunk) - max(0, num_bytes - wanted - skipped)
             kept = chunk[max(0, skipped - before) : stop]
@@ -173,15 +174,15 @@ class Transfers:
             window_bytes += len(chunk)
             seconds = time.monotonic() - window
             if seconds >= self._config.read_timeout:
-                if window_bytes < seconds * SLOWEST:
+                if window_bytes < seconds * MIN_BYTES_PER_SECOND:
                     raise _RetryableError(f"only {window_bytes} bytes in {seconds:.1f} s")
                 window, window_bytes = time.monotonic(), 0
 
 
 def _check_response(name: str, response: Any, first: int, at: int, stop: int | None, size: int | None) -> int:
-    """Number of bytes at the beginning of the body that are not wanted."""
+    """Check status and headers; return the number of bytes to skip at the start of the body."""
     status = response.status
-    if status in RETRIED_STATUS:
+    if status in RETRIED_STATUSES:
         raise _RetryableError(f"HTTP {status} {_excerpt(response)}".rstrip(), _retry_after(response))
     if status == 416:
         raise RemoteError(
@@ -194,14 +195,14 @@ def _check_response(name: str, response: Any, first: int, at: int, stop: int | N
             404: "it is not there",
         }
         remedy = remedies.get(status, "it cannot be read there")
-        refusal = RemoteError(f"{name}: HTTP {status}: {remedy} {_excerpt(response)}".rstrip())
-        refusal.status = status
-        raise refusal
+        rejection = RemoteError(f"{name}: HTTP {status}: {remedy} {_excerpt(response)}".rstrip())
+        rejection.status = status
+        raise rejection
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding not in ("identity", ""):
         raise RemoteError(f"{name}: is sent with Content-Encoding {encoding}: store it as it is")
     if status == 200:
-        return _check_whole(name, response, first, at, stop, size)
+        return _check_complete(name, response, first, at, stop, size)
     sent = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", "").strip())
     if sent is None or int(sent[1]) != at or (stop is not None and int(sent[2]) >= stop):
         raise _RetryableError(f"it sent {response.headers.get('Content-Range')!r} instead of bytes {at}-")
@@ -210,15 +211,15 @@ def _check_response(name: str, response: Any, first: int, at: int, stop: int | N
     return 0
 
 
-def _check_whole(name: str, response: Any, first: int, at: int, stop: int | None, size: int | None) -> int:
-    """A server that does not know ranges sends everything: of use where the range begins with the file."""
+def _check_complete(name: str, response: Any, first: int, at: int, stop: int | None, size: int | None) -> int:
+    """Accept the complete file from a server without range support, if the range starts at byte 0; return `at`."""
     length = response.headers.get("Content-Length")
     if size is not None and length is not None and int(length) != size:
         raise _other_size(name, int(length), size)
     if first > 0 or (stop is not None and stop != size):
         raise RemoteError(
-            f"{name}: the server answers a request for a byte range with the whole file (HTTP 200): "
-            "shards need a server that knows Range requests, as nginx, Apache and all object stores do"
+            f"{name}: the server answers a request for a byte range with the complete file (HTTP 200): "
+            "shards need a server that supports Range requests, as nginx, Apache and all object stores do"
         )
     return at
 
@@ -230,7 +231,7 @@ def _other_size(name: str, found: int, size: int) -> RemoteError:
 
 
 def _excerpt(response: Any) -> str:
-    """What the server says about it, in one line."""
+    """Return the start of an error response as one line."""
     try:
         text = response.read1(2048).decode("utf-8", "replace")
     except (HTTPError, OSError):
@@ -247,7 +248,8 @@ def _retry_after(response: Any) -> float:
 
 
 def _describe(error: Exception, config: RemoteConfig) -> str:
-    if isinstance(error, urllib3.exceptions.NewConnectionError):  # which urllib3 has for a kind of timeout
+    # NewConnectionError is a subclass of ConnectTimeoutError, so it must be tested first.
+    if isinstance(error, urllib3.exceptions.NewConnectionError):
         return f"no connection: {error}"
     if isinstance(error, urllib3.exceptions.ConnectTimeoutError):
         return f"no connection within {config.connect_timeout:g} s"
@@ -261,5 +263,5 @@ def _describe(error: Exception, config: RemoteConfig) -> str:
 def _is_certificate(error: Exception) -> bool:
     reason = getattr(error, "reason", None) or error
     return isinstance(reason, SSLError) and any(
-        isinstance(a, ssl.SSLCertVerificationError) for a in reason.args
+        isinstance(argument, ssl.SSLCertVerificationError) for argument in reason.args
     )

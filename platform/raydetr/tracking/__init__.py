@@ -1,1 +1,1 @@
-"""The metrics of a run: its history file and its MLflow run."""
+"""Record the metrics of a run: in its history file and in its MLflow run."""

@@ -1,4 +1,4 @@
-"""The metrics of a run as a file of lines beside its checkpoints; a resumed run continues it."""
+"""Record the metrics of a run in a JSON Lines file in the run's folder; a resumed run continues the file."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 
 
 class History:
-    """Rows {"step", "position", metric: value, ...} in the order they happened."""
+    """Rows {"step", "position", metric: value, ...} in chronological order."""
 
     def __init__(self, path: Path, position: int, is_writer: bool) -> None:
-        """Read what was logged up to `position`; what an interrupted attempt logged after it is dropped."""
+        """Read the rows up to `position`; drop those that an interrupted attempt logged after it.
+
+        The run trains these steps again from its checkpoint, and would otherwise have them twice.
+        """
         self._path, self._is_writer = path, is_writer
         lines = path.read_text().splitlines() if path.exists() else []
         rows = [row for line in lines if (row := _parse(line)) is not None]
@@ -21,7 +24,7 @@ class History:
             path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def append(self, step: int, position: int, metrics: Mapping[str, float]) -> None:
-        """Add a row, on disk at once."""
+        """Append a row, also to the file."""
         assert self._is_writer
         row = {"step": step, "position": position, **metrics}
         self.rows.append(row)
@@ -29,12 +32,12 @@ class History:
             file.write(json.dumps(row) + "\n")
 
     def last_ap(self) -> float | None:
-        """The AP of the last evaluation."""
+        """Return the AP of the last evaluation; None before the first."""
         values = [row["AP"] for row in self.rows if "AP" in row]
         return values[-1] if values else None
 
     def curves(self, prefix: str, over: str) -> dict[str, list[tuple[float, float]]]:
-        """The metrics whose names begin with `prefix`, as (value of `over`, value) points."""
+        """Return the metrics whose names start with `prefix`, as points (value of `over`, value)."""
         curves: dict[str, list[tuple[float, float]]] = {}
         for row in self.rows:
             for name, value in row.items():
@@ -44,7 +47,7 @@ class History:
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-    """A row, or None for a line that was cut off when the process was killed."""
+    """Parse a line; return None for one that was cut off when the process was killed."""
     try:
         row: dict[str, Any] = json.loads(line)
     except json.JSONDecodeError:

@@ -1,8 +1,7 @@
-"""Tracking: one MLflow run, fed by a thread, so that training never waits for a server.
+"""Create, describe, finish and read MLflow runs. These functions wait for MLflow; they are for the driver.
 
-The driver makes the run (`create_run`), describes it (`log_params`, `log_dataset`) and ends it
-(`finish_run`); the worker of rank 0 feeds it through a `Tracker`. This is the only module that
-imports mlflow.
+The driver creates the run (`create_run`), describes it (`log_params`, `log_dataset`) and finishes it (`finish_run`).
+Rank 0 logs its metrics through a `Tracker` (tracker.py), which does not wait. No other module imports mlflow.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-# Read by mlflow at each request; whoever sets them in the environment wins. The defaults (7 retries of 120 s,
-# with pauses) would hold a caller for minutes; and a training platform has no business to phone home.
+# Defaults, which variables in the environment override. MLflow's own defaults (7 retries of 120 s, with pauses) would
+# block a caller for minutes, and its telemetry sends data about the user. Set before the import of mlflow.
 for _name, _value in {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -43,7 +42,7 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 from raydetr.config import RunConfig  # noqa: E402
 from raydetr.config.paths import SQLITE, sqlite_file  # noqa: E402
 
-# Its lines about making tables are no news to users; warnings remain
+# Hide its messages about creating tables; warnings are still shown
 for _logger in ("mlflow.store.db.utils", "alembic"):
     logging.getLogger(_logger).setLevel(logging.WARNING)
 
@@ -52,21 +51,22 @@ Curves = dict[str, list[tuple[int, float]]]
 
 CHANGED_TAG = "raydetr.changed_on_resume"
 
-_METRICS_PER_BATCH = 1000  # MLflow's limit
-_PARAMS_PER_BATCH = 100  # MLflow's limit
-_PARAM_LENGTH = 6000  # MLflow's limit
-_DIGEST_LENGTH = 36  # MLflow's limit
-_TAG_LENGTH = 8000  # MLflow's limit
-_CUT = "... (cut; config.yaml holds all of it)"
+# MLflow's limits
+_PARAMS_PER_BATCH = 100
+_PARAM_LENGTH = 6000
+_DIGEST_LENGTH = 36
+_TAG_LENGTH = 8000
+
+_TRUNCATED = "... (truncated; config.yaml has the complete value)"
 
 
 class TrackingError(RuntimeError):
-    """MLflow could not be reached or refused; the message names the URI."""
+    """MLflow could not be reached, or refused a request; the message names the URI."""
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run as MLflow holds it: params as text, the last value of each metric, the files it kept."""
+    """A run as stored in MLflow: params as text, the last value of each metric, the paths of the artifacts."""
 
     run_id: str
     name: str
@@ -76,16 +76,16 @@ class TrackedRun:
     artifacts: tuple[str, ...]
 
 
-# --- the driver's side ---
+# --- writing ---
 
 
 def default_uri(storage_path: Path) -> str:
-    """Return the URI of the embedded database in the folder of the runs."""
+    """Return the URI of the SQLite database in the folder of the runs."""
     return f"{SQLITE}{storage_path.absolute() / 'mlflow.db'}"
 
 
 def tracking_uri(config: RunConfig) -> str:
-    """Return where a run with this (resolved) configuration is tracked."""
+    """Return the tracking URI of a run with this (resolved) configuration."""
     return config.tracking.uri or default_uri(config.storage.path)
 
 
@@ -97,12 +97,12 @@ def create_run(
     parent_run_id: str | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> str:
-    """Make a run (and the database and the experiment, the first time) and return its id.
+    """Create a run, and the database and the experiment if they are missing; return the id of the run.
 
-    Call it in the driver: two processes that create one database at the same time get in each other's way.
+    Call it in the driver only: two processes that create the same database at the same time can fail.
     """
     parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
-    with _explained(uri, f"create the run {run_name}"):
+    with _tracking_errors(uri, f"create the run {run_name}"):
         client = connect(uri)
         experiment_id = _experiment_id(client, uri, experiment)
         run = client.create_run(experiment_id, tags={**(tags or {}), **parent}, run_name=run_name)
@@ -110,25 +110,25 @@ def create_run(
 
 
 def reopen_run(uri: str, run_id: str) -> None:
-    """Set a run back to RUNNING: a resumed training goes on in the same run."""
-    with _explained(uri, f"reopen the run {run_id}"):
+    """Set a run back to RUNNING: a resumed training continues in the same MLflow run."""
+    with _tracking_errors(uri, f"reopen the run {run_id}"):
         connect(uri).update_run(run_id, status="RUNNING")
 
 
 def finish_run(uri: str, run_id: str, status: Status) -> None:
-    """Write the final status and the end time."""
-    with _explained(uri, f"finish the run {run_id}"):
+    """Set the final status and the end time."""
+    with _tracking_errors(uri, f"finish the run {run_id}"):
         connect(uri).set_terminated(run_id, status=status)
 
 
 def log_params(uri: str, run_id: str, params: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Log dotted paths and their values, in the notation that the command line reads back.
+    """Log settings by dotted path, in the notation of the command line; return the changed ones: {path: (old, new)}.
 
-    MLflow never changes a param. Where a resumed run has other values, the first ones stay, and the tag
-    `raydetr.changed_on_resume` says what changed; the return value does too: {path: (old, new)}.
+    MLflow does not allow a param to change. If a resumed run has other values, the first ones stay, and the tag
+    `raydetr.changed_on_resume` lists the changes.
     """
     texts = {path: _param_text(value) for path, value in params.items()}
-    with _explained(uri, f"log the params of run {run_id}"):
+    with _tracking_errors(uri, f"log the params of run {run_id}"):
         client = connect(uri)
         known = client.get_run(run_id).data.params
         added = [Param(path, text) for path, text in texts.items() if path not in known]
@@ -136,14 +136,14 @@ def log_params(uri: str, run_id: str, params: Mapping[str, Any]) -> dict[str, tu
             client.log_batch(run_id, params=added[start : start + _PARAMS_PER_BATCH])
         changed = {path: (known[path], text) for path, text in texts.items() if known.get(path, text) != text}
         if changed:
-            said = "; ".join(f"{path}: {old} -> {new}" for path, (old, new) in changed.items())
-            client.set_tag(run_id, CHANGED_TAG, said[:_TAG_LENGTH])
+            text = "; ".join(f"{path}: {old} -> {new}" for path, (old, new) in changed.items())
+            client.set_tag(run_id, CHANGED_TAG, text[:_TAG_LENGTH])
     return changed
 
 
 def set_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
-    """Set tags of a run; a tag that it has is replaced."""
-    with _explained(uri, f"set tags of run {run_id}"):
+    """Set tags of a run; existing tags are replaced."""
+    with _tracking_errors(uri, f"set tags of run {run_id}"):
         for name, value in tags.items():
             connect(uri).set_tag(run_id, name, value[:_TAG_LENGTH])
 
@@ -161,10 +161,10 @@ def log_dataset(
     """Log a dataset as an input of the run.
 
     Args:
-        fingerprint: of the data; its beginning is the digest that MLflow shows.
-        source: where the shards are.
-        context: what it is used for: "training" or "validation".
-        profile: numbers that describe it, such as num_images.
+        fingerprint: of the data; its first characters are the digest that MLflow shows.
+        source: folder or URL of the shards.
+        context: "training" or "validation".
+        profile: numbers that describe the dataset, such as num_images.
     """
     dataset = Dataset(
         name=name,
@@ -173,28 +173,28 @@ def log_dataset(
         source=json.dumps({"uri": source}),
         profile=json.dumps({"fingerprint": fingerprint, **profile}),
     )
-    with _explained(uri, f"log the dataset {name} of run {run_id}"):
+    with _tracking_errors(uri, f"log the dataset {name} of run {run_id}"):
         tags = [InputTag("mlflow.data.context", context)]
         connect(uri).log_inputs(run_id, [DatasetInput(dataset, tags)])
 
 
 def log_text(uri: str, run_id: str, text: str, file: str) -> None:
-    """Keep a text as the artifact `file` (a path within the run's artifacts); waits until it is stored."""
-    with _explained(uri, f"store {file} of run {run_id}"):
+    """Store a text as the artifact `file`, a path within the run's artifacts."""
+    with _tracking_errors(uri, f"store {file} of run {run_id}"):
         store_file(connect(uri), run_id, file, text.encode())
 
 
-# --- the reading side ---
+# --- reading ---
 
 
 def fetch_run(uri: str, run_id_or_name: str) -> TrackedRun:
-    """What MLflow holds of a run.
+    """Read a run.
 
     Raises:
-        ValueError: no run has this id or name, or several have this name.
+        ValueError: no run has this id or name, or several runs have this name.
         TrackingError: MLflow cannot be reached.
     """
-    with _explained(uri, f"read the run {run_id_or_name}"):
+    with _tracking_errors(uri, f"read the run {run_id_or_name}"):
         client = _connect_to_read(uri)
         run = _find_run(client, uri, run_id_or_name)
         return TrackedRun(
@@ -202,33 +202,33 @@ def fetch_run(uri: str, run_id_or_name: str) -> TrackedRun:
             name=run.info.run_name or "",
             status=run.info.status,
             params=dict(run.data.params),
-            metrics={name: _restored(value) for name, value in run.data.metrics.items()},
+            metrics={name: _restore_infinity(value) for name, value in run.data.metrics.items()},
             artifacts=tuple(sorted(_walk(client, run.info.run_id, None))),
         )
 
 
 def fetch_history(uri: str, run_id: str) -> Curves:
-    """All values of all metrics as {name: [(step, value), ...]}, by step.
+    """Read all values of all metrics, {name: [(step, value), ...]}, sorted by step.
 
-    Where a resumed run went through a step again, the later value counts.
+    If a resumed run repeated a step, the later value is returned.
     """
-    with _explained(uri, f"read the metrics of run {run_id}"):
+    with _tracking_errors(uri, f"read the metrics of run {run_id}"):
         client = _connect_to_read(uri)
         history: Curves = {}
         for name in client.get_run(run_id).data.metrics:
             points = sorted(client.get_metric_history(run_id, name), key=lambda point: point.timestamp)
-            history[name] = sorted({point.step: _restored(point.value) for point in points}.items())
+            history[name] = sorted({point.step: _restore_infinity(point.value) for point in points}.items())
     return history
 
 
 def fetch_artifact(uri: str, run_id: str, file: str) -> bytes:
-    """The content of an artifact.
+    """Read the content of an artifact.
 
     Raises:
         TrackingError: there is no such artifact, or MLflow cannot be reached.
     """
     with (
-        _explained(uri, f"read {file} of run {run_id}"),
+        _tracking_errors(uri, f"read {file} of run {run_id}"),
         tempfile.TemporaryDirectory(prefix="raydetr-") as folder,
     ):
         return Path(_connect_to_read(uri).download_artifacts(run_id, file, folder)).read_bytes()
@@ -238,7 +238,7 @@ def fetch_artifact(uri: str, run_id: str, file: str) -> bytes:
 
 
 def connect(uri: str) -> MlflowClient:
-    """Return a client that writes; makes the folder of an embedded database (MLflow makes the database)."""
+    """Return a client that writes; create the folder of a SQLite database (MLflow creates the database)."""
     file = sqlite_file(uri)
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -246,27 +246,28 @@ def connect(uri: str) -> MlflowClient:
 
 
 def _connect_to_read(uri: str) -> MlflowClient:
-    """Return a client that only reads: a missing database is an error, and is not made.
+    """Return a client that only reads: it does not create a missing SQLite database.
 
     Raises:
         TrackingError: there is no such database.
     """
     file = sqlite_file(uri)
     if file and not file.is_file():
-        raise TrackingError(f"{file}: no such MLflow database; runs make one in their storage.path")
+        raise TrackingError(f"{file}: no such MLflow database; a run creates one in its storage.path")
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 @contextmanager
-def _explained(uri: str, what: str) -> Iterator[None]:
+def _tracking_errors(uri: str, action: str) -> Iterator[None]:
+    """Raise errors of MLflow as TrackingError, with the action that failed."""
     try:
         yield
     except (MlflowException, OSError) as error:
-        raise TrackingError(f"could not {what} in MLflow at {uri}: {first_line(error)}") from error
+        raise TrackingError(f"could not {action} in MLflow at {uri}: {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
+    """Return the first line of an error's message, or its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -275,24 +276,25 @@ def _experiment_id(client: MlflowClient, uri: str, experiment: str) -> str:
     if found is not None:
         return str(found.experiment_id)
     file = sqlite_file(uri)
-    beside = (file.absolute().parent / "mlflow-artifacts").as_uri() if file else None
+    # Next to the database: MLflow would put the artifacts into the current working directory
+    artifacts = (file.absolute().parent / "mlflow-artifacts").as_uri() if file else None
     try:
-        return str(client.create_experiment(experiment, artifact_location=beside))
+        return str(client.create_experiment(experiment, artifact_location=artifacts))
     except MlflowException as error:
         found = client.get_experiment_by_name(experiment)
         if found is None:
             raise error
-        return str(found.experiment_id)  # another driver was faster
+        return str(found.experiment_id)  # another driver created it at the same time
 
 
 def _param_text(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= _PARAM_LENGTH else text[: _PARAM_LENGTH - len(_CUT)] + _CUT
+    return text if len(text) <= _PARAM_LENGTH else text[: _PARAM_LENGTH - len(_TRUNCATED)] + _TRUNCATED
 
 
 def metric_name(name: str) -> str:
-    """Return the name as MLflow accepts it."""
-    return re.sub(r"[^\w.\- :/]", "_", name)  # MLflow refuses other characters
+    """Replace the characters that MLflow does not allow in the name of a metric."""
+    return re.sub(r"[^\w.\- :/]", "_", name)
 
 
 def store_file(client: MlflowClient, run_id: str, file: str, content: bytes) -> None:
@@ -309,7 +311,7 @@ def _find_run(client: MlflowClient, uri: str, run_id_or_name: str) -> Run:
     if re.fullmatch("[0-9a-f]{32}", run_id_or_name):
         return client.get_run(run_id_or_name)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    quote = '"' if "'" in run_id_or_name else "'"
+    quote = '"' if "'" in run_id_or_name else "'"  # the one that is not in the name
     named = f"attributes.run_name = {quote}{run_id_or_name}{quote}"
     found = client.search_runs(experiments, named, ViewType.ACTIVE_ONLY)
     if len(found) == 1:
@@ -317,7 +319,7 @@ def _find_run(client: MlflowClient, uri: str, run_id_or_name: str) -> Run:
     if found:
         ids = ", ".join(run.info.run_id for run in found)
         raise ValueError(
-            f"{len(found)} runs in {uri} are named {run_id_or_name!r}; name one by its id: {ids}"
+            f"{len(found)} runs in {uri} are named {run_id_or_name!r}; give the id of one: {ids}"
         )
     latest = client.search_runs(experiments, max_results=5, order_by=["attributes.start_time DESC"])
     names = ", ".join(run.info.run_name or run.info.run_id for run in latest)
@@ -334,6 +336,6 @@ def _walk(client: MlflowClient, run_id: str, folder: str | None) -> Iterator[str
             yield entry.path
 
 
-def _restored(value: float) -> float:
-    # MLflow's database keeps an infinity as the largest finite number
+def _restore_infinity(value: float) -> float:
+    # MLflow's database stores an infinity as the largest finite number
     return math.copysign(math.inf, value) if abs(value) >= 1.79e308 else value

@@ -1,4 +1,4 @@
-"""Feed an MLflow run from a training process, through a thread, so that training never waits for a server."""
+"""Log to an MLflow run from a training process, through a thread: training does not wait for the server."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ METRICS_PER_BATCH = 1000  # MLflow's limit
 
 
 class Tracker:
-    """Feeds one run from a training process. No call waits for MLflow, except `flush` and `close`.
+    """Logs to one run. No call waits for MLflow, except `flush` and `close`.
 
-    Values and files go into a buffer in memory; a thread sends it every few seconds. What could not be sent
-    stays in the buffer and is tried again; sending a value twice is harmless, since it carries its timestamp.
+    Values and files go into a buffer in memory, which a thread sends every `interval_s` seconds. If sending fails, they
+    stay in the buffer for the next attempt. A value can be sent twice: MLflow ignores a point that it already has
+    (same key, step, timestamp and value).
     """
 
     def __init__(self, uri: str, run_id: str, *, interval_s: float = 3.0) -> None:
@@ -35,67 +36,67 @@ class Tracker:
         self._metrics: list[Metric] = []
         self._files: list[tuple[str, bytes]] = []
         self._changed = threading.Condition()
-        self._hurry = False
+        self._flush_requested = False
         self._closed = False
         self._num_failures = 0
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="mlflow-tracker", daemon=True)
         self._thread.start()
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Record values at a step. Values that are not finite are kept as they are."""
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Log values at a step. Values need not be finite."""
         now = int(time.time() * 1000)
         rows = [Metric(metric_name(name), float(value), now, step) for name, value in values.items()]
         with self._changed:
             assert not self._closed, "the tracker is closed"
             self._metrics += rows
 
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """Keep a copy of a (small) file as it is now."""
-        self.content(path.read_bytes(), str(PurePosixPath(folder) / path.name))
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        """Store a copy of a (small) file in `folder`, with its current content."""
+        self.log_bytes(path.read_bytes(), str(PurePosixPath(folder) / path.name))
 
-    def text(self, text: str, file: str) -> None:
-        """Keep a text as the artifact `file`."""
-        self.content(text.encode(), file)
+    def log_text(self, text: str, file: str) -> None:
+        """Store a text as the artifact `file`."""
+        self.log_bytes(text.encode(), file)
 
-    def figure(self, figure: Figure, file: str) -> None:
-        """Keep a matplotlib figure as the artifact `file` (PNG)."""
+    def log_figure(self, figure: Figure, file: str) -> None:
+        """Store a matplotlib figure as the artifact `file` (PNG)."""
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
-        self.content(buffer.getvalue(), file)
+        self.log_bytes(buffer.getvalue(), file)
 
-    def image(self, image: Image.Image, file: str) -> None:
-        """Keep a picture as the artifact `file` (PNG)."""
+    def log_image(self, image: Image.Image, file: str) -> None:
+        """Store an image as the artifact `file` (PNG)."""
         buffer = io.BytesIO()
         image.save(buffer, format="png")
-        self.content(buffer.getvalue(), file)
+        self.log_bytes(buffer.getvalue(), file)
 
-    def content(self, content: bytes, file: str) -> None:
-        """Keep bytes as the artifact `file`, a path within the run's artifacts; a later one replaces it."""
+    def log_bytes(self, content: bytes, file: str) -> None:
+        """Store bytes as the artifact `file`, a path within the run's artifacts; a later call replaces it."""
         with self._changed:
             assert not self._closed, "the tracker is closed"
-            # an older one of the same name that has not been sent yet would only be overwritten
+            # An older version that has not been sent yet would only be overwritten
             self._files = [entry for entry in self._files if entry[0] != file] + [(file, content)]
 
     def flush(self, timeout_s: float = 60.0) -> None:
-        """Wait until everything recorded so far is stored.
+        """Wait until everything that was logged so far is stored.
 
         Raises:
-            TrackingError: sending failed, or did not end in time; what is unsent stays in the buffer.
+            TrackingError: sending failed, or took longer than `timeout_s`; the buffer keeps what was not sent.
         """
         with self._changed:
             failures = self._num_failures
-            self._hurry = True
+            self._flush_requested = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._is_empty() or self._num_failures > failures, timeout_s)
             if not self._is_empty():
-                raise TrackingError(self._complaint(timeout_s)) from self._error
+                raise TrackingError(self._error_message(timeout_s)) from self._error
 
     def close(self, timeout_s: float = 60.0) -> None:
         """Flush, then end the thread.
 
         Raises:
-            TrackingError: as `flush`; the thread ends all the same.
+            TrackingError: see `flush`; the thread ends anyway.
         """
         try:
             self.flush(timeout_s)
@@ -103,36 +104,37 @@ class Tracker:
             with self._changed:
                 self._closed = True
                 self._changed.notify_all()
-            # a request in flight is not waited for: the thread is a daemon and cannot hold the process
+            # Do not wait for a request in flight: the thread is a daemon and does not keep the process alive
             self._thread.join(timeout=1.0)
 
     def _is_empty(self) -> bool:
         return not self._metrics and not self._files
 
-    def _complaint(self, timeout_s: float) -> str:
-        why = first_line(self._error) if self._error else f"no answer within {timeout_s:g} s"
+    def _error_message(self, timeout_s: float) -> str:
+        reason = first_line(self._error) if self._error else f"no answer within {timeout_s:g} s"
         unsent = f"{len(self._metrics)} metric values and {len(self._files)} files"
-        return f"{unsent} of run {self.run_id} did not reach MLflow at {self.uri}: {why}"
+        return f"{unsent} of run {self.run_id} did not reach MLflow at {self.uri}: {reason}"
 
     def _run(self) -> None:
         client = None
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._hurry or self._closed, self._interval_s)
+                self._changed.wait_for(lambda: self._flush_requested or self._closed, self._interval_s)
                 if self._closed:
                     return
-                self._hurry = False
+                self._flush_requested = False
             try:
                 client = client or connect(self.uri)
                 self._send_metrics(client)
                 self._send_files(client)
                 self._report(None)
-            except Exception as error:  # whatever it is, it must not end the thread: `flush` raises it
+            except Exception as error:  # no error may end the thread: `flush` raises it
                 self._report(error)
 
     def _send_metrics(self, client: MlflowClient) -> None:
         while batch := self._metrics[:METRICS_PER_BATCH]:
             client.log_batch(self.run_id, metrics=batch)
+            # Removed only after MLflow has them. Other threads only append, so that the first ones are still these
             with self._changed:
                 del self._metrics[: len(batch)]
 
@@ -145,8 +147,8 @@ class Tracker:
 
     def _report(self, error: Exception | None) -> None:
         with self._changed:
-            if error and not self._error:
-                log.warning("MLflow at %s: %s; will be tried again", self.uri, first_line(error))
+            if error and not self._error:  # once per outage
+                log.warning("MLflow at %s: %s; will retry", self.uri, first_line(error))
             self._error = error
             self._num_failures += error is not None
             self._changed.notify_all()

@@ -1,1 +1,1 @@
-"""Training: the loop, the optimizer, checkpoints. No Ray and no MLflow."""
+"""Train a detector: the loop, the optimizer, checkpoints. Imports neither Ray nor MLflow."""

@@ -1,7 +1,7 @@
-"""Checkpoints: a folder with `state.pt` (tensors) and `meta.json` (what they belong to).
+"""Write and read checkpoints: folders with `state.pt` (the state) and `meta.json` (its description).
 
-`meta.json` is written last and carries the size and checksum of `state.pt`, so that a checkpoint
-that was cut off is never taken for a whole one.
+`meta.json` is written last, by a rename, and has the size and checksum of `state.pt`: an interrupted write or an
+incomplete copy is never taken for a complete checkpoint.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from raydetr.shards.reader import Shards
 from raydetr.training.loop import Training
 
 FORMAT = 1
-Writer = Callable[[Path], None]  # writes a checkpoint into the folder it is given
+Writer = Callable[[Path], None]  # writes a checkpoint into a given folder
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the folder and what is wrong."""
+    """A checkpoint cannot be used; the message names the folder and the problem."""
 
 
 @dataclass(frozen=True)
 class Meta:
-    """What a checkpoint belongs to."""
+    """Content of `meta.json`: configuration, data and progress of a checkpoint, and how to verify its state."""
 
     config: dict[str, Any]
     categories: list[dict[str, Any]]  # COCO categories of the training data
@@ -45,12 +45,12 @@ class Meta:
     state_bytes: int
     state_crc32: int
     format: int = FORMAT
-    order: int = 1  # version of the order of samples; the first checkpoints did not say
+    order: int = 1  # version of the order of samples; missing in the first checkpoints
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model with its trained weights (the moving average where there is one), in eval mode."""
+class LoadedModel:
+    """A model with its trained weights (the moving average if there is one), in eval mode."""
 
     config: RunConfig
     model: zoo.Model
@@ -58,7 +58,7 @@ class Loaded:
 
 
 def save(folder: Path, training: Training, shards: Shards, epoch: int, metrics: Mapping[str, float]) -> None:
-    """Write the state of `training`, trained on `shards`, into the (new or empty) `folder`."""
+    """Write the state of `training`, trained on `shards`, into `folder`, which is new or empty."""
     folder.mkdir(parents=True, exist_ok=True)
     ema = training.ema
     state = {
@@ -69,7 +69,7 @@ def save(folder: Path, training: Training, shards: Shards, epoch: int, metrics: 
         "scaler": training.scaler.state_dict(),
         "skipped_steps": training.skipped_steps,
         "corrupt_samples": training.corrupt_log.to_dicts(),
-        # schedule, data order and random draws are functions of these two
+        # Schedule, data order and random draws are functions of these two: no generator states are needed
         "position": training.position,
         "seed": training.config.seed,
     }
@@ -86,30 +86,33 @@ def save(folder: Path, training: Training, shards: Shards, epoch: int, metrics: 
 
 
 def write(folder: Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-    """Write `state`, and the fields of Meta but those about the file, into `folder`, the description last."""
+    """Write `state` and its description into `folder`; `meta` has the fields of Meta without size and checksum."""
+    # The order is the commit: the state first, then meta.json under its final name. A process that is killed in
+    # between leaves a folder without meta.json, which is no checkpoint. The size and the checksum detect what the
+    # order cannot: a state that was cut off or changed later, for example by an incomplete copy
     path = folder / "state.pt"
     torch.save(state, path)
-    whole = Meta(**meta, state_bytes=path.stat().st_size, state_crc32=_crc32(path))
+    complete = Meta(**meta, state_bytes=path.stat().st_size, state_crc32=_crc32(path))
     partial = folder / "meta.json.partial"
-    partial.write_text(json.dumps(asdict(whole), indent=1))
+    partial.write_text(json.dumps(asdict(complete), indent=1))
     partial.rename(folder / "meta.json")
 
 
 def read_meta(folder: Path) -> Meta:
-    """What the checkpoint in `folder` belongs to, after checking that it is whole.
+    """Read the description of the checkpoint in `folder`, and verify that the checkpoint is complete.
 
     Raises:
-        CheckpointError: the folder is no checkpoint of ours, was cut off, or is damaged.
+        CheckpointError: the folder holds no checkpoint of this program, or one that is incomplete or corrupt.
     """
     try:
         values = json.loads((folder / "meta.json").read_text())
         meta = Meta(**values)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder}: no checkpoint (meta.json is missing: not a checkpoint folder, or cut off while writing)"
+            f"{folder}: no checkpoint (meta.json is missing: not a checkpoint folder, or writing was interrupted)"
         ) from None
     except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder}/meta.json: not a checkpoint's description ({error})") from None
+        raise CheckpointError(f"{folder}/meta.json: not the description of a checkpoint ({error})") from None
     if meta.format != FORMAT:
         raise CheckpointError(
             f"{folder}: checkpoint format {meta.format}; this version reads format {FORMAT}"
@@ -119,15 +122,15 @@ def read_meta(folder: Path) -> Meta:
     if size != meta.state_bytes:
         raise CheckpointError(f"{state}: {size} bytes, expected {meta.state_bytes}: the copy is incomplete")
     if _crc32(state) != meta.state_crc32:
-        raise CheckpointError(f"{state}: checksum differs from meta.json: the file is damaged")
+        raise CheckpointError(f"{state}: checksum differs from meta.json: the file is corrupt")
     return meta
 
 
-def check_fits(folder: Path, config: RunConfig, shards: Shards) -> Meta:
-    """Make sure that a run of `config` on `shards` can go on from a checkpoint.
+def check_compatible(folder: Path, config: RunConfig, shards: Shards) -> Meta:
+    """Verify that a run of `config` on `shards` can resume from a checkpoint; return its description.
 
     Raises:
-        CheckpointError: it is damaged, or was made by another model, with other settings, or on other data.
+        CheckpointError: it is corrupt, or was made by another model, with other settings, or on other data.
     """
     meta = read_meta(folder)
     theirs = run_config(folder, meta)
@@ -157,7 +160,7 @@ def run_config(folder: Path, meta: Meta) -> RunConfig:
     """Return the configuration of a checkpoint; settings that were added since then have their default.
 
     Raises:
-        CheckpointError: it is not a configuration of this version.
+        CheckpointError: this version cannot read it.
     """
     try:
         return from_dict(meta.config)
@@ -166,7 +169,7 @@ def run_config(folder: Path, meta: Meta) -> RunConfig:
 
 
 def model_differences(theirs: RunConfig, ours: RunConfig, ignored: tuple[str, ...] = ()) -> list[str]:
-    """Return a phrase for each setting of the model that differs; `ignored` are beginnings of settings' names."""
+    """Return a phrase for each setting of the model that differs; `ignored` are prefixes of setting names."""
     there, here = (flatten(to_dict(config)["model"]) for config in (theirs, ours))
     return [
         f"model.{name} is {there.get(name)!r} there and {here.get(name)!r} here"
@@ -176,19 +179,19 @@ def model_differences(theirs: RunConfig, ours: RunConfig, ignored: tuple[str, ..
 
 
 def restore(folder: Path, training: Training, shards: Shards) -> Meta:
-    """Load a checkpoint into `training`, which goes on where it stopped.
+    """Load a checkpoint into `training`, which then resumes at its position.
 
     Raises:
-        CheckpointError: as `check_fits`.
+        CheckpointError: see `check_compatible`.
     """
-    meta = check_fits(folder, training.config, shards)
+    meta = check_compatible(folder, training.config, shards)
     state = _load_state(folder, training.world.device)
     training.detector.load_state_dict(state["model"])
     training.optimizer.load_state_dict(state["optimizer"])
     if training.ema is not None:
         training.ema.model.load_state_dict(state["ema"])
         training.ema.num_updates = state["ema_updates"]
-    if state["scaler"] and training.scaler.is_enabled():  # a resumed run may have another precision
+    if state["scaler"] and training.scaler.is_enabled():  # a run may resume in another precision
         training.scaler.load_state_dict(state["scaler"])
     training.skipped_steps = state["skipped_steps"]
     training.corrupt_log = CorruptSampleLog.from_dicts(state["corrupt_samples"])
@@ -196,8 +199,8 @@ def restore(folder: Path, training: Training, shards: Shards) -> Meta:
     return meta
 
 
-def load_for_inference(folder: Path, device: torch.device | None = None) -> Loaded:
-    """The trained model of a checkpoint, ready to predict.
+def load_for_inference(folder: Path, device: torch.device | None = None) -> LoadedModel:
+    """Load the trained model of a checkpoint, ready to predict.
 
     Raises:
         CheckpointError: the folder holds no usable checkpoint.
@@ -205,28 +208,29 @@ def load_for_inference(folder: Path, device: torch.device | None = None) -> Load
     meta = read_meta(folder)
     config = run_config(folder, meta)
     device = device or torch.device("cpu")
-    # the weights come from the checkpoint: nothing is fetched for the backbone
+    # The checkpoint has all weights: download nothing for the backbone
     backbone = replace(config.model.backbone, weights=None)
     model = zoo.build(replace(config.model, backbone=backbone))
     state = _load_state(folder, device)
     _load_weights(model.detector, state["ema"] or state["model"], folder)
     model.detector.to(device).eval()
-    return Loaded(config, model, make_label_map(meta.categories, config.data.label_map))
+    return LoadedModel(config, model, make_label_map(meta.categories, config.data.label_map))
 
 
-def newest(folders: Iterable[Path]) -> tuple[Path | None, list[str]]:
-    """The whole checkpoint with the highest position, and what is wrong with those that are not whole."""
-    whole: list[tuple[int, Path]] = []
-    faults: list[str] = []
+def newest_complete(folders: Iterable[Path]) -> tuple[Path | None, list[str]]:
+    """Return the complete checkpoint with the highest position, and one message for each unusable checkpoint."""
+    complete: list[tuple[int, Path]] = []
+    errors: list[str] = []
     for folder in folders:
         try:
-            whole.append((read_meta(folder).position, folder))
+            complete.append((read_meta(folder).position, folder))
         except CheckpointError as error:
-            faults.append(str(error))
-    return (max(whole)[1] if whole else None), faults
+            errors.append(str(error))
+    return (max(complete)[1] if complete else None), errors
 
 
 def _load_state(folder: Path, device: torch.device) -> dict[str, Any]:
+    # weights_only: unpickling anything else could run code from the file
     state: dict[str, Any] = torch.load(folder / "state.pt", map_location=device, weights_only=True)
     return state
 

@@ -1,6 +1,7 @@
-"""The 80 categories of COCO 2017: official checkpoints know them by number only.
+"""Convert official checkpoints into checkpoints of this project, to evaluate, predict with, or fine-tune from.
 
-Official checkpoints as checkpoints of ours: to evaluate, to predict with, to fine-tune from.
+An official file holds parameters only. The settings come from the recipe that it fits, the categories from the table of
+COCO's 80 below or from an annotation file.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import torch
 from torch import Tensor
 
 from detrs import zoo
-from detrs.checkpoints import from_official, official_names, read_official, recognise
+from detrs.checkpoints import from_official, official_names, read_official, recognize_paper
 from detrs.zoo import DetrConfig, ModelConfig
 from raydetr import recipes
 from raydetr.config import RunConfig, nearest, override, to_dict
 from raydetr.store.output_folder import atomic_folder
 from raydetr.training.checkpoint import write
 
-_UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # ids without a category, up to 90
+_UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # COCO's ids are 1 to 90 without these
 
 _NAMES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
@@ -44,46 +45,48 @@ COCO_CATEGORIES: list[dict[str, Any]] = [
 
 
 @dataclass(frozen=True)
-class Imported:
-    """What was found in the file and written."""
+class ImportedCheckpoint:
+    """Summary of a conversion."""
 
-    recipe: str  # whose settings the checkpoint carries
+    recipe: str  # its settings are in the checkpoint
     paper: str
     num_classes: int
-    num_parameters: int  # statistics of batch norm included
+    num_parameters: int  # including the statistics of batch norm
     categories: list[dict[str, Any]]
 
 
-def import_checkpoint(file: Path, model: str, out: Path, annotations: Path | None = None) -> Imported:
+def import_checkpoint(
+    file: Path, model: str, out: Path, annotations: Path | None = None
+) -> ImportedCheckpoint:
     """Convert an official checkpoint into a checkpoint folder.
 
     Args:
         file: the official .pth file.
         model: a recipe (`dino_r50_4scale_12ep`), a recipe without its epochs (`dino_r50_4scale`), or a paper
-            (`dino`), of which the model that fits is found.
+            (`dino`), of whose recipes the one that fits is chosen.
         out: the folder to write; new or empty.
-        annotations: a COCO JSON file with the categories the model was trained on; None: COCO's 80.
+        annotations: a COCO JSON file with the categories that the model was trained on; None: COCO's 80.
 
     Raises:
-        ValueError: the file is no checkpoint, or not of this model (what was found is said), the model's name
-            is unknown, or the categories do not fit its number of classes.
+        ValueError: the file is not a checkpoint, or not of this model (the message names what was found), the name of
+            the model is unknown, or the categories do not fit its number of classes.
     """
     candidates = _candidates(model)
     official = read_official(file)
-    paper = recognise(official)
+    paper = recognize_paper(official)
     expected = candidates[0].model.paper
     if paper != expected:
         raise ValueError(
             f"{file}: {_found(official, paper)}, not a checkpoint of {expected}"
             + (f": use --model {paper}" if paper else "")
         )
-    config, state = _fitting(file, model, candidates, official)
+    config, state = _find_match(file, model, candidates, official)
     categories, label_map = _categories(file, _num_classes(config.model), annotations)
     config = override(config, {"data.label_map": label_map, "init.checkpoint": None})
     meta = {
         "config": to_dict(config),
         "categories": categories,
-        "fingerprint": "",  # of no training data of ours: it cannot be resumed, only started from
+        "fingerprint": "",  # matches no data: a run can start from its weights, but not resume it
         "epoch": 0,
         "position": 0,
         "metrics": {},
@@ -91,11 +94,11 @@ def import_checkpoint(file: Path, model: str, out: Path, annotations: Path | Non
     with atomic_folder(out, last="meta.json") as folder:
         write(folder, {"model": state, "ema": None}, meta)
     num_parameters = sum(tensor.numel() for tensor in state.values())
-    return Imported(config.recipe, expected, _num_classes(config.model), num_parameters, categories)
+    return ImportedCheckpoint(config.recipe, expected, _num_classes(config.model), num_parameters, categories)
 
 
 def _candidates(model: str) -> list[RunConfig]:
-    """The recipes that a name stands for, one for each different model."""
+    """Return the recipes that a name can mean, one per different model."""
     known: dict[str, list[RunConfig]] = {}
     official = [recipe for recipe in recipes.RECIPES if _is_official(recipe.__name__)]
     for config in (recipe() for recipe in official):
@@ -108,42 +111,42 @@ def _candidates(model: str) -> list[RunConfig]:
     return known[model]
 
 
-def _fitting(
+def _find_match(
     file: Path, model: str, candidates: list[RunConfig], official: Mapping[str, Tensor]
 ) -> tuple[RunConfig, dict[str, Tensor]]:
-    """The one candidate whose parameters the file holds, with its number of classes, and our state dict."""
-    fitting: list[tuple[RunConfig, dict[str, Tensor]]] = []
+    """Return the one candidate that the file's parameters fit, with its number of classes, and the state dict."""
+    matches: list[tuple[RunConfig, dict[str, Tensor]]] = []
     misfits: list[str] = []
     for candidate in candidates:
         own = _meta_state(candidate.model, 1)
-        num_classes = _classes_in(candidate.model, own, official)
+        num_classes = _count_classes(candidate.model, own, official)
         config = override(candidate, {"model.num_classes": num_classes})
         try:
             state = from_official(config.model, official, _meta_state(config.model, num_classes))
-            fitting.append((config, state))
+            matches.append((config, state))
         except ValueError as error:
             misfits.append(f"{_without_epochs(candidate.recipe)}: {error}")
-    if not fitting:
-        raise ValueError(f"{file}: {_found(official, recognise(official))}, but {'; '.join(misfits)}")
-    names = [_without_epochs(config.recipe) for config, _ in fitting]
-    if len(fitting) > 1:
+    if not matches:
+        raise ValueError(f"{file}: {_found(official, recognize_paper(official))}, but {'; '.join(misfits)}")
+    names = [_without_epochs(config.recipe) for config, _ in matches]
+    if len(matches) > 1:
         raise ValueError(
             f"{file}: the parameters fit {' and '.join(names)}, which differ in settings that a checkpoint does "
             f"not show: give --model {names[0]}, or another of them, instead of {model}"
         )
-    return fitting[0]
+    return matches[0]
 
 
-def _classes_in(model: ModelConfig, own: Mapping[str, Tensor], official: Mapping[str, Tensor]) -> int:
-    """The number of classes of the file's class head, or 91 where it has none by that name."""
+def _count_classes(model: ModelConfig, own: Mapping[str, Tensor], official: Mapping[str, Tensor]) -> int:
+    """Return the number of classes of the file's class head; 91 (COCO's ids) if it has no such parameter."""
     head = next(name for name in own if re.fullmatch(r"decoder\.class_heads\.0\.(.*\.)?weight", name))
     given = official.get(official_names(model, own)[head][0])
-    rows = 91 if given is None else len(given) - isinstance(model, DetrConfig)  # less "no object"
+    rows = 91 if given is None else len(given) - isinstance(model, DetrConfig)  # minus DETR's "no object"
     return max(1, rows)
 
 
 def _meta_state(model: ModelConfig, num_classes: int) -> dict[str, Tensor]:
-    """Names and shapes of a model's state."""
+    """Return the state dict of a model on the meta device: names and shapes, no data."""
     with torch.device("meta"):
         built = zoo.build(
             replace(model, num_classes=num_classes, backbone=replace(model.backbone, weights=None))
@@ -152,7 +155,7 @@ def _meta_state(model: ModelConfig, num_classes: int) -> dict[str, Tensor]:
 
 
 def _categories(file: Path, num_classes: int, annotations: Path | None) -> tuple[list[dict[str, Any]], str]:
-    """The categories, and how the model numbers them."""
+    """Return the categories, and the label map: how the model numbers them."""
     categories = COCO_CATEGORIES if annotations is None else _read_categories(annotations)
     if num_classes == max(category["id"] for category in categories) + 1:
         return categories, "category_id"

@@ -1,6 +1,7 @@
-"""The weights that a new run starts from: those of a checkpoint (`init.checkpoint`), or new ones.
+"""Initialize the weights of a new run: from a checkpoint (`init.checkpoint`), or at random.
 
-What does not depend on the number of classes is kept; class heads start anew where that number differs.
+Weights that do not depend on the number of classes are kept. Where that number differs, the class heads are
+reinitialized.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ IMAGENET_FILES = {
     "resnet50": "resnet50-0676ba61.pth",
     "resnet101": "resnet101-63fe2227.pth",
 }
-# model settings that a checkpoint's weights do not depend on
-_FREE = (
+# Model settings on which the weights that are kept do not depend
+_IGNORED = (
     "num_classes",
     "dropout",
     "aux_loss",
@@ -39,12 +40,12 @@ _FREE = (
 )
 
 
-def describe(config: RunConfig) -> list[str]:
-    """What a new run of the (resolved) `config` starts from, to be said before it does.
+def summarize(config: RunConfig) -> list[str]:
+    """Return lines about the initial weights of a new run with the (resolved) `config`, to print before it starts.
 
     Raises:
-        CheckpointError: `init.checkpoint` is no whole checkpoint.
-        ConfigError: there is no such folder, or its weights do not fit the model; the message says where.
+        CheckpointError: `init.checkpoint` is not a complete checkpoint.
+        ConfigError: there is no such folder, or its weights do not fit the model; the message names the differences.
     """
     if config.init.checkpoint is None:
         return _describe_backbone(config)
@@ -55,39 +56,41 @@ def describe(config: RunConfig) -> list[str]:
         )
     meta = read_meta(config.init.checkpoint)
     theirs = run_config(config.init.checkpoint, meta)
-    renewed = new_names(theirs, config)
-    said = [f"starting from {config.init.checkpoint}"]
-    differences = model_differences(theirs, config, ignored=_FREE)
+    reinitialized = reinitialized_names(theirs, config)
+    lines = [f"starting from {config.init.checkpoint}"]
+    differences = model_differences(theirs, config, ignored=_IGNORED)
     if differences:
-        said.append(f"note: its model has other settings: {', '.join(differences)}")
-    if renewed:
+        lines.append(f"note: its model has other settings: {', '.join(differences)}")
+    if reinitialized:
         there, here = theirs.model.num_classes, config.model.num_classes
-        said.append(
-            f"starting anew, because it has {there} classes and the data {here}: {', '.join(renewed)}; "
+        lines.append(
+            f"reinitialized, because it has {there} classes and the data {here}: {', '.join(reinitialized)}; "
             "all other weights are kept"
         )
     elif _category_names(config) != [category["name"] for category in meta.categories]:
-        said.append("note: it was trained on as many classes, but with other names; its class heads are kept")
-    return said
+        lines.append(
+            "note: it was trained on the same number of classes, but with other names; its class heads are kept"
+        )
+    return lines
 
 
 def load(detector: nn.Module, config: RunConfig) -> None:
-    """Give a new detector the weights of `init.checkpoint`, if there is one.
+    """Load the weights of `init.checkpoint`, if there is one, into a new detector.
 
     Raises:
-        CheckpointError: it is no whole checkpoint.
+        CheckpointError: it is not a complete checkpoint.
         ConfigError: its weights do not fit the model.
     """
     folder = config.init.checkpoint
     if folder is None:
         return
-    renewed = new_names(run_config(folder, read_meta(folder)), config)
+    reinitialized = reinitialized_names(run_config(folder, read_meta(folder)), config)
     weights = load_for_inference(folder).model.detector.state_dict()
-    detector.load_state_dict({**weights, **{name: detector.state_dict()[name] for name in renewed}})
+    detector.load_state_dict({**weights, **{name: detector.state_dict()[name] for name in reinitialized}})
 
 
-def new_names(start: RunConfig, config: RunConfig) -> list[str]:
-    """Names of the parameters that keep their new values: those by class, where the number of classes differs.
+def reinitialized_names(start: RunConfig, config: RunConfig) -> list[str]:
+    """Return the names of the parameters that are not loaded: those per class, if the number of classes differs.
 
     Raises:
         ConfigError: other parameters differ too, or the checkpoint is of another paper.
@@ -100,16 +103,18 @@ def new_names(start: RunConfig, config: RunConfig) -> list[str]:
         )
     there, here = _shapes(theirs), _shapes(ours)
     different = [name for name in here if name in there and here[name] != there[name]]
-    renewed = [
+    reinitialized = [
         name for name in different if CLASS_DEPENDENT.fullmatch(name) and here[name][1:] == there[name][1:]
     ]
-    if here.keys() != there.keys() or renewed != different:
-        odd = sorted(here.keys() ^ there.keys()) or [name for name in different if name not in renewed]
+    if here.keys() != there.keys() or reinitialized != different:
+        wrong = sorted(here.keys() ^ there.keys()) or [
+            name for name in different if name not in reinitialized
+        ]
         raise ConfigError(
             f"init.checkpoint {config.init.checkpoint}: weights of another {ours.paper} model: "
-            f"{', '.join(model_differences(start, config))} (first parameter that differs: {odd[0]})"
+            f"{', '.join(model_differences(start, config))} (first parameter that differs: {wrong[0]})"
         )
-    return renewed
+    return reinitialized
 
 
 def _describe_backbone(config: RunConfig) -> list[str]:
@@ -123,8 +128,8 @@ def _describe_backbone(config: RunConfig) -> list[str]:
     if backbone.weights is not None or not is_frozen:
         return []
     return [
-        "warning: model.backbone.weights is not set: the backbone starts from random numbers, and what is frozen "
-        "in it stays random. Give ImageNet weights, for example model.backbone.weights="
+        "warning: model.backbone.weights is not set: the backbone starts from random numbers, and its frozen layers "
+        "stay random. Give ImageNet weights, for example model.backbone.weights="
         f"{IMAGENET}{IMAGENET_FILES.get(backbone.name, IMAGENET_FILES['resnet50'])}, or set init.checkpoint"
     ]
 
@@ -134,7 +139,7 @@ def _exists(weights: str) -> bool:
 
 
 def _shapes(model: ModelConfig) -> Mapping[str, torch.Size]:
-    with torch.device("meta"):  # shapes alone
+    with torch.device("meta"):  # shapes without memory
         built = zoo.build(replace(model, backbone=replace(model.backbone, weights=None)))
     return {name: tensor.shape for name, tensor in built.detector.state_dict().items()}
 

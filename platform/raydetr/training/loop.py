@@ -1,8 +1,8 @@
-"""The training loop: one process among several, no Ray in it.
+"""Train and evaluate as one process of several. There is no Ray here.
 
-Read `train` first: it is the whole run. A `Training` is the state it moves, which is also what a
-checkpoint holds. The position (samples consumed by the optimizer, over all epochs and workers) is
-the only clock: step, epoch, learning rate, data order and random draws are functions of it.
+Read `train` first: it is the complete loop. A `Training` is the state that the loop advances, and what a checkpoint
+holds. The position (samples consumed by the optimizer, over all epochs and workers) is the only clock: step, epoch,
+learning rate, data order and random draws are functions of it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,22 @@ from raydetr.data.batch import Batch, to_model
 from raydetr.data.corrupt import CorruptSample, CorruptSampleLog
 from raydetr.data.stream import evaluation_batches, train_batches
 from raydetr.data.transforms.transform import Transform
-from raydetr.evaluation.evaluator import evaluate, without_blanks
+from raydetr.evaluation.evaluator import drop_blank_batches, evaluate
 from raydetr.shards.reader import Shards
-from raydetr.training.nonfinite import BatchNormSnapshot, NonFinite, Score, SkippedStep, score
+from raydetr.training.nonfinite import (
+    BatchNormSnapshot,
+    NonFiniteCause,
+    SkippedStep,
+    StepLoss,
+    compute_loss,
+)
 from raydetr.training.optim import Ema, build_optimizer, lr_factor, set_learning_rates
 from raydetr.training.world import World
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step. `terms` are means over the workers, present every `log_every_steps`."""
+    """One optimizer step. `terms` are means over the workers; None between two multiples of `log_every_steps`."""
 
     step: int  # counted from 1
     position: int
@@ -44,7 +50,7 @@ class StepReport:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """The state after an evaluation; `results` (COCO format, the whole split) on the first process."""
+    """State after an evaluation. `results` (COCO format) are those of the complete split."""
 
     epoch: int
     position: int
@@ -64,16 +70,16 @@ class Training:
         self.optimizer = build_optimizer(self.detector, config.optim)
         self.replica = _replicate(self.detector, world)
         self.batch_norms = BatchNormSnapshot(self.detector)
-        # float16 underflows: the loss is scaled up, as far as the gradient allows
+        # Small gradients underflow in float16: the scaler multiplies the loss, as far as the gradient does not overflow
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16")
         self.position = 0
         self.skipped_steps = 0  # because of NaN or infinity
-        self.corrupt_log = CorruptSampleLog()  # the damaged samples that were met
+        self.corrupt_log = CorruptSampleLog()  # all corrupt samples so far
         self.corrupt: tuple[CorruptSample, ...] = ()  # in the last step or evaluation, of all workers
 
     @property
     def weights(self) -> nn.Module:
-        """The model that is evaluated: the moving average where there is one."""
+        """The model that is evaluated: the moving average if there is one."""
         return self.detector if self.ema is None else self.ema.model
 
     @property
@@ -83,30 +89,29 @@ class Training:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the complete run."""
         return self.steps_until(self.config.optim.epochs)
 
     def steps_until(self, epoch: int) -> int:
-        """Steps after which every sample was seen `epoch` times."""
+        """Return the number of steps after which every sample was used `epoch` times."""
         return math.ceil(epoch * self.num_samples / self.config.data.batch_size)
 
     def finished_epoch(self) -> int | None:
-        """The epoch that the last step completed, if it completed one."""
-        # the last batch can reach beyond the last epoch, by whole epochs where it is larger than the data
+        """Return the epoch that the last step completed; None if it completed none."""
+        # The last batch can reach beyond the last epoch, by several epochs if it is larger than the data
         epoch = min(self.position // self.num_samples, self.config.optim.epochs)
         return epoch if epoch > 0 and self.step == self.steps_until(epoch) else None
 
     @property
     def random_seed(self) -> int:
-        """Of this worker's random draws in the next step; a resumed run draws what an unbroken one would."""
+        """Seed of this worker's random draws in the next step: a resumed run draws what an uninterrupted one draws."""
         return hash((self.config.seed, self.position, self.world.rank))
 
     def train_step(self, batch: Batch) -> dict[str, Tensor] | SkippedStep:
-        """Forward, backward and update on this worker's share of a global batch; the loss terms.
+        """Run forward, backward and update on this worker's share of a global batch; return the loss terms.
 
-        Where the loss or the gradient of any worker is not finite, all of them skip the step: only the
-        position moves on. Samples that were masked are missing in the batch; a worker that has none left
-        adds nothing to the gradient.
+        If the loss or the gradient of any worker is not finite, all workers skip the step: only the position
+        advances. Masked samples are missing from the batch; a worker without samples adds nothing to the gradient.
         """
         torch.manual_seed(self.random_seed)
         set_learning_rates(self.optimizer, lr_factor(self.config.optim, self.step, self.total_steps))
@@ -114,35 +119,39 @@ class Training:
         counts = torch.tensor(
             [float(len(targets.labels)), float(len(batch.corrupt))], device=self.world.device
         )
+        # Losses are normalized by the boxes of the global batch, so that the number of workers does not change them.
+        # One collective for both counts, and it overlaps with the forward pass
         sums = self.world.all_reduce_async(counts)
-        self.batch_norms.save()
+        self.batch_norms.save()  # the forward pass updates them, but the step may be skipped
         with self._autocast():
             outputs = self.replica(images, targets)
         num_boxes, num_corrupt = sums.wait().unbind()
-        num_boxes = (num_boxes / self.world.size).clamp(min=1)
-        scored = score(self.criterion, outputs, targets, num_boxes, is_blank=batch.is_blank)
-        torch.autograd.backward(self.scaler.scale(scored.total))
+        num_boxes = (num_boxes / self.world.size).clamp(min=1)  # per worker, because gradients are averaged
+        # NaN instead of an error: a worker that raised here would leave the others waiting for its gradient
+        loss = compute_loss(self.criterion, outputs, targets, num_boxes, is_blank=batch.is_blank)
+        torch.autograd.backward(self.scaler.scale(loss.total))
         self.scaler.unscale_(self.optimizer)
-        norm = self._clip()  # of the summed gradient: the same on every worker
+        norm = self._clip()  # of the averaged gradient: the same on every worker, so all decide alike
         if batch.is_blank:
             self.batch_norms.restore()
         outcome: dict[str, Tensor] | SkippedStep
-        # the host waits for the device once
+        # One copy to the host instead of two, because each waits for the device
         is_finite, is_corrupt = torch.stack((torch.isfinite(norm), num_corrupt > 0)).tolist()
         if is_finite:
             self._update()
-            outcome = {"loss": scored.total.detach(), **scored.terms, "grad_norm": norm}
+            outcome = {"loss": loss.total.detach(), **loss.terms, "grad_norm": norm}
         else:
-            outcome = self._skip(batch, scored)
+            outcome = self._skip(batch, loss)
         self.optimizer.zero_grad(set_to_none=True)
         self.position += self.config.data.batch_size
         self.corrupt = self._gather_corrupt(batch.corrupt) if is_corrupt else ()
         return outcome
 
     def evaluate(self, shards: Shards) -> list[dict[str, Any]]:
-        """COCO results of the averaged weights (else the weights) on a split, this worker doing its share."""
+        """Evaluate `weights` on this worker's share of a split; return the COCO results of the complete split."""
         data = self.config.data
-        # batch norm's statistics differ between the workers, and those of the first one are checkpointed
+        # Each worker updates batch norm with its own images. All must evaluate the same model: that of rank 0, which
+        # writes the checkpoint
         self.world.broadcast(self.weights.buffers())
         batches = evaluation_batches(
             shards,
@@ -153,27 +162,27 @@ class Training:
             num_workers=data.num_loader_workers,
             on_corrupt=data.on_corrupt,
         )
-        met: list[CorruptSample] = []
+        corrupt: list[CorruptSample] = []
         results = evaluate(
             self.weights,
             self.model.postprocess,
-            without_blanks(batches, met),
+            drop_blank_batches(batches, corrupt),
             shards.label_map,
             self.world.all_gather,
             self.world.device,
         )
-        self.corrupt = self._gather_corrupt(replace(row, position=self.position) for row in met)
+        self.corrupt = self._gather_corrupt(replace(row, position=self.position) for row in corrupt)
         return results
 
     def mean_terms(self, terms: dict[str, Tensor]) -> dict[str, float]:
-        """The loss terms averaged over the workers, and the learning rates."""
+        """Return the loss terms averaged over the workers, and the learning rates."""
         stacked = torch.stack([term.detach().float() for term in terms.values()])
         means = (self.world.all_reduce_async(stacked).wait() / self.world.size).tolist()
         rates = {f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         return {**dict(zip(terms, means, strict=True)), **rates}
 
     def _gather_corrupt(self, own: Iterable[CorruptSample]) -> tuple[CorruptSample, ...]:
-        return tuple(row for share in self.world.all_gather(tuple(own)) for row in share)
+        return tuple(row for rows in self.world.all_gather(tuple(own)) for row in rows)
 
     def _autocast(self) -> torch.autocast:
         precision = self.config.optim.precision
@@ -186,26 +195,32 @@ class Training:
         if self.ema is not None:
             self.ema.update()
 
-    def _skip(self, batch: Batch, scored: Score) -> SkippedStep:
-        """Undo what the forward pass changed; find out what was wrong, together with the other workers."""
+    def _skip(self, batch: Batch, loss: StepLoss) -> SkippedStep:
+        """Undo the changes of the forward pass; gather the causes of all workers."""
         self.batch_norms.restore()
-        causes = self._causes(batch, scored)
+        causes = self._causes(batch, loss)
         self.skipped_steps += bool(causes)
-        # a scale is lowered when the gradient outgrew it, but no scale helps against a fault
+        # Without causes the gradient overflowed: lower the scale. Other problems do not depend on the scale: keep it
         self.scaler.update(self.scaler.get_scale() if causes else None)
-        return SkippedStep(self.step + 1, self.random_seed, causes, batch, scored.terms)
+        return SkippedStep(self.step + 1, self.random_seed, causes, batch, loss.terms)
 
-    def _causes(self, batch: Batch, scored: Score) -> tuple[NonFinite, ...]:
-        shares = self.world.all_gather((scored.cause(), tuple(batch.image_ids.tolist())))
-        if all(cause is None for cause, _ in shares):
+    def _causes(self, batch: Batch, loss: StepLoss) -> tuple[NonFiniteCause, ...]:
+        """Gather the causes of all workers; empty if a smaller gradient scale can help."""
+        gathered = self.world.all_gather((loss.reason(), tuple(batch.image_ids.tolist())))
+        if all(reason is None for reason, _ in gathered):
             if self.scaler.get_scale() > 1:
                 return ()
-            shares = [("the loss is finite, but not the gradient of all workers", ids) for _, ids in shares]
+            gathered = [
+                ("the loss is finite, but not the gradient of all workers", ids) for _, ids in gathered
+            ]
         return tuple(
-            NonFinite(rank, cause, ids) for rank, (cause, ids) in enumerate(shares) if cause is not None
+            NonFiniteCause(rank, reason, ids)
+            for rank, (reason, ids) in enumerate(gathered)
+            if reason is not None
         )
 
     def _clip(self) -> Tensor:
+        """Clip the gradient; return its norm before clipping, which is NaN or infinite if any element is."""
         limit = self.config.optim.clip_max_norm
         return nn.utils.clip_grad_norm_(self.detector.parameters(), math.inf if limit is None else limit)
 
@@ -213,7 +228,7 @@ class Training:
 def train(
     training: Training, train_shards: Shards, val_shards: Shards
 ) -> Iterator[StepReport | EvaluationReport]:
-    """Run from the training's position to the end, reporting every step and every evaluation."""
+    """Train from the current position to the end; yield a report for every step and every evaluation."""
     config, world = training.config, training.world
     if training.step >= training.total_steps:
         return

@@ -1,8 +1,8 @@
-"""What happens in a step with NaN or infinity: every worker skips it, and the guilty batch is kept.
+"""Skip steps with NaN or infinity: all workers skip together, and each bad batch is written to disk.
 
-A worker that left a step early would let the others wait forever for its gradient. So nobody leaves: a worker
-with a fault goes on with a loss of NaN, and the sum of the gradients, which all workers receive anyway, tells
-everyone. No collective is added to a step that is fine.
+A worker that raised an error in the middle of a step would leave the others waiting forever in the all-reduce of the
+gradient. It therefore finishes the step with a loss of NaN. The NaN reaches every rank through the gradient, which all
+ranks receive anyway, so that a step without problems needs no additional collective.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from raydetr.data.batch import Batch
 
 
 @dataclass(frozen=True)
-class Score:
-    """The loss to minimise, all NaN when something was not finite; `error` where the matcher said what."""
+class StepLoss:
+    """Loss of one step: NaN if anything was not finite, with the matcher's message in `error` if it has one."""
 
     total: Tensor
     terms: dict[str, Tensor]
     error: str | None = None
 
-    def cause(self) -> str | None:
-        """What is wrong in this worker's share of the step, as far as the forward pass shows."""
+    def reason(self) -> str | None:
+        """Return what is not finite in this worker's forward pass; None if everything is finite."""
         if self.error is not None or self.total.isfinite():
             return self.error
         bad = [name for name, term in self.terms.items() if not term.isfinite()]
@@ -41,90 +41,98 @@ class Score:
 
 
 @dataclass(frozen=True)
-class NonFinite:
-    """Why a step was skipped, from the view of one worker."""
+class NonFiniteCause:
+    """Why a step was skipped, as one worker saw it."""
 
     rank: int
-    cause: str
+    reason: str
     image_ids: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"rank {self.rank}: {self.cause}; images {', '.join(map(str, self.image_ids))}"
+        return f"rank {self.rank}: {self.reason}; images {', '.join(map(str, self.image_ids))}"
 
 
 @dataclass(frozen=True)
 class SkippedStep:
-    """A step that changed nothing. `faults` are the same on every worker, the rest is this worker's share.
+    """A step that changed nothing but the position.
 
-    Without faults the gradient has only outgrown float16, which happens when the scaler probes its range.
+    `causes` are the same on every worker; batch, seed and loss terms are those of this worker. Without causes the
+    gradient has only overflowed float16, which is normal while the gradient scaler searches for its scale.
     """
 
     step: int  # counted from 1
     random_seed: int  # of this worker's random numbers in the step
-    causes: tuple[NonFinite, ...]
+    causes: tuple[NonFiniteCause, ...]
     batch: Batch
     terms: Mapping[str, Tensor]
 
     def folder(self, run: Path, rank: int) -> Path:
-        """Where the share of `rank` is kept."""
+        """Return the folder in which `rank` writes its part of the step."""
         return run / "bad-steps" / f"step-{self.step:06d}-rank-{rank}"
 
     def dump(self, run: Path, rank: int) -> None:
-        """Keep this worker's batch, as the model saw it, if the fault is here."""
-        for found in self.causes:
-            if found.rank == rank:
-                _dump(self.folder(run, rank), self, found)
+        """Write this worker's batch, as the model saw it, if this worker is one of the causes."""
+        for cause in self.causes:
+            if cause.rank == rank:
+                _dump(self.folder(run, rank), self, cause)
 
     def describe(self, run: Path) -> str:
-        """One sentence a fault, with the folder of its dump."""
-        causes = [f"{found} (kept in {self.folder(run, found.rank)})" for found in self.causes]
+        """Return one sentence per cause, with the folder of its dump."""
+        causes = [f"{cause} (kept in {self.folder(run, cause.rank)})" for cause in self.causes]
         return f"step {self.step}: {'. '.join(causes)}"
 
 
 class BatchNormSnapshot:
-    """The running statistics of a model's batch norms, which a forward pass changes for good or ill."""
+    """Running statistics of a model's batch norms, to undo a forward pass.
+
+    A forward pass in training mode updates them at once, before it is known whether the step is used.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._live = [buffer for norm in norms for buffer in norm.buffers()]
-        self._kept = [buffer.clone() for buffer in self._live]
+        self._saved = [buffer.clone() for buffer in self._live]
 
     def save(self) -> None:
-        """Remember them."""
-        if self._live:
-            torch._foreach_copy_(self._kept, self._live)
+        """Copy the current statistics."""
+        if self._live:  # _foreach_copy_ refuses empty lists
+            torch._foreach_copy_(self._saved, self._live)
 
     def restore(self) -> None:
-        """Undo what happened since `keep`."""
+        """Reset the statistics to those of the last `save`."""
         if self._live:
-            torch._foreach_copy_(self._live, self._kept)
+            torch._foreach_copy_(self._live, self._saved)
 
 
-def score(
+def compute_loss(
     criterion: Callable[[Outputs, Targets, Tensor], Losses],
     outputs: Outputs,
     targets: Targets,
     num_boxes: Tensor,
     *,
     is_blank: bool = False,
-) -> Score:
-    """The criterion's losses; NaN instead of an error, and instead of infinity, so that gradients tell.
+) -> StepLoss:
+    """Apply the criterion; return a loss of NaN where it raises NotFiniteError or is infinite.
 
-    Those of a blank batch are 0, and so is their gradient: a worker without images takes part in the step all
-    the same, because the others wait for its gradient.
+    An infinite loss can have a finite gradient, a loss of NaN cannot: the gradient shows every problem. The loss of a
+    blank batch is 0, and so is its gradient: a worker without images still takes part in the step, because the other
+    workers wait for its gradient.
     """
     try:
         losses = criterion(outputs, targets, num_boxes)
     except NotFiniteError as error:
-        return Score(_nan_loss(outputs), {}, str(error))
-    # a product and not a branch: the host need not wait for the device
-    verdict = torch.where(losses.total.detach().isfinite(), 0.0 if is_blank else 1.0, math.nan)
+        return StepLoss(_nan_loss(outputs), {}, str(error))
+    # A product instead of a branch, which would make the host wait for the device
+    factor = torch.where(losses.total.detach().isfinite(), 0.0 if is_blank else 1.0, math.nan)
     terms = {name: term * 0.0 for name, term in losses.terms.items()} if is_blank else losses.terms
-    return Score(losses.total * verdict, terms)
+    return StepLoss(losses.total * factor, terms)
 
 
 def _nan_loss(outputs: Outputs) -> Tensor:
-    """NaN, as a function of everything that the losses may be functions of."""
+    """Return NaN as a function of all outputs that a loss can depend on.
+
+    Every parameter then gets a gradient. DistributedDataParallel waits for the gradients of all parameters.
+    """
     parts = [outputs.predictions]
     if outputs.first_stage is not None:
         parts.append(outputs.first_stage.predictions)
@@ -134,7 +142,7 @@ def _nan_loss(outputs: Outputs) -> Tensor:
     return torch.stack(sums).sum() * math.nan
 
 
-def _dump(folder: Path, skipped: SkippedStep, found: NonFinite) -> None:
+def _dump(folder: Path, skipped: SkippedStep, cause: NonFiniteCause) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     batch = skipped.batch
     ends = torch.tensor(batch.counts).cumsum(0).tolist()
@@ -156,8 +164,8 @@ def _dump(folder: Path, skipped: SkippedStep, found: NonFinite) -> None:
         )
     record = {
         "step": skipped.step,
-        "rank": found.rank,
-        "cause": found.cause,
+        "rank": cause.rank,
+        "cause": cause.reason,
         "position": batch.position,
         "random_seed": skipped.random_seed,
         "losses": {name: _number(float(term)) for name, term in skipped.terms.items()},
@@ -167,5 +175,5 @@ def _dump(folder: Path, skipped: SkippedStep, found: NonFinite) -> None:
 
 
 def _number(value: float) -> Any:
-    """JSON has no NaN and no infinity: they become text."""
+    """Return the number, or its text if it is NaN or infinite, which JSON cannot hold."""
     return value if math.isfinite(value) else str(value)

@@ -1,4 +1,4 @@
-"""AdamW with parameter groups by rule, the learning rate schedule, the moving average of the weights."""
+"""Update the weights: AdamW with its parameter groups, the learning rate schedule, the moving average."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from torch import Tensor, nn
 
 from raydetr.config import OptimConfig
 
-SAMPLING_NAMES = ("sampling_offsets", "queries.point.")  # Deformable DETR, A.4: a tenth of the rate
+# Parameters of sampling offsets and reference points, which learn at a tenth of the rate (Deformable DETR, A.4)
+SAMPLING_NAMES = ("sampling_offsets", "queries.point.")
 
 
 def build_optimizer(detector: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of `detector`; each group carries its `base_lr`."""
+    """Build AdamW over the trainable parameters of `detector`; each group has its `base_lr`."""
     return torch.optim.AdamW(parameter_groups(detector.named_parameters(), optim), lr=optim.lr, fused=True)
 
 
 def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig
 ) -> list[dict[str, Any]]:
-    """Groups by kind ("backbone", "sampling" or "rest", as `name`) and weight decay, in order of appearance."""
+    """Group parameters by kind (`name`: "backbone", "sampling" or "rest") and weight decay, in order of appearance."""
     rates = {"backbone": optim.lr_backbone, "sampling": optim.lr_sampling, "rest": optim.lr}
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     for name, parameter in named_parameters:
@@ -37,7 +38,7 @@ def parameter_groups(
 
 
 def lr_factor(optim: OptimConfig, step: int, total_steps: int) -> float:
-    """What every base learning rate is multiplied by at `step` (counted from 0) of `total_steps`."""
+    """Return the factor of every base learning rate at `step` (counted from 0) of `total_steps`."""
     warmup_steps = round(optim.warmup_fraction * total_steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -50,7 +51,7 @@ def lr_factor(optim: OptimConfig, step: int, total_steps: int) -> float:
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Give every group `factor` times its base rate."""
+    """Set the rate of every group to `factor` times its base rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
 
@@ -67,29 +68,29 @@ def _weight_decay(parameter: nn.Parameter, optim: OptimConfig) -> float:
 
 
 class Ema:
-    """A copy of a model whose floating tensors trail the original's (which must stay where they are).
+    """Exponential moving average of a model's floating-point parameters and buffers.
 
-    The decay ramps up, min(decay, (1 + n) / (10 + n)) after n updates, so that the random
-    initial weights are forgotten early in a short run.
+    The decay ramps up, min(decay, (1 + n) / (10 + n)) after n updates, so that a short run soon forgets its random
+    initial weights. The model's tensors must not be replaced afterwards, for example by moving it to another device.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.num_updates = 0
-        # collected once: walking the modules at each step costs more than the arithmetic
+        # Collected once: walking the modules at each step costs more than the arithmetic
         pairs = list(zip(_tensors(self.model), _tensors(model), strict=True))
         floating = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._ours, self._theirs = ([pair[side] for pair in floating] for side in (0, 1))
+        self._averaged, self._current = ([pair[side] for pair in floating] for side in (0, 1))
         self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move towards the original's current weights and buffers."""
+        """Average in the model's current parameters and buffers."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(self._ours, self._theirs, 1 - decay)
-        for ours, theirs in self._counters:  # of batch norm
-            ours.copy_(theirs)
+        torch._foreach_lerp_(self._averaged, self._current, 1 - decay)
+        for averaged, current in self._counters:  # integers, of batch norm: an average has no meaning
+            averaged.copy_(current)
         self.num_updates += 1
 
 

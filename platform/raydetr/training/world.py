@@ -1,4 +1,4 @@
-"""The processes that train together, as the loop sees them: a rank, a size, a device, two collectives."""
+"""Describe the processes that train together: a rank, a world size, a device, and the collectives between them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
-    """One process among `size`. With size 1 no process group is needed and nothing is communicated."""
+    """One process of `size`. With size 1 no process group is needed and nothing is communicated."""
 
     rank: int
     size: int
@@ -21,27 +21,27 @@ class World:
 
     @classmethod
     def single_process(cls, device: torch.device | None = None) -> World:
-        """A single process: for debugging, tests and small data."""
+        """Return a world of one process: for debugging, tests and small data."""
         return cls(0, 1, device or torch.device("cpu"))
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and logs for all."""
+        """True in the process that writes and logs for all (rank 0)."""
         return self.rank == 0
 
     def all_reduce_async(self, value: Tensor) -> PendingSum:
-        """Begin to add `value` over all processes (in place); `wait()` gives the sum."""
+        """Start to sum `value` over all processes, in place; `wait()` returns the sum."""
         handle = dist.all_reduce(value, async_op=True) if self.size > 1 else None
         return PendingSum(value, handle)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite the tensors with those of the first process."""
+        """Overwrite the tensors with those of rank 0."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
     def all_gather(self, value: Any) -> list[Any]:
-        """The values of all processes in rank order, on every process."""
+        """Return the (picklable) values of all processes, in rank order, on every process."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -51,13 +51,13 @@ class World:
 
 @dataclass(frozen=True)
 class PendingSum:
-    """A sum over all processes that may still be under way."""
+    """A sum over all processes that may not be complete yet."""
 
     value: Tensor
     handle: dist.Work | None
 
     def wait(self) -> Tensor:
-        """The sum."""
+        """Wait for the other processes; return the sum."""
         if self.handle is not None:
             self.handle.wait()
         return self.value

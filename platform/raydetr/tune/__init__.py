@@ -1,1 +1,1 @@
-"""Searching hyper-parameters: what may vary, and trials that are Ray Train runs."""
+"""Search hyperparameters: the search space, and trials that are Ray Train runs."""

@@ -1,4 +1,4 @@
-"""Follows the trials of a search from the driver: says how they do, and ends their MLflow runs."""
+"""Follow the trials of a search in the driver: print their progress, and finish their MLflow runs."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from raydetr.tracking import mlflow_run
 from raydetr.tracking.tracker import Tracker
 from raydetr.tune import cluster
 from raydetr.tune.result import Status, Trial
-from raydetr.tune.trial import Study, plain, trial_number
+from raydetr.tune.trial import Study, to_python, trial_number
 
 log = logging.getLogger(__name__)
 
-# A trial that was stopped has trained to no end: it shall not pass for a finished run in MLflow's pages
+# A trial that was stopped early is not a finished run, in MLflow's UI either
 MLFLOW_STATUS: dict[Status, mlflow_run.Status] = {
     "finished": "FINISHED",
     "stopped by ASHA": "KILLED",
     "interrupted": "KILLED",
     "failed": "FAILED",
 }
-FREE_SECONDS = 15.0  # after the end of a trial; its controller is gone by then, and starts no workers again
+# From the end of a trial until its placement group is removed: its controller has exited by then, and cannot start
+# workers again
+RELEASE_DELAY_SECONDS = 15.0
 ENDED_TAG = "raydetr.ended"
 
 
 class SearchCallback(tune.Callback):
-    """The trials so far, by number. Ray Tune calls it in the driver's process."""
+    """Holds the trials so far, by number. Ray Tune calls it in the driver's process."""
 
     def __init__(self, study: Study) -> None:
         self._study, config = study, study.config
@@ -41,27 +43,27 @@ class SearchCallback(tune.Callback):
         self._uri, self._experiment = mlflow_run.tracking_uri(config), config.tracking.experiment
         self._positions: dict[int, int] = {}  # of the last evaluation
         self._groups: dict[int, str] = {}  # placement groups of the trials' workers
-        self._to_free: list[tuple[float, str]] = []  # when, and which placement group
+        self._to_remove: list[tuple[float, str]] = []  # (monotonic time, placement group)
         self.trials: dict[int, Trial] = {}
 
     @property
     def num_ended(self) -> int:
-        """Trials that came to their own end, or were stopped by the search."""
+        """Number of trials that finished, failed or were stopped by ASHA."""
         return sum(trial.status not in ("running", "interrupted") for trial in self.trials.values())
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial gets its process."""
+        """Add a trial that gets its process."""
         number = trial_number(trial.trial_id)
-        self.trials[number] = Trial(number, self._study.trial_name(number), plain(trial.config))
+        self.trials[number] = Trial(number, self._study.trial_name(number), to_python(trial.config))
         print_status(f"trial {number}  starts  {_overrides(self.trials[number])}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """A trial has evaluated."""
+        """Record and print an evaluation."""
         number = trial_number(trial.trial_id)
         before = self.trials[number]
-        if "epoch" not in result:  # Tune's own last word, without news
+        if "epoch" not in result:  # Tune's own last report, which has no metrics
             return
         now = replace(before, epoch=result["epoch"], AP=result.get("AP"), AP50=result.get("AP50"))
         self.trials[number], self._positions[number] = now, result["position"]
@@ -70,42 +72,45 @@ class SearchCallback(tune.Callback):
             print_status(f"trial {number}  {_numbers(now, self._epochs)}  {_overrides(now)}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial has finished, or ASHA has stopped it."""
+        """Record that a trial has finished, or that ASHA has stopped it."""
         number = trial_number(trial.trial_id)
         finished = self.trials[number].epoch >= self._epochs
-        self._end(replace(self.trials[number], status="finished" if finished else "stopped by ASHA"))
+        self._record_end(replace(self.trials[number], status="finished" if finished else "stopped by ASHA"))
         if number in self._groups:
-            self._to_free.append((time.monotonic() + FREE_SECONDS, self._groups[number]))
+            self._to_remove.append((time.monotonic() + RELEASE_DELAY_SECONDS, self._groups[number]))
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Between two looks at the trials: free what a trial that ended may still hold.
+        """Release the resources that an ended trial may still hold.
 
-        Ray's own cleaner does so at once, but it asks the dashboard, and not every time gets an answer; then the
-        next trial would wait without end.
+        Ray's cleanup releases them at once, but it asks the dashboard, which does not always answer. The next trial
+        would then wait for its workers forever.
         """
-        while self._to_free and self._to_free[0][0] < time.monotonic():
-            cluster.remove_group(self._to_free.pop(0)[1])
+        while self._to_remove and self._to_remove[0][0] < time.monotonic():
+            cluster.remove_group(self._to_remove.pop(0)[1])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial has failed."""
+        """Record that a trial has failed."""
         number = trial_number(trial.trial_id)
-        self._end(replace(self.trials[number], status="failed", cause=_cause(Path(trial.pickled_error_file))))
+        self._record_end(
+            replace(self.trials[number], status="failed", cause=_cause(Path(trial.pickled_error_file)))
+        )
 
-    def settle(self) -> None:
-        """After all trials' processes are gone: what still runs was interrupted; make MLflow agree.
+    def finalize(self) -> None:
+        """Mark trials that are still running as interrupted, and correct the status of all MLflow runs.
 
-        A trial that is stopped may have written another last word while its process ended.
+        Call it after the processes of all trials have ended: a stopped trial may have set another status of its run
+        while it was ending.
         """
         for trial in list(self.trials.values()):
             if trial.status == "running":
-                self._end(replace(trial, status="interrupted"))
+                self._record_end(replace(trial, status="interrupted"))
             elif trial.mlflow_run_id is not None:
-                self._finish(trial)
+                self._finish_mlflow_run(trial)
 
-    def _end(self, trial: Trial) -> None:
+    def _record_end(self, trial: Trial) -> None:
         print_status(f"trial {trial.number}  {trial.status}" + (f": {trial.cause}" if trial.cause else ""))
         try:
-            trial = replace(trial, mlflow_run_id=self._mlflow_run(trial))
+            trial = replace(trial, mlflow_run_id=self._find_or_create_mlflow_run(trial))
             assert trial.mlflow_run_id is not None
             if trial.status == "stopped by ASHA":
                 self._log_last_evaluation(trial)
@@ -113,9 +118,9 @@ class SearchCallback(tune.Callback):
         except mlflow_run.TrackingError as error:
             log.warning("%s", error)
         self.trials[trial.number] = trial
-        self._finish(trial)
+        self._finish_mlflow_run(trial)
 
-    def _finish(self, trial: Trial) -> None:
+    def _finish_mlflow_run(self, trial: Trial) -> None:
         if trial.mlflow_run_id is None:
             return
         status = MLFLOW_STATUS[trial.status]
@@ -125,8 +130,8 @@ class SearchCallback(tune.Callback):
         except mlflow_run.TrackingError as error:
             log.warning("%s", error)
 
-    def _mlflow_run(self, trial: Trial) -> str:
-        """The run that the trial has made, or, where it failed before that, one that says so."""
+    def _find_or_create_mlflow_run(self, trial: Trial) -> str:
+        """Return the id of the trial's MLflow run; create one if the trial failed before it did."""
         file = self._study.trial_folder(trial.number) / "mlflow_run_id"
         if file.exists():
             return file.read_text()
@@ -136,11 +141,11 @@ class SearchCallback(tune.Callback):
         return run_id
 
     def _log_last_evaluation(self, trial: Trial) -> None:
-        """The trial's process may have ended before it sent the numbers for which it was stopped."""
+        """Log AP and AP50, which the trial's process may not have sent before it was stopped because of them."""
         assert trial.mlflow_run_id is not None
         numbers = {"AP": trial.AP, "AP50": trial.AP50}
         tracker = Tracker(self._uri, trial.mlflow_run_id)
-        tracker.metrics(
+        tracker.log_metrics(
             self._positions[trial.number] // self._batch_size,
             {name: value for name, value in numbers.items() if value is not None},
         )
@@ -167,8 +172,9 @@ def _numbers(trial: Trial, epochs: int) -> str:
 
 
 def _cause(error_file: Path) -> str:
-    """What went wrong in one line; the traces of Ray's layers are in error.txt beside the file."""
+    """Return the error of a trial in one line; error.txt in the same folder has the tracebacks of Ray's layers."""
     error = pickle.loads(error_file.read_bytes())
     inner = getattr(error, "cause", None) or error
     lines = str(inner).strip().splitlines() or [type(inner).__name__]
+    # A RayTaskError starts with the traceback, and ends with the message
     return lines[-1].strip() if isinstance(inner, RayTaskError) else lines[0]

@@ -1,4 +1,4 @@
-"""The cluster under a search: how many trials it holds at once, and what they must not leave on it."""
+"""Check the cluster of a search: how many trials fit at once, and which resources they leak."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from ray.util.state.exception import RayStateApiException
 from raydetr.config import ClusterConfig
 from raydetr.runs.ray_train import LaunchError
 
-PATIENCE_SECONDS = 20.0  # for what ends by itself after a search; Ray's own cleaners look once a second
-# Ray's own, one for all jobs of a cluster; it holds no resources and stays as long as the cluster
+CLEANUP_TIMEOUT_SECONDS = 20.0  # for Ray's own cleanup after a search, which polls once per second
+# Ray's own actors: one for all jobs of a cluster, which holds no resources and lives as long as the cluster
 RAY_SERVICES = ("_AutoscalingCoordinatorActor",)
-STATE_LIMIT = 10_000  # actors and placement groups that the cluster is asked for
+STATE_LIMIT = 10_000  # largest number of actors and placement groups in an answer of the state API
 
 
 @dataclass(frozen=True)
 class LeakedResource:
-    """Something on the cluster that a search's job has made and that is not gone."""
+    """An actor or a placement group that a job has created and that still exists."""
 
     kind: str  # "actor" or "placement group"
     id: str
-    what: str
+    description: str  # class of the actor, or size of the placement group
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.id} ({self.what})"
+        return f"{self.kind} {self.id} ({self.description})"
 
 
 def check_dashboard() -> None:
-    """Refuse a cluster on which every stopped trial would keep its CPUs and GPUs.
+    """Raise LaunchError on a cluster without a dashboard, where every stopped trial would keep its CPUs and GPUs.
 
-    Ray Train finds out through the dashboard that a stopped trial's controller is gone, and only then frees
-    what its workers had.
+    Ray Train learns from the dashboard that the controller of a stopped trial has exited, and only then releases the
+    resources of its workers.
 
     Raises:
         LaunchError: the dashboard does not answer.
@@ -48,22 +48,22 @@ def check_dashboard() -> None:
     except (RayStateApiException, ConnectionError, OSError) as error:
         raise LaunchError(
             "the cluster's dashboard does not answer, and without it trials that are stopped early would "
-            "never free their workers: install ray[default] and start the head with --include-dashboard=true "
+            "never release their workers: install ray[default] and start the head with --include-dashboard=true "
             f"({str(error).strip().splitlines()[0]})"
         ) from error
 
 
-def concurrent_trials(cluster: ClusterConfig, wanted: int) -> int:
-    """How many trials may run at once: those that are wanted, at most those that fit.
+def limit_concurrency(cluster: ClusterConfig, max_concurrent: int) -> int:
+    """Return `max_concurrent`, or the number of trials that fit on the cluster at once if that is smaller.
 
     Raises:
-        LaunchError: the cluster does not hold the workers of a single trial, and does not grow.
+        LaunchError: the workers of a single trial do not fit, and the cluster does not autoscale.
     """
-    if _grows():
-        return wanted
+    if _autoscales():
+        return max_concurrent
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    fitting = num_fitting(nodes, cluster)
-    if fitting == 0:
+    num_trials = count_fitting_trials(nodes, cluster)
+    if num_trials == 0:
         have = ", ".join(f"{node.get('CPU', 0):.0f} CPUs and {node.get('GPU', 0):.0f} GPUs" for node in nodes)
         raise LaunchError(
             f"not even one trial fits: its {cluster.num_workers} workers (cluster.num_workers) need "
@@ -71,11 +71,14 @@ def concurrent_trials(cluster: ClusterConfig, wanted: int) -> int:
             f"the cluster have {have}: lower cluster.num_workers or cluster.cpus_per_worker, or use a "
             "larger cluster"
         )
-    return min(wanted, fitting)
+    return min(max_concurrent, num_trials)
 
 
-def num_fitting(nodes: list[Mapping[str, float]], cluster: ClusterConfig) -> int:
-    """How many trials nodes with these resources hold, when nothing else runs there."""
+def count_fitting_trials(nodes: list[Mapping[str, float]], cluster: ClusterConfig) -> int:
+    """Return the number of trials that fit on idle nodes with these resources.
+
+    A worker needs all its CPUs and its GPU on one node; the workers of a trial can be on different nodes.
+    """
     workers = 0
     for node in nodes:
         by_cpu = int(node.get("CPU", 0) // cluster.cpus_per_worker)
@@ -84,7 +87,7 @@ def num_fitting(nodes: list[Mapping[str, float]], cluster: ClusterConfig) -> int
 
 
 def list_leaked_resources(job_id: str) -> list[LeakedResource]:
-    """The living actors and the placement groups that a job has made."""
+    """Return the actors and placement groups of a job that still exist, without Ray's own services."""
     actors = list_actors(
         _address(), filters=[("job_id", "=", job_id), ("state", "!=", "DEAD")], limit=STATE_LIMIT, detail=True
     )
@@ -107,33 +110,33 @@ def list_leaked_resources(job_id: str) -> list[LeakedResource]:
     ]
 
 
-def clear(job_id: str, before: list[LeakedResource]) -> list[LeakedResource]:
-    """Wait until what the job has made since `before` is gone.
+def release_leaked_resources(job_id: str, before: list[LeakedResource]) -> list[LeakedResource]:
+    """Wait for the end of everything that the job has created since `before`; return what has leaked.
 
-    What stays is returned; its placement groups are removed, so that it holds no CPUs and GPUs.
+    Leaked placement groups are removed, so that they hold no CPUs and GPUs.
     """
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while left := [resource for resource in list_leaked_resources(job_id) if resource not in before]:
+    deadline = time.monotonic() + CLEANUP_TIMEOUT_SECONDS
+    while leaked := [resource for resource in list_leaked_resources(job_id) if resource not in before]:
         if time.monotonic() > deadline:
             break
         time.sleep(0.5)
-    for resource in left:
+    for resource in leaked:
         if resource.kind == "placement group":
             remove_group(resource.id)
-    return left
+    return leaked
 
 
 def remove_group(group_id: str) -> None:
-    """Free what a placement group holds; Ray ends the workers that run in it. One that is gone does no harm."""
+    """Remove a placement group, if it still exists; Ray kills the workers in it."""
     remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
 
 
 def _address() -> str:
-    """Of the cluster we are connected to: on its own, the state API is at a loss where a machine has two."""
+    """Return the address of the connected cluster: the state API cannot choose on a machine with two clusters."""
     return str(ray.get_runtime_context().gcs_address)
 
 
-def _grows() -> bool:
-    """Whether nodes come on demand: on Kubernetes, or where `ray up` has made the head."""
+def _autoscales() -> bool:
+    """Return True if nodes start on demand: on Kubernetes, or on a head that `ray up` has started."""
     on_head = (Path.home() / "ray_bootstrap_config.yaml").exists()
     return on_head or "KUBERNETES_SERVICE_HOST" in os.environ

@@ -1,4 +1,4 @@
-"""What a search found: its trials, best first, as a table and as the command that repeats the best."""
+"""Report the result of a search: the trials, best first, and the command that trains the best one again."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from raydetr.config import ConfigError, RunConfig, flatten, parse_assignments, t
 from raydetr.tune.cluster import LeakedResource
 
 Status = Literal["running", "finished", "stopped by ASHA", "failed", "interrupted"]
-ORDER: tuple[Status, ...] = ("finished", "stopped by ASHA", "interrupted", "running", "failed")
+STATUS_ORDER: tuple[Status, ...] = ("finished", "stopped by ASHA", "interrupted", "running", "failed")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration that was tried. AP and AP50 are those of its last evaluation."""
+    """One configuration of a search. AP and AP50 are those of its last evaluation."""
 
     number: int  # counted from 1
     name: str  # of its run, and of its folder
-    overrides: Mapping[str, Any]
+    overrides: Mapping[str, Any]  # the drawn values by dotted path
     status: Status = "running"
-    epoch: int = 0  # the last that was evaluated
+    epoch: int = 0  # of the last evaluation
     AP: float | None = None
     AP50: float | None = None
     cause: str | None = None  # of a failure
@@ -35,24 +35,24 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """A search that ended."""
+    """Result of a complete or interrupted search."""
 
     name: str
     folder: Path
     tracking_uri: str
     mlflow_run_id: str  # of the parent
     epochs: int
-    trials: tuple[Trial, ...]  # best first: those that finished before those that were stopped
-    command: str | None  # that trains the best configuration again; None: no trial has an AP
-    leaked: tuple[LeakedResource, ...]  # what the search left on the cluster; should be empty
+    trials: tuple[Trial, ...]  # best first, see `rank_trials`
+    command: str | None  # trains the best configuration again; None: no trial was evaluated
+    leaked: tuple[LeakedResource, ...]  # resources that the search left on the cluster; should be empty
 
     @property
     def best(self) -> Trial | None:
-        """The first of the trials, if it has an AP."""
+        """The first of the trials; None if it was not evaluated."""
         return best_trial(self.trials)
 
     def to_text(self) -> str:
-        """The table of trials, why some failed, and what to type next."""
+        """Return the table of trials, the causes of failures, and the command that trains the best one."""
         return "\n".join(
             [
                 trial_table(self.trials, self.epochs),
@@ -60,25 +60,28 @@ class SearchResult:
                 f"search      {self.folder}",
                 f"MLflow      {self.tracking_uri}, run {self.mlflow_run_id}",
                 f"best        {self.command or 'none: no trial was evaluated'}",
-                *(f"WARNING     left on the cluster: {left}" for left in self.leaked),
+                *(f"WARNING     left on the cluster: {resource}" for resource in self.leaked),
             ]
         )
 
 
-def ranked(trials: Sequence[Trial]) -> tuple[Trial, ...]:
-    """Best first: by AP, but a trial that was stopped never comes before one that finished."""
+def rank_trials(trials: Sequence[Trial]) -> tuple[Trial, ...]:
+    """Sort trials, best first: by status (finished trials before stopped ones), then by AP."""
     return tuple(
-        sorted(trials, key=lambda t: (ORDER.index(t.status), math.inf if t.AP is None else -t.AP, t.number))
+        sorted(
+            trials,
+            key=lambda t: (STATUS_ORDER.index(t.status), math.inf if t.AP is None else -t.AP, t.number),
+        )
     )
 
 
 def best_trial(trials: Sequence[Trial]) -> Trial | None:
-    """The first of ranked trials, if it was evaluated."""
+    """Return the first of the ranked trials; None if it was not evaluated."""
     return trials[0] if trials and trials[0].AP is not None else None
 
 
 def trial_table(trials: Sequence[Trial], epochs: int) -> str:
-    """The trials as aligned lines, and a line for each failure."""
+    """Format the trials as an aligned table, followed by a line per failure."""
     paths = list(dict.fromkeys(path for trial in trials for path in trial.overrides))
     head = ["trial", "AP", "AP50", "epochs", "status", *paths]
     rows = [
@@ -99,21 +102,21 @@ def trial_table(trials: Sequence[Trial], epochs: int) -> str:
 
 
 def trials_as_json(trials: Sequence[Trial]) -> str:
-    """The trials as JSON, with all digits."""
+    """Format the trials as JSON, with all digits."""
     return json.dumps([asdict(trial) for trial in trials], indent=1)
 
 
 def train_command(config: RunConfig, overrides: Mapping[str, Any], config_file: Path) -> str:
-    """The command that trains `config` (as the user gave it) with `overrides`, ready to paste.
+    """Return the shell command that trains `config` (as the user gave it) with `overrides`.
 
-    A configuration that no recipe begins is named by `config_file`, where it is kept.
+    It names the recipe and the changed settings, or `config_file` if no recipe leads to this configuration.
     """
     try:
         recipe = flatten(to_dict(recipes.find(config.recipe)))
     except ConfigError:
         return _command(["--config", str(config_file)], overrides)
     ours = flatten(to_dict(config))
-    if recipe.keys() != ours.keys():  # another model than the recipe's: no override turns one into the other
+    if recipe.keys() != ours.keys():  # not the recipe's model, to which overrides cannot change it
         return _command(["--config", str(config_file)], overrides)
     changed = {path: value for path, value in ours.items() if value != recipe[path]}
     return _command([config.recipe], changed | dict(overrides))
@@ -125,7 +128,7 @@ def _command(words: list[str], assignments: Mapping[str, Any]) -> str:
 
 
 def _argument(path: str, value: Any) -> str:
-    """The text that the command line reads back as `value`."""
+    """Return the text that the command line parses as `value`."""
     if isinstance(value, str) and parse_assignments([f"{path}={value}"])[path] == value:
         return value
     return json.dumps(value)

@@ -1,8 +1,8 @@
-"""A search from the driver's side: ASHA over trials that are Ray Train runs, below one MLflow parent run.
+"""Search hyperparameters with ASHA, in the driver. Trials are Ray Train runs, children of one MLflow run.
 
-ASHA (Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning"): after `grace_epochs` and again
-at each power of `reduction_factor` more, a trial goes on only if it is among the best 1 / reduction_factor of
-those that came this far.
+ASHA (Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning"): after `grace_epochs`, and at each
+multiple of it by a power of `reduction_factor`, a trial continues only if it is among the best 1 / reduction_factor of
+the trials that have reached that epoch.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from raydetr.tracking.tracker import Tracker
 from raydetr.tune import cluster
 from raydetr.tune.callback import SearchCallback
 from raydetr.tune.cluster import LeakedResource
-from raydetr.tune.result import SearchResult, best_trial, ranked, train_command, trials_as_json
+from raydetr.tune.result import SearchResult, best_trial, rank_trials, train_command, trials_as_json
 from raydetr.tune.space import Distribution, Space
 from raydetr.tune.trial import Study, run_trial
 
-# A trial's own process does nothing but wait. Every trial takes a share of the head, which nothing else uses:
-# with a CPU each, two trials on two CPUs would wait for their workers without end.
+# The process of a trial only waits for its workers. It takes a fraction of a resource of the head that nothing else
+# uses: with one CPU per trial, two trials on two CPUs would wait for their workers forever.
 TRIAL_RESOURCES = {"node:__internal_head__": 0.001}
 
-# Ray reads these in this process; a value that the user has set stays
+# Ray reads these in this process. Values that the user has set are kept
 SETTINGS = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow holds the results
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # AP is undefined where the data has no boxes
-    "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: no output but ours
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has the results
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # AP is undefined if the data has no boxes
+    "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: only the output of SearchCallback
 }
 
 
 class SearchError(RuntimeError):
-    """A search in which no trial was evaluated; the message holds the table of trials and their causes."""
+    """No trial of a search was evaluated; the message has the table of trials and the causes of failures."""
 
 
 def search(
@@ -55,15 +55,15 @@ def search(
     grace_epochs: int = 1,
     reduction_factor: int = 3,
 ) -> SearchResult:
-    """Try `num_trials` configurations drawn from `space`, the same ones for the same `config.seed`.
+    """Train `num_trials` configurations drawn from `space`, the same ones for the same `config.seed`.
 
-    `max_concurrent` is lowered to what the cluster holds at once.
+    `max_concurrent` is lowered to the number of trials that fit on the cluster at once.
 
     Raises:
         ConfigError, ValueError: the configuration or the shards cannot be used.
-        LaunchError: the cluster holds no trial, or has no dashboard.
+        LaunchError: not even one trial fits on the cluster, or it has no dashboard.
         SearchError: no trial was evaluated.
-        KeyboardInterrupt: Ctrl-C; the trials are ended, and what they found is kept in the folder.
+        KeyboardInterrupt: Ctrl-C; the trials are stopped, and their results so far are in the folder.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -71,19 +71,18 @@ def search(
     run.print_warnings(resolved)
     with connected(resolved.cluster):
         cluster.check_dashboard()
-        fitting = cluster.concurrent_trials(resolved.cluster, max_concurrent)
-        if fitting < max_concurrent:
-            print_status(f"the cluster holds {fitting} trials at once, not {max_concurrent}")
-        study = _begin(config, resolved, space)
-        watch = SearchCallback(study)
+        num_concurrent = cluster.limit_concurrency(resolved.cluster, max_concurrent)
+        if num_concurrent < max_concurrent:
+            print_status(f"the cluster holds {num_concurrent} trials at once, not {max_concurrent}")
+        study = _create_study(config, resolved, space)
+        callback = SearchCallback(study)
         before = cluster.list_leaked_resources(_job_id())
         try:
-            _run_trials(
-                study, space, watch, _asha(resolved, grace_epochs, reduction_factor), num_trials, fitting
-            )
+            asha = _asha(resolved, grace_epochs, reduction_factor)
+            _run_trials(study, space, callback, asha, num_trials, num_concurrent)
         finally:
-            result = _conclude(config, study, watch, num_trials, before)
-    if watch.num_ended < num_trials:
+            result = _finish(config, study, callback, num_trials, before)
+    if callback.num_ended < num_trials:  # Tune returns normally after Ctrl-C
         print_status(result.to_text())
         raise KeyboardInterrupt
     if result.best is None:
@@ -92,7 +91,7 @@ def search(
 
 
 class _Asha(ASHAScheduler):
-    """Never stops a trial at its last evaluation: it is done, and still storing its results."""
+    """ASHA that never stops a trial at its last epoch: it has finished, and is still storing its results."""
 
     def __init__(self, epochs: int, **settings: Any) -> None:
         super().__init__(max_t=epochs, **settings)
@@ -113,8 +112,8 @@ def _asha(config: RunConfig, grace_epochs: int, reduction_factor: int) -> _Asha:
     )
 
 
-def _begin(config: RunConfig, resolved: RunConfig, space: Space) -> Study:
-    """Make the search's folder and the parent run, and describe both."""
+def _create_study(config: RunConfig, resolved: RunConfig, space: Space) -> Study:
+    """Create the folder and the MLflow run of the search, and log its configuration and space."""
     name = run.new_name(f"tune-{config.recipe}")
     folder = resolved.storage.path / name
     folder.mkdir(parents=True)
@@ -135,7 +134,7 @@ def _begin(config: RunConfig, resolved: RunConfig, space: Space) -> Study:
 
 
 def _run_trials(
-    study: Study, space: Space, watch: SearchCallback, asha: _Asha, num_trials: int, max_concurrent: int
+    study: Study, space: Space, callback: SearchCallback, asha: _Asha, num_trials: int, max_concurrent: int
 ) -> None:
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, study=study), TRIAL_RESOURCES),
@@ -148,16 +147,16 @@ def _run_trials(
             num_samples=num_trials,
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=str(study.config.storage.path), callbacks=[watch], verbose=0
+            name="tune", storage_path=str(study.config.storage.path), callbacks=[callback], verbose=0
         ),
     )
-    # what Tune logs, and its traces of failed trials, are in our own lines and in the table
+    # SearchCallback and the table of trials already report Tune's messages and the errors of trials
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     tuner.fit()
 
 
 def _domain(distribution: Distribution) -> Any:
-    """The distribution as Ray Tune has it; the upper end of its `randint` is never drawn."""
+    """Return Ray Tune's equivalent of a distribution. Tune's `randint` excludes the upper end, ours includes it."""
     values = distribution.values
     match distribution.kind:
         case "uniform":
@@ -170,13 +169,13 @@ def _domain(distribution: Distribution) -> Any:
             return tune.choice(list(values))
 
 
-def _conclude(
-    config: RunConfig, study: Study, watch: SearchCallback, num_trials: int, before: list[LeakedResource]
+def _finish(
+    config: RunConfig, study: Study, callback: SearchCallback, num_trials: int, before: list[LeakedResource]
 ) -> SearchResult:
-    """Clear the cluster, settle the trials' runs, and write down what came out."""
-    left = cluster.clear(_job_id(), before)
-    watch.settle()
-    trials = ranked(list(watch.trials.values()))
+    """Release the cluster, finish the MLflow runs of the trials, and write the result."""
+    leaked = cluster.release_leaked_resources(_job_id(), before)
+    callback.finalize()
+    trials = rank_trials(list(callback.trials.values()))
     folder = study.config.storage.path
     best = best_trial(trials)
     result = SearchResult(
@@ -187,14 +186,14 @@ def _conclude(
         epochs=config.optim.epochs,
         trials=trials,
         command=train_command(config, best.overrides, folder / "config.yaml") if best else None,
-        leaked=tuple(left),
+        leaked=tuple(leaked),
     )
-    _record(result, is_complete=watch.num_ended == num_trials)
+    _write_result(result, is_complete=callback.num_ended == num_trials)
     return result
 
 
-def _record(result: SearchResult, *, is_complete: bool) -> None:
-    """Write the outcome into the search's folder and its MLflow run, and end that run."""
+def _write_result(result: SearchResult, *, is_complete: bool) -> None:
+    """Write the result into the folder and the MLflow run of the search, and finish that run."""
     uri, parent, best = result.tracking_uri, result.mlflow_run_id, result.best
     for file, text in (
         ("trials.txt", result.to_text()),
@@ -210,7 +209,7 @@ def _record(result: SearchResult, *, is_complete: bool) -> None:
         )
         tracker = Tracker(uri, parent)
         numbers = {"AP": best.AP, "AP50": best.AP50}
-        tracker.metrics(0, {name: value for name, value in numbers.items() if value is not None})
+        tracker.log_metrics(0, {name: value for name, value in numbers.items() if value is not None})
         tracker.close()
     mlflow_run.finish_run(
         uri, parent, "KILLED" if not is_complete else "FAILED" if best is None else "FINISHED"

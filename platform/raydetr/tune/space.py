@@ -1,12 +1,12 @@
-"""What a search varies: a YAML file of dotted paths and the distributions their values are drawn from.
+"""Read search spaces: YAML files with dotted paths and the distributions of their values.
 
     optim.lr: {loguniform: [1e-4, 1e-2]}
     optim.weight_decay: {uniform: [0.0, 1e-3]}
     model.num_queries: {randint: [10, 50]}      # both ends can be drawn
     optim.schedule: {choice: [step, cosine]}
 
-Every path and every end or choice is tried on the configuration when the file is read: a search does not
-find out at its tenth trial that a value does not fit.
+Every path, and every end or choice of a distribution, is checked against the configuration when the file is read, so
+that no trial fails because of an invalid value.
 """
 
 from __future__ import annotations
@@ -25,39 +25,40 @@ Kind = Literal["uniform", "loguniform", "randint", "choice"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # A path, or a section with a dot at its end, and why a search cannot vary it
-FIXED = {
+NOT_SEARCHABLE = {
     "recipe": "it only names the run",
-    "data.train": "trials on other data cannot be compared; run one search for each",
-    "data.val": "trials on other data cannot be compared; run one search for each",
-    "data.synthetic": "trials on other data cannot be compared; run one search for each",
+    "data.train": "trials on other data cannot be compared; run one search per data set",
+    "data.val": "trials on other data cannot be compared; run one search per data set",
+    "data.synthetic": "trials on other data cannot be compared; run one search per data set",
     "data.limit_images": "trials on other data cannot be compared; set it on the command line",
     "data.label_map": "it is a property of the data",
     "optim.epochs": "trials are compared at the same epoch of the same schedule; set it on the command line",
     "evaluation.": "trials are compared at the same epochs; set it on the command line",
-    "cluster.": "it says where trials run, not what they learn; set it on the command line",
-    "storage.": "it says where trials are kept; set it on the command line",
-    "tracking.": "it says where trials are logged; set it on the command line",
+    "cluster.": "it determines where trials run, not what they learn; set it on the command line",
+    "storage.": "it determines where trials are stored; set it on the command line",
+    "tracking.": "it determines where trials are logged; set it on the command line",
 }
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """What a value is drawn from: the two ends of a range, or the choices."""
+    """Distribution of a value: `values` are the two ends of a range, or the choices."""
 
     kind: Kind
     values: tuple[Any, ...]
 
-    def probes(self) -> tuple[Any, ...]:
-        """Values that stand for all it can give: the ends and one between them, or each choice."""
+    def examples(self) -> tuple[Any, ...]:
+        """Return values to check in place of all possible ones: the ends and one between them, or each choice."""
         if self.kind not in ("uniform", "loguniform"):
             return self.values
         low, high = self.values
-        return low, high, low + (high - low) * 0.381966  # between: 64.0 passes for an integer, 71.3 does not
+        # The ends alone could be valid integers, such as 64.0; a value between them (golden ratio) is not
+        return low, high, low + (high - low) * 0.381966
 
 
 @dataclass(frozen=True)
 class Space:
-    """The distributions of a search by dotted path, and the file they come from."""
+    """Distributions of a search by dotted path, and the file they were read from."""
 
     path: Path
     text: str
@@ -65,11 +66,11 @@ class Space:
 
 
 def read_space(path: Path, config: RunConfig) -> Space:
-    """Read a search space and try it on `config`.
+    """Read a search space and check it against `config`.
 
     Raises:
-        ConfigError: the file is missing or no mapping of paths to distributions; a path does not exist, is a
-            section, is given twice or cannot be searched; a distribution is unknown or its values do not fit.
+        ConfigError: the file is missing or is not a mapping of paths to distributions; a path does not exist, is a
+            section, is given twice or cannot be searched; a distribution is unknown or its values are not valid.
     """
     try:
         text = path.read_text()
@@ -79,11 +80,11 @@ def read_space(path: Path, config: RunConfig) -> Space:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML ({error})") from None
     if not isinstance(values, dict) or not values:
-        raise ConfigError(f"{path}: holds no paths to search; write lines such as optim.lr: {_EXAMPLE}")
+        raise ConfigError(f"{path}: has no paths to search; write lines such as optim.lr: {_EXAMPLE}")
     try:
         distributions = {str(key): _read_distribution(str(key), value) for key, value in values.items()}
         for key, distribution in distributions.items():
-            _try_on(config, key, distribution)
+            _check_values(config, key, distribution)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return Space(path, text, distributions)
@@ -93,7 +94,7 @@ _EXAMPLE = "{loguniform: [1e-4, 1e-2]}"
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would silently keep the last."""
+    """YAML loader that refuses duplicate keys, of which YAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -115,7 +116,7 @@ def _read_distribution(path: str, value: Any) -> Distribution:
     (name, values), *_ = value.items()
     if name not in KINDS:
         known = ", ".join(KINDS)
-        below = "; for a setting in a section write the whole dotted path" if isinstance(values, dict) else ""
+        below = "; for a setting in a section write the full dotted path" if isinstance(values, dict) else ""
         raise ConfigError(
             f"{path}: no distribution {name!r} (there are {known}){nearest(str(name), KINDS)}{below}"
         )
@@ -134,7 +135,7 @@ def _read_choices(path: str, name: str, values: list[Any]) -> tuple[Any, ...]:
         )
     repeated = [choice for i, choice in enumerate(choices) if choice in choices[:i]]
     if repeated:
-        raise ConfigError(f"{path}: choice holds {repeated[0]!r} twice: keep one")
+        raise ConfigError(f"{path}: choice has {repeated[0]!r} twice: keep one")
     return choices
 
 
@@ -157,7 +158,7 @@ def _is_number(value: Any, number: Any) -> bool:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as text, because it has no decimal point; so does the command line."""
+    """Convert text to a number if possible: YAML 1.1 reads 1e-4, which has no decimal point, as text."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -166,11 +167,11 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _try_on(config: RunConfig, path: str, distribution: Distribution) -> None:
-    for fixed, reason in FIXED.items():
-        if path == fixed or (fixed.endswith(".") and path.startswith(fixed)):
+def _check_values(config: RunConfig, path: str, distribution: Distribution) -> None:
+    for name, reason in NOT_SEARCHABLE.items():
+        if path == name or (name.endswith(".") and path.startswith(name)):
             raise ConfigError(f"{path} cannot be searched: {reason}")
-    for value in distribution.probes():
+    for value in distribution.examples():
         try:
             override(config, {path: value})
         except ConfigError as error:

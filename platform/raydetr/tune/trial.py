@@ -1,4 +1,4 @@
-"""What Ray Tune runs for one trial: a run like any other, whose evaluations are reported to the search."""
+"""Run one trial of a search: a normal run that also reports its evaluations to Ray Tune."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from raydetr.runs import run
 
 @dataclass(frozen=True)
 class Study:
-    """What every trial of a search gets."""
+    """Settings that all trials of a search have in common."""
 
-    config: RunConfig  # resolved; its storage is the search's folder
+    config: RunConfig  # resolved; its storage.path is the folder of the search
     name: str
-    parent_run_id: str
+    parent_run_id: str  # MLflow run of the search
 
     def trial_name(self, number: int) -> str:
-        """The name of a trial's run, and of its folder below that of the search."""
+        """Return the name of a trial's run, which is also its folder in the folder of the search."""
         return f"{self.name}-{number:03d}"
 
     def trial_folder(self, number: int) -> Path:
-        """Where a trial keeps its run."""
+        """Return the folder of a trial's run."""
         return self.config.storage.path / self.trial_name(number)
 
 
 def trial_number(trial_id: str) -> int:
-    """Counted from 1. Tune numbers the trials of a search from 0 at the end of their ids."""
+    """Return the number of a trial, counted from 1. Tune's ids end with a number that is counted from 0."""
     return int(trial_id.rpartition("_")[2]) + 1
 
 
 def run_trial(drawn: Mapping[str, Any], study: Study) -> None:
-    """Train with the values that were drawn for this trial; called by Ray Tune in a process of its own.
+    """Train with the values that were drawn for this trial. Ray Tune calls it in a separate process.
 
     Raises:
         ConfigError, ValueError: the values contradict each other or the data.
@@ -45,7 +45,7 @@ def run_trial(drawn: Mapping[str, Any], study: Study) -> None:
     """
     number = trial_number(tune.get_context().get_trial_id())
     run.start(
-        override(study.config, plain(drawn)),
+        override(study.config, to_python(drawn)),
         name=study.trial_name(number),
         parent_run_id=study.parent_run_id,
         warn=False,
@@ -53,6 +53,6 @@ def run_trial(drawn: Mapping[str, Any], study: Study) -> None:
     )
 
 
-def plain(drawn: Mapping[str, Any]) -> dict[str, Any]:
-    """What Tune drew, as plain Python values: its integers are numpy's."""
+def to_python(drawn: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert drawn values to plain Python values: Tune's integers are numpy's."""
     return {path: value.item() if hasattr(value, "item") else value for path, value in drawn.items()}

@@ -1,1 +1,1 @@
-"""Pictures and plots for people. Imports nothing else of raydetr."""
+"""Draw images with boxes, and plots. Imports nothing else of raydetr."""

@@ -1,7 +1,7 @@
-"""Pictures for the eye: boxes on images, and a grid that sets true and predicted boxes side by side.
+"""Draw boxes on images, and image grids that compare true with predicted boxes.
 
-Small images are enlarged before anything is drawn, so that text can be read. A category has the same color
-everywhere. True boxes are dashed, predicted ones solid with their score.
+Small images are enlarged first, so that captions are readable. A category has the same color everywhere. True boxes are
+dashed; predicted boxes are solid, with their score.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from PIL import Image, ImageDraw, ImageFont
 Rectangle = tuple[float, float, float, float]  # left, top, right, bottom
 Color = tuple[int, int, int]
 
-SMALLEST_SIDE = 320  # pixels of the long side: smaller images are enlarged
+MIN_SIDE = 320  # pixels of the long side; smaller images are enlarged to it
 PANEL_SIDE = 480  # pixels of the long side of a grid's panel
-MAX_COVERED = 0.05  # share of a label that other labels may cover; where no place is better it is left out
-MANY_BOXES = 12
+MAX_OVERLAP = 0.05  # fraction of a caption that others may cover; if every place is worse, it is omitted
+MANY_BOXES = 12  # boxes above which captions are smaller
 
 _BLACK, _WHITE, _PAPER, _INK = (0, 0, 0), (255, 255, 255), (250, 250, 250), (30, 30, 30)
 _GAP = 10
@@ -38,8 +38,8 @@ class Box:
     score: float | None = None
 
     @property
-    def label(self) -> str:
-        """What stands at the box."""
+    def caption(self) -> str:
+        """Text drawn at the box."""
         return self.name if self.score is None else f"{self.name} {self.score:.2f}"
 
 
@@ -56,12 +56,12 @@ class AnnotatedImage:
 def coco_boxes(
     records: Iterable[Mapping[str, Any]], names: Mapping[int, str], score_threshold: float = 0.0
 ) -> tuple[Box, ...]:
-    """Boxes of COCO annotations or of COCO results of one image, best first.
+    """Convert COCO annotations or COCO results of one image to boxes, best first.
 
     Args:
-        records: with `category_id`, `bbox` (xywh) and perhaps `score`.
+        records: with `category_id`, `bbox` (xywh) and, for results, `score`.
         names: category_id -> name.
-        score_threshold: results below it are left out.
+        score_threshold: results with a lower score are omitted.
     """
     boxes = []
     for record in records:
@@ -76,50 +76,51 @@ def coco_boxes(
 
 
 def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
-    """A copy of the image with boxes and their labels; small images come back enlarged.
+    """Return a copy of the image, enlarged if it is small, with boxes and captions.
 
-    Labels stay inside the picture and off each other. The best boxes (first in `boxes`) choose first; a label
-    that would cover others is left out.
+    Captions stay inside the image and do not overlap. They are placed in the order of `boxes`, best first; one that
+    would cover others is omitted.
     """
-    return _draw(_at_least(image, SMALLEST_SIDE), image.size, boxes)
+    return _draw(_at_least(image, MIN_SIDE), image.size, boxes)
 
 
 def draw_grid(
-    pictures: Sequence[AnnotatedImage], *, score_threshold: float, num_columns: int = 2
+    images: Sequence[AnnotatedImage], *, score_threshold: float, num_columns: int = 2
 ) -> Image.Image:
-    """A page of pictures, each twice: true boxes at the left, predicted ones at the right.
+    """Draw an image grid that shows each image twice: true boxes at the left, predicted boxes at the right.
 
     Args:
-        score_threshold: only said in the heading; see `coco_boxes`.
-        num_columns: pictures in a row.
+        images: with their boxes.
+        score_threshold: named in the heading only; see `coco_boxes`.
+        num_columns: images per row.
     """
     heading = (
         "each image twice:  left, dashed: true boxes    "
         f"right, solid: predicted boxes with score ≥ {score_threshold:g}"
     )
-    return _page(heading, [_cell(picture) for picture in pictures], num_columns)
+    return _page(heading, [_cell(image) for image in images], num_columns)
 
 
 def draw_contact_sheet(
-    pictures: Sequence[AnnotatedImage], *, heading: str, num_columns: int = 4
+    images: Sequence[AnnotatedImage], *, heading: str, num_columns: int = 4
 ) -> Image.Image:
-    """A page of pictures with their true boxes."""
+    """Draw an image grid with true boxes."""
     cells = []
-    for picture in pictures:
-        panel = _draw(_panel(picture.image), picture.image.size, picture.true)
-        cells.append(_stacked([_text_image(picture.title, 13), panel], 2))
+    for image in images:
+        panel = _draw(_panel(image.image), image.image.size, image.true)
+        cells.append(_stacked([_text_image(image.title, 13), panel], 2))
     return _page(heading, cells, num_columns)
 
 
 def color_of(category_id: int) -> Color:
-    """The color of a category: hues far apart for neighbouring ids, in three strengths."""
+    """Return the color of a category: hues far apart for neighboring ids, in three strengths."""
     hue = category_id * 0.61803398875 % 1.0
     saturation, value = ((0.85, 1.0), (0.55, 1.0), (1.0, 0.75))[category_id // 7 % 3]
     red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-# --- boxes and labels ---
+# --- Boxes and captions ---
 
 
 def _draw(canvas: Image.Image, size: tuple[int, int], boxes: Sequence[Box]) -> Image.Image:
@@ -133,7 +134,7 @@ def _draw(canvas: Image.Image, size: tuple[int, int], boxes: Sequence[Box]) -> I
     thickness = max(2, round(max(canvas.size) / 240))
     for box, rectangle in reversed(list(zip(boxes, scaled, strict=True))):
         _outline(draw, rectangle, color_of(box.category_id), thickness, dashed=box.score is None)
-    # a crowd gets smaller labels, so that something of it remains visible
+    # Smaller captions leave more of a crowded image visible
     font = _font(max(11, round(max(canvas.size) / (36 if len(boxes) <= MANY_BOXES else 44))))
     taken: list[Rectangle] = []
     for box, rectangle in zip(boxes, scaled, strict=True):
@@ -141,7 +142,7 @@ def _draw(canvas: Image.Image, size: tuple[int, int], boxes: Sequence[Box]) -> I
         place = _free_place(rectangle, _text_size(text, font), canvas.size, taken)
         if place is not None:
             taken.append(place)
-            _label(draw, place, text, color_of(box.category_id), font)
+            _draw_caption(draw, place, text, color_of(box.category_id), font)
     return canvas
 
 
@@ -149,7 +150,7 @@ def _outline(
     draw: ImageDraw.ImageDraw, rectangle: Rectangle, color: Color, thickness: int, *, dashed: bool
 ) -> None:
     left, top, right, bottom = rectangle
-    # the dark line beneath keeps a box visible on ground of its own color
+    # A dark line beneath keeps a box visible on a background of its own color
     draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=_BLACK, width=thickness + 2)
     if not dashed:
         draw.rectangle(rectangle, outline=color, width=thickness)
@@ -165,7 +166,7 @@ def _outline(
         draw.rectangle((right - inset, start, right, end), fill=color)
 
 
-def _label(
+def _draw_caption(
     draw: ImageDraw.ImageDraw, place: Rectangle, text: str, color: Color, font: ImageFont.FreeTypeFont
 ) -> None:
     draw.rectangle(place, fill=color)
@@ -177,7 +178,7 @@ def _label(
 def _free_place(
     box: Rectangle, size: tuple[int, int], canvas: tuple[int, int], taken: Sequence[Rectangle]
 ) -> Rectangle | None:
-    """Where a label of `size` goes: at the box, inside the canvas, off the labels that are there."""
+    """Return a place for a caption: at the box, inside the canvas, off the places taken; None if there is none."""
     left, top, right, bottom = box
     width, height = size
     corners = [
@@ -188,12 +189,12 @@ def _free_place(
     places = [_pushed_inside((x, y, x + width, y + height), canvas) for x, y in corners]
     covered = [sum(_overlap(place, other) for other in taken) / (width * height) for place in places]
     best = min(range(len(places)), key=covered.__getitem__)
-    return places[best] if covered[best] <= MAX_COVERED else None
+    return places[best] if covered[best] <= MAX_OVERLAP else None
 
 
 def _shortened(box: Box, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The label, with the class name cut where it is wider than the picture; the score always stays."""
-    text, name = box.label, box.name
+    """Return the caption, with the class name truncated to `width`; the score is always complete."""
+    text, name = box.caption, box.name
     while _text_size(text, font)[0] > width and name:
         name = name[:-1]
         text = f"{name.rstrip()}… {'' if box.score is None else f'{box.score:.2f}'}".rstrip()
@@ -206,7 +207,7 @@ def _overlap(a: Rectangle, b: Rectangle) -> float:
 
 
 def _inside(box: Rectangle, canvas: tuple[int, int]) -> Rectangle:
-    """The part of a box that the canvas shows; at least a point at its border."""
+    """Return the part of a box that the canvas shows; at least a point at its border."""
     x0, x1 = (min(max(x, 1.0), canvas[0] - 2.0) for x in (box[0], box[2]))
     y0, y1 = (min(max(y, 1.0), canvas[1] - 2.0) for y in (box[1], box[3]))
     return min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)
@@ -218,7 +219,7 @@ def _pushed_inside(place: Rectangle, canvas: tuple[int, int]) -> Rectangle:
     return x, y, x + place[2] - place[0], y + place[3] - place[1]
 
 
-# --- pages ---
+# --- Image grids ---
 
 
 def _page(heading: str, cells: Sequence[Image.Image], num_columns: int) -> Image.Image:
@@ -227,22 +228,20 @@ def _page(heading: str, cells: Sequence[Image.Image], num_columns: int) -> Image
     return _framed(_stacked(page, _GAP))
 
 
-def _cell(picture: AnnotatedImage) -> Image.Image:
-    panels = [
-        _draw(_panel(picture.image), picture.image.size, boxes) for boxes in (picture.true, picture.predicted)
-    ]
-    title = f"{picture.title}    {len(picture.true)} true, {len(picture.predicted)} predicted"
+def _cell(image: AnnotatedImage) -> Image.Image:
+    panels = [_draw(_panel(image.image), image.image.size, boxes) for boxes in (image.true, image.predicted)]
+    title = f"{image.title}    {len(image.true)} true, {len(image.predicted)} predicted"
     return _stacked([_text_image(title, 13), _beside(panels, 4)], 2)
 
 
 def _panel(image: Image.Image) -> Image.Image:
-    copy = _at_least(image, SMALLEST_SIDE)
+    copy = _at_least(image, MIN_SIDE)
     copy.thumbnail((PANEL_SIDE, PANEL_SIDE), Image.Resampling.LANCZOS)
     return copy
 
 
 def _at_least(image: Image.Image, side: int) -> Image.Image:
-    """A copy in RGB whose long side has at least `side` pixels."""
+    """Return a copy in RGB whose long side has at least `side` pixels."""
     scale = max(1.0, side / max(image.size))
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     copy = image.convert("RGB")
@@ -289,5 +288,5 @@ def _text_size(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int]:
 
 @lru_cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    # matplotlib brings a font that knows most alphabets
+    # matplotlib ships a font that covers most alphabets
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)

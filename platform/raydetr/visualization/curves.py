@@ -1,4 +1,4 @@
-"""Learning curves: losses and learning rates over steps, AP over epochs. No pyplot, so no global state."""
+"""Plot learning curves: losses and learning rates over steps, AP over epochs. Avoids pyplot and its global state."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from matplotlib.ticker import MaxNLocator
 Curves = Mapping[str, Sequence[tuple[float, float]]]  # name -> (x, value), by x
 
 MAX_LEGEND = 12
-# curves that lie on each other, such as equal rates, are both seen
+# Different dashes keep curves that coincide, such as equal learning rates, visible
 _LINES: tuple[Literal["--", "-", "-."], ...] = ("--", "-", "-.")
 
 
 def learning_curves(losses: Curves, rates: Curves, precision: Curves) -> Figure:
-    """Three panels in one figure.
+    """Plot losses, learning rates and precision in three panels of one figure.
 
     Args:
-        losses: over steps; `loss` is drawn thick, terms of single decoder layers (`..._0`, `..._1`) faintly.
+        losses: over steps; `loss` is thick, terms of single decoder layers (`..._0`, `..._1`) are faint.
         rates: learning rates over steps.
         precision: AP, AP50, ... over epochs.
     """
@@ -53,12 +53,12 @@ def _plot(panel: Axes, curves: Curves, title: str, x_label: str, marker: str = "
             panel.plot(x, values, color="0.75", linewidth=0.6, zorder=1)
             continue
         num_named += 1
-        # a single value would be a line without length
+        # A single value would be an invisible line
         (line,) = panel.plot(x, values, label=name, marker=marker or ("." if len(points) == 1 else ""))
         if name == "loss":
             line.set(color="black", linewidth=2.5)
         line.set_linestyle(_LINES[num_named % len(_LINES)])
-    # outside, where it hides no curve
+    # Outside, where it covers no curve
     panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
 
 

@@ -1,6 +1,6 @@
-// Runs every kernel on odd sizes with hostile locations, in buffers that end exactly where the tensors end,
-// so that the sanitizers see each stray access. test_sanitizers.py compiles it, also with vectors wider than
-// the machine's.
+// Runs every kernel on unusual sizes with extreme locations, in buffers that end exactly where the tensors
+// end, so that the sanitizers detect each stray access. test_sanitizers.py compiles it, also with vectors
+// wider than those of the machine.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -27,7 +27,7 @@ struct Size {
   int64_t channels, points, reference_size;
 };
 
-// One image, one head; returns a sum of all outputs.
+// Runs one image and one head; returns a sum over the gradient, so that the compiler cannot remove the work.
 template <class T>
 double run(const Kernels<T>& kernels, Storage storage, int64_t bytes, const Size& size) {
   const std::vector<int64_t> shapes = {3, 5, 2, 1, 1, 1};
@@ -36,8 +36,8 @@ double run(const Kernels<T>& kernels, Storage storage, int64_t bytes, const Size
   std::vector<char> grad_value(value.size(), 0);
   std::vector<T> locations = numbers<T>(queries * samples * 2, 1.5),
                  weights = numbers<T>(queries * samples, 1);
-  const T hostile[] = {T(-1), T(0), T(1), T(2), T(1e30), T(INFINITY), T(-INFINITY), T(NAN)};
-  for (size_t i = 0; i < locations.size(); i += 3) locations[i] = hostile[i / 3 % 8];
+  const T extreme[] = {T(-1), T(0), T(1), T(2), T(1e30), T(INFINITY), T(-INFINITY), T(NAN)};
+  for (size_t i = 0; i < locations.size(); i += 3) locations[i] = extreme[i / 3 % 8];
   std::vector<T> reference = numbers<T>(queries * 3 * size.reference_size, 1);
   std::vector<T> grad_locations(locations.size()), grad_weights(weights.size());
   std::vector<T> grad_reference(reference.size());

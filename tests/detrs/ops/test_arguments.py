@@ -1,4 +1,4 @@
-"""What `deform_attn` says to wrong arguments: the argument's name, what was found, what was expected."""
+"""Test the errors for wrong arguments: they name the argument, what was found and what is expected."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def inputs():
         ),
         ("value", lambda v: v.int(), r"value: found dtype torch.int32, expected one of torch.float32, "),
         ("weights", lambda w: w.long(), r"weights: found dtype torch.int64, expected one of torch.float32, "),
-        ("weights", lambda w: w.to("meta"), r"weights: found device meta, expected cpu, where value is"),
+        ("weights", lambda w: w.to("meta"), r"weights: found device meta, expected cpu, the device of value"),
     ],
 )
 def test_wrong_tensors_are_named(inputs, name, change, words):

@@ -1,4 +1,4 @@
-"""The operators called directly under autocast: what torch is told of it."""
+"""Test the operators called directly under autocast."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ SHAPES = ((5, 7), (3, 2))
 SIZES = [5, 7, 3, 2]
 
 
-def test_places_are_widened_and_the_value_stays():
-    value, places, weights = (tensor.bfloat16() for tensor in random_inputs(SHAPES, dtype=torch.float32))
-    reference = torch.rand(*places.shape[:2], len(SHAPES), 2).bfloat16()
+def test_locations_become_float32_and_the_value_keeps_its_dtype():
+    value, locations, weights = (tensor.bfloat16() for tensor in random_inputs(SHAPES, dtype=torch.float32))
+    reference = torch.rand(*locations.shape[:2], len(SHAPES), 2).bfloat16()
     operators = torch.ops.detrs
     calls = [
-        (operators.deform_attn, (places, weights)),
-        (operators.deform_attn_fused, (reference, places, weights)),
+        (operators.deform_attn, (locations, weights)),
+        (operators.deform_attn_fused, (reference, locations, weights)),
     ]
     for operator, samples in calls:
         with pytest.raises(RuntimeError, match="else float32"):

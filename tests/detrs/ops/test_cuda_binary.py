@@ -1,4 +1,4 @@
-"""What CUDA's compiler made of the kernels, read off the built library: registers, spills, widths, instructions."""
+"""Test the machine code of the CUDA kernels in the built library: registers, spills, widths, instructions."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 from detrs.ops import native_status
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-# A multiprocessor has 65,536 registers and a block 128 threads: 8, 6 and 4 blocks fit
+# A multiprocessor has 65,536 registers and a block 128 threads: with these limits 8, 6 and 4 blocks fit
 MOST_REGISTERS = {("float", 4): 64, ("half", 4): 64, ("half", 8): 80, ("double", 4): 128}
-# With L * P = 16 and 32 channels: warp instructions in the loop over the samples, for one of them
+# With L * P = 16 and 32 channels: warp instructions per sample in the loop over the samples
 MOST_INSTRUCTIONS = {("forward", "float"): 40, ("backward", "float"): 120}
 
 pytestmark = pytest.mark.skipif("cuda" not in native_status().devices, reason=native_status().reason)
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif("cuda" not in native_status().devices, reason=na
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel for one kind of GPU."""
+    """One kernel, compiled for one GPU architecture."""
 
     target: str
     direction: str
@@ -37,7 +37,7 @@ class Kernel:
         return sum(re.search(pattern, line) is not None for line in self.code)
 
     def loops(self) -> list[tuple[str, ...]]:
-        """What lies between a branch backwards and where it goes to."""
+        """Return the loops: the code between a backward branch and its target."""
         places = {int(line.split("*")[1], 16): number for number, line in enumerate(self.code)}
         found = []
         for number, line in enumerate(self.code):
@@ -48,7 +48,7 @@ class Kernel:
 
 
 def read_binary(*options: str) -> str:
-    """What cuobjdump says about the library; it comes with CUDA's toolkit or from PyPI."""
+    """Return the output of cuobjdump, from the CUDA toolkit or from PyPI, for the library."""
     package = find_spec("nvidia")
     folders = (package and package.submodule_search_locations) or []
     path = os.pathsep.join(
@@ -66,7 +66,7 @@ def read_binary(*options: str) -> str:
 
 
 def describe(mangled: str) -> tuple[str, str, int, int]:
-    """Direction, storage, vector and lanes from a kernel's name."""
+    """Return direction, storage, vector and lanes from the name of a kernel."""
     found = re.search(r"(forward|backward)_kernelI(f|d|6__half|13__nv_bfloat16)Li(\d+)ELi(\d+)E", mangled)
     assert found is not None, mangled
     storage = {"f": "float", "d": "double"}.get(found[2], "half")
@@ -74,13 +74,13 @@ def describe(mangled: str) -> tuple[str, str, int, int]:
 
 
 def machine_code() -> list[str]:
-    """The GPUs that the library has code for."""
+    """Return the GPU architectures that the library has code for."""
     return re.findall(r"sm_\d+", native_status().reason.split("for GPUs: ")[1])
 
 
 @pytest.fixture(scope="module")
 def kernels() -> list[Kernel]:
-    """Of the oldest GPUs, the newest, and the first that add four floats at once: reading takes seconds."""
+    """Return the kernels for the oldest and newest GPUs and for the first with atomics on four floats, to save time."""
     found = []
     for target in sorted({*machine_code()[::5], "sm_90"} & {*machine_code()}):
         for text in read_binary("-sass", "-arch", target).split("Function : ")[1:]:
@@ -89,7 +89,7 @@ def kernels() -> list[Kernel]:
     return found
 
 
-def test_every_kernel_is_there_for_every_gpu():
+def test_every_kernel_exists_for_every_gpu():
     assert set(machine_code()) <= set(TARGETS)
     newest = machine_code()[-1].removeprefix("sm_")
     assert f"compute_{newest}" in native_status().reason.split(), "no PTX for later GPUs"
@@ -121,11 +121,13 @@ def test_no_instruction_touches_local_memory(kernels):
 
 
 def test_channels_are_loaded_and_stored_16_bytes_at_a_time(kernels):
-    """8 for half precision in fours."""
+    """8 bytes for four numbers of half precision."""
     for kernel in kernels:
         width = 64 if (kernel.storage, kernel.vector) == ("half", 4) else 128
         loads = [loop for loop in kernel.loops() if sum(f"LDG.E.{width}" in line for line in loop) >= 4]
-        assert loads, f"{kernel.target} {kernel.direction} {kernel.storage}: no loop loads four corners so"
+        assert loads, (
+            f"{kernel.target} {kernel.direction} {kernel.storage}: no loop loads four corners at this width"
+        )
         if kernel.direction == "forward":
             assert kernel.count(rf"STG\.E\.{width}\b") == (2 if kernel.storage == "double" else 1)
 
@@ -142,7 +144,7 @@ def test_gradients_are_added_four_at_a_time_where_the_gpu_can(kernels):
             assert kernel.count(r"RED\S*\.ADD\.F32x4") == corners // 4
         else:
             assert kernel.count(r"RED\S*\.ADD\.F32\b(?!x)") == corners
-        assert kernel.count(r"\bATOM") == 0, "an atomic that waits for its result"
+        assert kernel.count(r"\bATOM") == 0, "an atomic operation that returns its result"
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

@@ -1,4 +1,4 @@
-"""What torch is told of the CUDA kernels, and how they are built: all that needs no GPU."""
+"""Test registration and build of the CUDA kernels, as far as this needs no GPU."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ needs_cuda_build = pytest.mark.skipif("cuda" not in native_status().devices, rea
 
 
 def fake_inputs(num_channels=8, dtype=torch.float32):
-    """Value, locations and weights on a GPU that need not exist."""
+    """Return value, locations and weights on a GPU that need not exist."""
     value = torch.empty(2, 41, 3, num_channels, dtype=dtype, device="cuda")
     return value, torch.empty(2, 5, 3, 2, 4, 2, device="cuda"), torch.empty(2, 5, 3, 2, 4, device="cuda")
 
 
-def test_the_library_has_kernels_for_gpus_where_there_is_a_compiler_for_them():
+def test_the_library_has_kernels_for_gpus_if_nvcc_is_installed():
     if shutil.which("nvcc") is None or "NVCC set to nothing" in native_status().reason:
         pytest.skip("nvcc is not installed, or the library was built without it on purpose")
     assert "cuda" in native_status().devices, native_status().reason
@@ -36,12 +36,12 @@ def test_the_library_has_kernels_for_gpus_where_there_is_a_compiler_for_them():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fake_tensors_on_a_gpu(dtype):
     with FakeTensorMode():
-        value, places, weights = fake_inputs(dtype=dtype)
+        value, locations, weights = fake_inputs(dtype=dtype)
         reference = torch.empty(2, 5, 2, 4, device="cuda")
-        out = deform_attn(value, SHAPES, places, weights)
-        fused = deform_attn_fused(value, SHAPES, reference, places, weights)
+        out = deform_attn(value, SHAPES, locations, weights)
+        fused = deform_attn_fused(value, SHAPES, reference, locations, weights)
         gradients = torch.ops.detrs.deform_attn_fused_backward(
-            out, value, [5, 7, 3, 2], reference, places, weights, True
+            out, value, [5, 7, 3, 2], reference, locations, weights, True
         )
     for found in (out, fused):
         assert (found.shape, found.dtype, found.device.type) == ((2, 5, 24), dtype, "cuda")
@@ -52,7 +52,7 @@ def test_fake_tensors_on_a_gpu(dtype):
 
 @needs_cuda_build
 @pytest.mark.parametrize(("num_channels", "native"), [(4, True), (128, True), (6, False), (132, False)])
-def test_channels_that_the_gpu_kernels_do_not_take_go_the_pure_torch_way(num_channels, native):
+def test_other_numbers_of_channels_use_pure_torch_on_a_gpu(num_channels, native):
     assert has_kernels(torch.empty(2, 41, 3, num_channels))
     with FakeTensorMode():
         assert has_kernels(fake_inputs(num_channels)[0]) == native
@@ -60,12 +60,12 @@ def test_channels_that_the_gpu_kernels_do_not_take_go_the_pure_torch_way(num_cha
 
 @needs_cuda_build
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_deterministic_backward_on_a_gpu_is_refused_or_warned_of(monkeypatch, fused):
-    """As autograd calls it; autograd itself needs a GPU to run on one's tensors."""
+def test_a_deterministic_backward_on_a_gpu_is_an_error_or_a_warning(monkeypatch, fused):
+    """Call backward as autograd does, which itself cannot run on CUDA tensors without a GPU."""
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     with FakeTensorMode():
-        value, places, weights = fake_inputs()
-        saved = [value, places, weights]
+        value, locations, weights = fake_inputs()
+        saved = [value, locations, weights]
         if fused:
             saved.insert(1, torch.empty(2, 5, 2, 4, device="cuda"))
         context = SimpleNamespace(saved_tensors=saved, shapes=[5, 7, 3, 2], needs_input_grad=[True] * 5)
@@ -78,7 +78,7 @@ def test_a_deterministic_backward_on_a_gpu_is_refused_or_warned_of(monkeypatch, 
     assert gradients[0].shape == value.shape
 
 
-def test_on_the_cpu_deterministic_algorithms_are_no_matter():
+def test_deterministic_algorithms_are_possible_on_the_cpu():
     value = torch.randn(2, 41, 3, 8, requires_grad=True)
     torch.use_deterministic_algorithms(True)
     try:
@@ -89,7 +89,7 @@ def test_on_the_cpu_deterministic_algorithms_are_no_matter():
 
 
 def find_nvcc(**environment: str) -> str:
-    """What setup.py finds in such an environment, without building anything."""
+    """Return what `find_nvcc` of setup.py finds in such an environment, without building."""
     code = (
         "import setuptools; setuptools.setup = lambda **_: None\n"
         "import runpy; found = runpy.run_path('setup.py')['find_nvcc']()\n"
@@ -103,7 +103,7 @@ def find_nvcc(**environment: str) -> str:
 
 @pytest.fixture
 def compiler(tmp_path):
-    """An nvcc of a given release that knows few GPUs."""
+    """Return a function that writes a fake nvcc of a given release, which knows few GPUs."""
 
     def make(release: str, known: str = "sm_75 sm_80 sm_90 sm_121") -> Path:
         command = tmp_path / "nvcc"
@@ -117,7 +117,7 @@ def compiler(tmp_path):
     return make
 
 
-def test_setup_builds_for_those_gpus_that_the_compiler_knows(compiler):
+def test_setup_builds_for_the_gpus_that_the_compiler_knows(compiler):
     found = find_nvcc(PATH="/usr/bin:/bin", NVCC=str(compiler("12.4")))
     assert "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90" in found
     assert found.endswith("-gencode=arch=compute_90,code=compute_90 sm_80 sm_90 compute_90")
@@ -125,8 +125,10 @@ def test_setup_builds_for_those_gpus_that_the_compiler_knows(compiler):
     assert "sm_121" not in found
 
 
-def test_setup_says_why_there_will_be_no_kernels_for_gpus(compiler, tmp_path):
+def test_setup_reports_why_there_are_no_kernels_for_gpus(compiler, tmp_path):
     assert "NVCC set to nothing" in find_nvcc(PATH="/usr/bin:/bin", NVCC="")
     assert "/none was not found" in find_nvcc(PATH="/usr/bin:/bin", NVCC=str(tmp_path / "none"))
-    assert "knew none of the GPUs" in find_nvcc(PATH="/usr/bin:/bin", NVCC=str(compiler("20.0", "sm_150")))
+    assert "supported none of the targeted GPUs" in find_nvcc(
+        PATH="/usr/bin:/bin", NVCC=str(compiler("20.0", "sm_150"))
+    )
     assert "not at least CUDA 12.1" in find_nvcc(PATH="/usr/bin:/bin", NVCC=str(compiler("11.8")))

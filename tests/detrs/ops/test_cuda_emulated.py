@@ -1,4 +1,4 @@
-"""The CUDA kernels' own source, run on the CPU lane by lane, against the reference in float64."""
+"""Test the source of the CUDA kernels, run on the CPU lane by lane, against the reference in float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_both_forms_equal_the_reference_in_every_dtype_and_size(program):
         assert_right(case, result)
 
 
-def test_an_unwanted_gradient_of_the_reference_is_left_out(program):
+def test_the_gradient_of_the_reference_is_optional(program):
     case = replace(make_case(PYRAMID, reference_size=4), wants_reference_grad=False)
     (result,) = emulated.run(program, [case])
     assert result.reference is None
@@ -33,7 +33,7 @@ def test_an_unwanted_gradient_of_the_reference_is_left_out(program):
 
 @pytest.mark.parametrize("dtype", emulated.STORAGES)
 def test_the_order_of_the_lanes_changes_only_the_order_of_atomics(program, dtype):
-    """Everything but grad_value, to the last bit: a missing barrier would show here too."""
+    """All results except grad_value are equal bit by bit: a missing barrier would show here too."""
     case = make_case(PYRAMID, dtype=dtype, reference_size=4, num_queries=33, num_points=12, num_channels=32)
     results = emulated.run(program, [replace(case, order=order) for order in (0, 1, 2, 99)])
     for result in results[1:]:
@@ -43,8 +43,8 @@ def test_the_order_of_the_lanes_changes_only_the_order_of_atomics(program, dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_places_outside_read_zero_and_have_no_gradient(program, dtype):
-    """Also NaN and infinity, as on the CPU."""
+def test_locations_outside_read_zero_and_have_no_gradient(program, dtype):
+    """NaN and infinity count as outside, as on the CPU."""
     case = make_case(PYRAMID, dtype=dtype, num_queries=9)
     wild, weights = case.locations.clone(), case.weights.clone()
     far = torch.tensor([-1, 2, 1e9, -1e30, torch.inf, -torch.inf, torch.nan], dtype=dtype)

@@ -1,4 +1,4 @@
-"""Faults planted in the CUDA kernels' source: the emulation must find each. And it runs under the sanitizers."""
+"""Inject faults into the source of the CUDA kernels: the emulation must find each. Run it under the sanitizers too."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = emulated.needs_compiler
 
 @dataclass(frozen=True)
 class Fault:
-    """`right` in a file of csrc/ becomes `wrong`; what then is seen, as a pattern."""
+    """Replace `right` in a file of csrc/ by `wrong`; `seen` is a pattern of the error that must follow."""
 
     file: str
     right: str
@@ -29,26 +29,26 @@ class Fault:
 
 WRONG_NUMBERS = "not close|ended by signal"  # a wild token number is a wild address
 FAULTS = {
-    "uninitialised shared memory": Fault(
+    "uninitialized shared memory": Fault(
         "cuda/kernels.cuh",
         "shared.tokens[slot][at] = tokens, shared.factors[slot][at] = factors;",
         "shared.tokens[slot][at] = tokens; if (!PLANTED || at != 1) shared.factors[slot][at] = factors;",
         WRONG_NUMBERS,
     ),
-    "write behind shared memory": Fault(
+    "write past the end of shared memory": Fault(
         "cuda/kernels.cuh",
         "if (row.lane < 4) shared.dots[row.slot][at].at[row.lane] = dot;",
         "if (row.lane < 4) (&shared.dots[0][0])[PLANTED ? sizeof shared.dots / sizeof shared.dots[0][0]"
         " : row.slot * (kPass<kLanes> + 1) + at].at[row.lane] = dot;",
         "behind the end of shared memory|AddressSanitizer",
     ),
-    "barrier in half of the lanes": Fault(
+    "barrier in only half of the lanes": Fault(
         "cuda/kernels.cuh",
         "T sum = (odd ?",
         "if (PLANTED && odd) __syncwarp();\n  T sum = (odd ?",
         "lanes of a warp wait at different places",
     ),
-    "lanes that leave early": Fault(
+    "lanes that return early": Fault(
         "cuda/kernels.cuh",
         "  T sums[kVector] = {};",
         "  if (PLANTED && !has_channels) return;\n  T sums[kVector] = {};",
@@ -56,19 +56,19 @@ FAULTS = {
     ),
 }
 FAULTS_FOR_SANITIZERS = {
-    "read behind a tensor": Fault(
+    "read past the end of a tensor": Fault(
         "geometry.h",
         "after = after < length ? after : length - 1;",
         "after = PLANTED || after < length ? after : length - 1;",
         "AddressSanitizer: heap-buffer-overflow",
     ),
-    "write behind a tensor": Fault(
+    "write past the end of a tensor": Fault(
         "cuda/kernels.cuh",
         "if (!row.exists) query = problem.num_queries - 1;",
         "if (!row.exists && !PLANTED) query = problem.num_queries - 1;\n    row.exists = row.exists || PLANTED;",
         "AddressSanitizer: heap-buffer-overflow",
     ),
-    "vector load from anywhere": Fault(
+    "misaligned vector load": Fault(
         "cuda/kernels.cuh",
         "const Channels<Stored> value(problem.value, call, row, channel);",
         "const Channels<Stored> value(problem.value, call, row, channel + (PLANTED ? 1 : 0));",
@@ -78,8 +78,10 @@ FAULTS_FOR_SANITIZERS = {
 
 
 def plant(folder: Path, faults: Iterable[Fault]) -> tuple[Path, int]:
-    """A copy of csrc/ with all faults, each active where its number, from 1 on, is chosen at run time; behind them
-    come the barriers, each of which can be left out. The copy, and the number of barriers."""
+    """Copy csrc/ and inject all faults; return the copy and the number of barriers in the kernels.
+
+    Fault number n, counted from 1, is active if n is chosen at run time. Numbers beyond the faults remove one barrier
+    each."""
     csrc = folder / "csrc"
     shutil.copytree(emulated.CSRC, csrc)
     faults = list(faults)
@@ -108,7 +110,7 @@ CASES = [
 
 
 def check(program: Path, fault: int) -> None:
-    """Fails if a fault is seen."""
+    """Fail if a fault shows."""
     for case, result in zip(CASES, emulated.run(program, CASES, fault), strict=True):
         assert_right(case, result)
 
@@ -117,7 +119,8 @@ def check(program: Path, fault: int) -> None:
 def planted(tmp_path_factory) -> tuple[Path, int]:
     folder = tmp_path_factory.mktemp("planted")
     csrc, num_barriers = plant(folder, FAULTS.values())
-    return emulated.build(folder, csrc=csrc, architecture=800), num_barriers  # adds floats one by one
+    # Architecture 800 adds floats one by one.
+    return emulated.build(folder, csrc=csrc, architecture=800), num_barriers
 
 
 def test_without_an_active_fault_nothing_is_found(planted):
@@ -125,12 +128,12 @@ def test_without_an_active_fault_nothing_is_found(planted):
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found(planted, name):
+def test_an_injected_fault_is_found(planted, name):
     with pytest.raises(AssertionError, match=FAULTS[name].seen):
         check(planted[0], list(FAULTS).index(name) + 1)
 
 
-def test_no_barrier_can_be_left_out(planted):
+def test_every_barrier_is_necessary(planted):
     program, num_barriers = planted
     assert num_barriers >= 4, "no barriers were found in the source"
     for number in range(num_barriers):
@@ -140,7 +143,7 @@ def test_no_barrier_can_be_left_out(planted):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [800, 900])
-def test_no_stray_access_and_no_undefined_behaviour(tmp_path, architecture):
+def test_no_stray_access_and_no_undefined_behavior(tmp_path, architecture):
     program = emulated.build(tmp_path, sanitize=True, architecture=architecture)
     cases = all_cases()
     for case, result in zip(cases, emulated.run(program, cases), strict=True):
@@ -148,7 +151,7 @@ def test_no_stray_access_and_no_undefined_behaviour(tmp_path, architecture):
 
 
 @pytest.mark.slow
-def test_the_sanitizers_find_planted_faults(tmp_path):
+def test_the_sanitizers_find_injected_faults(tmp_path):
     faults = {**FAULTS, **FAULTS_FOR_SANITIZERS}
     csrc, _ = plant(tmp_path, faults.values())
     program = emulated.build(tmp_path, sanitize=True, csrc=csrc)

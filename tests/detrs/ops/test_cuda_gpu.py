@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU. Everything that needs none is in the other test_cuda files."""
+"""Test the CUDA kernels on a GPU. Tests that need none are in the other test_cuda files."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ SIZES = [size for shape in PYRAMID for size in shape]
 
 
 def fused_inputs(shapes, *, dtype=torch.float32, size=4, **sizes) -> list[Tensor]:
-    """Value, reference, offsets and logits, on the GPU."""
-    value, places, weights = random_inputs(shapes, dtype=torch.float64, **sizes)
+    """Return value, reference, offsets and logits, on the GPU."""
+    value, locations, weights = random_inputs(shapes, dtype=torch.float64, **sizes)
     reference = torch.rand(*weights.shape[:2], len(shapes), size)
-    given = [value.to(dtype), reference, (places - 0.5) * 5, weights.log()]
+    given = [value.to(dtype), reference, (locations - 0.5) * 5, weights.log()]
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     return [given[0].cuda(), *(tensor.to("cuda", exact) for tensor in given[1:])]
 
 
 def plain_inputs(shapes, *, dtype=torch.float32, **sizes) -> list[Tensor]:
-    """Value, locations and weights, on the GPU."""
+    """Return value, locations and weights, on the GPU."""
     value, *samples = random_inputs(shapes, dtype=torch.float64, **sizes)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     return [value.to("cuda", dtype), *(tensor.to("cuda", exact) for tensor in samples)]
 
 
 def results(function, shapes, inputs, dtype=None) -> list[Tensor]:
-    """Out and gradients, all computed in `dtype` if one is given."""
+    """Return output and gradients, computed in `dtype` if given."""
     leaves = [tensor.to(dtype or tensor.dtype).requires_grad_() for tensor in inputs]
     out = function(leaves[0], shapes, *leaves[1:])
     generator = torch.Generator("cuda").manual_seed(0)
@@ -74,7 +74,7 @@ def test_equals_the_reference_at_small_sizes(dtype, num_channels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_queries", [300, 22223])
 def test_equals_the_reference_at_real_sizes(dtype, num_queries):
-    """In float64 on the GPU. Rounding carries some locations over a kink, where their gradients jump."""
+    """The reference runs in float64. Rounding moves some locations over a kink, where their gradients jump."""
     sizes = {"num_heads": 8, "num_channels": 32, "num_queries": num_queries, "num_points": 4}
     inputs = fused_inputs(STANDARD, dtype=dtype, size=2, num_images=2, **sizes)
     found = results(deform_attn_fused, STANDARD, inputs)
@@ -86,37 +86,37 @@ def test_equals_the_reference_at_real_sizes(dtype, num_queries):
 
 
 def test_indices_beyond_32_bits():
-    """A value of 2^31 numbers and more: the last image is right."""
+    """With a value of more than 2^31 numbers, the last image is right."""
     shapes, num_images = ((512, 512),), 36
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
         pytest.skip("less than 12 GiB free on the GPU")
     value = torch.zeros(num_images, 512 * 512, 8, 32, dtype=torch.float16, device="cuda")
     assert value.numel() > 2**31
     value[-1] = torch.randn(512 * 512, 8, 32, device="cuda").half()
-    places, weights = (
+    locations, weights = (
         tensor.float().cuda()
         for tensor in random_inputs(((1, 1),), num_images=1, num_heads=8, num_queries=64)[1:]
     )
     out = deform_attn(
         value,
         shapes,
-        places.expand(num_images, *places.shape[1:]),
+        locations.expand(num_images, *locations.shape[1:]),
         weights.expand(num_images, *weights.shape[1:]),
     )
-    torch.testing.assert_close(out[-1:], deform_attn(value[-1:].clone(), shapes, places, weights))
+    torch.testing.assert_close(out[-1:], deform_attn(value[-1:].clone(), shapes, locations, weights))
     assert torch.count_nonzero(out[:-1]) == 0
 
 
-def test_slices_that_begin_anywhere_and_other_streams():
-    value, places, weights = plain_inputs(PYRAMID)
-    expected = results(deform_attn, PYRAMID, [value, places, weights])
+def test_misaligned_slices_and_other_streams():
+    value, locations, weights = plain_inputs(PYRAMID)
+    expected = results(deform_attn, PYRAMID, [value, locations, weights])
     shifted = torch.cat([torch.zeros(1, device="cuda"), value.flatten()])[1:].view(value.shape)
     assert shifted.is_contiguous()
     assert shifted.data_ptr() % 16 != 0
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        found = results(deform_attn, PYRAMID, [shifted, places, weights])
+        found = results(deform_attn, PYRAMID, [shifted, locations, weights])
     torch.cuda.current_stream().wait_stream(stream)
     assert_close_to_largest(found, expected, 1e-6)
 
@@ -130,8 +130,8 @@ def test_nothing_to_do(sizes):
 
 
 def test_opcheck():
-    value, places, weights = (tensor.requires_grad_() for tensor in plain_inputs(PYRAMID))
-    arguments = (value, SIZES, places, weights)
+    value, locations, weights = (tensor.requires_grad_() for tensor in plain_inputs(PYRAMID))
+    arguments = (value, SIZES, locations, weights)
     assert set(torch.library.opcheck(torch.ops.detrs.deform_attn.default, arguments).values()) == {"SUCCESS"}
     value, *samples = (tensor.requires_grad_() for tensor in fused_inputs(PYRAMID))
     operator = torch.ops.detrs.deform_attn_fused.default
@@ -139,7 +139,7 @@ def test_opcheck():
 
 
 def test_gradcheck():
-    """Atomics add in any order: the backward pass may differ by rounding from one time to the next."""
+    """Atomics add in any order: repeated backward passes may differ by rounding."""
     shapes, sizes = PYRAMID[1:], {"num_images": 1, "num_queries": 2, "num_channels": 4}
     plain = [tensor.requires_grad_() for tensor in plain_inputs(shapes, dtype=torch.float64, **sizes)]
     assert torch.autograd.gradcheck(lambda v, *s: deform_attn(v, shapes, *s), plain, nondet_tol=1e-10)
@@ -147,7 +147,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda v, *s: deform_attn_fused(v, shapes, *s), fused, nondet_tol=1e-10)
 
 
-def test_the_forward_pass_is_deterministic_and_the_backward_pass_says_that_it_is_not():
+def test_the_forward_pass_is_deterministic_and_the_backward_pass_raises_an_error():
     inputs = [tensor.requires_grad_() for tensor in plain_inputs(PYRAMID, num_queries=500)]
     outs = [deform_attn(inputs[0], PYRAMID, *inputs[1:]) for _ in range(3)]
     assert torch.equal(outs[0], outs[1])
@@ -187,7 +187,7 @@ def test_compiles_into_one_graph():
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
 def test_compute_sanitizer_finds_nothing(tool):
-    """The small sizes under CUDA's own checker."""
+    """Run the small sizes under compute-sanitizer."""
     command = shutil.which("compute-sanitizer", path="/usr/local/cuda/bin:/usr/bin:/usr/local/bin")
     if command is None:
         pytest.skip("compute-sanitizer is not installed")

@@ -1,4 +1,4 @@
-"""The fused form: reference, offsets and logits in, no locations or weights in between."""
+"""Test the fused form, which takes reference, offsets and logits instead of locations and weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ needs_native = pytest.mark.skipif("cpu" not in native_status().devices, reason=n
 
 
 def fused_inputs(shapes, size, *, dtype=torch.float64, seed=0, **sizes):
-    """Value, reference of `size` coordinates, offsets and logits."""
+    """Return value, reference of `size` coordinates, offsets and logits."""
     value, locations, weights = random_inputs(shapes, dtype=dtype, seed=seed, **sizes)
     generator = torch.Generator().manual_seed(seed + 1)
     reference = (*weights.shape[:2], len(shapes), size)
@@ -38,8 +38,8 @@ def forward_and_gradients(function, shapes, inputs):
 
 @pytest.mark.parametrize("function", [deform_attn_fused, deform_attn_fused_reference])
 @pytest.mark.parametrize("size", [2, 4])
-def test_is_the_plain_form_at_the_paper_s_locations(function, size):
-    """Written out sample by sample, for one image."""
+def test_equals_the_plain_form_at_the_locations_of_the_paper(function, size):
+    """Locations and weights are computed sample by sample, for one image."""
     value, reference, offsets, logits = fused_inputs(SHAPES, size, num_images=1, num_queries=2)
     locations, weights = torch.empty_like(offsets), torch.empty_like(logits)
     for _, query, head, level, point in torch.cartesian_prod(*map(torch.arange, logits.shape)).tolist():
@@ -73,7 +73,7 @@ def test_equals_the_reference_at_any_size(shapes, size, dtype, **sizes):
     inputs = fused_inputs(shapes, size, **sizes)
     expected = forward_and_gradients(deform_attn_fused_reference, shapes, inputs)
     found = forward_and_gradients(deform_attn_fused, shapes, [tensor.to(dtype) for tensor in inputs])
-    if dtype == torch.float32:  # rounding may carry a location over a kink, where these two gradients jump
+    if dtype == torch.float32:  # rounding may move a location over a kink, where these two gradients jump
         del expected[2:4], found[2:4]
     assert_close_to_largest(found, expected, 1e-11 if dtype == torch.float64 else 5e-5)
 
@@ -81,11 +81,11 @@ def test_equals_the_reference_at_any_size(shapes, size, dtype, **sizes):
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_softmax_of_extreme_logits(dtype):
-    """One pixel that holds a one-hot row per sample: the output is the softmax itself."""
+    """Each level has one pixel with a one-hot vector: the output is the softmax itself."""
     scales = torch.tensor([1e-3, 1, 10, 80, 1e3, 1e30], dtype=dtype)
     logits = torch.randn(1, 6, 1, 13, 3, dtype=dtype) * scales[:, None, None, None]
     logits[0, 0, 0, :, 0] = -torch.inf
-    logits[0, 5, 0, 0, 0] = 1e32  # so large that a hundred less is the same number
+    logits[0, 5, 0, 0, 0] = 1e32  # so large that subtracting a hundred changes nothing
     shapes = ((1, 1),) * 13
     value = torch.eye(13, dtype=dtype).reshape(1, 13, 1, 13)
     reference = torch.full((1, 6, 13, 2), 0.5, dtype=dtype)
@@ -205,7 +205,7 @@ def test_wrong_arguments_are_named(index, change, words):
 
 
 @needs_native
-def test_no_second_derivative_says_so():
+def test_a_second_derivative_is_an_error():
     inputs = [tensor.requires_grad_() for tensor in fused_inputs(SHAPES, 4)]
     out = deform_attn_fused(inputs[0], SHAPES, *inputs[1:])
     (gradient,) = torch.autograd.grad(out.sum(), inputs[2], create_graph=True)
@@ -237,8 +237,8 @@ def test_autocast_changes_nothing():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_queries", [2, 40, 900])
 @pytest.mark.parametrize("num_channels", [4, 16, 20, 32, 64, 100])
-def test_half_precision_is_read_where_it_lies_or_from_a_copy(dtype, num_queries, num_channels):
-    """Few queries read the value in place, many a copy: either way the float32 results, rounded once."""
+def test_half_precision_is_read_in_place_or_from_a_copy(dtype, num_queries, num_channels):
+    """Few queries read the value in place, many a copy: both give the float32 results, rounded once."""
     shapes = ((9, 11), (5, 6))
     inputs = fused_inputs(shapes, 2, dtype=torch.float32, num_queries=num_queries, num_channels=num_channels)
     half = [inputs[0].to(dtype), *inputs[1:]]

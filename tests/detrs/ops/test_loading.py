@@ -1,4 +1,4 @@
-"""Other machines, played in a fresh interpreter: no library, a broken one, fewer instructions."""
+"""Simulate other machines in a fresh interpreter: no library, a broken one, fewer instructions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ print(native_status().instruction_set, native_status().devices)
 
 @pytest.mark.skipif("cpu" not in native_status().devices, reason=native_status().reason)
 @pytest.mark.parametrize("limit", ["default", "avx2"])
-def test_instruction_sets_that_torch_is_limited_to(limit):
+def test_the_instruction_set_of_torch_limits_the_kernels(limit):
     result = run_python(PARITY, ATEN_CPU_CAPABILITY=limit)
     assert result.returncode == 0, result.stderr
     allowed = {"baseline"} if limit == "default" else {"baseline", "avx2"}
@@ -47,7 +47,7 @@ def test_instruction_sets_that_torch_is_limited_to(limit):
 
 @pytest.fixture
 def models_copy(tmp_path) -> Path:
-    """The sources of detrs.ops alone, without the library."""
+    """Copy the sources of detrs.ops alone, without the library."""
     shutil.copytree(
         MODELS / "detrs" / "ops", tmp_path / "detrs" / "ops", ignore=shutil.ignore_patterns("*.so")
     )

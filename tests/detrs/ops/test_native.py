@@ -1,4 +1,4 @@
-"""The native CPU operator against the reference, and what torch asks of an operator."""
+"""Test the native CPU operator against the reference, and its registration with torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_equals_the_reference_at_any_size(shapes, num_queries, dtype, **sizes):
     inputs = random_inputs(shapes, num_queries=num_queries, dtype=torch.float64, **sizes)
     expected = forward_and_gradients(deform_attn_reference, shapes, inputs)
     found = forward_and_gradients(deform_attn, shapes, [tensor.to(dtype) for tensor in inputs])
-    if dtype == torch.float32:  # rounding may carry a location over a kink, where its gradient jumps
+    if dtype == torch.float32:  # rounding may move a location over a kink, where its gradient jumps
         expected[2], found[2] = expected[2] * 0, found[2] * 0
     assert_close_to_largest(found, expected, 1e-12 if dtype == torch.float64 else 2e-5)
 
@@ -55,7 +55,7 @@ def test_large_inputs_that_are_packed_by_head(num_channels):
 
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 def test_half_precision_is_rounded_once(dtype, unit):
-    """Sums are float32: the result is the float32 result of the same numbers, rounded to the nearest."""
+    """Sums are float32: the result is the float32 result for the same inputs, rounded to nearest."""
     value, locations, weights = random_inputs(SHAPES, num_channels=40, dtype=torch.float32)
     value = value.to(dtype)
     grad_out = torch.randn(2, 5, 120).to(dtype)
@@ -77,7 +77,7 @@ def test_half_precision_is_rounded_once(dtype, unit):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_half_precision_number_survives(dtype):
-    """A sample in the middle of one pixel with weight 1 copies it: widening and narrowing are exact."""
+    """A sample at the center of a pixel with weight 1 copies it: both conversions are exact."""
     numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     numbers = numbers.where(numbers.isfinite(), 0)
     value = numbers.reshape(1, 1, 2**14, 4)
@@ -87,7 +87,7 @@ def test_every_half_precision_number_survives(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrowing_rounds_as_torch_does(dtype):
+def test_results_are_rounded_as_torch_does(dtype):
     numbers = torch.cat([torch.randn(4096) * 10.0**power for power in range(-9, 8)]).reshape(1, 1, -1, 4)
     ones = torch.ones(1, 1, numbers.shape[2], 1, 1)
     value = torch.ones_like(numbers, dtype=dtype)
@@ -98,7 +98,7 @@ def test_narrowing_rounds_as_torch_does(dtype):
 
 
 def test_pixel_edges_and_borders():
-    """Positions at the centres, edges and corners of pixels, and one step of float64 to each side."""
+    """Test positions at centers, edges and corners of pixels, and one step of float64 to each side."""
     shapes = ((2, 3),)
     places = torch.tensor([-0.5, 0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5], dtype=torch.float64)
     near = torch.cat([places, torch.nextafter(places, places - 1), torch.nextafter(places, places + 1)])
@@ -107,7 +107,7 @@ def test_pixel_edges_and_borders():
     weights = torch.ones(grid.shape[:-1], dtype=torch.float64)
     found = forward_and_gradients(deform_attn, shapes, [value, grid, weights])
     expected = forward_and_gradients(deform_attn_reference, shapes, [value, grid, weights])
-    for index in (0, 1, 3):  # at a centre the location's gradient depends on the last bit
+    for index in (0, 1, 3):  # at a center, the gradient of the location depends on the last bit
         torch.testing.assert_close(found[index], expected[index], rtol=0, atol=1e-12)
 
 
@@ -168,7 +168,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *args: deform_attn(args[0], SHAPES[1:], *args[1:]), inputs)
 
 
-def test_no_second_derivative_says_so():
+def test_a_second_derivative_is_an_error():
     value, locations, weights = (tensor.requires_grad_() for tensor in random_inputs(SHAPES))
     out = deform_attn(value, SHAPES, locations, weights)
     (gradient,) = torch.autograd.grad(out.sum(), locations, create_graph=True)
@@ -226,7 +226,7 @@ print("same")
 
 
 def test_compiles_into_one_graph_and_exports():
-    """In a fresh interpreter: here a run-time type checker stands between torch.compile and the function."""
+    """Run in a fresh interpreter, without the run-time type checker of this test run."""
     result = run_python(COMPILED)
     assert result.stdout == "same\n", result.stderr
 

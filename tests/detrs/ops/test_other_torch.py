@@ -1,4 +1,4 @@
-"""One built library, two versions of torch: the one under test, and the oldest that it is made for."""
+"""Test one built library with two versions of torch: the installed one and the oldest supported."""
 
 from __future__ import annotations
 
@@ -45,24 +45,24 @@ torch.save(found, sys.argv[2])
 
 @pytest.fixture
 def oldest_torch(tmp_path: Path) -> Iterator[Path]:
-    """The Python of a new environment with the oldest torch; removed after the test."""
+    """Create an environment with the oldest torch and return its Python; remove it after the test."""
     if shutil.disk_usage(tmp_path).free < ROOM:
         pytest.skip(f"less than {ROOM // 2**30} GiB free for an environment with torch {OLDEST}")
     folder = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
-    wanted = [f"torch=={OLDEST}", "numpy", "jaxtyping"]
+    wanted = [f"torch=={OLDEST}", "numpy", "scipy", "jaxtyping"]
     command = [python, "-m", "pip", "install", "--quiet", "--no-cache-dir", *wanted]
     installed = subprocess.run(command, capture_output=True, text=True, check=False)
     if installed.returncode != 0:
-        reason = (installed.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        reason = (installed.stderr.strip().splitlines() or ["pip printed no reason"])[-1]
         pytest.skip(f"torch {OLDEST} cannot be installed: {reason}")
     yield python
     shutil.rmtree(folder)
 
 
 def some_inputs() -> dict[str, list[torch.Tensor]]:
-    """A call of each form and kind of number; drawn here, because a generator may differ between versions."""
+    """Draw inputs for each form and dtype, once for both versions, whose random generators may differ."""
     found = {}
     for name, dtype in (("float32", torch.float32), ("float64", torch.float64), ("half", torch.bfloat16)):
         wide = torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""The torch reference against the published implementation's numbers and against a plain loop."""
+"""Test the torch reference against the numbers of the published implementation and against a plain loop."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_matches_the_published_implementation(case, function, dtype, tolerance):
     out = function(inputs[0], shapes, inputs[1], inputs[2])
     gradients = torch.autograd.grad(out, inputs, golden["grad_out"].to(dtype))
 
-    smooth = ~golden["kink"].bool()  # at a kink the location's gradient is a matter of taste
+    smooth = ~golden["kink"].bool()  # at a kink, the gradient of the location is not unique
     torch.testing.assert_close(out.double(), golden["output"].double(), rtol=0, atol=tolerance)
     for name, found in zip(NAMES, gradients, strict=True):
         expected, found = golden[f"grad_{name}"].double(), found.double()

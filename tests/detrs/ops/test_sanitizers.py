@@ -1,4 +1,4 @@
-"""The kernels under the address and undefined-behaviour sanitizers, with vectors of each width."""
+"""Run the kernels under the address and undefined-behavior sanitizers, with vectors of each width."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize
 
 
 def build_and_run(folder: Path, vector_bytes: int, csrc: Path = CSRC) -> subprocess.CompletedProcess[str]:
-    """The baseline kernels with vectors of this width: the compiler splits those the machine does not have."""
+    """Build and run the baseline kernels with vectors of this width; the compiler splits them if too wide."""
     source = folder / "kernels.cpp"
     source.write_text(
         f'#define DETRS_KERNELS kernels_baseline\n#define DETRS_NAME "test"\n'
@@ -35,7 +35,7 @@ def build_and_run(folder: Path, vector_bytes: int, csrc: Path = CSRC) -> subproc
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize("vector_bytes", [16, 32, 64])
-def test_no_stray_access_and_no_undefined_behaviour(tmp_path, vector_bytes):
+def test_no_stray_access_and_no_undefined_behavior(tmp_path, vector_bytes):
     result = build_and_run(tmp_path, vector_bytes)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "finished finite\n"
@@ -43,8 +43,8 @@ def test_no_stray_access_and_no_undefined_behaviour(tmp_path, vector_bytes):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-def test_a_planted_stray_access_is_found(tmp_path):
-    """Without the clamp into the level: shows that the test above can fail."""
+def test_an_injected_stray_access_is_found(tmp_path):
+    """Without the clamp into the level the test above must fail."""
     shutil.copytree(CSRC, tmp_path / "csrc")
     code = tmp_path / "csrc" / "geometry.h"
     clamp = "after = after < length ? after : length - 1;"

@@ -1,4 +1,4 @@
-"""`raydetr doctor` as a person calls it: what it prints and writes, and its exit code."""
+"""The command `raydetr doctor`: output, files and exit code."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from raydetr import recipes
 from raydetr.config import override, to_yaml
 
 TEXT, NUMBER = {"type": "string"}, {"type": "integer"}
-LEVEL = {"enum": ["fault", "warning", "note"]}
+LEVEL = {"enum": ["error", "warning", "note"]}
 
 
 def exactly(**properties: Any) -> dict[str, Any]:
-    """A schema of an object with these fields and no others."""
+    """Return the schema of an object with these fields and no others."""
     return {"type": "object", "properties": properties, "required": list(properties),
             "additionalProperties": False}  # fmt: skip
 
@@ -29,7 +29,7 @@ def many(item: dict[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": item}
 
 
-SHARE = {"type": ["number", "null"], "minimum": 0, "maximum": 1}
+FRACTION = {"type": ["number", "null"], "minimum": 0, "maximum": 1}
 SPREAD = exactly(min=NUMBER, median=NUMBER, max=NUMBER)
 HISTOGRAM = exactly(edges=many({"type": "number"}), counts=many(NUMBER))
 SCHEMA = exactly(
@@ -45,9 +45,9 @@ SCHEMA = exactly(
         objects=NUMBER, crowds=NUMBER, unusable_boxes=NUMBER,
         objects_per_image=exactly(p50=NUMBER, p90=NUMBER, p99=NUMBER, max=NUMBER),
         classes=exactly(contiguous=NUMBER, category_id={"type": ["integer", "null"]}),
-        tiny_share=SHARE, small_share=SHARE, widths=SPREAD, heights=SPREAD,
+        tiny_fraction=FRACTION, small_fraction=FRACTION, widths=SPREAD, heights=SPREAD,
         categories=many(exactly(id=NUMBER, name=TEXT, images=NUMBER, objects=NUMBER, small=NUMBER)),
-        histograms=exactly(objects_per_image=HISTOGRAM, smaller_side=HISTOGRAM, aspect=HISTOGRAM),
+        histograms=exactly(objects_per_image=HISTOGRAM, shorter_side=HISTOGRAM, aspect=HISTOGRAM),
     )),
     findings=many(exactly(
         code=TEXT, level=LEVEL, splits=many(TEXT), count=NUMBER, text=TEXT, remedy=TEXT,
@@ -62,7 +62,7 @@ SCHEMA = exactly(
 
 @pytest.fixture
 def doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """Run `raydetr doctor ARGUMENTS` in a folder with healthy shards train and val."""
+    """Return a function that runs `raydetr doctor ARGUMENTS` in a folder with healthy shards train and val."""
     monkeypatch.chdir(tmp_path)
     made.write(made.healthy(30, 1), tmp_path / "train")
     made.write(made.healthy(20, 2), tmp_path / "val")
@@ -102,7 +102,7 @@ def test_empty_images_crowds_and_classes_are_counted(doctor, tmp_path: Path) -> 
     ]
 
 
-def test_a_warning_does_not_stop(doctor, tmp_path: Path) -> None:
+def test_a_warning_does_not_prevent_training(doctor, tmp_path: Path) -> None:
     leaky = made.healthy(20, 2)
     leaky.samples[3].image = made.healthy(30, 1).samples[5].image
     made.write(leaky, tmp_path / "leaky")
@@ -113,13 +113,13 @@ def test_a_warning_does_not_stop(doctor, tmp_path: Path) -> None:
     assert outcome.out.splitlines()[-1] == "training may start: 1 warning"
 
 
-def test_a_fault_stops_and_everything_is_written(doctor, tmp_path: Path) -> None:
+def test_an_error_prevents_training_and_all_files_are_written(doctor, tmp_path: Path) -> None:
     bad = made.healthy(20, 2)
     bad.samples[3].annotations[0]["bbox"][0] = float("nan")
     made.write(bad, tmp_path / "bad")
     outcome = doctor("train", "bad", "--json", "doctor.json", "--html", "doctor.html")
     assert outcome.code == 1
-    assert outcome.out.splitlines()[-2:] == ["training must not start: 2 faults", "pictures: doctor.html"]
+    assert outcome.out.splitlines()[-2:] == ["training must not start: 2 errors", "page: doctor.html"]
     result = json.loads((tmp_path / "doctor.json").read_text())
     jsonschema.validate(result, SCHEMA)
     assert not result["may_start"]
@@ -133,28 +133,28 @@ def test_a_fault_stops_and_everything_is_written(doctor, tmp_path: Path) -> None
         "annotations": [0],
     }
     page = (tmp_path / "doctor.html").read_text()
-    assert "training must not start: 2 faults" in page
+    assert "training must not start: 2 errors" in page
 
 
 def test_a_recipe_decides_scale_and_queries(doctor, tmp_path: Path) -> None:
-    def tiny_share(*arguments: object) -> float:
+    def small_fraction(*arguments: object) -> float:
         assert doctor("train", "--json", "doctor.json", *arguments).code == 0
-        return json.loads((tmp_path / "doctor.json").read_text())["splits"][0]["small_share"]
+        return json.loads((tmp_path / "doctor.json").read_text())["splits"][0]["small_fraction"]
 
-    assert tiny_share() == 0  # at 800 pixels
-    assert tiny_share("--short-side", 20) > 0.5
-    assert tiny_share("--short-side", 800, "--max-side", 25) > 0.5
-    assert tiny_share("--recipe", "quickstart") == 0
+    assert small_fraction() == 0  # At 800 pixels
+    assert small_fraction("--short-side", 20) > 0.5
+    assert small_fraction("--short-side", 800, "--max-side", 25) > 0.5
+    assert small_fraction("--recipe", "quickstart") == 0
     resized = override(recipes.quickstart(), {"data.val_transform.short_sides": [20], "model.num_queries": 1})
     (tmp_path / "mine.yaml").write_text(to_yaml(resized))
-    assert tiny_share("--config", "mine.yaml") > 0.5
+    assert small_fraction("--config", "mine.yaml") > 0.5
     assert (
         "30 images (100.0%) have more objects than quickstart has queries (1)"
         in doctor("train", "--config", "mine.yaml").out
     )
 
 
-def test_ids_that_the_recipe_cannot_use_are_a_fault(doctor, tmp_path: Path) -> None:
+def test_ids_that_the_recipe_cannot_use_are_an_error(doctor, tmp_path: Path) -> None:
     large = made.healthy(10, 3)
     large.categories[1]["id"] = 20_000
     for sample in large.samples:
@@ -169,9 +169,9 @@ def test_ids_that_the_recipe_cannot_use_are_a_fault(doctor, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--recipe", "quickstart"], ["--recipe is about data", "name a folder of shards"]),
-        (["--short-side", "800"], ["--short-side is about data"]),
-        (["--html", "x.html"], ["--html is about data"]),
+        (["--recipe", "quickstart"], ["--recipe needs data", "name a folder of shards"]),
+        (["--short-side", "800"], ["--short-side needs data"]),
+        (["--html", "x.html"], ["--html needs data"]),
         (["train", "--recipe", "quickstrat"], ["did you mean quickstart"]),
         (["train", "--recipe", "quickstart", "--config", "x.yaml"], ["keep one"]),
         (["train", "--recipe", "quickstart", "--max-side", "500"], ["has no effect", "--short-side"]),
@@ -188,12 +188,12 @@ def test_a_mistake_is_one_line(doctor, arguments: list[str], words: list[str]) -
         assert word in outcome.err
 
 
-def test_a_location_without_shards_is_a_fault(doctor) -> None:
+def test_a_location_without_shards_is_an_error(doctor) -> None:
     outcome = doctor("nowhere")
     assert outcome.code == 1
     assert "nowhere: no shards found" in outcome.out
     assert "nowhere: nowhere" not in outcome.out
-    assert outcome.out.splitlines()[-1] == "training must not start: 1 fault"
+    assert outcome.out.splitlines()[-1] == "training must not start: 1 error"
 
 
 def test_without_data_the_machine_is_examined(doctor, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_without_data_the_machine_is_examined(doctor, tmp_path: Path) -> None:
     assert "torch" in outcome.out
 
 
-def test_photographs_have_no_false_faults(doctor, tmp_path: Path) -> None:
+def test_photographs_have_no_false_errors(doctor, tmp_path: Path) -> None:
     folder = os.environ.get("RAYDETR_COCO_TINY")
     if not folder:
         pytest.skip("RAYDETR_COCO_TINY does not name a folder with annotations/, train2017/ and val2017/")
@@ -217,7 +217,7 @@ def test_photographs_have_no_false_faults(doctor, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "coco.json").read_text())
     jsonschema.validate(result, SCHEMA)
     codes = {finding["code"] for finding in result["findings"]}
-    assert codes == {"rare-classes", "gaps-in-ids", "imbalance"}  # 80 images of 80 classes
+    assert codes == {"rare-classes", "gaps-in-ids", "imbalance"}  # The data has 80 images of 80 classes
     for split, number in (("train", 0), ("val", 1)):
         data = json.loads((Path(folder) / "annotations" / f"instances_{split}2017.json").read_text())
         crowds = sum(annotation["iscrowd"] for annotation in data["annotations"])

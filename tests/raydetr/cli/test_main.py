@@ -1,4 +1,4 @@
-"""The command line as a person uses it: what it prints, and what it says when something is wrong."""
+"""The command line: output, exit codes and error messages."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from raydetr.shards.writer import write_shards
 
 @pytest.fixture
 def raydetr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """Run `raydetr ARGUMENTS` in an empty folder."""
+    """Return a function that runs `raydetr ARGUMENTS` in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return CommandLine(monkeypatch, capsys)
 
 
 def test_help_lists_every_command_with_a_line(raydetr) -> None:
     text = raydetr("--help").out
-    for command in ("sample-data", "shards", "train", "evaluate", "predict", "overfit", "recipes", "config",
+    for command in ("synthetic-data", "shards", "train", "evaluate", "predict", "overfit", "recipes", "config",
                     "tune", "compare", "doctor"):  # fmt: skip
         assert command in text
         assert raydetr(command, "--help").code == 0
@@ -64,7 +64,7 @@ def test_a_printed_config_is_read_back(raydetr, tmp_path: Path) -> None:
         (["shards", "write", "--images", "i", "--annotations", "a.json", "--out", "o"], ["i", "no such folder"]),
         (["shards", "info", "nowhere"], ["nowhere: no shards found"]),
         (["shards", "check", "nowhere"], ["nowhere: no shards found"]),
-        (["shards", "browse", "nowhere", "--out", "no/sheet.png"], ["no/sheet.png: there is no folder no: make it"]),
+        (["shards", "browse", "nowhere", "--out", "no/a.png"], ["no/a.png: there is no folder no: create it first"]),
         (["evaluate", "nowhere", "--local", "--out", "no/ap.json"], ["no/ap.json: there is no folder no"]),
         (["evaluate", "nowhere", "--local", "--out", "."], ["is a folder: name a file"]),
         (["doctor", "--json", "no/machine.json"], ["no/machine.json: there is no folder no"]),
@@ -82,17 +82,17 @@ def test_a_mistake_ends_in_one_clear_line_and_exit_code_1(
         assert word in outcome.err
 
 
-def test_our_own_faults_are_not_hidden(raydetr, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error from inside a library is a bug of ours: it keeps its traceback."""
+def test_errors_from_inside_libraries_keep_their_traceback(raydetr, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error from inside a library is a bug of this project, not a mistake of the user."""
     monkeypatch.setattr(cli, "read_config", lambda *_: json.loads("{"))
     monkeypatch.setattr(sys, "argv", ["raydetr", "config", "quickstart"])
     with pytest.raises(json.JSONDecodeError):
         cli.main()
 
 
-def test_from_sample_data_to_predictions(raydetr, tmp_path: Path) -> None:
-    """The way of a new user, on a few images and in one process."""
-    assert raydetr("sample-data", "--out", "shapes", "--num-train", 32, "--num-val", 12).code == 0
+def test_from_synthetic_data_to_predictions(raydetr, tmp_path: Path) -> None:
+    """Follow the first steps of a new user, on a few images and in one process."""
+    assert raydetr("synthetic-data", "--out", "shapes", "--num-train", 32, "--num-val", 12).code == 0
     for split in ("train", "val"):
         annotations = f"shapes/annotations/instances_{split}.json"
         written = raydetr("shards", "write", "--images", f"shapes/{split}", "--annotations", annotations,
@@ -124,15 +124,17 @@ def test_from_sample_data_to_predictions(raydetr, tmp_path: Path) -> None:
     results = json.loads((tmp_path / "predictions" / "results.json").read_text())
     assert {"image_id", "category_id", "bbox", "score"} <= results[0].keys()
     assert len(list((tmp_path / "predictions").glob("*.jpg"))) == 12
-    assert raydetr("predict", checkpoint, "shapes/val", "--out", "predictions").code == 1  # not empty
+    assert (
+        raydetr("predict", checkpoint, "shapes/val", "--out", "predictions").code == 1
+    )  # The folder is not empty
     compared = raydetr("compare", checkpoint.parents[1].name, checkpoint.parents[1].name)
     assert compared.code == 0
     assert "AP50" in compared.out
 
 
 def test_a_checkpoint_is_refused_on_data_with_other_categories(raydetr, tmp_path: Path) -> None:
-    raydetr("sample-data", "--out", "shapes", "--num-train", 8, "--num-val", 8)
-    raydetr("sample-data", "--out", "hard", "--hard", "--num-train", 8, "--num-val", 8)
+    raydetr("synthetic-data", "--out", "shapes", "--num-train", 8, "--num-val", 8)
+    raydetr("synthetic-data", "--out", "hard", "--hard", "--num-train", 8, "--num-val", 8)
     for name in ("shapes", "hard"):
         write_shards(
             Path(name, "train"), Path(name, "annotations/instances_train.json"), Path(name, "shards")
@@ -148,8 +150,8 @@ def test_a_checkpoint_is_refused_on_data_with_other_categories(raydetr, tmp_path
     assert "other categories" in refused.err
 
 
-def test_overfit_keeps_its_numbers_and_picture(raydetr, tmp_path: Path) -> None:
-    raydetr("sample-data", "--out", "shapes", "--num-train", 8, "--num-val", 1)
+def test_overfit_writes_its_numbers_and_image_grid(raydetr, tmp_path: Path) -> None:
+    raydetr("synthetic-data", "--out", "shapes", "--num-train", 8, "--num-val", 1)
     write_shards(Path("shapes/train"), Path("shapes/annotations/instances_train.json"), Path("shards"))
     outcome = raydetr(
         "overfit", "quickstart", "--data", "shards", "--images", 2, "--steps", 60, "--long-side", 96
@@ -157,13 +159,13 @@ def test_overfit_keeps_its_numbers_and_picture(raydetr, tmp_path: Path) -> None:
     assert outcome.code == 0
     numbers = json.loads((tmp_path / "build" / "overfit.json").read_text())
     assert numbers["images"] == 2
-    assert numbers["AP50"] > 0.3  # 60 steps are few; learning by heart takes 300
+    assert numbers["AP50"] > 0.3  # 60 steps are few; memorizing takes 300
     assert (tmp_path / "build" / "overfit.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_eight_real_photographs_are_learned_by_heart(raydetr, tmp_path: Path) -> None:
+def test_eight_real_photographs_are_overfitted(raydetr, tmp_path: Path) -> None:
     if "RAYDETR_COCO_TINY" not in os.environ:
         pytest.skip("RAYDETR_COCO_TINY names no folder of photographs")
     photographs = Path(os.environ["RAYDETR_COCO_TINY"])

@@ -1,3 +1,5 @@
+"""The commands of `raydetr shards`."""
+
 from __future__ import annotations
 
 import json
@@ -35,19 +37,19 @@ def written(coco: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 WRONG: list[tuple[list[str], str]] = [
     ([], "name one data set: --images with --annotations .COCO., --yolo with --split, or --voc"),
-    (["--images", "i"], "--images and --annotations belong together: give both"),
+    (["--images", "i"], "--images and --annotations need each other: give both"),
     (["--yolo", "y", "--voc", "v", "--split", "train"], "name one data set"),
     (["--images", "i", "--annotations", "a", "--yolo", "y"], "name one data set"),
-    (["--images", "i", "--annotations", "a", "--split", "train"], "--split has no meaning with"),
+    (["--images", "i", "--annotations", "a", "--split", "train"], "--split has no effect with"),
     (["--yolo", "y"], "which part of the data set.*--split train"),
-    (["--yolo", "y", "--split", "train", "--zero-based"], "--zero-based is about the boxes of --voc"),
+    (["--yolo", "y", "--split", "train", "--zero-based"], "--zero-based needs --voc"),
     (["--yolo", "y", "--split", "train"], "y: cannot be read"),
     (["--voc", "v", "--split", "train"], "v: has no folder Annotations"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG)
-def test_exactly_one_source(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_exactly_one_source_must_be_named(tmp_path: Path, arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CliRunner().invoke(
             shards_app, ["write", "--out", str(tmp_path / "out"), *arguments], catch_exceptions=False
@@ -59,8 +61,8 @@ def test_check_passes_and_fails_with_the_exit_code(written: Path, tmp_path: Path
     result = run("check", written, "--workers", 1)
     assert result.exit_code == 0
     assert "30 images with" in result.stdout
-    assert "in 4 shards are what the manifest says, every byte" in result.stdout
-    corrupt = tmp_path / "damaged"
+    assert "in 4 shards match the manifest, every byte" in result.stdout
+    corrupt = tmp_path / "corrupt"
     shutil.copytree(written, corrupt)
     with (corrupt / "shard-00001.tar").open("r+b") as file:
         file.seek(700)
@@ -79,8 +81,8 @@ REMOTE: list[list[str]] = [
 
 
 @pytest.mark.parametrize("arguments", REMOTE)
-def test_what_needs_a_local_folder_says_so(arguments: list[str]) -> None:
-    with pytest.raises(ValueError, match="s3://bucket/data: this needs a folder of this machine"):
+def test_commands_that_need_a_local_folder_refuse_urls(arguments: list[str]) -> None:
+    with pytest.raises(ValueError, match="s3://bucket/data: this needs a local folder"):
         CliRunner().invoke(shards_app, [*arguments, "s3://bucket/data"], catch_exceptions=False)
 
 
@@ -108,7 +110,7 @@ def test_index_and_export(written: Path, tmp_path: Path) -> None:
     for path in written.glob("*.tar"):
         shutil.copy(path, folder)
     assert "indexed" in run("index", folder, "--workers", 1).stdout
-    assert run("index", folder, "--workers", 1).exit_code == 1  # it is
+    assert run("index", folder, "--workers", 1).exit_code == 1  # It has an index already
     assert run("check", folder, "--workers", 1).exit_code == 0
     for kind, suffix in (("dali", ".idx"), ("energon", ".tar.idx")):
         result = run("export-index", folder, "--format", kind)

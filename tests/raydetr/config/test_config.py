@@ -1,4 +1,4 @@
-"""The configuration: what it accepts, what it refuses, and what its errors say."""
+"""The configuration: what it accepts and refuses, and its error messages."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_missing_keys_are_named() -> None:
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "just words"])
-def test_a_file_that_is_no_mapping_is_refused(text: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_mapping_is_refused(text: str, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"config\.yaml"):

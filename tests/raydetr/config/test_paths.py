@@ -14,14 +14,14 @@ from raydetr.config.paths import absolute, check_location, is_remote, local_fold
     [
         (" ", "the location is empty"),
         ("ftp://host/x", r"not read from ftp://; known are folders and s3://, gs://"),
-        ("s3:/bucket/x", "is no URL: write s3://bucket/x"),
-        ("https://", "names no bucket or server"),
+        ("s3:/bucket/x", "is not a URL: write s3://bucket/x"),
+        ("https://", "has no bucket or server"),
         ("file://host/x", "a file URL has three slashes"),
         ("https://user:secret@host/x", r"https://host/x: a URL without user.*credentials come from the env"),
         ("https://host/x?token=1", r"https://host/x: a URL without user, '\?' and '#'"),
     ],
 )
-def test_what_is_no_location(location: str, message: str) -> None:
+def test_invalid_locations_are_refused(location: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         check_location(location)
     assert "secret" not in str(caught.value)

@@ -8,7 +8,7 @@ import torch
 
 import goldens
 from raydetr.data.batch import Batch, Sample, collate, to_model
-from raydetr.data.transforms.pixels import Resized
+from raydetr.data.transforms.pixels import LazyImage
 
 GOLDEN = goldens.FOLDER
 
@@ -17,7 +17,7 @@ def sample(width: int, height: int, boxes: list[list[float]], image_id: int = 1)
     pixels = np.random.default_rng(image_id).integers(1, 256, (height, width, 3), np.uint8)
     labels = np.arange(len(boxes))
     return Sample(
-        Resized.whole(pixels),
+        LazyImage.unresized(pixels),
         labels,
         np.array(boxes, float).reshape(-1, 4),
         image_id,
@@ -59,10 +59,10 @@ def test_batch_without_any_object() -> None:
     images, targets = to_model(collate([sample(5, 4, [])], 0), "cpu")
     assert (targets.boxes.shape, targets.labels.shape, targets.counts) == ((0, 4), (0,), (0,))
     assert (targets.labels.dtype, targets.boxes.dtype) == (torch.int64, torch.float32)
-    assert not images.padding.any()
+    assert not images.padding_mask.any()
 
 
-def test_model_input_is_normalised_and_zero_in_the_padding() -> None:
+def test_model_input_is_normalized_and_zero_in_the_padding() -> None:
     samples, batch = made_batch()
     images, targets = to_model(batch, "cpu")
     assert images.pixels.dtype == torch.float32
@@ -74,15 +74,15 @@ def test_model_input_is_normalised_and_zero_in_the_padding() -> None:
         np.testing.assert_allclose(inside, expected, atol=2e-6)
         expected_padding = np.ones((30, 40), bool)
         expected_padding[:height, :width] = False
-        np.testing.assert_array_equal(images.padding[i], expected_padding)
-    assert images.pixels.masked_select(images.padding[:, None]).abs().sum() == 0
+        np.testing.assert_array_equal(images.padding_mask[i], expected_padding)
+    assert images.pixels.masked_select(images.padding_mask[:, None]).abs().sum() == 0
     assert (targets.boxes, targets.labels, targets.counts) == (batch.boxes, batch.labels, batch.counts)
 
 
-def test_normalised_pixels_equal_the_official_ones() -> None:
+def test_normalized_pixels_equal_the_official_ones() -> None:
     golden = json.loads((GOLDEN / "data.json").read_text())["images"][0]["normalized_pixels"]
     with np.load(GOLDEN / "data.npz") as arrays:
-        image = Resized(np.array(arrays["image0"]), (80, 60))
+        image = LazyImage(np.array(arrays["image0"]), (80, 60))
     one = Sample(image, np.zeros(0, np.int64), np.zeros((0, 4)), 1, (48, 64))
     pixels = to_model(collate([one], 0), "cpu")[0].pixels[0]
     assert list(pixels.shape) == golden["shape"]
@@ -92,11 +92,11 @@ def test_normalised_pixels_equal_the_official_ones() -> None:
     np.testing.assert_allclose(pixels[2, -1, -8:], golden["last_row_ch2"], atol=1e-5)
 
 
-def test_a_given_canvas_is_filled_whatever_it_holds() -> None:
-    """Resized or not, images and padding are those of a new array; the batch is that memory."""
+def test_a_given_canvas_is_overwritten() -> None:
+    """Images, resized or not, and padding equal those of a new array; the batch uses the canvas's memory."""
     samples, _ = made_batch()
-    grown = dataclasses.replace(samples[2], image=Resized(samples[2].image.source, (25, 21)))
-    shrunk = dataclasses.replace(samples[0], image=Resized(samples[0].image.source, (7, 29)))
+    grown = dataclasses.replace(samples[2], image=LazyImage(samples[2].image.source, (25, 21)))
+    shrunk = dataclasses.replace(samples[0], image=LazyImage(samples[0].image.source, (7, 29)))
     canvas = np.full((4, 30, 40, 3), 77, np.uint8)
     shapes = []
 

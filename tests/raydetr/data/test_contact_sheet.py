@@ -1,4 +1,4 @@
-"""The contact sheet: boxes are drawn around their objects, plain and augmented, with names and ids."""
+"""Test the contact sheet: boxes are drawn around their objects, as packed and augmented, with names and ids."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CATEGORIES = [{"id": 3, "name": "square"}]
 
 @pytest.fixture(scope="module")
 def painted(tmp_path_factory: pytest.TempPathFactory) -> Shards:
-    """Six black pictures of 480x320, each with one white rectangle that its box surrounds."""
+    """Pack six black images of 480x320, each with one white rectangle that its box surrounds."""
     folder = tmp_path_factory.mktemp("painted")
     rng = np.random.default_rng(0)
     images, annotations = [], []
@@ -46,7 +46,7 @@ def painted(tmp_path_factory: pytest.TempPathFactory) -> Shards:
 
 
 def panels(sheet: Image.Image) -> list[np.ndarray]:
-    """The pictures of a sheet, in reading order: what is not paper, and too high to be text."""
+    """Find the images of a sheet, in reading order: what is not background, and too high to be text."""
     pixels, found = np.asarray(sheet).astype(int), []
     drawn = (pixels != pixels[0, 0]).any(axis=2)
     for top, bottom in runs(drawn.mean(axis=1) > 0.1):
@@ -63,24 +63,24 @@ def runs(flags: np.ndarray) -> list[tuple[int, int]]:
 
 
 def check_boxes(sheet: Image.Image, num: int) -> None:
-    """In each panel the dashes of the category's color surround the white rectangle."""
+    """Check in each panel that dashes of the category's color surround the white rectangle."""
     found = panels(sheet)
     assert len(found) == num
     for panel in found:
         white = (panel > 200).all(axis=2)
-        coloured = (abs(panel - color_of(3)) < 40).all(axis=2)
+        colored = (abs(panel - color_of(3)) < 40).all(axis=2)
         rows, columns = np.nonzero(white)
         top, bottom, left, right = rows.min(), rows.max(), columns.min(), columns.max()
         middle_row, middle_column = (top + bottom) // 2, (left + right) // 2
         edges = {
-            "left": coloured[middle_row - 15 : middle_row + 15, max(0, left - 4) : left + 5],
-            "right": coloured[middle_row - 15 : middle_row + 15, right - 4 : right + 5],
-            "top": coloured[max(0, top - 4) : top + 5, middle_column - 15 : middle_column + 15],
-            "bottom": coloured[bottom - 4 : bottom + 5, middle_column - 15 : middle_column + 15],
+            "left": colored[middle_row - 15 : middle_row + 15, max(0, left - 4) : left + 5],
+            "right": colored[middle_row - 15 : middle_row + 15, right - 4 : right + 5],
+            "top": colored[max(0, top - 4) : top + 5, middle_column - 15 : middle_column + 15],
+            "bottom": colored[bottom - 4 : bottom + 5, middle_column - 15 : middle_column + 15],
         }
         assert {name for name, edge in edges.items() if edge.sum() < 20} == set()
-        inside = coloured[top + 12 : bottom - 12, left + 12 : right - 12]
-        assert inside.mean() < 0.15  # but for a label
+        inside = colored[top + 12 : bottom - 12, left + 12 : right - 12]
+        assert inside.mean() < 0.15  # apart from a caption
 
 
 def test_boxes_surround_their_objects(painted: Shards) -> None:
@@ -100,7 +100,7 @@ def test_boxes_surround_their_objects_after_the_augmentation(painted: Shards) ->
 
 
 def test_shards_may_be_remote(painted: Shards) -> None:
-    """Where they lie is in the heading only; their bytes come from the files that they were opened with."""
+    """Only the heading uses the location; bytes come from the files that the shards were opened with."""
     contact_sheet(replace(painted, location="s3://bucket/shards"), 2)
 
 

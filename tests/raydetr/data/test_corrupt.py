@@ -1,4 +1,4 @@
-"""What takes the place of damaged samples, and what is noted of them."""
+"""Test what replaces corrupt samples, and how they are reported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from damaged_shards import damage_sample
+from corrupt_shards import corrupt_sample
 from raydetr.config import TransformConfig
 from raydetr.data.batch import Batch, collate
 from raydetr.data.corrupt import CorruptSample, OnCorrupt
@@ -25,17 +25,17 @@ from raydetr.shards.validation import RawSample
 
 SEED = 5
 TRANSFORM = Transform(TransformConfig(short_sides=(24, 32, 40), max_side=64, horizontal_flip=0.5))
-DAMAGED = (33, 7, 8)  # indices; one image, two JSON records
-TOPOLOGIES = [(1, 0, 4), (2, 2, 2), (1, 0, 53), (3, 0, 1)]  # ranks, loader processes, samples a rank
+CORRUPT = (33, 7, 8)  # indices; one image, two JSON records
+TOPOLOGIES = [(1, 0, 4), (2, 2, 2), (1, 0, 53), (3, 0, 1)]  # ranks, loader processes, samples per rank
 Found = dict[int, tuple[int, bytes, bytes]]  # position -> image id, pixels, targets
 
 
 @pytest.fixture
 def corrupt(shards: Shards, tmp_path: Path) -> Shards:
-    """A copy of the 53 samples with three that are damaged."""
+    """Copy the 53 samples and corrupt three of them."""
     copy = open_shards(shutil.copytree(shards.path, tmp_path / "copy"))
-    for index in DAMAGED:
-        damage_sample(copy, index, part="image" if index == 33 else "json")
+    for index in CORRUPT:
+        corrupt_sample(copy, index, part="image" if index == 33 else "json")
     return copy
 
 
@@ -62,7 +62,7 @@ def take(
     position: int = 0,
     transform: Transform = TRANSFORM,
 ) -> tuple[Found, list[CorruptSample]]:
-    """What the positions of a run hold, those that are masked left out; and all rows, in order."""
+    """Return the content of the positions of a run, without masked ones, and all rows, in order."""
     world_size, _, batch_size = topology
     steps = -(-num_samples // (world_size * batch_size))
     found: Found = {}
@@ -92,11 +92,11 @@ def contents(batch: Batch) -> Iterator[tuple[int, bytes, bytes]]:
 
 
 def expected_rows(shards: Shards, action: str, num_epochs: int) -> list[tuple[Any, ...]]:
-    """Worked out from the order of each epoch and the index."""
+    """Derive the rows from the order of each epoch and the index."""
     rows = []
     for epoch in range(num_epochs):
         order = make_order(shards, SEED).order(epoch).tolist()
-        for index in DAMAGED:
+        for index in CORRUPT:
             row = shards.samples[index]
             shard = str(shards.path / f"shard-{row['shard']:05d}.tar")
             place = epoch * len(order) + order.index(index)
@@ -109,35 +109,35 @@ def short(rows: list[CorruptSample]) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_masked_samples_are_missing_and_all_others_as_they_were(
+def test_masked_samples_are_missing_and_all_others_are_unchanged(
     shards: Shards, corrupt: Shards, topology: tuple[int, int, int]
 ) -> None:
-    whole, none = take(shards, "mask", topology, 106)
+    intact, none = take(shards, "mask", topology, 106)
     found, rows = take(corrupt, "mask", topology, 106)
     assert none == []
     assert short(rows) == expected_rows(corrupt, "masked", 2)
     masked = {row.position for row in rows}
     assert len(masked) == 6
-    assert found == {place: content for place, content in whole.items() if place not in masked}
+    assert found == {place: content for place, content in intact.items() if place not in masked}
     assert all("crc32" in row.reason for row in rows)
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_the_sample_before_takes_the_place(
+def test_the_previous_sample_is_the_substitute(
     shards: Shards, corrupt: Shards, topology: tuple[int, int, int]
 ) -> None:
-    whole, _ = take(shards, "raise", topology, 106)
+    intact, _ = take(shards, "raise", topology, 106)
     found, rows = take(corrupt, "substitute", topology, 106)
     assert short(rows) == expected_rows(corrupt, "substituted", 2)
     wrong = {row.position for row in rows}
     assert {place: found[place] for place in found.keys() - wrong} == {
-        place: whole[place] for place in whole.keys() - wrong
+        place: intact[place] for place in intact.keys() - wrong
     }
     for place in wrong:
         epoch, i = divmod(place, 53)
         order = make_order(shards, SEED).order(epoch).tolist()
         before = (order[(i - back) % 53] for back in range(1, 53))
-        index = next(index for index in before if index not in DAMAGED)
+        index = next(index for index in before if index not in CORRUPT)
         assert found[place][0] == shards.samples["image_id"][index]
         assert found[place] == content_of(shards, index, place)  # with this position's augmentation
 
@@ -148,7 +148,7 @@ def content_of(shards: Shards, index: int, position: int) -> tuple[int, bytes, b
 
 
 @pytest.mark.parametrize("policy", ["mask", "substitute"])
-def test_a_resumed_stream_meets_the_same(corrupt: Shards, policy: OnCorrupt) -> None:
+def test_a_resumed_stream_gives_the_same_samples_and_rows(corrupt: Shards, policy: OnCorrupt) -> None:
     found, rows = take(corrupt, policy, (1, 0, 4), 104)
     resumed, then = take(corrupt, policy, (2, 0, 2), 52, position=52)
     assert resumed == {place: content for place, content in found.items() if place >= 52}
@@ -168,40 +168,40 @@ def test_raise_names_shard_and_key(corrupt: Shards, workers: int) -> None:
 
 
 @pytest.mark.parametrize("policy", ["mask", "substitute"])
-def test_mosaics_with_a_damaged_image_are_replaced_too(
+def test_mosaics_with_a_corrupt_image_are_replaced_too(
     shards: Shards, corrupt: Shards, policy: OnCorrupt
 ) -> None:
     mosaics = Transform(TRANSFORM.config.model_copy(update={"mosaic_probability": 1.0}))
-    whole, _ = take(shards, policy, (1, 0, 4), 53, transform=mosaics)
+    intact, _ = take(shards, policy, (1, 0, 4), 53, transform=mosaics)
     found, rows = take(corrupt, policy, (1, 0, 4), 53, transform=mosaics)
     assert (found, rows) == take(corrupt, policy, (2, 2, 2), 53, transform=mosaics)
-    # four images in a picture: about four times as many are hit, and each row names the image that is damaged
+    # A mosaic has four images: about four times as many are affected, and each row names the corrupt image
     assert 6 < len(rows) < 20
-    assert {row.key for row in rows} == {shards.key(index) for index in DAMAGED}
+    assert {row.key for row in rows} == {shards.key(index) for index in CORRUPT}
     hit = {row.position for row in rows}
-    assert all(found[place] == whole[place] for place in whole.keys() - hit)
+    assert all(found[place] == intact[place] for place in intact.keys() - hit)
     assert hit.isdisjoint(found) if policy == "mask" else hit <= found.keys()
 
 
 class Flaky(LocalFiles):
-    """Files that give wrong bytes the first time, as a cache or a network may."""
+    """Files that return wrong bytes on the first read, as a cache or a network may."""
 
     def __init__(self, files: LocalFiles) -> None:
         super().__init__(files.paths)
         self.num_rereads = 0
 
     def start(self, spans: Sequence[Span]) -> Callable[[], list[bytes | OSError]]:
-        """As LocalFiles, with the last byte of each sample wrong."""
+        """Return a wrong last byte for each sample."""
         return lambda: [self.read(*span)[:-1] + b"!" for span in spans]
 
     def reread(self, shard: int, offset: int, length: int) -> bytes:
-        """As LocalFiles."""
+        """Count the calls."""
         self.num_rereads += 1
         return super().reread(shard, offset, length)
 
 
 @pytest.mark.parametrize("policy", ["raise", "mask", "substitute"])
-def test_a_second_look_past_the_cache_is_enough(shards: Shards, policy: OnCorrupt) -> None:
+def test_a_second_read_past_the_cache_suffices(shards: Shards, policy: OnCorrupt) -> None:
     assert isinstance(shards.files, LocalFiles)
     files = Flaky(shards.files)
     flaky = dataclasses.replace(shards, files=files)
@@ -209,16 +209,16 @@ def test_a_second_look_past_the_cache_is_enough(shards: Shards, policy: OnCorrup
     assert files.num_rereads == 12
 
 
-def test_everything_damaged_is_no_endless_search(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_ends_when_all_samples_are_corrupt(
+    shards: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(self: Shards, index: int) -> RawSample:
-        self.refuse(index, "it is broken")
+        self.raise_corrupt(index, "it is broken")
 
     monkeypatch.setattr(Shards, "reread", broken)
     monkeypatch.setattr(Shards, "read", broken)
     monkeypatch.setattr(Shards, "check", lambda self, index, raw: broken(self, index))
-    with pytest.raises(
-        ShardError, match=r"it is broken.*none of the 52 samples before it can take its place"
-    ):
+    with pytest.raises(ShardError, match=r"it is broken.*none of the 52 samples before it can replace it"):
         next(stream(shards, "substitute", 0, (1, 0, 4)))
     batch = next(stream(shards, "mask", 0, (1, 0, 4)))
     assert batch.is_blank
@@ -228,7 +228,7 @@ def test_everything_damaged_is_no_endless_search(shards: Shards, monkeypatch: py
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 2)])
 @pytest.mark.parametrize("policy", ["mask", "substitute"])
-def test_evaluation_leaves_damaged_images_out(
+def test_evaluation_omits_corrupt_images(
     shards: Shards, corrupt: Shards, policy: OnCorrupt, world_size: int, workers: int
 ) -> None:
     ids: list[int] = []
@@ -253,5 +253,5 @@ def test_evaluation_leaves_damaged_images_out(
                 rows += batch.corrupt
     assert len(numbers) == 1
     everything = set(shards.samples["image_id"].tolist())
-    assert sorted(ids) == sorted(everything - {int(shards.samples["image_id"][index]) for index in DAMAGED})
-    assert sorted(row.key for row in rows) == sorted(shards.key(index) for index in DAMAGED)
+    assert sorted(ids) == sorted(everything - {int(shards.samples["image_id"][index]) for index in CORRUPT})
+    assert sorted(row.key for row in rows) == sorted(shards.key(index) for index in CORRUPT)

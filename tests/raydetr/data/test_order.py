@@ -35,13 +35,13 @@ def make_order(
 
 
 def made_aspects(num_samples: int) -> np.ndarray:
-    """Five aspects in a mix that no library draws, so that it stays the same."""
+    """Mix five aspect ratios without a library's generator, so that the mix never changes."""
     mixed = np.arange(num_samples) ** 2 * 31 % 1009 % 5
     return np.array([0.67, 0.75, 1, 1.33, 1.5])[mixed]
 
 
 def plain_order(sizes: list[int], parameters: OrderParameters, epoch: int) -> list[int]:
-    """tau_e as its definition says, sample by sample (seed 0, fingerprint "f")."""
+    """Return tau_e by its definition, sample by sample (seed 0, fingerprint "f")."""
     chunk, window, windows, group_size = (
         getattr(parameters, name) for name in ("chunk_size", "min_window", "windows_per_stream", "group_size")
     )
@@ -53,7 +53,9 @@ def plain_order(sizes: list[int], parameters: OrderParameters, epoch: int) -> li
             for begin in range(first, first + size, chunk)
         ]
         first += size
-    spelled = f"block={chunk}, window={window}, windows={windows}, atom={group_size}"  # by version 2
+    spelled = (
+        f"block={chunk}, window={window}, windows={windows}, atom={group_size}"  # as version 2 spells it
+    )
     text = f"({epoch}, (2, PlanParameters({spelled}), 0, 'f'))"
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     key = [int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")]
@@ -90,10 +92,10 @@ def shuffled(items: list, words: Iterator[int]) -> list:
 
 
 def philox(key: list[int], high: int) -> Iterator[int]:
-    """The words of Philox4x64-10 (Salmon et al., 2011) after the counter (0, 0, 0, high)."""
+    """Yield the words of Philox4x64-10 (Salmon et al., 2011) after the counter (0, 0, 0, high)."""
     low = 0
     while True:
-        low += 1  # numpy counts before it draws
+        low += 1  # numpy increments the counter before it draws
         x0, x1, x2, x3 = low, 0, 0, high
         k0, k1 = key
         for _ in range(10):
@@ -121,34 +123,34 @@ def test_an_epoch_holds_every_sample_once(
 
 @MODEST
 @given(SIZES, SMALL, st.integers(0, 5), st.data())
-def test_any_part_is_that_of_the_whole(
+def test_any_part_equals_that_of_the_full_order(
     sizes: list[int], parameters: OrderParameters, seed: int, data: st.DataObject
 ) -> None:
-    """What is drawn for a few samples, in any sequence of requests, is what an epoch at once gives."""
+    """Any sequence of requests for a few samples gives the same as one request for the epochs."""
     num_samples = sum(sizes)
     first = data.draw(st.integers(0, 10**6))
-    whole = make_order(sizes, seed, parameters).samples(first, 3 * num_samples)
-    plan = make_order(sizes, seed, parameters)
+    expected = make_order(sizes, seed, parameters).samples(first, 3 * num_samples)
+    order = make_order(sizes, seed, parameters)
     for _ in range(8):
         begin = data.draw(st.integers(0, 3 * num_samples))
         count = data.draw(st.integers(0, min(3 * num_samples - begin, 50)))
-        assert plan.samples(first + begin, count).tolist() == whole[begin : begin + count].tolist()
+        assert order.samples(first + begin, count).tolist() == expected[begin : begin + count].tolist()
 
 
 def consume(
     sizes: list[int], parameters: OrderParameters, position: int, topology: tuple[int, int, int, int]
 ) -> tuple[int, list[list[list[int]]]]:
-    """Run two optimizer steps; returns the position after them and what each rank saw in each batch.
+    """Run two optimizer steps; return the position after them and the samples of each batch of each rank.
 
-    A rank of `workers` loader processes has a plan of its own in each, and those make its batches in turn.
+    Each of the `workers` loader processes of a rank has its own order; the processes take turns.
     """
     ranks, workers, batch, accumulation = topology
     seen: list[list[list[int]]] = [[] for _ in range(ranks)]
     for rank in range(ranks):
-        plans = [make_order(sizes, 0, parameters) for _ in range(max(workers, 1))]
-        for micro_step, own in zip(range(2 * accumulation), itertools.cycle(plans)):
+        orders = [make_order(sizes, 0, parameters) for _ in range(max(workers, 1))]
+        for micro_step, order in zip(range(2 * accumulation), itertools.cycle(orders)):
             start = position + micro_step * ranks * batch + rank * batch
-            seen[rank].append(own.samples(start, batch).tolist())
+            seen[rank].append(order.samples(start, batch).tolist())
     return position + 2 * accumulation * ranks * batch, seen
 
 
@@ -157,7 +159,7 @@ def consume(
 def test_any_topologies_one_after_another_give_one_run(
     sizes: list[int], parameters: OrderParameters, position: int, topologies: list[tuple[int, int, int, int]]
 ) -> None:
-    """Exactly once an epoch, one global order, batches of one size on all ranks, resumed at any G."""
+    """Each sample once per epoch, one global order, batches of one size on all ranks, resumed at any G."""
     found, start = [], position
     for topology in topologies:
         position, seen = consume(sizes, parameters, position, topology)
@@ -169,20 +171,20 @@ def test_any_topologies_one_after_another_give_one_run(
     assert found == reference[start:position]
 
 
-def test_any_entry_takes_one_window() -> None:
-    """Nothing is replayed after a resume, and only what is in use is kept."""
+def test_any_entry_needs_one_window() -> None:
+    """Nothing is replayed after a resume, and only the windows in use are cached."""
     sizes = [1000] * 118 + [287]
     late = 100_000 * sum(sizes)
     for begin, windows, epochs in [(late + 4, 1, 1), (late + 60_000, 1, 1), (late - 2, 2, 2)]:
-        plan = make_order(sizes)
-        plan.samples(begin, 4)
-        assert plan._window.cache_info().misses <= windows
-        assert plan._epoch.cache_info().misses == epochs
-    plan = make_order([1000] * 16)
-    for begin in range(0, 16_000, 4):  # one rank reads all lanes
-        plan.samples(begin, 4)
-    assert plan._window.cache_info().misses == 2 * 16  # each window once
-    assert plan._window.cache_info().currsize <= plan.num_streams == 16
+        order = make_order(sizes)
+        order.samples(begin, 4)
+        assert order._window.cache_info().misses <= windows
+        assert order._epoch.cache_info().misses == epochs
+    order = make_order([1000] * 16)
+    for begin in range(0, 16_000, 4):  # one rank reads all streams
+        order.samples(begin, 4)
+    assert order._window.cache_info().misses == 2 * 16  # each window once
+    assert order._window.cache_info().currsize <= order.num_streams == 16
 
 
 def test_seed_epoch_fingerprint_and_parameters_change_the_order() -> None:
@@ -198,22 +200,22 @@ def test_seed_epoch_fingerprint_and_parameters_change_the_order() -> None:
     assert all(np.mean(order == base) < 0.05 for order in others)
 
 
-def test_every_sample_comes_at_any_time() -> None:
-    """Over many seeds, where a sample comes in its epoch is spread evenly."""
+def test_samples_are_spread_evenly_over_the_epoch() -> None:
+    """Over many seeds, the entry of a sample in its epoch is uniformly distributed."""
     orders = np.array(
         [make_order([100] * 5, seed, OrderParameters(5, 20, 3, 4)).order(0) for seed in range(200)]
     )
     places = np.argsort(orders, axis=1)  # [seed, sample]
-    assert np.abs(places.mean(0) / 499 - 0.5).max() < 0.1  # the mean of 200 even draws: sigma 0.02
+    assert np.abs(places.mean(0) / 499 - 0.5).max() < 0.1  # the mean of 200 uniform draws: sigma 0.02
     assert np.abs(places.std(0) / 500 - 12**-0.5).max() < 0.05
 
 
-def test_the_order_is_fixed_for_all_time() -> None:
-    """A checkpoint's position means nothing to a program that orders otherwise: raise ORDER_VERSION then."""
+def test_the_order_never_changes() -> None:
+    """Another order needs another ORDER_VERSION: a checkpoint's position would mean other samples."""
     orders = [make_order([7, 6], 3, OrderParameters(3, 2, 2, 2)).order(epoch).tolist() for epoch in (0, 1)]
     assert orders == FIXED
     digest = hashlib.sha256(make_order([1000] * 118 + [287]).order(7).astype("<i8").tobytes()).hexdigest()
-    assert digest[:16] == FIXED_DEFAULT  # also with the parameters that runs have
+    assert digest[:16] == FIXED_DEFAULT  # also with the default parameters
 
 
 FIXED_DEFAULT = "67e2d0570fad576b"
@@ -222,18 +224,18 @@ FIXED = [[7, 8, 12, 3, 10, 11, 1, 4, 6, 9, 0, 5, 2], [7, 8, 9, 0, 1, 12, 11, 2, 
 
 @pytest.mark.parametrize("num_ranks", [8, 16])
 def test_coco_is_read_in_chunks_and_batched_by_shape(num_ranks: int) -> None:
-    """118,287 samples: ranks hardly share blocks, and a batch of four has one aspect, also in epoch 3."""
-    plan = make_order([1000] * 118 + [287])
-    num_samples = plan.num_samples
+    """118,287 samples: ranks hardly share chunks, and a batch of four has one aspect ratio, also in epoch 3."""
+    order = make_order([1000] * 118 + [287])
+    num_samples = order.num_samples
     samples = np.arange(num_samples)
     chunk = samples // 1000 * 1000 + samples % 1000 // 32
-    run = np.concatenate([plan.order(epoch) for epoch in (3, 4)])
+    run = np.concatenate([order.order(epoch) for epoch in (3, 4)])
     begin = -3 * num_samples % (num_ranks * 4)  # G = 3 N + begin starts a step
     steps = (num_samples - begin) // (num_ranks * 4)
     batches = run[begin : begin + steps * num_ranks * 4].reshape(steps, num_ranks, 4)
     chunks_read = [len(np.unique(chunk[batches[:, rank]])) for rank in range(num_ranks)]
     amplification = sum(chunks_read) / len(np.unique(chunk[batches]))
-    aspects = plan.aspects[batches]
+    aspects = order.aspects[batches]
     alike = np.mean(aspects.max(2) == aspects.min(2))
     assert amplification < 1.05
     assert alike > 0.965
@@ -241,7 +243,7 @@ def test_coco_is_read_in_chunks_and_batched_by_shape(num_ranks: int) -> None:
 
 @pytest.fixture(scope="module")
 def stream_order() -> Any:
-    """The module of `make bench-stream` that simulates."""
+    """Import the module of `make bench-stream` with the simulation."""
     spec = importlib.util.spec_from_file_location("stream_order", BENCHMARK)
     assert spec is not None
     assert spec.loader is not None
@@ -251,19 +253,19 @@ def stream_order() -> Any:
 
 
 def test_nodes_of_a_large_world_share_no_chunks(stream_order: Any) -> None:
-    """As in `make bench-stream`, where the world has 1,024 ranks: every rank asks for every batch of an epoch."""
+    """Like `make bench-stream` with its 1,024 ranks: every rank requests every batch of an epoch."""
     world = stream_order.simulate(num_ranks=16, ranks_per_node=8, num_samples=20_000, num_shards=200)
     assert world.wrong == 0
     assert world.imbalance <= 4
     assert world.node_amplification < 1.05
-    # 24 ranks do not divide the 16 lanes: still exact
+    # 24 ranks do not divide the 16 streams: still exact
     other = stream_order.simulate(num_ranks=24, ranks_per_node=8, num_samples=20_000, num_shards=200)
     assert (other.wrong, other.imbalance) == (0, 4)
     assert other.node_amplification > 1.5
 
 
 def test_batches_of_one_shape_have_hardly_any_padding(stream_order: Any) -> None:
-    """Sizes as COCO's, one scale a step: under 3% at four images, against over 20% in any order."""
+    """With COCO's sizes and one scale per step: under 1% at four images, over 20% in a random order."""
     case = stream_order.padding()
     assert case["ours"] < 1
     assert case["anchor"] > 20

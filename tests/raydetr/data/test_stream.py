@@ -46,7 +46,7 @@ def batches(
 def take(
     shards: Shards, position: int, steps: int, world_size: int, batch_size: int, workers: int = 0
 ) -> dict[int, tuple[int, bytes, bytes]]:
-    """What each position of the run held: image id, pixels, boxes."""
+    """Return the content of each position of the run: image id, pixels, boxes."""
     found = {}
     for rank in range(world_size):
         stream = batches(shards, position, rank, world_size, batch_size, workers)
@@ -90,7 +90,7 @@ def test_one_stream_for_all_ranks_workers_and_batches(
     assert ids[:53] != ids[53:]
 
 
-def test_a_run_goes_on_with_another_topology(shards: Shards) -> None:
+def test_a_run_resumes_with_another_topology(shards: Shards) -> None:
     reference = take(shards, 0, 100, 1, 1)
     first = take(shards, 0, 5, 4, 2)
     then = take(shards, 40, 10, 3, 2, workers=1)
@@ -105,7 +105,7 @@ def test_a_run_goes_on_with_another_topology(shards: Shards) -> None:
 def test_any_topologies_one_after_another_give_one_run(
     shards: Shards, position: int, topologies: list[tuple[int, int, int]]
 ) -> None:
-    """Ranks, images a rank, steps: the same pixels and boxes at the same positions, whoever makes them."""
+    """For any ranks, images per rank and steps: the same pixels and boxes at the same positions."""
     found, at = {}, position
     for world_size, batch_size, steps in topologies:
         found |= take(shards, at, steps, world_size, batch_size)
@@ -113,7 +113,7 @@ def test_any_topologies_one_after_another_give_one_run(
     assert found == take(shards, position, at - position, 1, 1)
 
 
-def test_one_scale_a_step_on_all_ranks(shards: Shards) -> None:
+def test_all_ranks_share_one_scale_per_step(shards: Shards) -> None:
     transform = Transform(TransformConfig(short_sides=tuple(range(24, 48)), max_side=500, scale_per="step"))
     streams = [
         train_batches(
@@ -133,13 +133,12 @@ def test_one_scale_a_step_on_all_ranks(shards: Shards) -> None:
 def test_late_positions_start_at_once(shards: Shards) -> None:
     far = 100_000 * shards.num_samples + 17
     batch = next(batches(shards, far, 1, 2, 3))
-    plan = make_order(shards, 5)
-    expected = shards.samples["image_id"][plan.order(100_000)[20:23]]
+    expected = shards.samples["image_id"][make_order(shards, 5).order(100_000)[20:23]]
     assert batch.position == far
     assert batch.image_ids.tolist() == expected.tolist()
 
 
-def test_a_world_larger_than_the_data(shards: Shards) -> None:
+def test_a_world_may_be_larger_than_the_data(shards: Shards) -> None:
     few = shards.head(3)
     found = take(few, 0, 3, 4, 2)
     assert len(found) == 24
@@ -183,7 +182,7 @@ def test_evaluation_shows_every_image_once_in_fixed_batches(
     ]
 
 
-def test_loading_leaves_the_global_random_numbers_alone(shards: Shards) -> None:
+def test_loading_does_not_change_the_global_random_state(shards: Shards) -> None:
     state = torch.get_rng_state()
     for workers in (0, 1):
         take(shards, 0, 2, 1, 2, workers)
@@ -202,9 +201,7 @@ def test_loader_processes_end_with_the_stream(shards: Shards) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_damage_stops_the_stream_and_names_shard_and_key(
-    shards: Shards, tmp_path: Path, workers: int
-) -> None:
+def test_a_corrupt_sample_stops_the_stream_and_is_named(shards: Shards, tmp_path: Path, workers: int) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(shards.path, folder)
     row = shards.samples[33]
@@ -213,7 +210,7 @@ def test_damage_stops_the_stream_and_names_shard_and_key(
     content[int(row["offset"]) + 700] ^= 16
     path.write_bytes(content)
     seen: list[int] = []
-    place = f"{path.name}: sample {row['image_id']:012d} at byte {row['offset']} is damaged"
+    place = f"{path.name}: sample {row['image_id']:012d} at byte {row['offset']} is corrupt"
     with pytest.raises(ShardError, match=place):
         seen.extend(batch.image_ids.item() for batch in batches(open_shards(folder), 0, 0, 1, 1, workers))
     assert row["image_id"] not in seen
@@ -221,10 +218,10 @@ def test_damage_stops_the_stream_and_names_shard_and_key(
     assert seen == expected[: len(seen)]
 
 
-def test_undecodable_image_with_a_fitting_crc_is_named(
+def test_an_undecodable_image_with_a_matching_crc_is_named(
     shards: Shards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sample = dataclasses.replace(shards.read(0), image=b"no image")
     monkeypatch.setattr(Shards, "check", lambda self, index, raw: sample)
-    with pytest.raises(ShardError, match="is damaged: its image cannot be decoded"):
+    with pytest.raises(ShardError, match="is corrupt: its image cannot be decoded"):
         next(batches(shards, 0, 0, 1, 1))

@@ -1,4 +1,4 @@
-"""Every finding is planted once, alone, in data that is otherwise healthy."""
+"""Plant each problem once, alone, in healthy data, and check that exactly its finding is reported."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from PIL import Image
 import planted_shards as made
 from planted_shards import Split
 from raydetr.doctor.examine import examine
-from raydetr.doctor.findings import Target
+from raydetr.doctor.findings import TrainingTarget
 from raydetr.doctor.report import Report
 
-DOCUMENT = Path(__file__).parents[3] / "docs/data.md"
-TARGET = Target(recipe="test", num_queries=20, batch_size=8)
+DOCUMENT = Path(__file__).parents[3] / "docs/data/doctor.md"
+TARGET = TrainingTarget(recipe="test", num_queries=20, batch_size=8)
 
 
 def healthy() -> tuple[Split, Split]:
     return made.healthy(30, seed=1), made.healthy(20, seed=2)
 
 
-def examined(folder: Path, *splits: Split, target: Target = TARGET) -> Report:
+def examined(folder: Path, *splits: Split, target: TrainingTarget = TARGET) -> Report:
     names = ("train", "val", "test")[: len(splits)]
     locations = [str(made.write(split, folder / name)) for name, split in zip(names, splits, strict=True)]
     return examine(locations, target, num_processes=1)
@@ -41,7 +41,7 @@ def test_healthy_data_has_no_findings(tmp_path: Path) -> None:
     assert report.verdict() == "training may start: nothing was found"
 
 
-# --- each of these plants one problem into a pair of healthy splits ---
+# --- Each of these functions plants one problem into a pair of healthy splits ---
 
 
 def undecodable(train: Split, val: Split) -> None:
@@ -52,11 +52,11 @@ def other_size(train: Split, val: Split) -> None:
     train.samples[3].record |= {"width": made.WIDTH + 1}
 
 
-def turned(train: Split, val: Split) -> None:
+def exif_orientation(train: Split, val: Split) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3
     rng = np.random.default_rng(9)
-    val.samples[5].image = made.encoded(made.picture(rng), exif=exif)
+    val.samples[5].image = made.encoded(made.random_image(rng), exif=exif)
 
 
 def narrow(train: Split, val: Split) -> None:
@@ -69,7 +69,7 @@ def thumbnail(train: Split, val: Split) -> None:
 
 def _resized(split: Split, number: int, size: tuple[int, int]) -> None:
     sample = split.samples[number]
-    sample.image = made.encoded(made.picture(np.random.default_rng(9), size))
+    sample.image = made.encoded(made.random_image(np.random.default_rng(9), size))
     sample.record |= {"width": size[0], "height": size[1]}
     for annotation in sample.annotations:
         annotation["bbox"] = [annotation["id"] % 5, 1, 25, 19]
@@ -115,11 +115,11 @@ def corners(train: Split, val: Split) -> None:
             annotation["bbox"] = [x, y, x + w, y + h]
 
 
-def reaching_out(train: Split, val: Split) -> None:
+def exceeding(train: Split, val: Split) -> None:
     train.samples[0].annotations[0]["bbox"] = [50, 10, 20, 20]
 
 
-def many_reaching_out(train: Split, val: Split) -> None:
+def many_exceeding(train: Split, val: Split) -> None:
     for number in range(6):
         train.samples[number].annotations[0]["bbox"] = [50, 10 + number, 20, 20]
 
@@ -138,7 +138,7 @@ def _another(split: Split, number: int, box: list[float], category_id: int = 1) 
     return {**copy.deepcopy(sample.annotations[0]), "id": numbered, "bbox": box, "category_id": category_id}
 
 
-def whole_images(train: Split, val: Split) -> None:
+def full_images(train: Split, val: Split) -> None:
     for sample in train.samples[:15]:
         sample.annotations[0]["bbox"] = [0, 0, made.WIDTH, made.HEIGHT]
 
@@ -148,11 +148,11 @@ def equal_boxes(train: Split, val: Split) -> None:
         sample.annotations[0]["bbox"] = [10, 10, 20, 20]
 
 
-def repeated_object(train: Split, val: Split) -> None:
+def duplicate_object(train: Split, val: Split) -> None:
     train.samples[0].annotations.append(_another(train, 0, train.samples[0].annotations[0]["bbox"]))
 
 
-def tiny(train: Split, val: Split) -> None:  # 800 pixels are 16.7 times the height
+def tiny(train: Split, val: Split) -> None:  # The resize to 800 pixels enlarges 16.7 times
     for number in range(10):
         train.samples[number].annotations[0]["bbox"] = [10 + number, 10, 20, 0.2]
 
@@ -264,7 +264,7 @@ def ids_moved_in_val(train: Split, val: Split) -> None:
     _moved(val, 1, 2)
 
 
-def spelled_otherwise(train: Split, val: Split) -> None:
+def other_spelling(train: Split, val: Split) -> None:
     val.categories[1]["name"] = "Dog"
 
 
@@ -274,7 +274,7 @@ def same_data(train: Split, val: Split) -> None:
 
 def less_than_a_batch(train: Split, val: Split) -> None:
     del train.samples[7:]
-    for sample in train.samples:  # or its classes are rare
+    for sample in train.samples:  # Otherwise its classes are rare
         rng = np.random.default_rng(sample.record["id"])
         boxes = rng.uniform((0, 0, 8, 8), (40, 30, 20, 18), (4, 4)).tolist()
         sample.annotations += [
@@ -289,16 +289,16 @@ def leaked(train: Split, val: Split) -> None:
         val.samples[number].image = train.samples[2 * number].image
 
 
-def leaked_look_alike(train: Split, val: Split) -> None:
+def leaked_near_duplicate(train: Split, val: Split) -> None:
     val.samples[3].image = _recompressed(train.samples[7].image)
 
 
-def repeated(train: Split, val: Split) -> None:
+def copied(train: Split, val: Split) -> None:
     for number in (3, 8, 9):
         train.samples[number].image = train.samples[20].image
 
 
-def look_alike(train: Split, val: Split) -> None:
+def near_duplicate(train: Split, val: Split) -> None:
     train.samples[3].image = _recompressed(train.samples[7].image)
 
 
@@ -308,29 +308,29 @@ def _recompressed(content: bytes) -> bytes:
 
 
 PLANTED = [
-    (undecodable, "damaged-samples", "fault", 1, "cannot be decoded"),
-    (nan_box, "malformed-boxes", "fault", 1, "image 1003 (1003.jpg): annotation 0 has the box ["),
-    (negative_box, "malformed-boxes", "fault", 1, "val"),
-    (short_box, "malformed-boxes", "fault", 1, "bbox"),
-    (no_box, "malformed-boxes", "fault", 1, "bbox"),
-    (unknown_category, "unknown-categories", "fault", 1, "ids 77"),
-    (ids_off_by_one, "unknown-categories", "fault", 30, "all would fit with 1 added"),
-    (other_size, "other-sizes", "fault", 1, "the file holds 64x48 pixels, the record says 65x48"),
-    (relative, "relative-boxes", "fault", 60, "shares of the image's size"),
-    (nothing_to_learn, "no-objects", "fault", 1, "nothing to learn"),
-    (only_crowds, "no-objects", "fault", 1, "nothing to learn"),
-    (other_names, "different-categories", "fault", 1, "wolf"),
-    (ids_moved_in_val, "different-categories", "fault", 1, "all by +1"),
-    (spelled_otherwise, "different-categories", "fault", 1, "'dog' and 'Dog'"),
+    (undecodable, "corrupt-samples", "error", 1, "cannot be decoded"),
+    (nan_box, "malformed-boxes", "error", 1, "image 1003 (1003.jpg): annotation 0 has the box ["),
+    (negative_box, "malformed-boxes", "error", 1, "val"),
+    (short_box, "malformed-boxes", "error", 1, "bbox"),
+    (no_box, "malformed-boxes", "error", 1, "bbox"),
+    (unknown_category, "unknown-categories", "error", 1, "ids 77"),
+    (ids_off_by_one, "unknown-categories", "error", 30, "all would fit with 1 added"),
+    (other_size, "size-mismatch", "error", 1, "the file holds 64x48 pixels, the record has 65x48"),
+    (relative, "relative-boxes", "error", 60, "fractions of the image's size"),
+    (nothing_to_learn, "no-objects", "error", 1, "nothing to learn"),
+    (only_crowds, "no-objects", "error", 1, "nothing to learn"),
+    (other_names, "different-categories", "error", 1, "wolf"),
+    (ids_moved_in_val, "different-categories", "error", 1, "all by +1"),
+    (other_spelling, "different-categories", "error", 1, "'dog' and 'Dog'"),
     (nothing_to_evaluate, "no-objects", "warning", 1, "AP will be undefined"),
     (corners, "corner-boxes", "warning", None, "[x1, y1, x2, y2]"),
-    (many_reaching_out, "boxes-reach-out", "warning", 6, "6 boxes that reach out of the image (10.00%)"),
-    (reaching_out, "boxes-reach-out", "warning", 1, "1 box that reaches out of the image (1.67%)"),
+    (many_exceeding, "boxes-exceed-image", "warning", 6, "6 boxes that exceed the image (10.00%)"),
+    (exceeding, "boxes-exceed-image", "warning", 1, "1 box that exceeds the image (1.67%)"),
     (without_area, "boxes-without-area", "warning", 1, "zero width or height"),
     (outside, "boxes-outside", "warning", 1, "entirely outside"),
-    (whole_images, "whole-image-boxes", "warning", 15, "25%"),
+    (full_images, "full-image-boxes", "warning", 15, "25%"),
     (equal_boxes, "equal-boxes", "warning", 12, "[10, 10, 20, 20] is in 12 images"),
-    (repeated_object, "repeated-objects", "warning", 1, "annotated twice"),
+    (duplicate_object, "duplicate-objects", "warning", 1, "annotated twice"),
     (tiny, "tiny-objects", "warning", 10, "17% of the objects"),
     (crowded(21), "more-objects-than-queries", "warning", 1, "queries (20)"),
     (another_class, "classes-without-objects", "warning", 1, "horse"),
@@ -339,13 +339,13 @@ PLANTED = [
     (rare_class, "rare-classes", "warning", 1, "horse 9"),
     (background, "background-category", "warning", 1, "__background__"),
     (similar_names, "similar-names", "warning", 1, "'cat' and 'Cat '"),
-    (same_data, "same-data", "warning", 1, "the very same samples"),
+    (same_data, "same-data", "warning", 1, "exactly the same samples"),
     (less_than_a_batch, "less-than-a-batch", "warning", 1, "7 images are fewer than a batch has (8)"),
     (leaked, "leaked-images", "warning", 2, "2 images of val (10.0%) are also in train"),
-    (leaked_look_alike, "leaked-look-alikes", "warning", 1, "1 image of val (5.0%) is almost the same"),
-    (repeated, "repeated-images", "warning", 3, "3 images (10.0%) have the same bytes as another one, in 1 group"),
-    (look_alike, "look-alikes", "warning", 1, "1 image (3.3%)"),
-    (turned, "turned-images", "note", 1, "EXIF"),
+    (leaked_near_duplicate, "leaked-near-duplicates", "warning", 1, "1 image of val (5.0%) is almost the same"),
+    (copied, "duplicate-images", "warning", 3, "3 images (10.0%) have the same bytes as another one, in 1 group"),
+    (near_duplicate, "near-duplicates", "warning", 1, "1 image (3.3%)"),
+    (exif_orientation, "exif-orientation", "note", 1, "EXIF"),
     (narrow, "narrow-images", "note", 1, "330x64"),
     (thumbnail, "tiny-images", "note", 1, "60x31"),
     (small_class, "small-classes", "note", 1, "dog 53%"),
@@ -355,10 +355,10 @@ PLANTED = [
     (large_ids, "large-ids", "note", 1, "12345"),
 ]  # fmt: skip
 
-# what necessarily comes with another finding
+# Findings that another one necessarily entails
 COMPANIONS = {
-    "malformed-boxes": {"damaged-samples"},  # the reader refuses them
-    "unknown-categories": {"damaged-samples", "no-objects", "classes-not-trained", "classes-without-objects",
+    "malformed-boxes": {"corrupt-samples"},  # The reader refuses them
+    "unknown-categories": {"corrupt-samples", "no-objects", "classes-not-trained", "classes-without-objects",
                            "rare-classes"},
     "relative-boxes": {"tiny-objects", "small-classes"},
     "no-objects": {"classes-not-trained"},
@@ -384,46 +384,47 @@ def test_a_planted_problem_is_found_and_nothing_else(
     assert (code, level) in found, report.to_text()
     finding = found[code, level]
     assert count is None or finding.count == count
-    everything = " ".join([*finding.splits, finding.line(), *map(str, finding.examples)])
-    assert words in everything
+    text = " ".join([*finding.splits, finding.line(), *map(str, finding.examples)])
+    assert words in text
     assert {found_code for found_code, _ in found} - {code} <= COMPANIONS.get(code, set()), report.to_text()
-    assert report.may_start == (level != "fault")
+    assert report.may_start == (level != "error")
     assert finding.remedy
     assert code in report.to_text()
 
 
 def test_every_finding_is_documented_with_its_level() -> None:
-    table = re.findall(r"^\| `([a-z-]+)` \| ([a-z, ]+) \|", DOCUMENT.read_text(), re.MULTILINE)
+    table = re.findall(r"^\| `([a-z-]+)` \| ([a-z, ]+) \| .+ \|$", DOCUMENT.read_text(), re.MULTILINE)
     documented = {(code, level) for code, levels in table for level in levels.split(", ")}
     planted = {(code, level) for _, code, level, *_ in PLANTED}
-    elsewhere = {("unusable-shards", "fault"), ("shared-samples", "warning")}
+    elsewhere = {("unusable-shards", "error"), ("shared-samples", "warning")}
     few = {
         (code, "note")
         for code in (
-            "boxes-reach-out",
+            "boxes-exceed-image",
             "boxes-without-area",
             "boxes-outside",
-            "repeated-objects",
-            "look-alikes",
+            "duplicate-objects",
+            "near-duplicates",
             "rare-classes",
         )
     }
-    few |= {(code, "warning") for code in ("damaged-samples", "malformed-boxes", "unknown-categories")}  # fmt: skip
+    few |= {(code, "warning") for code in ("corrupt-samples", "malformed-boxes", "unknown-categories")}
     assert documented == planted | elsewhere | few
 
 
-def test_few_blemishes_are_only_notes(tmp_path: Path) -> None:
+def test_a_few_minor_problems_are_only_notes(tmp_path: Path) -> None:
     """The same problems as above, each in less than 1% of the objects or images."""
     train, val = made.healthy(220, seed=1), made.healthy(20, seed=2)
-    for plant in (reaching_out, without_area, outside, repeated_object, look_alike):
+    for plant in (exceeding, without_area, outside, duplicate_object, near_duplicate):
         plant(train, val)
     found = {finding.code: finding.level for finding in examined(tmp_path, train, val).findings}
     assert found == dict.fromkeys(
-        ("boxes-reach-out", "boxes-without-area", "boxes-outside", "repeated-objects", "look-alikes"), "note"
+        ("boxes-exceed-image", "boxes-without-area", "boxes-outside", "duplicate-objects", "near-duplicates"),
+        "note",
     )
 
 
-def test_rare_classes_of_the_validation_are_a_note(tmp_path: Path) -> None:
+def test_rare_classes_of_the_validation_split_are_a_note(tmp_path: Path) -> None:
     train, val = healthy()
     another_class(train, val)
     _relabelled(train, 12)
@@ -432,7 +433,7 @@ def test_rare_classes_of_the_validation_are_a_note(tmp_path: Path) -> None:
     assert (finding.code, finding.level, finding.splits) == ("rare-classes", "note", ("val",))
 
 
-def test_a_changed_byte_is_told_with_shard_and_key(tmp_path: Path) -> None:
+def test_a_changed_byte_is_reported_with_shard_and_key(tmp_path: Path) -> None:
     train, _ = healthy()
     folder = made.write(train, tmp_path / "train")
     shard = folder / "shard-00000.tar"
@@ -441,29 +442,29 @@ def test_a_changed_byte_is_told_with_shard_and_key(tmp_path: Path) -> None:
     shard.write_bytes(content)
     report = examine([str(folder)], TARGET, num_processes=1)
     (finding,) = report.findings
-    assert (finding.code, finding.level, finding.count) == ("damaged-samples", "fault", 1)
+    assert (finding.code, finding.level, finding.count) == ("corrupt-samples", "error", 1)
     assert re.search(r"shard-00000.tar, key 00000000\d{4}: .*crc32", str(finding.examples[0]))
     assert report.statistics[0].unusable_images == 1
 
 
-def test_damage_that_a_run_goes_on_with_is_a_warning(tmp_path: Path) -> None:
+def test_corrupt_samples_that_a_run_tolerates_are_a_warning(tmp_path: Path) -> None:
     train, val = healthy()
     undecodable(train, val)
     nan_box(train, val)
     locations = [str(made.write(train, tmp_path / "train")), str(made.write(val, tmp_path / "val"))]
-    codes = {"damaged-samples", "malformed-boxes"}
-    for max_corrupt, level in ((0, "fault"), (1, "fault"), (2, "warning"), (None, "warning")):
+    codes = {"corrupt-samples", "malformed-boxes"}
+    for max_corrupt, level in ((0, "error"), (1, "error"), (2, "warning"), (None, "warning")):
         report = examine(locations, replace(TARGET, max_corrupt=max_corrupt), num_processes=1)
         assert {(found.code, found.level) for found in report.findings} == {(code, level) for code in codes}
         assert report.may_start == (level == "warning")
 
 
-def test_shards_that_cannot_be_opened_are_a_fault_and_the_rest_is_examined(tmp_path: Path) -> None:
+def test_shards_that_cannot_be_opened_are_an_error_and_the_rest_is_examined(tmp_path: Path) -> None:
     train, _ = healthy()
-    looked = [str(made.write(train, tmp_path / "train")), str(tmp_path / "nowhere")]
-    report = examine(looked, TARGET, num_processes=1)
+    locations = [str(made.write(train, tmp_path / "train")), str(tmp_path / "nowhere")]
+    report = examine(locations, TARGET, num_processes=1)
     (finding,) = report.findings
-    assert (finding.code, finding.level) == ("unusable-shards", "fault")
+    assert (finding.code, finding.level) == ("unusable-shards", "error")
     assert "no shards found" in finding.text
     assert not report.may_start
     assert [numbers.images for numbers in report.statistics] == [30]

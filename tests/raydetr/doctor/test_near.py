@@ -1,4 +1,4 @@
-"""Images that look the same: the search against brute force, the look against copies and other photographs."""
+"""Near duplicates: the search against brute force, the signature against copies and other photographs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from planted_shards import encoded, picture
+from planted_shards import encoded, random_image
 from raydetr.doctor.duplicates import (
     MAX_DIFFERENT_BITS,
     MIN_CORRELATION,
@@ -64,9 +64,11 @@ def photographs() -> list[Image.Image]:
     return [Image.open(file).convert("RGB") for file in files]
 
 
-def looks(contents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    seen = [image_signature(content) for content in contents]
-    return np.array([look[2] for look in seen], np.uint64), np.stack([look[3] for look in seen])
+def signatures(contents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    found = [image_signature(content) for content in contents]
+    return np.array([found_hash for _, _, found_hash, _ in found], np.uint64), np.stack(
+        [t for *_, t in found]
+    )
 
 
 def brute_force(gradients: np.ndarray, thumbnails: np.ndarray) -> set[tuple[int, int]]:
@@ -85,10 +87,10 @@ def test_the_search_finds_what_brute_force_finds() -> None:
     originals = rng.integers(0, 2**64, 60, np.uint64)
     pattern = rng.integers(0, 256, (60, 256))
     hashes, thumbnails = [], []
-    for _ in range(600):  # up to 10 bits of an original are turned, its thumbnail gets more or less noise
+    for _ in range(600):  # Flip up to 10 bits of an original, and add more or less noise to its thumbnail
         which = rng.integers(60)
-        turned = rng.choice(64, rng.integers(0, 11), replace=False)
-        hashes.append(originals[which] ^ np.uint64(sum(1 << int(bit) for bit in turned)))
+        flipped = rng.choice(64, rng.integers(0, 11), replace=False)
+        hashes.append(originals[which] ^ np.uint64(sum(1 << int(bit) for bit in flipped)))
         noise = rng.normal(0, rng.choice([5, 40, 90]), 256)
         thumbnails.append(np.clip(pattern[which] + noise, 0, 255))
     gradients, grays = np.array(hashes, np.uint64), np.array(thumbnails).astype(np.uint8)
@@ -104,22 +106,21 @@ def test_none_and_one_image_have_no_pairs() -> None:
         assert near_pairs(np.zeros(count, np.uint64), np.zeros((count, 256), np.uint8)).shape == (0, 2)
 
 
-def test_flat_pictures_are_compared_by_their_gray() -> None:
+def test_flat_images_are_compared_by_their_gray_value() -> None:
     flat = [encoded(Image.new("RGB", (64, 48), (gray,) * 3)) for gray in (10, 10, 200, 201, 90)]
-    pairs = near_pairs(*looks(flat))
+    pairs = near_pairs(*signatures(flat))
     assert pairs.tolist() == [[0, 1], [2, 3]]
 
 
-def test_pairs_make_groups() -> None:
+def test_pairs_are_joined_to_groups() -> None:
     groups = groups_of(np.array([[5, 7], [0, 3], [7, 8]]), 10)
     assert [group.tolist() for group in groups] == [[0, 3], [5, 7, 8]]
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
-def test_copies_of_made_pictures_are_found(kind: str) -> None:
+def test_copies_of_generated_images_are_found(kind: str) -> None:
     rng = np.random.default_rng(1)
-    pictures = [picture(rng, (320, 240)) for _ in range(20)]
-    check_copies(pictures, VARIANTS[kind])
+    check_copies([random_image(rng, (320, 240)) for _ in range(20)], VARIANTS[kind])
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
@@ -127,29 +128,29 @@ def test_copies_of_photographs_are_found(photographs: list[Image.Image], kind: s
     check_copies(photographs[::4], VARIANTS[kind])
 
 
-def check_copies(pictures: list[Image.Image], variant: Variant) -> None:
-    """Every copy is paired with its original, and with nothing else."""
-    count = len(pictures)
-    contents = [encoded(image) for image in pictures] + [variant(image) for image in pictures]
-    pairs = near_pairs(*looks(contents))
+def check_copies(images: list[Image.Image], variant: Variant) -> None:
+    """Check that each copy is paired with its original, and with nothing else."""
+    count = len(images)
+    contents = [encoded(image) for image in images] + [variant(image) for image in images]
+    pairs = near_pairs(*signatures(contents))
     assert {(i, j) for i, j in pairs.tolist()} == {(i, i + count) for i in range(count)}
 
 
 def test_different_photographs_are_far_from_the_limit(photographs: list[Image.Image]) -> None:
-    gradients, thumbnails = looks([encoded(image) for image in photographs])
+    gradients, thumbnails = signatures([encoded(image) for image in photographs])
     assert len(near_pairs(gradients, thumbnails)) == 0
     first, second = np.triu_indices(len(photographs), 1)
     assert correlation(thumbnails[first], thumbnails[second]).max() < MIN_CORRELATION - 0.05
 
 
-def test_a_truncated_image_is_no_look() -> None:
-    content = encoded(picture(np.random.default_rng(1)))
+def test_a_truncated_image_has_no_signature() -> None:
+    content = encoded(random_image(np.random.default_rng(1)))
     with pytest.raises(OSError, match="truncated"):
         image_signature(content[: len(content) // 2])
 
 
-def test_deep_and_transparent_pictures_have_the_look_of_plain_ones() -> None:
-    plain = picture(np.random.default_rng(1)).convert("L")
+def test_deep_and_transparent_images_have_the_signature_of_plain_ones() -> None:
+    plain = random_image(np.random.default_rng(1)).convert("L")
     deep = Image.fromarray(np.asarray(plain).astype(np.uint16) * 257)
     buffer = io.BytesIO()
     deep.save(buffer, "PNG")
@@ -160,14 +161,14 @@ def test_deep_and_transparent_pictures_have_the_look_of_plain_ones() -> None:
         encoded(transparent, format="PNG"),
         encoded(plain.convert("P"), format="PNG"),
     ]
-    pairs = near_pairs(*looks([encoded(plain), *others]))
+    pairs = near_pairs(*signatures([encoded(plain), *others]))
     assert pairs.tolist() == [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
 
 
-@pytest.mark.timeout(150)  # ends what compares all pairs
+@pytest.mark.timeout(150)  # Too short to compare all pairs
 @pytest.mark.parametrize("total", [10_000, pytest.param(118_287, marks=pytest.mark.slow)])
-def test_as_many_images_as_coco_has_can_be_searched(total: int) -> None:
-    """Soft patterns, a tenth of them almost copies: brute force would be 7e9 comparisons for COCO."""
+def test_the_number_of_images_of_coco_can_be_searched(total: int) -> None:
+    """Search soft patterns, a tenth of them almost copies: brute force would be 7e9 comparisons for COCO."""
     rng = np.random.default_rng(0)
     spots = rng.normal(128, 50, (total, 5, 5))
     copies = rng.choice(total // 2, total // 10, replace=False)
@@ -183,17 +184,17 @@ def test_as_many_images_as_coco_has_can_be_searched(total: int) -> None:
     pairs = near_pairs(gradients, thumbnails.reshape(total, -1))
     expected = {(int(original), total // 2 + number) for number, original in enumerate(copies)}
     found = set(map(tuple, pairs.tolist()))
-    assert len(expected & found) > 0.8 * len(expected)  # the others differ in more bits
+    assert len(expected & found) > 0.8 * len(expected)  # The others differ in more bits
     assert len(found - expected) < 0.01 * len(expected)
 
 
 def test_frames_of_a_fixed_camera_are_one_group() -> None:
-    """Everything looks like everything: 2 million pairs, of which enough are told to connect them."""
+    """All images look the same: of 2 million pairs, enough are returned to connect them."""
     rng = np.random.default_rng(0)
     scene = rng.integers(20, 230, (16, 16))
     thumbnails = np.clip(scene + rng.normal(0, 3, (2000, 16, 16)), 0, 255).astype(np.uint8)
-    turned = np.uint64(1) << rng.integers(0, 64, (2000, 2)).astype(np.uint64)
-    gradients = np.uint64(0x1234567890ABCDEF) ^ turned[:, 0] ^ turned[:, 1]
+    flipped = np.uint64(1) << rng.integers(0, 64, (2000, 2)).astype(np.uint64)
+    gradients = np.uint64(0x1234567890ABCDEF) ^ flipped[:, 0] ^ flipped[:, 1]
     pairs = near_pairs(gradients, thumbnails.reshape(2000, -1))
     assert len(pairs) < 2000 * 16 * 64
     (group,) = groups_of(pairs, 2000)

@@ -1,4 +1,4 @@
-"""The page: one file that needs nothing else, shown by a real browser."""
+"""The page is self-contained, and a real browser shows it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 import browser
 import planted_shards as made
 from raydetr.doctor.examine import examine
-from raydetr.doctor.findings import Target
+from raydetr.doctor.findings import TrainingTarget
 from raydetr.doctor.page import histogram_chart, to_html
 from raydetr.doctor.report import Histogram
 
 PROBE = """<script>
-const faults = [];
-addEventListener("error", event => faults.push(String(event.message || event.target.src)), true);
+const errors = [];
+addEventListener("error", event => errors.push(String(event.message || event.target.src)), true);
 addEventListener("load", () => {
   const images = [...document.images];
   document.title = JSON.stringify({
@@ -29,7 +29,7 @@ addEventListener("load", () => {
     bars: [...document.querySelectorAll("td.barred i")].map(bar => bar.getBoundingClientRect().width),
     verdict: getComputedStyle(document.querySelector(".verdict")).backgroundColor,
     text: document.body.innerText,
-    faults,
+    errors,
   });
 });
 </script>"""
@@ -48,11 +48,11 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     train.samples[8].record["file_name"] = '"><b>8</b>.jpg'
     train.samples[9].image = train.samples[8].image
     locations = [str(made.write(train, folder / "train")), str(made.write(val, folder / "val"))]
-    return to_html(examine(locations, Target(), num_processes=1))
+    return to_html(examine(locations, TrainingTarget(), num_processes=1))
 
 
 class Loaded(HTMLParser):
-    """Everything that a page would load."""
+    """Collects the tags of a page, and the sources that it would load."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,13 +74,13 @@ def test_the_page_loads_nothing_and_runs_nothing(page: str) -> None:
     assert "@import" not in page
 
 
-def test_names_are_shown_and_not_run(page: str) -> None:
+def test_names_are_shown_and_not_executed(page: str) -> None:
     assert "&lt;script&gt;alert" in page
     assert "<script" not in page
     assert "&quot;&gt;&lt;b&gt;8" in page
 
 
-def test_a_browser_shows_all_of_it(page: str, tmp_path: Path) -> None:
+def test_a_browser_shows_the_full_page(page: str, tmp_path: Path) -> None:
     program = browser.find_browser()
     if program is None:
         pytest.skip("no chromium here (apt-get install chromium)")
@@ -91,19 +91,19 @@ def test_a_browser_shows_all_of_it(page: str, tmp_path: Path) -> None:
     assert title, document[:1000]
     seen = json.loads(title[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
     assert console == ""
-    assert seen["faults"] == []
-    assert seen["images"] == seen["shown"] >= 16 + 4  # two galleries and the pictures of findings
+    assert seen["errors"] == []
+    assert seen["images"] == seen["shown"] >= 16 + 4  # Two galleries and the images of findings
     assert not seen["wide"]
     assert seen["charts"] > 6
     assert max(seen["bars"]) > 50
-    assert seen["verdict"] == "rgb(198, 40, 40)"  # red: there are faults
+    assert seen["verdict"] == "rgb(198, 40, 40)"  # Red: there are errors
     for words in ("training must not start", "malformed-boxes", "image 1007 (1007.jpg)", "not readable",
-                  "1 image of val (5.0%) is also in train", "Objects in an image",
+                  "1 image of val (5.0%) is also in train", "Objects per image",
                   "<script>alert('dog')</script>"):  # fmt: skip
         assert words in seen["text"]
 
 
-def test_bars_are_as_high_as_their_shares() -> None:
+def test_heights_of_bars_are_proportional_to_fractions() -> None:
     one, other = Histogram((0, 1, 2), (1, 3, 0)), Histogram((0, 1, 2), (0, 0, 5))
     chart = histogram_chart("title", "unit", [one, other], ["train", "<val>"])
     heights = [float(height) for height in re.findall(r'<rect [^>]*height="([\d.]+)"', chart)]

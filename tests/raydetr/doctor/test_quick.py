@@ -1,4 +1,4 @@
-"""What `train` says of its data before it begins: all that is odd, quickly, and nothing where all is well."""
+"""The quick part of the doctor: `train` warns of problems of its data before it starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from planted_shards import Split
 from raydetr import recipes
 from raydetr.config import RunConfig, override
 from raydetr.doctor import examine as quick
-from raydetr.doctor.findings import Target
+from raydetr.doctor.findings import TrainingTarget
 from raydetr.runs import run
 from raydetr.runs.overfit import overfit
 from raydetr.shards.manifest import SAMPLE_DTYPE
@@ -21,7 +21,7 @@ from raydetr.shards.reader import Shards, open_shards
 from raydetr.shards.synthetic import write_synthetic_data
 from raydetr.shards.writer import write_shards
 
-TARGET = Target(recipe="test", num_queries=20, batch_size=8)
+TARGET = TrainingTarget(recipe="test", num_queries=20, batch_size=8)
 
 
 def opened(folder: Path, *splits: Split) -> list[Shards]:
@@ -30,14 +30,14 @@ def opened(folder: Path, *splits: Split) -> list[Shards]:
 
 
 def warnings(folder: Path, train: Split, val: Split) -> list[str]:
-    return quick.warnings(*opened(folder, train, val), TARGET)
+    return quick.quick_warnings(*opened(folder, train, val), TARGET)
 
 
-def test_healthy_data_says_nothing(tmp_path: Path) -> None:
+def test_healthy_data_has_no_warnings(tmp_path: Path) -> None:
     assert warnings(tmp_path, made.healthy(30, 1), made.healthy(20, 2)) == []
 
 
-def test_sample_data_says_nothing(tmp_path: Path) -> None:
+def test_synthetic_data_has_no_warnings(tmp_path: Path) -> None:
     write_synthetic_data(tmp_path / "coco", num_train=24, num_val=12)
     shards = []
     for split in ("train", "val"):
@@ -45,10 +45,10 @@ def test_sample_data_says_nothing(tmp_path: Path) -> None:
         write_shards(tmp_path / "coco" / split, annotations, tmp_path / split)
         shards.append(open_shards(tmp_path / split))
     quick.check_may_train(shards[0], shards[1])
-    assert quick.warnings(shards[0], shards[1], Target.of(recipes.quickstart())) == []
+    assert quick.quick_warnings(shards[0], shards[1], TrainingTarget.from_config(recipes.quickstart())) == []
 
 
-def test_odd_data_is_told_in_one_line_each(tmp_path: Path) -> None:
+def test_each_problem_is_one_line(tmp_path: Path) -> None:
     train, val = made.healthy(30, 1), made.healthy(20, 2)
     val.samples[4], val.samples[7] = train.samples[10], train.samples[11]
     for split in (train, val):
@@ -68,18 +68,18 @@ def test_odd_data_is_told_in_one_line_each(tmp_path: Path) -> None:
         assert "\n" not in line
 
 
-def test_one_and_the_same_data_is_told_once(tmp_path: Path) -> None:
+def test_identical_splits_are_reported_once(tmp_path: Path) -> None:
     shards = open_shards(made.write(made.healthy(30, 1), tmp_path / "train"))
-    (line,) = quick.warnings(shards, shards, TARGET)
-    assert "the very same samples" in line
+    (line,) = quick.quick_warnings(shards, shards, TARGET)
+    assert "exactly the same samples" in line
 
 
-def test_fewer_images_than_a_batch_are_told(tmp_path: Path) -> None:
+def test_fewer_images_than_a_batch_are_reported(tmp_path: Path) -> None:
     (line,) = warnings(tmp_path, made.healthy(5, 1), made.healthy(20, 2))
     assert "5 images are fewer than a batch has (8)" in line
 
 
-def test_faults_stop(tmp_path: Path) -> None:
+def test_errors_stop_training(tmp_path: Path) -> None:
     train, val = made.healthy(30, 1), made.healthy(20, 2)
     for sample in train.samples:
         sample.annotations.clear()
@@ -88,14 +88,14 @@ def test_faults_stop(tmp_path: Path) -> None:
         quick.check_may_train(*opened(tmp_path, train, val))
 
 
-def test_a_damaged_sample_is_left_to_the_stream(tmp_path: Path) -> None:
-    """`data.on_corrupt` decides what becomes of it."""
+def test_a_corrupt_sample_is_left_to_the_stream(tmp_path: Path) -> None:
+    """`data.on_corrupt` decides whether it stops the run."""
     train = made.healthy(30, 1)
     train.samples[3].annotations[0]["bbox"] = None
     assert warnings(tmp_path, train, made.healthy(20, 2)) == []
 
 
-def test_shared_images_are_found_among_as_many_as_coco_has(tmp_path: Path) -> None:
+def test_shared_images_are_found_in_splits_of_the_size_of_coco(tmp_path: Path) -> None:
     shards = open_shards(made.write(made.healthy(3, 1), tmp_path / "train"))
     rng = np.random.default_rng(0)
     splits = []
@@ -106,14 +106,14 @@ def test_shared_images_are_found_among_as_many_as_coco_has(tmp_path: Path) -> No
         splits.append(dataclasses.replace(shards, samples=samples, fingerprint=str(count)))
     splits[1].samples[:7] = splits[0].samples[90_000:90_007]
     quick.check_may_train(splits[0], splits[1])
-    (line,) = quick.warnings(splits[0], splits[1], TARGET)
+    (line,) = quick.quick_warnings(splits[0], splits[1], TARGET)
     assert "7 images of" in line
     assert "(0.1%) are also in" in line
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
-    """A run in one process on made shards, of a few steps."""
+    """Return the configuration of a short run in one process on generated shards."""
     for name, seed in (("train", 1), ("val", 2)):
         made.write(made.healthy(16, seed), tmp_path / name)
     return override(
@@ -124,22 +124,24 @@ def config(tmp_path: Path) -> RunConfig:
     )  # fmt: skip
 
 
-def test_a_run_says_what_is_odd_and_goes_on(
+def test_a_run_warns_and_continues(
     config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = override(config, {"data.val": config.data.train})
     run.print_warnings(run.resolve(config))
-    said = " ".join(capsys.readouterr().err.split())
-    assert said.startswith("warning: ")
-    assert "they hold the very same samples" in said
+    printed = " ".join(capsys.readouterr().err.split())
+    assert printed.startswith("warning: ")
+    assert "they hold exactly the same samples" in printed
 
 
-def test_a_run_on_healthy_data_says_nothing(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_on_healthy_data_prints_no_warning(
+    config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     run.print_warnings(run.resolve(config))
     assert capsys.readouterr().err == ""
 
 
-def test_a_run_with_a_fault_does_not_begin(config: RunConfig, tmp_path: Path) -> None:
+def test_a_run_with_an_error_does_not_start(config: RunConfig, tmp_path: Path) -> None:
     empty = made.healthy(16, 3)
     for sample in empty.samples:
         sample.annotations.clear()
@@ -149,20 +151,20 @@ def test_a_run_with_a_fault_does_not_begin(config: RunConfig, tmp_path: Path) ->
     assert not (tmp_path / "runs").exists()
 
 
-class Begun(Exception):
+class Started(Exception):
     """Raised in place of the training."""
 
 
 @pytest.mark.parametrize("kind", ["train", "overfit"])
-def test_a_training_warns_and_learning_by_heart_does_not(
+def test_a_training_warns_and_overfitting_does_not(
     config: RunConfig, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where a run trains and evaluates on the same images because that is its purpose, nothing is odd."""
+    """Overfitting trains and evaluates on the same images on purpose."""
 
-    def begin(_: RunConfig) -> list[str]:
-        raise Begun
+    def start(_: RunConfig) -> list[str]:
+        raise Started
 
-    monkeypatch.setattr(run.init_weights, "describe", begin)
+    monkeypatch.setattr(run.init_weights, "summarize", start)
     same = override(config, {"data.val": config.data.train})
     train = {
         "train": lambda: run.start(same, local=True),
@@ -170,8 +172,8 @@ def test_a_training_warns_and_learning_by_heart_does_not(
             config, None, num_images=4, num_steps=1, long_side=64, out=config.storage.path
         ),
     }[kind]
-    with pytest.raises(Begun):
+    with pytest.raises(Started):
         train()
-    said = " ".join(capsys.readouterr().err.split())
-    assert ("the very same samples" in said) == (kind == "train")
-    assert ("warning" in said) == (kind == "train")
+    printed = " ".join(capsys.readouterr().err.split())
+    assert ("exactly the same samples" in printed) == (kind == "train")
+    assert ("warning" in printed) == (kind == "train")

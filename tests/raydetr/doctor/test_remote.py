@@ -1,4 +1,4 @@
-"""Data on a server is examined as the same data on the disk is."""
+"""Data on a server gives the same findings as on the disk."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 
 import planted_shards as made
 from object_stores import WebServer
-from raydetr.doctor.examine import examine, warnings
-from raydetr.doctor.findings import Target
+from raydetr.doctor.examine import examine, quick_warnings
+from raydetr.doctor.findings import TrainingTarget
 from raydetr.doctor.report import Report
 
 
@@ -36,16 +36,16 @@ def findings(report: Report) -> list[object]:
     return [finding.to_dict() for finding in report.findings]
 
 
-def test_a_server_and_file_urls_give_what_the_disk_gives(folder: Path, web: WebServer) -> None:
+def test_a_server_and_file_urls_give_the_findings_of_the_disk(folder: Path, web: WebServer) -> None:
     on_disk = examine([str(folder / name) for name in ("train", "val")], num_processes=1)
     assert {finding.code for finding in on_disk.findings} == {
-        "damaged-samples", "malformed-boxes", "leaked-images"
+        "corrupt-samples", "malformed-boxes", "leaked-images"
     }  # fmt: skip
     for root in (web.url, folder.as_uri()):
         report = examine([f"{root}/train", f"{root}/val"], num_processes=1)
         assert findings(report) == findings(on_disk)
         assert [s.name for s in report.statistics] == ["train", "val"]
-    assert len(web.requests) < 50 / 2  # samples that lie near come together
+    assert len(web.requests) < 50 / 2  # Neighboring samples are read together
 
 
 def test_the_quick_part_reads_no_samples_from_a_server(folder: Path, web: WebServer) -> None:
@@ -53,5 +53,5 @@ def test_the_quick_part_reads_no_samples_from_a_server(folder: Path, web: WebSer
 
     shards = [open_shards(f"{web.url}/{name}") for name in ("train", "val")]
     before = len(web.requests)
-    assert warnings(shards[0], shards[1], Target()) == []
+    assert quick_warnings(shards[0], shards[1], TrainingTarget()) == []
     assert len(web.requests) == before

@@ -1,4 +1,4 @@
-"""Reading all samples: in processes as in one, and what is kept of them."""
+"""The scan of all samples, in one process and in several."""
 
 from __future__ import annotations
 
@@ -25,56 +25,56 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
     return open_shards(made.write(split, tmp_path_factory.mktemp("scan") / "train"))
 
 
-def test_processes_see_what_one_sees(shards: Shards) -> None:
+def test_several_processes_give_the_result_of_one(shards: Shards) -> None:
     calls: list[tuple[int, int]] = []
-    alone = scan(shards, num_processes=1, progress=lambda done, total: calls.append((done, total)))
-    together = scan(shards, num_processes=2)
-    assert (alone.images == together.images).all()
-    assert alone.objects.tobytes() == together.objects.tobytes()  # NaN equals NaN
-    assert alone.corrupt == together.corrupt
+    single = scan(shards, num_processes=1, progress=lambda done, total: calls.append((done, total)))
+    parallel = scan(shards, num_processes=2)
+    assert (single.images == parallel.images).all()
+    assert single.objects.tobytes() == parallel.objects.tobytes()  # NaN equals NaN
+    assert single.corrupt == parallel.corrupt
     total = shards.num_samples
     assert calls == [(done, total) for done in range(1, total + 1)]
 
 
-def test_what_is_seen_is_what_was_written(shards: Shards) -> None:
-    facts = scan(shards, num_processes=1)
-    assert sorted(facts.corrupt) == [70, 71]
-    assert "cannot be decoded" in facts.corrupt[70]
-    assert "annotation 0" in facts.corrupt[71]
-    is_read = facts.images["is_read"]
+def test_the_result_has_what_was_written(shards: Shards) -> None:
+    result = scan(shards, num_processes=1)
+    assert sorted(result.corrupt) == [70, 71]
+    assert "cannot be decoded" in result.corrupt[70]
+    assert "annotation 0" in result.corrupt[71]
+    is_read = result.images["is_read"]
     assert np.flatnonzero(~is_read).tolist() == [70, 71]
-    assert (facts.images["width"][is_read] == made.WIDTH).all()
-    assert (facts.images["height"][is_read] == made.HEIGHT).all()
-    assert len(np.unique(facts.images["digest"][is_read])) == is_read.sum()
-    assert np.flatnonzero(~facts.objects["is_box"]).tolist() == [142]
+    assert (result.images["width"][is_read] == made.WIDTH).all()
+    assert (result.images["height"][is_read] == made.HEIGHT).all()
+    assert len(np.unique(result.images["digest"][is_read])) == is_read.sum()
+    assert np.flatnonzero(~result.objects["is_box"]).tolist() == [142]
     split = made.healthy(2 * CHUNK + 7, seed=1)
     expected = [a["bbox"] for sample in split.samples for a in sample.annotations]
-    found = facts.objects["box"]
+    found = result.objects["box"]
     assert np.isnan(found[142]).all()
     np.testing.assert_array_equal(np.delete(found, 142, axis=0), np.delete(expected, 142, axis=0))
 
 
-def test_a_shard_that_is_cut_while_it_is_read_is_damage(tmp_path: Path) -> None:
+def test_samples_beyond_the_end_of_a_truncated_shard_are_corrupt(tmp_path: Path) -> None:
     folder = made.write(made.healthy(10, seed=1), tmp_path / "train")
     shards = open_shards(folder)
     shard = folder / "shard-00000.tar"
     shard.write_bytes(shard.read_bytes()[: int(shards.samples["offset"][6])])
-    facts = scan(shards, num_processes=1)
-    assert sorted(facts.corrupt) == [6, 7, 8, 9]
-    assert "the shard ends after 0 of its" in facts.corrupt[6]
+    result = scan(shards, num_processes=1)
+    assert sorted(result.corrupt) == [6, 7, 8, 9]
+    assert "the shard ends after 0 of its" in result.corrupt[6]
 
 
-def test_shards_that_others_wrote_are_read_beyond_the_first_chunk(tmp_path: Path) -> None:
+def test_third_party_shards_are_read_beyond_the_first_chunk(tmp_path: Path) -> None:
     image = io.BytesIO()
     Image.new("RGB", (40, 30)).save(image, "JPEG")
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for number in range(CHUNK + 5):
             record = {"objects": [{"bbox": [1, 2, 3 + number % 7, 4], "category": "disc"}]}
             for extension, content in (("jpg", image.getvalue()), ("json", json.dumps(record).encode())):
-                member = tarfile.TarInfo(f"picture-{number}.{extension}")
+                member = tarfile.TarInfo(f"image-{number}.{extension}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     index_folder(tmp_path)
-    facts = scan(open_shards(tmp_path), num_processes=1)
-    assert facts.corrupt == {}
-    assert facts.objects["box"][:, 2].tolist() == [3 + number % 7 for number in range(CHUNK + 5)]
+    result = scan(open_shards(tmp_path), num_processes=1)
+    assert result.corrupt == {}
+    assert result.objects["box"][:, 2].tolist() == [3 + number % 7 for number in range(CHUNK + 5)]

@@ -37,7 +37,7 @@ def result(image_id: int, category_id: int, xywh: list[float], score: float) -> 
 
 
 def random_results(ground_truth: dict[str, Any], seed: int = 0) -> list[dict[str, Any]]:
-    """Shifted true boxes, some of another class, with scores that tie often, and false alarms."""
+    """Make results: shifted true boxes, some of another class, with scores that tie often, and false positives."""
     draw = random.Random(seed)
     classes = [c["id"] for c in ground_truth["categories"]]
     results = []
@@ -75,8 +75,8 @@ def test_hand_computed_case() -> None:
     )
     results = [
         result(1, 3, [10, 10, 20, 20], 0.9),  # exact
-        result(1, 3, [0, 100, 20, 20], 0.8),  # false alarm
-        # IoU 0.8: found at thresholds 0.50 to 0.80, which are 7 of 10
+        result(1, 3, [0, 100, 20, 20], 0.8),  # false positive
+        # IoU 0.8: matched at thresholds 0.50 to 0.80, which are 7 of 10
         result(2, 7, [0, 0, 80, 100], 0.7),
     ]
     table = coco_ap(ground_truth, results)
@@ -174,15 +174,15 @@ def test_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("bad", "message"),
     [
         (result(99, 3, [0, 0, 1, 1], 0.5), "image 99"),
         (result(1, 3, [0, 0, 1, 1], float("nan")), "diverged"),
         (result(1, 3, [0, float("inf"), 1, 1], 0.5), "inf"),
     ],
 )
-def test_refuses_results_that_make_no_sense(bad: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_invalid_results_are_rejected(bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         coco_ap(truth(), [bad])
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from detrs.structures import Detections, Images, Outputs, Predictions
 from raydetr.data.batch import Batch, Sample, collate
-from raydetr.data.transforms.pixels import Resized
+from raydetr.data.transforms.pixels import LazyImage
 from raydetr.evaluation.coco_metrics import coco_ap
 from raydetr.evaluation.evaluator import evaluate
 from raydetr.shards.manifest import LabelMap
@@ -18,7 +18,7 @@ LABEL_MAP = LabelMap("contiguous", (3, 7), ("disc", "ring"))
 
 
 class Detector(nn.Module):
-    """Finds one box an image, whose class is the brighter of two channels."""
+    """Finds one box per image, whose class is the brighter of two channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def make_batch(*image_ids: int) -> Batch:
         pixels = np.random.default_rng(image_id).integers(0, 256, (8, 12, 3), np.uint8)
         pixels[..., image_id % 2] //= 2
         labels, boxes = np.array([image_id % 2]), np.array([[2.0, 1.0, 8.0, 3.0]])
-        samples.append(Sample(Resized.whole(pixels), labels, boxes, image_id, (80, 120)))
+        samples.append(Sample(LazyImage.unresized(pixels), labels, boxes, image_id, (80, 120)))
     return collate(samples, position=0)
 
 
@@ -63,15 +63,15 @@ def truth(num_images: int) -> dict[str, Any]:
     }
 
 
-class Gathering:
-    """Collects the shares of the ranks, which take their turns in one process."""
+class FakeAllGather:
+    """Collects the results of the ranks, which run one after another in one process."""
 
     def __init__(self) -> None:
-        self.shares: list[list[dict[str, Any]]] = []
+        self.results: list[list[dict[str, Any]]] = []
 
-    def __call__(self, share: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        self.shares.append(share)
-        return self.shares
+    def __call__(self, results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        self.results.append(results)
+        return self.results
 
 
 def test_results_are_in_pixels_and_category_ids() -> None:
@@ -103,17 +103,17 @@ def test_sharded_equals_single_to_the_last_digit() -> None:
     expected = coco_ap(truth(20), single).to_dict()
     assert 0 < expected["AP"] < 1
     for world_size in (2, 3, 4):
-        all_gather = Gathering()
+        all_gather = FakeAllGather()
         for rank in range(world_size):
             mine: list[Batch | None] = [*batches[rank::world_size]]
             padding: list[Batch | None] = [None] * (-(-len(batches) // world_size) - len(mine))
             sharded = evaluate(Detector(), postprocess, iter(mine + padding), LABEL_MAP, all_gather)
-        assert len(all_gather.shares) == world_size
+        assert len(all_gather.results) == world_size
         assert [r["image_id"] for r in sharded] != [r["image_id"] for r in single]
         assert coco_ap(truth(20), sharded).to_dict() == expected
 
 
 def test_gather_is_called_once_even_without_batches() -> None:
-    all_gather = Gathering()
+    all_gather = FakeAllGather()
     assert evaluate(Detector(), postprocess, iter([None]), LABEL_MAP, all_gather) == []
-    assert all_gather.shares == [[]]
+    assert all_gather.results == [[]]

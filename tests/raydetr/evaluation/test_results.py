@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import pytest
 import torch
 
 from detrs.structures import Detections
-from raydetr.evaluation.evaluator import from_coco_results, to_coco_results
+from raydetr.evaluation.evaluator import to_coco_results
 from raydetr.shards.manifest import LabelMap
 
 LABEL_MAP = LabelMap("contiguous", (3, 7), ("disc", "ring"))
@@ -28,20 +27,3 @@ def test_boxes_become_xywh_and_labels_category_ids() -> None:
 def test_labels_beyond_the_data_are_dropped() -> None:
     found = detections([0.9, 0.8], [12, 1], [[0.0, 0.0, 1.0, 1.0]] * 2)
     assert [r["category_id"] for r in to_coco_results([5], [found], LABEL_MAP)] == [7]
-
-
-def test_round_trip_sorts_best_first() -> None:
-    found = detections([0.5, 0.75], [0, 1], [[1.0, 2.0, 3.0, 5.0], [10.0, 20.0, 40.0, 30.0]])
-    back = from_coco_results(to_coco_results([5], [found], LABEL_MAP), LABEL_MAP)
-    assert back.scores.tolist() == [0.75, 0.5]
-    assert back.labels.tolist() == [1, 0]
-    assert torch.equal(back.boxes_xyxy, found.boxes_xyxy.flip(0))
-
-
-def test_no_results_give_empty_detections() -> None:
-    assert from_coco_results([], LABEL_MAP).boxes_xyxy.shape == (0, 4)
-
-
-def test_unknown_category_id_is_named() -> None:
-    with pytest.raises(ValueError, match="12"):
-        from_coco_results([{"category_id": 12, "bbox": [0, 0, 1, 1], "score": 1.0}], LABEL_MAP)

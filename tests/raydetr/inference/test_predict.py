@@ -20,7 +20,7 @@ CATEGORIES = [{"id": 3, "name": "disc"}, {"id": 7, "name": "ring"}, {"id": 9, "n
 
 
 def write_checkpoint(folder: Path, label_map: str = "contiguous") -> Path:
-    """A checkpoint of a small model that was never trained."""
+    """Write a checkpoint of a small untrained model."""
     config = quickstart()
     num_classes = 3 if label_map == "contiguous" else 10
     model = dataclasses.replace(config.model, num_classes=num_classes)
@@ -62,7 +62,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def test_writes_pictures_and_results(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+def test_writes_annotated_images_and_results(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     results = predict(checkpoint, [photos], out, score_threshold=0.0, device="cpu")
     written = sorted(file.name for file in out.iterdir())
@@ -76,12 +76,12 @@ def test_writes_pictures_and_results(checkpoint: Path, photos: Path, tmp_path: P
     ]
     assert {r["image_id"] for r in results} == {1, 2}
     assert {r["category_id"] for r in results} <= {3, 7, 9}
-    with Image.open(out / "00002-b.jpg") as picture:
-        assert picture.size == (320, 233)
+    with Image.open(out / "00002-b.jpg") as annotated:
+        assert annotated.size == (320, 233)
 
 
 def test_boxes_are_in_pixels_of_the_image(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
-    """The same photograph in two sizes: the boxes of one come from a network that saw the other."""
+    """Boxes lie inside the image, although the network gets it in another size."""
     first = predict(checkpoint, [photos / "b.jpg"], tmp_path / "first", device="cpu")
     centers = [(r["bbox"][0] + r["bbox"][2] / 2, r["bbox"][1] + r["bbox"][3] / 2) for r in first]
     assert all(0 <= x <= 96 and 0 <= y <= 70 for x, y in centers)
@@ -90,27 +90,27 @@ def test_boxes_are_in_pixels_of_the_image(checkpoint: Path, photos: Path, tmp_pa
     assert again == first
 
 
-def test_threshold_only_concerns_the_pictures(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+def test_the_threshold_affects_the_drawn_boxes_only(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     low = predict(checkpoint, [photos], tmp_path / "low", score_threshold=0.0, device="cpu")
     high = predict(checkpoint, [photos], tmp_path / "high", score_threshold=1.0, device="cpu")
     assert low == high
-    pictures = [(tmp_path / name / "00001-a.jpg").read_bytes() for name in ("low", "high")]
-    assert pictures[0] != pictures[1]
+    annotated = [(tmp_path / name / "00001-a.jpg").read_bytes() for name in ("low", "high")]
+    assert annotated[0] != annotated[1]
 
 
-def test_labels_without_a_category_are_left_out(photos: Path, tmp_path: Path) -> None:
+def test_labels_without_a_category_are_omitted(photos: Path, tmp_path: Path) -> None:
     sparse = write_checkpoint(tmp_path / "sparse", "category_id")
     results = predict(sparse, [photos], tmp_path / "out", device="cpu")
     assert results
     assert {r["category_id"] for r in results} <= {3, 7, 9}
 
 
-def test_files_and_folders_in_order_each_once(photos: Path) -> None:
+def test_files_are_listed_in_order_and_once(photos: Path) -> None:
     found = find_images([photos / "b.jpg", photos])
     assert [file.name for file in found] == ["b.jpg", "a.png"]
 
 
-def test_bad_input_is_named_and_leaves_nothing(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+def test_bad_input_is_named_and_nothing_is_written(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut.jpg").write_bytes((photos / "b.jpg").read_bytes()[:300])
@@ -118,12 +118,12 @@ def test_bad_input_is_named_and_leaves_nothing(checkpoint: Path, photos: Path, t
     bad = {
         tmp_path / "gone.jpg": "gone.jpg: no such file or folder",
         tmp_path / "empty": "empty: no images found",
-        photos / "notes.txt": "notes.txt: is no readable",
-        tmp_path / "cut.jpg": "cut.jpg: is no readable",
-        tmp_path / "empty.jpg": "empty.jpg: is no readable",
+        photos / "notes.txt": "notes.txt: not a readable",
+        tmp_path / "cut.jpg": "cut.jpg: not a readable",
+        tmp_path / "empty.jpg": "empty.jpg: not a readable",
     }
-    for path, said in bad.items():
-        with pytest.raises(ValueError, match=said):
+    for path, message in bad.items():
+        with pytest.raises(ValueError, match=message):
             predict(checkpoint, [photos, path], out, device="cpu")
         assert not out.exists()
     with pytest.raises(ValueError, match="no images given"):
@@ -135,7 +135,7 @@ def test_bad_input_is_named_and_leaves_nothing(checkpoint: Path, photos: Path, t
     assert len(list(photos.iterdir())) == 3
 
 
-def test_what_is_no_checkpoint_is_named(photos: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_checkpoint_is_named(photos: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     for content in (None, "{}", '{"model": 1}', "no json"):
         if content is not None:
@@ -155,6 +155,6 @@ def test_real_photographs(checkpoint: Path, tmp_path: Path) -> None:
     for number, file in enumerate(files, start=1):
         with (
             Image.open(file) as photo,
-            Image.open(tmp_path / "out" / f"{number:05d}-{file.stem}.jpg") as picture,
+            Image.open(tmp_path / "out" / f"{number:05d}-{file.stem}.jpg") as annotated,
         ):
-            assert picture.size == photo.size
+            assert annotated.size == photo.size

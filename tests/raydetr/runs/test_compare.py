@@ -37,17 +37,17 @@ def _run(uri: str, name: str, ap: float, classes: Mapping[str, float], params: M
     mlflow_run.log_params(uri, run_id, params)
     tracker = Tracker(uri, run_id)
     numbers = dict.fromkeys(NAMES, ap) | {"APs": -1.0, "AR1": 0.125}
-    tracker.metrics(10, dict.fromkeys(NAMES, 0.001))  # an earlier evaluation
-    tracker.metrics(20, numbers)
+    tracker.log_metrics(10, dict.fromkeys(NAMES, 0.001))  # an earlier evaluation
+    tracker.log_metrics(20, numbers)
     rows = tuple(ClassAp(i, name, 5, value, value) for i, (name, value) in enumerate(classes.items()))
-    tracker.text(json.dumps(ApTable(numbers, rows).to_dict()), AP_FILE)
+    tracker.log_text(json.dumps(ApTable(numbers, rows).to_dict()), AP_FILE)
     tracker.close()
     mlflow_run.finish_run(uri, run_id, "FINISHED")
     return run_id
 
 
 def cells(text: str) -> dict[str, list[str]]:
-    """First cell of each line -> the others."""
+    """First cell of each line -> the other cells."""
     rows = (re.split(r"\s{2,}", line.strip()) for line in text.splitlines() if line.strip())
     return {row[0]: row[1:] for row in rows}
 
@@ -82,13 +82,13 @@ def test_one_run_has_no_best_and_no_differences(uri: str) -> None:
     assert cells(text)["AP"] == ["0.500"]
 
 
-def test_runs_of_one_name_are_told_apart(uri: str) -> None:
+def test_runs_with_the_same_name_have_different_headings(uri: str) -> None:
     ids = [_run(uri, "twin", ap, {}, {}) for ap in (0.25, 0.5)]
     heading = compare(ids, uri, plain=True).splitlines()[1].split("  ")
     assert [name.strip() for name in heading if name.strip()] == [f"twin ({run_id[:8]})" for run_id in ids]
 
 
-def test_the_terminal_gets_colour_and_its_width(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_terminal_gets_color_and_its_width(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.delenv("NO_COLOR", raising=False)
     text = compare(["base", "better"], uri)

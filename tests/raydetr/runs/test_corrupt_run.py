@@ -1,4 +1,4 @@
-"""Damaged samples in training: nothing is learnt from them, all are in the ledger, too many stop the run."""
+"""Corrupt samples in training: they add no gradient, all of them are logged, too many stop the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import small_models
-from damaged_shards import damage_sample
+from corrupt_shards import corrupt_sample
 from detrs import zoo
 from raydetr.config import ConfigError, RunConfig, from_dict, override, to_dict
 from raydetr.data.batch import Batch, blank_batch, collate, to_model
@@ -32,18 +32,18 @@ from raydetr.training import checkpoint
 from raydetr.training.loop import Training
 from raydetr.training.world import World
 
-DAMAGED = (4, 17, 40)  # training images of the tiny data
-DAMAGED_VAL = (3, 11)
+CORRUPT = (4, 17, 40)  # training images of the tiny data
+CORRUPT_VAL = (3, 11)
 
 
 @pytest.fixture
-def damaged_run(tiny_run: RunConfig, tmp_path: Path) -> RunConfig:
-    """Two epochs on copies of the tiny data with three damaged training images and two for validation."""
-    for split, indices in (("train", DAMAGED), ("val", DAMAGED_VAL)):
+def corrupt_run(tiny_run: RunConfig, tmp_path: Path) -> RunConfig:
+    """Two epochs on copies of the tiny data with three corrupt training images and two corrupt validation images."""
+    for split, indices in (("train", CORRUPT), ("val", CORRUPT_VAL)):
         folder = Path(str(getattr(tiny_run.data, split)))
         shards = open_shards(shutil.copytree(folder, tmp_path / split))
         for index in indices:
-            damage_sample(shards, index)
+            corrupt_sample(shards, index)
     return override(
         tiny_run,
         {"data.train": str(tmp_path / "train"), "data.val": str(tmp_path / "val"), "optim.epochs": 2},
@@ -54,7 +54,7 @@ def damaged_run(tiny_run: RunConfig, tmp_path: Path) -> RunConfig:
 
 
 def gradients(training: Training, batch: Batch) -> dict[str, Tensor]:
-    """Those that a step would apply, the step being left out."""
+    """The gradients of a step, without the update."""
     kept: dict[str, Tensor] = {}
 
     def keep() -> None:
@@ -85,9 +85,9 @@ def masked_batch(config: RunConfig, rank: int = 0, size: int = 1, position: int 
 
 
 def batch_without(config: RunConfig, corrupt: set[int], position: int = 0) -> Batch:
-    """The batch of the sound images, put together by hand."""
-    shards, plan = open_splits(config.data)[0], make_order(open_splits(config.data)[0], 0)
-    indices = plan.samples(position, config.data.batch_size).tolist()
+    """The batch of the valid images, built without the loader."""
+    shards, order = open_splits(config.data)[0], make_order(open_splits(config.data)[0], 0)
+    indices = order.samples(position, config.data.batch_size).tolist()
     transform = Transform(config.data.train_transform)
     samples = [
         load_sample(shards, index, transform, seed=0, position=position + slot)
@@ -98,39 +98,39 @@ def batch_without(config: RunConfig, corrupt: set[int], position: int = 0) -> Ba
     return collate(samples, position)
 
 
-def first_damaged_step(config: RunConfig) -> int:
+def first_corrupt_step(config: RunConfig) -> int:
     order = make_order(open_splits(config.data)[0], 0).order(0).tolist()
-    return min(order.index(index) for index in DAMAGED) // config.data.batch_size * config.data.batch_size
+    return min(order.index(index) for index in CORRUPT) // config.data.batch_size * config.data.batch_size
 
 
 @pytest.mark.parametrize("name", ["detr", "dab", "dino_quickstart", "deformable_two_stage"])
-def test_the_gradient_is_that_of_the_batch_without_the_image(damaged_run: RunConfig, name: str) -> None:
-    config = override(damaged_run, {"optim.clip_max_norm": None, "model.num_classes": 4})
+def test_the_gradient_is_that_of_the_batch_without_the_image(corrupt_run: RunConfig, name: str) -> None:
+    config = override(corrupt_run, {"optim.clip_max_norm": None, "model.num_classes": 4})
     config = config.model_copy(update={"model": small_models.CONFIGS[name]})
-    position = first_damaged_step(config)
+    position = first_corrupt_step(config)
     masked = masked_batch(config, position=position)
     assert masked.corrupt
     assert not masked.is_blank
-    expected = batch_without(config, set(DAMAGED), position)
-    ours = gradients(make_training(config), masked)
-    # worked out here, without the loop
+    expected = batch_without(config, set(CORRUPT), position)
+    found = gradients(make_training(config), masked)
+    # Computed here, without the loop
     training = make_training(config)
     torch.manual_seed(training.random_seed)
     images, targets = to_model(expected, "cpu")
     losses = training.criterion(training.detector(images, targets), targets, float(len(targets.labels)))
     losses.total.backward()
     for key, parameter in training.detector.named_parameters():
-        assert torch.equal(ours[key], parameter.grad), key
+        assert torch.equal(found[key], parameter.grad), key
 
 
-def test_a_false_background_would_show(damaged_run: RunConfig) -> None:
-    """Else the test above could not fail: an image without its objects has another gradient."""
-    config = override(damaged_run, {"optim.clip_max_norm": None, "model.num_classes": 4})
-    batch = batch_without(config, set(DAMAGED), first_damaged_step(config))
+def test_a_false_background_would_show(corrupt_run: RunConfig) -> None:
+    """Otherwise the test above could not fail: an image without its objects has another gradient."""
+    config = override(corrupt_run, {"optim.clip_max_norm": None, "model.num_classes": 4})
+    batch = batch_without(config, set(CORRUPT), first_corrupt_step(config))
     blank = blank_batch(batch.position)
     grown = collate_with_blank(batch, blank)
-    ours, theirs = gradients(make_training(config), batch), gradients(make_training(config), grown)
-    assert any((ours[key] - theirs[key]).abs().max() > 1e-4 for key in ours)
+    without, with_blank = (gradients(make_training(config), each) for each in (batch, grown))
+    assert any((without[key] - with_blank[key]).abs().max() > 1e-4 for key in without)
 
 
 def collate_with_blank(batch: Batch, blank: Batch) -> Batch:
@@ -144,7 +144,7 @@ def collate_with_blank(batch: Batch, blank: Batch) -> Batch:
 
 
 @pytest.mark.parametrize("name", small_models.CONFIGS)
-def test_a_blank_batch_teaches_nothing(tiny_run: RunConfig, name: str) -> None:
+def test_a_blank_batch_has_no_gradient(tiny_run: RunConfig, name: str) -> None:
     config = tiny_run.model_copy(update={"model": small_models.CONFIGS[name]})
     training = make_training(config)
     before = [buffer.clone() for buffer in training.detector.buffers()]
@@ -158,7 +158,7 @@ def test_a_blank_batch_teaches_nothing(tiny_run: RunConfig, name: str) -> None:
 
 
 def two_workers(rank: int, size: int, values: dict[str, Any], folder: str) -> None:
-    """The second worker has nothing left in its first step, and an image less in its second."""
+    """The second worker has no image in its first step, and one image less in its second step."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
     try:
@@ -182,28 +182,28 @@ def test_a_worker_without_images_takes_part(tiny_run: RunConfig, tmp_path: Path)
         tiny_run,
         {
             "data.train": str(tmp_path / "train"), "optim.clip_max_norm": None,
-            # what depends on the share of a worker: batch statistics and denoising draws
+            # Disable what depends on how a batch is split: batch statistics and denoising draws
             "model.num_classes": 4, "model.backbone.norm": "frozen", "model.num_denoising": 0,
         },
     )  # fmt: skip
     order = make_order(shards, 0).order(0).tolist()
     corrupt = [*order[4:8], order[13]]
-    keys = [damage_sample(shards, index)[1] for index in corrupt]
+    keys = [corrupt_sample(shards, index)[1] for index in corrupt]
     mp.spawn(two_workers, args=(2, to_dict(config), str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    # each worker knows of all damage, in order
+    # Each worker has the corrupt samples of all workers, in order
     expected = [[(4 + i, keys[i]) for i in range(4)], [(13, keys[4])]]
     assert first["rows"] == second["rows"] == expected
     for step, position in enumerate((0, 8)):
         training = make_training(config)
         training.position = position
-        alone = gradients(training, batch_without(config, set(corrupt), position))
-        for name, gradient in alone.items():
+        single = gradients(training, batch_without(config, set(corrupt), position))
+        for name, gradient in single.items():
             assert torch.equal(first["steps"][step][name], second["steps"][step][name]), name
             torch.testing.assert_close(first["steps"][step][name], gradient, rtol=1e-3, atol=1e-5)
 
 
-# --- whole runs ---
+# --- complete runs ---
 
 
 def with_policy(config: RunConfig, policy: str, **more: Any) -> RunConfig:
@@ -211,112 +211,114 @@ def with_policy(config: RunConfig, policy: str, **more: Any) -> RunConfig:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "damage.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "corrupt_samples.jsonl").read_text().splitlines()]
 
 
 def expected_rows(config: RunConfig, action: str) -> list[tuple[Any, ...]]:
-    """Worked out from the order: the training images of an epoch, then those of its evaluation."""
+    """Computed from the order: the training images of an epoch, then those of its evaluation."""
     train, val = open_splits(config.data)
     rows: list[tuple[Any, ...]] = []
     for epoch in range(config.optim.epochs):
         order = make_order(train, config.seed).order(epoch).tolist()
-        rows += sorted((epoch * 48 + order.index(i), str(train.path), train.key(i), action) for i in DAMAGED)
-        rows += [((epoch + 1) * 48, str(val.path), val.key(i), "not evaluated") for i in DAMAGED_VAL]
+        rows += sorted((epoch * 48 + order.index(i), str(train.path), train.key(i), action) for i in CORRUPT)
+        rows += [((epoch + 1) * 48, str(val.path), val.key(i), "not evaluated") for i in CORRUPT_VAL]
     return rows
 
 
 @pytest.mark.parametrize(
     ("policy", "action", "loaders"), [("substitute", "substituted", 0), ("mask", "masked", 2)]
 )
-def test_a_run_goes_on_and_keeps_a_ledger(
-    damaged_run: RunConfig, policy: str, action: str, loaders: int, capsys: pytest.CaptureFixture[str]
+def test_a_run_continues_and_logs_corrupt_samples(
+    corrupt_run: RunConfig, policy: str, action: str, loaders: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = with_policy(damaged_run, policy, **{"data.num_loader_workers": loaders})
+    config = with_policy(corrupt_run, policy, **{"data.num_loader_workers": loaders})
     result = run.start(config, local=True)
     rows = rows_of(result.folder)
     assert [
         (r["position"], str(Path(r["shard"]).parent), r["key"], r["action"]) for r in rows
     ] == expected_rows(config, action)
     assert all("crc32" in row["reason"] and row["offset"] % 512 == 0 for row in rows)
-    assert result.metrics["corrupt_samples"] == 5  # each of the second epoch was met before
+    assert result.metrics["corrupt_samples"] == 5  # those of the second epoch are the same as in the first
     assert result.metrics["unpredicted_images"] == 2
     tracked = mlflow_run.fetch_history(result.tracking_uri, result.mlflow_run_id)
     assert [value for _, value in tracked["corrupt_samples"]][-1] == 5
     assert CorruptSampleLog.from_dicts(rows).rows == state_of(result.checkpoint)
-    said = capsys.readouterr().err
-    assert "warning: damaged: " in said
-    assert "damaged 5" in said
+    errors = capsys.readouterr().err
+    assert "warning: corrupt: " in errors
+    assert "corrupt 5" in errors
     text = result.to_text()
-    assert "2 damaged validation images have no predictions" in text
-    assert f"5 samples were damaged; {result.folder}/damage.jsonl lists them" in text
-    # the ground truth still has the objects of the damaged images
+    assert "2 corrupt validation images have no predictions" in text
+    assert f"5 samples were corrupt; {result.folder}/corrupt_samples.jsonl lists them" in text
+    # The ground truth still has the objects of the corrupt images
     again = evaluate_checkpoint(result.checkpoint, None, local=True)
     assert again["AP"] == result.metrics["AP"]
-    assert "2 damaged validation images have no predictions" in capsys.readouterr().err
+    assert "2 corrupt validation images have no predictions" in capsys.readouterr().err
 
 
 def state_of(folder: Path) -> list[CorruptSample]:
-    return CorruptSampleLog.from_dicts(torch.load(folder / "state.pt", weights_only=True)["damage"]).rows
+    return CorruptSampleLog.from_dicts(
+        torch.load(folder / "state.pt", weights_only=True)["corrupt_samples"]
+    ).rows
 
 
-def test_by_default_the_first_damaged_sample_stops_a_run(damaged_run: RunConfig) -> None:
-    shards = open_splits(damaged_run.data)[0]
+def test_by_default_the_first_corrupt_sample_stops_a_run(corrupt_run: RunConfig) -> None:
+    shards = open_splits(corrupt_run.data)[0]
     order = make_order(shards, 0).order(0).tolist()
-    first = next(index for index in order if index in DAMAGED)
+    first = next(index for index in order if index in CORRUPT)
     with pytest.raises(ShardError, match=rf"{shards.path}/shard-\d+.tar: sample {shards.key(first)} at byte"):
-        run.start(damaged_run, local=True)
-    (folder,) = damaged_run.storage.path.glob("quickstart-*")
-    assert not (folder / "damage.jsonl").exists()
+        run.start(corrupt_run, local=True)
+    (folder,) = corrupt_run.storage.path.glob("quickstart-*")
+    assert not (folder / "corrupt_samples.jsonl").exists()
 
 
-def test_a_resumed_run_keeps_the_ledger(damaged_run: RunConfig) -> None:
-    config = with_policy(damaged_run, "substitute")
-    whole = run.start(config, local=True)
-    corrupt_log = (whole.folder / "damage.jsonl").read_text()
-    shutil.rmtree(whole.folder / "attempt-01" / "epoch-0002")
-    with (whole.folder / "damage.jsonl").open("a") as file:
-        file.write('{"cut o')  # what a killed process leaves
-    resumed = run.resume(whole.folder, local=True)
-    assert (resumed.folder / "damage.jsonl").read_text() == corrupt_log
+def test_a_resumed_run_keeps_the_corrupt_log(corrupt_run: RunConfig) -> None:
+    config = with_policy(corrupt_run, "substitute")
+    unbroken = run.start(config, local=True)
+    corrupt_log = (unbroken.folder / "corrupt_samples.jsonl").read_text()
+    shutil.rmtree(unbroken.folder / "attempt-01" / "epoch-0002")
+    with (unbroken.folder / "corrupt_samples.jsonl").open("a") as file:
+        file.write('{"cut o')  # as after a kill
+    resumed = run.resume(unbroken.folder, local=True)
+    assert (resumed.folder / "corrupt_samples.jsonl").read_text() == corrupt_log
     assert resumed.metrics["corrupt_samples"] == 5
-    assert state_of(resumed.checkpoint) == CorruptSampleLog.from_dicts(rows_of(whole.folder)).rows
+    assert state_of(resumed.checkpoint) == CorruptSampleLog.from_dicts(rows_of(unbroken.folder)).rows
 
 
 @pytest.mark.parametrize(("budget", "last"), [(0, 1), (3, 4)])
-def test_too_many_stop_the_run(damaged_run: RunConfig, budget: int, last: int) -> None:
-    config = with_policy(damaged_run, "mask", **{"data.max_corrupt": budget})
+def test_too_many_stop_the_run(corrupt_run: RunConfig, budget: int, last: int) -> None:
+    config = with_policy(corrupt_run, "mask", **{"data.max_corrupt": budget})
     with pytest.raises(TooManyCorruptError) as caught:
         run.start(config, local=True)
     (folder,) = config.storage.path.glob("quickstart-*")
     rows = rows_of(folder)
     assert len({row["key"] for row in rows}) > budget
-    said = str(caught.value)
-    assert f"and data.max_corrupt allows {budget}; {folder}/damage.jsonl lists them" in said
-    assert all(f"{row['shard']}: sample {row['key']} at byte {row['offset']}" in said for row in rows)
-    assert "Copy these shards again" in said
+    message = str(caught.value)
+    assert f"and data.max_corrupt allows {budget}; {folder}/corrupt_samples.jsonl lists them" in message
+    assert all(f"{row['shard']}: sample {row['key']} at byte {row['offset']}" in message for row in rows)
+    assert "Copy these shards again" in message
     assert mlflow_run.fetch_run(mlflow_run.default_uri(config.storage.path), folder.name).status == "FAILED"
     assert len(rows) >= last
 
 
-def test_a_budget_without_effect_is_refused(damaged_run: RunConfig) -> None:
+def test_a_budget_without_effect_is_refused(corrupt_run: RunConfig) -> None:
     with pytest.raises(ConfigError, match="data: max_corrupt 3 has no effect with on_corrupt=raise"):
-        override(damaged_run, {"data.max_corrupt": 3})
+        override(corrupt_run, {"data.max_corrupt": 3})
 
 
-def test_lost_annotations_are_told(damaged_run: RunConfig) -> None:
-    shards = open_splits(damaged_run.data)[1]
+def test_lost_annotations_are_reported(corrupt_run: RunConfig) -> None:
+    shards = open_splits(corrupt_run.data)[1]
     row = shards.samples[7]
     path = shards.path / f"shard-{row['shard']:05d}.tar"
     content = bytearray(path.read_bytes())
     begin = int(row["offset"]) + int(row["json_offset"])
     content[begin : begin + int(row["json_length"])] = bytes(int(row["json_length"]))
     path.write_bytes(content)
-    result = run.start(with_policy(damaged_run, "mask", **{"optim.epochs": 1}), local=True)
+    result = run.start(with_policy(corrupt_run, "mask", **{"optim.epochs": 1}), local=True)
     assert (result.metrics["unpredicted_images"], result.metrics["lost_annotations"]) == (3, 1)
-    assert "of 1 of them the annotations are lost too" in result.to_text()
+    assert "the annotations of 1 of them cannot be read" in result.to_text()
 
 
-def test_checkpoints_without_a_ledger_can_be_resumed(tiny_run: RunConfig, tmp_path: Path) -> None:
+def test_checkpoints_without_a_corrupt_log_can_be_resumed(tiny_run: RunConfig, tmp_path: Path) -> None:
     config = override(tiny_run, {"model.num_classes": 4})
     training, shards = make_training(config), open_splits(config.data)[0]
     write: Callable[..., None] = checkpoint.write

@@ -1,4 +1,4 @@
-"""Steps with NaN or infinity: skipped by all workers, kept on disk, counted, up to a budget."""
+"""Steps with NaN or infinity: skipped by all workers, written to disk, counted, up to a budget."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from raydetr.runs import run
 from raydetr.tracking import mlflow_run
 from raydetr.training import checkpoint, loop
 from raydetr.training.loop import Training
-from raydetr.training.nonfinite import SkippedStep, score
+from raydetr.training.nonfinite import SkippedStep, compute_loss
 from raydetr.training.world import World
 
 
-def spoil_boxes(batch: Batch) -> Batch:
+def add_nan_to_boxes(batch: Batch) -> Batch:
     boxes = batch.boxes.clone()
     boxes[-1, 2] = torch.nan
     return dataclasses.replace(batch, boxes=boxes)
 
 
-def spoil_pixels(batch: Batch) -> Batch:
-    """NaN in an image, which reaches the batch norms."""
+def add_nan_to_pixels(batch: Batch) -> Batch:
+    """Put NaN into an image, which reaches the batch norms."""
     pixels = batch.pixels.float()
     pixels[1, :, :4, :4] = torch.nan
     return dataclasses.replace(batch, pixels=pixels)
 
 
-SPOIL = {"boxes": spoil_boxes, "pixels": spoil_pixels}
+ADD_NAN = {"boxes": add_nan_to_boxes, "pixels": add_nan_to_pixels}
 
 
 def make_training(config: RunConfig, world: World | None = None) -> Training:
@@ -64,7 +64,7 @@ def batches_of(config: RunConfig, world: World | None = None) -> Iterator[Batch]
     )  # fmt: skip
 
 
-def whole_state(training: Training) -> list[Any]:
+def state_of(training: Training) -> list[Any]:
     ema = training.ema
     assert ema is not None
     state = [training.detector.state_dict(), ema.model.state_dict(), ema.num_updates]
@@ -72,8 +72,8 @@ def whole_state(training: Training) -> list[Any]:
     return [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
 
 
-def same(ours: list[Any], theirs: list[Any]) -> bool:
-    pairs = zip(ours, theirs, strict=True)
+def same(first: list[Any], second: list[Any]) -> bool:
+    pairs = zip(first, second, strict=True)
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
@@ -82,21 +82,21 @@ def small_run(tiny_run: RunConfig) -> RunConfig:
     return override(tiny_run, {"model.num_classes": 4})
 
 
-@pytest.mark.parametrize("kind", SPOIL)
+@pytest.mark.parametrize("kind", ADD_NAN)
 def test_a_skipped_step_moves_the_position_and_nothing_else(small_run: RunConfig, kind: str) -> None:
     training, batches = make_training(small_run), batches_of(small_run)
     assert isinstance(training.train_step(next(batches)), dict)
-    before = whole_state(training)
+    before = state_of(training)
     batch = next(batches)
-    skipped = training.train_step(SPOIL[kind](batch))
+    skipped = training.train_step(ADD_NAN[kind](batch))
     assert isinstance(skipped, SkippedStep)
-    assert same(whole_state(training), before)
+    assert same(state_of(training), before)
     assert (training.step, training.position, training.skipped_steps) == (2, 16, 1)
-    (fault,) = skipped.causes
-    assert "not finite" in fault.cause
-    # batch norm spreads NaN over all images, so that the matcher cannot say where it began
-    assert ("target box of image" if kind == "boxes" else "predictions of decoder layer 0") in fault.cause
-    assert fault.image_ids == tuple(batch.image_ids.tolist())
+    (cause,) = skipped.causes
+    assert "not finite" in cause.reason
+    # Batch norm spreads NaN over all images, so that the matcher cannot name the first one
+    assert ("target box of image" if kind == "boxes" else "predictions of decoder layer 0") in cause.reason
+    assert cause.image_ids == tuple(batch.image_ids.tolist())
     outcome = training.train_step(next(batches))
     assert isinstance(outcome, dict)
     assert outcome["loss"].isfinite()
@@ -105,33 +105,33 @@ def test_a_skipped_step_moves_the_position_and_nothing_else(small_run: RunConfig
 
 @pytest.mark.parametrize("name", small_models.CONFIGS)
 @pytest.mark.parametrize("counts", [(2, 1), (0, 0)], ids=str)
-def test_a_fault_reaches_every_gradient(name: str, counts: tuple[int, ...]) -> None:
-    """Else the other workers would wait for the gradient, or would not see that it is spoilt."""
+def test_nan_reaches_every_gradient(name: str, counts: tuple[int, ...]) -> None:
+    """Otherwise the other workers would wait for the gradient, or could not detect the NaN."""
     torch.manual_seed(0)
     model = zoo.build(small_models.CONFIGS[name])
     images, targets = small_models.batch(counts, size=(64, 64))
     pixels = images.pixels.clone()
     pixels[0, 0, 5, 5] = torch.nan
     outputs = model.detector.train()(dataclasses.replace(images, pixels=pixels), targets)
-    scored = score(model.criterion, outputs, targets, torch.tensor(3.0))
-    assert "image 0" in (scored.cause() or "")
-    scored.total.backward()
+    loss = compute_loss(model.criterion, outputs, targets, torch.tensor(3.0))
+    assert "image 0" in (loss.reason() or "")
+    loss.total.backward()
     gradients = {name: parameter.grad for name, parameter in model.detector.named_parameters()}
     assert [name for name, gradient in gradients.items() if gradient is None] == []
     assert not all(gradient.isfinite().all() for gradient in gradients.values())
 
 
-def test_an_infinite_loss_spoils_the_gradient_though_its_own_is_finite() -> None:
+def test_an_infinite_loss_with_a_finite_gradient_gives_a_gradient_of_nan() -> None:
     weight = torch.ones(3, requires_grad=True)
 
     def criterion(outputs: Outputs, targets: Targets, num_boxes: torch.Tensor) -> Losses:
         total = weight.sum() + torch.inf
         return Losses(total, {"loss_ce": total.detach(), "loss_bbox": torch.tensor(1.0)})
 
-    scored = score(criterion, None, None, torch.tensor(1.0))
-    scored.total.backward()
+    loss = compute_loss(criterion, None, None, torch.tensor(1.0))
+    loss.total.backward()
     assert weight.grad.isnan().all()
-    assert scored.cause() == "the loss is not finite (loss_ce)"
+    assert loss.reason() == "the loss is not finite (loss_ce)"
 
 
 # --- two processes ---
@@ -143,16 +143,18 @@ def two_processes(rank: int, size: int, values: dict[str, Any], folder: str) -> 
     try:
         config, world = from_dict(values), World(rank, size, torch.device("cpu"))
         training, batches = make_training(config, world), batches_of(config, world)
-        faults: list[list[Any]] = []
+        causes: list[list[Any]] = []
         for step in range(4):
             batch = next(batches)
-            spoil = {(1, 1): spoil_boxes, (2, 0): spoil_pixels, (2, 1): spoil_boxes}.get((step, rank))
-            outcome = training.train_step(batch if spoil is None else spoil(batch))
+            add_nan = {(1, 1): add_nan_to_boxes, (2, 0): add_nan_to_pixels, (2, 1): add_nan_to_boxes}.get(
+                (step, rank)
+            )
+            outcome = training.train_step(batch if add_nan is None else add_nan(batch))
             if isinstance(outcome, SkippedStep):
                 outcome.dump(Path(folder), rank)
-                faults.append([outcome.step, *((f.rank, f.cause, f.image_ids) for f in outcome.causes)])
+                causes.append([outcome.step, *((c.rank, c.reason, c.image_ids) for c in outcome.causes)])
         weights = [parameter.detach() for parameter in training.detector.parameters()]
-        torch.save({"faults": faults, "weights": weights}, f"{folder}/{rank}.pt")
+        torch.save({"causes": causes, "weights": weights}, f"{folder}/{rank}.pt")
         assert all(buffer.isfinite().all() for buffer in training.detector.buffers())
     finally:
         dist.destroy_process_group()
@@ -162,8 +164,8 @@ def two_processes(rank: int, size: int, values: dict[str, Any], folder: str) -> 
 def test_all_workers_skip_what_one_cannot_use(small_run: RunConfig, tmp_path: Path) -> None:
     mp.spawn(two_processes, args=(2, to_dict(small_run), str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert first["faults"] == second["faults"]
-    ranks = [(step, [fault[0] for fault in faults]) for step, *faults in first["faults"]]
+    assert first["causes"] == second["causes"]
+    ranks = [(step, [cause[0] for cause in causes]) for step, *causes in first["causes"]]
     assert ranks == [(2, [1]), (3, [0, 1])]
     assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
     assert all(weight.isfinite().all() for weight in first["weights"])
@@ -171,27 +173,27 @@ def test_all_workers_skip_what_one_cannot_use(small_run: RunConfig, tmp_path: Pa
     assert kept == ["step-000002-rank-1", "step-000003-rank-0", "step-000003-rank-1"]
 
 
-# --- whole runs ---
+# --- complete runs ---
 
 
 @pytest.fixture
-def spoilt_positions(monkeypatch: pytest.MonkeyPatch) -> set[int]:
-    """The batches at these positions have a target box of NaN."""
+def nan_positions(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Positions of batches to which a target box with NaN is added."""
     positions: set[int] = set()
     original = loop.train_batches
 
-    def spoilt(*args: Any, **keywords: Any) -> Iterator[Batch]:
+    def batches_with_nan(*args: Any, **keywords: Any) -> Iterator[Batch]:
         for batch in original(*args, **keywords):
-            yield spoil_boxes(batch) if batch.position in positions else batch
+            yield add_nan_to_boxes(batch) if batch.position in positions else batch
 
-    monkeypatch.setattr(loop, "train_batches", spoilt)
+    monkeypatch.setattr(loop, "train_batches", batches_with_nan)
     return positions
 
 
-def test_a_run_keeps_the_batch_counts_it_and_goes_on(
-    tiny_run: RunConfig, spoilt_positions: set[int], capsys: pytest.CaptureFixture[str]
+def test_a_run_writes_the_batch_counts_the_step_and_continues(
+    tiny_run: RunConfig, nan_positions: set[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spoilt_positions |= {8, 40}
+    nan_positions |= {8, 40}
     result = run.start(override(tiny_run, {"optim.epochs": 2}), local=True)
     assert result.metrics["skipped_steps"] == 2
     tracked = mlflow_run.fetch_history(result.tracking_uri, result.mlflow_run_id)
@@ -204,7 +206,7 @@ def test_a_run_keeps_the_batch_counts_it_and_goes_on(
 
 
 def check_dump(folder: Path, config: RunConfig) -> None:
-    """It holds what the model saw."""
+    """Check that the dump has the input of the model."""
     batches = batches_of(config)
     next(batches)
     batch = next(batches)
@@ -213,7 +215,7 @@ def check_dump(folder: Path, config: RunConfig) -> None:
     assert record["random_seed"] == hash((config.seed, 8, 0))
     assert [image["image_id"] for image in record["images"]] == batch.image_ids.tolist()
     boxes = np.array([box for image in record["images"] for box in image["boxes_cxcywh"]], float)
-    np.testing.assert_array_equal(boxes, spoil_boxes(batch).boxes.double().numpy())
+    np.testing.assert_array_equal(boxes, add_nan_to_boxes(batch).boxes.double().numpy())
     assert [label for image in record["images"] for label in image["labels"]] == batch.labels.tolist()
     for i, image in enumerate(record["images"]):
         height, width = batch.sizes[i].tolist()
@@ -222,10 +224,10 @@ def check_dump(folder: Path, config: RunConfig) -> None:
 
 
 @pytest.mark.parametrize(("budget", "last_step"), [(0, 2), (1, 4)])
-def test_beyond_the_budget_the_run_stops_and_says_where_to_look(
-    tiny_run: RunConfig, spoilt_positions: set[int], budget: int, last_step: int
+def test_beyond_the_budget_the_run_stops_and_names_the_dump(
+    tiny_run: RunConfig, nan_positions: set[int], budget: int, last_step: int
 ) -> None:
-    spoilt_positions |= {8, 24, 40}
+    nan_positions |= {8, 24, 40}
     config = override(tiny_run, {"optim.max_skipped_steps": budget})
     with pytest.raises(FloatingPointError) as caught:
         run.start(config, local=True)
@@ -241,17 +243,17 @@ def test_beyond_the_budget_the_run_stops_and_says_where_to_look(
 
 
 def test_a_resumed_run_with_skipped_steps_ends_in_the_same_bits(
-    tiny_run: RunConfig, spoilt_positions: set[int]
+    tiny_run: RunConfig, nan_positions: set[int]
 ) -> None:
-    spoilt_positions |= {8, 56}  # one in each epoch
+    nan_positions |= {8, 56}  # one in each epoch
     config = override(tiny_run, {"optim.epochs": 2})
-    whole, broken = run.start(config, local=True), run.start(config, local=True)
+    unbroken, broken = run.start(config, local=True), run.start(config, local=True)
     last = broken.folder / "attempt-01" / "epoch-0002"
     last.rename(broken.folder / "gone")
     resumed = run.resume(broken.folder, local=True)
-    ours, theirs = (torch.load(r.checkpoint / "state.pt", weights_only=True) for r in (resumed, whole))
-    assert ours["skipped_steps"] == theirs["skipped_steps"] == 2
-    assert same(*(torch.utils._pytree.tree_leaves(state) for state in (ours, theirs)))
+    states = [torch.load(r.checkpoint / "state.pt", weights_only=True) for r in (resumed, unbroken)]
+    assert [state["skipped_steps"] for state in states] == [2, 2]
+    assert same(*(torch.utils._pytree.tree_leaves(state) for state in states))
 
 
 # --- mixed precision ---
@@ -280,25 +282,25 @@ def test_bf16_steps_stay_near_those_of_float32(small_run: RunConfig) -> None:
         assert rounded[name].item() == pytest.approx(exact[name].item(), rel=0.1), name
 
 
-def test_fp16_lowers_the_scale_without_blame_learns_and_keeps_the_scale(
+def test_fp16_overflow_lowers_the_scale_without_a_cause_and_the_scale_is_checkpointed(
     small_run: RunConfig, tmp_path: Path
 ) -> None:
-    """People are refused float16 on a CPU, where it is slow; the loop is the same."""
+    """Runs refuse float16 on a CPU, where it is slow; the loop is the same."""
     config = override(small_run, {"optim.precision": "fp16", "optim.warmup_fraction": 0.0, "optim.lr": 1e-3})
     training, batch = make_training(config), next(batches_of(config))
     training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18)  # too much for a gradient in float16
-    before = whole_state(training)
+    before = state_of(training)
     skipped = training.train_step(batch)
     assert isinstance(skipped, SkippedStep)
     assert (skipped.causes, training.skipped_steps) == ((), 0)
     assert training.scaler.get_scale() == 2.0**17
-    assert same(whole_state(training), before)
+    assert same(state_of(training), before)
     outcomes = [training.train_step(batch) for _ in range(10)]
     losses = [outcome["loss"] for outcome in outcomes if isinstance(outcome, dict)]
     assert losses[-1] < 0.9 * losses[0]
-    # what no scale can help is a fault, and leaves the scale alone
+    # A NaN in the data has a cause, and does not change the scale
     scale = training.scaler.get_scale()
-    assert training.train_step(spoil_boxes(batch)).causes
+    assert training.train_step(add_nan_to_boxes(batch)).causes
     assert (training.scaler.get_scale(), training.skipped_steps) == (scale, 1)
     shards = open_splits(config.data)[0]
     checkpoint.save(tmp_path / "saved", training, shards, 1, {})
@@ -316,7 +318,7 @@ def test_a_gradient_that_no_scale_helps_is_counted(small_run: RunConfig) -> None
     skipped = training.train_step(batch)
     handle.remove()
     assert isinstance(skipped, SkippedStep)
-    assert [fault.cause for fault in skipped.causes] == [
+    assert [cause.reason for cause in skipped.causes] == [
         "the loss is finite, but not the gradient of all workers"
     ]
     assert training.skipped_steps == 1

@@ -19,7 +19,7 @@ import torch
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 
-from damaged_shards import damage_sample
+from corrupt_shards import corrupt_sample
 from raydetr.config import ClusterConfig, RunConfig, override
 from raydetr.runs import ray_train, run
 from raydetr.runs.evaluate import evaluate_checkpoint
@@ -52,7 +52,7 @@ def two_workers(tiny_run: RunConfig) -> RunConfig:
 
 
 def train_workers() -> list[psutil.Process]:
-    """The processes of this machine in which Ray Train workers of this test run."""
+    """The processes of this machine that are Ray Train workers."""
     found = []
     for process in psutil.process_iter(["cmdline", "username"]):
         title = " ".join(process.info["cmdline"] or ())
@@ -66,7 +66,7 @@ def states(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def kill_a_worker_after(epoch: Path, killed: list[int]) -> None:
-    """Wait until a checkpoint is complete, then end one worker without warning."""
+    """Wait until a checkpoint is complete, then kill one worker."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if (epoch / "meta.json").exists() and (workers := train_workers()):
@@ -77,9 +77,9 @@ def kill_a_worker_after(epoch: Path, killed: list[int]) -> None:
         time.sleep(0.05)
 
 
-def test_a_killed_worker_costs_time_but_not_a_bit(cluster: Cluster, two_workers: RunConfig) -> None:
-    """Nor do loader processes, which the workers of the run that is hit have."""
-    whole = run.start(override(two_workers, {"optim.epochs": 6}))
+def test_a_run_with_a_killed_worker_ends_in_the_same_bits(cluster: Cluster, two_workers: RunConfig) -> None:
+    """Also with loader processes, which only the workers of the killed run have."""
+    unbroken = run.start(override(two_workers, {"optim.epochs": 6}))
     killed: list[int] = []
     first_epoch = Path(two_workers.storage.path) / "hit" / "attempt-01" / "epoch-0001"
     killer = threading.Thread(target=kill_a_worker_after, args=(first_epoch, killed))
@@ -87,28 +87,28 @@ def test_a_killed_worker_costs_time_but_not_a_bit(cluster: Cluster, two_workers:
     hit = run.start(override(two_workers, {"optim.epochs": 6, "data.num_loader_workers": 1}), name="hit")
     killer.join()
     assert killed, "the run ended before it could be hit"
-    ours, theirs = states(hit.checkpoint), states(whole.checkpoint)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
-    assert hit.metrics["AP"] == whole.metrics["AP"]
+    weights, expected = states(hit.checkpoint), states(unbroken.checkpoint)
+    assert weights.keys() == expected.keys()
+    for name in weights:
+        assert torch.equal(weights[name], expected[name]), name
+    assert hit.metrics["AP"] == unbroken.metrics["AP"]
     tracked = mlflow_run.fetch_run(hit.tracking_uri, hit.mlflow_run_id)
     assert tracked.status == "FINISHED"
     assert set(tracked.artifacts) >= {"predictions.png", "curves.png", "evaluation/ap.json"}
-    # evaluated by two workers, by one process, and during the training: the same digits
-    on_ray, alone = (evaluate_checkpoint(whole.checkpoint, None, local=local) for local in (False, True))
-    assert on_ray == alone
-    assert alone["AP"] == whole.metrics["AP"]
+    # Two workers, one process and the evaluation during training give the same digits
+    on_ray, locally = (evaluate_checkpoint(unbroken.checkpoint, None, local=local) for local in (False, True))
+    assert on_ray == locally
+    assert locally["AP"] == unbroken.metrics["AP"]
     assert not train_workers()
 
 
 def workers_started() -> int:
-    """Ray Train workers that this cluster has started so far, ended ones included."""
+    """The number of Ray Train workers that this cluster has started so far, including ended ones."""
     of_training = [("class_name", "=", "RayTrainWorker")]
     return len(list_actors(filters=of_training, limit=1000))
 
 
-def test_a_run_that_fails_says_what_its_worker_said_and_is_not_tried_again(
+def test_a_failed_run_has_the_message_of_its_worker_and_is_not_retried(
     cluster: Cluster, two_workers: RunConfig
 ) -> None:
     wild = override(
@@ -128,13 +128,13 @@ def test_a_run_that_fails_says_what_its_worker_said_and_is_not_tried_again(
 
 @pytest.fixture
 def corrupt(two_workers: RunConfig, tmp_path: Path) -> tuple[RunConfig, list[tuple[Path, str]]]:
-    """Two workers on shards with three damaged samples, which many retries would not mend; shard and key of each."""
-    shards = open_shards(shutil.copytree(str(two_workers.data.train), tmp_path / "damaged"))
-    config = override(two_workers, {"data.train": str(tmp_path / "damaged"), "cluster.max_failures": 3})
-    return config, [damage_sample(shards, index) for index in (5, 20, 41)]
+    """Two workers on shards with three corrupt samples, which no retry can repair; shard and key of each sample."""
+    shards = open_shards(shutil.copytree(str(two_workers.data.train), tmp_path / "corrupt"))
+    config = override(two_workers, {"data.train": str(tmp_path / "corrupt"), "cluster.max_failures": 3})
+    return config, [corrupt_sample(shards, index) for index in (5, 20, 41)]
 
 
-def test_a_damaged_sample_stops_the_run_at_once(
+def test_a_corrupt_sample_stops_the_run_at_once(
     cluster: Cluster, corrupt: tuple[RunConfig, list[tuple[Path, str]]]
 ) -> None:
     config, samples = corrupt
@@ -143,7 +143,7 @@ def test_a_damaged_sample_stops_the_run_at_once(
         run.start(config)
     assert any(
         re.match(
-            rf"the workers failed: worker \d: {shard}: sample {key} at byte \d+ is damaged", str(caught.value)
+            rf"the workers failed: worker \d: {shard}: sample {key} at byte \d+ is corrupt", str(caught.value)
         )
         for shard, key in samples
     )
@@ -151,18 +151,18 @@ def test_a_damaged_sample_stops_the_run_at_once(
     assert not train_workers()
 
 
-def test_too_many_damaged_samples_stop_all_workers_with_a_whole_ledger(
+def test_too_many_corrupt_samples_stop_all_workers_with_a_complete_log(
     cluster: Cluster, corrupt: tuple[RunConfig, list[tuple[Path, str]]]
 ) -> None:
     config, samples = corrupt
     before = workers_started()
     with pytest.raises(
-        ray_train.LaunchError, match=r"3 samples are damaged, and data\.max_corrupt allows 2"
+        ray_train.LaunchError, match=r"3 samples are corrupt, and data\.max_corrupt allows 2"
     ) as caught:
         run.start(override(config, {"data.on_corrupt": "mask", "data.max_corrupt": 2}), name="masked")
     rows = [
         json.loads(line)
-        for line in (config.storage.path / "masked" / "damage.jsonl").read_text().splitlines()
+        for line in (config.storage.path / "masked" / "corrupt_samples.jsonl").read_text().splitlines()
     ]
     assert sorted((row["shard"], row["key"]) for row in rows) == sorted(
         (str(path), key) for path, key in samples

@@ -1,4 +1,4 @@
-"""A whole run from a server, with the node cache, is the run from the folder."""
+"""A run from a server, with the node cache, is the same as the run from a folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_run_from_a_server(tiny_run: RunConfig, tiny_data: Path, tmp_path: Pat
     server = WebServer(tiny_data)
     short = override(tiny_run, {"optim.epochs": 1, "data.num_loader_workers": 1})
     urls = {"data.train": f"{server.url}/train", "data.val": f"{server.url}/val"}
-    cache = {"data.cache": str(tmp_path / "cache"), "data.cache_gb": 0.1}
+    cache = {"data.remote.cache_dir": str(tmp_path / "cache"), "data.remote.cache_gb": 0.1}
     near, far = run.start(short, local=True), run.start(override(short, urls | cache), local=True)
     assert far.metrics["AP"] == near.metrics["AP"]
     assert [checkpoint.read_meta(result.checkpoint).state_crc32 for result in (near, far)] == [
@@ -28,9 +28,9 @@ def test_a_run_from_a_server(tiny_run: RunConfig, tiny_data: Path, tmp_path: Pat
     assert list((tmp_path / "cache" / "whole").iterdir())
     params = mlflow_run.fetch_run(far.tracking_uri, far.mlflow_run_id).params
     assert {name: params[name] for name in urls} == urls
-    begun = len(server.requests)
+    num_before = len(server.requests)
     assert evaluate_checkpoint(far.checkpoint, None, local=True)["AP"] == far.metrics["AP"]
-    assert all("/val/" in path for path, _ in server.requests[begun:])
+    assert all("/val/" in path for path, _ in server.requests[num_before:])
     resumed = run.resume(far.folder, overrides={"optim.epochs": 2}, local=True)
     assert resumed.metrics["AP"] is not None
     server.close()

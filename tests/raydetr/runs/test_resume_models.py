@@ -27,7 +27,7 @@ def new_training(config: RunConfig) -> Training:
 
 
 def losses(training: Training, num_steps: int) -> list[dict[str, float]]:
-    """Train on from the training's position."""
+    """Train `num_steps` from the current position."""
     data = training.config.data
     batches = train_batches(
         open_splits(data)[0], seed=0, position=training.position, rank=0, world_size=1,
@@ -56,5 +56,5 @@ def test_resumes_to_the_identical_loss(name: str, tiny_run: RunConfig, tmp_path:
     checkpoint.restore(tmp_path / "saved", resumed, shards)
     expected = losses(unbroken, 2)
     assert losses(resumed, 2) == expected
-    ours, theirs = (x.weights.state_dict() for x in (resumed, unbroken))
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    weights, expected_weights = (x.weights.state_dict() for x in (resumed, unbroken))
+    assert all(torch.equal(weights[key], expected_weights[key]) for key in expected_weights)

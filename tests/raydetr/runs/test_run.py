@@ -1,4 +1,4 @@
-"""Whole runs in one process: what they leave, how they resume, what they refuse."""
+"""Complete runs in one process: what they write, how they resume, what they refuse."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def state_of(folder: Path) -> dict:
     return torch.load(folder / "state.pt", weights_only=True)
 
 
-def assert_same_state(ours: Path, theirs: Path) -> None:
+def assert_same_state(first: Path, second: Path) -> None:
     """Bit for bit: weights, moving average, optimizer, position."""
-    a, b = (torch.utils._pytree.tree_flatten(state_of(folder)) for folder in (ours, theirs))
+    a, b = (torch.utils._pytree.tree_flatten(state_of(folder)) for folder in (first, second))
     assert a[1] == b[1]
     for left, right in zip(a[0], b[0], strict=True):
         same = torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
@@ -73,11 +73,11 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tiny_run: R
 
 
 def test_a_resumed_run_ends_in_the_same_bits_as_an_unbroken_one(tiny_run: RunConfig) -> None:
-    whole = run.start(tiny_run, local=True)
+    unbroken = run.start(tiny_run, local=True)
     broken = run.start(tiny_run, local=True)
     for late in ("epoch-0003", "epoch-0004"):
         shutil.rmtree(broken.folder / "attempt-01" / late)
-    # a checkpoint that was cut off while it was written is passed over
+    # A checkpoint that was cut off while it was written is skipped
     cut = broken.folder / "attempt-01" / "epoch-0003"
     shutil.copytree(broken.folder / "attempt-01" / "epoch-0002", cut)
     with (cut / "state.pt").open("r+b") as file:
@@ -85,13 +85,13 @@ def test_a_resumed_run_ends_in_the_same_bits_as_an_unbroken_one(tiny_run: RunCon
     resumed = run.resume(broken.folder, local=True)
     assert resumed.mlflow_run_id == broken.mlflow_run_id
     assert [p.name for p in sorted((broken.folder / "attempt-02").iterdir())] == ["epoch-0003", "epoch-0004"]
-    assert_same_state(resumed.checkpoint, whole.checkpoint)
-    assert resumed.metrics["AP"] == whole.metrics["AP"]
+    assert_same_state(resumed.checkpoint, unbroken.checkpoint)
+    assert resumed.metrics["AP"] == unbroken.metrics["AP"]
     rows = [json.loads(line) for line in (resumed.folder / "history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(2, 25, 2))
 
 
-def test_an_epoch_that_no_batch_size_divides_still_ends_and_the_run_too(tiny_run: RunConfig) -> None:
+def test_epochs_that_the_batch_size_does_not_divide_end_and_so_does_the_run(tiny_run: RunConfig) -> None:
     config = override(tiny_run, {"data.limit_images": 13, "optim.epochs": 3})
     result = run.start(config, local=True)
     meta = checkpoint.read_meta(result.checkpoint)
@@ -101,7 +101,7 @@ def test_an_epoch_that_no_batch_size_divides_still_ends_and_the_run_too(tiny_run
     ]  # fmt: skip
 
 
-def test_fewer_images_than_a_batch_still_end_with_an_evaluation(tiny_run: RunConfig) -> None:
+def test_a_run_with_fewer_images_than_a_batch_ends_with_an_evaluation(tiny_run: RunConfig) -> None:
     config = override(
         tiny_run, {"data.limit_images": 3, "evaluation.every_epochs": 4}
     )  # 12 samples, 2 steps of 8
@@ -115,13 +115,13 @@ def test_only_the_newest_checkpoints_are_kept(tiny_run: RunConfig) -> None:
     assert [p.name for p in (result.folder / "attempt-01").iterdir()] == ["epoch-0003"]
 
 
-def test_more_epochs_on_a_finished_run_go_on_from_its_end(tiny_run: RunConfig) -> None:
+def test_more_epochs_of_a_finished_run_continue_from_its_end(tiny_run: RunConfig) -> None:
     first = run.start(override(tiny_run, {"optim.epochs": 1}), local=True)
     longer = run.resume(first.folder, overrides={"optim.epochs": 2}, local=True)
     assert checkpoint.read_meta(longer.checkpoint).position == 96
 
 
-def test_resuming_a_finished_run_says_that_there_is_nothing_to_do(tiny_run: RunConfig) -> None:
+def test_resuming_a_finished_run_is_refused(tiny_run: RunConfig) -> None:
     finished = run.start(override(tiny_run, {"optim.epochs": 1}), local=True)
     with pytest.raises(ConfigError, match=r"all 1 epochs .* optim\.epochs"):
         run.resume(finished.folder, local=True)
@@ -153,7 +153,8 @@ def test_resume_refuses_a_checkpoint_of_another_order(tiny_run: RunConfig) -> No
     assert meta.pop("order") == ORDER_VERSION
     description.write_text(json.dumps(meta))  # as the first checkpoints were
     with pytest.raises(
-        CheckpointError, match=rf"position 48 .* plan 1; .* plan {ORDER_VERSION} .*init\.checkpoint="
+        CheckpointError,
+        match=rf"position 48 .* version 1 of the order.* version {ORDER_VERSION} .*init\.checkpoint=",
     ):
         run.resume(done.folder, overrides={"optim.epochs": 2}, local=True)
     meta = {**meta, "order": ORDER_VERSION}
@@ -166,12 +167,12 @@ def test_num_classes_that_contradicts_the_data_is_refused(tiny_run: RunConfig) -
         run.resolve(override(tiny_run, {"model.num_classes": 3}))
     with pytest.raises(ConfigError, match=r"model\.num_classes is 9"):
         run.resolve(override(tiny_run, {"model.num_classes": 9}))
-    # the official convention has labels that no category uses
+    # The official convention has labels without a category
     official = override(tiny_run, {"model.num_classes": 91, "data.label_map": "category_id"})
     assert run.resolve(official).model.num_classes == 91
 
 
-def test_a_batch_that_the_workers_cannot_share_is_refused(tiny_run: RunConfig) -> None:
+def test_a_batch_size_that_the_workers_do_not_divide_is_refused(tiny_run: RunConfig) -> None:
     with pytest.raises(
         ConfigError, match=r"data\.batch_size=8 .* cluster\.num_workers=3: use a multiple of 3"
     ):

@@ -43,7 +43,7 @@ def test_valid_file_is_kept_as_it_is(tmp_path: Path) -> None:
 
 Change = Callable[[dict[str, Any]], object]
 
-FAULTS: list[tuple[str, Change, str]] = [
+PROBLEMS: list[tuple[str, Change, str]] = [
     ("no images", lambda d: d.pop("images"), r'"images" is missing: it must be a list'),
     ("annotations no list", lambda d: d.update(annotations={}), r'"annotations" is \{\}: it must be a list'),
     ("nothing", lambda d: d.update(images=[], annotations=[]), r'"images" is an empty list'),
@@ -123,9 +123,9 @@ FAULTS: list[tuple[str, Change, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [fault[1:] for fault in FAULTS], ids=[fault[0] for fault in FAULTS]
+    ("change", "message"), [case[1:] for case in PROBLEMS], ids=[case[0] for case in PROBLEMS]
 )
-def test_faults_name_file_field_value_and_remedy(tmp_path: Path, change: Change, message: str) -> None:
+def test_problems_name_file_field_value_and_remedy(tmp_path: Path, change: Change, message: str) -> None:
     data = copy.deepcopy(VALID)
     change(data)
     with pytest.raises(ValueError, match=message) as caught:
@@ -133,7 +133,7 @@ def test_faults_name_file_field_value_and_remedy(tmp_path: Path, change: Change,
     assert str(caught.value).startswith(f"{tmp_path}/a.json: ")
 
 
-def test_ten_faults_are_listed_and_all_are_counted(tmp_path: Path) -> None:
+def test_ten_problems_are_listed_and_all_are_counted(tmp_path: Path) -> None:
     data = copy.deepcopy(VALID)
     data["annotations"] = [{"id": i, "image_id": 2, "category_id": 8, "area": 1} for i in range(25)]
     with pytest.raises(ValueError, match="25 problems") as caught:
@@ -145,13 +145,13 @@ def test_ten_faults_are_listed_and_all_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\xff\xd8 a picture", "is not JSON"),
+        (b"\xff\xd8 an image", "is not JSON"),
         (b'{"images": [', "is not JSON"),
         (b"[1, 2]", "holds a list, not an object with images, annotations and categories"),
         (None, "cannot be read.*name a COCO annotation file"),
     ],
 )
-def test_files_that_are_no_coco(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_files_that_are_not_coco(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "a.json"
     if content is not None:
         path.write_bytes(content)
@@ -159,7 +159,7 @@ def test_files_that_are_no_coco(tmp_path: Path, content: bytes | None, message: 
         load_coco(path)
 
 
-def test_lawful_oddities_are_noticed_with_their_number(tmp_path: Path) -> None:
+def test_unusual_annotations_are_counted_in_notices(tmp_path: Path) -> None:
     data = copy.deepcopy(VALID)
     boxes = {0: [50, 5, 30, 5], 13: [70, 5, 5, 5], 14: [5, 5, 0, 5], 15: [-0.2, 5, 20, 5], 16: [5, 5, 5, 5]}
     data["annotations"] += [

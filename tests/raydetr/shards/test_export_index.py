@@ -1,4 +1,4 @@
-"""The indexes for DALI and Energon, against readings of the tars that know nothing of our code."""
+"""The indexes for DALI and Energon, compared with independent readings of the tars."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raydetr.shards.export_index import write_other_indexes
 from raydetr.shards.reader import Shards
+from raydetr.shards.tar_samples import export_indexes
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def names(folder: Path) -> list[str]:
 
 
 def header_walk(content: bytes) -> list[tuple[str, int, int, int]]:
-    """Name, header offset, content offset and size of each member, from the octal fields of the tar's headers."""
+    """Return name, header offset, content offset and size of each member, from the octal fields of the headers."""
     found, at = [], 0
     while content[at]:
         size = int(content[at + 124 : at + 135], 8)
@@ -40,8 +40,8 @@ def header_walk(content: bytes) -> list[tuple[str, int, int, int]]:
 
 
 def test_dali(folder: Path, shards: Shards) -> None:
-    """Each line as DALI's reader takes it apart: extension, offset, size and name of every member."""
-    paths = write_other_indexes(folder, names(folder), "dali")
+    """Each line is parsed like in DALI's reader: extension, offset, size and name of every member."""
+    paths = export_indexes(folder, names(folder), "dali")
     assert [path.name for path in paths] == [f"shard-0000{number}.idx" for number in range(4)]
     index = 0
     for path in paths:
@@ -63,9 +63,9 @@ def test_dali(folder: Path, shards: Shards) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("tar"), reason="there is no program `tar`")
-def test_dali_equals_what_gnu_tar_says(folder: Path) -> None:
-    """The way of DALI's own tool: `tar --list --block-number` gives the blocks of the headers."""
-    for path in write_other_indexes(folder, names(folder), "dali"):
+def test_dali_equals_gnu_tar(folder: Path) -> None:
+    """DALI's own tool uses `tar --list --block-number`, which prints the blocks of the headers."""
+    for path in export_indexes(folder, names(folder), "dali"):
         command = ["tar", "--list", "--block-number", "--file", str(path.with_suffix(".tar"))]
         run = subprocess.run(command, capture_output=True, text=True)
         blocks = [int(number) for number in re.findall(r"^block (\d+): \d", run.stdout, re.MULTILINE)]
@@ -76,8 +76,8 @@ def test_dali_equals_what_gnu_tar_says(folder: Path) -> None:
 
 
 def test_energon(folder: Path, shards: Shards) -> None:
-    """Samples are read back with the offsets alone, each with the next one as its end."""
-    paths = write_other_indexes(folder, names(folder), "energon")
+    """Samples are read back using only the offsets; the next offset is the end of a sample."""
+    paths = export_indexes(folder, names(folder), "energon")
     assert [path.name for path in paths] == [f"shard-0000{number}.tar.idx" for number in range(4)]
     index = 0
     for path in paths:
@@ -96,17 +96,19 @@ def test_energon(folder: Path, shards: Shards) -> None:
     assert index == 53
 
 
-def test_damaged_shard_is_refused(folder: Path) -> None:
+def test_corrupt_shard_is_rejected(folder: Path) -> None:
     path = folder / "shard-00001.tar"
     path.write_bytes(path.read_bytes()[: np.random.default_rng(0).integers(2000, 9000)])
     with pytest.raises(ValueError, match=r"shard-00001.tar: .*: copy the shard again, or write"):
-        write_other_indexes(folder, names(folder), "dali")
+        export_indexes(folder, names(folder), "dali")
 
 
-def test_names_with_blanks(tmp_path: Path) -> None:
+def test_names_with_spaces(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("a b.jpg"))
-    with pytest.raises(ValueError, match=r"the name 'a b.jpg' has a blank, which DALI's index cannot hold"):
-        write_other_indexes(tmp_path, ["a.tar"], "dali")
-    write_other_indexes(tmp_path, ["a.tar"], "energon")
+    with pytest.raises(
+        ValueError, match=r"the name 'a b.jpg' contains whitespace, which DALI's index cannot represent"
+    ):
+        export_indexes(tmp_path, ["a.tar"], "dali")
+    export_indexes(tmp_path, ["a.tar"], "energon")
     assert (tmp_path / "a.tar.idx").read_bytes() == struct.pack("<QQ", 0, 512)

@@ -1,4 +1,4 @@
-"""A thousand random corruptions: each leaves every sample as it was, or is reported with file, shard and key."""
+"""A thousand random corruptions: each leaves every sample unchanged, or is reported with file, shard and key."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from raydetr.shards.third_party.index import index_folder
 from raydetr.shards.writer import write_shards
 
 NUM_CORRUPTIONS = 1100
-MOST_SECONDS = 5.0  # of one, which takes 10 ms alone
-NUM_FOREIGN = 300
+MAX_SECONDS = 5.0  # per corruption, which takes 10 ms on an idle machine
+NUM_THIRD_PARTY = 300
 NUM_SAMPLES = 9
 IN_SAMPLES = [flip_bits_in_a_shard, exchange_two_members, wrongly_written_image, wrongly_written_json]
 NUM_IN_PROCESSES = 4
@@ -50,9 +50,9 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same samples as somebody else packed them, with an index of ours."""
-    root = tmp_path_factory.mktemp("foreign")
+def third_party(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the same samples packed and indexed like third-party shards."""
+    root = tmp_path_factory.mktemp("third_party")
     images, annotations = write_coco(root / "coco", NUM_SAMPLES, seed=3)
     data = json.loads(annotations.read_text())
     names = {record["id"]: record["name"] for record in data["categories"]}
@@ -75,7 +75,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def everything(folder: Path, num_workers: int = 0) -> Content:
-    """All that training and evaluation get from a folder of shards."""
+    """Return all that training and evaluation read from a folder of shards."""
     shards = open_shards(folder)
     stream = train_batches(
         shards, seed=0, position=0, rank=0, world_size=1, batch_size=shards.num_samples,
@@ -102,15 +102,15 @@ def everything(folder: Path, num_workers: int = 0) -> Content:
     return content
 
 
-def damaged_keys(original: Path, folder: Path) -> set[str]:
-    """Keys of the samples whose bytes, rows in the index or lines in the manifest are not the original ones."""
+def corrupt_keys(original: Path, folder: Path) -> set[str]:
+    """Return the keys of the samples whose bytes, index rows or manifest entries are not the original ones."""
     texts = [(path / "manifest.json").read_bytes() for path in (original, folder)]
-    foreign = [json.loads(text).get("foreign") for text in texts]
-    if foreign[0] != foreign[1]:  # the keys themselves, and what all records are
-        return {*foreign[0]["keys"], *foreign[1]["keys"]}
-    before, after, sound = samples_of(original), samples_of(folder), open_shards(original)
+    records = [json.loads(text).get("foreign") for text in texts]
+    if records[0] != records[1]:  # the keys themselves, and the format of all records
+        return {*records[0]["keys"], *records[1]["keys"]}
+    before, after, valid = samples_of(original), samples_of(folder), open_shards(original)
     names = sorted(path.name for path in original.glob("*.tar"))
-    keys = {int(row["image_id"]): sound.key(number) for number, row in enumerate(before)}
+    keys = {int(row["image_id"]): valid.key(number) for number, row in enumerate(before)}
     ids = set()
     for number, row in enumerate(before):
         part = slice(int(row["offset"]), int(row["offset"]) + int(row["length"]))
@@ -120,22 +120,25 @@ def damaged_keys(original: Path, folder: Path) -> set[str]:
     return {keys.get(image_id, f"{image_id:012d}") for image_id in ids}
 
 
-def outcome(original: Path, folder: Path, whole: Content, num_workers: int = 0) -> str:
-    """What became of a corruption; fails where it is neither harmless nor reported as it must be."""
+def outcome(original: Path, folder: Path, expected: Content, num_workers: int = 0) -> str:
+    """Return the effect of a corruption; fail if it is neither harmless nor reported correctly."""
     try:
-        assert everything(folder, num_workers) == whole
+        assert everything(folder, num_workers) == expected
     except ValueError as error:  # nothing else may be raised
-        said, is_sample = str(error), isinstance(error, ShardError)
+        message, is_sample = str(error), isinstance(error, ShardError)
     else:
         return "harmless"
-    assert str(folder) in said
+    assert str(folder) in message
     if not is_sample:
-        assert any(name in said for name in ("manifest.json", "index.npz", ".tar"))
-        assert any(remedy in said for remedy in ("write the shards again", "write them with", "index them"))
+        assert any(name in message for name in ("manifest.json", "index.npz", ".tar"))
+        assert any(
+            remedy in message
+            for remedy in ("write the shards again", "write them with", "raydetr shards index")
+        )
         return "folder"
-    (shard,) = {path.name for path in original.glob("*.tar") if path.name in said}
-    (key,) = {key for key in damaged_keys(original, folder) if f"sample {key} at byte" in said}
-    assert f"{folder / shard}: sample {key}" in said
+    (shard,) = {path.name for path in original.glob("*.tar") if path.name in message}
+    (key,) = {key for key in corrupt_keys(original, folder) if f"sample {key} at byte" in message}
+    assert f"{folder / shard}: sample {key}" in message
     return "sample"
 
 
@@ -145,28 +148,28 @@ def corruptions(numbers: range) -> Iterator[tuple[Corruption, np.random.Generato
 
 
 def ends_of(original: Path, folder: Path, numbers: range) -> dict[str, Counter[str]]:
-    """How often each kind of corruption ended how."""
-    whole = everything(original)
-    assert len(whole) == NUM_SAMPLES
+    """Count the outcomes of each kind of corruption."""
+    expected = everything(original)
+    assert len(expected) == NUM_SAMPLES
     seen: dict[str, Counter[str]] = {}
     for i, (corrupt, rng) in zip(numbers, corruptions(numbers), strict=True):
         fresh_copy(original, folder)
         corrupt(folder, rng)
         began = time.monotonic()
         try:
-            what = outcome(original, folder, whole)
+            found = outcome(original, folder, expected)
         except BaseException as error:
             error.add_note(f"corruption {i}: {corrupt.__name__}")
             raise
-        assert time.monotonic() - began < MOST_SECONDS, (i, corrupt.__name__)
-        seen.setdefault(corrupt.__name__, Counter())[what] += 1
+        assert time.monotonic() - began < MAX_SECONDS, (i, corrupt.__name__)
+        seen.setdefault(corrupt.__name__, Counter())[found] += 1
     return seen
 
 
 @pytest.mark.filterwarnings("ignore:Reading .*Python 2:UserWarning")  # a bit in the version of an npz
 def test_corruptions_are_harmless_or_reported(original: Path, tmp_path: Path) -> None:
     seen = ends_of(original, tmp_path / "copy", range(NUM_CORRUPTIONS))
-    # the corruptions do corrupt, and all three ends are met
+    # The corruptions do corrupt, and all three outcomes occur.
     total = sum(seen.values(), Counter[str]())
     assert total["sample"] > NUM_CORRUPTIONS / 4
     assert total["folder"] > NUM_CORRUPTIONS / 4
@@ -176,26 +179,26 @@ def test_corruptions_are_harmless_or_reported(original: Path, tmp_path: Path) ->
 
 
 @pytest.mark.filterwarnings("ignore:Reading .*Python 2:UserWarning")
-def test_corruptions_of_shards_that_others_wrote(foreign: Path, tmp_path: Path) -> None:
-    seen = ends_of(foreign, tmp_path / "copy", range(NUM_FOREIGN))
+def test_corruptions_of_third_party_shards(third_party: Path, tmp_path: Path) -> None:
+    seen = ends_of(third_party, tmp_path / "copy", range(NUM_THIRD_PARTY))
     total = sum(seen.values(), Counter[str]())
-    assert total["sample"] > NUM_FOREIGN / 4
-    assert total["folder"] > NUM_FOREIGN / 4
+    assert total["sample"] > NUM_THIRD_PARTY / 4
+    assert total["folder"] > NUM_THIRD_PARTY / 4
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("ignore:Reading .*Python 2:UserWarning")
-def test_more_corruptions(original: Path, foreign: Path, tmp_path: Path) -> None:
-    for folder in (original, foreign):
+def test_more_corruptions(original: Path, third_party: Path, tmp_path: Path) -> None:
+    for folder in (original, third_party):
         assert ends_of(folder, tmp_path / "copy", range(10_000, 13_000))
 
 
 def test_corruptions_do_not_kill_loader_processes(original: Path, tmp_path: Path) -> None:
-    whole = everything(original)
+    expected = everything(original)
     ends = Counter[str]()
     for number in range(NUM_IN_PROCESSES):
         folder = fresh_copy(original, tmp_path / "copy")
         IN_SAMPLES[number % len(IN_SAMPLES)](folder, np.random.default_rng(number))
-        ends[outcome(original, folder, whole, num_workers=2)] += 1
+        ends[outcome(original, folder, expected, num_workers=2)] += 1
     assert ends["sample"] >= NUM_IN_PROCESSES // 2

@@ -1,4 +1,4 @@
-"""The quick decoder against Pillow: the same pixels of whatever can be read, the same refusals."""
+"""The fast decoder against Pillow: the same pixels for readable images, the same rejections."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from raydetr.shards.writer import write_shards
 
 
 def smooth(width: int = 61, height: int = 43) -> Image.Image:
-    """A picture with structure at several scales, so that chroma is subsampled visibly."""
+    """Return an image with structure at several scales, so that chroma subsampling is visible."""
     rng = np.random.default_rng(3)
     layers = [
         np.asarray(
@@ -37,13 +37,13 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def turned() -> bytes:
+def rotated() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
     return encoded(smooth(), "JPEG", exif=exif)
 
 
-def wide_grey() -> Image.Image:
+def wide_gray() -> Image.Image:
     return Image.fromarray(np.arange(61 * 43, dtype=np.uint16).reshape(43, 61) * 24)
 
 
@@ -53,16 +53,16 @@ KINDS = {
     "jpeg 4:2:2": lambda: encoded(smooth(), "JPEG", subsampling=1),
     "progressive jpeg": lambda: encoded(smooth(), "JPEG", progressive=True),
     "jpeg in RGB": lambda: encoded(smooth(), "JPEG", keep_rgb=True),
-    "grey jpeg": lambda: encoded(smooth().convert("L"), "JPEG"),
+    "gray jpeg": lambda: encoded(smooth().convert("L"), "JPEG"),
     "cmyk jpeg": lambda: encoded(smooth().convert("CMYK"), "JPEG"),
-    "jpeg with an orientation": turned,
+    "jpeg with an orientation": rotated,
     "jpeg with bytes after its end": lambda: encoded(smooth(), "JPEG") + b"more",
     "jpeg of one pixel": lambda: encoded(smooth(1, 1), "JPEG"),
     "png": lambda: encoded(smooth(), "PNG"),
     "png with alpha": lambda: encoded(smooth().convert("RGBA"), "PNG"),
     "png with a palette": lambda: encoded(smooth().convert("P"), "PNG"),
-    "grey png": lambda: encoded(smooth().convert("L"), "PNG"),
-    "16-bit png": lambda: encoded(wide_grey(), "PNG"),
+    "gray png": lambda: encoded(smooth().convert("L"), "PNG"),
+    "16-bit png": lambda: encoded(wide_gray(), "PNG"),
 }
 
 
@@ -74,8 +74,8 @@ def test_pixels_are_those_of_pillow_and_can_be_written_to(kind: str) -> None:
     assert (pixels.dtype, pixels.flags.writeable, pixels.flags.c_contiguous) == (np.uint8, True, True)
 
 
-@pytest.mark.parametrize("kind", ["jpeg", "progressive jpeg", "grey jpeg", "cmyk jpeg", "png", "16-bit png"])
-def test_a_truncated_image_is_refused(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["jpeg", "progressive jpeg", "gray jpeg", "cmyk jpeg", "png", "16-bit png"])
+def test_a_truncated_image_is_rejected(kind: str) -> None:
     content = KINDS[kind]()
     for length in (0, 1, 3, 20, len(content) // 2, len(content) - 30):
         with pytest.raises(UNREADABLE):
@@ -83,8 +83,8 @@ def test_a_truncated_image_is_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "progressive jpeg", "png"])
-def test_damage_is_judged_as_pillow_judges_it(kind: str) -> None:
-    """Flipped bits either fail in both decoders or give the same pixels; a decoder that shrugs is not trusted."""
+def test_corrupt_images_are_treated_like_in_pillow(kind: str) -> None:
+    """Flipped bits either fail in both decoders or give the same pixels."""
     content, rng, outcomes = KINDS[kind](), np.random.default_rng(1), []
     for _ in range(400):
         corrupt = bytearray(content)
@@ -105,15 +105,15 @@ def attempt(decode: Any, content: bytes) -> np.ndarray | None:
         return None
 
 
-def test_a_size_that_is_not_the_indexs_is_damage(tmp_path: Path) -> None:
-    """Where index and bytes contradict each other, neither is believed."""
+def test_an_image_size_that_differs_from_the_index_is_an_error(tmp_path: Path) -> None:
+    """If index and bytes contradict each other, neither is trusted."""
     images, annotations = write_coco(tmp_path, 3)
     write_shards(images, annotations, tmp_path / "shards")
     shards = open_shards(tmp_path / "shards")
     raw = shards.read(1)
     width, height = decode_rgb(raw.image).size
     shards.samples["width"][1] += 1
-    message = rf"its image has {width}x{height} pixels, the index says {width + 1}x{height}"
+    message = rf"its image has {width}x{height} pixels instead of the index's {width + 1}x{height}"
     with pytest.raises(ShardError, match=message):
         make_sample(shards, 1, raw, Transform(TransformConfig()), seed=0, position=0, short_side=None)
     assert load_sample(

@@ -44,7 +44,7 @@ def test_label_maps(shards: Shards) -> None:
         make_label_map([{"id": 123456, "name": "x"}], "category_id")
 
 
-def test_head_is_the_first_images_with_a_name_of_its_own(shards: Shards) -> None:
+def test_head_has_the_first_images_and_its_own_fingerprint(shards: Shards) -> None:
     first = shards.head(8)
     assert first.num_samples == 8
     assert first.coco()["images"] == shards.coco()["images"][:8]
@@ -54,7 +54,7 @@ def test_head_is_the_first_images_with_a_name_of_its_own(shards: Shards) -> None
         shards.head(54)
 
 
-def test_shards_travel_to_other_processes(shards: Shards) -> None:
+def test_shards_can_be_pickled(shards: Shards) -> None:
     shards.read(0)
     copy = pickle.loads(pickle.dumps(shards))
     assert copy.read(52) == shards.read(52)
@@ -69,7 +69,7 @@ def test_categories_must_agree(coco: tuple[Path, Path], shards: Shards, tmp_path
         check_same_categories(shards, open_shards(tmp_path / "other"))
 
 
-# --- folders that are not whole
+# --- incomplete folders
 
 
 def edit_manifest(folder: Path, **changes: Any) -> None:
@@ -93,17 +93,17 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     (
         "no manifest",
         lambda f: (f / "manifest.json").unlink(),
-        "have no manifest.json, so writing did not end",
+        "have no manifest.json, so writing did not finish",
     ),
     (
         "bad manifest",
         lambda f: (f / "manifest.json").write_text("{"),
-        r"manifest.json: is no manifest of shards",
+        r"manifest.json: is not a manifest of shards",
     ),
     (
         "field",
         lambda f: edit_manifest(f, surprise=1),
-        r"is no manifest of shards \(.*surprise.*\): write the shards",
+        r"is not a manifest of shards \(.*surprise.*\): write the shards",
     ),
     (
         "version",
@@ -129,7 +129,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
 @pytest.mark.parametrize(
     ("corrupt", "message"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN]
 )
-def test_folders_that_are_not_whole(
+def test_incomplete_folders_are_errors(
     shards: Shards, tmp_path: Path, corrupt: Callable[[Path], object], message: str
 ) -> None:
     folder = tmp_path / "copy"

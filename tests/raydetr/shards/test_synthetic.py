@@ -32,7 +32,7 @@ def test_layout_is_valid_coco(written: Path) -> None:
                 assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (96, 96))
 
 
-def test_same_seed_same_bytes_other_seed_other_pictures(written: Path, tmp_path: Path) -> None:
+def test_same_seed_same_bytes_other_seed_other_images(written: Path, tmp_path: Path) -> None:
     write_synthetic_data(tmp_path / "again", num_train=24, num_val=6)
     write_synthetic_data(tmp_path / "other", num_train=24, num_val=6, seed=1)
     first, again, other = (
@@ -86,7 +86,7 @@ def test_boxes_are_the_extent_of_the_masks(written: Path) -> None:
     assert next(boxes, None) is None
 
 
-def test_hard_variant_has_five_classes_and_no_colour_cue(tmp_path: Path) -> None:
+def test_hard_variant_has_five_classes_and_no_color_cue(tmp_path: Path) -> None:
     write_synthetic_data(tmp_path / "hard", hard=True, num_train=3, num_val=1)
     data = json.loads((tmp_path / "hard" / "annotations" / "instances_train.json").read_text())
     assert [category["name"] for category in data["categories"]] == [
@@ -96,10 +96,10 @@ def test_hard_variant_has_five_classes_and_no_colour_cue(tmp_path: Path) -> None
         "triangle",
         "cross",
     ]
-    assert HARD.hue_share == 0
+    assert HARD.hue_fraction == 0
 
 
-def test_progress_counts_to_the_end_and_a_second_writing_is_refused(tmp_path: Path) -> None:
+def test_progress_counts_to_the_end_and_a_second_write_is_rejected(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     write_synthetic_data(
         tmp_path / "out", num_train=2, num_val=1, progress=lambda *counts: seen.append(counts)

@@ -21,12 +21,12 @@ from raydetr.shards.verify import check_shards
 
 @pytest.fixture
 def folder(shards: Shards, tmp_path: Path) -> Path:
-    """A copy that may be damaged."""
+    """Return a copy that tests may corrupt."""
     shutil.copytree(shards.path, tmp_path / "copy")
     return tmp_path / "copy"
 
 
-def test_sound_shards_pass_in_one_process_and_in_two(folder: Path) -> None:
+def test_valid_shards_pass_in_one_process_and_in_two(folder: Path) -> None:
     seen: list[tuple[int, int]] = []
     assert check_shards(folder, progress=lambda *counts: seen.append(counts)).num_samples == 53
     assert seen == [(count, 53) for count in range(1, 54)]
@@ -34,7 +34,7 @@ def test_sound_shards_pass_in_one_process_and_in_two(folder: Path) -> None:
 
 
 def test_every_flipped_bit_of_a_shard_is_found(folder: Path, shards: Shards) -> None:
-    """Of samples, of what lies between them, and of the tar's end."""
+    """In samples, between them, and in the tar's end."""
     path = folder / "shard-00003.tar"
     content = path.read_bytes()
     rng = np.random.default_rng(0)
@@ -43,7 +43,7 @@ def test_every_flipped_bit_of_a_shard_is_found(folder: Path, shards: Shards) -> 
         corrupt = bytearray(content)
         corrupt[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(corrupt)
-        with pytest.raises(ValueError, match=r"shard-00003.tar: its sha256 is \w+..., the manifest says"):
+        with pytest.raises(ValueError, match=r"shard-00003.tar: its sha256 is \w+..., the manifest has"):
             check_shards(folder)
 
 
@@ -54,7 +54,7 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
 
 
 def forge(folder: Path, number: int, content: bytes) -> None:
-    """Replace a shard, and its size and sha256 in the manifest: only what is inside can tell."""
+    """Replace a shard, and its size and sha256 in the manifest, so that only its content reveals the change."""
     name = f"shard-{number:05d}.tar"
     (folder / name).write_bytes(content)
     state = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -62,7 +62,7 @@ def forge(folder: Path, number: int, content: bytes) -> None:
 
 
 def forge_crc(folder: Path, index: int) -> None:
-    """Give the index the crc that the sample has now, and the manifest that index."""
+    """Update the crc of a sample in the index, and the fingerprint in the manifest."""
     with np.load(folder / "index.npz") as arrays:
         samples = arrays["samples"]
     row = samples[index]
@@ -90,7 +90,7 @@ def test_an_image_of_another_size_is_found_though_every_checksum_fits(folder: Pa
     Image.new("RGB", (16, 16)).save(small, "JPEG")
     replace_image(folder, shards, 20, small.getvalue())
     with pytest.raises(
-        ValueError, match=r"1 fault\n  shard-00001.tar: sample \d{12}: its image: the file holds 16x16"
+        ValueError, match=r"1 problem\n  shard-00001.tar: sample \d{12}: its image: the file holds 16x16"
     ):
         check_shards(folder)
 
@@ -98,7 +98,7 @@ def test_an_image_of_another_size_is_found_though_every_checksum_fits(folder: Pa
 def test_an_image_that_cannot_be_decoded_is_found(folder: Path, shards: Shards) -> None:
     replace_image(folder, shards, 20, b"<html>404</html>")
     with pytest.raises(
-        ValueError, match=r"shard-00001.tar: sample \d{12}: its image: is no JPEG or PNG image"
+        ValueError, match=r"shard-00001.tar: sample \d{12}: its image: is not a JPEG or PNG image"
     ):
         check_shards(folder)
 
@@ -111,7 +111,7 @@ def test_a_sample_that_is_not_in_the_index_is_found(folder: Path) -> None:
             tar.addfile(member, io.BytesIO())
     forge(folder, 3, path.read_bytes())
     with pytest.raises(
-        ValueError, match=r"1 fault\n  shard-00003.tar: sample 000000000999 is not in the index"
+        ValueError, match=r"1 problem\n  shard-00003.tar: sample 000000000999 is not in the index"
     ):
         check_shards(folder)
 
@@ -120,7 +120,9 @@ def test_tar_without_its_end_is_found(folder: Path, shards: Shards) -> None:
     row = shards.samples[-1]
     end = int(row["offset"]) + int(row["length"])
     forge(folder, 3, (folder / "shard-00003.tar").read_bytes()[:end])
-    with pytest.raises(ValueError, match=f"1 fault\n  shard-00003.tar: it is cut off: .* after byte {end}"):
+    with pytest.raises(
+        ValueError, match=f"1 problem\n  shard-00003.tar: it is truncated: .* after byte {end}"
+    ):
         check_shards(folder)
 
 
@@ -142,7 +144,7 @@ def test_missing_cut_and_extra_files_are_listed_together(folder: Path) -> None:
     path = folder / "shard-00001.tar"
     path.write_bytes(path.read_bytes()[:3000])
     shutil.copy(folder / "shard-00002.tar", folder / "shard-00004.tar")
-    with pytest.raises(ValueError, match="faults") as caught:
+    with pytest.raises(ValueError, match="problems") as caught:
         check_shards(folder)
     for text in (
         "shard-00004.tar is not in manifest.json",
@@ -155,7 +157,7 @@ def test_missing_cut_and_extra_files_are_listed_together(folder: Path) -> None:
 
 def test_other_label_maps_are_found(folder: Path) -> None:
     edit_manifest(folder, lambda manifest: manifest["label_maps"]["contiguous"].update({"90": 7}))
-    with pytest.raises(ValueError, match="its label maps are not those of its categories"):
+    with pytest.raises(ValueError, match="its label maps do not match its categories"):
         check_shards(folder)
 
 

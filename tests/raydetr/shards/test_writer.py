@@ -25,7 +25,7 @@ from raydetr.shards.writer import write_shards
 
 
 def records_of(annotations: Path) -> list[dict[str, Any]]:
-    """What the samples must hold, made from the JSON by hand."""
+    """Return the expected records of the samples, taken directly from the JSON."""
     data = json.loads(annotations.read_text())
     return [
         {"image": image, "annotations": [a for a in data["annotations"] if a["image_id"] == image["id"]]}
@@ -36,7 +36,7 @@ def records_of(annotations: Path) -> list[dict[str, Any]]:
 def test_stock_webdataset_reads_the_shards(coco: tuple[Path, Path], shards: Shards) -> None:
     urls = [str(path) for path in sorted(shards.path.glob("*.tar"))]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # it leaves files to the garbage collector
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves files to the garbage collector
         samples = list(webdataset.WebDataset(urls, shardshuffle=False))
         gc.collect()
     assert len(urls) == 4
@@ -115,7 +115,7 @@ def test_fingerprint_changes_with_data_and_categories_only(coco: tuple[Path, Pat
     assert write_shards(coco[0], changed, tmp_path / "c").fingerprint != base
 
 
-# --- images that are not as they should be
+# --- invalid images
 
 
 def one_image(folder: Path, content: bytes | None, width: int = 30, height: int = 20) -> tuple[Path, Path]:
@@ -149,19 +149,24 @@ def with_orientation(orientation: int) -> bytes:
 BAD_IMAGES: list[tuple[str, bytes | None, tuple[int, int], str]] = [
     ("missing", None, (30, 20), r"cannot be read \(No such file or directory\): add the file or remove"),
     ("empty", b"", (30, 20), r"the file is empty: replace it or remove the record"),
-    ("no image", b"<html>404</html>" * 50, (30, 20), r"is no JPEG or PNG image: convert or replace it"),
-    ("gif", encoded(noise(), "GIF"), (30, 20), r"is no JPEG or PNG image: convert or replace it"),
+    ("no image", b"<html>404</html>" * 50, (30, 20), r"is not a JPEG or PNG image: convert or replace it"),
+    ("gif", encoded(noise(), "GIF"), (30, 20), r"is not a JPEG or PNG image: convert or replace it"),
     ("truncated", encoded(noise())[:600], (30, 20), r"cannot be decoded \(.*\): replace the file"),
     ("truncated png", encoded(noise(), "PNG")[:600], (30, 20), r"cannot be decoded \(.*\): replace the file"),
-    ("header only", encoded(noise())[:30], (30, 20), r"is no JPEG|cannot be decoded"),
-    ("size", encoded(noise()), (31, 20), r"the file holds 30x20 pixels, the annotations say 31x20: correct"),
+    ("header only", encoded(noise())[:30], (30, 20), r"is not a JPEG|cannot be decoded"),
     (
-        "turned",
+        "size",
+        encoded(noise()),
+        (31, 20),
+        r"the file holds 30x20 pixels, the annotations specify 31x20: correct",
+    ),
+    (
+        "rotated",
         with_orientation(6),
         (20, 30),
-        r"30x20.*20x30, the size after the turn.*EXIF orientation 6.*store",
+        r"30x20.*20x30, the size after applying its EXIF orientation 6.*store",
     ),
-    ("turned, unsaid", encoded(noise()), (20, 30), r"the annotations say 20x30: correct width and height"),
+    ("swapped size", encoded(noise()), (20, 30), r"the annotations specify 20x30: correct width and height"),
 ]
 
 
@@ -185,7 +190,7 @@ def test_many_bad_images_are_listed_together_in_order(tmp_path: Path, workers: i
     bad = [name for number, name in enumerate(names) if number not in (1, 8, 20)]
     for name in bad:
         (images / name).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"images: 27 faulty images\n") as caught:
+    with pytest.raises(ValueError, match=r"images: 27 invalid images\n") as caught:
         write_shards(images, annotations, tmp_path / "out", samples_per_shard=8, workers=workers)
     listed = str(caught.value).splitlines()[1:]
     assert [line.partition(" (image id")[0] for line in listed[:-1]] == [f"  {images}/{n}" for n in bad[:10]]
@@ -198,11 +203,11 @@ def test_exif_orientation_is_ignored_where_the_stored_size_fits(tmp_path: Path) 
     image = decode_rgb(open_shards(tmp_path / "out").read(0).image)
     assert image.size == (30, 20)
     assert ImageOps.exif_transpose(image).size == (20, 30)
-    assert "1 images carry an EXIF orientation, which is not applied" in " ".join(manifest.notices)
+    assert "1 images have an EXIF orientation, which is not applied" in " ".join(manifest.notices)
 
 
 def png16(pixels: np.ndarray) -> bytes:
-    """A PNG of 16 bits a channel [h, w, 3], which Pillow reads but does not write."""
+    """Encode a PNG with 16 bits per channel [h, w, 3], which Pillow reads but does not write."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -220,7 +225,7 @@ def png16(pixels: np.ndarray) -> bytes:
 
 RGB16 = np.random.default_rng(0).integers(0, 2**16, (20, 30, 3), np.uint16)
 GRAY16 = (np.arange(600).reshape(20, 30) * 109).astype(np.uint16)
-ODD_IMAGES: dict[str, bytes] = {
+UNUSUAL_IMAGES: dict[str, bytes] = {
     "gray": encoded(noise().convert("L")),
     "cmyk": encoded(noise().convert("CMYK")),
     "rgba": encoded(noise().convert("RGBA"), "PNG"),
@@ -234,14 +239,14 @@ ODD_IMAGES: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("name", ODD_IMAGES)
-def test_other_colour_modes_become_rgb(tmp_path: Path, name: str) -> None:
-    write_shards(*one_image(tmp_path, ODD_IMAGES[name]), tmp_path / "out")
+@pytest.mark.parametrize("name", UNUSUAL_IMAGES)
+def test_other_color_modes_become_rgb(tmp_path: Path, name: str) -> None:
+    write_shards(*one_image(tmp_path, UNUSUAL_IMAGES[name]), tmp_path / "out")
     shards = open_shards(tmp_path / "out")
     with tarfile.open(tmp_path / "out" / "shard-00000.tar") as tar:
         extension = "jpg" if name in ("gray", "cmyk") else "png"
         assert set(tar.getnames()) == {f"000000000041.{extension}", "000000000041.json"}
-    assert shards.read(0).image == ODD_IMAGES[name]
+    assert shards.read(0).image == UNUSUAL_IMAGES[name]
     image = decode_rgb(shards.read(0).image)
     assert (image.mode, image.size) == ("RGB", (30, 20))
     if name == "16 bit":
@@ -255,7 +260,7 @@ def test_other_colour_modes_become_rgb(tmp_path: Path, name: str) -> None:
 # --- output that cannot be written
 
 
-def test_folder_that_holds_something_is_refused_and_kept(coco: tuple[Path, Path], tmp_path: Path) -> None:
+def test_folder_that_is_not_empty_is_rejected_and_kept(coco: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(
         ValueError, match=r"is not empty \(it holds note.txt\): name another output folder, or remove it"

@@ -1,4 +1,4 @@
-"""Writers that are stopped: what they leave, and what the next run makes of it."""
+"""Interrupted writers: what they leave, and how the next run resumes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ if __name__ == "__main__":
 
 
 def run_python(folder: Path, code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    script = folder / "script.py"  # a file, as the processes of a pool import the main module
+    script = folder / "script.py"  # a file, because the processes of a pool import the main module
     script.write_text(code)
     return subprocess.run(
         [sys.executable, script, *map(str, arguments)],
@@ -59,29 +59,29 @@ def run_python(folder: Path, code: str, *arguments: object) -> subprocess.Comple
 
 
 def write_again(coco: tuple[Path, Path], out: Path) -> list[str]:
-    """Write with the parameters of the fixture `shards`; returns what was told about the earlier run."""
-    told: list[str] = []
-    write_source(coco_source(*coco), out, samples_per_shard=15, tell=told.append)
-    return told
+    """Write with the parameters of the fixture `shards`; return the messages about the earlier run."""
+    messages: list[str] = []
+    write_source(coco_source(*coco), out, samples_per_shard=15, notify=messages.append)
+    return messages
 
 
 @pytest.mark.parametrize(("kind", "workers"), [("SIGKILL", 1), ("SIGKILL", 2), ("SIGINT", 2)])
-def test_stopped_writer_leaves_nothing_that_looks_whole_and_is_continued(
+def test_interrupted_writer_leaves_nothing_that_looks_complete_and_is_resumed(
     coco: tuple[Path, Path], shards: Shards, tmp_path: Path, kind: str, workers: int
 ) -> None:
     out = tmp_path / "out"
     run = run_python(tmp_path, STOPPED, *coco, out, kind, workers)
     assert run.returncode == -getattr(signal, kind), run.stderr
     assert [path.name for path in out.iterdir()] == [".partial"]
-    with pytest.raises(ValueError, match="did not end: run that command again"):
+    with pytest.raises(ValueError, match="did not finish: run that command again"):
         open_shards(out)
     children = [int(word) for word in run.stdout.split()]
     assert len(children) >= 3 or workers == 1  # two workers, and the server that they were forked from
     wait_for_the_end_of(children)
     kept = {path: path.stat().st_ino for path in (out / ".partial").glob("*.tar")}
     assert kept
-    told = write_again(coco, out)
-    assert told == [f"an earlier run was stopped: {len(kept)} of its finished shards were kept"]
+    messages = write_again(coco, out)
+    assert messages == [f"an earlier run was interrupted: {len(kept)} of its finished shards were reused"]
     assert all((out / path.name).stat().st_ino == inode for path, inode in kept.items())
     assert folder_bytes(out) == folder_bytes(shards.path)
 
@@ -102,8 +102,8 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def stopped_run(coco: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A folder in which two of four shards are finished."""
+def interrupted_run(coco: tuple[Path, Path], tmp_path: Path) -> Path:
+    """Return a folder in which two of four shards are finished."""
 
     class Stop(Exception):
         pass
@@ -123,9 +123,10 @@ def test_shards_of_other_annotations_are_discarded(
 ) -> None:
     data = json.loads(coco[1].read_text())
     data["images"][2]["note"] = "another record"
-    out = stopped_run((coco[0], write_json(tmp_path / "other.json", data)), tmp_path)
+    out = interrupted_run((coco[0], write_json(tmp_path / "other.json", data)), tmp_path)
     assert write_again(coco, out) == [
-        "an earlier run was stopped: 1 of its finished shards were kept, 1 of other input or damaged were discarded"
+        "an earlier run was interrupted: 1 of its finished shards were reused, "
+        "1 (corrupt, or with other input) were discarded"
     ]
     assert folder_bytes(out) == folder_bytes(shards.path)
 
@@ -133,16 +134,16 @@ def test_shards_of_other_annotations_are_discarded(
 def test_shards_of_other_images_are_discarded(coco: tuple[Path, Path], tmp_path: Path) -> None:
     images = tmp_path / "images"
     shutil.copytree(coco[0], images)
-    out = stopped_run((images, coco[1]), tmp_path)
+    out = interrupted_run((images, coco[1]), tmp_path)
     first = images / json.loads(coco[1].read_text())["images"][0]["file_name"]
     content = first.read_bytes()
     first.write_bytes(content + b"\0")
-    assert "1 of its finished shards were kept, 1 of" in write_again((images, coco[1]), out)[0]
+    assert "1 of its finished shards were reused, 1 (" in write_again((images, coco[1]), out)[0]
     assert open_shards(out).read(0).image == content + b"\0"
 
 
 def test_other_parameters_discard_all(coco: tuple[Path, Path], tmp_path: Path) -> None:
-    out = stopped_run(coco, tmp_path)
+    out = interrupted_run(coco, tmp_path)
     write_shards(*coco, out, samples_per_shard=20)
     assert sorted(path.name for path in out.iterdir()) == [
         "index.npz", "manifest.json", "shard-00000.tar", "shard-00001.tar", "shard-00002.tar"
@@ -152,15 +153,15 @@ def test_other_parameters_discard_all(coco: tuple[Path, Path], tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["shard-00001.tar", "shard-00001.tar.json"])
-def test_damaged_leftovers_are_written_again(
+def test_corrupt_leftovers_are_rewritten(
     coco: tuple[Path, Path], shards: Shards, tmp_path: Path, name: str
 ) -> None:
-    out = stopped_run(coco, tmp_path)
+    out = interrupted_run(coco, tmp_path)
     path = out / ".partial" / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
-    assert "1 of its finished shards were kept, 1 of" in write_again(coco, out)[0]
+    assert "1 of its finished shards were reused, 1 (" in write_again(coco, out)[0]
     assert folder_bytes(out) == folder_bytes(shards.path)
 
 
@@ -184,13 +185,13 @@ def test_stop_while_renaming_into_place(
         patch.setattr(Path, "rename", renaming)
         with pytest.raises(KeyboardInterrupt):
             write_shards(*coco, out, samples_per_shard=15)
-    with pytest.raises(ValueError, match="did not end: run that command again"):
+    with pytest.raises(ValueError, match="did not finish: run that command again"):
         open_shards(out)
-    assert write_again(coco, out) == ["an earlier run was stopped: 4 of its finished shards were kept"]
+    assert write_again(coco, out) == ["an earlier run was interrupted: 4 of its finished shards were reused"]
     assert folder_bytes(out) == folder_bytes(shards.path)
 
 
-def test_stop_after_the_last_rename_leaves_a_whole_folder(tmp_path: Path) -> None:
+def test_stop_after_the_last_rename_leaves_a_complete_folder(tmp_path: Path) -> None:
     def write_and_stop() -> None:
         with resumable_folder(tmp_path / "out") as folder:
             for name in ("a", "last"):
@@ -208,20 +209,20 @@ def test_stop_after_the_last_rename_leaves_a_whole_folder(tmp_path: Path) -> Non
     assert folder_bytes(tmp_path / "out") == {"a": b"a", "last": b"last"}
 
 
-def test_two_writers_at_once_are_refused(coco: tuple[Path, Path], tmp_path: Path) -> None:
+def test_two_writers_at_once_are_an_error(coco: tuple[Path, Path], tmp_path: Path) -> None:
     with resumable_folder(tmp_path / "out") as folder:
         with pytest.raises(ValueError, match="out: another process is writing there: wait for it, or name"):
             write_shards(*coco, tmp_path / "out")
         assert folder.is_dir()
 
 
-def test_write_that_fails_can_be_continued(coco: tuple[Path, Path], shards: Shards, tmp_path: Path) -> None:
-    """A limit on the size of files stands for a full disk, which needs a mount of its own (below)."""
+def test_failed_write_can_be_resumed(coco: tuple[Path, Path], shards: Shards, tmp_path: Path) -> None:
+    """A file size limit stands in for a full disk, which needs its own mount (below)."""
     run = run_python(tmp_path, LIMITED, *coco, tmp_path / "out", 53)
     assert run.returncode == 1
     assert f"{tmp_path}/out: writing stopped (File too large); free space" in run.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".partial"]
-    assert write_again(coco, tmp_path / "out") == []  # not one shard was finished
+    assert write_again(coco, tmp_path / "out") == []  # no shard was finished
     assert folder_bytes(tmp_path / "out") == folder_bytes(shards.path)
 
 
@@ -234,19 +235,19 @@ def test_full_disk(coco: tuple[Path, Path], shards: Shards, tmp_path: Path, work
     try:
         with pytest.raises(
             OSError,
-            match=r"writing stopped .*No space left on device.*; free space.*goes on where it stopped",
+            match=r"writing stopped .*No space left on device.*; free space.*resumes where it stopped",
         ) as caught:
             write_shards(*coco, out, samples_per_shard=15, workers=workers)
         assert caught.value.errno == errno.ENOSPC
         assert [path.name for path in out.iterdir()] == [".partial"]
         subprocess.run(["mount", "-o", "remount,size=10m", str(tmp_path)], check=True)
-        assert "finished shards were kept" in write_again(coco, out)[0]
+        assert "finished shards were reused" in write_again(coco, out)[0]
         assert folder_bytes(out) == folder_bytes(shards.path)
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_killed_worker_process_is_told(coco: tuple[Path, Path], tmp_path: Path) -> None:
+def test_killed_worker_process_is_reported(coco: tuple[Path, Path], tmp_path: Path) -> None:
     def progress(done: int, total: int) -> None:
         for process in multiprocessing.active_children():
             process.kill()

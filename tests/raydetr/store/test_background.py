@@ -1,4 +1,4 @@
-"""Threads in the background: what they do, and that they end."""
+"""Background threads: they run calls, and they end."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from raydetr.store.background import BackgroundThreads
 
 
 class Owner:
-    """Calls its own methods in the background, as those do who fetch."""
+    """Calls its own methods in the background, like code that fetches files."""
 
     def __init__(self, name: str) -> None:
         self.threads = BackgroundThreads(3, name)
 
     def double(self, number: int) -> int:
-        """Twice the number; an error for 7."""
+        """Return twice the number; raise for 7."""
         if number == 7:
             raise ValueError("seven")
         return 2 * number
 
 
-def test_threads_end_with_who_made_them() -> None:
+def test_threads_end_with_their_owner() -> None:
     name = "threads-of-a-test"
     owner = Owner(name)
     futures = [owner.threads.submit(owner.double, number) for number in range(10)]

@@ -55,13 +55,13 @@ def test_a_run_from_beginning_to_end(database: str, tmp_path: Path) -> None:
     assert mlflow_run.log_params(database, run_id, {**params, "recipe": "quickstart"}) == {}
     mlflow_run.log_text(database, run_id, "a: 1\n", "config.yaml")
     tracker = Tracker(database, run_id, interval_s=0.1)
-    tracker.metrics(10, {"loss": 2.5, "lr/backbone": 1e-5})
-    tracker.metrics(20, {"loss": 1.5})
-    tracker.text("table", "evaluation/ap.txt")
-    tracker.image(Image.new("RGB", (8, 4)), "evaluation/grid.png")
-    tracker.figure(Figure(figsize=(1, 1)), "curves.png")
+    tracker.log_metrics(10, {"loss": 2.5, "lr/backbone": 1e-5})
+    tracker.log_metrics(20, {"loss": 1.5})
+    tracker.log_text("table", "evaluation/ap.txt")
+    tracker.log_image(Image.new("RGB", (8, 4)), "evaluation/grid.png")
+    tracker.log_figure(Figure(figsize=(1, 1)), "curves.png")
     (tmp_path / "notes.txt").write_text("first")
-    tracker.artifact(tmp_path / "notes.txt", "folder/below")
+    tracker.log_artifact(tmp_path / "notes.txt", "folder/below")
     (tmp_path / "notes.txt").write_text("changed later")
     tracker.close()
     mlflow_run.finish_run(database, run_id, "FINISHED")
@@ -69,7 +69,7 @@ def test_a_run_from_beginning_to_end(database: str, tmp_path: Path) -> None:
     run = mlflow_run.fetch_run(database, "child")
     assert (run.run_id, run.name, run.status) == (run_id, "child", "FINISHED")
     assert run.metrics == {"loss": 1.5, "lr/backbone": 1e-5}
-    # as the command line reads them back
+    # In the notation of the command line
     assert {path: json.loads(run.params[path]) for path in params} == params
     assert run.params["recipe"] == "quickstart"
     assert run.artifacts == (
@@ -88,21 +88,23 @@ def test_a_run_from_beginning_to_end(database: str, tmp_path: Path) -> None:
     assert list(beside.rglob("notes.txt"))
 
 
-def test_more_values_than_one_batch_holds(database: str) -> None:
+def test_more_values_than_fit_into_one_request(database: str) -> None:
     run_id = mlflow_run.create_run(database, "many", "many values")
     tracker = Tracker(database, run_id, interval_s=60)
     for step in range(500):
-        tracker.metrics(step, {f"loss/{term}": step * term for term in range(5)})
+        tracker.log_metrics(step, {f"loss/{term}": step * term for term in range(5)})
     tracker.close()
     history = mlflow_run.fetch_history(database, run_id)
     assert {name: len(points) for name, points in history.items()} == {f"loss/{i}": 500 for i in range(5)}
     assert history["loss/4"][-1] == (499, 4 * 499)
 
 
-def test_values_that_are_not_finite_and_names_that_mlflow_refuses(database: str) -> None:
-    run_id = mlflow_run.create_run(database, "odd", "odd values")
+def test_values_that_are_not_finite_and_names_that_mlflow_does_not_allow(database: str) -> None:
+    run_id = mlflow_run.create_run(database, "unusual", "unusual values")
     tracker = Tracker(database, run_id)
-    tracker.metrics(1, {"nan": math.nan, "up": math.inf, "down": -math.inf, "AP/traffic light [8] @50": 0.5})
+    tracker.log_metrics(
+        1, {"nan": math.nan, "up": math.inf, "down": -math.inf, "AP/traffic light [8] @50": 0.5}
+    )
     tracker.close()
     metrics = mlflow_run.fetch_run(database, run_id).metrics
     assert math.isnan(metrics["nan"])
@@ -110,21 +112,21 @@ def test_values_that_are_not_finite_and_names_that_mlflow_refuses(database: str)
     assert metrics["AP/traffic light _8_ _50"] == 0.5
 
 
-def test_long_params_are_cut_visibly(database: str) -> None:
+def test_long_params_are_marked_as_truncated(database: str) -> None:
     run_id = mlflow_run.create_run(database, "long", "long param")
     mlflow_run.log_params(database, run_id, {"names": "x" * 9000, **{f"p{i}": i for i in range(250)}})
     params = mlflow_run.fetch_run(database, run_id).params
     assert len(params) == 251
     assert len(params["names"]) == 6000
-    assert params["names"].endswith("config.yaml holds all of it)")
+    assert params["names"].endswith("config.yaml has the complete value)")
 
 
-def test_resume_goes_on_in_the_same_run(database: str) -> None:
+def test_resume_continues_in_the_same_run(database: str) -> None:
     run_id = mlflow_run.create_run(database, "resume", "resumed")
     mlflow_run.log_params(database, run_id, {"optim.lr": 0.1, "optim.epochs": 2})
     first = Tracker(database, run_id)
-    first.metrics(1, {"loss": 5.0})
-    first.metrics(2, {"loss": 4.0})
+    first.log_metrics(1, {"loss": 5.0})
+    first.log_metrics(2, {"loss": 4.0})
     first.close()
     mlflow_run.finish_run(database, run_id, "FAILED")
 
@@ -135,8 +137,8 @@ def test_resume_goes_on_in_the_same_run(database: str) -> None:
     assert changed == {"optim.epochs": ("2", "3")}
     time.sleep(0.01)
     second = Tracker(database, run_id)
-    second.metrics(2, {"loss": 3.5})
-    second.metrics(3, {"loss": 3.0})
+    second.log_metrics(2, {"loss": 3.5})
+    second.log_metrics(3, {"loss": 3.0})
     second.close()
     run = mlflow_run.fetch_run(database, run_id)
     assert run.params == {"optim.lr": "0.1", "optim.epochs": "2", "seed": "1"}
@@ -176,7 +178,7 @@ def test_unknown_and_ambiguous_names(database: str) -> None:
 
 def test_a_value_that_mlflow_refuses_is_an_error_at_the_end(database: str) -> None:
     tracker = Tracker(database, "f" * 32, interval_s=0.1)
-    tracker.metrics(1, {"loss": 1.0})
+    tracker.log_metrics(1, {"loss": 1.0})
     with pytest.raises(
         mlflow_run.TrackingError, match=r"1 metric values and 0 files of run f{32} did not reach"
     ):
@@ -192,8 +194,8 @@ def test_everything_works_through_a_server(server: MlflowServer) -> None:
     )
     tracker = Tracker(server.uri, run_id)
     for step in range(300):
-        tracker.metrics(step, {"a": step, "b": -step, "nan": math.nan, "inf": math.inf})
-    tracker.text("hello", "folder/text.txt")
+        tracker.log_metrics(step, {"a": step, "b": -step, "nan": math.nan, "inf": math.inf})
+    tracker.log_text("hello", "folder/text.txt")
     tracker.close()
     run = mlflow_run.fetch_run(server.uri, "served run")
     assert (len(run.params), run.artifacts) == (250, ("folder/text.txt",))
@@ -207,7 +209,7 @@ def test_everything_works_through_a_server(server: MlflowServer) -> None:
 def test_an_outage_costs_neither_time_nor_values(server: MlflowServer) -> None:
     run_id = mlflow_run.create_run(server.uri, "outage", "outage")
     tracker = Tracker(server.uri, run_id, interval_s=0.2)
-    tracker.metrics(0, {"loss": 0.0})
+    tracker.log_metrics(0, {"loss": 0.0})
     tracker.flush()
 
     server.freeze()
@@ -234,7 +236,7 @@ def test_close_ends_in_bounded_time_without_a_server() -> None:
     with pytest.raises(mlflow_run.TrackingError, match=uri):
         mlflow_run.create_run(uri, "none", "none")
     tracker = Tracker(uri, "f" * 32)
-    tracker.metrics(1, {"loss": 1.0})
+    tracker.log_metrics(1, {"loss": 1.0})
     started = time.monotonic()
     with pytest.raises(mlflow_run.TrackingError, match=f"1 metric values and 0 files .* {uri}"):
         tracker.close()
@@ -245,7 +247,7 @@ def test_close_ends_in_bounded_time_without_a_server() -> None:
 def _record(tracker: mlflow_run.Tracker, steps: range) -> None:
     started = time.monotonic()
     for step in steps:
-        tracker.metrics(step, {"loss": step})
+        tracker.log_metrics(step, {"loss": step})
         time.sleep(0.01)
     assert time.monotonic() - started < 5.0  # one value that waited for the server would take longer
 

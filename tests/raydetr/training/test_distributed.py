@@ -1,4 +1,4 @@
-"""Several processes with a real gloo group against one process on the same global batch."""
+"""Two processes with a real gloo group, compared with one process on the same global batch."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ STEPS = 3
 
 @pytest.fixture
 def plain_run(tiny_run: RunConfig) -> RunConfig:
-    """Without what depends on the share of a worker: batch statistics and denoising draws."""
+    """A run without what depends on how a batch is split: batch statistics and denoising draws."""
     return override(
         tiny_run, {"model.num_classes": 4, "model.backbone.norm": "frozen", "model.num_denoising": 0}
     )
 
 
 def take_steps(config: RunConfig, world: World) -> list[dict[str, Any]]:
-    """The first steps: mean terms, and every gradient."""
+    """The mean terms of the first steps, and the weights after them."""
     train_shards, _ = open_splits(config.data)
     torch.manual_seed(0)
     training = Training(config, zoo.build(config.model), train_shards.num_samples, world)
@@ -55,27 +55,27 @@ def worker(rank: int, size: int, values: dict[str, Any], folder: str) -> None:
         dist.destroy_process_group()
 
 
-def test_two_workers_make_the_steps_of_one_on_the_same_global_batch(
+def test_two_workers_take_the_same_steps_as_one_on_the_same_global_batch(
     plain_run: RunConfig, tmp_path: Path
 ) -> None:
     mp.spawn(worker, args=(2, to_dict(plain_run), str(tmp_path)), nprocs=2)
     (first,), (second,) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     torch.set_num_threads(1)
-    (alone,) = take_steps(plain_run, World.single_process())
+    (single,) = take_steps(plain_run, World.single_process())
     for name, value in first["weights"].items():
         assert torch.equal(value, second["weights"][name]), name
     counts = [len(batch) for batch in first["terms"]]
-    assert counts == [len(alone["terms"][0])] * STEPS
-    # a normaliser per worker, instead of one for the global batch, is off by percents: the
-    # shares of these batches hold different numbers of boxes. Later steps start from weights that
-    # Adam moved by the sign of gradients which rounding can turn.
-    for step, (ours, theirs) in enumerate(zip(first["terms"], alone["terms"], strict=True)):
+    assert counts == [len(single["terms"][0])] * STEPS
+    # Normalizing per worker instead of over the global batch would be wrong by several percent, because the workers
+    # have different numbers of boxes. Later steps start from different weights: Adam's first updates depend on the sign
+    # of gradients, which rounding can change.
+    for step, (terms, expected) in enumerate(zip(first["terms"], single["terms"], strict=True)):
         for name in ("loss", "loss_bbox", "loss_giou", "loss_ce", "loss_ce_interm", "grad_norm"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-5 if step == 0 else 5e-3), (step, name)
+            assert terms[name] == pytest.approx(expected[name], rel=1e-5 if step == 0 else 5e-3), (step, name)
 
 
-def test_the_shares_of_the_first_batches_hold_different_numbers_of_boxes(plain_run: RunConfig) -> None:
-    """Else the test above could not fail."""
+def test_the_workers_have_different_numbers_of_boxes_in_the_first_batches(plain_run: RunConfig) -> None:
+    """Otherwise the test above could not fail."""
     train_shards, _ = open_splits(plain_run.data)
     boxes = []
     for rank in range(2):
@@ -105,7 +105,7 @@ def evaluate_worker(rank: int, size: int, values: dict[str, Any], folder: str) -
 
 
 def test_every_worker_evaluates_the_same_model(tiny_run: RunConfig, tmp_path: Path) -> None:
-    """With batch norm each worker has its own running statistics, and so does the moving average."""
+    """With batch norm each worker has its own running statistics, also in its moving average."""
     config = override(tiny_run, {"model.num_classes": 4, "optim.epochs": 1})
     mp.spawn(evaluate_worker, args=(2, to_dict(config), str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))

@@ -1,4 +1,4 @@
-"""Official checkpoints become checkpoints of ours; other files are told apart and described."""
+"""Official checkpoints are converted; other files are recognized and refused."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from raydetr import recipes
 from raydetr.cli.main import app
 from raydetr.inference.predict import predict
 from raydetr.training.checkpoint import load_for_inference, read_meta
-from raydetr.training.import_checkpoint import COCO_CATEGORIES, Imported, import_checkpoint
+from raydetr.training.import_checkpoint import COCO_CATEGORIES, ImportedCheckpoint, import_checkpoint
 
-# full-size official model -> (what a user names, whose settings it gets)
+# Full-size official model -> (value of --model, recipe whose settings it gets)
 NAMED = {
     "detr": ("detr_r50", "detr_r50_500ep"),
     "conditional_detr": ("conditional_detr_r50_50ep", "conditional_detr_r50_50ep"),
@@ -43,13 +43,13 @@ NAMED = {
 
 
 def save(path: Path, state: dict[str, Tensor]) -> Path:
-    """A file such as the official training scripts write."""
+    """Write a file in the format of the official training scripts."""
     torch.save({"model": state, "args": argparse.Namespace(lr=1e-4), "epoch": 11}, path)
     return path
 
 
 def official_zeros(full: str) -> dict[str, Tensor]:
-    """A full-size state dict that takes no room: every tensor is one number, expanded."""
+    """A full-size state dict without its memory: every tensor is one expanded number."""
     shapes = goldens.read(f"full_{full}").manifest["state_dict"]
     return {name: torch.zeros(()).expand(shape) for name, (shape, _) in shapes.items()}
 
@@ -69,7 +69,7 @@ def test_every_official_model_is_imported(full: str, tmp_path: Path) -> None:
 
 
 def test_the_weights_are_the_official_ones_and_predict(tmp_path: Path) -> None:
-    """A whole DETR with random weights, from file to pictures."""
+    """A complete DETR with random weights, from the file to drawn predictions."""
     torch.manual_seed(0)
     config = replace(recipes.find("detr_r50_500ep").model, num_classes=91)
     state = build(config).detector.state_dict()
@@ -81,7 +81,7 @@ def test_the_weights_are_the_official_ones_and_predict(tmp_path: Path) -> None:
         assert torch.equal(tensor, state[name]), name
     assert loaded.label_map.names[18] == "dog"
     Image.new("RGB", (32, 24), "white").save(tmp_path / "white.png")
-    results = predict(tmp_path / "out", [tmp_path / "white.png"], tmp_path / "pictures", device="cpu")
+    results = predict(tmp_path / "out", [tmp_path / "white.png"], tmp_path / "predictions", device="cpu")
     assert {result["category_id"] for result in results} <= {category["id"] for category in COCO_CATEGORIES}
 
 
@@ -182,7 +182,7 @@ def test_other_files_are_refused_in_one_line(kind: str, message: str, tmp_path: 
     assert "\n" not in str(caught.value)
 
 
-def test_the_command_says_what_it_found(tmp_path: Path) -> None:
+def test_the_command_prints_what_it_found(tmp_path: Path) -> None:
     file = save(tmp_path / "official.pth", official_zeros("dino_4scale"))
     out = tmp_path / "out"
     arguments: list[Any] = ["import-checkpoint", file, "--model", "dino_r50_4scale", "--out", out]
@@ -191,4 +191,4 @@ def test_the_command_says_what_it_found(tmp_path: Path) -> None:
     assert "a checkpoint of dino" in done.output
     assert "91 classes" in done.output
     assert f"init.checkpoint={out}" in done.output
-    assert isinstance(import_checkpoint(file, "dino", tmp_path / "again"), Imported)
+    assert isinstance(import_checkpoint(file, "dino", tmp_path / "again"), ImportedCheckpoint)

@@ -1,4 +1,4 @@
-"""Starting from a checkpoint's weights: what is kept, what starts anew, what is said, what is refused."""
+"""Initial weights from a checkpoint: which are kept, reinitialized, reported and refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def with_model(config: RunConfig, model: ModelConfig, checkpoint: Path | None) -
 def checkpoint_of(
     config: RunConfig, model: ModelConfig, folder: Path, *, averaged: bool = False
 ) -> dict[str, Tensor]:
-    """Write a checkpoint of a new model; returns the weights it is to be used with."""
+    """Write a checkpoint of a new model; return the weights that a run should load from it."""
     torch.manual_seed(5)
     state, other = (build(model).detector.state_dict() for _ in range(2))
     description: dict[str, Any] = {
@@ -59,17 +59,17 @@ def test_all_but_the_class_heads_is_kept(name: str, tiny_run: RunConfig, tmp_pat
     new = {key: value.clone() for key, value in detector.state_dict().items()}
     init_weights.load(detector, config)
     loaded = dict(detector.state_dict())
-    renewed = differing(loaded, weights)
-    assert renewed == {key for key in new if new[key].shape != weights[key].shape}
-    assert {"decoder.class_heads.0.weight", "decoder.class_heads.0.bias"} <= renewed
-    assert all("class_head" in key or key == "denoising.label_embed.weight" for key in renewed)
-    assert not renewed & differing(loaded, new)
-    (said,) = (line for line in init_weights.describe(config) if "starting anew" in line)
-    assert "4 classes and the data 7" in said
-    assert set(said.split(": ")[1].split("; ")[0].split(", ")) == renewed
+    reinitialized = differing(loaded, weights)
+    assert reinitialized == {key for key in new if new[key].shape != weights[key].shape}
+    assert {"decoder.class_heads.0.weight", "decoder.class_heads.0.bias"} <= reinitialized
+    assert all("class_head" in key or key == "denoising.label_embed.weight" for key in reinitialized)
+    assert not reinitialized & differing(loaded, new)
+    (line,) = (line for line in init_weights.summarize(config) if line.startswith("reinitialized"))
+    assert "4 classes and the data 7" in line
+    assert set(line.split(": ")[1].split("; ")[0].split(", ")) == reinitialized
 
 
-def test_with_as_many_classes_everything_is_kept_and_averaged_weights_are_preferred(
+def test_with_the_same_number_of_classes_all_weights_are_kept_and_averaged_ones_are_preferred(
     tiny_run: RunConfig, tmp_path: Path
 ) -> None:
     model = small_models.CONFIGS["dino"]
@@ -78,27 +78,27 @@ def test_with_as_many_classes_everything_is_kept_and_averaged_weights_are_prefer
     detector = build(model).detector
     init_weights.load(detector, config)
     assert differing(dict(detector.state_dict()), weights) == set()
-    said = init_weights.describe(config)
-    assert said[0] == f"starting from {tmp_path / 'old'}"
-    assert not any("anew" in line for line in said)
+    lines = init_weights.summarize(config)
+    assert lines[0] == f"starting from {tmp_path / 'old'}"
+    assert not any("reinitialized" in line for line in lines)
 
 
-def test_other_names_of_as_many_classes_are_said(tiny_run: RunConfig, tmp_path: Path) -> None:
+def test_other_class_names_are_reported(tiny_run: RunConfig, tmp_path: Path) -> None:
     model = small_models.CONFIGS["dino"]
     checkpoint_of(tiny_run, model, tmp_path / "old")
     names = init_weights._category_names(tiny_run)
     is_same = names == [category["name"] for category in CLASSES]
-    said = init_weights.describe(with_model(tiny_run, model, tmp_path / "old"))
-    assert any("other names" in line for line in said) != is_same
+    lines = init_weights.summarize(with_model(tiny_run, model, tmp_path / "old"))
+    assert any("other names" in line for line in lines) != is_same
 
 
-def test_without_a_checkpoint_nothing_is_changed_or_said(tiny_run: RunConfig) -> None:
+def test_without_a_checkpoint_nothing_is_changed_or_reported(tiny_run: RunConfig) -> None:
     config = with_model(tiny_run, small_models.CONFIGS["dino"], None)
     detector = build(config.model).detector
     before = {key: value.clone() for key, value in detector.state_dict().items()}
     init_weights.load(detector, config)
     assert differing(dict(detector.state_dict()), before) == set()
-    assert init_weights.describe(config) == []
+    assert init_weights.summarize(config) == []
 
 
 @pytest.mark.parametrize(
@@ -131,30 +131,32 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tiny_run: RunConfig, tmp_path
         run.start(config, local=True)
 
 
-def test_settings_that_change_what_the_weights_mean_are_said(tiny_run: RunConfig, tmp_path: Path) -> None:
+def test_settings_that_change_the_meaning_of_weights_are_reported(
+    tiny_run: RunConfig, tmp_path: Path
+) -> None:
     old = small_models.CONFIGS["detr"]
     checkpoint_of(tiny_run, replace(old, dropout=0.3), tmp_path / "old")
     frozen = replace(old, backbone=replace(old.backbone, num_frozen_stages=1))
-    said = init_weights.describe(with_model(tiny_run, frozen, tmp_path / "old"))
-    assert not [line for line in said if "num_frozen" in line or "dropout" in line]
+    lines = init_weights.summarize(with_model(tiny_run, frozen, tmp_path / "old"))
+    assert not [line for line in lines if "num_frozen" in line or "dropout" in line]
     heads = replace(old, num_heads=2)
-    said = init_weights.describe(with_model(tiny_run, heads, tmp_path / "old"))
-    (line,) = (line for line in said if "other settings" in line)
+    lines = init_weights.summarize(with_model(tiny_run, heads, tmp_path / "old"))
+    (line,) = (line for line in lines if "other settings" in line)
     assert "num_heads is 4 there and 2 here" in line
     assert "dropout" not in line
 
 
-def test_a_frozen_backbone_without_weights_is_said(tiny_run: RunConfig) -> None:
+def test_a_frozen_backbone_without_weights_is_reported(tiny_run: RunConfig) -> None:
     model = replace(small_models.CONFIGS["dino"], backbone=BackboneConfig("resnet18"))
-    (said,) = init_weights.describe(with_model(tiny_run, model, None))
-    assert "starts from random numbers" in said
-    assert "resnet18-f37072fd.pth" in said
+    (line,) = init_weights.summarize(with_model(tiny_run, model, None))
+    assert "starts from random numbers" in line
+    assert "resnet18-f37072fd.pth" in line
 
 
 def test_a_run_is_trained_from_the_weights_of_another(
     tiny_run: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a rate of next to nothing, what comes out is what went in."""
+    """With a learning rate near zero the weights stay those of the checkpoint."""
     config = run.resolve(tiny_run)
     five = replace(config.model, num_classes=5)
     weights = checkpoint_of(config, five, tmp_path / "old")

@@ -52,7 +52,7 @@ def test_each_trainable_parameter_is_in_one_group_with_the_rate_of_its_kind() ->
     }
 
 
-def test_norms_and_biases_can_be_left_out_of_the_decay_and_groups_stay_few() -> None:
+def test_norms_and_biases_can_be_excluded_from_the_decay_with_few_groups() -> None:
     config = optim(weight_decay=0.1, decay_norms_and_biases=False)
     got = rates(Small(), config)
     assert {name for name, (_, decay) in got.items() if decay == 0} == {
@@ -72,7 +72,7 @@ def test_cosine_schedule_with_warm_up() -> None:
     assert all(a > b for a, b in itertools.pairwise(factors[10:]))
 
 
-def test_step_schedule_drops_tenfold_after_the_named_epochs() -> None:
+def test_step_schedule_drops_tenfold_after_the_given_epochs() -> None:
     config = optim(lr_drop_epochs=(4, 8))
     factors = [lr_factor(config, step, 100) for step in (0, 39, 40, 79, 80, 99)]
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
@@ -87,7 +87,7 @@ def test_ema_follows_its_formula_in_float64_and_keeps_counters() -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter))
-        model.backbone(torch.randn(8, 3, 2, 2).double())  # moves the running statistics
+        model.backbone(torch.randn(8, 3, 2, 2).double())  # updates the running statistics
         ema.update()
         decay = min(0.5, (1 + update) / (10 + update))
         for name, value in model.state_dict().items():

@@ -10,7 +10,14 @@ import pytest
 from raydetr import recipes
 from raydetr.cli.main import read_config
 from raydetr.config import override
-from raydetr.tune.result import SearchResult, Trial, ranked, train_command, trial_table, trials_as_json
+from raydetr.tune.result import (
+    SearchResult,
+    Trial,
+    rank_trials,
+    train_command,
+    trial_table,
+    trials_as_json,
+)
 
 TRIALS = (
     Trial(1, "search-001", {"optim.lr": 0.00123456}, "failed", cause="too hot"),
@@ -22,11 +29,11 @@ TRIALS = (
 
 
 def test_trials_that_finished_come_first_and_the_higher_AP_before_the_lower() -> None:
-    assert [trial.number for trial in ranked(TRIALS)] == [4, 3, 2, 5, 1]
+    assert [trial.number for trial in rank_trials(TRIALS)] == [4, 3, 2, 5, 1]
 
 
 def test_the_table_shows_every_trial_and_why_one_failed() -> None:
-    assert trial_table(ranked(TRIALS), 4).splitlines() == [
+    assert trial_table(rank_trials(TRIALS), 4).splitlines() == [
         "trial  AP     AP50   epochs  status           optim.lr",
         "4      0.300  0.600  4/4     finished         0.125",
         "3      0.200  0.400  4/4     finished         0.25",
@@ -38,10 +45,10 @@ def test_the_table_shows_every_trial_and_why_one_failed() -> None:
     assert json.loads(trials_as_json(TRIALS))[0]["overrides"] == {"optim.lr": 0.00123456}
 
 
-def test_an_outcome_without_an_evaluated_trial_has_no_best() -> None:
-    outcome = SearchResult("search", Path("/runs/search"), "sqlite:///x", "id", 4, TRIALS[:1], None, ())
-    assert outcome.best is None
-    assert "none: no trial was evaluated" in outcome.to_text()
+def test_a_result_without_an_evaluated_trial_has_no_best() -> None:
+    result = SearchResult("search", Path("/runs/search"), "sqlite:///x", "id", 4, TRIALS[:1], None, ())
+    assert result.best is None
+    assert "none: no trial was evaluated" in result.to_text()
 
 
 @pytest.mark.parametrize(
@@ -60,7 +67,7 @@ def test_the_command_trains_the_same_configuration_when_pasted(overrides: dict[s
     assert read_config(words[2:], None) == override(given, overrides)
 
 
-def test_a_configuration_that_no_recipe_begins_is_named_by_its_file(tmp_path: Path) -> None:
+def test_the_command_for_a_configuration_without_a_recipe_has_its_file(tmp_path: Path) -> None:
     given = recipes.quickstart().model_copy(update={"recipe": "mine"})
     command = train_command(given, {"optim.lr": 0.5}, tmp_path / "config.yaml")
     assert command == f"raydetr train --config {tmp_path / 'config.yaml'} optim.lr=0.5"

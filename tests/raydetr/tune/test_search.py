@@ -1,4 +1,4 @@
-"""A search on a real cluster. Four trials on two CPUs, two at a time: about a minute where nothing else runs."""
+"""Search on a real cluster: four trials on two CPUs, two at a time, about a minute on an idle machine."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from raydetr.shards.writer import write_shards
 from raydetr.training.checkpoint import read_meta
 
 ROOT = Path(__file__).parents[3]
-# With this seed the values drawn are, in order: (good, 4), (bad, 4), (bad, 7), (bad, 4). The fourth trial starts
-# when one of the first two has ended: then the good one has set the mark that a bad one does not reach.
+# With this seed the drawn values are, in order: (good, 4), (bad, 4), (bad, 7), (bad, 4). The fourth trial starts when
+# one of the first two has ended: ASHA then stops it, because the good trial has a higher AP.
 SEED = 11
 SPACE = """
 optim.lr: {choice: [4.0e-3, 1.0e-9]}
@@ -44,7 +44,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def search(head: RayHead, shards: Path, space: Path, *arguments: str) -> subprocess.Popen[str]:
-    """The job, started; runs are kept beside the space."""
+    """Start the job; its runs are stored in the folder of the space."""
     return subprocess.Popen(
         [
             *(sys.executable, "jobs/tune_detector.py", "quickstart", "--space", str(space), *arguments),
@@ -66,13 +66,13 @@ def query(database: Path, sql: str, *values: str) -> list[tuple[Any, ...]]:
 
 
 def drivers_and_workers(head: RayHead) -> list[str]:
-    """What runs on the cluster beyond its own services."""
+    """The names of all Ray processes except the services of the cluster."""
     names = [process.name() for process in head.processes()]
     return [name for name in names if name.startswith("ray::") and "AutoscalingCoordinator" not in name]
 
 
-@pytest.mark.timeout(900)  # a minute; many where the cores are shared
-def test_a_search_stops_the_bad_reports_the_failed_and_leaves_nothing_behind(
+@pytest.mark.timeout(900)  # a minute; much longer on a busy machine
+def test_a_search_stops_bad_trials_reports_failed_ones_and_leaks_nothing(
     shards: Path, tmp_path: Path
 ) -> None:
     space = tmp_path / "space.yaml"
@@ -92,7 +92,7 @@ def test_a_search_stops_the_bad_reports_the_failed_and_leaves_nothing_behind(
     drawn = [tuple(trials[number]["overrides"].values()) for number in (1, 2, 3, 4)]
     assert drawn == DRAWN
     assert trials[1]["status"] == "finished"
-    assert trials[2]["status"] in ("finished", "stopped by ASHA")  # whichever of two was faster
+    assert trials[2]["status"] in ("finished", "stopped by ASHA")  # depends on which of two was faster
     assert trials[3]["status"] == "failed"
     assert "model.num_classes is 7" in trials[3]["cause"]
     assert (trials[4]["status"], trials[4]["epoch"]) == ("stopped by ASHA", 1)
@@ -100,7 +100,7 @@ def test_a_search_stops_the_bad_reports_the_failed_and_leaves_nothing_behind(
     assert re.search(r"trial 1  epoch 3/3  AP 0\.\d{3}  AP50 0\.\d{3}  optim.lr=0.004", errors)
 
     text = (folder / "trials.txt").read_text().strip()
-    assert output.rstrip().endswith(text)  # Ray has its own words before it
+    assert output.rstrip().endswith(text)  # Ray prints lines before it
     table = text.splitlines()
     assert table[0].split() == ["trial", "AP", "AP50", "epochs", "status", "optim.lr", "model.num_classes"]
     assert table[1].startswith(f"1      {trials[1]['AP']:.3f}")
@@ -110,7 +110,7 @@ def test_a_search_stops_the_bad_reports_the_failed_and_leaves_nothing_behind(
 
 
 def check_best_command(line: str, folder: Path) -> None:
-    """Pasted, it is the configuration that the best trial had."""
+    """Check that the command has the configuration of the best trial."""
     words = shlex.split(line.removeprefix("best"))
     assert words[:3] == ["raydetr", "train", "quickstart"]
     pasted = read_config(words[2:], None)
@@ -120,7 +120,7 @@ def check_best_command(line: str, folder: Path) -> None:
 
 
 def check_mlflow(database: Path, name: str, trials: dict[int, dict[str, Any]]) -> None:
-    """One finished parent; below it a run for each trial, with the trial's numbers and how it ended."""
+    """Check that a finished parent has one child run per trial, with its metrics and its status."""
     parent, status = query(database, "select run_uuid, status from runs where name = ?", name)[0]
     assert status == "FINISHED"
     children = dict(
@@ -156,7 +156,9 @@ def check_mlflow(database: Path, name: str, trials: dict[int, dict[str, Any]]) -
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_an_interrupted_search_ends_its_trials_and_says_what_it_had(shards: Path, tmp_path: Path) -> None:
+def test_an_interrupted_search_ends_its_trials_and_reports_their_results(
+    shards: Path, tmp_path: Path
+) -> None:
     space = tmp_path / "space.yaml"
     space.write_text(SPACE)
     with ray_head(num_cpus=2) as head:
@@ -177,4 +179,4 @@ def test_an_interrupted_search_ends_its_trials_and_says_what_it_had(shards: Path
     stopped = json.loads((folder / "trials.json").read_text())
     assert {trial["status"] for trial in stopped} == {"interrupted"}
     (newest, *_) = (folder / stopped[0]["name"]).glob("*/*/meta.json")
-    assert read_meta(newest.parent).epoch >= 1  # `raydetr train --resume` can go on from it
+    assert read_meta(newest.parent).epoch >= 1  # `raydetr train --resume` can continue from it

@@ -58,7 +58,7 @@ def test_the_example_fits_the_recipe_it_is_for() -> None:
     [
         ("optim.lrr: {uniform: [1, 2]}", ["optim.lrr", "did you mean optim.lr?"]),
         ("optim: {choice: [1, 2]}", ["optim is a section", "weight_decay"]),
-        ("optim: {lr: {uniform: [1, 2]}}", ["optim", "no distribution 'lr'", "whole dotted path"]),
+        ("optim: {lr: {uniform: [1, 2]}}", ["optim", "no distribution 'lr'", "full dotted path"]),
         ("optim.lr: {lognormal: [1, 2]}", ["optim.lr", "'lognormal'", "did you mean loguniform?", "randint"]),
         ("optim.lr: 0.1", ["optim.lr", "0.1", "write it as {loguniform"]),
         ("optim.lr: {uniform: [1, 2], choice: [1, 2]}", ["optim.lr", "uniform, choice"]),

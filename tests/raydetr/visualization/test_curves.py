@@ -13,7 +13,7 @@ def named(panel: object) -> list[str]:
     return [text.get_text() for text in panel.get_legend().get_texts()]  # type: ignore[attr-defined]
 
 
-def test_panels_name_what_matters() -> None:
+def test_legends_omit_the_terms_of_single_layers() -> None:
     steps = range(10, 100, 10)
     losses = {
         name: [(step, 5 / step) for step in steps]
@@ -31,9 +31,9 @@ def test_panels_name_what_matters() -> None:
     assert precision_panel.get_ylim() == (0, 1)
 
 
-def test_renders_without_pyplot_whatever_the_values() -> None:
-    odd = [(1, math.nan), (2, math.inf), (3, 0.0), (4, -1.0), (5, 2.0)]
-    for losses in ({"loss": odd, "none": []}, {"loss": [(1, math.nan)]}):
+def test_renders_without_pyplot_for_any_values() -> None:
+    unusual = [(1, math.nan), (2, math.inf), (3, 0.0), (4, -1.0), (5, 2.0)]
+    for losses in ({"loss": unusual, "none": []}, {"loss": [(1, math.nan)]}):
         buffer = io.BytesIO()
         learning_curves(losses, {}, {"AP": [(1, 0.5)]}).savefig(buffer, format="png")
         assert Image.open(buffer).size == (1500, 500)

@@ -1,1 +1,1 @@
-"""Loader processes, and how their batches reach the trainer."""
+"""Load batches in other processes and hand them to the trainer."""

@@ -1,13 +1,11 @@
-"""Work in loader processes: torch's DataLoader for the processes, shared memory for what they make."""
+"""Make batches in loader processes: torch's DataLoader runs the processes, shared memory carries the pixels."""
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from multiprocessing import parent_process
 from multiprocessing.context import BaseContext
 from types import ModuleType
 from typing import Any, Protocol, TypeVar, cast
@@ -17,41 +15,42 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from raydetr.data.batch import Batch, Canvas
 from raydetr.data.loader.ring import Failure, LoaderError, Message, Receiver, Ring, Sender
+from raydetr.process_pool import exit_with_parent
 
-Out = Callable[[tuple[int, int, int, int]], Canvas]  # `collate`'s
+Out = Callable[[tuple[int, int, int, int]], Canvas]  # the `out` of `collate`
 DONE = object()
 B = TypeVar("B", bound=Batch | None, covariant=True)
 
 
-class Work(Protocol[B]):
-    """Something that makes batches, which several processes can share."""
+class BatchSource(Protocol[B]):
+    """Makes batches, in any number of processes that take turns."""
 
     def batches(self, worker: int, num_workers: int, out: Out | None) -> Iterator[B]:
-        """The batches `worker`, `worker + num_workers`, ... of the work, collated into what `out` gives."""
+        """Yield batches `worker`, `worker + num_workers`, ... of the source, collated into arrays from `out`."""
 
 
-def load(work: Work[B], num_workers: int) -> Iterator[B]:
-    """The batches of some work, in their order.
+def load(source: BatchSource[B], num_workers: int) -> Iterator[B]:
+    """Yield the batches of a source in order.
 
     Args:
-        work: is copied to the loader processes.
-        num_workers: loader processes; 0 works in this process.
+        source: is copied to the loader processes.
+        num_workers: loader processes; 0 makes the batches in this process.
 
     Raises:
         LoaderError: a loader process died, or there is no memory for its batches.
-        Exception: what the work raises, as it was raised.
+        Exception: any exception of the source, with its type and message.
     """
     if num_workers == 0:
-        yield from work.batches(0, 1, None)
+        yield from source.batches(0, 1, None)
         return
     ring = Ring(num_workers)
     loader = DataLoader(
-        _Sending(work, ring),
+        _SenderDataset(source, ring),
         batch_size=None,
         num_workers=num_workers,
-        collate_fn=_unchanged,
-        generator=torch.Generator(),  # else starting the loader would draw from the global one
-        multiprocessing_context=_how_to_start(),
+        collate_fn=_identity,
+        generator=torch.Generator(),  # otherwise the DataLoader draws its seed from the global generator
+        multiprocessing_context=_start_method(),
         in_order=True,
     )
     receiver, messages = Receiver(ring), iter(loader)
@@ -64,49 +63,48 @@ def load(work: Work[B], num_workers: int) -> Iterator[B]:
                 raise message.error()
             yield cast(B, None if message is None else receiver.batch(message))
     finally:
-        del messages  # the processes end with it: at once, not when an exception's traceback is dropped
+        del messages  # ends the processes now; a held traceback would keep them running
 
 
 def _next(messages: Iterator[Any]) -> Any:
     try:
         return next(messages, DONE)
-    except RuntimeError as error:  # what the DataLoader says of a process that is gone
+    except RuntimeError as error:  # the DataLoader's error for a dead process
         raise LoaderError(
-            f"{error} A loader process is gone: killed, or out of memory (`dmesg` tells). If it was memory, "
+            f"{error} A loader process died: killed, or out of memory (see `dmesg`). If it was memory, "
             "lower data.num_loader_workers or the images of a batch."
         ) from error.with_traceback(None)
 
 
-class _Sending(IterableDataset[Message | Failure | None]):
-    def __init__(self, work: Work[Batch | None], ring: Ring) -> None:
-        self.work, self.ring = work, ring
+class _SenderDataset(IterableDataset[Message | Failure | None]):
+    def __init__(self, source: BatchSource[Batch | None], ring: Ring) -> None:
+        self.source, self.ring = source, ring
 
     def __iter__(self) -> Iterator[Message | Failure | None]:
         info = get_worker_info()
         assert info is not None
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        # The DataLoader's own watchdog polls every five seconds, and misses a parent that died before it started
+        threading.Thread(target=exit_with_parent, daemon=True).start()
         sender = Sender(self.ring, info.id)
         try:
-            for batch in self.work.batches(info.id, info.num_workers, sender.canvas):
+            for batch in self.source.batches(info.id, info.num_workers, sender.canvas):
                 yield None if batch is None else sender.message(batch)
         except Exception as error:
             yield Failure.of(error, info.id)
 
 
-def _how_to_start() -> BaseContext | None:
-    """Fork in the main thread, which is quick; elsewhere ask a server to fork, unless the program chose a way.
+def _start_method() -> BaseContext | None:
+    """Return a context that forks in the main thread and uses a fork server elsewhere; None: the program's own.
 
-    A thread beside the main one says that the process belongs to somebody else, such as Ray Train. Those threads
-    may hold a lock of the interpreter at the moment of a fork, and then the child waits for it for ever.
+    Outside the main thread the process belongs to a framework such as Ray Train. Its threads may hold a lock of the
+    interpreter at the moment of a fork, and the child would wait for it forever.
     """
-    if multiprocessing.get_start_method(allow_none=True) in (
-        "spawn",
-        "forkserver",
-    ):  # chosen; "fork" may not be
+    # Only the program itself sets these; "fork" may be the platform's default
+    if multiprocessing.get_start_method(allow_none=True) in ("spawn", "forkserver"):
         return None
     if threading.current_thread() is threading.main_thread() and sys.platform == "linux":
         return multiprocessing.get_context("fork")
-    # Every child runs the main module again. What that imports is imported once, by the server.
+    # Every child imports the main module again: the server preloads its imports once for all
     main = vars(sys.modules["__main__"]).values()
     modules = {value.__name__ for value in main if isinstance(value, ModuleType)}
     context = multiprocessing.get_context("forkserver")
@@ -114,13 +112,5 @@ def _how_to_start() -> BaseContext | None:
     return context
 
 
-def _end_with_parent() -> None:
-    """The DataLoader's own watch looks every five seconds, and at nothing if the parent died before it began."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _unchanged(message: Any) -> Any:
+def _identity(message: Any) -> Any:
     return message

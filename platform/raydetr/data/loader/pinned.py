@@ -1,6 +1,6 @@
-"""Page-locked memory: what a GPU may copy from by itself, while the program goes on.
+"""Page-lock memory, so that a GPU can copy from it while the program continues.
 
-Nothing here happens in a process that has not begun to use CUDA.
+Does nothing in a process that has not initialized CUDA.
 """
 
 from __future__ import annotations
@@ -15,52 +15,53 @@ from raydetr.data.batch import Canvas
 log = logging.getLogger(__name__)
 
 
-class Pinned:
+class PinnedMemory:
     """The parts of some shared memory that CUDA has page-locked for this process."""
 
     def __init__(self) -> None:
         self._locked: dict[int, tuple[int, int]] = {}  # slot -> address and bytes
         self._copying: list[tuple[torch.cuda.Event, int]] = []
-        self._owner = os.getpid()
-        self._is_refused = False
+        self._owner_pid = os.getpid()
+        self._has_failed = False
 
     def pin(self, slot: int, pixels: Canvas) -> None:
-        """Page-lock the memory of a slot's pixels, which nothing else refers to."""
-        if self._is_refused or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        """Page-lock the memory of a slot's pixels; nothing else may refer to it."""
+        if self._has_failed or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             return
         address, num_bytes = pixels.ctypes.data, pixels.nbytes
         locked = self._locked.get(slot)
         if locked is not None and locked[1] >= num_bytes:
             return
         if locked is not None:
-            self._unlock(slot)
+            self._unlock(slot)  # CUDA refuses to lock a range that overlaps a locked one
         code = torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)  # type: ignore[no-untyped-call]
         if int(code) == 0:
             self._locked[slot] = address, num_bytes
         else:
-            self._is_refused = True
-            _forget_error()
+            self._has_failed = True
+            _clear_cuda_error()
             log.warning(
                 "batches are copied to the GPU from memory that is not page-locked: CUDA error %s", code
             )
 
-    def is_copying(self, slot: int) -> bool:
-        """Whether a copy from a slot that Python has given up may be under way; `copied` tells when it is done."""
+    def defer_release(self, slot: int) -> bool:
+        """Return whether a copy from a slot without references may still run; `pop_finished` reports its end."""
         if slot not in self._locked:
             return False
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()  # after all copies from this slot: they were begun on this stream
+        event.record()  # follows all copies from this slot: they were enqueued on this stream
         self._copying.append((event, slot))
         return True
 
-    def copied(self) -> list[int]:
-        """Slots whose copies have ended since the last call."""
+    def pop_finished(self) -> list[int]:
+        """Return the slots whose copies have ended since the last call."""
         done = [slot for event, slot in self._copying if event.query()]  # type: ignore[no-untyped-call]
         self._copying = [(event, slot) for event, slot in self._copying if slot not in done]
         return done
 
     def __del__(self) -> None:
-        if os.getpid() == self._owner:
+        # A forked child has no CUDA context, and the locks are the parent's
+        if os.getpid() == self._owner_pid:
             for slot in list(self._locked):
                 self._unlock(slot)
 
@@ -69,8 +70,8 @@ class Pinned:
         torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
 
-def _forget_error() -> None:
-    """CUDA reports its last error once more, to whoever launches the next kernel."""
+def _clear_cuda_error() -> None:
+    """Launch a kernel: CUDA reports its last error again to the next launch, which should not be the model's."""
     try:
         torch.zeros((), device="cuda").add_(1)
     except RuntimeError as error:

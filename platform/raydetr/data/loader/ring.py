@@ -1,14 +1,14 @@
-"""From loader processes to the trainer: pixels in shared memory that is used again and again, the rest in messages.
+"""Send batches from loader processes to the trainer: pixels in recycled shared memory, the rest in messages.
 
 A loader collates into a free *slot* of anonymous shared memory and sends a message of a few hundred bytes; the
-trainer sees the slot as a tensor, without a copy. The slot is free again when nothing refers to that memory any
-more, neither in Python nor, where it is pinned, a copy to a GPU that is still under way: what a consumer holds
-never changes. A consumer that holds more batches than a process has slots gets the next ones inside the message,
-slower, and waits for nothing.
+trainer sees the slot as a tensor, without a copy. A slot is free again when nothing refers to its memory any more:
+no Python object and, where it is pinned, no copy to a GPU that is still running. A batch that a consumer holds
+therefore never changes. A consumer that holds more batches than a process has slots gets the next ones inside the
+message, more slowly, and never waits.
 
-The memory is a file without a name: it is gone with the last process that has it open, however that one ends, and
-/dev/shm may be as small as it likes. A slot is a gigabyte of address space; what the largest batch in it has filled
-is all the memory that it takes.
+The memory is a file without a name: it disappears with the last process that has it open, however that process ends,
+and does not count against the size of /dev/shm. A slot is a gigabyte of address space; it uses only as much memory as
+the largest batch in it has filled.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ import numpy as np
 import torch
 
 from raydetr.data.batch import Batch, Canvas
-from raydetr.data.loader.pinned import Pinned
+from raydetr.data.loader.pinned import PinnedMemory
 
-SLOTS = 8  # of a process: two that are loaded ahead, two that a trainer holds, and as many again
+NUM_SLOTS = 8  # per process: two are loaded ahead, a trainer holds two; the rest is reserve
 SLOT_BYTES = 1 << 30
 FREE, TAKEN = 0, 1
 
 
 class LoaderError(RuntimeError):
-    """The loader processes cannot go on, through no fault of the data."""
+    """The loader processes cannot continue, for a reason other than the data."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """A batch as it is sent."""
+    """A batch in transit."""
 
-    slot: int | None  # holds the pixels; None: `rest` does
+    slot: int | None  # that holds the pixels; None: `rest` holds them
     shape: tuple[int, ...]  # of the pixels, [b, h, w, 3]
     rest: bytes  # the other fields, pickled, tensors as arrays
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception as it is sent, so that its type and message stay what they are."""
+    """An exception in transit, which keeps its type and message."""
 
     pickled: bytes
 
     @staticmethod
     def of(error: Exception, worker: int) -> Failure:
-        """Raises `error` itself if it cannot be sent."""
+        """Wrap an exception; raise it here if it cannot be pickled or unpickled."""
         error.add_note(f"in loader process {worker}:\n{''.join(traceback.format_tb(error.__traceback__))}")
         try:
             failure = Failure(pickle.dumps(error))
@@ -66,70 +66,79 @@ class Failure:
         return failure
 
     def error(self) -> Exception:
-        """The exception."""
+        """Return the exception."""
         error: Exception = pickle.loads(self.pickled)
         return error
 
 
 class Ring:
-    """The slots of some loader processes. It is made before they start, by the process that receives.
+    """The slots of some loader processes. The receiving process makes it before they start.
+
+    Layout of the memory: one page of slot states per process, then the slots, process after process.
 
     Args:
         num_workers: number of loader processes.
-        slots: of each.
-        slot_bytes: a multiple of the page size; batches above it are sent inside the message.
+        num_slots: of each process.
+        slot_bytes: a multiple of the page size; larger batches are sent inside the message.
 
     Raises:
-        LoaderError: there is no such memory.
+        LoaderError: the memory cannot be mapped.
     """
 
-    def __init__(self, num_workers: int, slots: int = SLOTS, slot_bytes: int = SLOT_BYTES) -> None:
+    def __init__(self, num_workers: int, num_slots: int = NUM_SLOTS, slot_bytes: int = SLOT_BYTES) -> None:
         try:
-            descriptor = _nameless_file(mmap.PAGESIZE * num_workers + num_workers * slots * slot_bytes)
-            self._attach(descriptor, num_workers, slots, slot_bytes)
+            descriptor = _anonymous_file(mmap.PAGESIZE * num_workers + num_workers * num_slots * slot_bytes)
+            self._attach(descriptor, num_workers, num_slots, slot_bytes)
         except OSError as error:
             raise LoaderError(
                 f"no shared memory for the batches of {num_workers} loader processes ({error}): raise the limits "
                 "of files and of address space (ulimit -n, -v), or set data.num_loader_workers=0"
             ) from error
 
-    def _attach(self, descriptor: int, num_workers: int, slots: int, slot_bytes: int) -> None:
-        self._descriptor, self.num_workers, self.slots, self.slot_bytes = (
-            descriptor, num_workers, slots, slot_bytes
+    def _attach(self, descriptor: int, num_workers: int, num_slots: int, slot_bytes: int) -> None:
+        self._descriptor, self.num_workers, self.num_slots, self.slot_bytes = (
+            descriptor, num_workers, num_slots, slot_bytes
         )  # fmt: skip
         self._memory = mmap.mmap(descriptor, 0)
-        assert slots <= mmap.PAGESIZE
-        # A byte for each slot: its loader writes TAKEN, the receiver writes FREE.
-        self.states = np.ndarray((num_workers, mmap.PAGESIZE), np.uint8, self._memory)[:, :slots]
+        assert num_slots <= mmap.PAGESIZE
+        # One byte per slot, without a lock: its loader takes a slot before sending it, and the receiver frees it
+        # afterwards, so the two never write the same byte at the same time
+        self.states = np.ndarray((num_workers, mmap.PAGESIZE), np.uint8, self._memory)[:, :num_slots]
 
     def array(self, slot: int, shape: tuple[int, ...]) -> Canvas:
-        """The beginning of a slot's memory, as an array whose lifetime is that of all views of it."""
-        at = mmap.PAGESIZE * self.num_workers + slot * self.slot_bytes
-        return np.ndarray(
-            shape, np.uint8, self._memory, at
-        )  # its base is no array: views keep the array itself
+        """Return the beginning of a slot's memory as an array that lives as long as any view of it."""
+        # A numpy view refers to the last array in its chain of bases. This array's own base is the mmap, so every view,
+        # and every tensor made from one, refers to this object: its finalizer marks the end of the slot's use
+        return np.ndarray(shape, np.uint8, self._memory, self._offset(slot))
 
     def reserve(self, slot: int, num_bytes: int) -> None:
-        """Take memory now, or say that there is none: writing would end the process.
+        """Allocate the first pages of a slot.
+
+        The file is sparse. If memory ran out when a page is first written, SIGBUS would end the process; this fails
+        with an error instead.
 
         Raises:
-            LoaderError: there is none.
+            LoaderError: there is not enough memory.
         """
         if sys.platform != "linux":
             return
-        at = mmap.PAGESIZE * self.num_workers + slot * self.slot_bytes
         try:
-            os.posix_fallocate(self._descriptor, at, num_bytes)
+            os.posix_fallocate(self._descriptor, self._offset(slot), num_bytes)
         except OSError as error:
             raise LoaderError(
                 f"no shared memory for a batch of {num_bytes / 2**20:.0f} MiB ({error}): lower the images of a "
                 "batch (data.batch_size, data.eval_batch_size) or data.num_loader_workers"
             ) from error
 
+    def _offset(self, slot: int) -> int:
+        return mmap.PAGESIZE * self.num_workers + slot * self.slot_bytes
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return _attached, (DupFd(self._descriptor), self.num_workers, self.slots, self.slot_bytes)
+        # A nameless file cannot be opened by another process: spawned loaders inherit a duplicate of the descriptor
+        return _attach_ring, (DupFd(self._descriptor), self.num_workers, self.num_slots, self.slot_bytes)
 
     def __del__(self) -> None:
+        # Closes the descriptor only. The mapping stays as long as an array refers to it: batches outlive the ring.
         if hasattr(self, "_descriptor"):
             os.close(self._descriptor)
 
@@ -140,24 +149,24 @@ class Sender:
     def __init__(self, ring: Ring, worker: int) -> None:
         self.ring, self.worker = ring, worker
         self._states = ring.states[worker]
-        self._reserved = [0] * ring.slots  # bytes
-        self._taken: tuple[int, Canvas] | None = None
+        self._reserved = [0] * ring.num_slots  # bytes
+        self._taken: tuple[int, Canvas] | None = None  # the slot of the batch that is being made
 
     def canvas(self, shape: tuple[int, int, int, int]) -> Canvas:
-        """Memory for the pixels of the next batch: `collate`'s `out`.
+        """Return memory for the pixels of the next batch: the `out` of `collate`.
 
         Raises:
-            LoaderError: there is none.
+            LoaderError: there is not enough memory.
         """
-        if self._taken is not None:  # and not sent
+        if self._taken is not None:  # the last canvas was never sent, so the receiver will not free it
             self._states[self._taken[0]] = FREE
             self._taken = None
         num_bytes = int(np.prod(shape))
         free = np.flatnonzero(self._states == FREE).tolist()
         if not free or num_bytes > self.ring.slot_bytes:
             return np.empty(shape, np.uint8)
-        slot = free[0]  # the lowest: those beyond what the consumer needs never take memory
-        number = self.worker * self.ring.slots + slot
+        slot = free[0]  # the lowest, so that slots which the consumer does not need never use memory
+        number = self.worker * self.ring.num_slots + slot
         if num_bytes > self._reserved[slot]:
             self.ring.reserve(number, num_bytes)
             self._reserved[slot] = num_bytes
@@ -166,16 +175,16 @@ class Sender:
         return self._taken[1]
 
     def message(self, batch: Batch) -> Message:
-        """What to send for a batch, which the sender must not touch again."""
+        """Return the message for a batch, whose pixels belong to the receiver from now on."""
         pixels = batch.pixels.permute(0, 2, 3, 1).numpy()
         rest = {field.name: getattr(batch, field.name) for field in fields(batch)}
         slot = None
         if self._taken is None:
             rest["pixels"] = pixels
         else:
-            slot = self.worker * self.ring.slots + self._taken[0]
+            slot = self.worker * self.ring.num_slots + self._taken[0]
             assert pixels.ctypes.data == self._taken[1].ctypes.data, (
-                "pixels that were not collated into the canvas"
+                "the pixels were not collated into the canvas"
             )
             del rest["pixels"]
             self._taken = None
@@ -191,20 +200,21 @@ class Receiver:
     def __init__(self, ring: Ring) -> None:
         self.ring = ring
         self._states = ring.states
-        self._owner = os.getpid()
-        self._pinned = Pinned()
+        self._owner_pid = os.getpid()
+        self._pinned = PinnedMemory()
 
     def batch(self, message: Message) -> Batch:
-        """The batch that was sent. Its pixels are the slot's memory, which is free when they are gone."""
+        """Return the batch that was sent. Its pixels are the slot's memory, which is freed when they are collected."""
         rest = pickle.loads(message.rest)
         if message.slot is None:
             pixels = rest.pop("pixels")
         else:
             pixels = self.ring.array(message.slot, message.shape)
             self._pinned.pin(message.slot, pixels)
-            # holds this receiver, and so the pinned memory, as long as the pixels live
+            # Runs when the last view of the pixels is gone. The bound method keeps this receiver, and so the pinned
+            # memory, until then. Not at exit: the interpreter and CUDA may be half gone, and the file goes anyway.
             weakref.finalize(pixels, self._release, message.slot).atexit = False
-        for slot in self._pinned.copied():
+        for slot in self._pinned.pop_finished():
             self._free(slot)
         tensors: dict[str, Any] = {
             name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
@@ -214,21 +224,22 @@ class Receiver:
         return Batch(**tensors)
 
     def _release(self, slot: int) -> None:
-        # a forked process has copies of the pixels; what becomes of them there says nothing
-        if os.getpid() == self._owner and not self._pinned.is_copying(slot):
+        # A forked child inherits the pixels and this finalizer, but its references do not keep the parent's batch
+        # alive or end its use: only the parent may free the slot
+        if os.getpid() == self._owner_pid and not self._pinned.defer_release(slot):
             self._free(slot)
 
     def _free(self, slot: int) -> None:
-        self._states[divmod(slot, self.ring.slots)] = FREE
+        self._states[divmod(slot, self.ring.num_slots)] = FREE
 
 
-def _attached(duplicate: Any, num_workers: int, slots: int, slot_bytes: int) -> Ring:
+def _attach_ring(duplicate: Any, num_workers: int, num_slots: int, slot_bytes: int) -> Ring:
     ring = Ring.__new__(Ring)
-    ring._attach(duplicate.detach(), num_workers, slots, slot_bytes)
+    ring._attach(duplicate.detach(), num_workers, num_slots, slot_bytes)
     return ring
 
 
-def _nameless_file(num_bytes: int) -> int:
+def _anonymous_file(num_bytes: int) -> int:
     if sys.platform == "linux":
         descriptor = os.memfd_create("raydetr-batches")
     else:

@@ -1,1 +1,1 @@
-"""What is done to an image and its boxes before they are batched."""
+"""Transform an image and its boxes before they are batched."""

@@ -1,4 +1,4 @@
-"""Flip, resize and crop an image with its boxes, as in the DETR code; large-scale jitter."""
+"""Flip, resize and crop an image with its boxes, as the official DETR code does, and apply large-scale jitter."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from raydetr.data.transforms.pixels import Size, mirror, resize_pixels, size_of
 from raydetr.shards.images import Pixels
 
 Boxes = npt.NDArray[np.float64]  # [t, 4], xyxy in pixels
-Kept = npt.NDArray[np.bool_]  # [t]
+KeepMask = npt.NDArray[np.bool_]  # [t], True for boxes that remain
+
+GRAY = (124, 116, 104)  # ImageNet's mean color, about 0 after the normalization
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A window that is cut out of an image; pixels of the image after its resize to `short_side`."""
+    """A crop window, in pixels of the image after its resize to `short_side`."""
 
     short_side: int | None  # None: the image keeps its size before it is cropped
     left: int
@@ -27,11 +29,11 @@ class Crop:
 
 
 def resized_size(width: int, height: int, short_side: int, max_side: int | None) -> Size:
-    """The (width, height) after a resize that keeps the aspect ratio.
+    """Return the (width, height) after a resize that keeps the aspect ratio.
 
-    The short side becomes `short_side`, or what makes the long side about `max_side` where it would exceed
-    that. Source: the rounding of the official DETR code: the limited short side is rounded first, so the
-    long side of a narrow image may exceed `max_side`. Sides are at least 1, where the official code fails.
+    The short side becomes `short_side`, or less where the long side would exceed `max_side`.
+    Source: the official DETR code. It rounds the limited short side first, so the long side of a narrow image
+    may exceed `max_side`. Sides are at least 1 here; the official code fails on such images.
     """
     short, long = min(width, height), max(width, height)
     if max_side is not None and long / short * short_side > max_side:
@@ -44,7 +46,7 @@ def resized_size(width: int, height: int, short_side: int, max_side: int | None)
 
 
 def size_before_crop(size: Size, short_side: int | None) -> Size:
-    """The (width, height) out of which a window is cut."""
+    """Return the (width, height) of the image that a window is cropped from."""
     return size if short_side is None else resized_size(*size, short_side, max_side=None)
 
 
@@ -56,41 +58,38 @@ def resize(pixels: Pixels, boxes_xyxy: Boxes, size: Size) -> tuple[Pixels, Boxes
 
 
 def resize_boxes(boxes_xyxy: Boxes, before: Size, after: Size) -> Boxes:
-    """The boxes of an image that was resized from one (width, height) to another."""
+    """Scale the boxes of an image that is resized from (width, height) `before` to `after`."""
     return boxes_xyxy if before == after else boxes_xyxy * np.tile(np.divide(after, before), 2)
 
 
 def flip_horizontally(pixels: Pixels, boxes_xyxy: Boxes) -> tuple[Pixels, Boxes]:
-    """Mirror left and right: x becomes width - x."""
+    """Mirror image and boxes: x becomes width - x."""
     flipped = boxes_xyxy.copy()
     flipped[:, [0, 2]] = pixels.shape[1] - boxes_xyxy[:, [2, 0]]
     return mirror(pixels), flipped
 
 
-def crop(pixels: Pixels, boxes_xyxy: Boxes, window: Crop) -> tuple[Pixels, Boxes, Kept]:
-    """Cut a window out, without a copy: boxes are clamped to it, those without area left out."""
+def crop(pixels: Pixels, boxes_xyxy: Boxes, window: Crop) -> tuple[Pixels, Boxes, KeepMask]:
+    """Crop a window as a view of `pixels`, clamp the boxes to it and drop those without area."""
     right, bottom = window.left + window.width, window.top + window.height
     assert min(window.left, window.top) >= 0, window
     assert right <= pixels.shape[1], (window, pixels.shape)
     assert bottom <= pixels.shape[0], (window, pixels.shape)
     shifted = boxes_xyxy - np.tile([window.left, window.top], 2)
-    boxes, kept = clamp(shifted, (window.width, window.height))
+    boxes, kept = clamp_boxes(shifted, (window.width, window.height))
     return pixels[window.top : bottom, window.left : right], boxes, kept
 
 
-def clamp(boxes_xyxy: Boxes, size: Size) -> tuple[Boxes, Kept]:
-    """What of the boxes lies in an image of `size`; those of which something does, and which these are."""
+def clamp_boxes(boxes_xyxy: Boxes, size: Size) -> tuple[Boxes, KeepMask]:
+    """Clamp boxes to an image of `size` and drop those without area; return also the mask of those kept."""
     clamped: Boxes = boxes_xyxy.clip(0, np.tile(size, 2))
-    kept: Kept = np.all(clamped[:, 2:] > clamped[:, :2], axis=1)
+    kept: KeepMask = np.all(clamped[:, 2:] > clamped[:, :2], axis=1)
     return clamped[kept], kept
 
 
-GREY = (124, 116, 104)  # ImageNet's mean color, about 0 after the normalisation
-
-
 @dataclass(frozen=True)
-class Jitter:
-    """The image is resized to `size`, and of that the square shows what is right of and below (left, top)."""
+class LargeScaleJitter:
+    """Drawn parameters: the image is resized to `size`, and the square begins at its pixel (left, top)."""
 
     side: int  # of the square, in pixels
     size: Size
@@ -98,28 +97,27 @@ class Jitter:
     top: int
 
     @classmethod
-    def draw(cls, rng: random.Random, size: Size, side: int, scale: float) -> Jitter:
-        """An image of `size` is made to fit a square of `scale` times `side`; its window is drawn."""
+    def draw(cls, rng: random.Random, size: Size, side: int, scale: float) -> LargeScaleJitter:
+        """Fit an image of `size` into a square of `scale` times `side`, and draw the window."""
         factor = scale * side / max(size)
         width, height = (max(1, round(factor * length)) for length in size)
         left, top = rng.randint(0, max(0, width - side)), rng.randint(0, max(0, height - side))
         return cls(side, (width, height), left, top)
 
 
-def jitter(pixels: Pixels, boxes_xyxy: Boxes, choice: Jitter) -> tuple[Pixels, Boxes, Kept]:
-    """Resize, then cut out a square, or fill it up with grey at the right and at the bottom.
+def large_scale_jitter(
+    pixels: Pixels, boxes_xyxy: Boxes, params: LargeScaleJitter
+) -> tuple[Pixels, Boxes, KeepMask]:
+    """Resize, then crop a square, or pad to it with gray at the right and at the bottom.
 
-    Boxes are clamped to the square, and those of which nothing is left are left out; says which are kept.
+    Boxes are clamped to the square and dropped without area; the mask marks those kept.
     Source: Ghiasi et al., "Simple Copy-Paste" (CVPR 2021, arXiv:2012.07177), section 3: scales 0.1 to 2.0.
     """
-    side, (width, height) = choice.side, choice.size
-    boxes = resize_boxes(boxes_xyxy, size_of(pixels), choice.size) - np.tile([choice.left, choice.top], 2)
-    seen = min(width - choice.left, side), min(height - choice.top, side)
+    side, left, top = params.side, params.left, params.top
+    width, height = min(params.size[0] - left, side), min(params.size[1] - top, side)  # of the visible part
+    boxes = resize_boxes(boxes_xyxy, size_of(pixels), params.size) - np.tile([left, top], 2)
     square = np.empty((side, side, 3), np.uint8)
-    resized = resize_pixels(pixels, choice.size)
-    square[: seen[1], : seen[0]] = resized[
-        choice.top : choice.top + seen[1], choice.left : choice.left + seen[0]
-    ]
-    square[seen[1] :] = GREY
-    square[:, seen[0] :] = GREY
-    return square, *clamp(boxes, seen)
+    square[:height, :width] = resize_pixels(pixels, params.size)[top : top + height, left : left + width]
+    square[height:] = GRAY
+    square[:, width:] = GRAY
+    return square, *clamp_boxes(boxes, (width, height))

@@ -1,6 +1,6 @@
-"""What happens to an image and its boxes before they are batched: the official augmentation, and others.
+"""Augment and resize an image and its boxes: the official augmentation of DETR, and others.
 
-Randomness is keyed by (seed, position), so it depends neither on ranks nor on workers.
+Randomness is keyed by (seed, position), so it depends on neither ranks nor workers.
 """
 
 from __future__ import annotations
@@ -12,66 +12,66 @@ from dataclasses import dataclass
 import numpy as np
 
 from raydetr.config import TransformConfig
-from raydetr.data.transforms.color import ColorChange, change_colors
+from raydetr.data.transforms.color import ColorJitter, jitter_colors
 from raydetr.data.transforms.geometry import (
     Boxes,
     Crop,
-    Jitter,
-    Kept,
+    KeepMask,
+    LargeScaleJitter,
     crop,
     flip_horizontally,
-    jitter,
+    large_scale_jitter,
     resize,
     resize_boxes,
     resized_size,
     size_before_crop,
 )
 from raydetr.data.transforms.mosaic import Mosaic
-from raydetr.data.transforms.pixels import Resized, Size, size_of
+from raydetr.data.transforms.pixels import LazyImage, Size, size_of
 from raydetr.shards.images import Pixels
 
 
 @dataclass(frozen=True)
-class Choices:
-    """What was drawn for one image."""
+class TransformParams:
+    """Drawn parameters of the transform of one image."""
 
     flip: bool
     crop: Crop | None
     short_side: int | None  # None: the size is kept
-    colors: ColorChange | None = None
-    jitter: Jitter | None = None
+    colors: ColorJitter | None = None
+    jitter: LargeScaleJitter | None = None
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Combine images to mosaics, change colors, flip, crop and resize, as a configuration section says."""
+    """Combine images to mosaics, jitter colors, flip, crop and resize, as a configuration section defines it."""
 
     config: TransformConfig
 
     def __call__(
         self, pixels: Pixels, boxes_xyxy: Boxes, *, seed: int, position: int, short_side: int | None = None
-    ) -> tuple[Resized, Boxes, Kept]:
-        """Transform an image and its boxes [t, 4] in pixels; return also which boxes are left, as [t] of bool.
+    ) -> tuple[LazyImage, Boxes, KeepMask]:
+        """Transform an image and its boxes [t, 4] in pixels; return also the mask [t] of the boxes kept.
 
-        `short_side` is that of the step (`step_short_side`); None: one is drawn for this image. The image is resized
-        when its pixels are asked for.
+        `short_side` is that of the step (`step_short_side`); None: one is drawn for this image. The last resize is
+        deferred until the pixels are needed.
         """
         return self.apply(pixels, boxes_xyxy, self.draw(seed, position, size_of(pixels), short_side))
 
     def step_short_side(self, seed: int, start: int) -> int | None:
         """Return the short side of all images of the global batch whose first sample is at position `start`.
 
-        It depends on nothing else, so all ranks draw the same one. None: each image has its own.
+        It depends on nothing else, so all ranks draw the same one. None: each image draws its own.
         """
         if self.config.scale_per == "image":
             return None
         return _choose(random.Random(f"short side, seed {seed}, start {start}"), self.config.short_sides)
 
     def mosaic(self, seed: int, position: int, index: int, num_samples: int) -> Mosaic | None:
-        """Draw the mosaic of image `index` at `position`; None: the image stays as it is.
+        """Draw the mosaic of image `index` at `position`; None: the image remains unchanged.
 
         Partners are any of the data set's `num_samples` images. They differ for another image at the same position,
-        so that a substitute for a corrupt sample does not need the sample that was corrupt.
+        so that a substitute does not need the corrupt sample again.
         """
         probability = self.config.mosaic_probability
         if not probability:
@@ -79,58 +79,62 @@ class Transform:
         rng = random.Random(f"mosaic, seed {seed}, position {position}, image {index}")
         return Mosaic.draw(rng, num_samples) if rng.random() < probability else None
 
-    def draw(self, seed: int, position: int, size: Size, short_side: int | None = None) -> Choices:
-        """Draw the random choices for the sample at `position`, an image of `size` = (width, height)."""
+    def draw(self, seed: int, position: int, size: Size, short_side: int | None = None) -> TransformParams:
+        """Draw the parameters for the sample at `position`, an image of `size` = (width, height)."""
         config, colors = self.config, self._draw_colors(seed, position)
         rng = random.Random(seed << 64 | position)
         if config.lsj_size is not None:
             flip = rng.random() < config.horizontal_flip
             scale = rng.uniform(config.lsj_min_scale, config.lsj_max_scale)
-            return Choices(flip, None, None, colors, Jitter.draw(rng, size, config.lsj_size, scale))
+            return TransformParams(
+                flip, None, None, colors, LargeScaleJitter.draw(rng, size, config.lsj_size, scale)
+            )
         flip = rng.random() < config.horizontal_flip
         is_cropped = config.crop_probability > 0 and rng.random() < config.crop_probability
         window = self._draw_crop(rng, size) if is_cropped else None
         own = _choose(rng, config.short_sides)
-        return Choices(flip, window, own if short_side is None else short_side, colors)
+        return TransformParams(flip, window, own if short_side is None else short_side, colors)
 
-    def apply(self, pixels: Pixels, boxes_xyxy: Boxes, choices: Choices) -> tuple[Resized, Boxes, Kept]:
-        """Transform as chosen; boxes of which nothing is left are dropped."""
+    def apply(
+        self, pixels: Pixels, boxes_xyxy: Boxes, params: TransformParams
+    ) -> tuple[LazyImage, Boxes, KeepMask]:
+        """Apply drawn parameters; boxes without area inside the result are dropped."""
         kept = np.ones(len(boxes_xyxy), np.bool_)
-        if choices.colors is not None:
-            pixels = change_colors(pixels, choices.colors)
-        if choices.flip:
+        if params.colors is not None:
+            pixels = jitter_colors(pixels, params.colors)
+        if params.flip:
             pixels, boxes_xyxy = flip_horizontally(pixels, boxes_xyxy)
-        if choices.jitter is not None:
-            pixels, boxes_xyxy, kept = jitter(pixels, boxes_xyxy, choices.jitter)
-        if choices.crop is not None:
-            before = size_before_crop(size_of(pixels), choices.crop.short_side)
+        if params.jitter is not None:
+            pixels, boxes_xyxy, kept = large_scale_jitter(pixels, boxes_xyxy, params.jitter)
+        if params.crop is not None:
+            before = size_before_crop(size_of(pixels), params.crop.short_side)
             pixels, boxes_xyxy = resize(pixels, boxes_xyxy, before)
-            pixels, boxes_xyxy, kept = crop(pixels, boxes_xyxy, choices.crop)
-        if choices.short_side is None:
-            return Resized.whole(pixels), boxes_xyxy, kept
-        size = resized_size(*size_of(pixels), choices.short_side, self.config.max_side)
-        return Resized(pixels, size), resize_boxes(boxes_xyxy, size_of(pixels), size), kept
+            pixels, boxes_xyxy, kept = crop(pixels, boxes_xyxy, params.crop)
+        if params.short_side is None:
+            return LazyImage.unresized(pixels), boxes_xyxy, kept
+        size = resized_size(*size_of(pixels), params.short_side, self.config.max_side)
+        return LazyImage(pixels, size), resize_boxes(boxes_xyxy, size_of(pixels), size), kept
 
     def _draw_crop(self, rng: random.Random, size: Size) -> Crop:
         config = self.config
         short_side = _choose(rng, config.crop_short_sides)
         inside = size_before_crop(size, short_side)
-        # An image with a side below the minimum keeps that side; the official resize makes none
+        # A side below the minimum is kept uncropped; after the official resizes there is none
         limits = [(min(config.crop_min_side, side), min(config.crop_max_side, side)) for side in inside]
         width, height = (rng.randint(low, high) for low, high in limits)
-        if config.scale_per == "step":  # the same area in the image's aspect ratio
+        if config.scale_per == "step":  # keep the area, in the image's aspect ratio
             ratio = math.sqrt(width * height / (inside[0] * inside[1]))
             width, height = (max(1, round(ratio * side)) for side in inside)
         top, left = rng.randint(0, inside[1] - height), rng.randint(0, inside[0] - width)
         return Crop(short_side, left, top, width, height)
 
-    def _draw_colors(self, seed: int, position: int) -> ColorChange | None:
+    def _draw_colors(self, seed: int, position: int) -> ColorJitter | None:
         limits = (self.config.brightness, self.config.contrast, self.config.saturation, self.config.hue)
         if not any(limits):
             return None
-        return ColorChange.draw(random.Random(f"colours, seed {seed}, position {position}"), *limits)
+        return ColorJitter.draw(random.Random(f"colours, seed {seed}, position {position}"), *limits)
 
 
 def _choose(rng: random.Random, values: tuple[int, ...]) -> int | None:
-    drawn = rng.random()  # also without values to choose from: later draws must not depend on them
+    drawn = rng.random()  # drawn even without values, so that later draws do not depend on them
     return values[int(drawn * len(values))] if values else None

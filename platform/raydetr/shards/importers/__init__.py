@@ -1,1 +1,1 @@
-"""Data sets in other formats, as COCO records."""
+"""Import data sets in other formats as COCO records."""

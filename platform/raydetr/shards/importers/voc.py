@@ -1,6 +1,6 @@
-"""Pascal VOC data sets, as COCO's records.
+"""Import Pascal VOC data sets as COCO's records.
 
-`ImageSets/Main/<split>.txt` names the images, `Annotations/<name>.xml` has their objects, `JPEGImages/` the files.
+`ImageSets/Main/<split>.txt` lists the images, `Annotations/<name>.xml` holds their objects, `JPEGImages/` the files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class _Box(NamedTuple):
-    """As it is written."""
+    """A box as written in the XML."""
 
     xmin: float
     ymin: float
@@ -26,20 +26,21 @@ class _Box(NamedTuple):
 
 
 def voc_source(folder: Path, split: str, *, zero_based: bool = False) -> Source:
-    """One split of a Pascal VOC data set.
+    """Read one split of a Pascal VOC data set.
 
-    Images are numbered from 1 in the order of their names; categories are the names in all of `Annotations`, so that
-    all splits have the same, numbered from 1 in alphabetical order. An object marked `difficult` becomes a crowd: it
-    is not trained on and neither found nor missed in evaluation, as in VOC's own.
+    Images are numbered from 1 in the order of their names. Categories are numbered from 1 in alphabetical order; they
+    are the names in all of `Annotations`, so that all splits have the same ones. An object marked `difficult` becomes
+    a crowd: it is not trained on, and ignored in evaluation, as in VOC's own.
 
     Args:
-        folder: that holds ImageSets, Annotations and JPEGImages.
+        folder: folder with ImageSets, Annotations and JPEGImages.
         split: train, val, trainval, test: the name of a file in ImageSets/Main.
-        zero_based: boxes are in pixels from 0 with the end left out, as many tools write them. VOC itself counts
-            pixels from 1, and xmax and ymax are the last pixel inside: a box begins at xmin - 1 and ends at xmax.
+        zero_based: pixels count from 0 and the end is exclusive, as many tools write boxes. VOC itself counts pixels
+            from 1, and xmax and ymax are the last pixel inside: a box spans from xmin - 1 to xmax.
 
     Raises:
-        ValueError: files are missing or faulty; up to ten faults are listed with file, field, value and remedy.
+        ValueError: files are missing or invalid; the first ten problems are listed with file, field, value and
+            remedy.
     """
     problems = Problems(folder, "problem")
     names = _read_split(folder, split, problems)
@@ -61,7 +62,7 @@ def voc_source(folder: Path, split: str, *, zero_based: bool = False) -> Source:
             problems.add(_missing(folder, name, path, in_files=name in files))
             continue
         if name not in trees:
-            continue  # a fault that was noted before
+            continue  # already reported: not valid XML
         digest.update(f"{name}\n".encode() + path.read_bytes())
         try:
             images.append({"id": image_id, "file_name": files[name], **_size(trees[name])})
@@ -96,7 +97,7 @@ def _read_split(folder: Path, split: str, problems: Problems) -> list[str]:
         words = line.split()
         if len(words) > 1:
             problems.add(
-                f"{path}, line {number}: is {line!r:.40}: a split has one name in a line (is this the list of a class?)"
+                f"{path}, line {number}: is {line!r:.40}: a split has one name per line (is this the list of a class?)"
             )
         names += words[:1]
     if len(set(names)) != len(names):
@@ -126,8 +127,8 @@ def _categories(trees: dict[str, ElementTree.Element]) -> list[Record]:
 def _missing(folder: Path, name: str, annotation: Path, *, in_files: bool) -> str:
     if not in_files:
         image = folder / "JPEGImages" / name
-        return f"{image}.jpg: there is no such image (.jpg, .jpeg, .png): add it, or take it out of the split"
-    return f"{annotation}: there is no such file: add it, or take the image out of the split"
+        return f"{image}.jpg: there is no such image (.jpg, .jpeg, .png): add it, or remove it from the split"
+    return f"{annotation}: there is no such file: add it, or remove the image from the split"
 
 
 def _size(tree: ElementTree.Element) -> Record:
@@ -149,7 +150,7 @@ def _annotation(element: ElementTree.Element, numbers: dict[str, int], *, zero_b
     if min(box.xmin, box.ymin) < first and not zero_based:
         raise ValueError(
             f"{name}: the box begins at {box.xmin:g}, {box.ymin:g}, but Pascal VOC counts pixels from 1: correct it, "
-            "or use --zero-based if the tool that wrote it counts from 0 and leaves the end out"
+            "or use --zero-based if the tool that wrote it counts from 0 with an exclusive end"
         )
     x, y = box.xmin - first, box.ymin - first
     width, height = box.xmax - x, box.ymax - y

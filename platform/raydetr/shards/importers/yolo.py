@@ -1,11 +1,7 @@
-"""The size of an image file, from its header.
+"""Import YOLO data sets in the layout of Ultralytics as COCO's records.
 
-The label files of YOLO data sets: a line for each object, in parts of the image's size.
-
-YOLO data sets in the layout of Ultralytics, as COCO's records.
-
-`data.yaml` names the splits and the classes. The labels of `.../images/a.jpg` are in `.../labels/a.txt`, a line for
-each object: `class cx cy w h`, or `class x1 y1 x2 y2 x3 y3 ...` for an outline, in parts of the image's size.
+`data.yaml` names the splits and the classes. The labels of `.../images/a.jpg` are in `.../labels/a.txt`, one line per
+object: `class cx cy w h`, or `class x1 y1 x2 y2 x3 y3 ...` for a polygon. Coordinates are normalized to the image size.
 """
 
 from __future__ import annotations
@@ -25,39 +21,39 @@ from raydetr.shards.images import EXIF_ORIENTATION, FORMATS, UNREADABLE
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels of a JPEG or PNG file, for boxes in parts of them.
+    """Read width and height in pixels from the header of a JPEG or PNG file, to scale its labels.
 
     Raises:
-        ValueError: it cannot be read, or carries an EXIF orientation: the boxes refer to the turned image then,
-            because the tools that write such labels show it turned.
+        ValueError: it cannot be read, or has an EXIF orientation: the labels then refer to the rotated image, because
+            labeling tools show it rotated.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
             orientation = image.getexif().get(EXIF_ORIENTATION, 1)
             size = image.size
     except UNREADABLE as error:
-        raise ValueError(f"{path}: is no JPEG or PNG image ({error}): convert or replace it") from None
+        raise ValueError(f"{path}: is not a JPEG or PNG image ({error}): convert or replace it") from None
     if orientation not in (0, 1):
         raise ValueError(
-            f"{path}: carries the EXIF orientation {orientation}, and its labels refer to the turned image: "
-            "store the pixels turned (ImageOps.exif_transpose)"
+            f"{path}: has the EXIF orientation {orientation}, and its labels refer to the rotated image: "
+            "store the rotated pixels (ImageOps.exif_transpose)"
         )
     return size
 
 
 BOX_NUMBERS = 5
-MIN_OUTLINE_NUMBERS = 7  # the class and three points
-SLACK = 0.01  # of the size; further outside, the numbers are not in parts of it
+MIN_POLYGON_NUMBERS = 7  # the class and three points
+TOLERANCE = 0.01  # normalized; coordinates further outside [0, 1] are an error
 
 
 @dataclass
 class Labels:
-    """The objects of all images, as they are read."""
+    """Collects the objects of all images."""
 
     problems: Problems
     num_classes: int
     annotations: list[Record] = field(default_factory=list)
-    num_mixed: int = 0  # files with boxes and outlines
+    num_mixed: int = 0  # files with boxes and polygons
 
     def add(self, file: Path, text: str, image_id: int, width: int, height: int) -> None:
         """Add the objects of one image, `width` x `height` pixels, from the text of its label file."""
@@ -73,7 +69,7 @@ class Labels:
             except ValueError as error:
                 self.problems.add(f"{where}: {error}")
                 continue
-            geometry = _box(values, width, height) if len(values) == 4 else _outline(values, width, height)
+            geometry = _box(values, width, height) if len(values) == 4 else _polygon(values, width, height)
             self.annotations.append(
                 {
                     "id": len(self.annotations) + 1,
@@ -87,20 +83,22 @@ class Labels:
 
 
 def _parse_line(words: list[str], num_classes: int) -> tuple[int, list[float]]:
-    if len(words) != BOX_NUMBERS and (len(words) < MIN_OUTLINE_NUMBERS or len(words) % 2 == 0):
+    if len(words) != BOX_NUMBERS and (len(words) < MIN_POLYGON_NUMBERS or len(words) % 2 == 0):
         raise ValueError(
             f"holds {len(words)} numbers: there must be 5 (class cx cy w h), or the class and three or more points"
         )
     try:
         values = [float(word) for word in words]
     except ValueError:
-        raise ValueError(f"{' '.join(words)!r:.60} holds something that is no number: correct it") from None
+        raise ValueError(
+            f"{' '.join(words)!r:.60} holds something that is not a number: correct it"
+        ) from None
     if not values[0].is_integer() or not 0 <= values[0] < num_classes:
         raise ValueError(f"the class is {words[0]}: it must be a whole number from 0 to {num_classes - 1}")
     for value in values[1:]:
-        if not -SLACK <= value <= 1 + SLACK:  # NaN too
+        if not -TOLERANCE <= value <= 1 + TOLERANCE:  # also true for NaN
             raise ValueError(
-                f"{value:g} is not between 0 and 1: positions and sizes are in parts of the image's width and height"
+                f"{value:g} is not between 0 and 1: positions and sizes are normalized by the image's width and height"
             )
     if len(words) == BOX_NUMBERS and min(values[3:]) < 0:
         raise ValueError(f"the box is {words[3]} wide and {words[4]} high: neither must be negative")
@@ -113,7 +111,7 @@ def _box(values: list[float], width: int, height: int) -> Record:
     return {"bbox": box, "area": box[2] * box[3]}
 
 
-def _outline(values: list[float], width: int, height: int) -> Record:
+def _polygon(values: list[float], width: int, height: int) -> Record:
     xs, ys = [x * width for x in values[::2]], [y * height for y in values[1::2]]
     following = [*range(1, len(xs)), 0]
     double_area = sum(xs[i] * ys[j] - xs[j] * ys[i] for i, j in enumerate(following))
@@ -124,31 +122,33 @@ def _outline(values: list[float], width: int, height: int) -> Record:
     }
 
 
-# what Ultralytics takes for images; those that are neither JPEG nor PNG are refused when they are packed
-IMAGES = frozenset(["bmp", "dng", "heic", "jpeg", "jpg", "mpo", "pfm", "png", "tif", "tiff", "webp"])
+# The extensions that Ultralytics accepts; images that are neither JPEG nor PNG are rejected when they are packed.
+IMAGE_EXTENSIONS = frozenset(
+    ["bmp", "dng", "heic", "jpeg", "jpg", "mpo", "pfm", "png", "tif", "tiff", "webp"]
+)
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """What `data.yaml` says."""
+    """The content of `data.yaml`."""
 
     path: Path
     root: Path
-    entries: list[str]  # of the split: folders, or text files with a path in each line
+    entries: list[str]  # of the split: folders, or text files with one path per line
     names: dict[int, str]
 
 
 def yolo_source(path: Path, split: str) -> Source:
-    """One split of a YOLO data set.
+    """Read one split of a YOLO data set.
 
     Images are numbered from 1 in the order of their paths; category ids are YOLO's class numbers.
 
     Args:
-        path: `data.yaml`.
-        split: its key that names the images: train, val or test.
+        path: path of `data.yaml`.
+        split: key of the split in it: train, val or test.
 
     Raises:
-        ValueError: files are missing or faulty; up to ten faults are listed with file, line, value and remedy.
+        ValueError: files are missing or invalid; the first ten problems are listed with file, line, value and remedy.
     """
     layout = _read_layout(path, split)
     problems = Problems(path, "problem")
@@ -176,7 +176,7 @@ def yolo_source(path: Path, split: str) -> Source:
     if not label_files:
         raise ValueError(
             f"{path}: none of its {len(files)} images of {split!r} has labels ({_label_file(files[0])} and so on): "
-            "put them there, in a folder `labels` beside `images`"
+            "put them there, in a folder `labels` next to `images`"
         )
     categories = [{"id": number, "name": name} for number, name in layout.names.items()]
     data = {"images": images, "annotations": labels.annotations, "categories": categories}
@@ -238,12 +238,12 @@ def _class_names(path: Path, values: dict[str, Any]) -> dict[int, str]:
 
 
 def _image_files(layout: _Layout, problems: Problems) -> list[Path]:
-    """All images of the split, sorted by path."""
+    """Return all images of the split, sorted by path."""
     files: set[Path] = set()
     for entry in layout.entries:
         place = layout.root / entry
         if not place.exists() and entry.startswith("../"):
-            place = layout.root / entry[3:]  # as Ultralytics does: Roboflow writes ../train/images
+            place = layout.root / entry[3:]  # as Ultralytics does, because Roboflow writes ../train/images
         if place.is_dir():
             files |= {Path(os.path.normpath(file)) for file in place.rglob("*") if _is_image(file)}
         elif place.is_file():
@@ -256,11 +256,11 @@ def _image_files(layout: _Layout, problems: Problems) -> list[Path]:
 
 
 def _is_image(file: Path) -> bool:
-    return file.suffix[1:].lower() in IMAGES and not file.name.startswith(".")
+    return file.suffix[1:].lower() in IMAGE_EXTENSIONS and not file.name.startswith(".")
 
 
 def _listed_files(listing: Path, root: Path, problems: Problems) -> set[Path]:
-    """The paths in a text file start from its folder, or from the data set's."""
+    """Return the images in a text file; its paths are relative to its own folder, or to the data set's."""
     found = set()
     for number, line in enumerate(listing.read_text().splitlines(), 1):
         if not line.strip():
@@ -275,7 +275,7 @@ def _listed_files(listing: Path, root: Path, problems: Problems) -> set[Path]:
 
 
 def _label_file(image: Path) -> Path:
-    """As Ultralytics: the last folder `images` becomes `labels`."""
+    """Return the path of the label file: like Ultralytics, replace the last folder `images` by `labels`."""
     parts = list(image.parts)
     places = [i for i, part in enumerate(parts[:-1]) if part == "images"]
     if places:
@@ -302,8 +302,8 @@ def _notices(labels: Labels, label_files: Iterable[Path]) -> list[str]:
     notices = []
     if labels.num_mixed:
         notices.append(
-            f"{labels.num_mixed} label files hold boxes and outlines: lines of 5 numbers are taken for boxes"
+            f"{labels.num_mixed} label files hold boxes and polygons: lines of 5 numbers are read as boxes"
         )
     if unused:
-        notices.append(f"{len(unused)} label files belong to no image of the split ({unused[0]} ...)")
+        notices.append(f"{len(unused)} label files match no image of the split ({unused[0]} ...)")
     return notices

@@ -1,1 +1,1 @@
-"""Shards on a server: byte ranges, prefetching, a cache on each node."""
+"""Read shards from a server: byte ranges, prefetching, and a cache on each node."""

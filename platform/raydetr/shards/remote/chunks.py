@@ -1,8 +1,8 @@
-"""What the node cache keeps: pieces of shards, runs of as many consecutive samples as a block of the plan has.
+"""Divide shards into chunks of `CHUNK_SIZE` consecutive samples, the unit of the node cache.
 
-Pieces and not whole shards, because the plan's unit is the block. A rank reads all samples of a block within one
-window, and of a shard only as many blocks as are its share: with 8 nodes, whole shards would bring 8 times what a
-node needs. A piece is proved by the crc32 of each of its samples, which the fingerprint vouches for.
+The unit is not the shard, because the training order shuffles chunks: a rank reads all samples of a chunk within one
+window, but only its own chunks of a shard. With 8 nodes, caching complete shards would download 8 times what a node
+needs. A chunk is verified by the crc32 of each of its samples, which the fingerprint covers.
 """
 
 from __future__ import annotations
@@ -23,54 +23,56 @@ from raydetr.shards.manifest import Samples as SampleTable
 class Chunk:
     """A range of a shard."""
 
-    name: str  # the same for equal url, size and sha256 of the shard, and range
+    name: str  # depends on URL, size and sha256 of the shard, and on the range
     shard: int
     start: int  # bytes, in the shard
     stop: int
-    first: int  # sample
-    last: int  # after it
+    first: int  # index of the first sample
+    last: int  # index after the last sample
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return self.stop - self.start
 
 
 class Chunks:
-    """The pieces of some shards.
+    """The chunks of shards.
 
     Args:
         samples: the index.
-        shards: of the manifest.
-        urls: of each shard.
+        shards: the shards of the manifest.
+        urls: URL of each shard.
     """
 
     def __init__(self, samples: SampleTable, shards: Sequence[ShardFile], urls: Sequence[str]) -> None:
         self._samples, self._shards, self._urls = samples, shards, urls
         number = samples["shard"].astype(np.int64)
-        place = np.arange(len(number)) - np.searchsorted(number, number)  # of a sample in its shard
-        begins = np.flatnonzero(place % CHUNK_SIZE == 0)
-        self._firsts: npt.NDArray[np.int64] = np.append(begins, len(number))
-        self.of_sample: npt.NDArray[np.int64] = np.repeat(np.arange(len(begins)), np.diff(self._firsts))
+        rank = np.arange(len(number)) - np.searchsorted(number, number)  # of a sample in its shard
+        firsts = np.flatnonzero(rank % CHUNK_SIZE == 0)
+        self._firsts: npt.NDArray[np.int64] = np.append(firsts, len(number))
+        self.of_sample: npt.NDArray[np.int64] = np.repeat(np.arange(len(firsts)), np.diff(self._firsts))
         self._lengths = samples["length"].astype(np.int64)
-        self._begins = number << 40 | samples["offset"].astype(np.int64)  # ascending, as the index is
-        self._made: dict[int, Chunk] = {}
+        self._starts = number << 40 | samples["offset"].astype(
+            np.int64
+        )  # (shard, offset), sorted like the index
+        self._chunks: dict[int, Chunk] = {}
 
     @property
     def num_samples(self) -> int:
-        """Of all pieces."""
+        """Number of samples in all chunks."""
         return len(self.of_sample)
 
     def __len__(self) -> int:
         return len(self._firsts) - 1
 
     def __getitem__(self, number: int) -> Chunk:
-        if number not in self._made:
-            self._made[number] = self._make(number)
-        return self._made[number]
+        if number not in self._chunks:
+            self._chunks[number] = self._make(number)
+        return self._chunks[number]
 
-    def turn(self, indices: Sequence[int]) -> list[tuple[int, int]]:
-        """Piece and bytes of each of some samples."""
+    def reads(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+        """Return (chunk number, bytes) for each sample."""
         return [(int(self.of_sample[index]), int(self._lengths[index])) for index in indices]
 
     def _make(self, number: int) -> Chunk:
@@ -84,16 +86,16 @@ class Chunks:
         digest = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         return Chunk(f"{digest}-{start}-{stop}", shard, start, stop, first, last)
 
-    def at(self, shard: int, offset: int) -> int | None:
-        """Number of the piece that holds the sample which begins there."""
-        begin = shard << 40 | offset
-        index = int(np.searchsorted(self._begins, begin))
-        if index == len(self._begins) or self._begins[index] != begin:
+    def find(self, shard: int, offset: int) -> int | None:
+        """Return the number of the chunk with the sample that starts at `offset`; None if there is none."""
+        start = shard << 40 | offset
+        index = int(np.searchsorted(self._starts, start))
+        if index == len(self._starts) or self._starts[index] != start:
             return None
         return int(self.of_sample[index])
 
-    def fault(self, chunk: Chunk, content: bytes | bytearray) -> str | None:
-        """The first sample of a piece that its bytes do not hold, in words."""
+    def find_corrupt_sample(self, chunk: Chunk, content: bytes | bytearray) -> str | None:
+        """Verify the bytes of a chunk; return a message about the first corrupt sample, or None."""
         for row in self._samples[chunk.first : chunk.last]:
             at = int(row["offset"]) - chunk.start
             if zlib.crc32(content[at : at + int(row["length"])]) != row["crc32"]:

@@ -1,4 +1,4 @@
-"""Fills the node cache with what comes next, and reads from it what is there."""
+"""Prefetch chunks into the node cache, and read samples from it."""
 
 from __future__ import annotations
 
@@ -12,26 +12,31 @@ from pathlib import Path
 from raydetr.shards.files import Span
 from raydetr.shards.remote.cache import NodeCache
 from raydetr.shards.remote.chunks import Chunk, Chunks
-from raydetr.shards.remote.lookahead import MOST_USES, Lookahead, choose_victims, is_worth_it
-from raydetr.shards.remote.use_tables import UseTables
+from raydetr.shards.remote.eviction import (
+    MAX_UPCOMING_READS,
+    UpcomingReads,
+    UseTables,
+    choose_evictions,
+    may_replace,
+)
 from raydetr.store.background import BackgroundThreads
 from raydetr.store.transfer import RemoteError
 
 log = logging.getLogger(__name__)
 
-DOWNLOADS = 3  # at a time, of a process
-STEPS_AT_ONCE = 256  # that are looked ahead between two looks at the cache
-IDLE_SECONDS = 0.2  # between two looks where nothing is to be done
-RETRY_SECONDS = 1.0  # after there was no room, or another process was at a piece
-PAUSE_SECONDS = 5.0  # after a server failed
+MAX_DOWNLOADS = 3  # concurrent downloads of a process
+STEPS_PER_POLL = 256  # steps added to the upcoming reads between two polls of the cache
+IDLE_SECONDS = 0.2  # between two polls when there is nothing to do
+RETRY_SECONDS = 1.0  # after the cache was full, or another process was writing a chunk
+BACKOFF_SECONDS = 5.0  # after a server failed
 
 Download = Callable[[Chunk, Callable[[bytes], None]], None]
 
 
 class CachedChunks:
-    """The pieces of some shards in the node cache, which is made by the first process that follows a plan.
+    """The chunks of shards in the node cache.
 
-    A driver that only looks at the shards needs no such disk.
+    The cache is created when a process starts prefetching: a driver that only opens the shards needs no such disk.
     """
 
     def __init__(self, folder: Path, max_bytes: int, chunks: Chunks) -> None:
@@ -40,7 +45,7 @@ class CachedChunks:
 
     @property
     def cache(self) -> NodeCache:
-        """The cache.
+        """Node cache, created on first access.
 
         Raises:
             ValueError: its folder cannot be used.
@@ -50,11 +55,11 @@ class CachedChunks:
         return self._cache
 
     def read(self, span: Span) -> bytes | None:
-        """A sample's bytes, if its piece is there."""
+        """Read a sample's bytes from the cache; None if its chunk is not cached."""
         if self._cache is None:
             return None
         shard, offset, length = span
-        number = self.chunks.at(shard, offset)
+        number = self.chunks.find(shard, offset)
         if number is None:
             return None
         chunk = self.chunks[number]
@@ -65,32 +70,33 @@ class CachedChunks:
             return None
 
     def drop(self, span: Span) -> None:
-        """Remove the piece that holds a sample: its copy may be damaged."""
-        number = self.chunks.at(*span[:2])
+        """Remove the chunk that holds a sample, because its copy may be corrupt."""
+        number = self.chunks.find(*span[:2])
         if number is not None and self._cache is not None:
             self._cache.remove([self.chunks[number].name])
 
 
-class WrongBytes(Exception):
-    """A piece that came wrong twice."""
+class ChecksumError(Exception):
+    """A chunk was corrupt in two downloads."""
 
 
 class CachePrefetcher:
-    """A thread that brings the pieces a rank will read, in that order, and removes those that are used last.
+    """A thread that fetches the chunks a rank will read, in that order, and evicts those used last.
 
     Args:
-        cached: where they go.
-        download: brings the bytes of a piece.
-        turns: the samples that each step of the rank reads, of all its processes together.
+        cached: the cache to fill.
+        download: fetches the bytes of a chunk.
+        batches: the samples of each step of the rank, over all its processes.
     """
 
-    def __init__(self, cached: CachedChunks, download: Download, turns: Iterable[Sequence[int]]) -> None:
+    def __init__(self, cached: CachedChunks, download: Download, batches: Iterable[Sequence[int]]) -> None:
         self._cached, self._download = cached, download
-        most_uses = min(MOST_USES, 2 * cached.chunks.num_samples)  # farther, nothing depends on it
-        self._ahead = Lookahead((cached.chunks.turn(turn) for turn in turns), most_uses)
+        # Two epochs suffice: later reads decide nothing.
+        max_reads = min(MAX_UPCOMING_READS, 2 * cached.chunks.num_samples)
+        self._upcoming = UpcomingReads((cached.chunks.reads(batch) for batch in batches), max_reads)
         self._tables = UseTables(cached.cache.folder / "uses")
-        self._threads = BackgroundThreads(DOWNLOADS, "node cache")
-        self._not_before: dict[int, float] = {}  # piece -> when to look at it again
+        self._threads = BackgroundThreads(MAX_DOWNLOADS, "node cache")
+        self._not_before: dict[int, float] = {}  # chunk -> time of the next attempt
         self._step = 0
         self._failure: BaseException | None = None
         self._closed = threading.Event()
@@ -98,30 +104,30 @@ class CachePrefetcher:
         self._thread.start()
 
     def advance(self, step: int) -> None:
-        """This process is about to read for a step.
+        """Report that this process is about to read the samples of a step.
 
         Raises:
-            BaseException: what ended the thread, if it was not what caches are known to suffer.
+            BaseException: the error that ended the thread, unless it was an OSError of the cache, which is logged.
         """
         if self._failure is not None:
             raise self._failure
         self._step = step
 
     def close(self) -> None:
-        """Fetch nothing more."""
+        """Stop fetching."""
         self._closed.set()
         self._thread.join(5.0)
 
     def _run(self) -> None:
         try:
             while not self._closed.is_set():
-                self._ahead.advance(self._step)
-                grew = self._ahead.extend(STEPS_AT_ONCE)
+                self._upcoming.advance(self._step)
+                grew = self._upcoming.extend(STEPS_PER_POLL)
                 if not self._fetch_some():
-                    self._closed.wait(0.02 if grew else IDLE_SECONDS)  # the batches need this processor
+                    self._closed.wait(0.02 if grew else IDLE_SECONDS)  # leave the CPU to the loader
         except OSError as error:
             log.warning(
-                "%s (data.remote.cache_dir): %s; this process caches nothing more and reads from the server",
+                "%s (data.remote.cache_dir): %s; this process stops caching and reads from the server",
                 self._cached.cache.folder, error,
             )  # fmt: skip
         except BaseException as error:
@@ -130,14 +136,15 @@ class CachePrefetcher:
             self._tables.close()
 
     def _fetch_some(self) -> bool:
-        """Fetch the next pieces that are not there; whether anything was fetched."""
-        next_uses = self._ahead.next_uses()
+        """Fetch the next missing chunks; return True if any was fetched."""
+        next_uses = self._upcoming.next_uses()
         self._tables.publish({self._cached.chunks[number].name: use for number, use in next_uses.items()})
-        now, there, futures = time.monotonic(), self._cached.cache.listing(), []
+        now, present, futures = time.monotonic(), self._cached.cache.names(), []
+        # The nearest missing chunks first; a few at a time, because the uses change while they are fetched.
         for number, use in next_uses.items():
-            if self._not_before.get(number, 0.0) <= now and self._cached.chunks[number].name not in there:
+            if self._not_before.get(number, 0.0) <= now and self._cached.chunks[number].name not in present:
                 futures.append(self._threads.submit(self._store, number, use))
-            if len(futures) == DOWNLOADS:
+            if len(futures) == MAX_DOWNLOADS:
                 break
         fetched = [future.result() for future in futures]
         return any(fetched)
@@ -145,32 +152,32 @@ class CachePrefetcher:
     def _store(self, number: int, use: int) -> bool:
         chunk, cache = self._cached.chunks[number], self._cached.cache
 
-        def victims(missing: int) -> list[str] | None:
-            sizes = cache.names()
-            pays = partial(is_worth_it, self._ahead, number, use, chunk.size)
-            return choose_victims(missing, sizes, self._tables.next_uses(sizes), pays)
+        def evictions(missing: int) -> list[str] | None:
+            sizes = cache.sizes()
+            may_evict = partial(may_replace, self._upcoming, number, use, chunk.size)
+            return choose_evictions(missing, sizes, self._tables.next_uses(sizes), may_evict)
 
         try:
-            outcome = cache.store(chunk.name, chunk.size, lambda accept: self._bring(chunk, accept), victims)
-        except WrongBytes as fault:
-            log.warning("%s: not cached: %s, twice; its samples are read one by one", chunk.name, fault)
+            result = cache.store(chunk.name, chunk.size, lambda accept: self._fetch(chunk, accept), evictions)
+        except ChecksumError as error:
+            log.warning("%s: not cached: %s, twice; its samples are read one by one", chunk.name, error)
             self._not_before[number] = float("inf")
             return True
         except RemoteError as error:
             log.warning("not cached for now: %s", error)
-            self._not_before[number] = time.monotonic() + PAUSE_SECONDS
+            self._not_before[number] = time.monotonic() + BACKOFF_SECONDS
             return False
-        if outcome != "stored":
+        if result != "stored":
             self._not_before[number] = time.monotonic() + RETRY_SECONDS
-        return outcome == "stored"
+        return result == "stored"
 
-    def _bring(self, chunk: Chunk, accept: Callable[[bytes], None]) -> None:
-        fault: str | None = None
+    def _fetch(self, chunk: Chunk, accept: Callable[[bytes], None]) -> None:
+        problem: str | None = None
         for _ in range(2):
             content = bytearray()
             self._download(chunk, content.extend)
-            fault = self._cached.chunks.fault(chunk, content)
-            if fault is None:
+            problem = self._cached.chunks.find_corrupt_sample(chunk, content)
+            if problem is None:
                 accept(bytes(content))
                 return
-        raise WrongBytes(fault)
+        raise ChecksumError(problem)

@@ -1,4 +1,4 @@
-"""Shards on a server: small files whole, samples by byte ranges, the near ones in one request."""
+"""Read shards from a server: small files completely, samples by byte ranges, nearby ones in one request."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from raydetr.store.background import BackgroundThreads
 from raydetr.store.origins import Origin
 from raydetr.store.transfer import RemoteError, Transfers
 
-LONGEST_REQUEST = 4 * 1024 * 1024  # bytes; ranges are not merged beyond it, to come at the same time
-MOST_FAULTS = 10  # after which no more files are looked at
+MAX_MERGED_BYTES = (
+    4 * 1024 * 1024
+)  # ranges are not merged beyond this size, so that they are fetched in parallel
+MAX_PROBLEMS = 10  # after which no more files are checked
 
 
 @dataclass(frozen=True)
 class Request:
-    """One range of a shard that holds the spans numbered `wanted`."""
+    """One range of a shard that contains the spans with the numbers `wanted`."""
 
     shard: int
     start: int
@@ -31,7 +33,7 @@ class Request:
 
 
 def merge(spans: Sequence[Span], gap: int) -> list[Request]:
-    """The requests for some spans: those of a shard that lie within `gap` bytes of each other share one."""
+    """Merge spans of the same shard into one request if they lie within `gap` bytes of each other."""
     requests: list[Request] = []
     for number in sorted(range(len(spans)), key=lambda number: spans[number]):
         shard, start, length = spans[number]
@@ -40,7 +42,7 @@ def merge(spans: Sequence[Span], gap: int) -> list[Request]:
             last is not None
             and last.shard == shard
             and start - last.stop <= gap
-            and start + length - last.start <= LONGEST_REQUEST
+            and start + length - last.start <= MAX_MERGED_BYTES
         ):
             stop = max(last.stop, start + length)
             requests[-1] = Request(shard, last.start, stop, (*last.wanted, number))
@@ -50,7 +52,7 @@ def merge(spans: Sequence[Span], gap: int) -> list[Request]:
 
 
 class Connection:
-    """What a process needs to fetch files of one remote folder. Made anew after a fork, and in copies."""
+    """Fetches files of one remote folder. Recreates its connections after a fork, and in unpickled copies."""
 
     def __init__(self, location: str, config: RemoteConfig) -> None:
         self.origin, self.config = Origin(location, config.options), config
@@ -62,12 +64,12 @@ class Connection:
 
     @property
     def threads(self) -> BackgroundThreads:
-        """Where requests are waited for."""
+        """Threads that perform the requests."""
         self.connect()
         return self._threads
 
     def fetch(self, name: str, start: int, stop: int | None, size: int | None) -> bytes:
-        """A range of a file; `size` is that of the whole file, where it is known.
+        """Fetch a range of a file; `size` is that of the complete file, if known.
 
         Raises:
             RemoteError: it cannot be read.
@@ -79,13 +81,13 @@ class Connection:
     def fetch_into(
         self, name: str, start: int, stop: int | None, size: int | None, accept: Callable[[bytes], None]
     ) -> None:
-        """The same, in chunks."""
+        """Fetch a range of a file, and pass its bytes to `accept` as they arrive."""
         self.connect()
         origin = self.origin
         self._transfers.fetch(origin.name(name), lambda: origin.address(name), start, stop, size, accept)
 
     def connect(self) -> None:
-        """Make ready in this process, before several threads would do it at once."""
+        """Create the connections of this process. Not thread-safe: call it before using several threads."""
         if self._pid != os.getpid():
             self.origin.connect()
             self._transfers = Transfers(self.config)
@@ -94,13 +96,13 @@ class Connection:
 
 
 class RemoteFolder:
-    """A folder on a server; see Folder."""
+    """A `Folder` on a server."""
 
     def __init__(self, location: str, config: RemoteConfig) -> None:
         self.location, self.connection = location, Connection(location, config)
 
     def read(self, name: str) -> bytes:
-        """As Folder."""
+        """Read a complete small file."""
         try:
             return self.connection.fetch(name, 0, None, None)
         except RemoteError as error:
@@ -109,22 +111,22 @@ class RemoteFolder:
             raise
 
     def check_sizes(self, sizes: Mapping[str, int]) -> list[str]:
-        """As Folder. A byte of each file is asked for, which also shows whether the server knows ranges."""
+        """Request one byte of each file: the response has its size, and shows whether ranges are supported."""
         threads = self.connection.threads
-        faults: list[str] = []
-        futures = [threads.submit(self._fault, name, size) for name, size in sizes.items()]
+        problems: list[str] = []
+        futures = [threads.submit(self._check_size, name, size) for name, size in sizes.items()]
         for future in futures:
-            if len(faults) >= MOST_FAULTS:
+            if len(problems) >= MAX_PROBLEMS:
                 future.cancel()
-            elif (fault := future.result()) is not None:
-                faults.append(fault)
-        return faults
+            elif (problem := future.result()) is not None:
+                problems.append(problem)
+        return problems
 
-    def without_manifest(self) -> str:
-        """As Folder."""
+    def explain_missing_manifest(self) -> str:
+        """Return a message: why there is no manifest, and the remedy."""
         return "no shards found there (no manifest.json); copy a folder of shards to it"
 
-    def _fault(self, name: str, size: int) -> str | None:
+    def _check_size(self, name: str, size: int) -> str | None:
         try:
             self.connection.fetch(name, 0, min(1, size), size)
         except RemoteError as error:
@@ -133,12 +135,12 @@ class RemoteFolder:
 
 
 class RemoteFiles:
-    """The shards of a remote folder; see ShardFiles.
+    """The `ShardFiles` of a remote folder.
 
     Args:
-        connection: to the folder.
+        connection: connection to the folder.
         sizes: name and size of each shard.
-        cached: the node cache of their pieces, if there is one.
+        cached: the chunks in the node cache, if there is one.
     """
 
     def __init__(
@@ -149,18 +151,18 @@ class RemoteFiles:
         self.names = [connection.origin.name(file) for file in self._files]
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
-        """As ShardFiles."""
+        """Read a range of a shard, from the node cache if possible."""
         copy = self._cached.read((shard, offset, length)) if self._cached else None
         return self._fetch(shard, offset, length) if copy is None else copy
 
     def reread(self, shard: int, offset: int, length: int) -> bytes:
-        """As ShardFiles. A copy in the node cache is removed."""
+        """Read a range of a shard from the server, and remove a copy in the node cache."""
         if self._cached is not None:
             self._cached.drop((shard, offset, length))
         return self._fetch(shard, offset, length)
 
     def start(self, spans: Sequence[Span]) -> Callable[[], list[bytes | OSError]]:
-        """As ShardFiles."""
+        """Start reading several spans together; return a function that waits for the results."""
         copies = [self._cached.read(span) if self._cached else None for span in spans]
         missing = [span for span, copy in zip(spans, copies, strict=True) if copy is None]
         requests = merge(missing, self.connection.config.merge_gap_kb * 1024)
@@ -176,12 +178,12 @@ class RemoteFiles:
 
         return wait
 
-    def prefetch(self, turns: Iterable[Sequence[int]]) -> Prefetcher:
-        """As ShardFiles: fills the node cache."""
+    def prefetch(self, batches: Iterable[Sequence[int]]) -> Prefetcher:
+        """Start filling the node cache, if there is one."""
         if self._cached is None:
             return NullPrefetcher()
         self.connection.connect()
-        return CachePrefetcher(self._cached, self._download, turns)
+        return CachePrefetcher(self._cached, self._download, batches)
 
     def _fetch(self, shard: int, offset: int, length: int) -> bytes:
         return self.connection.fetch(self._files[shard], offset, offset + length, self._sizes[shard])
@@ -192,7 +194,7 @@ class RemoteFiles:
 
 
 def make_remote_files(connection: Connection, manifest: Manifest, samples: Samples) -> RemoteFiles:
-    """The shards of a manifest, behind the node cache where one is set.
+    """Open the shards of a manifest, with the node cache if one is configured.
 
     Raises:
         ValueError: the cache cannot be used, or is smaller than a shard.
@@ -214,7 +216,7 @@ def make_remote_files(connection: Connection, manifest: Manifest, samples: Sampl
 def _cut(
     spans: Sequence[Span], requests: Sequence[Request], futures: Sequence[Future[bytes]]
 ) -> list[bytes | OSError]:
-    """The bytes of each span, out of those of the requests."""
+    """Cut the bytes of each span out of the responses; a failed request gives its error."""
     found: dict[int, bytes | OSError] = {}
     for request, future in zip(requests, futures, strict=True):
         try:

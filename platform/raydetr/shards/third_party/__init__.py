@@ -1,1 +1,1 @@
-"""Shards that other programs wrote."""
+"""Index and read WebDataset shards that other programs wrote."""

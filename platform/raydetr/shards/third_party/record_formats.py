@@ -1,8 +1,8 @@
-"""JSON members that others wrote, as COCO's records: three conventions are understood.
+"""Convert the JSON members of third-party shards to COCO's records; three formats are supported.
 
-`coco`: {"image": {...}, "annotations": [...]}, as in our own shards. `objects`: a list of objects, each with its
-box and label, under "annotations" or "objects". `arrays`: one list of boxes and one of labels, in the record or
-under "objects".
+`coco`: {"image": {...}, "annotations": [...]}, as in the shards of `write_shards`. `objects`: a list of objects, each
+with its box and label, under "annotations" or "objects". `arrays`: one list of boxes and one of labels, in the record
+or under "objects".
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ LABELS = (
     "category_id", "category", "category_name", "category_ids", "categories",
     "label", "labels", "class", "classes", "class_id", "class_ids", "class_name", "name",
 )  # fmt: skip
-OWN = ("id", "image_id", "iscrowd", "area")  # of an object: taken over, or made
+OPTIONAL_ARRAYS = ("iscrowd", "area")  # lists next to those of boxes and labels
 
 Record = dict[str, Any]
 CategoryOf = Callable[[int | str], int]
 
 
 def find_format(content: Any, box_format: BoxFormat | None) -> RecordFormat | None:
-    """The convention that a record follows; None: it has no objects, so another one has to tell.
+    """Detect the format of a record; None if it has no objects, so that another record must be tried.
 
     Args:
         content: the parsed JSON.
-        box_format: what the user says about the boxes.
+        box_format: format of the boxes, if the user specified it.
 
     Raises:
-        Fault: none is followed, or nobody said how the boxes are written.
+        InvalidDataError: the format is unknown, or that of the boxes is ambiguous.
     """
     if not isinstance(content, dict):
         raise InvalidDataError(
@@ -51,7 +51,7 @@ def find_format(content: Any, box_format: BoxFormat | None) -> RecordFormat | No
         if not isinstance(first, dict):
             raise InvalidDataError(f"{name}[0] is {first!r:.60}, not an object with a box and a label")
         boxes, labels = _fields(first, f"{name}[0]")
-        # a list of objects with `bbox` is what COCO has, and there it is x, y, width, height
+        # A list of objects with `bbox` is COCO's convention, where it is x, y, width, height.
         return RecordFormat(kind, name, boxes, labels, _box_format(box_format, boxes, default="xywh"), False)
     name = "objects" if isinstance(content.get("objects"), dict) else ""
     arrays = content[name] if name else content
@@ -61,33 +61,39 @@ def find_format(content: Any, box_format: BoxFormat | None) -> RecordFormat | No
     return RecordFormat("arrays", name, boxes, labels, _box_format(box_format, boxes, default=None), False)
 
 
-def unpack(content: Any, form: RecordFormat) -> tuple[Record, list[Record]]:
-    """The fields of the image, and for each object its `bbox` (x, y, width, height), `label` and other fields.
+def unpack(content: Any, record_format: RecordFormat) -> tuple[Record, list[Record]]:
+    """Return the fields of the image, and per object its `bbox` (x, y, width, height), `label` and other fields.
 
     Raises:
-        Fault: the record does not follow the convention.
+        InvalidDataError: the record does not follow the format.
     """
     if not isinstance(content, dict):
         raise InvalidDataError(f"the record is a {type(content).__name__}, not an object")
-    holder = content.get(form.objects) if form.objects else content
+    holder = content.get(record_format.objects) if record_format.objects else content
     if holder is None:
-        raise InvalidDataError(f"the record has no {form.objects!r}; its fields are {_names(content)}")
-    if form.kind == "coco":
+        raise InvalidDataError(
+            f"the record has no {record_format.objects!r}; its fields are {_names(content)}"
+        )
+    if record_format.kind == "coco":
         image = content.get("image")
         if not isinstance(image, dict):
             raise InvalidDataError(f"the record has no object 'image'; its fields are {_names(content)}")
     else:
-        taken = (form.objects,) if form.objects else (form.boxes, form.labels, "area", "iscrowd")
+        taken = (
+            (record_format.objects,)
+            if record_format.objects
+            else (record_format.boxes, record_format.labels, "area", "iscrowd")
+        )
         image = {name: value for name, value in content.items() if name not in taken}
-    objects = _rows(holder, form) if form.kind == "arrays" else holder
+    objects = _rows(holder, record_format) if record_format.kind == "arrays" else holder
     if not isinstance(objects, list):
-        raise InvalidDataError(f"{form.objects} is {objects!r:.60}, not a list")
-    return image, [_object(number, item, form) for number, item in enumerate(objects)]
+        raise InvalidDataError(f"{record_format.objects} is {objects!r:.60}, not a list")
+    return image, [_object(number, item, record_format) for number, item in enumerate(objects)]
 
 
 def convert(
     content: Any,
-    form: RecordFormat,
+    record_format: RecordFormat,
     *,
     key: str,
     image_id: int,
@@ -95,28 +101,28 @@ def convert(
     first_id: int,
     category_of: CategoryOf,
 ) -> tuple[Record, list[Record]]:
-    """COCO's records of an image and its annotations.
+    """Return COCO's records of an image and its annotations.
 
     Args:
         content: the parsed JSON.
-        form: its convention.
-        key: of the sample.
-        image_id: that the index gives it.
+        record_format: its format.
+        key: key of the sample.
+        image_id: image id in the index.
         size: width and height in pixels.
-        first_id: of its annotations, which are numbered from there; theirs stay if `form.own_ids`.
-        category_of: the id of a label.
+        first_id: id of the first annotation; the others follow. Ignored if `record_format.own_ids`.
+        category_of: returns the category id of a label.
 
     Raises:
-        Fault: the record does not follow the convention.
+        InvalidDataError: the record does not follow the format.
     """
-    image, objects = unpack(content, form)
+    image, objects = unpack(content, record_format)
     record = {"file_name": key, **image, "id": image_id, "width": size[0], "height": size[1]}
     annotations = []
     for number, item in enumerate(objects):
         box, label = item["bbox"], item.pop("label")
-        made = {"id": first_id + number} if not form.own_ids else {}
-        own = {"image_id": image_id, "category_id": category_of(label)}
-        annotations.append({"area": box[2] * box[3], "iscrowd": 0, **item, **own, **made})
+        new_id = {"id": first_id + number} if not record_format.own_ids else {}
+        references = {"image_id": image_id, "category_id": category_of(label)}
+        annotations.append({"area": box[2] * box[3], "iscrowd": 0, **item, **references, **new_id})
     return record, annotations
 
 
@@ -135,19 +141,19 @@ def _box_format(given: BoxFormat | None, boxes: str, default: BoxFormat | None) 
     if given is None and (default is None or boxes != "bbox"):
         raise InvalidDataError(
             f"the boxes are in {boxes!r}, and may be [x, y, width, height] or [x1, y1, x2, y2]: "
-            "say which with --boxes xywh or --boxes xyxy"
+            "specify --boxes xywh or --boxes xyxy"
         )
     return given or default or "xywh"
 
 
-def _rows(holder: Any, form: RecordFormat) -> list[Record]:
-    """Arrays of boxes and labels, as objects."""
+def _rows(holder: Any, record_format: RecordFormat) -> list[Record]:
+    """Convert lists of boxes and labels to a list of objects."""
     if not isinstance(holder, dict):
-        raise InvalidDataError(f"{form.objects} is {holder!r:.60}, not an object with lists")
+        raise InvalidDataError(f"{record_format.objects} is {holder!r:.60}, not an object with lists")
     columns: dict[str, list[Any]] = {}
-    for name in (form.boxes, form.labels, *OWN[2:]):
+    for name in (record_format.boxes, record_format.labels, *OPTIONAL_ARRAYS):
         values = holder.get(name)
-        if values is None and name in OWN:
+        if values is None and name in OPTIONAL_ARRAYS:
             continue
         if not isinstance(values, list):
             raise InvalidDataError(f"{name} is {values!r:.60}, not a list; the fields are {_names(holder)}")
@@ -158,27 +164,31 @@ def _rows(holder: Any, form: RecordFormat) -> list[Record]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _object(number: int, item: Any, form: RecordFormat) -> Record:
+def _object(number: int, item: Any, record_format: RecordFormat) -> Record:
     if not isinstance(item, dict):
         raise InvalidDataError(f"object {number} is {item!r:.60}")
-    label = item.get(form.labels)
+    label = item.get(record_format.labels)
     if not isinstance(label, int | str) or isinstance(label, bool):
         raise InvalidDataError(
-            f"object {number}: {form.labels} is {label!r:.60}, neither a whole number nor a name"
+            f"object {number}: {record_format.labels} is {label!r:.60}, neither a whole number nor a name"
         )
-    others = {name: value for name, value in item.items() if name not in (form.boxes, form.labels)}
-    return {**others, "bbox": _xywh(number, item.get(form.boxes), form), "label": label}
+    others = {
+        name: value for name, value in item.items() if name not in (record_format.boxes, record_format.labels)
+    }
+    return {**others, "bbox": _xywh(number, item.get(record_format.boxes), record_format), "label": label}
 
 
-def _xywh(number: int, value: Any, form: RecordFormat) -> list[float]:
+def _xywh(number: int, value: Any, record_format: RecordFormat) -> list[float]:
     if not isinstance(value, list) or len(value) != 4 or not all(map(_is_number, value)):
-        raise InvalidDataError(f"object {number}: {form.boxes} is {value!r:.60}, not four finite numbers")
+        raise InvalidDataError(
+            f"object {number}: {record_format.boxes} is {value!r:.60}, not four finite numbers"
+        )
     box: list[float] = value
-    if form.box_format == "xyxy":
+    if record_format.box_format == "xyxy":
         box = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
     if box[2] < 0 or box[3] < 0:
         raise InvalidDataError(
-            f"object {number}: {form.boxes}, read as {form.box_format}, has a negative size: {box}"
+            f"object {number}: {record_format.boxes}, read as {record_format.box_format}, has a negative size: {box}"
         )
     return box
 

@@ -1,4 +1,4 @@
-"""Index one shard that others wrote: every sample is read and checked as when shards are written."""
+"""Index one third-party shard: read every sample and apply the same checks as when writing shards."""
 
 from __future__ import annotations
 
@@ -29,41 +29,41 @@ class IndexTask:
 
     number: int
     path: Path
-    form: RecordFormat
+    record_format: RecordFormat
 
 
 @dataclass
 class IndexedShard:
-    """What is in a shard. The ids of images and annotations are settled when all shards are known."""
+    """The content of a shard. Image and annotation ids are assigned when all shards are indexed."""
 
     name: str
     file: ShardFile | None = None
     rows: list[tuple[int, ...]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
-    image_ids: list[Any] = field(default_factory=list)  # as the records have them
+    image_ids: list[Any] = field(default_factory=list)  # as in the records
     annotation_ids: list[Any] = field(default_factory=list)
     labels: Counter[int | str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)  # extensions of other members
-    num_turned: int = 0
+    num_rotated: int = 0
     num_without_area: int = 0
-    largest: float = 0.0  # coordinate of a box
-    num_faults: int = 0
-    faults: list[str] = field(default_factory=list)
+    max_coordinate: float = 0.0  # of all boxes
+    num_problems: int = 0
+    problems: list[str] = field(default_factory=list)  # the first ones
 
     @property
     def samples(self) -> Samples:
-        """The rows of the index, with ids that are still to be set."""
+        """Rows of the index, without image ids."""
         return np.array(self.rows, dtype=SAMPLE_DTYPE)
 
-    def note(self, fault: str) -> None:
-        """Count a fault, and keep the first ones."""
-        self.num_faults += 1
-        if self.num_faults <= MAX_REPORTED:
-            self.faults.append(f"{self.name}: {fault}")
+    def add(self, problem: str) -> None:
+        """Count a problem; keep the first messages."""
+        self.num_problems += 1
+        if self.num_problems <= MAX_REPORTED:
+            self.problems.append(f"{self.name}: {problem}")
 
 
-def index_foreign(task: IndexTask, advance: Advance) -> IndexedShard:
-    """Index the samples of a shard; what is wrong with them is noted, and does not stop the others."""
+def index_third_party(task: IndexTask, advance: Advance) -> IndexedShard:
+    """Index the samples of a shard; collect the problems of invalid ones and continue with the others."""
     shard = IndexedShard(task.path.name)
     seen: set[str] = set()
     at, size = 0, task.path.stat().st_size
@@ -73,32 +73,32 @@ def index_foreign(task: IndexTask, advance: Advance) -> IndexedShard:
                 try:
                     if sample.key in seen:
                         raise InvalidDataError(
-                            "its members do not lie together: sort them, for example with tar --sort=name"
+                            "its members are not consecutive: sort them, for example with tar --sort=name"
                         )
                     seen.add(sample.key)
                     _index_sample(shard, task, sample, file)
                 except ValueError as error:
-                    shard.note(f"sample {sample.key}: {error}")
+                    shard.add(f"sample {sample.key}: {error}")
                 advance(sample.end - at)
                 at = sample.end
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, InvalidDataError) as error:
-        shard.note(str(error))
+        shard.add(str(error))
         return shard
     finally:
         advance(size - at)
     if not seen:
-        shard.note("holds no samples")
+        shard.add("holds no samples")
     shard.file = ShardFile(task.path.name, len(shard.rows), size, digest)
     return shard
 
 
 def image_and_record(sample: TarSample) -> tuple[str, str]:
-    """The extensions of a sample's image and of its JSON.
+    """Return the extensions of a sample's image and of its JSON.
 
     Raises:
-        Fault: there is not one of each.
+        InvalidDataError: there is not exactly one of each.
     """
     images = [extension for extension in sample.members if extension in IMAGES]
     if len(images) != 1 or "json" not in sample.members:
@@ -110,10 +110,10 @@ def image_and_record(sample: TarSample) -> tuple[str, str]:
 
 
 def read_content(file: BinaryIO, sample: TarSample) -> Any:
-    """A sample's parsed JSON.
+    """Read and parse a sample's JSON.
 
     Raises:
-        Fault: it is not JSON.
+        InvalidDataError: it is not JSON.
     """
     member = sample.members["json"]
     file.seek(member.offset_data)
@@ -132,9 +132,9 @@ def _index_sample(shard: IndexedShard, task: IndexTask, sample: TarSample, file:
         if member_at(raw, member.offset_data - parts.begin) != (sample.key, member.size):
             raise InvalidDataError("its name needs an extended tar header: give it at most 100 characters")
     content = raw[image.offset_data - parts.begin :][: image.size]
-    fields, objects = unpack(read_content(file, sample), task.form)
-    size, _, turned = check_image("its image", content, _stated_size(fields))
-    _note_objects(shard, objects, task.form)
+    fields, objects = unpack(read_content(file, sample), task.record_format)
+    size, _, rotated = check_image("its image", content, _stated_size(fields))
+    _add_objects(shard, objects, task.record_format)
     offsets = [
         value for member in (image, record) for value in (member.offset_data - parts.begin, member.size)
     ]
@@ -142,7 +142,7 @@ def _index_sample(shard: IndexedShard, task: IndexTask, sample: TarSample, file:
     shard.rows.append(row)
     shard.keys.append(sample.key)
     shard.image_ids.append(fields.get("id", fields.get("image_id")))
-    shard.num_turned += turned
+    shard.num_rotated += rotated
     shard.ignored.update(extension for extension in sample.members if extension not in parts.members)
 
 
@@ -157,7 +157,7 @@ def _stated_size(fields: Record) -> tuple[int, int] | None:
     return width, height
 
 
-def _note_objects(shard: IndexedShard, objects: list[Record], form: RecordFormat) -> None:
+def _add_objects(shard: IndexedShard, objects: list[Record], record_format: RecordFormat) -> None:
     for number, item in enumerate(objects):
         if item.get("iscrowd", 0) not in (0, 1):
             raise InvalidDataError(f"object {number}: iscrowd is {item['iscrowd']!r:.40}, neither 0 nor 1")
@@ -167,7 +167,7 @@ def _note_objects(shard: IndexedShard, objects: list[Record], form: RecordFormat
     for item in objects:
         x, y, width, height = item["bbox"]
         shard.labels[item["label"]] += 1
-        shard.largest = max(shard.largest, x + width, y + height)
+        shard.max_coordinate = max(shard.max_coordinate, x + width, y + height)
         shard.num_without_area += "area" not in item
-        if form.kind == "coco":
+        if record_format.kind == "coco":
             shard.annotation_ids.append(item.get("id"))

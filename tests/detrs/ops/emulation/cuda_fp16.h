@@ -1,4 +1,5 @@
-// float16 and bfloat16 for the emulation, by the CPU kernels' conversions, which have tests of their own.
+// float16 and bfloat16 for the emulation, with the conversions of the CPU kernels, which are tested
+// separately.
 #pragma once
 
 #ifndef DETRS_VECTOR_BYTES

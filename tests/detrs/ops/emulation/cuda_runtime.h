@@ -1,11 +1,10 @@
-// As much of CUDA as the kernels use, on the CPU, so that the C++ compiler can compile their very source and
-// its sanitizers can watch it run. It stands in for CUDA's header of this name.
+// The part of CUDA that the kernels use, on the CPU, so that the C++ compiler can compile their source and
+// its sanitizers can check it. It replaces the CUDA header of this name.
 //
-// Each lane is a fiber. A lane runs until it must wait for its warp: at a shuffle or __syncwarp. When all 32
-// lanes have come to the same one, all go on, in an order that each launch chooses anew: lanes that lack a
-// barrier between them therefore meet in the wrong order. Shared memory starts as NaN (as an integer, -1),
-// and is guarded behind its end. Atomics are plain additions: this cannot show what only true parallelism
-// would.
+// Each lane is a fiber. A lane runs until it must wait for its warp, at a shuffle or __syncwarp. When all 32
+// lanes have reached the same one, all continue, in an order that differs between launches: without a barrier
+// between them, lanes access memory in the wrong order. Shared memory starts as NaN (-1 as an integer), and
+// its end is guarded. Atomics are plain additions: errors that need true parallelism are not found.
 #pragma once
 
 #include <setjmp.h>
@@ -102,26 +101,26 @@ constexpr unsigned char kGuard = 0xa5;
 
 [[noreturn]] inline void fail(const char* what, int line) {
   std::fprintf(stderr, "emulation: block %u, lane %u: %s (line %d)\n", blockIdx.x, threadIdx.x, what, line);
-  std::_Exit(3);  // not exit: it would free the stack that it runs on
+  std::_Exit(3);  // not exit, which would free the stack that this function runs on
 }
 
-// A stack with a place to go on at. The first switch to it is setcontext's, which calls run_lane.
+// A stack with the point at which to resume. The first switch is by setcontext, which calls run_lane.
 struct Fiber {
   ucontext_t context;
   jmp_buf place;
   bool started = false;
-  const void* stack = nullptr;  // what the address sanitizer wants to know of it
+  const void* stack = nullptr;  // for the address sanitizer
   size_t stack_size = 0;
 };
 
 struct Lane {
   Fiber fiber;
   std::unique_ptr<char[]> stack{new char[kStackSize]};
-  int waits_at = 0;               // the source line of the barrier, 0 while it runs
-  uint64_t given = 0, taken = 0;  // at the barrier it waits at; at the last one where its warp came together
+  int waits_at = 0;               // source line of the barrier; 0 while the lane runs
+  uint64_t given = 0, taken = 0;  // values at this barrier; at the last completed one
 };
 
-// In which order the lanes of a warp run: ascending, descending, or at random.
+// The order in which the lanes of a warp run: ascending, descending, or random.
 struct Order {
   enum Kind { ascending, descending, random } kind = ascending;
   std::minstd_rand generator;
@@ -133,8 +132,8 @@ inline std::vector<int> num_waiting;  // by warp
 inline std::deque<int> ready;
 inline std::function<void()> body;
 inline Fiber scheduler;
-inline int planted = 0;  // which fault, of those that a test put into the kernels' source, is active
-inline unsigned char* shared_memory;  // main.cpp says where it is
+inline int planted = 0;  // the active one of the faults that a test injected into the kernels; 0: none
+inline unsigned char* shared_memory;  // set by main.cpp
 inline size_t shared_capacity;
 
 inline void switch_fiber(Fiber& from, Fiber& to) {
@@ -152,7 +151,7 @@ inline void switch_fiber(Fiber& from, Fiber& to) {
 #endif
 }
 
-// A lane may run when its warp has come together, and goes to the end of the queue.
+// Puts the lanes of a warp, which has completed a barrier, at the end of the queue.
 inline void let_warp_run(int first) {
   int numbers[kWarpSize];
   for (int i = 0; i < kWarpSize; i++)
@@ -179,7 +178,7 @@ inline void run_lane() {
   _longjmp(scheduler.place, 1);
 }
 
-// Waits for the warp; returns what its lane `partner` gave.
+// Waits for the warp; returns the value `given` of lane `partner`.
 inline uint64_t exchange(uint64_t given, int partner, int line) {
   const int me = static_cast<int>(threadIdx.x), warp = me / kWarpSize, first = warp * kWarpSize;
   lanes[me].given = given, lanes[me].waits_at = line;

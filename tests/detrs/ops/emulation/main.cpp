@@ -1,6 +1,6 @@
-// Runs cases through the emulated kernels: `emulate CASES RESULTS`. ../emulated.py writes the one file and
-// reads the other. Each tensor lies in a buffer that ends exactly where it ends, so that the sanitizers see
-// each stray access.
+// Runs cases with the emulated kernels: `emulate CASES RESULTS [FAULT]`. tests/support/emulated.py writes
+// CASES and reads RESULTS. Each tensor has a buffer that ends exactly where it ends, so that the sanitizers
+// detect each stray access.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -30,7 +30,7 @@ std::vector<char> read(std::FILE* file, int64_t size) {
   return bytes;
 }
 
-// A buffer full of NaN, so that what is not written shows.
+// Returns a buffer full of NaN, so that missing writes show.
 std::vector<char> unwritten(int64_t size) {
   return std::vector<char>(size, char(0xff));
 }

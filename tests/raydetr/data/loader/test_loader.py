@@ -1,4 +1,4 @@
-"""Loader processes: real ones, that fail, are killed, and are left."""
+"""Test real loader processes that fail, are killed, or are abandoned."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import torch
 
 from raydetr.data.batch import Batch
 from raydetr.data.loader.loader import Out, load
-from raydetr.data.loader.ring import SLOTS, LoaderError
+from raydetr.data.loader.ring import NUM_SLOTS, LoaderError
 from raydetr.shards.reader import Shards
 
 ROOT = Path(__file__).parents[4]
@@ -39,7 +39,7 @@ ENVIRONMENT = {
 
 @dataclass
 class Numbers:
-    """Batches of small pictures; all pixels and the position are the number of the batch."""
+    """Batches of small images; all pixels and the position equal the number of the batch."""
 
     count: int = 10**9
     fails_at: int | None = None
@@ -65,26 +65,26 @@ def numbered(number: int, out: Out | None) -> Batch:
     )  # fmt: skip
 
 
-def is_right(batch: Batch, number: int) -> bool:
+def is_correct(batch: Batch, number: int) -> bool:
     return batch.position == number and bool((batch.pixels == number % 256).all())
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
-    """No process, no open file, no tensor in /dev/shm."""
+def no_leaks() -> Iterator[None]:
+    """Check that no process, open file or tensor in /dev/shm is left."""
     before = open_files()
     yield
     _, alive = psutil.wait_procs(loaders(), timeout=10)
     assert not alive
     gc.collect()
     server = forkserver._forkserver._forkserver_pid is not None  # type: ignore[attr-defined]
-    allowed = 1 if server else 0  # the pipe that keeps it alive
+    allowed = 1 if server else 0  # the pipe that keeps the fork server alive
     assert len(open_files() - before - {"pipe of the resource tracker"}) <= allowed
     assert not list(Path("/dev/shm").glob(f"torch_{os.getpid()}_*"))
 
 
 def loaders() -> list[psutil.Process]:
-    """Forked by this process, or by its fork server, which stays."""
+    """List the processes forked by this one or by its fork server, which stays."""
     found = psutil.Process().children(recursive=True)
     server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     tracker = resource_tracker._resource_tracker._pid  # type: ignore[attr-defined]
@@ -95,26 +95,26 @@ def open_files() -> set[str]:
     tracker = resource_tracker._resource_tracker._fd  # type: ignore[attr-defined]
     found = set()
     for file in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of the listing itself
             found.add("pipe of the resource tracker" if file.name == str(tracker) else str(file.readlink()))
     return found
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_batches_come_in_order(num_workers: int) -> None:
-    work = Numbers(count=50, missing=(48, 49))
-    found = list(load(work, num_workers))
-    assert all(is_right(batch, number) for number, batch in enumerate(found[:48]) if batch is not None)
+    source = Numbers(count=50, missing=(48, 49))
+    found = list(load(source, num_workers))
+    assert all(is_correct(batch, number) for number, batch in enumerate(found[:48]) if batch is not None)
     assert [batch is None for batch in found] == [False] * 48 + [True] * 2
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_consumer_that_keeps_everything_goes_on(num_workers: int) -> None:
+def test_a_consumer_may_keep_all_batches(num_workers: int) -> None:
     stream = load(Numbers(), num_workers)
-    kept = list(itertools.islice(stream, 3 * SLOTS * num_workers))
-    assert all(is_right(batch, number) for number, batch in enumerate(kept) if batch is not None)
+    kept = list(itertools.islice(stream, 3 * NUM_SLOTS * num_workers))
+    assert all(is_correct(batch, number) for number, batch in enumerate(kept) if batch is not None)
     expected = [batch.pixels.clone() for batch in kept if batch is not None]
-    for _ in range(50):  # the loaders go on writing, elsewhere
+    for _ in range(50):  # the loaders continue to write, elsewhere
         next(stream)
     assert all(torch.equal(b.pixels, e) for b, e in zip(kept, expected, strict=True) if b is not None)
     stream.close()  # type: ignore[attr-defined]
@@ -125,27 +125,27 @@ def test_kept_batches_outlive_the_processes() -> None:
     kept = list(itertools.islice(stream, 7))
     stream.close()  # type: ignore[attr-defined]
     psutil.wait_procs(loaders(), timeout=10)
-    assert all(is_right(batch, number) for number, batch in enumerate(kept) if batch is not None)
+    assert all(is_correct(batch, number) for number, batch in enumerate(kept) if batch is not None)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_error_comes_as_it_was_raised_and_in_its_turn(num_workers: int) -> None:
+def test_an_error_is_raised_unchanged_and_in_order(num_workers: int) -> None:
     stream = load(Numbers(fails_at=11), num_workers)
-    assert all(is_right(next(stream), number) for number in range(11))
+    assert all(is_correct(next(stream), number) for number in range(11))
     with pytest.raises(FileNotFoundError) as caught:
         next(stream)
-    assert not loaders()  # though the exception is still held
+    assert not loaders()  # although the exception is still held
     assert caught.value.filename == "11"
     assert str(caught.value) == "[Errno 2] no such number: '11'"
 
 
 def test_a_thread_does_not_fork() -> None:
-    """Other threads may hold a lock of the interpreter, which the child would wait for."""
+    """Other threads may hold a lock of the interpreter, and the child would wait for it."""
     parents: list[int] = []
 
     def consume() -> None:
         stream = load(Numbers(), 1)
-        assert is_right(next(stream), 0)
+        assert is_correct(next(stream), 0)
         parents.append(loaders()[0].ppid())
         stream.close()  # type: ignore[attr-defined]
 
@@ -157,7 +157,7 @@ def test_a_thread_does_not_fork() -> None:
 
 @pytest.mark.parametrize("thread", [False, True])
 def test_a_killed_loader_is_an_error(thread: bool) -> None:
-    """Also where the trainer is not the main thread, as in a worker of Ray Train: no signal tells it."""
+    """Also where the trainer is not the main thread and gets no signal, as in a worker of Ray Train."""
     caught: list[BaseException] = []
 
     def consume() -> None:
@@ -188,8 +188,8 @@ def test_a_killed_loader_is_an_error(thread: bool) -> None:
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_other_ways_to_start_processes(shards: Shards, method: str, tmp_path: Path) -> None:
-    """They make the stream of this process, and nothing is said on the way."""
+def test_other_start_methods(shards: Shards, method: str, tmp_path: Path) -> None:
+    """They give the stream of this process, without warnings."""
     script = tmp_path / "script.py"
     script.write_text(f"""
 import itertools, multiprocessing, zlib
@@ -215,7 +215,7 @@ if __name__ == "__main__":
 
 
 def test_loaders_end_with_a_killed_program(tmp_path: Path) -> None:
-    """Killed while its loaders start, so that nobody could tell them, and before some know whose they are."""
+    """Killed while its loaders start, before all of them watch their parent."""
     script = tmp_path / "script.py"
     script.write_text("""
 import os, sys
@@ -225,14 +225,14 @@ from test_loader import Numbers
 next(load(Numbers(kills_its_parent=True), 2))
 """)
     environment = {**ENVIRONMENT, "TESTS": str(Path(__file__).parent)}
-    run = subprocess.run(  # ends when no process has its output open
+    run = subprocess.run(  # returns when no process has its output open
         [sys.executable, script], env=environment, capture_output=True, text=True, check=False, timeout=60
     )
     assert (run.returncode, run.stdout, run.stderr) == (-signal.SIGKILL, "", "")
 
 
 def test_memory_is_flat_over_ten_thousand_batches(shards: Shards, tmp_path: Path) -> None:
-    """In a program of its own: what a large one shares with its children by forking is unshared page by page."""
+    """In a small program: a large one would stop sharing its forked pages with the loaders one by one."""
     script = tmp_path / "script.py"
     script.write_text("""
 import json, sys
@@ -244,7 +244,7 @@ from raydetr.shards.reader import open_shards
 from raydetr.data.stream import train_batches
 
 def megabytes():
-    \"""Of all processes: resident, and without the pages of files, with shared pages counted once.\"""
+    \"""Return the memory of all processes: resident, and without pages of files and shared pages counted once.\"""
     resident = own = 0
     for process in (psutil.Process(), *psutil.Process().children()):
         lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]

@@ -1,4 +1,4 @@
-"""Page-locked slots: with a stand-in for CUDA that counts, and on a GPU where there is one."""
+"""Test page-locked slots: with a fake CUDA that keeps count, and on a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ring_messages import SHAPE, make_batch, send
 
 @dataclass
 class FakeCuda:
-    """Page-locks by name only; copies end when the test says so."""
+    """Records page-locks; copies end when the test sets `copies_have_ended`."""
 
     locked: dict[int, int] = field(default_factory=dict)
     copies_have_ended: bool = False
@@ -52,13 +52,13 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     for name in ("cudart", "Event"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
-    monkeypatch.setattr("raydetr.data.loader.pinned._forget_error", lambda: None)
+    monkeypatch.setattr("raydetr.data.loader.pinned._clear_cuda_error", lambda: None)
     return fake
 
 
 @pytest.fixture
 def ring() -> Ring:
-    return Ring(1, slots=3, slot_bytes=1 << 16)
+    return Ring(1, num_slots=3, slot_bytes=1 << 16)
 
 
 def test_a_slot_is_not_free_while_a_gpu_reads_it(cuda: FakeCuda, ring: Ring) -> None:
@@ -66,7 +66,7 @@ def test_a_slot_is_not_free_while_a_gpu_reads_it(cuda: FakeCuda, ring: Ring) -> 
     receiver.batch(send(sender, 1))
     gc.collect()
     assert ring.states[0].tolist() == [1, 0, 0]
-    receiver.batch(send(sender, 2))  # looks whether the first is done
+    receiver.batch(send(sender, 2))  # checks whether the first copy has ended
     assert ring.states[0].tolist() == [1, 1, 0]
     cuda.copies_have_ended = True
     receiver.batch(send(sender, 3))
@@ -99,7 +99,7 @@ def test_memory_stays_locked_as_long_as_a_batch_lives(cuda: FakeCuda, ring: Ring
     assert not cuda.locked
 
 
-def test_a_refusal_is_said_once(cuda: FakeCuda, ring: Ring, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_is_logged_once(cuda: FakeCuda, ring: Ring, caplog: pytest.LogCaptureFixture) -> None:
     cuda.refuses = True
     sender, receiver = Sender(ring, 0), Receiver(ring)
     for _ in range(3):
@@ -112,8 +112,8 @@ def test_a_refusal_is_said_once(cuda: FakeCuda, ring: Ring, caplog: pytest.LogCa
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_batches_reach_a_gpu_whole() -> None:
-    """Slots are written again at once, while copies from them are under way."""
+def test_batches_reach_a_gpu_intact() -> None:
+    """Loaders refill slots as soon as they are free, while copies from others are running."""
     torch.zeros(1, device="cuda")
     ring = Ring(1)
     sender, receiver = Sender(ring, 0), Receiver(ring)

@@ -1,4 +1,4 @@
-"""The ring by itself: whose memory a batch is, how long, and what happens where there is none."""
+"""Test the ring alone: which memory a batch uses, for how long, and what happens when memory runs out."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ring_messages import SHAPE, make_batch, send
 
 @pytest.fixture
 def ring() -> Ring:
-    return Ring(2, slots=3, slot_bytes=1 << 16)
+    return Ring(2, num_slots=3, slot_bytes=1 << 16)
 
 
 def test_a_batch_arrives_as_it_was_sent(ring: Ring) -> None:
-    """Every field, whatever fields there are; with and without a slot."""
+    """Every field of `Batch` arrives, with and without a slot."""
     sender, receiver = Sender(ring, 1), Receiver(ring)
     for shape in (SHAPE, (1, 300, 400, 3)):  # the second is larger than a slot
         canvas = sender.canvas(shape)
@@ -48,7 +48,7 @@ def test_nothing_is_copied(ring: Ring) -> None:
     batch = Receiver(ring).batch(message)
     assert message.slot == 0
     assert len(message.rest) < 2000
-    ring.array(0, SHAPE)[1, 2, 3] = (9, 8, 7)  # as the loader process would write
+    ring.array(0, SHAPE)[1, 2, 3] = (9, 8, 7)  # as the loader process would
     assert batch.pixels[1, :, 2, 3].tolist() == [9, 8, 7]
 
 
@@ -72,7 +72,7 @@ def test_a_slot_is_free_when_the_last_view_is_gone(ring: Ring, view: str) -> Non
     del batch
     gc.collect()
     assert ring.states[1].tolist() == [1, 0, 0]
-    for value in (6, 7):  # the loader goes on beside it
+    for value in (6, 7):  # the loader continues in another slot
         receiver.batch(send(sender, value))
     pixels = ring.array(3, SHAPE)
     assert (pixels == 5).all()
@@ -91,21 +91,21 @@ def test_a_consumer_may_keep_all_batches(ring: Ring) -> None:
     assert send(sender, 11).slot == 1
 
 
-def test_loaders_have_slots_of_their_own(ring: Ring) -> None:
+def test_each_loader_has_its_own_slots(ring: Ring) -> None:
     first, second, receiver = Sender(ring, 0), Sender(ring, 1), Receiver(ring)
     kept = [receiver.batch(send(sender, value)) for value in (1, 2, 3) for sender in (first, second)]
     assert ring.states.all()
     assert [batch.pixels.unique().item() for batch in kept] == [1, 1, 2, 2, 3, 3]
 
 
-def test_a_canvas_that_was_not_sent_is_used_again(ring: Ring) -> None:
+def test_a_canvas_that_was_not_sent_is_reused(ring: Ring) -> None:
     sender = Sender(ring, 0)
     for _ in range(10):
         sender.canvas(SHAPE)
     assert ring.states.sum() == 1
 
 
-def test_a_slot_takes_larger_batches_later(ring: Ring) -> None:
+def test_a_slot_may_hold_a_larger_batch_later(ring: Ring) -> None:
     sender, receiver = Sender(ring, 0), Receiver(ring)
     for side in (5, 90, 30, 140):
         batch = receiver.batch(send(sender, side, (1, side, side, 3)))
@@ -115,8 +115,8 @@ def test_a_slot_takes_larger_batches_later(ring: Ring) -> None:
     assert not ring.states.any()
 
 
-def test_only_what_is_used_takes_memory() -> None:
-    """A gigabyte of address space a slot; the lowest free slot is taken, so one that keeps nothing needs one."""
+def test_only_used_slots_take_memory() -> None:
+    """Slots are a gigabyte of address space. The lowest free one is used: a consumer that keeps nothing needs one."""
     ring = Ring(4)
     sender, receiver = Sender(ring, 2), Receiver(ring)
     for value in range(50):
@@ -125,8 +125,8 @@ def test_only_what_is_used_takes_memory() -> None:
     assert 4 * 80 * 80 * 3 <= taken <= 4 * 80 * 80 * 3 + 16 * 4096
 
 
-def test_what_a_forked_process_drops_stays_with_its_parent(ring: Ring) -> None:
-    """An evaluation's loaders are forked while the trainer holds a batch of the training's."""
+def test_a_forked_child_does_not_free_slots_of_its_parent(ring: Ring) -> None:
+    """Loaders of an evaluation are forked while the trainer holds a training batch."""
     receiver = Receiver(ring)
     kept = [receiver.batch(send(Sender(ring, 0), 5))]
     child = os.fork()
@@ -151,7 +151,7 @@ def test_batches_outlive_the_ring() -> None:
         os.fstat(descriptor)
 
 
-def test_no_memory_is_an_error_that_names_the_remedy(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_an_error_that_names_the_remedy(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -163,7 +163,7 @@ def test_no_memory_is_an_error_that_names_the_remedy(ring: Ring, monkeypatch: py
 
 
 def test_limits_of_the_process_are_named() -> None:
-    """In a process of its own: a limit cannot be raised again."""
+    """In another process, because a limit cannot be raised again."""
     code = """
 import resource
 from raydetr.data.loader.ring import LoaderError, Ring
@@ -173,13 +173,13 @@ try:
 except LoaderError as error:
     print(error)
 """
-    said = run_python(code).stdout
-    assert "no shared memory for the batches of 4 loader processes" in said
-    assert "ulimit" in said
+    message = run_python(code).stdout
+    assert "no shared memory for the batches of 4 loader processes" in message
+    assert "ulimit" in message
 
 
 class AwkwardError(Exception):
-    """Cannot be made from its arguments alone."""
+    """Cannot be unpickled: its constructor needs more than its arguments."""
 
     def __init__(self, message: str, place: int) -> None:
         super().__init__(message)
@@ -187,10 +187,10 @@ class AwkwardError(Exception):
 
 
 def test_an_error_keeps_type_message_and_attributes() -> None:
-    error = ValueError("sample 7 is damaged")
+    error = ValueError("sample 7 is corrupt")
     error.shard = "a.tar"  # type: ignore[attr-defined]
     sent = Failure.of(error, 3).error()
-    assert (type(sent), str(sent), sent.shard) == (ValueError, "sample 7 is damaged", "a.tar")  # type: ignore[attr-defined]
+    assert (type(sent), str(sent), sent.shard) == (ValueError, "sample 7 is corrupt", "a.tar")  # type: ignore[attr-defined]
     assert "in loader process 3" in sent.__notes__[0]
     with pytest.raises(AwkwardError, match="cannot be sent"):
         Failure.of(AwkwardError("cannot be sent", 1), 0)

@@ -1,4 +1,4 @@
-"""Colour jitter against its definition, in float64 and with Python's own color conversions."""
+"""Test color jitter against its definition, in float64 and with Python's own color conversions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from raydetr.config import ConfigError, TransformConfig, override
-from raydetr.data.transforms.color import ColorChange, change_colors
+from raydetr.data.transforms.color import ColorJitter, jitter_colors
 from raydetr.data.transforms.pixels import Pixels
 from raydetr.data.transforms.transform import Transform
 from raydetr.recipes import quickstart
@@ -23,45 +23,45 @@ def pixels() -> Pixels:
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.4, 0.9, 1.3, 2.5])
-def test_factors_blend_with_black_the_mean_grey_and_each_pixels_grey(pixels: Pixels, factor: float) -> None:
-    grey = (pixels @ LUMA)[..., None]
-    others = {"brightness": 0.0, "contrast": grey.mean(), "saturation": grey}
+def test_factors_blend_with_black_the_mean_gray_and_each_pixels_gray(pixels: Pixels, factor: float) -> None:
+    gray = (pixels @ LUMA)[..., None]
+    others = {"brightness": 0.0, "contrast": gray.mean(), "saturation": gray}
     for name, other in others.items():
-        found = change_colors(pixels, ColorChange(**{name: factor}))
+        found = jitter_colors(pixels, ColorJitter(**{name: factor}))
         expected = (other + (pixels - other) * factor).clip(0, 255)
-        # the grey is rounded to a level before it is used, and the result is cut off to one
+        # The gray is rounded to a level before it is used, and the result is truncated to one
         np.testing.assert_allclose(found, expected, atol=1.01 + 0.6 * abs(1 - factor))
 
 
 @pytest.mark.parametrize("shift", [-0.5, -0.13, 0.07, 0.31])
-def test_hue_turns_in_hsv(pixels: Pixels, shift: float) -> None:
-    """In 256 steps of the circle and 256 of saturation, as Pillow's and torchvision's."""
-    found = change_colors(pixels, ColorChange(hue=shift)).reshape(-1, 3)
+def test_hue_is_shifted_in_hsv(pixels: Pixels, shift: float) -> None:
+    """In 256 steps of the circle and 256 of saturation, like Pillow and torchvision."""
+    found = jitter_colors(pixels, ColorJitter(hue=shift)).reshape(-1, 3)
     for before, after in zip(pixels.reshape(-1, 3).tolist(), found.tolist(), strict=True):
         hue, saturation, value = colorsys.rgb_to_hsv(*(level / 255 for level in before))
         expected = [level * 255 for level in colorsys.hsv_to_rgb((hue + shift) % 1, saturation, value)]
         np.testing.assert_allclose(after, expected, atol=12)  # two steps of the hue
 
 
-def test_changes_come_in_their_order(pixels: Pixels) -> None:
-    dark_first = ColorChange(brightness=0.2, contrast=3.0, order=(0, 1, 2, 3))
-    dark_last = ColorChange(brightness=0.2, contrast=3.0, order=(1, 0, 2, 3))
-    step_by_step = change_colors(
-        change_colors(pixels, ColorChange(brightness=0.2)), ColorChange(contrast=3.0)
+def test_changes_are_applied_in_order(pixels: Pixels) -> None:
+    dark_first = ColorJitter(brightness=0.2, contrast=3.0, order=(0, 1, 2, 3))
+    dark_last = ColorJitter(brightness=0.2, contrast=3.0, order=(1, 0, 2, 3))
+    step_by_step = jitter_colors(
+        jitter_colors(pixels, ColorJitter(brightness=0.2)), ColorJitter(contrast=3.0)
     )
-    np.testing.assert_array_equal(change_colors(pixels, dark_first), step_by_step)
-    assert (change_colors(pixels, dark_last) != step_by_step).any()
+    np.testing.assert_array_equal(jitter_colors(pixels, dark_first), step_by_step)
+    assert (jitter_colors(pixels, dark_last) != step_by_step).any()
 
 
-def test_nothing_drawn_changes_nothing_and_the_original_stays(pixels: Pixels) -> None:
+def test_neutral_factors_change_nothing_and_the_original_is_kept(pixels: Pixels) -> None:
     before = pixels.copy()
-    np.testing.assert_array_equal(change_colors(pixels, ColorChange()), before)
-    change_colors(pixels, ColorChange(2.0, 2.0, 2.0, 0.3))
+    np.testing.assert_array_equal(jitter_colors(pixels, ColorJitter()), before)
+    jitter_colors(pixels, ColorJitter(2.0, 2.0, 2.0, 0.3))
     np.testing.assert_array_equal(pixels, before)
 
 
 def test_draws_are_uniform_within_the_limits() -> None:
-    draws = [ColorChange.draw(random.Random(i), 0.4, 1.5, 0.2, 0.1) for i in range(4000)]
+    draws = [ColorJitter.draw(random.Random(i), 0.4, 1.5, 0.2, 0.1) for i in range(4000)]
     limits = {"brightness": (0.6, 1.4), "contrast": (0.0, 2.5), "saturation": (0.8, 1.2), "hue": (-0.1, 0.1)}
     for name, (low, high) in limits.items():
         values = np.array([getattr(draw, name) for draw in draws])
@@ -73,7 +73,7 @@ def test_draws_are_uniform_within_the_limits() -> None:
     assert max(orders.count(order) for order in set(orders)) < 4000 / 24 * 1.5
 
 
-def test_colours_depend_on_seed_and_position() -> None:
+def test_colors_depend_on_seed_and_position() -> None:
     transform = Transform(TransformConfig(hue=0.5, brightness=1.0))
     first = transform.draw(1, 2, (8, 8)).colors
     assert first == transform.draw(1, 2, (640, 480)).colors
@@ -100,7 +100,7 @@ def test_colours_depend_on_seed_and_position() -> None:
         ({"scale_per": "epoch", "short_sides": [96, 128]}, r"train_transform\.scale_per"),
     ],
 )  # fmt: skip
-def test_settings_that_cannot_be_or_have_no_effect_are_refused(
+def test_invalid_settings_and_those_without_effect_are_rejected(
     changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):

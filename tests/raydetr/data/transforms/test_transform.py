@@ -1,4 +1,4 @@
-"""Flip, crop and resize against the official ones: sizes, boxes, pixels, and the whole training transform."""
+"""Test flip, crop, resize and the full training transform against the official ones: sizes, boxes, pixels."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import goldens
 from raydetr.config import ConfigError, TransformConfig, override
 from raydetr.data.samples import load_sample
 from raydetr.data.transforms.geometry import Crop, flip_horizontally, resize, resized_size
-from raydetr.data.transforms.pixels import Pixels, Resized, size_of
-from raydetr.data.transforms.transform import Choices, Transform
+from raydetr.data.transforms.pixels import LazyImage, Pixels, size_of
+from raydetr.data.transforms.transform import Transform, TransformParams
 from raydetr.recipes import quickstart
 from raydetr.recipes.coco import official_training_transform
 from raydetr.shards.coco import usable_boxes
@@ -66,7 +66,7 @@ def test_resize_equals_the_official_one(number: int) -> None:
 
 
 def check_levels(found: Pixels, expected: Pixels) -> None:
-    """Equal but for sums halfway between two levels, of which noise shrunk by 4/5 has many in both directions."""
+    """Check equality except for sums halfway between two levels; noise shrunk by 4/5 has many of them."""
     difference = found.astype(int) - expected
     assert found.shape == expected.shape
     assert abs(difference).max() <= 2
@@ -82,7 +82,7 @@ def test_validation_transform_equals_the_official_one(number: int) -> None:
     image, boxes, kept = transform(golden_image(f"image{number}"), converted(golden), seed=0, position=0)
     assert [image.height, image.width] == golden["val_transform"]["size"]
     expected = np.reshape(golden["val_transform"]["boxes"], (-1, 4))
-    np.testing.assert_allclose(normalised(boxes, image), expected, atol=1e-6)
+    np.testing.assert_allclose(normalized(boxes, image), expected, atol=1e-6)
     assert kept.all()
 
 
@@ -90,21 +90,21 @@ def test_validation_transform_equals_the_official_one(number: int) -> None:
     "row", DATA["train_transform_seeded"], ids=lambda row: "image{image}-seed{seed}".format(**row)
 )
 def test_training_transform_equals_the_official_one(row: dict[str, Any]) -> None:
-    """Given the draws that the official code makes with this seed."""
+    """With the parameters that the official code draws with this seed."""
     golden = DATA["images"][row["image"]]
     before = golden_image(f"image{row['image']}")
     boxes, category_ids = usable_boxes(golden["annotations"], *golden["wh"])
     transform = Transform(official_training_transform())
     image, boxes, kept = transform.apply(
-        before, boxes, official_choices(transform, row["seed"], size_of(before))
+        before, boxes, official_params(transform, row["seed"], size_of(before))
     )
     assert [image.height, image.width] == row["size"]
-    np.testing.assert_allclose(normalised(boxes, image), np.reshape(row["boxes"], (-1, 4)), atol=1e-6)
+    np.testing.assert_allclose(normalized(boxes, image), np.reshape(row["boxes"], (-1, 4)), atol=1e-6)
     assert np.array(category_ids)[kept].tolist() == row["labels"]
 
 
-def official_choices(transform: Transform, seed: int, size: tuple[int, int]) -> Choices:
-    """What the official sequence of calls draws from Python's and torch's generators."""
+def official_params(transform: Transform, seed: int, size: tuple[int, int]) -> TransformParams:
+    """Draw parameters with the official sequence of calls to Python's and torch's generators."""
     python = random.Random(seed)
     torch.manual_seed(seed)
     flip, crop = python.random() < 0.5, None
@@ -119,10 +119,10 @@ def official_choices(transform: Transform, seed: int, size: tuple[int, int]) -> 
                 for side, window in ((inside[1], height), (inside[0], width))
             )
         crop = Crop(short_side, left, top, width, height)
-    return Choices(flip, crop, python.choice(transform.config.short_sides))
+    return TransformParams(flip, crop, python.choice(transform.config.short_sides))
 
 
-def normalised(boxes: np.ndarray, image: Resized) -> np.ndarray:
+def normalized(boxes: np.ndarray, image: LazyImage) -> np.ndarray:
     boxes = boxes / np.tile(image.size, 2)
     return np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], axis=1)
 
@@ -131,7 +131,7 @@ def converted(golden: dict[str, Any]) -> np.ndarray:
     return usable_boxes(golden["annotations"], *golden["wh"])[0]
 
 
-def test_draws_depend_on_seed_and_position_alone_and_are_fair() -> None:
+def test_draws_depend_only_on_seed_and_position_and_are_uniform() -> None:
     transform = Transform(TransformConfig(short_sides=(10, 20, 30), max_side=99, horizontal_flip=0.25))
     draws = [transform.draw(7, position, (64, 48)) for position in range(6000)]
     assert draws == [transform.draw(7, position, (64, 48)) for position in range(6000)]
@@ -143,8 +143,8 @@ def test_draws_depend_on_seed_and_position_alone_and_are_fair() -> None:
     assert abs(together - 0.25 / 3) < 0.02
 
 
-def test_crops_are_drawn_as_officially() -> None:
-    """Half of the images; uniform sizes between 384 and what the image has, at most 600; uniform places."""
+def test_crops_have_the_official_distribution() -> None:
+    """Half of the images are cropped; sizes are uniform from 384 to the image's side, at most 600; so are places."""
     transform = Transform(official_training_transform())
     size = (640, 480)
     draws = [transform.draw(3, position, size) for position in range(12000)]
@@ -173,7 +173,7 @@ def check_uniform(values: list[int], low: int, high: int) -> None:
     assert abs(np.mean(values) - (low + high) / 2) < 0.04 * (high - low) + 0.2
 
 
-def test_small_images_without_a_resize_are_cropped_to_what_they_have() -> None:
+def test_crops_of_small_images_keep_their_small_sides() -> None:
     transform = Transform(TransformConfig(crop_probability=1.0, crop_min_side=30, crop_max_side=60))
     for position in range(200):
         crop = transform.draw(1, position, (20, 50)).crop
@@ -183,17 +183,17 @@ def test_small_images_without_a_resize_are_cropped_to_what_they_have() -> None:
         assert 0 <= crop.top <= 50 - crop.height
 
 
-def test_crop_settings_that_contradict_are_refused() -> None:
+def test_contradictory_crop_settings_are_rejected() -> None:
     with pytest.raises(ConfigError, match=r"crop_min_side 700 exceeds crop_max_side 600"):
         override(quickstart(), {"data.train_transform.crop_min_side": 700})
 
 
-def test_certain_transforms() -> None:
+def test_transforms_without_randomness() -> None:
     size = (37, 22)
-    assert Transform(TransformConfig()).draw(0, 5, size) == Choices(False, None, None)
-    assert Transform(TransformConfig(short_sides=(20,), horizontal_flip=1.0)).draw(0, 5, size) == Choices(
-        True, None, 20
-    )
+    assert Transform(TransformConfig()).draw(0, 5, size) == TransformParams(False, None, None)
+    assert Transform(TransformConfig(short_sides=(20,), horizontal_flip=1.0)).draw(
+        0, 5, size
+    ) == TransformParams(True, None, 20)
     image = np.zeros((*size[::-1], 3), np.uint8)
     same, boxes, kept = Transform(TransformConfig())(image, np.zeros((0, 4)), seed=0, position=0)
     assert same.pixels() is image
@@ -201,36 +201,34 @@ def test_certain_transforms() -> None:
     assert kept.shape == (0,)
 
 
-def test_a_mark_stays_in_its_box() -> None:
-    """A white square on black is where its box says, after any flip, crop and resize."""
+def test_an_object_stays_in_its_box() -> None:
+    """White on black, it lies in its box after any flip, crop and resize."""
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[8:20, 6:30] = 255
     transform = Transform(TransformConfig(
         short_sides=(20, 40, 80), max_side=100, horizontal_flip=0.5,
         crop_probability=0.7, crop_short_sides=(20, 30, 40), crop_min_side=8, crop_max_side=40,
     ))  # fmt: skip
-    num_lost = 0
+    num_unreadable = 0
     for position in range(100):
         image, boxes, kept = transform(pixels, np.array([[6.0, 8, 30, 20]]), seed=0, position=position)
         assert len(boxes) == kept.sum()
         rows, columns = np.nonzero(image.pixels()[..., 0] > 127)
         if not kept[0]:
-            num_lost += 1
+            num_unreadable += 1
             assert len(rows) == 0
-        elif min(boxes[0, 2:] - boxes[0, :2]) > 2:  # smaller ones are grey
-            scale = max(
-                1.01, 0.7 * max(image.size) / 20
-            )  # a pixel before the last resize is several after it
+        elif min(boxes[0, 2:] - boxes[0, :2]) > 2:  # smaller ones are gray
+            scale = max(1.01, 0.7 * max(image.size) / 20)  # the last resize enlarges a pixel
             found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             np.testing.assert_allclose(found, boxes[0], atol=scale)
-    assert 0 < num_lost < 30
+    assert 0 < num_unreadable < 30
 
 
 def test_labels_stay_with_their_boxes_in_a_crop(shards: Shards) -> None:
-    """A box that the crop does not cut has the size of an object with its label, and no other is there."""
+    """Each uncropped box has the size of an object with its label."""
     transform = Transform(TransformConfig(crop_probability=1.0, crop_min_side=20, crop_max_side=60))
     labels = shards.label_map.labels
-    num_whole = num_dropped = 0
+    num_uncropped = num_dropped = 0
     for index in range(shards.num_samples):
         found = load_sample(shards, index, transform, seed=2, position=index)
         assert len(found.boxes_xyxy) == len(found.labels)
@@ -240,6 +238,6 @@ def test_labels_stay_with_their_boxes_in_a_crop(shards: Shards) -> None:
             if x0 > 0 and y0 > 0 and x1 < found.image.width and y1 < found.image.height:
                 sizes = [a["bbox"][2:] for a in annotations if labels[a["category_id"]] == label]
                 assert any(np.allclose((x1 - x0, y1 - y0), size, atol=1e-6) for size in sizes)
-                num_whole += 1
-    assert num_whole > 5
+                num_uncropped += 1
+    assert num_uncropped > 5
     assert num_dropped > 5

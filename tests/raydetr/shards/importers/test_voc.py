@@ -24,7 +24,7 @@ def an_object(name: str, box: tuple[object, ...], difficult: object = 0) -> str:
 
 
 def write_voc(root: Path, objects: dict[str, str], size: tuple[object, object] = (50, 40)) -> Path:
-    """Images of 50x40 pixels with these objects, all in the split train."""
+    """Write images of 50x40 pixels with these objects, all in the split train."""
     for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / part).mkdir(parents=True, exist_ok=True)
     for name, text in objects.items():
@@ -37,18 +37,18 @@ def write_voc(root: Path, objects: dict[str, str], size: tuple[object, object] =
     return root
 
 
-def test_boxes_equal_numbers_by_hand(tmp_path: Path) -> None:
+def test_boxes_equal_hand_computed_numbers(tmp_path: Path) -> None:
     text = an_object("dog", (1, 1, 50, 40)) + an_object("cat", (11, 6, 11, 25), difficult=1)
     root = write_voc(tmp_path / "VOC2007", {"b": text, "a": an_object("person", ("45.7", 2, "48.7", 3))})
     (root / "Annotations/other.xml").write_text("<annotation><object><name>bird</name></object></annotation>")
     source = voc_source(root, "train")
     assert [record["file_name"] for record in source.dataset.images] == ["a.jpg", "b.jpg"]
-    names = ["bird", "cat", "dog", "person"]  # of all splits; parts of objects are none
+    names = ["bird", "cat", "dog", "person"]  # of all splits; parts of objects are not categories
     assert source.dataset.categories == [{"id": i, "name": name} for i, name in enumerate(names, 1)]
     (first,) = source.dataset.annotations[1]
     assert first["bbox"] == pytest.approx([44.7, 1, 4, 2])
     assert source.dataset.annotations[2] == [
-        {  # the whole image
+        {  # the complete image
             "id": 2,
             "image_id": 2,
             "category_id": 3,
@@ -107,7 +107,7 @@ def test_average_precision_from_the_shards_equals_that_of_a_coco_file(tmp_path: 
         )
     stems = [Path(record["file_name"]).stem.replace(" ", "_") for record in data["images"]]
     for path in [*images.iterdir(), *(root / "Annotations").iterdir()]:
-        path.rename(path.with_name(path.name.replace(" ", "_")))  # a line of a split has no blank
+        path.rename(path.with_name(path.name.replace(" ", "_")))  # a line of a split has no spaces
     (root / "ImageSets/Main/val.txt").write_text("\n".join(stems))
     write_source(voc_source(root, "val"), tmp_path / "out")
     wanted = average_precision(expected)
@@ -118,7 +118,7 @@ def test_average_precision_from_the_shards_equals_that_of_a_coco_file(tmp_path: 
     assert average_precision({**found, "categories": data["categories"]}) == wanted
 
 
-FAULTS = [
+INVALID_OBJECTS = [
     (an_object("dog", (5, 5, 3, 9)), "dog: the box ends before it begins: 5, 5, 3, 9"),
     (an_object("dog", ("", 5, 3, 9)), "dog: bndbox/xmin is '': it must be a number of pixels"),
     (an_object("dog", ("inf", 5, 3, 9)), "dog: bndbox/xmin is 'inf': it must be a number of pixels"),
@@ -128,15 +128,15 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("text", "message"), FAULTS)
-def test_faults_name_file_field_value_and_remedy(tmp_path: Path, text: str, message: str) -> None:
+@pytest.mark.parametrize(("text", "message"), INVALID_OBJECTS)
+def test_problems_name_file_field_value_and_remedy(tmp_path: Path, text: str, message: str) -> None:
     root = write_voc(tmp_path, {"a": text})
     with pytest.raises(ValueError, match=message) as caught:
         voc_source(root, "train")
     assert f"{tmp_path}/Annotations/a.xml: " in str(caught.value)
 
 
-def test_other_faults(tmp_path: Path) -> None:
+def test_other_problems(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no folder Annotations: name a folder in Pascal VOC's layout"):
         voc_source(tmp_path, "train")
     root = write_voc(tmp_path, {"a": "", "b": ""}, (50, 0))
@@ -146,7 +146,7 @@ def test_other_faults(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"val.txt: there is no such split; there are train"):
         voc_source(root, "val")
     (root / "ImageSets/Main/dog_train.txt").write_text("a  1\nb -1\n")
-    with pytest.raises(ValueError, match=r"dog_train.txt, line 1: is 'a  1': a split has one name in a line"):
+    with pytest.raises(ValueError, match=r"dog_train.txt, line 1: is 'a  1': a split has one name per line"):
         voc_source(root, "dog_train")
     (root / "ImageSets/Main/train.txt").write_text("a\na\n")
     with pytest.raises(ValueError, match=r"train.txt: names 1 images twice: remove them"):
@@ -155,5 +155,5 @@ def test_other_faults(tmp_path: Path) -> None:
     (root / "Annotations/b.xml").unlink()
     with pytest.raises(ValueError, match="2 problems") as caught:
         voc_source(root, "train")
-    assert "Annotations/b.xml: there is no such file: add it, or take the image out" in str(caught.value)
+    assert "Annotations/b.xml: there is no such file: add it, or remove the image from" in str(caught.value)
     assert "JPEGImages/c.jpg: there is no such image" in str(caught.value)

@@ -19,7 +19,7 @@ NAMES = "names: [cat, dog, bird]\n"
 def write_data(
     root: Path, labels: dict[str, str | None], settings: str = f"train: images/train\n{NAMES}"
 ) -> Path:
-    """Images of 200x100 pixels with these label files, and data.yaml."""
+    """Write images of 200x100 pixels with these label files, and data.yaml."""
     for name, text in labels.items():
         image = root / "images" / "train" / f"{name}.jpg"
         image.parent.mkdir(parents=True, exist_ok=True)
@@ -32,10 +32,10 @@ def write_data(
     return root / "data.yaml"
 
 
-def test_boxes_and_outlines_equal_numbers_by_hand(tmp_path: Path) -> None:
+def test_boxes_and_polygons_equal_hand_computed_numbers(tmp_path: Path) -> None:
     box = "2 0.5 0.5 0.25 0.5\n\n0 0.1 0.2 0.2 0.4\n"
-    outline = "1 0.1 0.1 0.5 0.1 0.5 0.6\n"
-    path = write_data(tmp_path, {"b": outline, "a": box, "c": None, "d": ""})
+    polygon = "1 0.1 0.1 0.5 0.1 0.5 0.6\n"
+    path = write_data(tmp_path, {"b": polygon, "a": box, "c": None, "d": ""})
     source = yolo_source(path, "train")
     size = {"width": 200, "height": 100}
     assert source.dataset.images == [
@@ -91,7 +91,7 @@ def test_average_precision_from_the_shards_equals_that_of_a_coco_file(tmp_path: 
 
 
 def coco_of(data: dict[str, Any], numbers: dict[int, int], classes: dict[int, int]) -> dict[str, Any]:
-    """The same data set as a COCO file that knows neither crowds nor masks."""
+    """Return the same data set as a COCO file without crowds and masks."""
     order = {image_id: number for number, image_id in enumerate(numbers)}
     annotations = sorted(data["annotations"], key=lambda a: order[a["image_id"]])
     return {
@@ -111,7 +111,7 @@ def coco_of(data: dict[str, Any], numbers: dict[int, int], classes: dict[int, in
     }
 
 
-def test_ways_to_name_the_images(tmp_path: Path) -> None:
+def test_images_can_be_named_by_folders_and_lists(tmp_path: Path) -> None:
     labels: dict[str, str | None] = {"a": "0 0.5 0.5 0.2 0.2", "b": None}
     (tmp_path / "outside").mkdir()
 
@@ -130,27 +130,27 @@ def test_ways_to_name_the_images(tmp_path: Path) -> None:
     assert names("train: train.txt\n") == both[:1]
 
 
-FAULTS = [
+INVALID_LABELS = [
     ("0 0.5 0.5 0.2", r"a.txt, line 1: holds 4 numbers: there must be 5 \(class cx cy w h\), or the class"),
     ("0 0.5 0.5 0.2 0.2 0.9", "line 1: holds 6 numbers"),
     ("0 .5 .5 .2 .2\n3 .5 .5 .2 .2", "line 2: the class is 3: it must be a whole number from 0 to 2"),
     ("0.5 .5 .5 .2 .2", "the class is 0.5: it must be a whole number"),
-    ("0 120 40 30 20", "120 is not between 0 and 1: positions and sizes are in parts"),
+    ("0 120 40 30 20", "120 is not between 0 and 1: positions and sizes are normalized"),
     ("0 nan .5 .2 .2", "nan is not between 0 and 1"),
     ("0 .5 .5 -.001 .2", "the box is -.001 wide and .2 high: neither must be negative"),
-    ("0 .5 .5 .2 wide", "'0 .5 .5 .2 wide' holds something that is no number: correct it"),
+    ("0 .5 .5 .2 wide", "'0 .5 .5 .2 wide' holds something that is not a number: correct it"),
 ]
 
 
-@pytest.mark.parametrize(("text", "message"), FAULTS)
-def test_faults_of_labels_name_file_line_value_and_remedy(tmp_path: Path, text: str, message: str) -> None:
+@pytest.mark.parametrize(("text", "message"), INVALID_LABELS)
+def test_label_problems_name_file_line_value_and_remedy(tmp_path: Path, text: str, message: str) -> None:
     path = write_data(tmp_path, {"a": text})
     with pytest.raises(ValueError, match=message) as caught:
         yolo_source(path, "train")
     assert f"{tmp_path}/labels/train/a.txt, line " in str(caught.value)
 
 
-SETTINGS = [
+INVALID_SETTINGS = [
     ("train: images\nnames: []\n", r"names is \[\]: it must be the list of class names"),
     ("train: images\nnames: {1: a, 2: b}\n", "it must be the list of class names, or numbers from 0"),
     (f"train: images\nnc: 4\n{NAMES}", "nc is 4, but there are 3 names: correct one of them"),
@@ -164,15 +164,15 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "message"), SETTINGS)
-def test_faults_of_the_settings(tmp_path: Path, settings: str, message: str) -> None:
+@pytest.mark.parametrize(("settings", "message"), INVALID_SETTINGS)
+def test_settings_problems_name_the_file(tmp_path: Path, settings: str, message: str) -> None:
     path = write_data(tmp_path, {"a": "0 .5 .5 .2 .2"}, settings)
     with pytest.raises(ValueError, match=message) as caught:
         yolo_source(path, "train")
     assert str(path) in str(caught.value)
 
 
-def test_other_faults(tmp_path: Path) -> None:
+def test_other_problems(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none/data.yaml: cannot be read \(No such file"):
         yolo_source(tmp_path / "none" / "data.yaml", "train")
     path = write_data(tmp_path, {"a": None, "b": None})
@@ -182,10 +182,10 @@ def test_other_faults(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (200, 100)).save(tmp_path / "images/train/b.jpg", exif=exif)
-    with pytest.raises(ValueError, match=r"b.jpg: carries the EXIF orientation 6, and its labels refer to"):
+    with pytest.raises(ValueError, match=r"b.jpg: has the EXIF orientation 6, and its labels refer to"):
         yolo_source(path, "train")
     (tmp_path / "images/train/b.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"b.jpg: is no JPEG or PNG image"):
+    with pytest.raises(ValueError, match=r"b.jpg: is not a JPEG or PNG image"):
         yolo_source(path, "train")
     (tmp_path / "list.txt").write_text("images/train/a.jpg\nimages/train/z.jpg")
     path.write_text(f"train: list.txt\n{NAMES}")
@@ -193,9 +193,9 @@ def test_other_faults(tmp_path: Path) -> None:
         yolo_source(path, "train")
 
 
-def test_what_is_worth_knowing_is_noticed(tmp_path: Path) -> None:
+def test_unusual_label_files_give_notices(tmp_path: Path) -> None:
     path = write_data(tmp_path, {"a": "0 .5 .5 .2 .2\n1 .1 .1 .2 .1 .2 .3", "b": "0 .5 .5 .2 .2"})
     (tmp_path / "labels/train/gone.txt").write_text("0 .5 .5 .2 .2")
     notices = yolo_source(path, "train").dataset.notices
-    assert notices[0] == "1 label files hold boxes and outlines: lines of 5 numbers are taken for boxes"
-    assert notices[1].startswith("1 label files belong to no image of the split (")
+    assert notices[0] == "1 label files hold boxes and polygons: lines of 5 numbers are read as boxes"
+    assert notices[1].startswith("1 label files match no image of the split (")

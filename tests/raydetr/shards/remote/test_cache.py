@@ -1,4 +1,4 @@
-"""The node cache: shared by processes, verified, within its budget, whole after any end of a process."""
+"""The node cache: shared by processes, verified, within its budget, consistent after a process is killed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from raydetr.data.transforms.transform import Transform
 from raydetr.shards.reader import Shards, open_shards
 from raydetr.shards.remote.cache import CacheFull, NodeCache
 from raydetr.shards.remote.chunks import Chunks
-from raydetr.shards.remote.lookahead import Lookahead, choose_victims, is_worth_it
+from raydetr.shards.remote.eviction import UpcomingReads, choose_evictions, may_replace
 from raydetr.shards.writer import write_shards
 
 QUICK = RemoteConfig(connect_timeout=2.0, read_timeout=0.4, attempts=3)
@@ -40,7 +40,7 @@ QUICK = RemoteConfig(connect_timeout=2.0, read_timeout=0.4, attempts=3)
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Shards:
-    """240 pictures in three shards: nine pieces."""
+    """240 images in three shards: nine chunks."""
     images, annotations = write_coco(tmp_path_factory.mktemp("coco"), 240)
     out = tmp_path_factory.mktemp("shards") / "many"
     write_shards(images, annotations, out, samples_per_shard=80)
@@ -65,7 +65,7 @@ def cached(url: str, folder: Path, budget: int, settings: RemoteConfig = QUICK) 
 
 
 def on_disk(folder: Path) -> int:
-    """Bytes of all entries, whole and partial, by their own sizes, at one moment."""
+    """Return the total size of all entries, complete and partial, at one moment."""
     with (folder / "lock").open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return sum(
@@ -78,8 +78,8 @@ def fetched_bytes(requests: list[tuple[str, str | None]]) -> list[int]:
     return [int(found[2]) - int(found[1]) + 1 for found in ranges if found]
 
 
-def ranges_of_pieces(shards: Shards) -> list[tuple[str, str]]:
-    """Path and Range header of the requests for 32 samples each, counted from the beginning of each shard."""
+def ranges_of_chunks(shards: Shards) -> list[tuple[str, str]]:
+    """Return path and Range header of the requests for 32 samples each, counted from the start of each shard."""
     found = []
     for number, file in enumerate(shards.manifest.shards):
         rows = shards.samples[shards.samples["shard"] == number]
@@ -104,37 +104,37 @@ def fill_with(content: bytes) -> Callable[[Callable[[bytes], None]], None]:
     return lambda accept: accept(content)
 
 
-def test_entries_come_whole_and_go_to_make_room(tmp_path: Path) -> None:
+def test_entries_are_stored_completely_and_evicted(tmp_path: Path) -> None:
     cache = NodeCache(tmp_path, 250)
     assert cache.store("a", 100, fill_with(b"a" * 100), lambda missing: None) == "stored"
-    assert cache.store("a", 100, fill_with(b"x" * 100), lambda missing: None) == "there"
+    assert cache.store("a", 100, fill_with(b"x" * 100), lambda missing: None) == "present"
     assert cache.read("a", 100, 10, 5) == b"aaaaa"
     assert cache.read("a", 99, 10, 5) is None
     assert cache.read("b", 100, 10, 5) is None
     cache.store("b", 100, fill_with(b"b" * 100), lambda missing: None)
-    assert cache.store("c", 100, fill_with(b"c" * 100), lambda missing: None) == "no room"
+    assert cache.store("c", 100, fill_with(b"c" * 100), lambda missing: None) == "full"
     asked: list[int] = []
     assert (
         cache.store("c", 100, fill_with(b"c" * 100), lambda missing: asked.append(missing) or ["b"])
         == "stored"
     )  # type: ignore[func-returns-value]
     assert asked == [50]
-    assert cache.names() == {"a": 100, "c": 100}
+    assert cache.sizes() == {"a": 100, "c": 100}
     assert cache.used() == on_disk(tmp_path) == 200
 
 
 def test_the_budget_is_kept_where_the_count_was_never_written(tmp_path: Path) -> None:
-    """A process was killed between making the file and writing to it, while another one goes on."""
+    """A process was killed between creating the file and writing to it, while another one continues."""
     cache = NodeCache(tmp_path, 250)
     cache.store("a", 100, fill_with(b"a" * 100), lambda missing: None)
     (tmp_path / "used").write_bytes(b"")
-    assert cache.store("b", 151, fill_with(b"b" * 151), lambda missing: None) == "no room"
+    assert cache.store("b", 151, fill_with(b"b" * 151), lambda missing: None) == "full"
     assert cache.store("b", 150, fill_with(b"b" * 150), lambda missing: None) == "stored"
     assert cache.used() == on_disk(tmp_path) == 250
 
 
-def test_a_piece_is_known_by_url_size_and_sha256_of_its_shard(many: Shards) -> None:
-    """Shards that were written again at the same place are others; the same ones are found by every process."""
+def test_chunk_names_depend_on_url_size_and_sha256_of_the_shard(many: Shards) -> None:
+    """Rewritten shards at the same location have other names; all processes use the same names for the same shards."""
     files = many.manifest.shards
 
     def names(url: str = "s3://bucket", **changes: Any) -> set[str]:
@@ -143,13 +143,13 @@ def test_a_piece_is_known_by_url_size_and_sha256_of_its_shard(many: Shards) -> N
         return {chunks[number].name for number in range(len(chunks))}
 
     base = names()
-    assert len(base) == len(ranges_of_pieces(many))
+    assert len(base) == len(ranges_of_chunks(many))
     assert names() == base
     for other in (names("s3://other"), names(size=files[0].size + 512), names(sha256="0" * 64)):
         assert not base & other
 
 
-def test_what_is_being_read_is_not_removed(tmp_path: Path) -> None:
+def test_entries_that_are_being_read_are_not_removed(tmp_path: Path) -> None:
     cache = NodeCache(tmp_path, 100)
     cache.store("a", 100, fill_with(b"a" * 100), lambda missing: None)
     with (tmp_path / "whole" / "a").open("rb") as reader:
@@ -184,7 +184,7 @@ NodeCache(Path(sys.argv[1]), 250).store("a", 100, fill, lambda missing: None)
 """
 
 
-def test_a_killed_writer_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     writer = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(tmp_path)], env=environment, stdout=subprocess.PIPE
@@ -192,8 +192,8 @@ def test_a_killed_writer_leaves_nothing_that_looks_whole(tmp_path: Path) -> None
     assert writer.stdout is not None
     assert writer.stdout.readline() == b"half\n"
     cache = NodeCache(tmp_path, 250)
-    assert cache.used() == 100  # its room is taken
-    assert cache.store("a", 100, fill_with(b"b" * 100), lambda missing: None) == "there"  # it is at it
+    assert cache.used() == 100  # its size is reserved
+    assert cache.store("a", 100, fill_with(b"b" * 100), lambda missing: None) == "present"  # being written
     writer.send_signal(signal.SIGKILL)
     writer.wait(10)
     writer.stdout.close()
@@ -211,13 +211,13 @@ import random, sys
 from pathlib import Path
 from raydetr.shards.remote.cache import NodeCache
 cache, rng = NodeCache(Path(sys.argv[1]), 1000), random.Random(sys.argv[2])
-def victims(missing):
+def evictions(missing):
     names = sorted(cache.names())
     return rng.sample(names, min(5, len(names)))
 for _ in range(200):
     number = rng.randrange(12)
     content = b"%x" % number * (100 + number)
-    cache.store(str(number), len(content), lambda accept: accept(content), victims)
+    cache.store(str(number), len(content), lambda accept: accept(content), evictions)
     assert cache.read(str(number), len(content), 0, len(content)) in (None, content)
 """
 
@@ -235,10 +235,10 @@ def test_processes_that_fill_and_empty_it_together_keep_the_budget(tmp_path: Pat
         time.sleep(0.005)
     assert [process.wait() for process in processes] == [0, 0, 0]
     assert 500 < most <= 1000
-    assert cache.used() == on_disk(tmp_path) == sum(cache.names().values())
+    assert cache.used() == on_disk(tmp_path) == sum(cache.sizes().values())
 
 
-def test_a_folder_that_cannot_be_used(tmp_path: Path, many: Shards, web: WebServer) -> None:
+def test_an_unusable_folder_is_an_error(tmp_path: Path, many: Shards, web: WebServer) -> None:
     (tmp_path / "file").write_text("")
     shards = cached(web.url, tmp_path / "file", 10**9)
     with pytest.raises(
@@ -249,40 +249,44 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path, many: Shards, web: WebServ
         cached(web.url, tmp_path / "cache", 1000)
 
 
-# --- what is kept
+# --- prefetching and eviction
 
 
-def test_the_lookahead_knows_the_next_use() -> None:
-    ahead = Lookahead(iter([[(7, 10), (8, 10)], [(7, 10)], [(9, 10)], [(8, 5), (7, 10)]]))
-    assert ahead.extend(2)
-    assert ahead.next_uses() == {7: 0, 8: 0}
-    assert not ahead.extend(5)
-    assert ahead.next_uses() == {7: 0, 8: 0, 9: 2}
-    assert (ahead.bytes_before(7, 3), ahead.bytes_before(7, 4), ahead.bytes_before(8, 9)) == (20, 30, 15)
-    ahead.advance(2)
-    assert ahead.next_uses() == {9: 0, 8: 1, 7: 1}
-    ahead.advance(4)
-    assert ahead.next_uses() == {}
+def test_upcoming_reads_give_the_next_use() -> None:
+    upcoming = UpcomingReads(iter([[(7, 10), (8, 10)], [(7, 10)], [(9, 10)], [(8, 5), (7, 10)]]))
+    assert upcoming.extend(2)
+    assert upcoming.next_uses() == {7: 0, 8: 0}
+    assert not upcoming.extend(5)
+    assert upcoming.next_uses() == {7: 0, 8: 0, 9: 2}
+    assert (upcoming.bytes_before(7, 3), upcoming.bytes_before(7, 4), upcoming.bytes_before(8, 9)) == (
+        20,
+        30,
+        15,
+    )
+    upcoming.advance(2)
+    assert upcoming.next_uses() == {9: 0, 8: 1, 7: 1}
+    upcoming.advance(4)
+    assert upcoming.next_uses() == {}
 
 
-def test_what_is_used_last_goes_first_and_only_if_it_pays() -> None:
+def test_entries_used_last_are_evicted_first_and_only_if_it_pays() -> None:
     sizes, next_use = {"a": 10, "b": 10, "c": 10, "never": 10}, {"a": 5, "b": 50, "c": 20}
-    assert choose_victims(10, sizes, next_use, lambda steps: True) == ["never"]
-    assert choose_victims(25, sizes, next_use, lambda steps: steps > 10) == ["never", "b", "c"]
-    assert choose_victims(35, sizes, next_use, lambda steps: steps > 10) is None
+    assert choose_evictions(10, sizes, next_use, lambda steps: True) == ["never"]
+    assert choose_evictions(25, sizes, next_use, lambda steps: steps > 10) == ["never", "b", "c"]
+    assert choose_evictions(35, sizes, next_use, lambda steps: steps > 10) is None
 
 
 def test_each_byte_is_fetched_once_over_epochs(many: Shards, web: WebServer, tmp_path: Path) -> None:
     shards = cached(web.url, tmp_path / "cache", 2 * num_bytes(many))
-    plan = make_order(many, 0)
-    turns = [plan.samples(4 * step, 4).tolist() for step in range(180)]  # three epochs
-    prefetcher = shards.files.prefetch(turns)
+    order = make_order(many, 0)
+    batches = [order.samples(4 * step, 4).tolist() for step in range(180)]  # three epochs
+    prefetcher = shards.files.prefetch(batches)
     wait_until(lambda: len(list((tmp_path / "cache" / "whole").iterdir())) == 9)
     begun = len(web.requests)
     assert sum(fetched_bytes(web.requests)) == pytest.approx(num_bytes(many), rel=0.03)
-    for step, turn in enumerate(turns):
+    for step, batch in enumerate(batches):
         prefetcher.advance(step)
-        assert shards.read_many(turn) == many.read_many(turn)
+        assert shards.read_many(batch) == many.read_many(batch)
     prefetcher.close()
     assert len(web.requests) == begun  # all of it came from the cache
 
@@ -292,13 +296,13 @@ def test_a_small_budget_is_kept_and_the_samples_are_right(
 ) -> None:
     folder, budget = tmp_path / "cache", num_bytes(many) // 2
     shards = cached(web.url, folder, budget)
-    plan = make_order(many, 0)
-    turns = [plan.samples(4 * step, 4).tolist() for step in range(120)]
-    prefetcher = shards.files.prefetch(turns)
+    order = make_order(many, 0)
+    batches = [order.samples(4 * step, 4).tolist() for step in range(120)]
+    prefetcher = shards.files.prefetch(batches)
     most = 0
-    for step, turn in enumerate(turns):
+    for step, batch in enumerate(batches):
         prefetcher.advance(step)
-        assert shards.read_many(turn) == many.read_many(turn)
+        assert shards.read_many(batch) == many.read_many(batch)
         time.sleep(0.005)
         most = max(most, on_disk(folder))
     prefetcher.close()
@@ -306,59 +310,60 @@ def test_a_small_budget_is_kept_and_the_samples_are_right(
 
 
 def test_room_for_half_saves_nearly_half() -> None:
-    """The policy alone, on 12,000 samples, with fetching that takes no time."""
-    num_samples, batch, epochs = 12_000, 32, 3
+    """The policy alone, on 12,000 samples, if fetching took no time."""
+    num_samples, batch_size, epochs = 12_000, 32, 3
     rng = np.random.default_rng(0)
-    plan = SampleOrder(np.arange(num_samples) // 500, np.exp(rng.normal(0, 0.3, num_samples)), "made", 0)
+    order = SampleOrder(np.arange(num_samples) // 500, np.exp(rng.normal(0, 0.3, num_samples)), "made", 0)
     chunk = np.arange(num_samples) // 32
-    turns = [chunk[plan.samples(at, batch)].tolist() for at in range(0, epochs * num_samples, batch)]
-    ahead = Lookahead([(number, 1) for number in turn] for turn in turns)
+    starts = range(0, epochs * num_samples, batch_size)
+    steps = [chunk[order.samples(at, batch_size)].tolist() for at in starts]
+    upcoming = UpcomingReads([(number, 1) for number in reads] for reads in steps)
     kept: dict[str, int] = {}
     fetched = [0] * epochs
-    for step, turn in enumerate(turns):
-        epoch = step * batch // num_samples
-        ahead.advance(step)
-        ahead.extend(10**6 if step == 0 else 64)
-        next_use = {str(number): use for number, use in ahead.next_uses().items()}
+    for step, reads in enumerate(steps):
+        epoch = step * batch_size // num_samples
+        upcoming.advance(step)
+        upcoming.extend(10**6 if step == 0 else 64)
+        next_use = {str(number): use for number, use in upcoming.next_uses().items()}
         for name, use in next_use.items() if step % 4 == 0 else ():
             if name in kept:
                 continue
-            pays = partial(is_worth_it, ahead, int(name), use, 32)
-            victims = choose_victims(1, kept, next_use, pays) if len(kept) >= num_samples // 64 else []
-            if victims is None:
+            pays = partial(may_replace, upcoming, int(name), use, 32)
+            evicted = choose_evictions(1, kept, next_use, pays) if len(kept) >= num_samples // 64 else []
+            if evicted is None:
                 break
-            for victim in victims:
-                del kept[victim]
+            for entry in evicted:
+                del kept[entry]
             kept[name] = 1
             fetched[epoch] += 32
-        fetched[epoch] += sum(str(number) not in kept for number in turn)
+        fetched[epoch] += sum(str(number) not in kept for number in reads)
     assert fetched[0] < 1.1 * num_samples
     assert max(fetched[1:]) < 0.65 * num_samples
 
 
-def test_nothing_waits_for_a_piece(many: Shards, web: WebServer, tmp_path: Path) -> None:
+def test_reading_does_not_wait_for_a_chunk(many: Shards, web: WebServer, tmp_path: Path) -> None:
     proxy = FaultyProxy(web.address)
     shards = cached(proxy.url, tmp_path / "cache", 2 * num_bytes(many))
     longest = int(many.samples["length"].max())
-    whole = threading.Event()
+    finished = threading.Event()
 
     def faults(request: int) -> Fault | None:
         last = web.requests[-1][1] if web.requests else None
         return (
-            None if last is None or whole.is_set() else Fault("stall", 2 * longest)
-        )  # only pieces are longer
+            None if last is None or finished.is_set() else Fault("stall", 2 * longest)
+        )  # only chunks are longer
 
     proxy.faults = faults
     prefetcher = shards.files.prefetch([[0, 40, 200]])
     prefetcher.advance(0)
     assert shards.read_many([0, 40, 200]) == many.read_many([0, 40, 200])
     assert not list((tmp_path / "cache" / "whole").iterdir())
-    whole.set()
+    finished.set()
     prefetcher.close()
     proxy.close()
 
 
-def test_wrong_bytes_are_not_kept(
+def test_corrupt_downloads_are_not_cached(
     many: Shards, web: WebServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     proxy = FaultyProxy(web.address)
@@ -379,7 +384,7 @@ def test_wrong_bytes_are_not_kept(
     proxy.close()
 
 
-def test_a_damaged_copy_is_read_again_past_the_cache(many: Shards, web: WebServer, tmp_path: Path) -> None:
+def test_a_corrupt_copy_is_read_again_from_the_server(many: Shards, web: WebServer, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     shards = cached(web.url, folder, 2 * num_bytes(many))
     prefetcher = shards.files.prefetch([[0]])
@@ -400,7 +405,7 @@ def test_a_damaged_copy_is_read_again_past_the_cache(many: Shards, web: WebServe
     assert not entry.exists() or entry.read_bytes() != content
 
 
-def test_a_full_disk_is_told_once_and_reading_goes_on(
+def test_a_full_disk_is_logged_once_and_reading_continues(
     many: Shards,
     web: WebServer,
     tmp_path: Path,
@@ -414,13 +419,13 @@ def test_a_full_disk_is_told_once_and_reading_goes_on(
     shards = cached(web.url, tmp_path / "cache", 2 * num_bytes(many))
     with caplog.at_level(logging.WARNING):
         prefetcher = shards.files.prefetch([[index] for index in range(240)])
-        wait_until(lambda: "caches nothing more" in caplog.text)
+        wait_until(lambda: "stops caching" in caplog.text)
         assert shards.read_many(range(50)) == many.read_many(range(50))
         prefetcher.advance(50)
-    assert caplog.text.count("caches nothing more") == 1
+    assert caplog.text.count("stops caching") == 1
     assert on_disk(tmp_path / "cache") == 0
     prefetcher.close()
-    with pytest.raises(CacheFull, match="no room on the disk"):
+    with pytest.raises(CacheFull, match="no space left on the disk"):
         NodeCache(tmp_path / "other", 100).store("a", 9, fill_with(b"a" * 9), lambda _: None)
 
 
@@ -473,7 +478,7 @@ def test_the_stream_from_s3_is_that_of_the_folder(
     num_batches = 90  # an epoch and a half
     pairs = zip(batches(shards, workers, 3), islice(batches(many, 0, 3), num_batches), strict=False)
     assert [same(ours, theirs) for ours, theirs in pairs] == [True] * num_batches
-    assert proxy.met or with_cache
+    assert proxy.injected or with_cache
     proxy.close()
 
 
@@ -481,7 +486,7 @@ def test_two_processes_share_what_one_has_fetched(many: Shards, web: WebServer, 
     shards = cached(web.url, tmp_path / "cache", 2 * num_bytes(many))
     for _ in islice(batches(shards, 2, 0), 240):  # four epochs
         time.sleep(0.005)
-    asked = [(path, wanted) for path, wanted in web.requests if (path, wanted) in ranges_of_pieces(many)]
+    asked = [(path, wanted) for path, wanted in web.requests if (path, wanted) in ranges_of_chunks(many)]
     assert len(asked) == len(set(asked)) == 9
     begun = len(web.requests)
     other = cached(web.url, tmp_path / "cache", 2 * num_bytes(many))  # as another run on this node

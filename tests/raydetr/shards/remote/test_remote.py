@@ -1,4 +1,4 @@
-"""Remote shards from real servers on loopback: the samples are those of the folder, or an error says why not."""
+"""Remote shards from real servers on loopback: the samples are those of the folder, or an error is raised."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from raydetr.shards.remote.reading import merge
 from raydetr.store.transfer import RemoteError
 
 QUICK = RemoteConfig(connect_timeout=2.0, read_timeout=0.4, attempts=3, merge_gap_kb=2)
-LONGEST_SECONDS = 3 * (0.4 + 0.1) + 6  # of a read that fails in all attempts, with room for a busy machine
+MAX_SECONDS = 3 * (0.4 + 0.1) + 6  # of a read that fails in all attempts, on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["http", "s3", "gs"])
 def remote(request: pytest.FixtureRequest) -> Iterator[tuple[str, RemoteConfig, FaultyProxy]]:
-    """A location, the settings to read it, and the proxy in front of its server."""
+    """Location, settings to read it, and the proxy in front of its server."""
     server = request.getfixturevalue({"http": "web"}.get(request.param, request.param))
     proxy = FaultyProxy(server.address)
     options = {"s3": {"endpoint_url": proxy.url}, "gs": {"endpoint_url": proxy.url, "token": "anon"}}
@@ -109,12 +109,12 @@ def test_https_needs_a_certificate_that_is_trusted(
     server.close()
 
 
-# --- faults
+# --- fault injection
 
 FAULTS: list[Kind] = ["stall", "reset", "short", "drip", "refuse", "busy"]
 
 
-def test_a_fault_now_and_then_changes_nothing(
+def test_occasional_failures_change_nothing(
     shards: Shards, remote: tuple[str, RemoteConfig, FaultyProxy]
 ) -> None:
     location, settings, proxy = remote
@@ -127,11 +127,11 @@ def test_a_fault_now_and_then_changes_nothing(
         began = time.monotonic()
         for chosen in (range(0, 20), range(50, 20, -7)):
             assert opened.read_many(chosen) == shards.read_many(chosen)
-        assert time.monotonic() - began < 2 * LONGEST_SECONDS
-    assert [fault.kind for fault in proxy.met] == [kind for kind in FAULTS for _ in range(2)]
+        assert time.monotonic() - began < 2 * MAX_SECONDS
+    assert [fault.kind for fault in proxy.injected] == [kind for kind in FAULTS for _ in range(2)]
 
 
-def test_what_was_received_is_not_fetched_again(shards: Shards, web: WebServer) -> None:
+def test_received_bytes_are_not_fetched_again(shards: Shards, web: WebServer) -> None:
     proxy = FaultyProxy(web.address)
     opened = open_shards(proxy.url, remote=QUICK)
     row = shards.samples[5]
@@ -148,7 +148,7 @@ def test_what_was_received_is_not_fetched_again(shards: Shards, web: WebServer) 
 
 
 @pytest.mark.parametrize("remote", ["http", "s3"], indirect=True)
-def test_a_server_that_stays_broken_is_an_error_in_time(
+def test_a_server_that_keeps_failing_is_an_error_within_the_time_limits(
     remote: tuple[str, RemoteConfig, FaultyProxy],
 ) -> None:
     location, settings, proxy = remote
@@ -160,12 +160,12 @@ def test_a_server_that_stays_broken_is_an_error_in_time(
             RemoteError, match=r"shard-00000.tar: bytes \d+-\d+ could not be read: 3 attempts in"
         ):
             opened.read_many([2, 3])
-        assert time.monotonic() - began < LONGEST_SECONDS
+        assert time.monotonic() - began < MAX_SECONDS
     with pytest.raises(RemoteError, match=r"manifest.json: bytes 0- could not be read: 3 attempts in"):
         open_shards(location, remote=settings)
 
 
-def test_a_server_that_is_not_there(shards: Shards) -> None:
+def test_an_unreachable_server_is_an_error(shards: Shards) -> None:
     proxy = FaultyProxy(("127.0.0.1", 9))
     proxy.close()
     began = time.monotonic()
@@ -173,10 +173,10 @@ def test_a_server_that_is_not_there(shards: Shards) -> None:
         RemoteError, match=r"manifest.json: .*3 attempts.*no connection: .*refused.*data.remote"
     ):
         open_shards(proxy.url, remote=QUICK)
-    assert time.monotonic() - began < LONGEST_SECONDS
+    assert time.monotonic() - began < MAX_SECONDS
 
 
-def test_a_bit_that_is_wrong_on_its_way_is_found(
+def test_a_bit_flipped_in_transfer_is_found(
     shards: Shards, remote: tuple[str, RemoteConfig, FaultyProxy]
 ) -> None:
     location, settings, proxy = remote
@@ -192,7 +192,7 @@ def test_a_bit_that_is_wrong_on_its_way_is_found(
         assert opened.reread(20) == shards.read(20)
 
 
-def test_manifest_and_index_that_come_wrong_are_fetched_again(
+def test_corrupt_manifest_and_index_are_fetched_again(
     shards: Shards, remote: tuple[str, RemoteConfig, FaultyProxy]
 ) -> None:
     location, settings, proxy = remote
@@ -200,23 +200,25 @@ def test_manifest_and_index_that_come_wrong_are_fetched_again(
         begun = proxy.num_requests
         proxy.faults = lambda request, n=begun + wrong: Fault("corrupt", 30) if request == n else None
         assert open_shards(location, remote=settings).read(4) == shards.read(4)
-        assert len(proxy.met) == wrong + 1
+        assert len(proxy.injected) == wrong + 1
     proxy.faults = lambda request: Fault("corrupt", 30)
     with pytest.raises(ValueError, match=r"manifest.json: .*write the shards again"):
         open_shards(location, remote=settings)
 
 
-# --- servers that answer, but not as they should
+# --- servers with invalid responses
 
 
-def test_a_server_without_ranges_is_named(shards: Shards) -> None:
+def test_a_server_without_ranges_is_an_error(shards: Shards) -> None:
     server = WebServer(shards.path, ranges=False)
-    with pytest.raises(ValueError, match=r"whole file \(HTTP 200\): shards need a server that knows Range"):
+    with pytest.raises(
+        ValueError, match=r"complete file \(HTTP 200\): shards need a server that supports Range"
+    ):
         open_shards(server.url, remote=QUICK)
     server.close()
 
 
-def test_answers_that_are_shorter_than_asked_for_are_put_together(shards: Shards) -> None:
+def test_short_responses_are_concatenated(shards: Shards) -> None:
     server = WebServer(shards.path)
     opened = open_shards(server.url, remote=QUICK)
     length = int(shards.samples[9]["length"])
@@ -225,7 +227,7 @@ def test_answers_that_are_shorter_than_asked_for_are_put_together(shards: Shards
     server.close()
 
 
-def test_a_compressing_server_is_named(shards: Shards) -> None:
+def test_a_compressing_server_is_an_error(shards: Shards) -> None:
     server = WebServer(shards.path)
     server.headers = {"Content-Encoding": "gzip"}
     with pytest.raises(RemoteError, match="is sent with Content-Encoding gzip: store it as it is"):
@@ -257,7 +259,7 @@ def test_sizes_are_checked_before_anything_is_read(
     server.close()
 
 
-def test_a_shard_that_is_exchanged_later_is_an_error(shards: Shards, tmp_path: Path) -> None:
+def test_a_shard_replaced_after_opening_is_an_error(shards: Shards, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(shards.path, folder)
     server = WebServer(folder)
@@ -268,20 +270,20 @@ def test_a_shard_that_is_exchanged_later_is_an_error(shards: Shards, tmp_path: P
     server.close()
 
 
-def test_no_shards_there(remote: tuple[str, RemoteConfig, FaultyProxy]) -> None:
+def test_a_folder_without_shards_is_an_error(remote: tuple[str, RemoteConfig, FaultyProxy]) -> None:
     location, settings, proxy = remote
     begun = proxy.num_requests
     with pytest.raises(
         ValueError, match=r"/nothing: no shards found there \(no manifest.json\); copy a folder"
     ):
         open_shards(f"{location}/nothing", remote=settings)
-    assert proxy.num_requests - begun == 1  # what is not there is not asked for again
+    assert proxy.num_requests - begun == 1  # a missing file is not requested again
 
 
 # --- requests
 
 
-def test_near_ranges_share_a_request() -> None:
+def test_nearby_ranges_share_a_request() -> None:
     spans = [(1, 5000, 100), (0, 0, 1000), (0, 1100, 100), (0, 3300, 10), (1, 0, 10)]
     found = [(request.shard, request.start, request.stop, request.wanted) for request in merge(spans, 1000)]
     assert found == [(0, 0, 1200, (1, 2)), (0, 3300, 3310, (3,)), (1, 0, 10, (4,)), (1, 5000, 5100, (0,))]
@@ -304,7 +306,7 @@ def test_requests_go_out_together_and_connections_are_kept(shards: Shards, web: 
     opened.read_many(range(0, 53, 7))
     seconds = time.monotonic() - began
     assert proxy.num_requests - begun == 8
-    assert seconds < 0.7  # one after another they take 0.8
+    assert seconds < 0.7  # sequentially they take 0.8
     opened.read_many(range(0, 53, 7))
     assert proxy.num_connections <= 8
     proxy.close()
@@ -320,7 +322,7 @@ def test_options_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         ("gs://b/x", {"token": {"a": "b"}}, "credentials do not belong in settings"),
         ("http://h/x", {"endpoint_url": "http://h"}, r"no effect on http:// locations: known are headers"),
         ("http://h/x", {"headers": {"Authorization": "Bearer x"}}, "FSSPEC_HTTP"),
-        ("http://h/x", {"headers": ["a"]}, "no mapping"),
+        ("http://h/x", {"headers": ["a"]}, "not a mapping"),
     ]
     for location, options, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -349,13 +351,13 @@ def test_headers_of_options_and_environment_are_sent(shards: Shards, tmp_path: P
     server.close()
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(ValueError, match=r"s3:// needs the package s3fs .*pip install s3fs"):
         open_shards("s3://bucket/x", remote=QUICK)
 
 
-def test_a_refusal_says_what_the_server_said(s3: S3Server) -> None:
+def test_a_missing_bucket_has_no_shards(s3: S3Server) -> None:
     settings = QUICK.model_copy(update={"options": {"endpoint_url": s3.url}})
     with pytest.raises(ValueError, match="no shards found there"):
         open_shards("s3://another-bucket/x", remote=settings)

@@ -1,4 +1,4 @@
-"""Shards that others wrote, indexed and read as they are."""
+"""Third-party shards, indexed and read as they are."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def coco_record(image: Data, annotations: list[Data], names: dict[int, str]) -> 
 
 
 def object_list(image: Data, annotations: list[Data], names: dict[int, str]) -> Any:
-    """As many who convert COCO: no size, names of categories, corners given for boxes."""
+    """Return a common conversion of COCO: no size, category names, corners for boxes."""
     objects = [
         {
             "bbox": corners(annotation["bbox"]),
@@ -42,7 +42,7 @@ def object_list(image: Data, annotations: list[Data], names: dict[int, str]) -> 
         }
         for annotation in annotations
     ]
-    return {"image_id": f"img-{image['id']}", "caption": "a picture", "objects": objects}
+    return {"image_id": f"img-{image['id']}", "caption": "an image", "objects": objects}
 
 
 def record_with_annotations(image: Data, annotations: list[Data], names: dict[int, str]) -> Any:
@@ -85,7 +85,7 @@ CONVENTIONS: list[tuple[Make, Any]] = [
 
 
 def write_stock(coco: tuple[Path, Path], folder: Path, make: Make) -> Data:
-    """Shards by webdataset's own ShardWriter, with odd keys and other members; returns the COCO file."""
+    """Write shards with webdataset's ShardWriter, unusual keys and other members; return the COCO file."""
     data: Data = json.loads(coco[1].read_text())
     names = {record["id"]: record["name"] for record in data["categories"]}
     folder.mkdir()
@@ -110,7 +110,7 @@ def write_stock(coco: tuple[Path, Path], folder: Path, make: Make) -> Data:
 def test_stock_shards_give_equal_samples_and_average_precision(
     coco: tuple[Path, Path], tmp_path: Path, make: Make, box_format: Any
 ) -> None:
-    folder = tmp_path / "others"
+    folder = tmp_path / "third_party"
     data = write_stock(coco, folder, make)
     before = folder_bytes(folder)
     manifest = index_folder(
@@ -145,7 +145,7 @@ def test_stock_shards_give_equal_samples_and_average_precision(
 
 
 def renumbered(data: Data, image_ids: dict[int, int]) -> Data:
-    """The COCO file with other image ids, and annotations numbered in the order of the images."""
+    """Return the COCO file with other image ids, and annotations numbered in the order of the images."""
     order = {image_id: number for number, image_id in enumerate(image_ids)}
     annotations = sorted(data["annotations"], key=lambda annotation: order[annotation["image_id"]])
     return {
@@ -161,12 +161,18 @@ def renumbered(data: Data, image_ids: dict[int, int]) -> Data:
 def test_stock_shards_are_streamed_like_our_own(
     coco: tuple[Path, Path], shards: Shards, tmp_path: Path
 ) -> None:
-    write_stock(coco, tmp_path / "others", coco_record)
-    index_folder(tmp_path / "others", categories=coco[1])
-    others = open_shards(tmp_path / "others")
-    assert others.coco() == shards.coco()
+    write_stock(coco, tmp_path / "third_party", coco_record)
+    index_folder(tmp_path / "third_party", categories=coco[1])
+    third_party = open_shards(tmp_path / "third_party")
+    assert third_party.coco() == shards.coco()
     stream = train_batches(
-        others, seed=0, position=0, rank=0, world_size=1, batch_size=1, transform=Transform(TransformConfig())
+        third_party,
+        seed=0,
+        position=0,
+        rank=0,
+        world_size=1,
+        batch_size=1,
+        transform=Transform(TransformConfig()),
     )
     ours = {int(image["id"]): image for image in shards.coco()["images"]}
     seen = []
@@ -179,15 +185,15 @@ def test_stock_shards_are_streamed_like_our_own(
     assert sorted(seen) == sorted(ours)
 
 
-def test_head_and_damage_name_the_foreign_key(coco: tuple[Path, Path], tmp_path: Path) -> None:
-    folder = tmp_path / "others"
+def test_head_and_errors_use_the_third_party_key(coco: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "third_party"
     write_stock(coco, folder, arrays)
     index_folder(folder, categories=coco[1], box_format="xyxy")
-    whole = open_shards(folder)
-    assert whole.head(9).read(8) == whole.read(8)
+    original = open_shards(folder)
+    assert original.head(9).read(8) == original.read(8)
     path = folder / "part-001.tar"
     content = bytearray(path.read_bytes())
-    content[int(whole.samples["offset"][25]) + 700] ^= 1
+    content[int(original.samples["offset"][25]) + 700] ^= 1
     path.write_bytes(content)
     with pytest.raises(ShardError, match=r"part-001.tar: sample some.where/photo_025x at byte .* crc32"):
         open_shards(folder).read(25)
@@ -209,7 +215,7 @@ def test_categories_without_a_file(coco: tuple[Path, Path], tmp_path: Path) -> N
     assert manifest.notices[-1].startswith("the categories have no names but their numbers")
 
 
-# --- shards that cannot be used
+# --- invalid shards
 
 
 def jpeg(width: int = 30, height: int = 20) -> bytes:
@@ -224,7 +230,7 @@ GOOD = {"objects": [{"bbox": [1, 2, 3, 4], "category": "cat"}]}
 def write_tar(
     folder: Path, members: list[tuple[str, bytes | Any]], name: str = "a.tar", **options: Any
 ) -> None:
-    """A tar by Python's tarfile; what is not bytes becomes JSON."""
+    """Write a tar with Python's tarfile; contents that are not bytes become JSON."""
     folder.mkdir(exist_ok=True)
     with tarfile.open(folder / name, "w", **options) as tar:
         for member_name, content in members:
@@ -235,7 +241,7 @@ def write_tar(
 
 
 PAIR = [("x.jpg", jpeg()), ("x.json", GOOD)]
-FAULTS: list[tuple[str, list[tuple[str, Any]], str]] = [
+INVALID_TARS: list[tuple[str, list[tuple[str, Any]], str]] = [
     (
         "no json",
         [*PAIR, ("y.jpg", jpeg()), ("y.txt", b"")],
@@ -249,16 +255,16 @@ FAULTS: list[tuple[str, list[tuple[str, Any]], str]] = [
     (
         "apart",
         [*PAIR, ("y.jpg", jpeg()), ("y.json", GOOD), ("x.txt", b"")],
-        "sample x: its members do not lie",
+        "sample x: its members are not consecutive",
     ),
     ("twice", [*PAIR, ("x.jpg", jpeg())], "sample x has two members .jpg"),
-    ("no image", [*PAIR, ("y.jpg", b"no"), ("y.json", GOOD)], "sample y: its image: is no JPEG or PNG"),
+    ("no image", [*PAIR, ("y.jpg", b"no"), ("y.json", GOOD)], "sample y: its image: is not a JPEG or PNG"),
     ("cut image", [*PAIR, ("y.jpg", jpeg()[:300]), ("y.json", GOOD)], "sample y: its image: "),
     ("no JSON", [*PAIR, ("y.jpg", jpeg()), ("y.json", b"{")], "sample y: its record is not JSON"),
     (
         "size",
         [*PAIR, ("y.jpg", jpeg()), ("y.json", {**GOOD, "width": 31, "height": 20})],
-        "sample y: its image: the file holds 30x20 pixels, the annotations say 31x20",
+        "sample y: its image: the file holds 30x20 pixels, the annotations specify 31x20",
     ),
     (
         "other",
@@ -283,7 +289,7 @@ FAULTS: list[tuple[str, list[tuple[str, Any]], str]] = [
     (
         "mixed labels",
         [*PAIR, ("y.jpg", jpeg()), ("y.json", {"objects": [{"bbox": [1, 2, 3, 4], "category": 4}]})],
-        r"labels are numbers \(4, ...\) and names \('cat', ...\): name all with --categories",
+        r"labels are numbers \(4, ...\) and names \('cat', ...\): list all categories with --categories",
     ),
     (
         "long name",
@@ -293,7 +299,7 @@ FAULTS: list[tuple[str, list[tuple[str, Any]], str]] = [
     (
         "parts",
         [("x.jpg", jpeg()), ("x.json", {"objects": [{"bbox": [0.1, 0.2, 0.3, 0.4], "category": "a"}]})],
-        "no box reaches beyond 1 in 'bbox': they must be in pixels",
+        "no coordinate in 'bbox' exceeds 1: boxes must be in pixels",
     ),
     (
         "unknown",
@@ -308,16 +314,16 @@ FAULTS: list[tuple[str, list[tuple[str, Any]], str]] = [
     (
         "which boxes",
         [("x.jpg", jpeg()), ("x.json", {"boxes": [[1, 2, 3, 4]], "labels": [1]})],
-        r"the boxes are in 'boxes', and may be .*: say which with --boxes xywh or --boxes xyxy",
+        r"the boxes are in 'boxes', and may be .*: specify --boxes xywh or --boxes xyxy",
     ),
     ("nothing", [("x.jpg", jpeg()), ("x.json", {"objects": []})], "no record has any object"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("members", "message"), [case[1:] for case in FAULTS], ids=[case[0] for case in FAULTS]
+    ("members", "message"), [case[1:] for case in INVALID_TARS], ids=[case[0] for case in INVALID_TARS]
 )
-def test_faults_name_shard_sample_and_remedy(
+def test_problems_name_shard_sample_and_remedy(
     tmp_path: Path, members: list[tuple[str, Any]], message: str
 ) -> None:
     write_tar(tmp_path / "tars", members)
@@ -341,8 +347,8 @@ def test_tars_of_other_programs(tmp_path: Path, form: int) -> None:
     write_tar(folder, [*members, (f"{long}/{'k' * 20}.json", {"objects": []})], format=form)
     manifest = index_folder(folder)
     shards = open_shards(folder)
-    assert manifest.foreign is not None
-    assert manifest.foreign.keys == ["./a/x", f"{long}/{'k' * 20}"]
+    assert manifest.third_party is not None
+    assert manifest.third_party.keys == ["./a/x", f"{long}/{'k' * 20}"]
     assert shards.read(0).annotations == [
         {"area": 12, "iscrowd": 0, "bbox": [1, 2, 3, 4], "image_id": 1, "category_id": 1, "id": 1}
     ]
@@ -361,15 +367,15 @@ def test_unusable_folders(tmp_path: Path) -> None:
     write_tar(tmp_path, PAIR, format=tarfile.USTAR_FORMAT)
     content = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "b.tar").write_bytes(content[:1000])
-    with pytest.raises(ValueError, match=r"b.tar: is no plain tar, or damaged"):
+    with pytest.raises(ValueError, match=r"b.tar: is not a plain tar, or corrupt"):
         index_folder(tmp_path)
     (tmp_path / "b.tar").write_bytes(content.rstrip(b"\0") + b"\0" * 100)
-    with pytest.raises(ValueError, match=r"b.tar: (it is cut off|is no plain tar)"):
+    with pytest.raises(ValueError, match=r"b.tar: (it is truncated|is not a plain tar)"):
         index_folder(tmp_path)
     corrupt = bytearray(content)
-    corrupt[content.index(b"x.json")] ^= 1  # a header in the middle: tarfile would end there in silence
+    corrupt[content.index(b"x.json")] ^= 1  # a header in the middle, where tarfile stops silently
     (tmp_path / "b.tar").write_bytes(corrupt)
-    with pytest.raises(ValueError, match=r"b.tar: the tar header at byte \d+ is damaged"):
+    with pytest.raises(ValueError, match=r"b.tar: the tar header at byte \d+ is corrupt"):
         index_folder(tmp_path)
     (tmp_path / "b.tar").unlink()
     index_folder(tmp_path)
@@ -393,7 +399,7 @@ def test_unusable_categories(tmp_path: Path, content: Any, message: str) -> None
         index_folder(tmp_path / "tars", categories=write_json(tmp_path / "c.json", content))
 
 
-def test_format_version_tells_other_programs(tmp_path: Path) -> None:
+def test_third_party_shards_have_their_own_format_version(tmp_path: Path) -> None:
     write_tar(tmp_path / "tars", PAIR)
     index_folder(tmp_path / "tars", categories=write_json(tmp_path / "c.json", ["cat"]))
     path = tmp_path / "tars" / "manifest.json"

@@ -1,22 +1,31 @@
-"""Where queries look: from the queries and their references to each layer's `QueryPosition`."""
+"""Compute the position of the queries for each decoder layer."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from detrs.attention import QueryPosition
 from detrs.layers import Mlp, full_precision, sine_encoding
 from detrs.structures import Memory, Queries
 
 PositionScale = Literal["elementwise", "scalar", "learned"]
 
 
+@dataclass(frozen=True)
+class QueryPosition:
+    """The position of each query, in the forms that the attention variants take."""
+
+    pos: Float[Tensor, "b q d"]  # added to the content, or projected and added
+    spatial: Float[Tensor, "b q d"] | None = None  # the separate spatial query of conditional attention
+    reference: Float[Tensor, "b q k"] | None = None  # point or box in [0, 1], for deformable attention
+
+
 class LearnedPosition(nn.Module):
-    """The queries' own position embedding, the same at every layer (DETR, Deformable DETR)."""
+    """Learned position embedding, the same in every layer (DETR, Deformable DETR)."""
 
     def forward(
         self,
@@ -26,15 +35,15 @@ class LearnedPosition(nn.Module):
         reference: Float[Tensor, "b q k"] | None,
         memory: Memory,
     ) -> QueryPosition:
-        """The learned position and the current reference."""
+        """Return the learned position and the current reference."""
         assert queries.pos is not None
         return QueryPosition(queries.pos, reference=reference)
 
 
 class PointPosition(nn.Module):
-    """The learned position, and a spatial query: the reference point's encoding, scaled by the content.
+    """Learned position, and a spatial query: the encoding of the reference point, scaled by the content.
 
-    Source: Conditional DETR, section 3.3; the first layer does not scale.
+    Source: Conditional DETR, section 3.3. The first layer does not scale.
     """
 
     def __init__(self, hidden_dim: int) -> None:
@@ -50,21 +59,21 @@ class PointPosition(nn.Module):
         reference: Float[Tensor, "b q 2"],
         memory: Memory,
     ) -> QueryPosition:
-        """The same position at every layer, the spatial query of this one."""
+        """Return the learned position and the spatial query of this layer."""
         assert queries.pos is not None
         spatial = sine_encoding(reference.flip(-1), self.hidden_dim // 2)  # (y, x)
         return QueryPosition(queries.pos, spatial if layer == 0 else spatial * self.scale(content), reference)
 
 
 class ModulatedAnchorPosition(nn.Module):
-    """Position and spatial query are functions of the reference box (DAB-DETR, section 4).
+    """Position and spatial query computed from the reference box (DAB-DETR, section 4).
 
     Args:
         hidden_dim: width of a query.
         num_layers: decoder layers.
         scale: factor of the spatial query: "elementwise" or "scalar", computed from the content from the
-            second layer on; "learned", a vector for each layer.
-        modulate: stretch the attention along the box's sides (eq. 6).
+            second layer on; "learned", one vector per layer.
+        modulate: scale the attention by the box's width and height (eq. 6).
     """
 
     def __init__(self, hidden_dim: int, num_layers: int, scale: PositionScale, *, modulate: bool) -> None:
@@ -98,7 +107,7 @@ class ModulatedAnchorPosition(nn.Module):
 
 
 class AnchorPosition(nn.Module):
-    """The position embedding is a function of the reference box (DAB-DETR, eq. 3; DINO)."""
+    """Position embedding computed from the reference box (DAB-DETR, eq. 3; DINO)."""
 
     def __init__(self, hidden_dim: int) -> None:
         super().__init__()
@@ -113,13 +122,13 @@ class AnchorPosition(nn.Module):
         reference: Float[Tensor, "b q 4"],
         memory: Memory,
     ) -> QueryPosition:
-        """Encode the box as the finest level sees it, padding included."""
+        """Encode the box relative to the finest level, padding included, as the official code does."""
         finest = memory.valid_ratios[:, None, 0]
         encoding = box_encoding(reference * torch.cat((finest, finest), dim=-1), self.hidden_dim // 2)
         return QueryPosition(self.embed(encoding), reference=reference)
 
 
 def box_encoding(boxes: Float[Tensor, "b q 4"], dim: int) -> Float[Tensor, "b q e"]:
-    """Sine encoding of boxes in the order (y, x, w, h), `dim` features each."""
+    """Return the sine encoding of boxes in the order (y, x, w, h), `dim` features each."""
     x, y, width, height = boxes.unbind(-1)
     return sine_encoding(torch.stack((y, x, width, height), dim=-1), dim)
