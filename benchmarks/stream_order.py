@@ -44,7 +44,15 @@ from raydetr.data.stream import train_batches
 from raydetr.data.transforms.geometry import resized_size
 from raydetr.data.transforms.pixels import LazyImage
 from raydetr.data.transforms.transform import Transform
-from raydetr.shards.manifest import (FORMAT_VERSION, INDEX, SAMPLE_DTYPE, Manifest, ShardFile, data_fingerprint, sample_key,)
+from raydetr.shards.manifest import (
+    FORMAT_VERSION,
+    INDEX,
+    SAMPLE_DTYPE,
+    Manifest,
+    ShardFile,
+    data_fingerprint,
+    sample_key,
+)
 from raydetr.shards.reader import open_shards
 
 COCO, MILLION = 118_287, 1_000_000
