@@ -15,6 +15,8 @@ from raydetr.shards.synthetic import write_synthetic_data
 from raydetr.shards.writer import write_shards
 from raydetr.training.checkpoint import read_meta
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 ROOT = Path(__file__).parents[2]
 
 

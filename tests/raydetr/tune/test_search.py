@@ -22,6 +22,8 @@ from raydetr.shards.synthetic import write_synthetic_data
 from raydetr.shards.writer import write_shards
 from raydetr.training.checkpoint import read_meta
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 ROOT = Path(__file__).parents[3]
 # With this seed the drawn values are, in order: (good, 4), (bad, 4), (bad, 7), (bad, 4). The fourth trial starts when
 # one of the first two has ended: ASHA then stops it, because the good trial has a higher AP.
