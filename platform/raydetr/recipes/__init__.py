@@ -11,49 +11,7 @@ import inspect
 from collections.abc import Callable
 
 from raydetr.config import ConfigError, RunConfig, nearest
-from raydetr.recipes.conditional import (
-    conditional_detr_r50_50ep,
-    conditional_detr_r50_dc5_50ep,
-    conditional_detr_r101_50ep,
-    conditional_detr_r101_dc5_50ep,
-)
-from raydetr.recipes.dab import (
-    dab_detr_r50_3patterns_50ep,
-    dab_detr_r50_50ep,
-    dab_detr_r50_dc5_3patterns_50ep,
-    dab_detr_r50_dc5_50ep,
-    dab_detr_r101_50ep,
-    dab_detr_r101_dc5_50ep,
-)
-from raydetr.recipes.deformable import (
-    deformable_detr_r50_50ep,
-    deformable_detr_r50_refine_50ep,
-    deformable_detr_r50_single_scale_50ep,
-    deformable_detr_r50_single_scale_dc5_50ep,
-    deformable_detr_r50_two_stage_50ep,
-)
-from raydetr.recipes.detr import (
-    detr_r50_150ep,
-    detr_r50_500ep,
-    detr_r50_dc5_500ep,
-    detr_r101_500ep,
-    detr_r101_dc5_500ep,
-)
-from raydetr.recipes.dino import (
-    dino_r50_4scale_12ep,
-    dino_r50_4scale_24ep,
-    dino_r50_4scale_36ep,
-    dino_r50_5scale_12ep,
-    dino_r50_5scale_24ep,
-    dino_r50_5scale_36ep,
-)
-from raydetr.recipes.finetune import (
-    finetune_conditional_detr_r50,
-    finetune_dab_detr_r50,
-    finetune_deformable_detr_r50,
-    finetune_detr_r50,
-    finetune_dino_r50,
-)
+from raydetr.recipes import conditional, dab, deformable, detr, dino, finetune
 from raydetr.recipes.quickstart import quickstart, quickstart_hard
 
 __all__ = ["RECIPES", "find", "quickstart", "quickstart_hard", "summary"]
@@ -61,37 +19,37 @@ __all__ = ["RECIPES", "find", "quickstart", "quickstart_hard", "summary"]
 RECIPES: tuple[Callable[[], RunConfig], ...] = (
     quickstart,
     quickstart_hard,
-    finetune_dino_r50,
-    finetune_deformable_detr_r50,
-    finetune_dab_detr_r50,
-    finetune_conditional_detr_r50,
-    finetune_detr_r50,
-    dino_r50_4scale_12ep,
-    dino_r50_4scale_24ep,
-    dino_r50_4scale_36ep,
-    dino_r50_5scale_12ep,
-    dino_r50_5scale_24ep,
-    dino_r50_5scale_36ep,
-    deformable_detr_r50_50ep,
-    deformable_detr_r50_refine_50ep,
-    deformable_detr_r50_two_stage_50ep,
-    deformable_detr_r50_single_scale_50ep,
-    deformable_detr_r50_single_scale_dc5_50ep,
-    dab_detr_r50_50ep,
-    dab_detr_r50_3patterns_50ep,
-    dab_detr_r50_dc5_50ep,
-    dab_detr_r50_dc5_3patterns_50ep,
-    dab_detr_r101_50ep,
-    dab_detr_r101_dc5_50ep,
-    conditional_detr_r50_50ep,
-    conditional_detr_r50_dc5_50ep,
-    conditional_detr_r101_50ep,
-    conditional_detr_r101_dc5_50ep,
-    detr_r50_500ep,
-    detr_r50_150ep,
-    detr_r50_dc5_500ep,
-    detr_r101_500ep,
-    detr_r101_dc5_500ep,
+    finetune.finetune_dino_r50,
+    finetune.finetune_deformable_detr_r50,
+    finetune.finetune_dab_detr_r50,
+    finetune.finetune_conditional_detr_r50,
+    finetune.finetune_detr_r50,
+    dino.dino_r50_4scale_12ep,
+    dino.dino_r50_4scale_24ep,
+    dino.dino_r50_4scale_36ep,
+    dino.dino_r50_5scale_12ep,
+    dino.dino_r50_5scale_24ep,
+    dino.dino_r50_5scale_36ep,
+    deformable.deformable_detr_r50_50ep,
+    deformable.deformable_detr_r50_refine_50ep,
+    deformable.deformable_detr_r50_two_stage_50ep,
+    deformable.deformable_detr_r50_single_scale_50ep,
+    deformable.deformable_detr_r50_single_scale_dc5_50ep,
+    dab.dab_detr_r50_50ep,
+    dab.dab_detr_r50_3patterns_50ep,
+    dab.dab_detr_r50_dc5_50ep,
+    dab.dab_detr_r50_dc5_3patterns_50ep,
+    dab.dab_detr_r101_50ep,
+    dab.dab_detr_r101_dc5_50ep,
+    conditional.conditional_detr_r50_50ep,
+    conditional.conditional_detr_r50_dc5_50ep,
+    conditional.conditional_detr_r101_50ep,
+    conditional.conditional_detr_r101_dc5_50ep,
+    detr.detr_r50_500ep,
+    detr.detr_r50_150ep,
+    detr.detr_r50_dc5_500ep,
+    detr.detr_r101_500ep,
+    detr.detr_r101_dc5_500ep,
 )
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Metric
-from PIL import Image
 
 from raydetr.tracking.mlflow_run import TrackingError, connect, first_line, metric_name, store_file
 
@@ -58,18 +55,6 @@ class Tracker:
     def log_text(self, text: str, file: str) -> None:
         """Store a text as the artifact `file`."""
         self.log_bytes(text.encode(), file)
-
-    def log_figure(self, figure: Figure, file: str) -> None:
-        """Store a matplotlib figure as the artifact `file` (PNG)."""
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        self.log_bytes(buffer.getvalue(), file)
-
-    def log_image(self, image: Image.Image, file: str) -> None:
-        """Store an image as the artifact `file` (PNG)."""
-        buffer = io.BytesIO()
-        image.save(buffer, format="png")
-        self.log_bytes(buffer.getvalue(), file)
 
     def log_bytes(self, content: bytes, file: str) -> None:
         """Store bytes as the artifact `file`, a path within the run's artifacts; a later call replaces it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from raydetr.runs import run
 from raydetr.runs.evaluate import evaluate_checkpoint
 from raydetr.shards.reader import ShardError, open_shards
 from raydetr.tracking import mlflow_run
-from raydetr.training import checkpoint
 from raydetr.training.loop import Training
 from raydetr.training.world import World
 
@@ -316,19 +314,3 @@ def test_lost_annotations_are_reported(corrupt_run: RunConfig) -> None:
     result = run.start(with_policy(corrupt_run, "mask", **{"optim.epochs": 1}), local=True)
     assert (result.metrics["unpredicted_images"], result.metrics["lost_annotations"]) == (3, 1)
     assert "the annotations of 1 of them cannot be read" in result.to_text()
-
-
-def test_checkpoints_without_a_corrupt_log_can_be_resumed(tiny_run: RunConfig, tmp_path: Path) -> None:
-    config = override(tiny_run, {"model.num_classes": 4})
-    training, shards = make_training(config), open_splits(config.data)[0]
-    write: Callable[..., None] = checkpoint.write
-
-    def old(folder: Path, state: dict[str, Any], meta: dict[str, Any]) -> None:
-        write(folder, {key: value for key, value in state.items() if key != "damage"}, meta)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "write", old)
-        checkpoint.save(tmp_path / "old", training, shards, 1, {})
-    training.corrupt_log = CorruptSampleLog([CorruptSample(0, "x.tar", "1", 0, "broken", "masked")])
-    checkpoint.restore(tmp_path / "old", training, shards)
-    assert training.corrupt_log.rows == []

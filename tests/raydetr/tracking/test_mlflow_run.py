@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
-from PIL import Image
 
 from mlflow_server import MlflowServer
 from raydetr.tracking import mlflow_run
@@ -58,8 +56,8 @@ def test_a_run_from_beginning_to_end(database: str, tmp_path: Path) -> None:
     tracker.log_metrics(10, {"loss": 2.5, "lr/backbone": 1e-5})
     tracker.log_metrics(20, {"loss": 1.5})
     tracker.log_text("table", "evaluation/ap.txt")
-    tracker.log_image(Image.new("RGB", (8, 4)), "evaluation/grid.png")
-    tracker.log_figure(Figure(figsize=(1, 1)), "curves.png")
+    tracker.log_bytes(b"\x89PNG", "evaluation/grid.png")
+    tracker.log_bytes(b"\x89PNG", "curves.png")
     (tmp_path / "notes.txt").write_text("first")
     tracker.log_artifact(tmp_path / "notes.txt", "folder/below")
     (tmp_path / "notes.txt").write_text("changed later")
