@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -88,21 +88,9 @@ def collate(
 
 def blank_batch(position: int, *, out: Callable[[tuple[int, int, int, int]], Canvas] | None = None) -> Batch:
     """Return a batch of one black image, like `collate`: models and other ranks need a batch in every step."""
-    shape = (1, BLANK_SIDE, BLANK_SIDE, 3)
-    pixels = np.empty(shape, np.uint8) if out is None else out(shape)
-    pixels[:] = 0
-    size = torch.tensor([[BLANK_SIDE, BLANK_SIDE]])
-    return Batch(
-        pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2),
-        sizes=size,
-        labels=torch.zeros(0, dtype=torch.int64),
-        boxes=torch.zeros(0, 4),
-        counts=(0,),
-        image_ids=torch.tensor([-1]),
-        original_sizes=size,
-        position=position,
-        is_blank=True,
-    )
+    black = LazyImage.unresized(np.zeros((BLANK_SIDE, BLANK_SIDE, 3), np.uint8))
+    sample = Sample(black, np.zeros(0, np.int64), np.zeros((0, 4)), -1, (BLANK_SIDE, BLANK_SIDE))
+    return replace(collate([sample], position, out=out), is_blank=True)
 
 
 def _fill(canvas: Canvas, image: LazyImage) -> None:

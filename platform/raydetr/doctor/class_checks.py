@@ -7,15 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from raydetr.doctor.findings import (
-    MAX_EXAMPLES,
-    Finding,
-    Integers,
-    Level,
-    TrainingTarget,
-    counted,
-    listed,
-)
+from raydetr.doctor.findings import MAX_EXAMPLES, Finding, Integers, Level, TrainingTarget, counted, listed
 from raydetr.doctor.scan import ScannedSplit, Split
 from raydetr.shards.manifest import MAX_LABEL
 from raydetr.shards.reader import check_same_categories

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -70,25 +70,7 @@ class Finding:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return {
-            "code": self.code,
-            "level": self.level,
-            "splits": list(self.splits),
-            "count": self.count,
-            "text": self.text,
-            "remedy": self.remedy,
-            "examples": [
-                {
-                    "detail": example.detail,
-                    "places": [
-                        {"split": place.split, "sample": place.sample, "image_id": place.image_id,
-                         "file_name": place.file_name, "annotations": list(place.annotations)}
-                        for place in example.places
-                    ],
-                }
-                for example in self.examples
-            ],
-        }  # fmt: skip
+        return asdict(self)
 
 
 def by_level(findings: Iterable[Finding]) -> list[Finding]:
@@ -156,6 +138,4 @@ class TrainingTarget:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return {"recipe": self.recipe, "short_side": self.short_side, "max_side": self.max_side,
-                "num_queries": self.num_queries, "batch_size": self.batch_size,
-                "label_map": self.label_map, "max_corrupt": self.max_corrupt}  # fmt: skip
+        return asdict(self)

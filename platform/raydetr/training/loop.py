@@ -25,13 +25,7 @@ from raydetr.data.stream import evaluation_batches, train_batches
 from raydetr.data.transforms.transform import Transform
 from raydetr.evaluation.evaluator import drop_blank_batches, evaluate
 from raydetr.shards.reader import Shards
-from raydetr.training.nonfinite import (
-    BatchNormSnapshot,
-    NonFiniteCause,
-    SkippedStep,
-    StepLoss,
-    compute_loss,
-)
+from raydetr.training.nonfinite import BatchNormSnapshot, NonFiniteCause, SkippedStep, StepLoss, compute_loss
 from raydetr.training.optim import Ema, build_optimizer, lr_factor, set_learning_rates
 from raydetr.training.world import World
 

@@ -9,6 +9,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from ray_head import free_ports
 from raydetr.runs import ray_train
 
 
@@ -19,7 +20,12 @@ def cluster() -> Iterator[Cluster]:
         os.environ.setdefault(name, value)
     nodes = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1"},
+        head_node_args={
+            "num_cpus": 0,
+            "include_dashboard": True,
+            "dashboard_host": "127.0.0.1",
+            "dashboard_port": free_ports(1)[0],
+        },
     )
     for _ in range(2):
         nodes.add_node(num_cpus=2)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from raydetr import recipes
+from raydetr.recipes.deformable import deformable_detr_r50_two_stage_50ep
+from raydetr.recipes.dino import dino_r50_4scale_12ep
 from raydetr.config import OptimConfig
 from raydetr.training.optim import Ema, lr_factor, parameter_groups
 
@@ -108,7 +109,7 @@ def test_ema_does_not_touch_the_model() -> None:
 
 
 def test_the_paper_recipes_have_the_official_rates() -> None:
-    dino = recipes.dino_r50_4scale_12ep().optim
+    dino = dino_r50_4scale_12ep().optim
     assert (dino.lr, dino.lr_backbone, dino.lr_sampling) == (1e-4, 1e-5, 1e-4)
-    deformable = recipes.deformable_detr_r50_two_stage_50ep().optim
+    deformable = deformable_detr_r50_two_stage_50ep().optim
     assert (deformable.lr, deformable.lr_backbone, deformable.lr_sampling) == (2e-4, 2e-5, 2e-5)
