@@ -48,7 +48,7 @@ def write_missing_synthetic(data: DataConfig) -> None:
             print_status(f"generating synthetic data in {coco}")
             write_synthetic_data(coco, hard=data.synthetic == "hard")
         print_status(f"writing shards to {out}")
-        write_shards(coco / split, _annotations(coco, split), out)
+        write_shards(coco / split, coco / "annotations" / f"instances_{split}.json", out)
 
 
 def _synthetic_folder(data: DataConfig, location: str) -> Path:
@@ -58,7 +58,3 @@ def _synthetic_folder(data: DataConfig, location: str) -> Path:
             "set data.synthetic=null, or name a folder"
         )
     return local_folder(location)
-
-
-def _annotations(coco: Path, split: str) -> Path:
-    return coco / "annotations" / f"instances_{split}.json"

@@ -103,16 +103,13 @@ def _boxes_without_area(scanned: ScannedSplit) -> Iterator[Finding]:
     with np.errstate(invalid="ignore"):
         flat = is_valid & (objects["box"][:, 2:] <= 0).any(axis=1)
         outside = is_valid & ~flat & (scanned.visible_sides <= 0).any(axis=1)
-    if flat.any():
-        yield _minor_problem(
-            scanned, "boxes-without-area", np.flatnonzero(flat), "box", "boxes", "of zero width or height",
-            "training omits them; remove or correct them",
-        )  # fmt: skip
-    if outside.any():
-        yield _minor_problem(
-            scanned, "boxes-outside", np.flatnonzero(outside), "box", "boxes", "entirely outside the image",
-            "training omits them; remove or correct them",
-        )  # fmt: skip
+    remedy = "training omits them; remove or correct them"
+    for code, chosen, text in (
+        ("boxes-without-area", np.flatnonzero(flat), "of zero width or height"),
+        ("boxes-outside", np.flatnonzero(outside), "entirely outside the image"),
+    ):
+        if len(chosen):
+            yield _minor_problem(scanned, code, chosen, "box", "boxes", text, remedy)
 
 
 def _minor_problem(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from raydetr.doctor.findings import MAX_EXAMPLES, Finding, Integers, Level, TrainingTarget, counted, listed
+from raydetr.doctor.findings import Finding, Integers, Level, TrainingTarget, counted, listed
 from raydetr.doctor.scan import ScannedSplit, Split
 from raydetr.shards.manifest import MAX_LABEL
 from raydetr.shards.reader import check_same_categories
@@ -169,11 +169,8 @@ def class_findings(split: Split, counts: Integers) -> Iterator[Finding]:
 def no_objects_finding(split: Split) -> Finding:
     """Return the finding about a split without any object."""
     level: Level = "error" if split.is_trained_on else "warning"
-    remedy = (
-        "are these the right annotations? there is nothing to learn"
-        if split.is_trained_on
-        else "are these the right annotations? AP will be undefined"
-    )
+    effect = "there is nothing to learn" if split.is_trained_on else "AP will be undefined"
+    remedy = f"are these the right annotations? {effect}"
     return Finding("no-objects", level, (split.name,), "not one object to find", remedy, 1)
 
 
@@ -227,10 +224,7 @@ def object_count_findings(
             continue
         above = order[objects_per_image[order] > most]
         if len(above):
-            examples = tuple(
-                split.example(int(sample), counted(int(objects_per_image[sample]), "object"))
-                for sample in above[:MAX_EXAMPLES]
-            )
+            examples = split.examples(above, lambda n: counted(int(objects_per_image[n]), "object"))
             have = "has" if len(above) == 1 else "have"
             yield Finding(
                 code, level, (split.name,),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from raydetr.doctor.findings import MAX_EXAMPLES, Finding, Level, counted
+from raydetr.doctor.findings import Finding, Level, counted
 from raydetr.doctor.scan import ScannedSplit
 
 MAX_SIDE_RATIO = 5  # Long side by short side
@@ -27,17 +27,16 @@ def _corrupt_samples(scanned: ScannedSplit, level: Level) -> Iterator[Finding]:
     corrupt, shards = scanned.scan.corrupt, scanned.split.shards
     if not corrupt:
         return
-    examples = []
-    for sample in sorted(corrupt)[:MAX_EXAMPLES]:
-        row = shards.samples[sample]
-        file = shards.manifest.shards[row["shard"]].name
-        where = f"{file}, key {shards.key(sample)}: {corrupt[sample]:.120}"
-        examples.append(scanned.split.example(sample, where))
+
+    def detail(sample: int) -> str:
+        file = shards.manifest.shards[shards.samples[sample]["shard"]].name
+        return f"{file}, key {shards.key(sample)}: {corrupt[sample]:.120}"
+
     yield Finding(
         "corrupt-samples", level, (scanned.name,),
         f"{counted(len(corrupt), 'sample')} of {shards.num_samples:,} cannot be used",
         "copy these shards again; if the record is wrong, correct it and write the shards again",
-        len(corrupt), tuple(examples),
+        len(corrupt), scanned.split.examples(sorted(corrupt), detail),
     )  # fmt: skip
 
 
@@ -48,13 +47,12 @@ def _size_mismatches(scanned: ScannedSplit) -> Iterator[Finding]:
     )
     chosen = np.flatnonzero(images["is_read"] & differs)
     if len(chosen):
-        examples = tuple(
-            split.example(
-                sample,
+        examples = split.examples(
+            chosen,
+            lambda sample: (
                 f"the file holds {images['width'][sample]}x{images['height'][sample]} pixels, "
-                f"the record has {split.widths[sample]:.0f}x{split.heights[sample]:.0f}",
-            )
-            for sample in chosen[:MAX_EXAMPLES]
+                f"the record has {split.widths[sample]:.0f}x{split.heights[sample]:.0f}"
+            ),
         )
         yield Finding(
             "size-mismatch", "error", (scanned.name,),
@@ -71,7 +69,7 @@ def _exif_orientations(scanned: ScannedSplit) -> Iterator[Finding]:
             "exif-orientation", "note", (scanned.name,),
             f"{counted(len(chosen), 'image')} with an EXIF orientation, which is not applied",
             "look at the images: if the boxes are beside the objects, store the pixels rotated",
-            len(chosen), tuple(scanned.split.example(sample) for sample in chosen[:MAX_EXAMPLES]),
+            len(chosen), scanned.split.examples(chosen),
         )  # fmt: skip
 
 
@@ -86,10 +84,7 @@ def _unusual_shapes(scanned: ScannedSplit) -> Iterator[Finding]:
          f"with a side under {MIN_SIDE} pixels", "are they thumbnails? omit them"),
     ):  # fmt: skip
         if len(chosen):
-            examples = tuple(
-                scanned.split.example(sample, f"{widths[sample]:.0f}x{heights[sample]:.0f}")
-                for sample in chosen[:MAX_EXAMPLES]
-            )
+            examples = scanned.split.examples(chosen, lambda n: f"{widths[n]:.0f}x{heights[n]:.0f}")
             yield Finding(
                 code, "note", (scanned.name,),
                 f"{counted(len(chosen), 'image')} {text}", remedy, len(chosen), examples,

@@ -11,14 +11,13 @@ from html import escape
 from importlib import resources
 
 import numpy as np
-from PIL import Image
 
 from raydetr.doctor.box_checks import SMALL
 from raydetr.doctor.findings import Example, Finding, Place
 from raydetr.doctor.report import ClassRow, Histogram, Report, summary_rows
 from raydetr.doctor.scan import ScannedSplit, as_record, is_box, read_unchecked
 from raydetr.shards.images import UNREADABLE, decode_rgb
-from raydetr.visualization.boxes import Box, coco_boxes, draw_boxes
+from raydetr.visualization.boxes import coco_boxes, draw_boxes
 
 COLORS = ("#3366cc", "#e07b39", "#2a9d6f", "#9b4dca", "#b8a000", "#666666")  # Of the splits
 GALLERY_SIZE = 8  # Images of each split
@@ -145,22 +144,8 @@ def _image_url(scanned: ScannedSplit, place: Place) -> str | None:
     records = [as_record(raw.annotations[number]) for number in place.annotations]
     boxes = coco_boxes([record for record in records if is_box(record.get("bbox"))], names)
     buffer = io.BytesIO()
-    _draw_resized(image, boxes).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    draw_boxes(image, boxes, IMAGE_SIDE).save(buffer, "JPEG", quality=JPEG_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _draw_resized(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
-    """Resize the image before drawing the boxes, so that lines and labels stay readable."""
-    factor = IMAGE_SIDE / max(image.size)
-    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    x_scale, y_scale = size[0] / image.width, size[1] / image.height
-    scaled = [
-        Box(box.category_id, box.name, (x0 * x_scale, y0 * y_scale, x1 * x_scale, y1 * y_scale), box.score)
-        for box in boxes
-        for x0, y0, x1, y1 in (box.xyxy,)
-    ]
-    resample = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.BICUBIC
-    return draw_boxes(image.resize(size, resample), scaled)
 
 
 # --- Charts: SVG with the bars of several splits side by side ---

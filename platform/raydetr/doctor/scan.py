@@ -243,9 +243,11 @@ class Split:
         file_name = str(raw.record.get("file_name", "")) if raw else ""
         return Place(self.name, sample, image_id, file_name, annotations)
 
-    def example(self, sample: int, detail: str = "") -> Example:
-        """Return one sample as an example."""
-        return Example((self.place(int(sample)),), detail)
+    def examples(
+        self, samples: Sequence[int] | Integers, detail: Callable[[int], str] = lambda _: ""
+    ) -> tuple[Example, ...]:
+        """Return the first of the samples as examples; `detail` describes a sample."""
+        return tuple(Example((self.place(int(n)),), detail(int(n))) for n in samples[:MAX_EXAMPLES])
 
     @property
     def widths(self) -> Floats:

@@ -29,14 +29,7 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 from mlflow import MlflowClient  # noqa: E402
-from mlflow.entities import (  # noqa: E402
-    Dataset,
-    DatasetInput,
-    InputTag,
-    Param,
-    Run,
-    ViewType,
-)
+from mlflow.entities import Dataset, DatasetInput, InputTag, Param, Run, ViewType  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 
 from raydetr.config import RunConfig  # noqa: E402

@@ -67,12 +67,11 @@ class SearchResult:
 
 def rank_trials(trials: Sequence[Trial]) -> tuple[Trial, ...]:
     """Sort trials, best first: by status (finished trials before stopped ones), then by AP."""
-    return tuple(
-        sorted(
-            trials,
-            key=lambda t: (STATUS_ORDER.index(t.status), math.inf if t.AP is None else -t.AP, t.number),
-        )
-    )
+
+    def rank(trial: Trial) -> tuple[int, float, int]:
+        return STATUS_ORDER.index(trial.status), math.inf if trial.AP is None else -trial.AP, trial.number
+
+    return tuple(sorted(trials, key=rank))
 
 
 def best_trial(trials: Sequence[Trial]) -> Trial | None:

@@ -75,13 +75,14 @@ def coco_boxes(
     return tuple(sorted(boxes, key=lambda box: -(box.score or 0.0)))
 
 
-def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
-    """Return a copy of the image, enlarged if it is small, with boxes and captions.
+def draw_boxes(image: Image.Image, boxes: Sequence[Box], long_side: int | None = None) -> Image.Image:
+    """Return a copy of the image with boxes and captions, scaled to `long_side` pixels, or enlarged if it is small.
 
     Captions stay inside the image and do not overlap. They are placed in the order of `boxes`, best first; one that
     would cover others is omitted.
     """
-    return _draw(_at_least(image, MIN_SIDE), image.size, boxes)
+    side = long_side or max(MIN_SIDE, *image.size)
+    return _draw(_scaled(image, side), image.size, boxes)
 
 
 def draw_grid(
@@ -235,17 +236,16 @@ def _cell(image: AnnotatedImage) -> Image.Image:
 
 
 def _panel(image: Image.Image) -> Image.Image:
-    copy = _at_least(image, MIN_SIDE)
-    copy.thumbnail((PANEL_SIDE, PANEL_SIDE), Image.Resampling.LANCZOS)
-    return copy
+    return _scaled(image, min(max(MIN_SIDE, *image.size), PANEL_SIDE))
 
 
-def _at_least(image: Image.Image, side: int) -> Image.Image:
-    """Return a copy in RGB whose long side has at least `side` pixels."""
-    scale = max(1.0, side / max(image.size))
+def _scaled(image: Image.Image, long_side: int) -> Image.Image:
+    """Return a copy in RGB whose long side has `long_side` pixels."""
+    scale = long_side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    copy = image.convert("RGB")
-    return copy.resize(size, Image.Resampling.BICUBIC) if scale > 1 else copy.copy()
+    return image.convert("RGB").resize(
+        size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
+    )
 
 
 def _stacked(images: Sequence[Image.Image], gap: int) -> Image.Image:

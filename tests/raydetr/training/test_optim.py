@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from raydetr.config import OptimConfig
 from raydetr.recipes.deformable import deformable_detr_r50_two_stage_50ep
 from raydetr.recipes.dino import dino_r50_4scale_12ep
-from raydetr.config import OptimConfig
 from raydetr.training.optim import Ema, lr_factor, parameter_groups
 
 
