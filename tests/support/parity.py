@@ -150,7 +150,9 @@ def check_detection(golden: Golden, prefix: str, i: int, image: Detections, tole
     order = scores.sort(descending=True, stable=True).indices  # those of DETR are in the order of the queries
     assert distance(image.scores, scores[order]) <= tolerance.logits
     rows = torch.ones(len(order), dtype=torch.bool)
-    if image.scores.dtype == torch.float32:  # scores closer than the tolerance have no order, as where they saturate
+    if (
+        image.scores.dtype == torch.float32
+    ):  # scores closer than the tolerance have no order, as where they saturate
         is_close = scores[order].diff().abs() <= 2 * tolerance.logits
         rows[1:] &= ~is_close
         rows[:-1] &= ~is_close

@@ -43,7 +43,9 @@ def test_nothing_is_made_where_nothing_is(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"not the folder of a run: mlflow_run_id or config\.yaml is missing"):
+    with pytest.raises(
+        ValueError, match=r"not the folder of a run: mlflow_run_id or config\.yaml is missing"
+    ):
         compare([str(tmp_path)])
 
 
