@@ -108,7 +108,7 @@ def fit(trainer: TorchTrainer) -> ray.train.Result:
     """Run to the end.
 
     Raises:
-        LaunchError: the workers failed for good; the message is what the first of them said.
+        LaunchError: the workers failed for good; the message is that of the first failure.
     """
     try:
         result = trainer.fit()
@@ -192,7 +192,7 @@ def _trainer(
 
 
 def _root_cause(error: BaseException) -> str:
-    """Return what the first failing worker said, without the tracebacks of Ray's own layers."""
+    """Return the message of the first failing worker, without the tracebacks of Ray's own layers."""
     final = getattr(error, "controller_failure", None)
     if isinstance(final, FinalError):
         return str(final)
