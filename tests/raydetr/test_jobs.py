@@ -15,7 +15,7 @@ from raydetr.shards.synthetic import write_synthetic_data
 from raydetr.shards.writer import write_shards
 from raydetr.training.checkpoint import read_meta
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = pytest.mark.xdist_group("ray_head")
 
 ROOT = Path(__file__).parents[2]
 

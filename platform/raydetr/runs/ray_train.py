@@ -22,6 +22,7 @@ from ray.train.torch import TorchTrainer
 
 from raydetr.config import ClusterConfig
 from raydetr.console import Display, RunProgress, print_status
+from raydetr.runs.progress_actor import ProgressActor
 from raydetr.runs.session import Run, run_session
 from raydetr.training import checkpoint
 from raydetr.training.world import World
@@ -239,22 +240,7 @@ def _polling(actor: Any, display: Display, cluster: ClusterConfig) -> Iterator[N
         thread.join()
 
 
-# --- in processes of their own ---
-
-
-class ProgressActor:
-    """Holds the latest value that rank 0 sent to the driver, in a process of its own."""
-
-    def __init__(self) -> None:
-        self._latest: Any = None
-
-    def update(self, value: Any) -> None:
-        """Replace the value."""
-        self._latest = value
-
-    def read(self) -> Any:
-        """Return the latest value; None before the first."""
-        return self._latest
+# --- in the process of Ray Train's controller ---
 
 
 class StopAtFinalErrors(ray.train.UserCallback):

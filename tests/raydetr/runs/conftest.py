@@ -9,14 +9,14 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from ray_head import free_ports
+from ray_head import NICENESS, free_ports
 from raydetr.runs import ray_train
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """A head without CPUs and two nodes with two each; this process is connected to it."""
-    for name, value in ray_train.SETTINGS.items():
+    for name, value in (ray_train.SETTINGS | NICENESS).items():
         os.environ.setdefault(name, value)
     nodes = Cluster(
         initialize_head=True,

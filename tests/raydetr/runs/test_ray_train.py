@@ -35,25 +35,30 @@ def two_workers(tiny_run: RunConfig) -> RunConfig:
     return override(tiny_run, {"cluster.num_workers": 2, "optim.epochs": 3})
 
 
-def train_workers() -> list[psutil.Process]:
-    """The processes of this machine that are Ray Train workers."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "username"]):
-        title = " ".join(process.info["cmdline"] or ())
-        if title.startswith("ray::RayTrainWorker"):
-            found.append(process)
-    return found
+def started_workers(cluster: Cluster) -> list[int]:
+    """The process ids of all Ray Train workers that this cluster has started so far, including ended ones."""
+    of_training = [("class_name", "=", "RayTrainWorker")]
+    return [actor.pid for actor in list_actors(cluster.address, of_training, limit=1000, detail=True)]
+
+
+def train_workers(cluster: Cluster) -> list[psutil.Process]:
+    """The running processes of this cluster that are Ray Train workers."""
+    ids = started_workers(cluster)
+    running = [process for process in psutil.process_iter(["cmdline"]) if process.pid in ids]
+    return [
+        each for each in running if " ".join(each.info["cmdline"] or ()).startswith("ray::RayTrainWorker")
+    ]
 
 
 def states(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "state.pt", weights_only=True)["model"]
 
 
-def kill_a_worker_after(epoch: Path, killed: list[int]) -> None:
+def kill_a_worker_after(cluster: Cluster, epoch: Path, killed: list[int]) -> None:
     """Wait until a checkpoint is complete, then kill one worker."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if (epoch / "meta.json").exists() and (workers := train_workers()):
+        if (epoch / "meta.json").exists() and (workers := train_workers(cluster)):
             victim = workers[0].pid
             os.kill(victim, signal.SIGKILL)
             killed.append(victim)
@@ -66,7 +71,7 @@ def test_a_run_with_a_killed_worker_ends_in_the_same_bits(cluster: Cluster, two_
     unbroken = run.start(override(two_workers, {"optim.epochs": 6}))
     killed: list[int] = []
     first_epoch = Path(two_workers.storage.path) / "hit" / "attempt-01" / "epoch-0001"
-    killer = threading.Thread(target=kill_a_worker_after, args=(first_epoch, killed))
+    killer = threading.Thread(target=kill_a_worker_after, args=(cluster, first_epoch, killed))
     killer.start()
     hit = run.start(override(two_workers, {"optim.epochs": 6, "data.num_loader_workers": 1}), name="hit")
     killer.join()
@@ -83,13 +88,7 @@ def test_a_run_with_a_killed_worker_ends_in_the_same_bits(cluster: Cluster, two_
     on_ray, locally = (evaluate_checkpoint(unbroken.checkpoint, None, local=local) for local in (False, True))
     assert on_ray == locally
     assert locally["AP"] == unbroken.metrics["AP"]
-    assert not train_workers()
-
-
-def workers_started() -> int:
-    """The number of Ray Train workers that this cluster has started so far, including ended ones."""
-    of_training = [("class_name", "=", "RayTrainWorker")]
-    return len(list_actors(filters=of_training, limit=1000))
+    assert not train_workers(cluster)
 
 
 def test_a_failed_run_has_the_message_of_its_worker_and_is_not_retried(
@@ -104,10 +103,10 @@ def test_a_failed_run_has_the_message_of_its_worker_and_is_not_retried(
             "cluster.max_failures": 3,
         },
     )
-    before = workers_started()
+    before = len(started_workers(cluster))
     with pytest.raises(ray_train.LaunchError, match=r"worker \d: .*(finite|nan)"):
         run.start(wild)
-    assert workers_started() - before == 2
+    assert len(started_workers(cluster)) - before == 2
 
 
 @pytest.fixture
@@ -122,7 +121,7 @@ def test_a_corrupt_sample_stops_the_run_at_once(
     cluster: Cluster, corrupt: tuple[RunConfig, list[tuple[Path, str]]]
 ) -> None:
     config, samples = corrupt
-    before = workers_started()
+    before = len(started_workers(cluster))
     with pytest.raises(ray_train.LaunchError) as caught:
         run.start(config)
     assert any(
@@ -131,15 +130,15 @@ def test_a_corrupt_sample_stops_the_run_at_once(
         )
         for shard, key in samples
     )
-    assert workers_started() - before == 2
-    assert not train_workers()
+    assert len(started_workers(cluster)) - before == 2
+    assert not train_workers(cluster)
 
 
 def test_too_many_corrupt_samples_stop_all_workers_with_a_complete_log(
     cluster: Cluster, corrupt: tuple[RunConfig, list[tuple[Path, str]]]
 ) -> None:
     config, samples = corrupt
-    before = workers_started()
+    before = len(started_workers(cluster))
     with pytest.raises(
         ray_train.LaunchError, match=r"3 samples are corrupt, and data\.max_corrupt allows 2"
     ) as caught:
@@ -153,7 +152,7 @@ def test_too_many_corrupt_samples_stop_all_workers_with_a_complete_log(
     )
     assert rows == sorted(rows, key=lambda row: row["position"])
     assert all(row["key"] in str(caught.value) for row in rows)
-    assert workers_started() - before == 2
+    assert len(started_workers(cluster)) - before == 2
 
 
 def test_workers_that_a_local_cluster_cannot_hold_are_refused(cluster: Cluster) -> None:

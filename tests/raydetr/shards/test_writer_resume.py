@@ -35,6 +35,7 @@ STOPPED = """
 import os, psutil, signal, sys
 from pathlib import Path
 from raydetr.shards.writer import write_shards
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
 def progress(done, total):
     if done >= 40:
         print(*(process.pid for process in psutil.Process().children(recursive=True)), flush=True)

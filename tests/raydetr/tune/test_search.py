@@ -22,7 +22,7 @@ from raydetr.shards.synthetic import write_synthetic_data
 from raydetr.shards.writer import write_shards
 from raydetr.training.checkpoint import read_meta
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = pytest.mark.xdist_group("ray_head")
 
 ROOT = Path(__file__).parents[3]
 # With this seed the drawn values are, in order: (good, 4), (bad, 4), (bad, 7), (bad, 4). The fourth trial starts when
