@@ -1,4 +1,4 @@
-"""Runs on a real Ray cluster of several nodes on this machine: complete, killed, resumed, evaluated."""
+"""Runs on a real Ray cluster of several nodes on this machine: complete, killed, resumed, evaluated, relative paths."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import torch
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 
 from corrupt_shards import corrupt_sample
-from raydetr.config import ClusterConfig, RunConfig, override
+from detrs.backbone import build_backbone
+from ray_head import NICENESS, free_ports
+from raydetr.config import ClusterConfig, ConfigError, RunConfig, override
 from raydetr.runs import ray_train, run
 from raydetr.runs.evaluate import evaluate_checkpoint
 from raydetr.shards.reader import open_shards
@@ -28,6 +32,28 @@ pytestmark = [
     pytest.mark.xdist_group("ray"),
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning:ray"),
 ]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Start a head without CPUs and two nodes with two each, and connect this process to it."""
+    for name, value in (ray_train.SETTINGS | NICENESS).items():
+        os.environ.setdefault(name, value)
+    nodes = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 0,
+            "include_dashboard": True,
+            "dashboard_host": "127.0.0.1",
+            "dashboard_port": free_ports(1)[0],
+        },
+    )
+    for _ in range(2):
+        nodes.add_node(num_cpus=2)
+    ray.init(address=nodes.address, log_to_driver=False)
+    yield nodes
+    ray.shutdown()
+    nodes.shutdown()
 
 
 @pytest.fixture
@@ -159,3 +185,43 @@ def test_workers_that_a_local_cluster_cannot_hold_are_refused(cluster: Cluster) 
     with pytest.raises(ray_train.LaunchError, match=r"num_workers=9 .* needs 9 CPUs, this machine has 4"):
         ray_train.check_resources(ClusterConfig(num_workers=9), "local")
     ray_train.check_resources(ClusterConfig(num_workers=9), "ray://elsewhere")  # it may grow
+
+
+@pytest.fixture
+def relative_run(
+    tiny_run: RunConfig, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> RunConfig:
+    """Everything that a run reads or writes, below the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("shards").symlink_to(tiny_data)
+    torch.save(build_backbone(tiny_run.model.backbone).state_dict(), "resnet.pth")
+    paths = {
+        "data.train": "shards/train",
+        "data.val": "shards/val",
+        "model.backbone.weights": "resnet.pth",
+        "storage.path": "runs",
+        "tracking.uri": "sqlite:///tracking/mlflow.db",
+    }
+    return override(tiny_run, paths | {"optim.epochs": 1, "cluster.num_workers": 2})
+
+
+def test_a_run_on_ray_takes_relative_paths_and_so_do_resume_and_evaluation(
+    cluster: Cluster, relative_run: RunConfig, tmp_path: Path
+) -> None:
+    first = run.start(relative_run)
+    assert first.folder.parent == tmp_path / "runs"
+    assert (tmp_path / "tracking" / "mlflow.db").is_file()
+    folder = Path(os.path.relpath(first.folder))
+    assert not folder.is_absolute()
+    resumed = run.resume(folder, overrides={"optim.epochs": 2})
+    assert (resumed.folder, resumed.metrics["epoch"]) == (first.folder, 2)
+    # A run of two workers, evaluated by one
+    one = evaluate_checkpoint(Path(os.path.relpath(resumed.checkpoint)), {"cluster.num_workers": 1})
+    assert one["AP"] == resumed.metrics["AP"]
+
+
+def test_weights_that_are_not_there_are_found_out_before_anything_starts(relative_run: RunConfig) -> None:
+    config = override(relative_run, {"model.backbone.weights": "resnet5.pth"})
+    with pytest.raises(ConfigError, match=r"model\.backbone\.weights /.*/resnet5\.pth: no such file"):
+        run.start(config)
+    assert not Path("runs").exists()
