@@ -1,4 +1,4 @@
-"""Hold the progress of a run. Nothing is imported here: the actor's process would load torch first, for seconds."""
+"""Hold the progress of a run. Import nothing large here: the process of the actor would wait for it, for seconds."""
 
 from __future__ import annotations
 
