@@ -49,6 +49,7 @@ def load(source: BatchSource[B], num_workers: int) -> Iterator[B]:
         batch_size=None,
         num_workers=num_workers,
         collate_fn=_identity,
+        worker_init_fn=_watch_parent,
         generator=torch.Generator(),  # otherwise the DataLoader draws its seed from the global generator
         multiprocessing_context=_start_method(),
         in_order=True,
@@ -83,14 +84,17 @@ class _SenderDataset(IterableDataset[Message | Failure | None]):
     def __iter__(self) -> Iterator[Message | Failure | None]:
         info = get_worker_info()
         assert info is not None
-        # The DataLoader's own watchdog polls every five seconds, and misses a parent that died before it started
-        threading.Thread(target=exit_with_parent, daemon=True).start()
         sender = Sender(self.ring, info.id)
         try:
             for batch in self.source.batches(info.id, info.num_workers, sender.canvas):
                 yield None if batch is None else sender.message(batch)
         except Exception as error:
             yield Failure.of(error, info.id)
+
+
+def _watch_parent(worker: int) -> None:
+    """End this loader with its parent, even before it gets work; the DataLoader's own watchdog then waits forever."""
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _start_method() -> BaseContext | None:

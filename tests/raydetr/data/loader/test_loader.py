@@ -215,11 +215,19 @@ if __name__ == "__main__":
 
 
 def test_loaders_end_with_a_killed_program(tmp_path: Path) -> None:
-    """Killed while its loaders start, before all of them watch their parent."""
+    """Killed by the first loader, before the second one has done anything."""
     script = tmp_path / "script.py"
     script.write_text("""
-import os, sys
+import os, sys, time
 sys.path.insert(0, os.environ["TESTS"])
+from multiprocessing.queues import Queue
+forked, sent, put = [], [], Queue.put
+def slow_put(*args):
+    time.sleep(len(sent))
+    sent.append(1)
+    put(*args)
+Queue.put = slow_put  # nothing is sent to the second loader
+os.register_at_fork(after_in_parent=lambda: forked.append(1), after_in_child=lambda: time.sleep(2 * len(forked)))
 from raydetr.data.loader.loader import load
 from test_loader import Numbers
 next(load(Numbers(kills_its_parent=True), 2))
