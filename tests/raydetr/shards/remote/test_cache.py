@@ -35,7 +35,7 @@ from raydetr.shards.remote.chunks import Chunks
 from raydetr.shards.remote.eviction import UpcomingReads, choose_evictions, may_replace
 from raydetr.shards.writer import write_shards
 
-QUICK = RemoteConfig(connect_timeout=2.0, read_timeout=0.4, attempts=3)
+QUICK = RemoteConfig(connect_timeout=2.0, read_timeout=1.0, attempts=3)
 
 
 @pytest.fixture(scope="module")
