@@ -286,7 +286,10 @@ def test_fp16_overflow_lowers_the_scale_without_a_cause_and_the_scale_is_checkpo
     small_run: RunConfig, tmp_path: Path
 ) -> None:
     """Runs refuse float16 on a CPU, where it is slow; the loop is the same."""
-    config = override(small_run, {"optim.precision": "fp16", "optim.warmup_fraction": 0.0, "optim.lr": 1e-3})
+    config = override(
+        small_run,
+        {"optim.precision": "fp16", "optim.warmup_fraction": 0.0, "optim.lr": 1e-3, "data.batch_size": 2},
+    )
     training, batch = make_training(config), next(batches_of(config))
     training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18)  # too much for a gradient in float16
     before = state_of(training)

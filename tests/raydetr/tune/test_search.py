@@ -80,7 +80,7 @@ def test_a_search_stops_bad_trials_reports_failed_ones_and_leaks_nothing(
     space = tmp_path / "space.yaml"
     space.write_text(SPACE)
     with ray_head(num_cpus=2) as head:
-        job = search(head, shards, space, "--trials", "4", "--concurrent", "5", "optim.epochs=3")
+        job = search(head, shards, space, "--trials", "4", "--concurrent", "5", "optim.epochs=2")
         output, errors = job.communicate()
         assert job.returncode == 0, errors
         actors = [actor["class_name"] for actor in head.living("actors")]
@@ -99,7 +99,7 @@ def test_a_search_stops_bad_trials_reports_failed_ones_and_leaks_nothing(
     assert "model.num_classes is 7" in trials[3]["cause"]
     assert (trials[4]["status"], trials[4]["epoch"]) == ("stopped by ASHA", 1)
     assert "the cluster holds 2 trials at once, not 5" in errors
-    assert re.search(r"trial 1  epoch 3/3  AP 0\.\d{3}  AP50 0\.\d{3}  optim.lr=0.004", errors)
+    assert re.search(r"trial 1  epoch 2/2  AP 0\.\d{3}  AP50 0\.\d{3}  optim.lr=0.004", errors)
 
     text = (folder / "trials.txt").read_text().strip()
     assert output.rstrip().endswith(text)  # Ray prints lines before it
