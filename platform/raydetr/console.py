@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -76,6 +76,21 @@ def duration(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class ProgressActor:
+    """Holds the latest value that rank 0 sent to the driver. In Ray, it has a process, which imports this file only."""
+
+    def __init__(self) -> None:
+        self._latest: Any = None
+
+    def update(self, value: Any) -> None:
+        """Replace the value."""
+        self._latest = value
+
+    def read(self) -> Any:
+        """Return the latest value; None before the first."""
+        return self._latest
 
 
 class Display:

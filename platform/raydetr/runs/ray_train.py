@@ -21,8 +21,8 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from raydetr.config import ClusterConfig
-from raydetr.console import Display, RunProgress, print_status
-from raydetr.runs.progress_actor import ProgressActor
+from raydetr.console import Display, ProgressActor, RunProgress, print_status
+from raydetr.runs.final_errors import FinalError, StopAtFinalErrors
 from raydetr.runs.session import Run, run_session
 from raydetr.training import checkpoint
 from raydetr.training.world import World
@@ -38,16 +38,9 @@ SETTINGS = {
     "RAY_raylet_start_wait_time_s": "120",  # 30 s are too few on a busy machine
 }
 
-# Errors that the same input raises again: bad data or settings, too many steps that are not finite, bugs
-FINAL = (ValueError, FloatingPointError, AssertionError)
-
 
 class LaunchError(RuntimeError):
     """A run that could not be carried out on the cluster; the message says why."""
-
-
-class FinalError(RuntimeError):
-    """A worker failed with an error that no retry can help; the message is the worker's."""
 
 
 # --- the driver's side ---
@@ -238,27 +231,6 @@ def _polling(actor: Any, display: Display, cluster: ClusterConfig) -> Iterator[N
     finally:
         done.set()
         thread.join()
-
-
-# --- in the process of Ray Train's controller ---
-
-
-class StopAtFinalErrors(ray.train.UserCallback):
-    """Ends a run at once where Ray Train would restart all workers, only for the same error to be raised again.
-
-    Ray Train's controller calls it before it decides about a retry, and retries no error of a callback. Workers
-    that wait for the failed one are ended by the controller.
-    """
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Check what the workers raised.
-
-        Raises:
-            FinalError: a retry cannot help.
-        """
-        for rank, error in sorted(worker_exceptions.items()):
-            if isinstance(error, FINAL):
-                raise FinalError(f"worker {rank}: {error}")
 
 
 # --- the workers' side ---
