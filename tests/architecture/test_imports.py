@@ -32,7 +32,7 @@ ROOTS = ("detrs.ops", "detrs", "raydetr", "jobs")
 LIBRARIES = {
     "mlflow": ("raydetr.tracking.*",),
     "webdataset": ("raydetr.shards.*",),
-    "ray": ("raydetr.runs.ray_train", "raydetr.tune.*", "jobs.*"),
+    "ray": ("raydetr.runs.ray_train", "raydetr.runs.final_errors", "raydetr.tune.*", "jobs.*"),
 }
 DETRS_NEEDS = {"torch", "numpy", "scipy", "jaxtyping", "detrs"}
 
