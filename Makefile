@@ -14,8 +14,9 @@ GOLDEN ?= tests/golden
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# One process per core; tests that share a Ray cluster run in the same process. In a debugger: ARGS="-n 0 ..."
-pytest := $(python) -m pytest --numprocesses logical --dist loadgroup
+# tests/conftest.py sets the number of processes; tests that share a Ray cluster run in the same one. In a debugger:
+# ARGS="-n 0 ..."
+pytest := $(python) -m pytest --numprocesses auto --dist loadgroup
 operator := models/detrs/ops/_C.so
 operator_files := $(wildcard $(addprefix csrc/,*.h *.inc *.cpp *.cuh *.cu */*.h */*.inc */*.cpp */*.cuh */*.cu))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -120,18 +119,14 @@ def _wait_for(head: RayHead, process: subprocess.Popen[bytes]) -> None:
 
 
 def _end(process: subprocess.Popen[bytes], head: RayHead) -> None:
+    """Kill all at once: asked to end, a raylet with actors waits for half a minute."""
     family = {*psutil.Process(process.pid).children(recursive=True), *head.processes()}
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(timeout=30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    _, alive = psutil.wait_procs(family, timeout=10)
-    for each in alive:
+    process.kill()
+    for each in family:
         with suppress(psutil.NoSuchProcess):
             each.kill()
-    psutil.wait_procs(alive, timeout=10)
+    process.wait()
+    psutil.wait_procs(family, timeout=10)
 
 
 def _command(process: psutil.Process) -> str:
