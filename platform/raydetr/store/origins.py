@@ -6,7 +6,6 @@ connection breaks, and each has its own timeouts and retries.
 
 from __future__ import annotations
 
-import importlib
 import os
 import time
 from collections.abc import Mapping
@@ -97,13 +96,6 @@ class Origin:
         return headers
 
     def _open(self) -> Any:
-        package = _PACKAGES[self._scheme]
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise ValueError(
-                f"{self.location}: {self._scheme}:// needs the package {package} ({error}): pip install {package}"
-            ) from None
         import fsspec  # type: ignore[import-untyped]
 
         options = dict(self.options)
@@ -112,7 +104,13 @@ class Origin:
         if self._scheme == "s3" and not options.get("anon"):
             # Without this, buckets of us-east-1 get signatures of version 2, which new buckets reject.
             options["config_kwargs"] = {"signature_version": "s3v4", **options.get("config_kwargs", {})}
-        return fsspec.filesystem(self._scheme, skip_instance_cache=True, **options)
+        try:
+            return fsspec.filesystem(self._scheme, skip_instance_cache=True, **options)
+        except ImportError as error:
+            package = _PACKAGES[self._scheme]
+            raise ValueError(
+                f"{self.location}: {self._scheme}:// needs the package {package} ({error}): pip install {package}"
+            ) from None
 
 
 def _check_options(scheme: str, options: Mapping[str, Any]) -> None:
