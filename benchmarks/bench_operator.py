@@ -6,10 +6,10 @@ The fused form is compared with our plain form, including softmax and location a
     make bench-operator ARGS="--only decoder --seconds 2"
     make bench-operator ARGS="--official PATH"    on a GPU, also against the official kernel, built manually
 
-It prints a table and writes build/bench/operator.json, a list of {case, direction, threads, ours_ms, anchor_ms, ratio},
-and build/bench/operator_memory.json, a list of {case, ours_mb, anchor_mb, ratio}. Ratios are medians over pairs of
-consecutive runs, so that a busy machine slows both. Times are CPU time for one thread, wall time for several, and CUDA
-events on a GPU.
+It prints a table and writes build/bench/operator.json, a list of {case, direction, threads, ours_ms, baseline_ms,
+ratio}, and build/bench/operator_memory.json, a list of {case, ours_mb, baseline_mb, ratio}. Ratios are medians over
+pairs of consecutive runs, so that a busy machine slows both. Times are CPU time for one thread, wall time for several,
+and CUDA events on a GPU.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Case:
     num_channels: int = 32
     num_points: int = 4
     dtype: torch.dtype = torch.float32
-    fused: bool = False  # the anchor is then our plain form, with eager softmax and location arithmetic
+    fused: bool = False  # the baseline is then our plain form, with eager softmax and location arithmetic
 
 
 QUICKSTART = Case("decoder 50 quickstart", LEVELS_QUICKSTART, 50, num_images=8, num_heads=4, num_channels=16)
@@ -102,7 +102,7 @@ def make_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def make_runs(case: Case, direction: str) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Return our operator and the anchor (always float32) as functions without arguments."""
+    """Return our operator and the baseline (always float32) as functions without arguments."""
     value, reference, offsets, logits = make_inputs(case)
     samples = (sampling_locations(case.shapes, reference, offsets), sampling_weights(logits))
     if case.fused:
@@ -121,10 +121,10 @@ def make_runs(case: Case, direction: str) -> tuple[Callable[[], object], Callabl
 
         return run
 
-    ours, anchor = (
+    ours, baseline = (
         (deform_attn_fused, deform_attn_unfused) if case.fused else (deform_attn, deform_attn_reference)
     )
-    return make_run(ours, case.dtype), make_run(anchor, torch.float32)
+    return make_run(ours, case.dtype), make_run(baseline, torch.float32)
 
 
 def time_interleaved(runs: tuple[Callable[[], object], ...], seconds: float) -> list[list[float]]:
@@ -145,14 +145,14 @@ def time_interleaved(runs: tuple[Callable[[], object], ...], seconds: float) -> 
 def measure(case: Case, direction: str, threads: int, seconds: float) -> dict[str, object]:
     """Measure one row of the table."""
     torch.set_num_threads(threads)
-    ours, anchor = time_interleaved(make_runs(case, direction), seconds)
-    ratio = median(slow / fast for fast, slow in zip(ours, anchor, strict=True))
+    ours, baseline = time_interleaved(make_runs(case, direction), seconds)
+    ratio = median(slow / fast for fast, slow in zip(ours, baseline, strict=True))
     row = {"case": case.name, "direction": direction, "threads": threads}
-    return {**row, "ours_ms": median(ours), "anchor_ms": median(anchor), "ratio": ratio}
+    return {**row, "ours_ms": median(ours), "baseline_ms": median(baseline), "ratio": ratio}
 
 
 def peak_megabytes(case: Case, which: int) -> float:
-    """Measure the memory that a training step of ours (0) or the anchor (1) needs besides its inputs; Linux only."""
+    """Measure the memory that a training step of ours (0) or the baseline (1) needs besides its inputs; Linux only."""
     torch.set_num_threads(1)
     make_runs(Case("warm-up", LEVELS_128PX), "forward+backward")[which]()
     run = make_runs(case, "forward+backward")[which]
@@ -177,15 +177,16 @@ def measure_memory(case: Case) -> dict[str, object]:
         command = [sys.executable, __file__, "--peak", str(CASES.index(case)), str(which)]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         peaks.append(float(result.stdout))
-    return {"case": case.name, "ours_mb": peaks[0], "anchor_mb": peaks[1], "ratio": peaks[1] / peaks[0]}
+    return {"case": case.name, "ours_mb": peaks[0], "baseline_mb": peaks[1], "ratio": peaks[1] / peaks[0]}
 
 
 def print_row(row: dict[str, object]) -> None:
     """Print one line of the table; times in ms, memory in MB."""
-    ours, anchor = (row.get(f"{side}_ms", row.get(f"{side}_mb")) for side in ("ours", "anchor"))
+    ours, baseline = (row.get(f"{side}_ms", row.get(f"{side}_mb")) for side in ("ours", "baseline"))
     what, threads = row.get("direction", "peak memory"), row.get("threads", 1)
     print(
-        f"{row['case']:<36}{what:<18}{threads:>7}{ours:>11.3f}{anchor:>11.3f}{row['ratio']:>9.2f}", flush=True
+        f"{row['case']:<36}{what:<18}{threads:>7}{ours:>11.3f}{baseline:>11.3f}{row['ratio']:>9.2f}",
+        flush=True,
     )
 
 
@@ -223,7 +224,7 @@ def main() -> None:
             f"--only: no case has {args.only!r} in its name; the cases are {[case.name for case in CASES]}"
         )
     print(f"{cpu_name()}, {os.cpu_count()} cores, torch {torch.__version__}, {native_status().reason}")
-    print(f"{'case':<36}{'direction':<18}{'threads':>7}{'ours':>11}{'anchor':>11}{'ratio':>9}")
+    print(f"{'case':<36}{'direction':<18}{'threads':>7}{'ours':>11}{'baseline':>11}{'ratio':>9}")
     rows = measure_all(cases, args.threads, args.seconds)
     if torch.cuda.is_available():
         rows += measure_on_gpu(LEVELS_22K, make_inputs, args.seconds, args.official, print_row)

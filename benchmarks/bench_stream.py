@@ -3,8 +3,8 @@
     make bench-stream
 
 Uses the photographs of the folder RAYDETR_COCO_TINY (`annotations/`, `train2017/`, `val2017/`), otherwise generated
-images. Ours and the anchor alternate in one process, on one core. Prints a table and writes build/bench/stream.json, a
-list of {case, ours, anchor, ratio, unit, wanted}: `wanted` is the minimal ratio or, without a ratio, the maximum of
+images. Ours and the baseline alternate in one process, on one core. Prints a table and writes build/bench/stream.json,
+a list of {case, ours, baseline, ratio, unit, target}: `target` is the minimal ratio or, without a ratio, the maximum of
 `ours`. Exits with 1 if a case misses it.
 """
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="for each case that is repeated")
     seconds = parser.parse_args().seconds
     rows = []
-    print(f"{'case':<76} {'ours':>9} {'anchor':>9} {'unit':<9} {'ratio':>7} {'wanted':>8}")
+    print(f"{'case':<76} {'ours':>9} {'baseline':>9} {'unit':<9} {'ratio':>7} {'target':>8}")
     for part in (stream_pixels, stream_order):
         for row in part.cases(seconds):
             rows.append(row | {"reached": is_reached(row)})
@@ -39,16 +39,16 @@ def main() -> None:
 
 
 def is_reached(row: dict[str, Any]) -> bool:
-    """Return whether a case reaches the ratio or limit wanted."""
-    return bool(row["ours"] <= row["wanted"] if row["ratio"] is None else row["ratio"] >= row["wanted"])
+    """Return whether a case reaches its target, a ratio or a limit."""
+    return bool(row["ours"] <= row["target"] if row["ratio"] is None else row["ratio"] >= row["target"])
 
 
 def line(row: dict[str, Any]) -> str:
     """Format a row of the table."""
-    anchor = "" if row["anchor"] is None else f"{row['anchor']:.4g}"
+    baseline = "" if row["baseline"] is None else f"{row['baseline']:.4g}"
     ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-    wanted = f"{'<=' if row['ratio'] is None else '>='} {row['wanted']:g}{'' if is_reached(row) else ' !'}"
-    return f"{row['case']:<76} {row['ours']:9.4g} {anchor:>9} {row['unit']:<9} {ratio:>7} {wanted:>8}"
+    target = f"{'<=' if row['ratio'] is None else '>='} {row['target']:g}{'' if is_reached(row) else ' !'}"
+    return f"{row['case']:<76} {row['ours']:9.4g} {baseline:>9} {row['unit']:<9} {ratio:>7} {target:>8}"
 
 
 if __name__ == "__main__":

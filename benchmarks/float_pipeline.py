@@ -1,4 +1,4 @@
-"""Anchor of the stream's benchmark: a Pillow float pipeline that works like the official DETR code.
+"""Baseline of the stream's benchmark: a Pillow float pipeline that works like the official DETR code.
 
 Decode, targets as a dictionary of tensors, flip, crop, resize, float32 in [0, 1], normalize, boxes relative to the
 image, and one padded batch with its mask. The drawn parameters are ours, so that both sides do the same work.

@@ -45,10 +45,10 @@ def measure_on_gpu(
     official: Path | None,
     show: Callable[[Row], None],
 ) -> list[Row]:
-    """Measure each case in float32 and bfloat16, against both anchors in float32; `threads` is 0 for the GPU."""
-    anchors: dict[str, Callable[..., Tensor]] = {"grid_sample": deform_attn_reference}
+    """Measure each case in float32 and bfloat16, against both baselines in float32; `threads` is 0 for the GPU."""
+    baselines: dict[str, Callable[..., Tensor]] = {"grid_sample": deform_attn_reference}
     if official is not None:
-        anchors["official"] = official_function(load_module(official))
+        baselines["official"] = official_function(load_module(official))
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: {bandwidth / 1e9:.0f} GB/s for copies in memory")
     rows: list[Row] = []
@@ -57,11 +57,11 @@ def measure_on_gpu(
         kind = "encoder" if queries is None else f"decoder {queries} on"
         name = f"cuda {kind} 22223 N={images} {str(dtype).removeprefix('torch.')}"
         case = GpuCase(name, shapes, queries, images, dtype)
-        for direction, (anchor_name, anchor) in itertools.product(
-            ("forward", "forward+backward"), anchors.items()
+        for direction, (baseline_name, baseline) in itertools.product(
+            ("forward", "forward+backward"), baselines.items()
         ):
-            row = measure(case, direction, make_inputs, anchor, seconds)
-            rows.append({**row, "case": f"{name} / {anchor_name}"})
+            row = measure(case, direction, make_inputs, baseline, seconds)
+            rows.append({**row, "case": f"{name} / {baseline_name}"})
             show(rows[-1])
             floor = floor_bytes(case, direction == "forward+backward") / bandwidth * 1e3
             print(f"    {floor / float(str(row['ours_ms'])):.0%} of the memory floor, {floor:.3f} ms")
@@ -72,7 +72,7 @@ def measure(
     case: GpuCase,
     direction: str,
     make_inputs: Callable[[Any], tuple[Tensor, ...]],
-    anchor: Callable[..., Tensor],
+    baseline: Callable[..., Tensor],
     seconds: float,
 ) -> Row:
     """Measure one row, with interleaved runs and CUDA events."""
@@ -80,7 +80,7 @@ def measure(
     samples = (sampling_locations(case.shapes, reference, offsets), sampling_weights(logits))
     runs = [
         _run(deform_attn, value.to(case.dtype), case.shapes, samples, direction == "forward+backward"),
-        _run(anchor, value, case.shapes, samples, direction == "forward+backward"),
+        _run(baseline, value, case.shapes, samples, direction == "forward+backward"),
     ]
     times: list[list[float]] = [[], []]
     for run in runs:
@@ -90,7 +90,7 @@ def measure(
             record.append(_milliseconds(run))
     ratio = median(slow / fast for fast, slow in zip(*times, strict=True))
     row: Row = {"case": case.name, "direction": direction, "threads": 0}
-    return {**row, "ours_ms": median(times[0]), "anchor_ms": median(times[1]), "ratio": ratio}
+    return {**row, "ours_ms": median(times[0]), "baseline_ms": median(times[1]), "ratio": ratio}
 
 
 def _run(

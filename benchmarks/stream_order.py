@@ -1,10 +1,10 @@
 """Measure the sample order and the hand-off of batches: times, memory, and a simulation of a large world.
 
 Hand-off: a loader process has four images of 800x1088 and sends them to the trainer as a batch, repeatedly. Ours
-collates uint8 into recycled shared memory; the anchor is torch's DataLoader as the official code uses it, with float32
-images, a collate function that pads them, and one target dictionary per image. The trainer touches every page of a
-batch. Times are CPU times, of both processes together and of the trainer alone, as medians over alternating rounds.
-Decoding and augmentation are excluded from both.
+collates uint8 into recycled shared memory; the baseline is torch's DataLoader as the official code uses it, with
+float32 images, a collate function that pads them, and one target dictionary per image. The trainer touches every page
+of a batch. Times are CPU times, of both processes together and of the trainer alone, as medians over alternating
+rounds. Decoding and augmentation are excluded from both.
 
 Start-up: 118,287 tiny images in 119 shards; time and memory from opening the shards to the first batch, without those
 of the imports.
@@ -81,7 +81,7 @@ def print_status(text: str) -> None:
 
 def limit(case: str, ours: float, unit: str, most: float) -> Case:
     """Return a case that is compared with a limit."""
-    return {"case": case, "ours": ours, "anchor": None, "ratio": None, "unit": unit, "wanted": most}
+    return {"case": case, "ours": ours, "baseline": None, "ratio": None, "unit": unit, "target": most}
 
 
 # --- Hand-off ---
@@ -135,9 +135,9 @@ def hand_off(seconds: float) -> list[Case]:
     """Measure the CPU time of a batch of 4x3x800x1088."""
     print_status("hand-off")
     # Only one stream has a loader at a time, so that the child's CPU time belongs to it
-    rounds: dict[str, list[tuple[float, float]]] = {"ours": [], "anchor": []}
+    rounds: dict[str, list[tuple[float, float]]] = {"ours": [], "baseline": []}
     for number in range(6):
-        for name in ("ours", "anchor") if number % 2 else ("anchor", "ours"):
+        for name in ("ours", "baseline") if number % 2 else ("baseline", "ours"):
             stream = load(RepeatedBatch(), 1) if name == "ours" else float_batches()
             rounds[name].append(cpu_milliseconds(stream, seconds / 6))
     both, alone = (
@@ -150,14 +150,14 @@ def hand_off(seconds: float) -> list[Case]:
 
 
 def float_batches() -> Iterator[Any]:
-    """Return the anchor's batches."""
+    """Return the baseline's batches."""
     return iter(DataLoader(FloatImages(), batch_size=BATCH, num_workers=1, collate_fn=float_collate))
 
 
-def faster(case: str, times: dict[str, float], wanted: float) -> Case:
+def faster(case: str, times: dict[str, float], target: float) -> Case:
     """Return a case in CPU milliseconds."""
-    ratio = times["anchor"] / times["ours"]
-    return {"case": case, **times, "ratio": ratio, "unit": "CPU ms", "wanted": wanted}
+    ratio = times["baseline"] / times["ours"]
+    return {"case": case, **times, "ratio": ratio, "unit": "CPU ms", "target": target}
 
 
 def cpu_milliseconds(stream: Iterator[Any], seconds: float) -> tuple[float, float]:
@@ -217,13 +217,13 @@ def order_times() -> list[Case]:
 
 
 def padding() -> Case:
-    """Measure the padding of a batch of 4, at one scale per step; the anchor's batches are in random order."""
+    """Measure the padding of a batch of 4, at one scale per step; the baseline's batches are in random order."""
     print_status("padding")
     sizes = coco_sizes()
     order = SampleOrder(np.arange(COCO) // 1000, sizes[:, 0] / sizes[:, 1], "made", 0)
     permutations = order.samples(COCO // 4 * 4 + 4, COCO), np.random.default_rng(0).permutation(COCO)
-    ours, anchor = (100 * padded_fraction(sizes[indices]) for indices in permutations)
-    return limit("padding at micro-batch 4, one scale per step", ours, "%", 3.0) | {"anchor": anchor}
+    ours, baseline = (100 * padded_fraction(sizes[indices]) for indices in permutations)
+    return limit("padding at micro-batch 4, one scale per step", ours, "%", 3.0) | {"baseline": baseline}
 
 
 def coco_sizes() -> np.ndarray:

@@ -38,7 +38,7 @@ NUM_IMAGES = 40
 
 
 def cases(seconds: float) -> list[dict[str, Any]]:
-    """Measure all cases for about `seconds` each; return images per second and the ratio wanted."""
+    """Measure all cases for about `seconds` each; return images per second and the target ratio."""
     torch.set_num_threads(1)
     scales = Transform(TransformConfig(short_sides=OFFICIAL_SHORT_SIDES, max_side=1333, horizontal_flip=0.5))
     small = Transform(TransformConfig(short_sides=(320,), max_side=1333, horizontal_flip=0.5))
@@ -56,7 +56,7 @@ def cases(seconds: float) -> list[dict[str, Any]]:
 
 
 def _case(
-    name: str, shards: Shards, raws: list[RawSample], transform: Transform, wanted: float, seconds: float
+    name: str, shards: Shards, raws: list[RawSample], transform: Transform, target: float, seconds: float
 ) -> dict[str, Any]:
     memory = np.zeros(BATCH * 1400 * 1400 * 3, np.uint8)
 
@@ -69,24 +69,24 @@ def _case(
         ]
         return collate(samples, position, out=lambda shape: memory[: int(np.prod(shape))].reshape(shape))
 
-    def anchor(numbers: list[int], position: int) -> object:
+    def baseline(numbers: list[int], position: int) -> object:
         return float_batch([raws[number] for number in numbers], transform, position)
 
     check_equal(ours(list(range(BATCH)), 0), float_batch(raws[:BATCH], transform, 0))
-    took: dict[Callable[..., Any], list[float]] = {ours: [], anchor: []}
+    took: dict[Callable[..., Any], list[float]] = {ours: [], baseline: []}
     for batch, numbers in enumerate(_batches(len(raws), seconds)):
-        for pipeline in (ours, anchor) if batch % 2 else (anchor, ours):
+        for pipeline in (ours, baseline) if batch % 2 else (baseline, ours):
             start = time.process_time()
             pipeline(numbers, batch * BATCH)
             took[pipeline].append(time.process_time() - start)
-    pairs = list(zip(took[ours], took[anchor], strict=True))[2:]  # after a warm-up
+    pairs = list(zip(took[ours], took[baseline], strict=True))[2:]  # after a warm-up
     return {
         "case": f"decode, augment, batch: {name}",
         "ours": BATCH / statistics.median(own for own, _ in pairs),
-        "anchor": BATCH / statistics.median(other for _, other in pairs),
+        "baseline": BATCH / statistics.median(other for _, other in pairs),
         "ratio": statistics.median(other / own for own, other in pairs),
         "unit": "images/s",
-        "wanted": wanted,
+        "target": target,
     }
 
 
@@ -145,5 +145,5 @@ def _as_png(content: bytes) -> bytes:
 if __name__ == "__main__":
     for case in cases(8.0):
         print(
-            f"{case['case']:60} {case['ours']:8.1f} {case['anchor']:8.1f} {case['ratio']:6.2f} ({case['wanted']})"
+            f"{case['case']:60} {case['ours']:8.1f} {case['baseline']:8.1f} {case['ratio']:6.2f} ({case['target']})"
         )
