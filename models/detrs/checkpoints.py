@@ -136,7 +136,7 @@ _DINO: Rules = _MULTI_SCALE | {
 }
 
 
-# A checkpoint belongs to the first paper whose parameter it has: the order matters.
+# A checkpoint belongs to the first architecture whose parameter it has: the order matters.
 _SIGNATURES = {
     "dino": "transformer.tgt_embed.weight",
     "dab_detr": "refpoint_embed.weight",
@@ -151,19 +151,19 @@ CLASS_DEPENDENT = re.compile(
 )
 
 
-def recognize_paper(official: Iterable[str]) -> str | None:
-    """Return the paper that these official parameter names belong to, or None."""
+def recognize_architecture(official: Iterable[str]) -> str | None:
+    """Return the architecture that these official parameter names belong to, or None."""
     names = set(official)
-    return next((paper for paper, name in _SIGNATURES.items() if name in names), None)
+    return next((architecture for architecture, name in _SIGNATURES.items() if name in names), None)
 
 
-def read_official(path: Path) -> dict[str, Tensor]:
+def read_official(path: str | Path) -> dict[str, Tensor]:
     """Read the state dict from an official checkpoint file, which also holds arguments and optimizer states.
 
     Raises:
         ValueError: there is no such file, it is not a valid checkpoint, or there is no state dict in it.
     """
-    if not path.is_file():
+    if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; give the path of an official checkpoint")
     try:
         # The official files hold their arguments as a Namespace.
@@ -181,7 +181,7 @@ def read_official(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def load_official(detector: nn.Module, config: ModelConfig, path: Path) -> list[str]:
+def load_official(detector: nn.Module, config: ModelConfig, path: str | Path) -> list[str]:
     """Load an official checkpoint; return our names of the tensors that were not loaded.
 
     These are the class heads and the label embedding, if the checkpoint has another number of classes.
@@ -190,9 +190,11 @@ def load_official(detector: nn.Module, config: ModelConfig, path: Path) -> list[
         ValueError: the file is not a checkpoint of this model; the message names what was found.
     """
     official, own = read_official(path), detector.state_dict()
-    paper = recognize_paper(official)
-    if paper != config.paper:
-        raise ValueError(f"{path}: a checkpoint of {paper or 'no known paper'}, not of {config.paper}")
+    architecture = recognize_architecture(official)
+    if architecture != config.architecture:
+        raise ValueError(
+            f"{path}: a checkpoint of {architecture or 'no known architecture'}, not of {config.architecture}"
+        )
     names = official_names(config, own)
     heads = [name for name in own if CLASS_DEPENDENT.fullmatch(name)]
     not_loaded = [name for name in heads if _differs(official, names[name], own[name])]
@@ -267,7 +269,7 @@ def from_official(
     shapes = sorted(name for name in common if official[name].shape != own[expected[name]].shape)
     if missing or unexpected or shapes:
         raise ValueError(
-            f"not a checkpoint of this {config.paper} model: missing {_some(missing)}; "
+            f"not a checkpoint of this {config.architecture} model: missing {_some(missing)}; "
             f"unexpected {_some(unexpected)}; other shape {_some(shapes)}"
         )
     for ours, group in names.items():

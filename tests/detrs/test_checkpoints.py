@@ -18,7 +18,7 @@ from detrs.checkpoints import (
     load_official,
     official_names,
     read_official,
-    recognize_paper,
+    recognize_architecture,
     to_official,
 )
 from detrs.zoo import ModelConfig, build
@@ -27,8 +27,8 @@ FULL = goldens.names("full")
 
 
 def full_config(manifest: dict[str, Any]) -> ModelConfig:
-    paper = goldens.PAPERS[manifest["official_repo"].split("/")[1]]
-    return goldens.config_of(manifest["args"], paper, manifest["constructor_options"])
+    architecture = goldens.ARCHITECTURES[manifest["official_repo"].split("/")[1]]
+    return goldens.config_of(manifest["args"], architecture, manifest["constructor_options"])
 
 
 def meta_detector(config: ModelConfig) -> nn.Module:
@@ -161,8 +161,8 @@ def test_heads_keep_new_values_for_other_classes(name: str, tmp_path: Path) -> N
 def test_another_papers_checkpoint_is_recognized(name: str, tmp_path: Path) -> None:
     save_official(small_models.CONFIGS[name], tmp_path / "checkpoint.pth")
     other = small_models.CONFIGS["dab" if name != "dab" else "dino"]
-    paper = small_models.CONFIGS[name].paper
-    with pytest.raises(ValueError, match=f"a checkpoint of {paper}, not of {other.paper}"):
+    architecture = small_models.CONFIGS[name].architecture
+    with pytest.raises(ValueError, match=f"a checkpoint of {architecture}, not of {other.architecture}"):
         load_official(build(other).detector, other, tmp_path / "checkpoint.pth")
 
 
@@ -177,4 +177,4 @@ def test_files_that_are_not_checkpoints(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FULL)
 def test_full_models_are_recognized(name: str) -> None:
     manifest = goldens.read(name).manifest
-    assert recognize_paper(manifest["state_dict"]) == full_config(manifest).paper
+    assert recognize_architecture(manifest["state_dict"]) == full_config(manifest).architecture

@@ -199,4 +199,4 @@ def test_pydantic_reads_what_it_writes(config: ModelConfig) -> None:
 )
 def test_pydantic_refuses_unknown_settings(extra: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
-        TypeAdapter(DinoConfig).validate_python({"paper": "dino", **extra})
+        TypeAdapter(DinoConfig).validate_python({"architecture": "dino", **extra})

@@ -14,7 +14,7 @@ from detrs.attention import DeformableAttention
 from parity import Run
 
 NAMES = goldens.names("model")
-DEFORMABLE = [name for name in NAMES if goldens.read(name).paper in ("deformable_detr", "dino")]
+DEFORMABLE = [name for name in NAMES if goldens.read(name).architecture in ("deformable_detr", "dino")]
 
 
 @parity.DTYPES
@@ -34,7 +34,9 @@ def test_model(name: str, fused: bool, dtype: torch.dtype) -> None:
 
 def run(name: str, dtype: torch.dtype, fused: bool) -> Run:
     golden = goldens.read(name)
-    config = goldens.config_of(golden.manifest["args"], golden.paper, golden.manifest["constructor_options"])
+    config = goldens.config_of(
+        golden.manifest["args"], golden.architecture, golden.manifest["constructor_options"]
+    )
     model = goldens.build_filled(config, dtype)
     if not fused:
         for module in model.detector.modules():

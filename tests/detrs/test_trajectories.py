@@ -23,7 +23,9 @@ DTYPES = [
 def test_trajectory(name: str, dtype: torch.dtype, tolerance: float) -> None:
     trajectory = goldens.read(name).manifest
     golden = goldens.read(trajectory["name"])
-    config = goldens.config_of(golden.manifest["args"], golden.paper, golden.manifest["constructor_options"])
+    config = goldens.config_of(
+        golden.manifest["args"], golden.architecture, golden.manifest["constructor_options"]
+    )
     model = goldens.build_filled(config, dtype)
     parameters = official_parameters(config, model)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}

@@ -80,14 +80,14 @@ def test_all_recipes_are_official_or_fine_tune_or_quickstart() -> None:
     names = {recipe.__name__ for recipe in recipes.RECIPES}
     assert names == {"quickstart", "quickstart_hard", *FINETUNE, *SCHEDULES}
     assert len(recipes.RECIPES) == len(names)
-    assert {recipes.find(name).model.paper for name in FINETUNE} == set(goldens.PAPERS.values())
+    assert {recipes.find(name).model.architecture for name in FINETUNE} == set(goldens.ARCHITECTURES.values())
 
 
 @pytest.mark.parametrize(("full", "recipe"), PAIRS)
 def test_the_model_is_the_official_one(full: str, recipe: str) -> None:
     manifest = manifest_of(full)
-    paper = goldens.PAPERS[manifest["official_repo"].split("/")[1]]
-    expected = goldens.config_of(manifest["args"], paper, manifest["constructor_options"])
+    architecture = goldens.ARCHITECTURES[manifest["official_repo"].split("/")[1]]
+    expected = goldens.config_of(manifest["args"], architecture, manifest["constructor_options"])
     assert replace(recipes.find(recipe).model, num_classes=91) == expected
 
 
@@ -218,7 +218,7 @@ def test_names_match_the_settings(recipe: str) -> None:
     assert model.backbone.name == ("resnet101" if "r101" in recipe else "resnet50")
     assert model.backbone.dilation == ("dc5" in recipe)
     assert model.backbone.norm == "frozen"
-    assert recipe.removeprefix("finetune_").startswith(model.paper)
+    assert recipe.removeprefix("finetune_").startswith(model.architecture)
 
 
 @pytest.mark.parametrize("recipe", SCHEDULES)

@@ -38,7 +38,7 @@ from detrs.zoo import (
 FOLDER = Path(os.environ.get("RAYDETR_GOLDEN") or Path(__file__).parents[1] / "golden")
 
 
-PAPERS = {
+ARCHITECTURES = {
     "detr": "detr",
     "ConditionalDETR": "conditional_detr",
     "DAB-DETR": "dab_detr",
@@ -59,9 +59,9 @@ class Golden:
         return str(self.manifest["name"])
 
     @property
-    def paper(self) -> str:
+    def architecture(self) -> str:
         repository = (self.manifest.get("official_repo") or self.manifest["repo"]).split("/")[1]
-        return PAPERS[repository]
+        return ARCHITECTURES[repository]
 
     def tensor(self, name: str, dtype: torch.dtype = torch.float64) -> Tensor:
         value = torch.from_numpy(self.arrays[name])
@@ -85,7 +85,7 @@ def read(name: str) -> Golden:
     return Golden(manifest, dict(np.load(arrays)) if arrays.exists() else {})
 
 
-def config_of(args: dict[str, Any], paper: str, options: dict[str, Any] | None = None) -> ModelConfig:
+def config_of(args: dict[str, Any], architecture: str, options: dict[str, Any] | None = None) -> ModelConfig:
     """Return the configuration that corresponds to the arguments of an official run."""
     readers = {
         "detr": _detr,
@@ -94,7 +94,7 @@ def config_of(args: dict[str, Any], paper: str, options: dict[str, Any] | None =
         "deformable_detr": _deformable,
         "dino": _dino,
     }
-    return readers[paper](args, options or {})
+    return readers[architecture](args, options or {})
 
 
 def _shared(args: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def _loss(args: dict[str, Any]) -> LossConfig:
 
 
 def _detr(args: dict[str, Any], options: dict[str, Any]) -> DetrConfig:
-    coefficients = {"cls_loss_coef": 1.0, "focal_alpha": 0.25}  # not arguments of this paper
+    coefficients = {"cls_loss_coef": 1.0, "focal_alpha": 0.25}  # not arguments of this architecture
     loss = dataclasses.replace(
         _loss(coefficients | args), kind="cross_entropy", no_object_weight=float(args["eos_coef"])
     )
@@ -205,7 +205,7 @@ def build_edge(golden: Golden, case: dict[str, Any]) -> Model:
     """Build a model for an edge case. Only its criterion and postprocessing are used: the rest is tiny."""
     weights, costs = golden.manifest["weight_dict"], golden.manifest["matcher"]
     loss = LossConfig(
-        kind="cross_entropy" if golden.paper == "detr" else "focal",
+        kind="cross_entropy" if golden.architecture == "detr" else "focal",
         class_weight=float(weights["loss_ce"]),
         box_weight=float(weights["loss_bbox"]),
         giou_weight=float(weights["loss_giou"]),
@@ -215,7 +215,7 @@ def build_edge(golden: Golden, case: dict[str, Any]) -> Model:
         alpha=float(golden.manifest.get("focal_alpha", 0.25)),
     )
     tiny: dict[str, Any] = {
-        "num_classes": golden.manifest["num_logit_columns"] - (golden.paper == "detr"),
+        "num_classes": golden.manifest["num_logit_columns"] - (golden.architecture == "detr"),
         "backbone": BackboneConfig("small", "batch", 0),
         "hidden_dim": 8,
         "num_heads": 2,
@@ -223,7 +223,7 @@ def build_edge(golden: Golden, case: dict[str, Any]) -> Model:
         "num_decoder_layers": 2,
         "loss": loss,
     }
-    if golden.paper == "detr":
+    if golden.architecture == "detr":
         return build(DetrConfig(**tiny))
     configs = {
         "conditional_detr": ConditionalDetrConfig,
@@ -232,7 +232,7 @@ def build_edge(golden: Golden, case: dict[str, Any]) -> Model:
         "dino": DinoConfig,
     }
     num_select = golden.arrays[f"{case['name']}/post_scores"].shape[1]
-    return build(configs[golden.paper](num_select=num_select, **tiny))
+    return build(configs[golden.architecture](num_select=num_select, **tiny))
 
 
 @functools.lru_cache(maxsize=1000)

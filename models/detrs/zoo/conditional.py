@@ -45,7 +45,7 @@ class ConditionalDetrConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
-    paper: Literal["conditional_detr"] = "conditional_detr"
+    architecture: Literal["conditional_detr"] = "conditional_detr"
     num_classes: int | None = None  # None: taken from the data
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     hidden_dim: int = 256

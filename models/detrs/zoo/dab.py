@@ -52,7 +52,7 @@ class DabDetrConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
-    paper: Literal["dab_detr"] = "dab_detr"
+    architecture: Literal["dab_detr"] = "dab_detr"
     num_classes: int | None = None  # None: taken from the data
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     position_temperature: float = 20.0

@@ -48,7 +48,7 @@ class DeformableDetrConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
-    paper: Literal["deformable_detr"] = "deformable_detr"
+    architecture: Literal["deformable_detr"] = "deformable_detr"
     num_classes: int | None = None  # None: taken from the data
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     strides: tuple[int, ...] = (8, 16, 32)  # of the backbone levels used; single-scale: (32,)

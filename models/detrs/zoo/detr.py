@@ -35,7 +35,7 @@ class DetrConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
-    paper: Literal["detr"] = "detr"
+    architecture: Literal["detr"] = "detr"
     num_classes: int | None = None  # None: taken from the data; "no object" is not counted
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     hidden_dim: int = 256

@@ -50,7 +50,7 @@ class DinoConfig:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
-    paper: Literal["dino"] = "dino"
+    architecture: Literal["dino"] = "dino"
     num_classes: int | None = None  # None: taken from the data
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     strides: tuple[int, ...] = (8, 16, 32)  # of the backbone levels used; 5-scale: (4, 8, 16, 32)

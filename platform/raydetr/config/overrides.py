@@ -20,7 +20,7 @@ from detrs.zoo import ModelConfig
 from raydetr.config.paths import path_rule
 from raydetr.config.schema import RunConfig
 
-_VARIANTS = tuple(kind.paper for kind in get_args(ModelConfig))  # values of `model.paper`
+_VARIANTS = tuple(kind.architecture for kind in get_args(ModelConfig))  # values of `model.architecture`
 # Mappings with arbitrary keys, which can be set one by one or together
 _FREE = ("data.remote.options.",)
 
@@ -98,7 +98,7 @@ def from_yaml(path: Path) -> RunConfig:
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML ({error})") from None
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError(
             f"{path}: contains {type(values).__name__}, not a mapping; `raydetr config` prints one"

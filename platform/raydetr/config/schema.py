@@ -239,7 +239,7 @@ class RunConfig(Section):
     recipe: str
     seed: int = Field(default=0, ge=0)
     data: DataConfig
-    model: ModelConfig = Field(discriminator="paper")
+    model: ModelConfig = Field(discriminator="architecture")
     optim: OptimConfig
     init: InitConfig = InitConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -63,7 +63,7 @@ def find(name: str) -> RunConfig:
         if recipe.__name__ == name:
             return recipe()
     names = [recipe.__name__ for recipe in RECIPES]
-    raise ConfigError(f"no recipe {name!r}{nearest(name, names)} There are: {', '.join(names)}")
+    raise ConfigError(f"no recipe {name!r} (`raydetr recipes` lists them){nearest(name, names)}")
 
 
 def summary(recipe: Callable[[], RunConfig]) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from detrs import zoo
-from detrs.checkpoints import from_official, official_names, read_official, recognize_paper
+from detrs.checkpoints import from_official, official_names, read_official, recognize_architecture
 from detrs.zoo import DetrConfig, ModelConfig
 from raydetr import recipes
 from raydetr.config import RunConfig, nearest, override, to_dict
@@ -49,7 +49,7 @@ class ImportedCheckpoint:
     """Summary of a conversion."""
 
     recipe: str  # its settings are in the checkpoint
-    paper: str
+    architecture: str
     num_classes: int
     num_parameters: int  # including the statistics of batch norm
     categories: list[dict[str, Any]]
@@ -62,7 +62,7 @@ def import_checkpoint(
 
     Args:
         file: the official .pth file.
-        model: a recipe (`dino_r50_4scale_12ep`), a recipe without its epochs (`dino_r50_4scale`), or a paper
+        model: a recipe (`dino_r50_4scale_12ep`), a recipe without its epochs (`dino_r50_4scale`), or an architecture
             (`dino`), of whose recipes the one that fits is chosen.
         out: the folder to write; new or empty.
         annotations: a COCO JSON file with the categories that the model was trained on; None: COCO's 80.
@@ -73,12 +73,12 @@ def import_checkpoint(
     """
     candidates = _candidates(model)
     official = read_official(file)
-    paper = recognize_paper(official)
-    expected = candidates[0].model.paper
-    if paper != expected:
+    architecture = recognize_architecture(official)
+    expected = candidates[0].model.architecture
+    if architecture != expected:
         raise ValueError(
-            f"{file}: {_found(official, paper)}, not a checkpoint of {expected}"
-            + (f": use --model {paper}" if paper else "")
+            f"{file}: {_found(official)}, not a checkpoint of {expected}"
+            + (f": use --model {architecture}" if architecture else "")
         )
     config, state = _find_match(file, model, candidates, official)
     categories, label_map = _categories(file, _num_classes(config.model), annotations)
@@ -102,12 +102,12 @@ def _candidates(model: str) -> list[RunConfig]:
     known: dict[str, list[RunConfig]] = {}
     official = [recipe for recipe in recipes.RECIPES if _is_official(recipe.__name__)]
     for config in (recipe() for recipe in official):
-        for name in {config.recipe, _without_epochs(config.recipe), config.model.paper}:
+        for name in {config.recipe, _without_epochs(config.recipe), config.model.architecture}:
             same = [other.model for other in known.setdefault(name, [])]
             if config.model not in same:
                 known[name].append(config)
     if model not in known:
-        raise ValueError(f"--model {model}: no such recipe or paper{nearest(model, known)}")
+        raise ValueError(f"--model {model}: no such recipe or architecture{nearest(model, known)}")
     return known[model]
 
 
@@ -127,7 +127,7 @@ def _find_match(
         except ValueError as error:
             misfits.append(f"{_without_epochs(candidate.recipe)}: {error}")
     if not matches:
-        raise ValueError(f"{file}: {_found(official, recognize_paper(official))}, but {'; '.join(misfits)}")
+        raise ValueError(f"{file}: {_found(official)}, but {'; '.join(misfits)}")
     names = [_without_epochs(config.recipe) for config, _ in matches]
     if len(matches) > 1:
         raise ValueError(
@@ -180,10 +180,10 @@ def _read_categories(annotations: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{annotations}: no categories can be read from it ({error})") from None
 
 
-def _found(official: Mapping[str, Tensor], paper: str | None) -> str:
+def _found(official: Mapping[str, Tensor]) -> str:
     first = ", ".join(sorted(official)[:2])
-    what = f"a checkpoint of {paper}" if paper else "a checkpoint of none of the five papers"
-    return f"{what} ({len(official)} tensors: {first}, ...)"
+    what = recognize_architecture(official) or "none of the five architectures"
+    return f"a checkpoint of {what} ({len(official)} tensors: {first}, ...)"
 
 
 def _num_classes(model: ModelConfig) -> int:

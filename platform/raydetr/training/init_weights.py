@@ -93,13 +93,13 @@ def reinitialized_names(start: RunConfig, config: RunConfig) -> list[str]:
     """Return the names of the parameters that are not loaded: those per class, if the number of classes differs.
 
     Raises:
-        ConfigError: other parameters differ too, or the checkpoint is of another paper.
+        ConfigError: other parameters differ too, or the checkpoint is of another architecture.
     """
     theirs, ours = start.model, config.model
-    if theirs.paper != ours.paper:
+    if theirs.architecture != ours.architecture:
         raise ConfigError(
-            f"init.checkpoint {config.init.checkpoint}: holds weights of {theirs.paper}, and the run trains "
-            f"{ours.paper}: use a recipe of {theirs.paper}, or another checkpoint"
+            f"init.checkpoint {config.init.checkpoint}: holds weights of {theirs.architecture}, and the run trains "
+            f"{ours.architecture}: use a recipe of {theirs.architecture}, or another checkpoint"
         )
     there, here = _shapes(theirs), _shapes(ours)
     different = [name for name in here if name in there and here[name] != there[name]]
@@ -111,7 +111,7 @@ def reinitialized_names(start: RunConfig, config: RunConfig) -> list[str]:
             name for name in different if name not in reinitialized
         ]
         raise ConfigError(
-            f"init.checkpoint {config.init.checkpoint}: weights of another {ours.paper} model: "
+            f"init.checkpoint {config.init.checkpoint}: weights of another {ours.architecture} model: "
             f"{', '.join(model_differences(start, config))} (first parameter that differs: {wrong[0]})"
         )
     return reinitialized

@@ -128,8 +128,8 @@ def without_class_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
         ("dab_detr_diff_bbox", "dab_detr_r50", r"dab_detr_r50: not a checkpoint of this dab_detr model"),
         ("detr", "detr_r101", r"detr_r101: .*missing .*layer3"),
         ("detr", "detr", r"fit detr_r50 and detr_r50_dc5, which differ .* give --model detr_r50"),
-        ("detr", "dinoo", r"--model dinoo: no such recipe or paper; did you mean dino"),
-        ("detr", "quickstart", r"--model quickstart: no such recipe or paper"),
+        ("detr", "dinoo", r"--model dinoo: no such recipe or architecture; did you mean dino"),
+        ("detr", "quickstart", r"--model quickstart: no such recipe or architecture"),
     ],
 )
 def test_what_does_not_fit_is_described(full: str, model: str, message: str, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def corrupt(kind: str, path: Path) -> None:
         ("empty", "cannot be read as a checkpoint"),
         ("text", "cannot be read as a checkpoint"),
         ("objects", "cannot be read as a checkpoint"),
-        ("other tensors", r"a checkpoint of none of the five papers \(1 tensors: fc\.weight"),
+        ("other tensors", r"a checkpoint of none of the five architectures \(1 tensors: fc\.weight"),
         ("no tensors", "no state dict"),
         ("missing", "no such file"),
     ],
