@@ -40,7 +40,6 @@ for _logger in ("mlflow.store.db.utils", "alembic"):
     logging.getLogger(_logger).setLevel(logging.WARNING)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-Curves = dict[str, list[tuple[int, float]]]
 
 CHANGED_TAG = "raydetr.changed_on_resume"
 
@@ -198,20 +197,6 @@ def fetch_run(uri: str, run_id_or_name: str) -> TrackedRun:
             metrics={name: _restore_infinity(value) for name, value in run.data.metrics.items()},
             artifacts=tuple(sorted(_walk(client, run.info.run_id, None))),
         )
-
-
-def fetch_history(uri: str, run_id: str) -> Curves:
-    """Read all values of all metrics, {name: [(step, value), ...]}, sorted by step.
-
-    If a resumed run repeated a step, the later value is returned.
-    """
-    with _tracking_errors(uri, f"read the metrics of run {run_id}"):
-        client = _connect_to_read(uri)
-        history: Curves = {}
-        for name in client.get_run(run_id).data.metrics:
-            points = sorted(client.get_metric_history(run_id, name), key=lambda point: point.timestamp)
-            history[name] = sorted({point.step: _restore_infinity(point.value) for point in points}.items())
-    return history
 
 
 def fetch_artifact(uri: str, run_id: str, file: str) -> bytes:

@@ -16,6 +16,7 @@ from torch import Tensor
 import small_models
 from corrupt_shards import corrupt_sample
 from detrs import zoo
+from mlflow_history import fetch_history
 from raydetr.config import ConfigError, RunConfig, from_dict, override, to_dict
 from raydetr.data.batch import Batch, blank_batch, collate, to_model
 from raydetr.data.corrupt import CorruptSample, CorruptSampleLog, TooManyCorruptError
@@ -238,7 +239,7 @@ def test_a_run_continues_and_logs_corrupt_samples(
     assert all("crc32" in row["reason"] and row["offset"] % 512 == 0 for row in rows)
     assert result.metrics["corrupt_samples"] == 5  # those of the second epoch are the same as in the first
     assert result.metrics["unpredicted_images"] == 2
-    tracked = mlflow_run.fetch_history(result.tracking_uri, result.mlflow_run_id)
+    tracked = fetch_history(result.tracking_uri, result.mlflow_run_id)
     assert [value for _, value in tracked["corrupt_samples"]][-1] == 5
     assert CorruptSampleLog.from_dicts(rows).rows == state_of(result.checkpoint)
     errors = capsys.readouterr().err

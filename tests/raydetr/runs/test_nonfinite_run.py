@@ -19,6 +19,7 @@ import small_models
 from detrs import zoo
 from detrs.criterion import Losses
 from detrs.structures import Outputs, Targets
+from mlflow_history import fetch_history
 from raydetr.config import ConfigError, RunConfig, from_dict, override, to_dict
 from raydetr.data.batch import Batch
 from raydetr.data.splits import open_splits
@@ -196,7 +197,7 @@ def test_a_run_writes_the_batch_counts_the_step_and_continues(
     nan_positions |= {8, 40}
     result = run.start(override(tiny_run, {"optim.epochs": 2}), local=True)
     assert result.metrics["skipped_steps"] == 2
-    tracked = mlflow_run.fetch_history(result.tracking_uri, result.mlflow_run_id)
+    tracked = fetch_history(result.tracking_uri, result.mlflow_run_id)
     assert tracked["skipped_steps"] == [(2, 1.0), (6, 2.0)]
     assert [step for step, _ in tracked["loss"]] == [4, 8, 10, 12]
     rows = [json.loads(line) for line in (result.folder / "history.jsonl").read_text().splitlines()]

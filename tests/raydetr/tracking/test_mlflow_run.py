@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mlflow_history import fetch_history
 from mlflow_server import MlflowServer
 from raydetr.tracking import mlflow_run
 from raydetr.tracking.tracker import Tracker
@@ -75,7 +76,7 @@ def test_a_run_from_beginning_to_end(database: str, tmp_path: Path) -> None:
     )  # fmt: skip
     assert mlflow_run.fetch_artifact(database, run_id, "folder/below/notes.txt") == b"first"
     assert mlflow_run.fetch_artifact(database, run_id, "curves.png").startswith(b"\x89PNG")
-    assert mlflow_run.fetch_history(database, run_id) == {
+    assert fetch_history(database, run_id) == {
         "loss": [(10, 2.5), (20, 1.5)],
         "lr/backbone": [(10, 1e-5)],
     }
@@ -92,7 +93,7 @@ def test_more_values_than_fit_into_one_request(database: str) -> None:
     for step in range(500):
         tracker.log_metrics(step, {f"loss/{term}": step * term for term in range(5)})
     tracker.close()
-    history = mlflow_run.fetch_history(database, run_id)
+    history = fetch_history(database, run_id)
     assert {name: len(points) for name, points in history.items()} == {f"loss/{i}": 500 for i in range(5)}
     assert history["loss/4"][-1] == (499, 4 * 499)
 
@@ -140,7 +141,7 @@ def test_resume_continues_in_the_same_run(database: str) -> None:
     second.close()
     run = mlflow_run.fetch_run(database, run_id)
     assert run.params == {"optim.lr": "0.1", "optim.epochs": "2", "seed": "1"}
-    assert mlflow_run.fetch_history(database, run_id) == {"loss": [(1, 5.0), (2, 3.5), (3, 3.0)]}
+    assert fetch_history(database, run_id) == {"loss": [(1, 5.0), (2, 3.5), (3, 3.0)]}
     tags = mlflow_run.MlflowClient(tracking_uri=database).get_run(run_id).data.tags
     assert tags[mlflow_run.CHANGED_TAG] == "optim.epochs: 2 -> 3"
 
@@ -199,7 +200,7 @@ def test_everything_works_through_a_server(server: MlflowServer) -> None:
     assert (len(run.params), run.artifacts) == (250, ("folder/text.txt",))
     assert (run.metrics["a"], run.metrics["b"], run.metrics["inf"]) == (299, -299, math.inf)
     assert math.isnan(run.metrics["nan"])
-    assert len(mlflow_run.fetch_history(server.uri, run_id)["a"]) == 300
+    assert len(fetch_history(server.uri, run_id)["a"]) == 300
     assert mlflow_run.fetch_artifact(server.uri, run_id, "folder/text.txt") == b"hello"
 
 
@@ -223,9 +224,7 @@ def test_an_outage_costs_neither_time_nor_values(server: MlflowServer) -> None:
         mlflow_run.finish_run(server.uri, run_id, "FINISHED")
     server.start()
     tracker.close()
-    assert mlflow_run.fetch_history(server.uri, run_id) == {
-        "loss": [(step, float(step)) for step in range(100)]
-    }
+    assert fetch_history(server.uri, run_id) == {"loss": [(step, float(step)) for step in range(100)]}
 
 
 @pytest.mark.usefixtures("short_timeouts")
