@@ -102,6 +102,7 @@ class Display:
         self._is_terminal = self._console.is_terminal
         self._last_time = -PLAIN_SECONDS
         self._last: RunProgress | None = None
+        self._printed: RunProgress | None = None
 
     def __enter__(self) -> Self:
         if self._is_terminal:
@@ -113,7 +114,7 @@ class Display:
     ) -> None:
         if self._is_terminal:
             self._live.stop()
-        if self._last is not None:
+        if self._last is not None and self._last != self._printed:
             _print_line(self._console, self._last.line())
 
     def show(self, progress: RunProgress) -> None:
@@ -129,7 +130,7 @@ class Display:
         if self._is_terminal:
             self._live.update(Text(progress.line()), refresh=True)
         elif is_news or now - self._last_time >= PLAIN_SECONDS:
-            self._last_time = now
+            self._last_time, self._printed = now, progress
             _print_line(self._console, progress.line())
 
 

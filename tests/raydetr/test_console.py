@@ -44,9 +44,11 @@ def test_without_a_terminal_plain_lines_are_printed_now_and_then_and_at_the_end(
             display.show(replace(HALF, step=step))
         display.show(replace(HALF, step=60, ap=0.5))
         display.show(replace(HALF, step=61, ap=0.5))
+    with Display(stream) as display:
+        display.show(replace(HALF, step=62))
     lines = stream.getvalue().splitlines()
-    # The first, the one with a new AP, and the last; not one for each of the 12 steps
-    assert [line.split("  ")[2] for line in lines] == ["step 50/100", "step 60/100", "step 61/100"]
+    # The first, the one with a new AP, and the last; not one for each of the 12 steps, and none twice
+    assert [line.split("  ")[2] for line in lines] == [f"step {n}/100" for n in (50, 60, 61, 62)]
     assert "\x1b" not in stream.getvalue()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -54,10 +56,12 @@ def synthetic_data(
         write_synthetic_data(
             out, hard=hard, seed=seed, num_train=num_train, num_val=num_val, progress=progress
         )
-    typer.echo(
-        f"wrote {out}\nnext: raydetr shards write --images {out}/train --annotations "
-        f"{out}/annotations/instances_train.json --out {out}/shards/train"
-    )
+    typer.echo(f"wrote {out}; next:")
+    for split in ("train", "val"):
+        annotations = str(out / f"annotations/instances_{split}.json")
+        images, shards = str(out / split), str(out / f"shards/{split}")
+        options = ["--images", images, "--annotations", annotations, "--out", shards]
+        typer.echo(shlex.join(["raydetr", "shards", "write", *options]))
 
 
 @app.command()
@@ -101,7 +105,7 @@ def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder of a run, or an imported one.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PATH=VALUE]...", help="Overrides, such as cluster.num_workers=1."),
+        typer.Argument(metavar="PATH=VALUE", help="Overrides, such as cluster.num_workers=1."),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Shards; default: the run's validation split.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the AP table to this JSON file.")] = None,
@@ -138,7 +142,7 @@ def predict(
 @app.command("import-checkpoint")
 def import_checkpoint(
     file: Annotated[Path, typer.Argument(help="Official checkpoint (.pth).")],
-    model: Annotated[str, typer.Option(help="Recipe, with or without its epochs, or paper.")],
+    model: Annotated[str, typer.Option(help="Recipe, with or without its epochs, or architecture.")],
     out: Annotated[
         Path | None, typer.Option(help="Output folder, empty or new; default: the file's name.")
     ] = None,
@@ -152,8 +156,8 @@ def import_checkpoint(
     out = out or Path(file.stem)
     found = run_import(file, model, out, annotations)
     typer.echo(
-        f"{file}: a checkpoint of {found.paper}, {found.num_parameters:,} parameters, {found.num_classes} classes\n"
-        f"wrote {out}, with the settings of {found.recipe}\n"
+        f"{file}: a checkpoint of {found.architecture}, {found.num_parameters:,} parameters, "
+        f"{found.num_classes} classes\nwrote {out}, with the settings of {found.recipe}\n"
         f"next: raydetr evaluate {out} --data SHARDS, or raydetr train RECIPE init.checkpoint={out}"
     )
 
@@ -234,9 +238,11 @@ def tune(
 
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="Run folders, run names or MLflow run ids.")],
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN", help="Run folders, run names or MLflow run ids.")
+    ],
     uri: Annotated[
-        str | None, typer.Option(help="MLflow tracking URI of named runs; default: sqlite in runs/.")
+        str | None, typer.Option(help="MLflow tracking URI; default: that of the folder, or sqlite in runs/.")
     ] = None,
 ) -> None:
     """Compare runs: AP by size and class, and differences of their configurations."""
@@ -264,8 +270,10 @@ def main() -> None:
     """Run the command line; a user's mistake ends in one clear line, not in a traceback."""
     # `ray job stop` and schedulers send SIGTERM: exit as after Ctrl-C, with the MLflow run closed
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # The shell leaves the ~ of --out=~/runs to the program
+    arguments = [re.sub("^(--[a-z-]+=)?~/", rf"\g<1>{Path.home()}/", argument) for argument in sys.argv[1:]]
     try:
-        app()
+        app(arguments)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         if not _is_meant_for_users(error):
             raise

@@ -74,7 +74,7 @@ def shards_check(
         manifest = check_shards(_local(data), workers=workers or _num_cores(), progress=progress)
     typer.echo(
         f"{data}: {manifest.num_samples} images with {manifest.num_annotations} annotations in "
-        f"{len(manifest.shards)} shards match the manifest, every byte"
+        f"{_num_shards(manifest)}: every byte matches the manifest"
     )
 
 
@@ -135,12 +135,15 @@ def shards_export_index(
 
 
 def _summary(done: str, folder: Path, manifest: Manifest) -> str:
-    shards = "1 shard" if len(manifest.shards) == 1 else f"{len(manifest.shards)} shards"
     lines = [
-        f"{done} {folder}: {manifest.num_samples} images, {shards}, "
+        f"{done} {folder}: {manifest.num_samples} images, {_num_shards(manifest)}, "
         f"{len(manifest.categories)} classes, fingerprint {manifest.fingerprint[:12]}"
     ]
     return "\n".join([*lines, *(f"note: {notice}" for notice in manifest.notices)])
+
+
+def _num_shards(manifest: Manifest) -> str:
+    return "1 shard" if len(manifest.shards) == 1 else f"{len(manifest.shards)} shards"
 
 
 def _local(location: str) -> Path:

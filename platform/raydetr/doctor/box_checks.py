@@ -207,7 +207,7 @@ def scale_findings(scanned: ScannedSplit, target: TrainingTarget, counts: Intege
             "small-classes", "note", (scanned.name,),
             f"classes of which at least half have a side under {SMALL} pixels {target.describe_resize()}: "
             f"{listed(fractions)}",
-            "a cell of the finest feature map has 8 pixels: expect a low AP, or train at a larger scale",
+            "train at a larger scale: a cell of the finest feature map has 8 pixels",
             len(mostly), scanned.examples(numbers[chosen]),
         )  # fmt: skip
 

@@ -59,7 +59,7 @@ def _category_list(split: Split) -> Iterator[Finding]:
         yield Finding(
             "gaps-in-ids", "note", (split.name,),
             f"the ids run from {min(ids)} to {max(ids)} with {counted(gaps, 'gap')}",
-            f"data.label_map=contiguous makes {len(ids)} classes of them, category_id {max(ids) + 1} "
+            f"choose data.label_map: contiguous has {len(ids)} classes, category_id {max(ids) + 1} "
             "as in the official checkpoints of COCO",
             gaps,
         )  # fmt: skip
@@ -186,7 +186,7 @@ def _rare_classes(scanned: ScannedSplit, counts: Integers) -> Iterator[Finding]:
             + listed([f"{names[number]} {counts[number]}" for number in rare]),
             "add images of them; they will hardly be learned"
             if is_trained_on
-            else "their AP is a matter of chance",
+            else "add images of them: their AP depends on a few objects",
             len(rare),
         )  # fmt: skip
     most, least = int(order[-1]), next(int(number) for number in order if counts[number])
@@ -196,7 +196,7 @@ def _rare_classes(scanned: ScannedSplit, counts: Integers) -> Iterator[Finding]:
             "imbalance", "note", (scanned.name,),
             f"{names[most]!r} has {counts[most]:,} objects, {ratio:,.0f} times those of {names[least]!r} "
             f"({counts[least]:,})",
-            "expect a low AP of small classes; it is the mean of all",
+            "add images of the rare classes: AP is the mean of all classes",
             1,
         )  # fmt: skip
 

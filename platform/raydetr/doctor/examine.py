@@ -216,7 +216,7 @@ def _open(
         except (ValueError, OSError) as error:
             text = str(error).removeprefix(f"{location}: ")  # The finding names the split already
             findings.append(
-                Finding("unusable-shards", "error", (location,), text, "nothing of it was examined", 1)
+                Finding("unusable-shards", "error", (location,), text, "replace it: it was not examined", 1)
             )
     return opened, findings
 

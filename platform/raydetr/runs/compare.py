@@ -34,14 +34,14 @@ def compare(runs: Sequence[str], uri: str | None = None, *, plain: bool = False)
 
     Args:
         runs: folders of runs, names of runs, or MLflow run ids.
-        uri: the tracking URI of runs that are given by name or id; None: the database in `runs/`.
+        uri: the tracking URI; None: that of the run's folder, and for a name or id the database in `runs/`.
         plain: without colors and lines, and as wide as needed; otherwise for this terminal.
 
     Raises:
         ValueError: a name is unknown, or several runs have it.
         TrackingError: MLflow cannot be reached.
     """
-    columns = _columns([_fetch(name, uri or mlflow_run.default_uri(Path("runs"))) for name in runs])
+    columns = _columns([_fetch(name, uri) for name in runs])
     headings = [column.heading for column in columns]
     tables = [
         _table(
@@ -55,14 +55,15 @@ def compare(runs: Sequence[str], uri: str | None = None, *, plain: bool = False)
     return _render([table for table in tables if table.row_count], plain)
 
 
-def _fetch(name: str, uri: str) -> tuple[str, mlflow_run.TrackedRun]:
-    """Return the tracking URI of a run, and the run; for a folder both are read from its files."""
+def _fetch(name: str, uri: str | None) -> tuple[str, mlflow_run.TrackedRun]:
+    """Return the tracking URI of a run, and the run; a folder names both, unless `uri` is given."""
     folder = Path(name).expanduser()
     if (folder / "mlflow_run_id").is_file() and (folder / "config.yaml").is_file():
-        uri = mlflow_run.tracking_uri(from_yaml(folder / "config.yaml"))
+        uri = uri or mlflow_run.tracking_uri(from_yaml(folder / "config.yaml"))
         name = (folder / "mlflow_run_id").read_text().strip()
-    elif folder.is_dir() and "/" in name:
+    elif "/" in name:
         raise ValueError(f"{name}: not the folder of a run: mlflow_run_id or config.yaml is missing")
+    uri = uri or mlflow_run.default_uri(Path("runs"))
     return uri, mlflow_run.fetch_run(uri, name)
 
 

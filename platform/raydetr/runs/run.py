@@ -130,9 +130,7 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
     """
     folder = folder.expanduser().absolute()  # Ray and the workers have working directories of their own
     if not (folder / "config.yaml").exists():
-        raise ConfigError(
-            f"{folder}: no run there (config.yaml is missing); runs are folders in storage.path"
-        )
+        raise ConfigError(f"{folder}: not the folder of a run, storage.path/NAME (config.yaml is missing)")
     config = resolve(override(from_yaml(folder / "config.yaml"), overrides or {}))
     last, errors = checkpoint.newest_complete(path.parent for path in folder.glob("*/*/meta.json"))
     for error in errors:

@@ -105,6 +105,7 @@ class _Session:
         self.first_step = training.step
         self.began = time.perf_counter()
         self.shown_at = -1.0
+        self.images_per_second = 0.0
         self.loss: float | None = None
         self.ap: float | None = self.history.last_ap()
         self.warning: str | None = None
@@ -126,12 +127,13 @@ class _Session:
                 log.error("%s; history.jsonl in %s has the metrics", error, self.folder)
 
     def _on_step(self, report: StepReport) -> None:
+        self.images_per_second = report.images_per_second
         if report.skipped is not None and report.skipped.causes:
             self._on_skipped(report, report.skipped)
         if report.corrupt:
             self._on_corrupt(report, report.corrupt)
             if self.is_main:
-                self._show("training", report.images_per_second)
+                self._show("training")
         if not self.is_main:
             return
         if report.terms is not None:
@@ -141,7 +143,7 @@ class _Session:
         now = time.perf_counter()
         if now - self.shown_at > SHOW_SECONDS:
             self.shown_at = now
-            self._show("training", report.images_per_second)
+            self._show("training")
 
     def _on_skipped(self, report: StepReport, skipped: SkippedStep) -> None:
         """Keep what is needed to find the cause; stop the run, on every worker, after too many such steps."""
@@ -151,7 +153,7 @@ class _Session:
         self.warning = f"skipped {skipped.describe(self.folder)}"
         if self.is_main:
             self._log(report.step, report.position, {"skipped_steps": training.skipped_steps})
-            self._show("training", report.images_per_second)
+            self._show("training")
         limit = self.config.optim.max_skipped_steps
         if training.skipped_steps > limit:
             raise FloatingPointError(
@@ -200,7 +202,7 @@ class _Session:
         self.tracker.log_text(json.dumps(table.to_dict(), indent=1), AP_FILE)
         self.tracker.log_text(table.to_markdown(), str(Path(AP_FILE).with_suffix(".md")))
         self._log_images(self.tracker, report.results)
-        self._show("evaluated", 0.0)
+        self._show("evaluated")
         return {**numbers, "table": table.to_dict()}
 
     def _log_images(self, tracker: Tracker, results: Sequence[dict[str, Any]]) -> None:
@@ -225,17 +227,17 @@ class _Session:
             return None
         return lambda folder: checkpoint.save(folder, self.training, self.train_shards, report.epoch, metrics)
 
-    def _show(self, phase: str, images_per_second: float) -> None:
+    def _show(self, phase: str) -> None:
         training = self.training
         self.host.show(
             RunProgress(
                 step=training.step,
                 total_steps=training.total_steps,
                 first_step=self.first_step,
-                epoch=training.position / training.num_samples,
+                epoch=min(training.position / training.num_samples, self.config.optim.epochs),
                 epochs=self.config.optim.epochs,
                 seconds=time.perf_counter() - self.began,
-                images_per_second=images_per_second,
+                images_per_second=self.images_per_second,
                 loss=self.loss,
                 ap=self.ap,
                 corrupt=training.corrupt_log.num_samples,

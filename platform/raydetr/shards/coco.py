@@ -231,7 +231,7 @@ def _check_references(
             value = annotation.get(key)
             if _is_int(value) and value not in known:
                 problems.add(
-                    f"annotation {annotation['id']}: {key} {value} is not in {section}: add it there, "
+                    f"annotations (id {annotation['id']}): {key} {value} is not in {section}: add it there, "
                     "or remove the annotation"
                 )
 

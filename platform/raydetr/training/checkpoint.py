@@ -109,7 +109,8 @@ def read_meta(folder: Path) -> Meta:
         meta = Meta(**values)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder}: no checkpoint (meta.json is missing: not a checkpoint folder, or writing was interrupted)"
+            f"{folder}: no checkpoint (meta.json is missing: writing was "
+            "interrupted, or this is not a checkpoint folder, such as RUN/attempt-01/epoch-0003)"
         ) from None
     except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder}/meta.json: not the description of a checkpoint ({error})") from None

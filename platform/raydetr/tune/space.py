@@ -78,7 +78,7 @@ def read_space(path: Path, config: RunConfig) -> Space:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; --space takes a YAML file of paths to search") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML ({error})") from None
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
     if not isinstance(values, dict) or not values:
         raise ConfigError(f"{path}: has no paths to search; write lines such as optim.lr: {_EXAMPLE}")
     try:
@@ -175,4 +175,4 @@ def _check_values(config: RunConfig, path: str, distribution: Distribution) -> N
         try:
             override(config, {path: value})
         except ConfigError as error:
-            raise ConfigError(f"{error} ({distribution.kind} can give {value!r})") from None
+            raise ConfigError(f"{error} ({value!r} of {distribution.kind})") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -51,12 +52,12 @@ def test_a_printed_config_is_read_back(raydetr, tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["config", "quickstart", "optim.lrr=1"], ["optim.lrr: no such setting; did you mean optim.lr?"]),
-        (["config", "quickstrat"], ["no recipe 'quickstrat'; did you mean quickstart?"]),
+        (["config", "quickstrat"], ["no recipe 'quickstrat' (`raydetr recipes` lists them); did you mean quickstart?"]),
         (["config"], ["name a recipe first", "raydetr recipes"]),
         (["config", "quickstart", "--config", "x.yaml"], ["keep one"]),
         (["config", "--config", "x.yaml"], ["x.yaml", "cannot be read"]),
         (["train", "quickstart", "--resume", "runs/none", "--local"], ["not an override", "quickstart"]),
-        (["train", "--resume", "runs/none", "--local"], ["runs/none", "no run there"]),
+        (["train", "--resume", "runs/none", "--local"], ["runs/none", "not the folder of a run"]),
         (["train", "dino_r50_4scale_12ep", "--local"], ["train2017", "no shards found", "raydetr shards write"]),
         (["evaluate", "nowhere", "--local"], ["nowhere", "no checkpoint"]),
         (["predict", "nowhere", "a.jpg", "--out", "p"], ["a.jpg: no such file"]),
@@ -90,15 +91,28 @@ def test_errors_from_inside_libraries_keep_their_traceback(raydetr, monkeypatch:
         cli.main()
 
 
+def test_the_home_folder_is_found_where_the_shell_leaves_its_sign(
+    raydetr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    assert raydetr("synthetic-data", "--out=~/shapes", "--num-train", 8, "--num-val", 8).code == 0
+    assert (tmp_path / "home/shapes/train").is_dir()
+    assert not Path("~").exists()
+    (tmp_path / "home/settings.yaml").write_text(raydetr("config", "quickstart").out)
+    assert raydetr("config", "--config", "~/settings.yaml").code == 0
+
+
 def test_from_synthetic_data_to_predictions(raydetr, tmp_path: Path) -> None:
     """Follow the first steps of a new user, on a few images and in one process."""
-    assert raydetr("synthetic-data", "--out", "shapes", "--num-train", 32, "--num-val", 12).code == 0
-    for split in ("train", "val"):
-        annotations = f"shapes/annotations/instances_{split}.json"
-        written = raydetr("shards", "write", "--images", f"shapes/{split}", "--annotations", annotations,
-                          "--out", f"shards/{split}")  # fmt: skip
+    made = raydetr("synthetic-data", "--out", "my shapes", "--num-train", 32, "--num-val", 12)
+    assert made.code == 0
+    for command in made.out.splitlines()[1:]:  # the printed commands can be copied
+        written = raydetr(*shlex.split(command)[1:])
         assert written.code == 0
         assert "4 classes" in written.out
+    assert Path("my shapes/shards/train").is_dir()
+    Path("my shapes/shards").rename("shards")
     trained = raydetr(
         "train", "quickstart", "--local", "data.synthetic=null", "data.train=shards/train", "data.val=shards/val",
         "data.batch_size=8", "optim.epochs=1",

@@ -61,7 +61,7 @@ def test_check_passes_and_fails_with_the_exit_code(written: Path, tmp_path: Path
     result = run("check", written, "--workers", 1)
     assert result.exit_code == 0
     assert "30 images with" in result.stdout
-    assert "in 4 shards match the manifest, every byte" in result.stdout
+    assert "in 4 shards: every byte matches the manifest" in result.stdout
     corrupt = tmp_path / "corrupt"
     shutil.copytree(written, corrupt)
     with (corrupt / "shard-00001.tar").open("r+b") as file:

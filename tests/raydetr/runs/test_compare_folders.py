@@ -33,6 +33,12 @@ def test_folders_of_runs_in_different_places(tiny_run: RunConfig, tmp_path: Path
     hints = results[0].to_text()
     assert f"raydetr compare {results[0].folder} OTHER_RUN" in hints
     assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/here/mlflow.db" in hints
+    # A folder that was moved with its database
+    (tmp_path / "here").rename(tmp_path / "moved")
+    moved = str(tmp_path / "moved" / results[0].folder.name)
+    with pytest.raises(TrackingError, match=r"here/mlflow\.db: no such MLflow database"):
+        compare([moved])
+    assert row[1] in compare([moved], f"sqlite:///{tmp_path}/moved/mlflow.db", plain=True)
 
 
 def test_nothing_is_made_where_nothing_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +53,8 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
         ValueError, match=r"not the folder of a run: mlflow_run_id or config\.yaml is missing"
     ):
         compare([str(tmp_path)])
+    with pytest.raises(ValueError, match=r"none/there: not the folder of a run"):
+        compare(["none/there"])
 
 
 def test_mlflow_says_nothing_about_its_tables(tmp_path: Path) -> None:

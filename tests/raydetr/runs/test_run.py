@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mlflow_history import fetch_history
 from raydetr.config import ConfigError, RunConfig, from_yaml, override
 from raydetr.data.order import ORDER_VERSION
 from raydetr.runs import run
@@ -55,7 +56,7 @@ def test_a_run_leaves_checkpoints_metrics_and_artifacts(tiny_run: RunConfig) -> 
     )
     assert table["AP"] == result.metrics["AP"] == tracked.metrics["AP"]
     assert [row["name"] for row in table["classes"]] == ["disc", "ring", "square", "triangle"]
-    steps = [step for step, _ in mlflow_run.fetch_history(result.tracking_uri, result.mlflow_run_id)["loss"]]
+    steps = [step for step, _ in fetch_history(result.tracking_uri, result.mlflow_run_id)["loss"]]
     assert steps == [2, 4, 6, 8, 10, 12]
     assert evaluate_checkpoint(result.checkpoint, None, local=True)["AP"] == result.metrics["AP"]
 
@@ -139,7 +140,9 @@ def test_resume_refuses_other_data_another_model_and_no_run(
         )
     with pytest.raises(CheckpointError, match="made with seed 0, the run has 3"):
         run.resume(done.folder, overrides={"seed": 3, "optim.epochs": 2}, local=True)
-    with pytest.raises(ConfigError, match=r"no run there \(config\.yaml is missing\)"):
+    with pytest.raises(
+        ConfigError, match=r"not the folder of a run, storage.path/NAME \(config\.yaml is missing\)"
+    ):
         run.resume(tmp_path, local=True)
     shutil.rmtree(done.folder / "attempt-01")
     with pytest.raises(CheckpointError, match="no complete checkpoint"):

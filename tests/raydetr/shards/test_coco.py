@@ -83,7 +83,7 @@ PROBLEMS: list[tuple[str, Change, str]] = [
     (
         "unknown image",
         lambda d: d["annotations"][0].update(image_id=77),
-        r"annotation 11: image_id 77 is not in images",
+        r"annotations \(id 11\): image_id 77 is not in images",
     ),
     (
         "unknown category",

@@ -73,7 +73,7 @@ def test_the_example_fits_the_recipe_it_is_for() -> None:
         ("optim.lr: {choice: [0.1, 1e-1]}", ["optim.lr", "0.1 twice"]),
         ("optim.precision: {choice: [fp32, fp8]}", ["optim.precision", "'fp8'"]),
         ("model.num_queries: {randint: [1, 2.5]}", ["model.num_queries", "two integers", "2.5"]),
-        ("model.num_queries: {uniform: [10, 20]}", ["model.num_queries", "integer", "uniform can give"]),
+        ("model.num_queries: {uniform: [10, 20]}", ["model.num_queries", "integer", "of uniform"]),
         ("cluster.num_workers: {choice: [1, 2]}", ["cluster.num_workers cannot be searched", "command line"]),
         ("optim.epochs: {randint: [1, 2]}", ["optim.epochs cannot be searched", "same epoch"]),
         ("optim.lr: {choice: [1, 2]}\noptim.lr: {choice: [3, 4]}", ["optim.lr", "twice"]),
