@@ -2,7 +2,7 @@
 #
 #   make test ARGS="tests/detrs -k dino"   run some of the tests
 #   make test VENV=/tmp/environment        use another virtual environment
-#   make parity GOLDEN=/path/to/goldens    compare with other numbers, in the format of tests/golden
+#   make parity GOLDEN=/path/to/goldens    compare with other golden values, in the format of tests/golden
 #   make setup PYTHON=python3.12           use another interpreter
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup     torch without CUDA, far smaller
 
@@ -20,7 +20,7 @@ pytest := $(python) -m pytest --numprocesses auto --dist loadgroup
 operator := models/detrs/ops/_C.so
 operator_files := $(wildcard $(addprefix csrc/,*.h *.inc *.cpp *.cuh *.cu */*.h */*.inc */*.cpp */*.cuh */*.cu))
 
-# GOLDEN may hold only some of the numbers. The tests of the models find theirs; the others run if their file is there.
+# GOLDEN may hold only some of the values. The tests of the models find theirs; the others run if their file is there.
 parity_tests := $(addprefix tests/detrs/test_,parity.py trajectories.py edge_goldens.py checkpoints.py) \
 	$(if $(wildcard $(GOLDEN)/msda.json),tests/detrs/ops/test_reference.py) \
 	$(if $(wildcard $(GOLDEN)/data.json),$(addprefix tests/raydetr/,data/transforms/test_transform.py shards/test_coco.py data/test_batch.py))
@@ -50,8 +50,8 @@ test: setup ## run the tests
 test-slow: setup ## run the tests that take minutes each
 	$(pytest) -m slow $(ARGS)
 
-parity: setup ## compare with numbers of the official code, in tests/golden or GOLDEN=DIR
-	@test -n '$(wildcard $(GOLDEN)/*.json)' || { echo "$(GOLDEN): holds no goldens: give their folder as GOLDEN=DIR" >&2; exit 1; }
+parity: setup ## compare with golden values of the official code, in tests/golden or GOLDEN=DIR
+	@test -n '$(wildcard $(GOLDEN)/*.json)' || { echo "$(GOLDEN): holds no golden values: give their folder as GOLDEN=DIR" >&2; exit 1; }
 	RAYDETR_GOLDEN='$(abspath $(GOLDEN))' $(python) -m pytest -m 'slow or not slow' $(parity_tests) $(ARGS)
 
 setup: $(installed) $(operator) ## create the environment: pinned dependencies, and the built operator
@@ -103,6 +103,7 @@ $(installed): pyproject.toml constraints.txt $(if_of_another_clone)
 	@echo "installing the other dependencies and building the operator: the first time, this takes minutes"
 	@$(pip) --no-build-isolation --editable '.[dev]'
 	@echo '$(CURDIR)' > $@
+	@echo 'done; `source $(VENV)/bin/activate` puts raydetr on the path'
 
 # A change in csrc/ rebuilds only the operator.
 $(operator): setup.py $(operator_files) | $(installed)
