@@ -133,13 +133,13 @@ def test_from_synthetic_data_to_predictions(raydetr, tmp_path: Path) -> None:
         json.loads(line) for line in (checkpoint.parents[1] / "history.jsonl").read_text().splitlines()
     ]
     assert json.loads((tmp_path / "ap.json").read_text())["AP"] == history[-1]["AP"]
-    predicted = raydetr("predict", checkpoint, "shapes/val", "--out", "predictions")
+    predicted = raydetr("predict", checkpoint, "my shapes/val", "--out", "predictions")
     assert predicted.code == 0
     results = json.loads((tmp_path / "predictions" / "results.json").read_text())
     assert {"image_id", "category_id", "bbox", "score"} <= results[0].keys()
     assert len(list((tmp_path / "predictions").glob("*.jpg"))) == 12
     assert (
-        raydetr("predict", checkpoint, "shapes/val", "--out", "predictions").code == 1
+        raydetr("predict", checkpoint, "my shapes/val", "--out", "predictions").code == 1
     )  # The folder is not empty
     compared = raydetr("compare", checkpoint.parents[1].name, checkpoint.parents[1].name)
     assert compared.code == 0

@@ -268,4 +268,4 @@ def test_batches_of_one_shape_have_hardly_any_padding(stream_order: Any) -> None
     """With COCO's sizes and one scale per step: under 1% at four images, over 20% in a random order."""
     case = stream_order.padding()
     assert case["ours"] < 1
-    assert case["anchor"] > 20
+    assert case["baseline"] > 20

@@ -79,7 +79,7 @@ def test_the_example_fits_the_recipe_it_is_for() -> None:
         ("optim.lr: {choice: [1, 2]}\noptim.lr: {choice: [3, 4]}", ["optim.lr", "twice"]),
         ("- optim.lr", ["no paths to search"]),
         ("", ["no paths to search"]),
-        ("optim.lr: {uniform: [1, 2", ["YAML"]),
+        ("optim.lr: {uniform: [1, 2", ["cannot be read", "line 1"]),
     ],
 )
 def test_a_space_that_cannot_be_searched_is_refused_with_the_reason(
