@@ -22,10 +22,10 @@ SOURCE_ROOTS = (Path("models"), Path("platform"), Path())
 
 # The packages and modules of raydetr, lowest first; each imports itself and what is left of it
 PACKAGES = (
-    "console", "environment", "process_pool", "visualization", "config", "recipes", "store", "shards", "data",
-    "evaluation", "doctor", "training", "inference", "tracking", "runs", "tune", "cli",
+    "console", "environment", "process_pool", "user_files", "visualization", "config", "recipes", "store", "shards",
+    "data", "evaluation", "doctor", "training", "inference", "tracking", "runs", "tune", "cli",
 )  # fmt: skip
-LEAVES = PACKAGES[:4]  # they import nothing of raydetr
+LEAVES = PACKAGES[:5]  # they import nothing of raydetr
 ROOTS = ("detrs.ops", "detrs", "raydetr", "jobs")
 
 # Which modules may import a library: patterns of dotted names

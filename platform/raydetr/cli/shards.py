@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from raydetr.shards.coco import Source
     from raydetr.shards.manifest import Manifest
 
-shards_app = typer.Typer(help="Write, check, describe and index WebDataset shards.", no_args_is_help=True)
+shards_app = typer.Typer(help="Write, check, describe and show WebDataset shards.", no_args_is_help=True)
 
 
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one per core.")]
@@ -34,23 +34,47 @@ def shards_write(
     zero_based: Annotated[
         bool, typer.Option("--zero-based", help="VOC: box coordinates count from 0.")
     ] = False,
+    webdataset: Annotated[
+        str | None, typer.Option(help="WebDataset: folder of tars, or a pattern such as 'a-{000..009}.tar'.")
+    ] = None,
+    categories: Annotated[
+        Path | None, typer.Option(help="WebDataset: JSON file of the categories, such as a COCO file.")
+    ] = None,
+    boxes: Annotated[
+        Literal["xywh", "xyxy"] | None, typer.Option(help="WebDataset: format of the boxes; COCO's is xywh.")
+    ] = None,
+    on_corrupt: Annotated[
+        Literal["raise", "skip"], typer.Option(help="skip: omit and list images that are missing or corrupt.")
+    ] = "raise",
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Images per tar file.")] = 1000,
     workers: Workers = None,
 ) -> None:
     """Check a data set and write it as WebDataset shards with an index and a manifest.
 
-    The source is COCO (--images, --annotations), YOLO (--yolo, --split) or Pascal VOC (--voc, --split).
+    The source is COCO (--images, --annotations), YOLO (--yolo, --split), Pascal VOC (--voc, --split) or WebDataset
+    shards of another program (--webdataset).
     """
     from raydetr.shards.writer import write_source
 
     folder = _local(out)
-    source = _choose_source(images, annotations, yolo, voc, split, zero_based=zero_based)
+    source = _choose_source(
+        images,
+        annotations,
+        yolo,
+        voc,
+        webdataset,
+        split,
+        zero_based=zero_based,
+        categories=categories,
+        boxes=boxes,
+    )
     try:
         with progress_bar("images") as progress:
             manifest = write_source(
                 source,
                 folder,
                 samples_per_shard=samples_per_shard,
+                on_corrupt=on_corrupt,
                 workers=workers or _num_cores(),
                 progress=progress,
                 notify=typer.echo,
@@ -90,32 +114,6 @@ def shards_info(
     with progress_bar("images") as progress:
         info = describe(open_shards(data), progress)
     typer.echo(json.dumps(info, indent=1) if as_json else to_text(info))
-
-
-@shards_app.command("index")
-def shards_index(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Folder of tars of another tool.")],
-    categories: Annotated[
-        Path | None, typer.Option(help="JSON file of the categories, such as a COCO file.")
-    ] = None,
-    boxes: Annotated[
-        Literal["xywh", "xyxy"] | None, typer.Option(help="Format of the boxes; COCO's is xywh.")
-    ] = None,
-    workers: Workers = None,
-) -> None:
-    """Index third-party WebDataset shards of images and JSON, to train on them."""
-    from raydetr.shards.third_party.index import index_folder
-
-    folder = _local(data)
-    with progress_bar("MiB") as progress:
-        manifest = index_folder(
-            folder,
-            categories=categories,
-            box_format=boxes,
-            workers=workers or _num_cores(),
-            progress=lambda done, total: progress(-(-done >> 20), -(-total >> 20)),
-        )
-    typer.echo(_summary("indexed", folder, manifest))
 
 
 @shards_app.command("export-index")
@@ -167,9 +165,12 @@ def _choose_source(
     annotations: Path | None,
     yolo: Path | None,
     voc: Path | None,
+    webdataset: str | None,
     split: str | None,
     *,
     zero_based: bool,
+    categories: Path | None,
+    boxes: Literal["xywh", "xyxy"] | None,
 ) -> Source:
     """Open the data set that the options of `raydetr shards write` name.
 
@@ -178,21 +179,35 @@ def _choose_source(
     """
     from raydetr.shards.coco import coco_source
     from raydetr.shards.importers.voc import voc_source
+    from raydetr.shards.importers.webdataset import webdataset_source
     from raydetr.shards.importers.yolo import yolo_source
 
     is_coco = images is not None or annotations is not None
-    if is_coco + (yolo is not None) + (voc is not None) != 1:
+    if is_coco + sum(source is not None for source in (yolo, voc, webdataset)) != 1:
         raise ValueError(
-            "name one data set: --images with --annotations (COCO), --yolo with --split, or --voc with --split"
+            "name one data set: --images with --annotations (COCO), --yolo with --split, --voc with --split, or "
+            "--webdataset"
         )
-    if zero_based and voc is None:
-        raise ValueError("--zero-based needs --voc: omit it")
-    if images is not None and annotations is not None and split is None:
-        return coco_source(images, annotations)
-    if is_coco and split is not None:
-        raise ValueError("--split has no effect with --images and --annotations: omit it")
+    for option, value, needed, has_effect in (
+        ("--zero-based", zero_based, "--voc", voc is not None),
+        ("--categories", categories, "--webdataset", webdataset is not None),
+        ("--boxes", boxes, "--webdataset", webdataset is not None),
+        ("--split", split, "--yolo or --voc", yolo is not None or voc is not None),
+    ):
+        if value and not has_effect:
+            raise ValueError(f"{option} has no effect without {needed}: omit it")
+    if webdataset is not None:
+        with progress_bar("MiB") as progress:
+            return webdataset_source(
+                webdataset,
+                categories=categories,
+                box_format=boxes,
+                progress=lambda done, total: progress(-(-done >> 20), -(-total >> 20)),
+            )
     if is_coco:
-        raise ValueError("--images and --annotations need each other: give both")
+        if images is None or annotations is None:
+            raise ValueError("--images and --annotations need each other: give both")
+        return coco_source(images, annotations)
     if split is None:
         raise ValueError("which part of the data set? give --split train, --split val, ...")
     if yolo is not None:

@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 from detrs.zoo import ModelConfig
 from raydetr.config.paths import path_rule
 from raydetr.config.schema import RunConfig
+from raydetr.user_files import parse_yaml, read_text
 
 _VARIANTS = tuple(kind.architecture for kind in get_args(ModelConfig))  # values of `model.architecture`
 # Mappings with arbitrary keys, which can be set one by one or together
@@ -96,8 +97,8 @@ def from_yaml(path: Path) -> RunConfig:
         ConfigError: the file is missing, is not a YAML mapping, or is not a valid configuration.
     """
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        values = parse_yaml(read_text(path))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError(
@@ -117,8 +118,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def _parse_value(path: str, text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = parse_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"{path}: the value {text!r} is not YAML ({error})") from None
     # YAML 1.1 reads 2e-4 as text, because it has no decimal point
     if isinstance(value, str):

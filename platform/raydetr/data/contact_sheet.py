@@ -12,7 +12,7 @@ from raydetr.data.samples import load_sample
 from raydetr.data.stream import make_order
 from raydetr.data.transforms.transform import Transform
 from raydetr.process_pool import Progress
-from raydetr.shards.images import UNREADABLE, decode_rgb
+from raydetr.shards.images import ImageError, decode_image
 from raydetr.shards.reader import Shards
 from raydetr.visualization.boxes import AnnotatedImage, Box, coco_boxes, draw_contact_sheet
 
@@ -70,8 +70,8 @@ def training_transform(recipe_or_file: str, overrides: list[str]) -> Transform:
 def _packed(shards: Shards, index: int, names: dict[int, str]) -> AnnotatedImage:
     raw = shards.read(index)
     try:
-        image = decode_rgb(raw.image)
-    except UNREADABLE as error:
+        image = decode_image(raw.image)
+    except ImageError as error:
         shards.raise_corrupt(index, f"its image cannot be decoded ({error})")
     return _titled(raw.record["id"], image, coco_boxes(raw.annotations, names))
 

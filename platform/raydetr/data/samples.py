@@ -9,7 +9,7 @@ from raydetr.data.transforms.mosaic import LabeledImage, make_mosaic
 from raydetr.data.transforms.pixels import size_of
 from raydetr.data.transforms.transform import Transform
 from raydetr.shards.coco import usable_boxes
-from raydetr.shards.images import UNREADABLE, decode_pixels
+from raydetr.shards.images import ImageError, decode_pixels
 from raydetr.shards.reader import ShardError, Shards
 from raydetr.shards.validation import RawSample
 
@@ -77,7 +77,7 @@ def _read_partner(shards: Shards, index: int) -> RawSample:
 def _decode(shards: Shards, index: int, raw: RawSample) -> LabeledImage:
     try:
         pixels = decode_pixels(raw.image)
-    except UNREADABLE as error:
+    except ImageError as error:
         shards.raise_corrupt(index, f"its image cannot be decoded ({error})")
     (width, height), row = size_of(pixels), shards.samples[index]
     if (width, height) != (row["width"], row["height"]):

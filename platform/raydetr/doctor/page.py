@@ -16,7 +16,7 @@ from raydetr.doctor.box_checks import SMALL
 from raydetr.doctor.findings import Example, Finding, Place
 from raydetr.doctor.report import ClassRow, Histogram, Report, summary_rows
 from raydetr.doctor.scan import ScannedSplit, as_record, is_box, read_unchecked
-from raydetr.shards.images import UNREADABLE, decode_rgb
+from raydetr.shards.images import ImageError, decode_image
 from raydetr.visualization.boxes import coco_boxes, draw_boxes
 
 COLORS = ("#3366cc", "#e07b39", "#2a9d6f", "#9b4dca", "#b8a000", "#666666")  # Of the splits
@@ -137,8 +137,8 @@ def _image_url(scanned: ScannedSplit, place: Place) -> str | None:
     if raw is None:
         return None
     try:
-        image = decode_rgb(raw.image)
-    except UNREADABLE:
+        image = decode_image(raw.image)
+    except ImageError:
         return None
     names = {c["id"]: c["name"] for c in scanned.split.shards.manifest.categories}
     records = [as_record(raw.annotations[number]) for number in place.annotations]

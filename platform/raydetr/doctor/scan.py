@@ -19,7 +19,7 @@ from PIL import Image
 
 from raydetr.doctor.findings import MAX_EXAMPLES, Example, Floats, Integers, Place
 from raydetr.process_pool import Progress, run_tasks
-from raydetr.shards.images import EXIF_ORIENTATION, FORMATS, UNREADABLE, decode_rgb
+from raydetr.shards.images import EXIF_ORIENTATION, FORMATS, PILLOW_ERRORS, decode_image
 from raydetr.shards.reader import ShardError, Shards
 from raydetr.shards.validation import InvalidDataError, RawSample, parse_content
 from raydetr.store.transfer import RemoteError
@@ -44,7 +44,7 @@ def image_signature(content: bytes) -> ImageSignature:
     """Compute stored size (width, height), EXIF orientation flag, gradient hash and thumbnail [SIDE * SIDE].
 
     Raises:
-        OSError, or another of UNREADABLE: the image cannot be decoded.
+        OSError, or another of PILLOW_ERRORS: the image cannot be decoded.
     """
     image = Image.open(io.BytesIO(content), formats=FORMATS)
     size, has_orientation = image.size, _has_exif_orientation(image)
@@ -52,7 +52,7 @@ def image_signature(content: bytes) -> ImageSignature:
         image.draft("L", (REDUCED_SIDE, REDUCED_SIDE))
         gray = image.convert("L")
     else:
-        gray = decode_rgb(content).convert("L")
+        gray = decode_image(content).convert("L")
     # A reduced image rounds its size up to integer pixels. Without the exact border, resized copies would look shifted.
     reduction = max(1, round(size[0] / gray.width))
     box = (0, 0, min(size[0] / reduction, gray.width), min(size[1] / reduction, gray.height))
@@ -66,7 +66,7 @@ def image_signature(content: bytes) -> ImageSignature:
 def _has_exif_orientation(image: Image.Image) -> bool:
     try:
         return bool(image.getexif().get(EXIF_ORIENTATION, 1) != 1)
-    except (*UNREADABLE, TypeError, KeyError):
+    except (*PILLOW_ERRORS, TypeError, KeyError):
         return False  # The metadata is corrupt; the pixels may be fine
 
 
@@ -91,7 +91,7 @@ def read_unchecked(shards: Shards, index: int) -> RawSample | None:
         raw = shards.files.read(*shards.span(index))
         if zlib.crc32(raw) != row["crc32"]:
             return None
-        return RawSample(shards.key(index), raw[image], *parse_content(raw[record], shards.convert(index)))
+        return RawSample(shards.key(index), raw[image], *parse_content(raw[record]))
     except RemoteError:
         raise
     except (OSError, InvalidDataError):
@@ -177,11 +177,7 @@ def scan(shards: Shards, *, progress: Progress | None = None, num_processes: int
 
 def _slice(shards: Shards, samples: slice) -> Shards:
     """Return shards with only these samples, so that little is sent to another process."""
-    manifest = shards.manifest
-    if manifest.third_party is not None:
-        third_party = replace(manifest.third_party, keys=manifest.third_party.keys[samples])
-        manifest = replace(manifest, third_party=third_party)
-    return replace(shards, samples=shards.samples[samples], manifest=manifest)
+    return replace(shards, samples=shards.samples[samples])
 
 
 def _scan_slice(task: tuple[int, Shards], advance: Callable[[int], None]) -> ScanResult:
@@ -200,7 +196,7 @@ def _scan_slice(task: tuple[int, Shards], advance: Callable[[int], None]) -> Sca
             annotations = sample.annotations
             try:
                 _fill_row(images[index], sample.image)
-            except UNREADABLE as error:
+            except PILLOW_ERRORS as error:
                 corrupt[number] = f"its image cannot be decoded ({error})"
         objects += [_object_row(number, *numbered) for numbered in enumerate(annotations)]
         advance(1)

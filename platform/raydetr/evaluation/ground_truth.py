@@ -65,7 +65,7 @@ def _record(
     try:
         start = int(row["offset"]) + int(row["json_offset"])
         text = shards.files.read(int(row["shard"]), start, int(row["json_length"]))
-        return parse_record(row, text, shards.category_ids, shards.convert(index))
+        return parse_record(row, text, shards.category_ids)
     except RemoteError:
         raise  # an unreachable server does not make a sample corrupt
     except (OSError, InvalidDataError):

@@ -19,9 +19,10 @@ from PIL import Image
 from raydetr.data.batch import Sample, collate, to_model
 from raydetr.data.transforms.transform import Transform
 from raydetr.evaluation.evaluator import to_coco_results
-from raydetr.shards.images import UNREADABLE, decode_rgb
+from raydetr.shards.images import ImageError, decode_image
 from raydetr.store.output_folder import atomic_folder
 from raydetr.training.checkpoint import LoadedModel, load_for_inference, read_meta
+from raydetr.user_files import read_file
 from raydetr.visualization.boxes import coco_boxes, draw_boxes
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -113,6 +114,6 @@ def detect(
 
 def _open(file: Path) -> Image.Image:
     try:
-        return decode_rgb(file.read_bytes())
-    except UNREADABLE as error:
+        return decode_image(read_file(file))
+    except (OSError, ImageError) as error:
         raise ValueError(f"{file}: not a readable JPEG or PNG image ({error}): omit it") from None

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
 
 from detrs import zoo
 from raydetr.config import RunConfig
@@ -26,7 +25,7 @@ from raydetr.data.corrupt import CORRUPT_LOG, CorruptSample, default_max_corrupt
 from raydetr.data.splits import open_splits
 from raydetr.evaluation.coco_metrics import AP_FILE, ApTable, coco_ap
 from raydetr.evaluation.ground_truth import ground_truth
-from raydetr.shards.images import UNREADABLE, decode_rgb
+from raydetr.shards.images import ImageError, decode_image
 from raydetr.shards.reader import ShardError, Shards
 from raydetr.tracking.history import History
 from raydetr.tracking.mlflow_run import TrackingError, tracking_uri
@@ -258,8 +257,8 @@ def _annotated_images(shards: Shards, results: Sequence[dict[str, Any]]) -> list
     for index in (i * shards.num_samples // number for i in range(number)):
         try:
             sample = shards.read(index)
-            image: Image.Image = decode_rgb(sample.image)
-        except (ShardError, *UNREADABLE):  # reported by the evaluation that was just done
+            image = decode_image(sample.image)
+        except (ShardError, ImageError):  # reported by the evaluation that was just done
             continue
         images.append(
             AnnotatedImage(

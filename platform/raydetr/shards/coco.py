@@ -7,10 +7,9 @@ how training treats each kind of unusual annotation.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,42 +17,49 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from raydetr.user_files import open_file, parse_json, read_file
+
 Record = dict[str, Any]
 
 MAX_REPORTED = 10
+SUSPICIOUS_SHARE = 0.2  # of boxes that reach out of their image; of COCO's own, hardly any do
+MAX_COORDINATE = 2**31  # pixels; sums of two stay exact in float64
 
 
 class Problems:
-    """Collects problems: counts all of them and keeps the first ten messages."""
+    """Collects problems: counts all of them and keeps the first messages."""
 
-    def __init__(self, source: object, kind: str) -> None:
-        self.source, self.kind = source, kind
+    def __init__(self, source: object, kind: str, *, limit: int = MAX_REPORTED) -> None:
+        self.source, self.kind, self.limit = source, kind, limit
         self.count = 0
         self.messages: list[str] = []
+        self.remedy = ""  # a last line, for all of them
 
     def add(self, message: str) -> None:
         """Add one problem; `message` names the field, the value found and the remedy."""
         self.count += 1
-        if self.count <= MAX_REPORTED:
+        if self.count <= self.limit:
             self.messages.append(message)
 
     def add_many(self, messages: list[str], count: int) -> None:
-        """Add `count` problems, given the messages of the first ten of them (or all)."""
-        self.messages += messages[: max(0, MAX_REPORTED - len(self.messages))]
+        """Add `count` problems, given the messages of the first of them (or all)."""
+        self.messages += messages[: max(0, self.limit - len(self.messages))]
         self.count += count
 
     def raise_if_any(self) -> None:
         """Raise a ValueError that lists the problems, if there are any."""
         if self.count:
-            more = f"\n  and {self.count - MAX_REPORTED} more" if self.count > MAX_REPORTED else ""
-            listing = "".join(f"\n  {message}" for message in self.messages)
-            plural = "" if self.count == 1 else "s"
-            raise ValueError(f"{self.source}: {self.count} {self.kind}{plural}{listing}{more}")
+            more = [f"and {self.count - self.limit} more"] if self.count > self.limit else []
+            lines = [*self.messages, *more, *([self.remedy] if self.remedy else [])]
+            listing = "".join(f"\n  {line}" for line in lines)
+            raise ValueError(
+                f"{self.source}: {self.count} {self.kind}{'' if self.count == 1 else 's'}{listing}"
+            )
 
 
 @dataclass(frozen=True)
 class CocoDataset:
-    """A validated annotation file. Records are the original dicts, untouched."""
+    """A validated annotation file. Records are the original dicts; spaces around class names are removed."""
 
     images: list[Record]
     annotations: dict[int, list[Record]]  # by image id, in file order; images without any are absent
@@ -90,12 +96,15 @@ def check_records(data: Record, source: object, sha256: str) -> CocoDataset:
         if not isinstance(data.get(key), list):
             problems.add(f'"{key}" {_found(data, key)}: it must be a list (is this a COCO instances file?)')
     problems.raise_if_any()
-    if not data["images"]:
-        problems.add('"images" is an empty list: there is nothing to write')
+    for key, remedy in (("images", "there is nothing to write"), ("categories", "name the classes")):
+        if not data[key]:
+            problems.add(f'"{key}" is an empty list: {remedy}')
     categories = _by_id(data["categories"], "categories", _check_category, problems)
     images = _by_id(data["images"], "images", _check_image, problems)
     annotations = _by_id(data["annotations"], "annotations", _check_annotation, problems)
-    _check_names(categories.values(), problems)
+    names, notices = _clean_names(categories.values())
+    _check_names(names, annotations.values(), problems)
+    _check_pixels(annotations.values(), problems)
     _check_references(annotations.values(), images, categories, problems)
     problems.raise_if_any()
     by_image: dict[int, list[Record]] = {}
@@ -104,11 +113,42 @@ def check_records(data: Record, source: object, sha256: str) -> CocoDataset:
     return CocoDataset(
         images=list(images.values()),
         annotations=by_image,
-        categories=[categories[category_id] for category_id in sorted(categories)],
+        categories=[{**categories[number], "name": names[number]} for number in sorted(categories)],
         header={key: data[key] for key in ("info", "licenses") if key in data},
         sha256=sha256,
-        notices=_notices(images, by_image),
+        notices=notices + _notices(images, by_image),
     )
+
+
+def read_categories(path: Path) -> list[Record]:
+    """Read COCO's category records from a file, sorted by id.
+
+    Args:
+        path: a COCO file, a JSON list of {"id", "name"}, or a JSON list of names, numbered from 0.
+
+    Raises:
+        ValueError: it holds no categories.
+    """
+    try:
+        data = parse_json(read_file(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
+    records: Any = data.get("categories") if isinstance(data, dict) else data
+    if isinstance(records, list) and records and all(isinstance(name, str) for name in records):
+        records = [{"id": number, "name": name} for number, name in enumerate(records)]
+    records = records if isinstance(records, list) else []
+    valid = (
+        bool(records)
+        and all(isinstance(record, dict) for record in records)
+        and all(type(record.get("id")) is int and record["id"] >= 0 for record in records)
+        and all(isinstance(record.get("name"), str) for record in records)
+    )
+    if not valid or any(len({record[key] for record in records}) < len(records) for key in ("id", "name")):
+        raise ValueError(
+            f"{path}: holds no categories: a COCO file, a list of objects with id and name (each used once), or a "
+            "list of names is needed"
+        )
+    return sorted(records, key=lambda record: int(record["id"]))
 
 
 def usable_boxes(
@@ -138,11 +178,11 @@ def usable_boxes(
 
 def _read_json(path: Path) -> tuple[Record, str]:
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}): name a COCO annotation file") from None
     try:
-        data = json.loads(content)
+        data = parse_json(content)
     except ValueError as error:
         raise ValueError(f"{path}: is not JSON ({error}): name a COCO annotation file") from None
     if not isinstance(data, dict):
@@ -172,49 +212,106 @@ def _by_id(
 
 
 def _check_category(record: Record, where: str, problems: Problems) -> None:
-    if not isinstance(record.get("name"), str):
+    name = record.get("name")
+    if not isinstance(name, str) or not name.strip():
         problems.add(f"{where}: name {_found(record, 'name')}: it must be text")
+    elif not _is_plain_text(name.strip()):
+        problems.add(f"{where}: name {_found(record, 'name')}: remove its control characters")
     if record["id"] < 0:
         problems.add(f"{where}: the id must not be negative: number the categories from 0 or 1")
 
 
 def _check_image(record: Record, where: str, problems: Problems) -> None:
-    if not isinstance(record.get("file_name"), str) or not record["file_name"]:
+    name = record.get("file_name")
+    if not isinstance(name, str) or not name:
         problems.add(f"{where}: file_name {_found(record, 'file_name')}: it must be the path of the image")
+    elif not _is_plain_text(name):
+        problems.add(f"{where}: file_name {_found(record, 'file_name')}: it must not have control characters")
     for key in ("width", "height"):
-        if not _is_int(record.get(key)) or record[key] <= 0:
+        if not _is_int(record.get(key)) or not 0 < record[key] < MAX_COORDINATE:
             problems.add(
                 f"{where}: {key} {_found(record, key)}: it must be a positive whole number of pixels"
             )
 
 
 def _check_annotation(record: Record, where: str, problems: Problems) -> None:
-    for key in ("image_id", "category_id"):
+    for problem in annotation_problems(record):
+        problems.add(f"{where}: {problem}")
+
+
+def annotation_problems(record: Record) -> list[str]:
+    """Describe what is wrong with COCO's record of an object: each field, the value found and the remedy.
+
+    The writer and the reader of shards both use this, so that one accepts what the other does.
+    """
+    if _is_annotation(record):
+        return []
+    found = []
+    for key in ("id", "image_id", "category_id"):
         if not _is_int(record.get(key)):
-            problems.add(f"{where}: {key} {_found(record, key)}: it must be a whole number")
-    if record.get("iscrowd", 0) not in (0, 1):
-        problems.add(f"{where}: iscrowd {_found(record, 'iscrowd')}: it must be 0 or 1")
-    if not _is_number(record.get("area")) or record["area"] < 0:
-        problems.add(
-            f"{where}: area {_found(record, 'area')}: COCO AP needs the area of the object's mask "
+            found.append(f"{key} {_found(record, key)}: it must be a whole number")
+    if not _is_flag(record.get("iscrowd", 0)):
+        found.append(f"iscrowd {_found(record, 'iscrowd')}: it must be 0 or 1")
+    if not _is_area(record.get("area")):
+        found.append(
+            f"area {_found(record, 'area')}: COCO AP needs the area of the object's mask "
             "(without masks: the width times the height of the box)"
         )
-    box = record.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        problems.add(
-            f"{where}: bbox {_found(record, 'bbox')}: it must be [x, y, width, height], four finite numbers"
+    box: Any = record.get("bbox")
+    if not _is_box(box):
+        found.append(
+            f"bbox {_found(record, 'bbox')}: it must be [x, y, width, height], four finite numbers of pixels"
         )
     elif box[2] < 0 or box[3] < 0:
+        found.append(f"bbox is {box}: width and height must not be negative (is it [x1, y1, x2, y2]?)")
+    return found
+
+
+def _is_annotation(record: Record) -> bool:
+    box: Any = record.get("bbox")
+    return (
+        _is_box(box)
+        and box[2] >= 0
+        and box[3] >= 0
+        and _is_area(record.get("area"))
+        and _is_flag(record.get("iscrowd", 0))
+        and _is_int(record.get("id"))
+        and _is_int(record.get("image_id"))
+        and _is_int(record.get("category_id"))
+    )
+
+
+def _clean_names(categories: Iterable[Record]) -> tuple[dict[int, str], list[str]]:
+    """Return the names by category id, without spaces and line breaks around them, and a notice about those."""
+    names = {record["id"]: record["name"] for record in categories if isinstance(record.get("name"), str)}
+    spaced = [name for name in names.values() if name != name.strip()]
+    notices = [f"spaces around {len(spaced)} class names are removed ({spaced[0]!r:.60})"] if spaced else []
+    return {number: name.strip() for number, name in names.items()}, notices
+
+
+def _check_names(names: dict[int, str], annotations: Iterable[Record], problems: Problems) -> None:
+    counts = Counter(names.values())
+    if len(counts) == len(names):
+        return
+    used = Counter(annotation.get("category_id") for annotation in annotations if _is_annotation(annotation))
+    for name in (name for name, count in counts.items() if count > 1):
+        found = ", ".join(
+            f"{number} ({used[number] or 'no'} annotations)"
+            for number, other in names.items()
+            if other == name
+        )
         problems.add(
-            f"{where}: bbox is {box}: width and height must not be negative (is it [x1, y1, x2, y2]?)"
+            f"categories: several are named {name!r:.60}, with the ids {found}: give each its own name, or remove "
+            "one that has no annotations"
         )
 
 
-def _check_names(categories: Iterable[Record], problems: Problems) -> None:
-    counts = Counter(category["name"] for category in categories if isinstance(category.get("name"), str))
-    for name, count in counts.items():
-        if count > 1:
-            problems.add(f"categories: {count} are named {name!r}: give each category its own name")
+def _check_pixels(annotations: Iterable[Record], problems: Problems) -> None:
+    boxes = [annotation["bbox"] for annotation in annotations if _is_annotation(annotation)]
+    if boxes and 0 < max(max(x + w, y + h) for x, y, w, h in boxes) <= 1:
+        problems.add(
+            "annotations: no box reaches beyond the first pixel: boxes must be in pixels, not normalized to the image"
+        )
 
 
 def _check_references(
@@ -238,33 +335,75 @@ def _check_references(
 
 def _notices(images: dict[int, Record], annotations: dict[int, list[Record]]) -> list[str]:
     """Describe valid but unusual annotations that affect training or evaluation."""
-    crowd, without_area, clamped, zero_id = [], [], [], []
+    found: dict[str, list[int]] = {kind: [] for kind in _NOTICES}
     for image_id, records in annotations.items():
-        width, height = images[image_id]["width"], images[image_id]["height"]
         for record in records:
-            x, y, w, h = record["bbox"]
-            inside_w, inside_h = min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)
-            if record["id"] == 0:
-                zero_id.append(record["id"])
-            if record.get("iscrowd", 0):
-                crowd.append(record["id"])
-            elif inside_w <= 0 or inside_h <= 0:
-                without_area.append(record["id"])
-            elif inside_w < w - 0.5 or inside_h < h - 0.5:  # COCO's own boxes exceed the image by rounding
-                clamped.append(record["id"])
-    empty = [image_id for image_id in images if image_id not in annotations]
-    lines = (
-        (empty, "images without annotations: kept, training sees them as background", "images"),
-        (crowd, "crowd annotations: not trained on, ignored regions in evaluation", "annotations"),
-        (without_area, "boxes without any area inside their image: not trained on", "annotations"),
-        (clamped, "boxes that reach out of their image: clamped in training", "annotations"),
-        (
-            zero_id,
-            "annotation with id 0, which pycocotools takes for `no match`: number from 1",
-            "annotations",
-        ),
-    )
-    return [f"{len(ids)} {text} ({name} {_first(ids)})" for ids, text, name in lines if ids]
+            for kind in _unusual(record, images[image_id]["width"], images[image_id]["height"]):
+                found[kind].append(record["id"])
+    found["empty"] = [image_id for image_id in images if image_id not in annotations]
+    lines = [
+        f"{len(ids)} {_NOTICES[kind]} ({'images' if kind == 'empty' else 'annotations'} {_first(ids)})"
+        for kind, ids in found.items()
+        if ids
+    ]
+    total = sum(map(len, annotations.values()))
+    if len(found["clamped"]) > SUSPICIOUS_SHARE * total:
+        lines.append(
+            f"{len(found['clamped'])} of {total} boxes reach out of their image, as boxes [x1, y1, x2, y2] do when "
+            "they are read as [x, y, width, height]: check one of them"
+        )
+    return lines + _repeated_files(images.values())
+
+
+_NOTICES = {
+    "empty": "images without annotations: kept, training sees them as background",
+    "crowd": "crowd annotations: not trained on, ignored regions in evaluation",
+    "outside": "boxes without any area inside their image: not trained on",
+    "clamped": "boxes that reach out of their image: clamped in training",
+    "zero id": "annotation with id 0, which pycocotools takes for `no match`: number from 1",
+    "ignore": 'annotations with "ignore": 1: objects like all others, as in pycocotools; crowds have "iscrowd": 1',
+    "area": "areas that are 0, above the box's, or under 1% of it: AP by size (APs, APm, APl) means nothing for them; "
+    "without masks, the area is the width times the height of the box",
+}
+
+
+def _unusual(record: Record, width: int, height: int) -> Iterator[str]:
+    """Yield the keys of `_NOTICES` that apply to an annotation."""
+    x, y, w, h = record["bbox"]
+    inside_w, inside_h = min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)
+    if record["id"] == 0:
+        yield "zero id"
+    if record.get("ignore", 0) not in (0, None):
+        yield "ignore"
+    if record.get("iscrowd", 0):
+        yield "crowd"
+        return
+    if inside_w <= 0 or inside_h <= 0:
+        yield "outside"
+    elif inside_w < w - 0.5 or inside_h < h - 0.5:  # COCO's own boxes exceed the image by rounding
+        yield "clamped"
+    if is_wrong_area(record["area"], w, h):
+        yield "area"
+
+
+def is_wrong_area(area: float, width: float, height: float) -> bool:
+    """Return whether an area cannot be that of a mask in a box of this width and height, in pixels."""
+    # Masks and boxes are rounded differently: a mask may reach half a pixel beyond its box on each side
+    return width * height > 0 and not 0.01 * width * height <= area <= (width + 1) * (height + 1)
+
+
+def _repeated_files(images: Iterable[Record]) -> list[str]:
+    ids: dict[str, list[int]] = {}
+    for image in images:
+        ids.setdefault(image["file_name"], []).append(image["id"])
+    repeated = {name: numbers for name, numbers in ids.items() if len(numbers) > 1}
+    if not repeated:
+        return []
+    name, numbers = next(iter(repeated.items()))
+    return [
+        f"{len(repeated)} files are named by several images, such as {name} (images {_first(numbers)}): each copy is "
+        "trained on with its own annotations only; give each file one image with all of its annotations"
+    ]
 
 
 def _first(ids: list[int]) -> str:
@@ -275,12 +414,61 @@ def _found(record: Record, key: str) -> str:
     return f"is {record[key]!r:.60}" if key in record else "is missing"
 
 
+def is_coordinate(value: object) -> bool:
+    """Return whether a value is a number of pixels."""
+    return type(value) in (int, float) and -MAX_COORDINATE < value < MAX_COORDINATE  # type: ignore[operator]
+
+
+def _is_box(value: Any) -> bool:
+    return type(value) is list and len(value) == 4 and all(map(is_coordinate, value))
+
+
+def _is_area(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < float(MAX_COORDINATE) ** 2
+
+
+def _is_flag(value: object) -> bool:
+    return type(value) is int and value in (0, 1)
+
+
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    return type(value) is int and abs(value) < 2**63
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_plain_text(text: str) -> bool:
+    """Return whether a text has no control characters, line breaks or halves of characters."""
+    return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """Where an encoded image lies: in a file of its own, or in a tar."""
+
+    path: Path
+    offset: int = 0  # bytes
+    size: int = -1  # bytes; -1: up to the end of the file
+    key: str = ""  # of the sample in the tar
+
+    def __str__(self) -> str:
+        return f"{self.path}: sample {self.key}" if self.key else str(self.path)
+
+    def read(self) -> bytes:
+        """Read the image.
+
+        Raises:
+            OSError: it cannot be read, or is no regular file.
+        """
+        with open_file(self.path) as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+    def state(self) -> str:
+        """Return a text that changes with the file's size and modification time."""
+        try:
+            found = self.path.stat()
+        except (OSError, ValueError):
+            return "missing"  # reported when it is read
+        return f"{found.st_size} {found.st_mtime_ns} {self.offset} {self.size}"
 
 
 @dataclass(frozen=True)
@@ -288,8 +476,13 @@ class Source:
     """A validated data set on disk."""
 
     dataset: CocoDataset
-    images: Path  # folder that the records' file names are relative to
+    files: list[ImageFile]  # of `dataset.images`
     name: str  # name of the annotation source, for the manifest
+
+
+def files_in(folder: Path, images: Iterable[Record]) -> list[ImageFile]:
+    """Return the files of images whose names are relative to a folder."""
+    return [ImageFile(folder / image["file_name"]) for image in images]
 
 
 def coco_source(images: Path, annotations: Path) -> Source:
@@ -300,4 +493,5 @@ def coco_source(images: Path, annotations: Path) -> Source:
     """
     if not images.is_dir():
         raise ValueError(f"{images}: there is no such folder of images")
-    return Source(load_coco(annotations), images, annotations.name)
+    dataset = load_coco(annotations)
+    return Source(dataset, files_in(images, dataset.images), annotations.name)

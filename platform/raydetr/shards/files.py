@@ -156,6 +156,9 @@ class LocalFolder:
             return "writing the shards did not finish: run that command again, it resumes where it stopped"
         write = f"`raydetr shards write --images DIR --annotations FILE --out {self.path}`"
         if any(self.path.glob("*.tar")):
-            index = f"`raydetr shards index {self.path}`, if another program wrote them"
-            return f"the shards have no manifest.json, so writing did not finish; write them with {write}, or {index}"
+            convert = f"`raydetr shards write --webdataset {self.path} --out DIR`"
+            return (
+                f"the shards have no manifest.json, so writing did not finish; write them with {write}, or, if another "
+                f"program wrote them, {convert}"
+            )
         return f"no shards found; write them with {write}"

@@ -1,138 +1,216 @@
-"""Validate encoded images before they are packed, and decode them to the same RGB pixels everywhere."""
+"""Validate encoded images before they are packed, and decode them to the same RGB pixels everywhere.
+
+An image that only a lenient decoder accepts is corrupt: libjpeg fills what is missing with gray and reports a warning,
+which Pillow ignores. Here every warning is an error.
+"""
 
 from __future__ import annotations
 
 import io
 import struct
-from pathlib import Path
+import zlib
+from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from raydetr.shards.coco import Record
-
 FORMATS = ("JPEG", "PNG")
 EXIF_ORIENTATION = 0x0112
-Pixels = npt.NDArray[np.uint8]  # [h, w, 3], RGB
-# The exceptions that Pillow raises for images that cannot be decoded.
-UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
-JPEG_START = b"\xff\xd8"
-PLAIN_COLORSPACES = ("YCbCr", "RGB", "Gray")  # of a JPEG, as simplejpeg names them
-MAX_PIXELS = 2**26  # larger images are left to Pillow, which may reject them
 TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+MAX_PIXELS = 2 * (2**30 // 4 // 3)  # 178,956,970, above which Pillow refuses an image, too
+
+JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+PNG_START = b"\x89PNG\r\n\x1a\n"
+PLAIN_COLORSPACES = ("YCbCr", "RGB", "Gray")  # of a JPEG, as simplejpeg names them
+# Zeros in the scan of a JPEG that are no longer than this may be a flat area
+MAX_ZEROS = 64
+
+# The exceptions that Pillow raises for images that cannot be decoded
+PILLOW_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+Pixels = npt.NDArray[np.uint8]  # [h, w, 3], RGB
 
 
-def decode_rgb(content: bytes) -> Image.Image:
-    """Decode a JPEG or PNG to 8-bit RGB, in its stored orientation.
+class ImageError(ValueError):
+    """An image that cannot be used; the message is the reason, without the file's name."""
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What an image file says about itself."""
+
+    size: tuple[int, int]  # width and height in pixels, as stored
+    extension: str  # that fits its content: jpg or png
+    orientation: int  # of its EXIF data; 1 without any
+
+    @property
+    def is_rotated(self) -> bool:
+        """Whether viewers rotate or flip it; 0 is not an orientation, but some cameras write it."""
+        return self.orientation not in (0, 1)
+
+
+def read_header(file: BinaryIO) -> ImageHeader:
+    """Read the header of a JPEG or PNG.
+
+    Raises:
+        ImageError: the file is neither, or its header is corrupt.
+    """
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ImageError("is not a JPEG or PNG image: convert or replace it") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"has more than {MAX_PIXELS:,} pixels: scale it down or cut it into tiles") from None
+    except PILLOW_ERRORS as error:
+        raise ImageError(f"cannot be decoded ({error}): replace the file") from None
+    return ImageHeader(image.size, "png" if image.format == "PNG" else "jpg", _orientation(image))
+
+
+def check_image(content: bytes, expected: tuple[int, int]) -> ImageHeader:
+    """Verify that an image decodes to the expected size, width and height in pixels.
+
+    Raises:
+        ImageError: it is empty, not an image or corrupt.
+        ValueError: it has another size.
+    """
+    if not content:
+        raise ImageError("the file is empty: replace it or remove the record")
+    header = read_header(io.BytesIO(content))
+    _check_size(header, expected)
+    try:
+        decode_pixels(content)  # the decoder of training
+    except ImageError as error:
+        raise ImageError(f"cannot be decoded ({error}): replace the file") from None
+    return header
+
+
+def decode_pixels(content: bytes) -> Pixels:
+    """Decode a JPEG or PNG to 8-bit RGB, a writable array [h, w, 3], in its stored orientation.
 
     Gray, palette and CMYK images are converted, 16-bit ones are scaled to 8 bits, an alpha channel is dropped. An
     EXIF orientation is not applied, because COCO's boxes refer to the stored pixels.
 
     Raises:
-        OSError: the content is not a JPEG or PNG, or is corrupt.
+        ImageError: the content is not a JPEG or PNG, or is corrupt.
     """
-    return _to_rgb(Image.open(io.BytesIO(content), formats=FORMATS))
+    if content.startswith(JPEG_START):
+        return _decode_jpeg(content)
+    _check_png(content)
+    return _decode_with_pillow(content)
 
 
-def decode_pixels(content: bytes) -> Pixels:
-    """Decode like `decode_rgb`, but faster and to a writable array [h, w, 3].
-
-    Raises:
-        OSError: as `decode_rgb`; the other exceptions of `UNREADABLE` are possible too.
-    """
-    pixels = _decode_plain_jpeg(content) if content.startswith(JPEG_START) else None
-    return np.array(decode_rgb(content)) if pixels is None else pixels
+def decode_image(content: bytes) -> Image.Image:
+    """Decode like `decode_pixels`, to an image that can be drawn on."""
+    return Image.fromarray(decode_pixels(content))
 
 
-def read_checked(path: Path, record: Record) -> tuple[bytes, str, bool]:
-    """Read an image file and verify that it decodes to the size in its COCO record.
-
-    Returns:
-        the file's bytes, the extension that fits its content (`jpg` or `png`), and whether it has an EXIF
-        orientation that rotates or flips it (which is ignored).
-
-    Raises:
-        ValueError: the file is missing, empty, not an image, corrupt, or of another size.
-    """
-    where = f"{path} (image id {record['id']})"
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(
-            f"{where}: cannot be read ({error.strerror}): add the file or remove the record"
-        ) from None
-    if not content:
-        raise ValueError(f"{where}: the file is empty: replace it or remove the record")
-    _, extension, rotated = check_image(where, content, (record["width"], record["height"]))
-    return content, extension, rotated
-
-
-def check_image(
-    where: str, content: bytes, expected: tuple[int, int] | None
-) -> tuple[tuple[int, int], str, bool]:
-    """Verify that an image decodes to the expected size.
-
-    Args:
-        where: prefix of the error messages.
-        content: bytes of the image file.
-        expected: width and height in pixels; None accepts any size.
-
-    Returns:
-        width and height, the extension that fits the content, and whether it has an EXIF orientation that rotates or
-        flips it.
-
-    Raises:
-        ValueError: it is not an image, is corrupt, or has another size.
-    """
-    try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-    except UnidentifiedImageError:
-        raise ValueError(f"{where}: is not a JPEG or PNG image: convert or replace it") from None
-    except UNREADABLE as error:
-        raise ValueError(f"{where}: cannot be decoded ({error}): replace the file") from None
-    orientation = _orientation(image)
-    _check_size(where, image.size, expected or image.size, orientation)
-    try:
-        decode_pixels(content)  # the decoder of training
-    except UNREADABLE as error:
-        raise ValueError(f"{where}: cannot be decoded ({error}): replace the file") from None
-    return image.size, "png" if image.format == "PNG" else "jpg", orientation != 1
-
-
-def _decode_plain_jpeg(content: bytes) -> Pixels | None:
-    """Decode without Pillow, which is slower; None: the caller must use Pillow, whose result and errors count."""
+def _decode_jpeg(content: bytes) -> Pixels:
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
-        if colors not in PLAIN_COLORSPACES or height * width > MAX_PIXELS:
-            return None
-        decoded: Pixels = simplejpeg.decode_jpeg(content)
-        return decoded
-    except ValueError:  # corrupt or merely unusual, for example surplus bytes before the end
-        return None
+        if height * width > MAX_PIXELS:
+            raise ImageError(f"it has more than {MAX_PIXELS:,} pixels")
+        is_plain = colors in PLAIN_COLORSPACES
+        pixels: Pixels = simplejpeg.decode_jpeg(content, "RGB" if is_plain else "CMYK")
+    except ValueError as error:
+        # Only the end marker is missing, if the image is complete with it
+        if "Premature end of JPEG file" in str(error) and not content.endswith(JPEG_END):
+            return _decode_jpeg(content + JPEG_END)
+        raise ImageError(str(error)) from None
+    if _has_hole(content):
+        raise ImageError("a part of it was overwritten by zeros")
+    return pixels if is_plain else _decode_with_pillow(content)
+
+
+def _has_hole(content: bytes) -> bool:
+    """Return whether the scan of a JPEG has a long run of zero bytes that cannot be image data.
+
+    A lost block of a disk reads as zeros, and a decoder may take them for coefficients without a warning. Zeros are
+    the shortest Huffman code again and again. If it means "end of block", as in the tables of flat images, they are
+    data; if it means a coefficient, whole blocks would consist of the same one.
+    """
+    return content.find(bytes(MAX_ZEROS), content.rfind(b"\xff\xda")) >= 0 and _zeros_are_coefficients(
+        content
+    )
+
+
+def _zeros_are_coefficients(content: bytes) -> bool:
+    """Return whether zeros in the only scan of a JPEG are AC coefficients of a component (ITU-T T.81, B.2)."""
+    at, num_components = len(JPEG_START), 0
+    symbols: list[int] = []
+    while at + 10 < len(content):
+        marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4])
+        if marker == 0xDA:  # start of scan: what follows is not read
+            return content[at + 4] == num_components and any(symbol & 0x0F for symbol in symbols)
+        if marker in (0xC0, 0xC1):  # sequential frame
+            num_components = content[at + 9]
+        table, at = at + 4, at + 2 + length
+        while marker == 0xC4 and table < at:  # Huffman tables: class, 16 counts of codes, symbols
+            if content[table] >> 4:
+                symbols.append(content[table + 17])
+            table += 17 + sum(content[table + 1 : table + 17])
+    return False
+
+
+def _check_png(content: bytes) -> None:
+    """Verify the checksum of every chunk, up to the last one; Pillow skips some, and does without the last.
+
+    Raises:
+        ImageError: a chunk is corrupt or missing.
+    """
+    at = len(PNG_START)
+    kind = b""
+    while kind != b"IEND" and content.startswith(PNG_START):
+        header = content[at : at + 8]
+        end = at + 12 + int.from_bytes(header[:4])
+        if len(header) < 8 or end > len(content):
+            raise ImageError(f"the file is cut short: the PNG chunk at byte {at} is incomplete")
+        kind = header[4:]
+        if zlib.crc32(content[at + 4 : end - 4]) != int.from_bytes(content[end - 4 : end]):
+            raise ImageError(f"the checksum of the PNG chunk at byte {at} is wrong")
+        at = end
+
+
+def _decode_with_pillow(content: bytes) -> Pixels:
+    try:
+        return np.array(_to_rgb(Image.open(io.BytesIO(content), formats=FORMATS)))
+    except UnidentifiedImageError:  # whose message holds an address in memory
+        raise ImageError("it is not a JPEG or PNG image") from None
+    except PILLOW_ERRORS as error:
+        raise ImageError(str(error)) from None
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(EXIF_ORIENTATION, 1))
-    except (*UNREADABLE, TypeError, KeyError):
+    except PILLOW_ERRORS:
         return 1  # corrupt metadata; the pixels may be fine
 
 
-def _check_size(where: str, stored: tuple[int, int], expected: tuple[int, int], orientation: int) -> None:
+def _check_size(header: ImageHeader, expected: tuple[int, int]) -> None:
+    stored = header.size
     if stored == expected:
         return
     sizes = (
         f"the file holds {stored[0]}x{stored[1]} pixels, the annotations specify {expected[0]}x{expected[1]}"
     )
-    if stored == expected[::-1] and orientation in TRANSPOSED_ORIENTATIONS:
+    if stored == expected[::-1] and header.orientation in TRANSPOSED_ORIENTATIONS:
         raise ValueError(
-            f"{where}: {sizes}, the size after applying its EXIF orientation {orientation}: "
+            f"{sizes}, the size after applying its EXIF orientation {header.orientation}: "
             "store the rotated pixels (ImageOps.exif_transpose) if the boxes were drawn on the rotated image, "
             "else swap width and height in the annotations"
         )
-    raise ValueError(f"{where}: {sizes}: correct width and height, or replace the file")
+    raise ValueError(f"{sizes}: correct width and height, or replace the file")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -42,7 +42,7 @@ def describe(shards: Shards, progress: Progress | None = None) -> dict[str, Any]
         "samples_per_shard": manifest.samples_per_shard,
         "bytes": sum(shard.size for shard in manifest.shards),
         "source": manifest.source,
-        "third_party": manifest.third_party is not None,
+        "usable_objects": manifest.num_usable,
         "categories": [
             {
                 "id": category["id"],
@@ -62,10 +62,9 @@ def to_text(info: dict[str, Any]) -> str:
     lines = [
         f"location     {info['location']}",
         f"fingerprint  {info['fingerprint']}",
-        f"source       {source['name']}, sha256 {source['sha256'][:12]}..."
-        + (", third-party shards with an added index" if info["third_party"] else ""),
+        f"source       {source['name']}, sha256 {source['sha256'][:12]}...",
         f"images       {info['images']:,} ({info['images_without_annotations']:,} without annotations)",
-        f"annotations  {info['annotations']:,}",
+        f"annotations  {info['annotations']:,} ({info['usable_objects']:,} of them train)",
         f"shards       {info['shards']:,} of up to {info['samples_per_shard']:,} images, "
         f"{info['bytes'] / 2**20:,.1f} MiB",
         "",
@@ -86,7 +85,7 @@ def _count_categories(shards: Shards, progress: Progress | None) -> Counter[int]
         start = int(row["offset"]) + int(row["json_offset"])
         try:
             text = shards.files.read(int(row["shard"]), start, int(row["json_length"]))
-            _, annotations = parse_content(text, shards.convert(index))
+            _, annotations = parse_content(text)
             counts.update(annotation["category_id"] for annotation in annotations)
         except (OSError, InvalidDataError, KeyError, TypeError) as error:
             shards.raise_corrupt(index, str(error))

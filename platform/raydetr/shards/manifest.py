@@ -8,23 +8,21 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from raydetr.config import LabelMapKind
+from raydetr.user_files import parse_json
 
 MANIFEST = "manifest.json"
 INDEX = "index.npz"
-FORMAT_VERSION = 1
-THIRD_PARTY_VERSION = 2  # for third-party shards: version 1 with the additional key `foreign`
+FORMAT_VERSION = 3
 # Samples per chunk: the unit of the training order (data/order.py) and of the cache of remote shards. A rank reads all
 # samples of a chunk within one window, so chunk-wise fetching downloads little more than the rank reads.
 CHUNK_SIZE = 32
 MAX_LABEL = 9999  # more classes than this must be a mistake
-
-BoxFormat = Literal["xywh", "xyxy"]  # x, y, width, height, or both corners, in pixels
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -54,26 +52,6 @@ class ShardFile:
     num_samples: int
     size: int  # bytes
     sha256: str
-
-
-@dataclass(frozen=True)
-class RecordFormat:
-    """How the JSON members of third-party shards describe objects: see `third_party/record_formats.py`."""
-
-    kind: Literal["coco", "objects", "arrays"]
-    objects: str  # field of the record with the objects; empty: the record itself
-    boxes: str  # field with the box of an object, or with all boxes
-    labels: str  # field with the category (id or name) of an object, or with those of all boxes
-    box_format: BoxFormat
-    own_ids: bool  # keep the objects' ids; else number the objects
-
-
-@dataclass(frozen=True)
-class ThirdPartyRecords:
-    """Keys and record format of third-party shards, which are read as they are."""
-
-    keys: list[str]  # WebDataset key of each sample
-    records: RecordFormat
 
 
 @dataclass(frozen=True)
@@ -123,6 +101,7 @@ class Manifest:
     fingerprint: str  # changes with any byte of any sample, their order, and the categories
     num_samples: int
     num_annotations: int
+    num_usable: int  # objects that training uses: no crowds, with an area inside their image
     samples_per_shard: int
     shards: list[ShardFile]
     categories: list[dict[str, Any]]  # COCO's records, sorted by id
@@ -130,7 +109,6 @@ class Manifest:
     source: dict[str, str]  # name and sha256 of the annotation file
     header: dict[str, Any]  # COCO's `info` and `licenses`
     notices: list[str]  # valid but worth knowing
-    third_party: ThirdPartyRecords | None = None  # the JSON key is `foreign`
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json`."""
@@ -138,11 +116,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Return the content of `manifest.json`."""
-        values = dataclasses.asdict(self)
-        third_party = values.pop("third_party")
-        if third_party is not None:
-            values["foreign"] = third_party
-        return json.dumps(values, indent=1).encode() + b"\n"
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False).encode() + b"\n"
 
     @staticmethod
     def load(folder: Path) -> Manifest:
@@ -165,33 +139,14 @@ class Manifest:
             ValueError: it is corrupt, or has another format version.
         """
         try:
-            values = json.loads(content)
+            values = parse_json(content)
             version = values["format_version"]
-            if version not in (FORMAT_VERSION, THIRD_PARTY_VERSION):
-                known = f"{FORMAT_VERSION} and {THIRD_PARTY_VERSION}"
-                raise ValueError(f"format_version is {version}, this program reads {known}")
+            if version != FORMAT_VERSION:
+                raise ValueError(f"format_version is {version!r:.40}, this program reads {FORMAT_VERSION}")
             shards = [ShardFile(**shard) for shard in values.pop("shards")]
-            third_party = (
-                _parse_third_party(values.pop("foreign")) if version == THIRD_PARTY_VERSION else None
-            )
-            return Manifest(shards=shards, third_party=third_party, **values)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            return Manifest(shards=shards, **values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"is not a manifest of shards ({error})") from None
-
-
-def _parse_third_party(values: dict[str, Any]) -> ThirdPartyRecords:
-    third_party = ThirdPartyRecords(values["keys"], RecordFormat(**values["records"]))
-    if not isinstance(third_party.keys, list) or not all(isinstance(key, str) for key in third_party.keys):
-        raise ValueError("the keys of its samples are not a list of strings")
-    choices = {
-        "kind": ("coco", "objects", "arrays"),
-        "box_format": ("xywh", "xyxy"),
-        "own_ids": (True, False),
-    }
-    for name, value in dataclasses.asdict(third_party.records).items():
-        if value not in choices.get(name, (str(value),)):
-            raise ValueError(f"{name} of its records is {value!r:.40}")
-    return third_party
 
 
 def sample_key(image_id: int) -> str:

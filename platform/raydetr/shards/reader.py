@@ -11,12 +11,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from raydetr.config import LabelMapKind, RemoteConfig
 from raydetr.config.paths import check_location, is_remote, local_folder
@@ -33,9 +32,7 @@ from raydetr.shards.manifest import (
     sample_key,
 )
 from raydetr.shards.remote.reading import RemoteFolder, make_remote_files
-from raydetr.shards.third_party.record_formats import convert
 from raydetr.shards.validation import (
-    Convert,
     InvalidDataError,
     RawSample,
     check_index,
@@ -242,45 +239,13 @@ class Shards:
             ShardError: they do not match the index.
         """
         try:
-            return parse_sample(
-                self.samples[index], self.key(index), raw, self.category_ids, self.convert(index)
-            )
+            return parse_sample(self.samples[index], self.key(index), raw, self.category_ids)
         except InvalidDataError as error:
             self.raise_corrupt(index, str(error))
 
     def key(self, index: int) -> str:
         """Return the WebDataset key of one sample."""
-        third_party = self.manifest.third_party
-        return sample_key(self.samples["image_id"][index]) if third_party is None else third_party.keys[index]
-
-    def convert(self, index: int) -> Convert | None:
-        """Return a function that converts the JSON of a sample to COCO's records; None if it is in that form."""
-        third_party, row = self.manifest.third_party, self.samples[index]
-        if third_party is None:
-            return None
-        return partial(
-            convert,
-            record_format=third_party.records,
-            key=third_party.keys[index],
-            image_id=int(row["image_id"]),
-            size=(int(row["width"]), int(row["height"])),
-            first_id=int(self._first_annotation_ids[index]),
-            category_of=self._category_of,
-        )
-
-    @cached_property
-    def _first_annotation_ids(self) -> npt.NDArray[np.int64]:
-        counts = self.samples["num_annotations"].astype(np.int64)
-        return np.cumsum(counts) - counts + 1
-
-    @cached_property
-    def _ids_by_name(self) -> dict[str, int]:
-        return {category["name"]: category["id"] for category in self.manifest.categories}
-
-    def _category_of(self, label: int | str) -> int:
-        return (
-            label if isinstance(label, int) else self._ids_by_name.get(label, -1)
-        )  # -1 is never a category id
+        return sample_key(self.samples["image_id"][index])
 
     def coco(self) -> dict[str, Any]:
         """Read the COCO data set from the shards: the ground truth for evaluation.

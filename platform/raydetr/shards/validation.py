@@ -7,22 +7,21 @@ problem; the caller adds the location.
 
 from __future__ import annotations
 
-import json
-import math
 import zlib
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
+from raydetr.shards.coco import annotation_problems
 from raydetr.shards.manifest import SAMPLE_DTYPE, Manifest, Samples
+from raydetr.user_files import parse_json
 
 TAR_BLOCK = 512
 
 Records = tuple[dict[str, Any], list[dict[str, Any]]]  # COCO's records of an image and of its objects
-Convert = Callable[[Any], Records]  # converts the parsed JSON of a third-party shard
 
 
 class InvalidDataError(ValueError):
@@ -39,9 +38,7 @@ class RawSample:
     annotations: list[dict[str, Any]]  # COCO's records of its objects
 
 
-def parse_sample(
-    row: np.void, key: str, raw: bytes, category_ids: Container[int], convert: Convert | None = None
-) -> RawSample:
+def parse_sample(row: np.void, key: str, raw: bytes, category_ids: Container[int]) -> RawSample:
     """Parse the bytes of a sample and verify them against its row in the index.
 
     Args:
@@ -49,7 +46,6 @@ def parse_sample(
         key: expected key of its members.
         raw: bytes that were read for it.
         category_ids: category ids that annotations may have.
-        convert: for third-party shards: converts their JSON to COCO's records.
 
     Raises:
         InvalidDataError: it is truncated or corrupt, belongs to another image, or its record is not COCO's.
@@ -63,13 +59,11 @@ def parse_sample(
         found = member_at(raw, at)
         if found != (key, size):
             raise InvalidDataError(f"its {what} has key and size {found}, the index has {(key, size)}")
-    record, annotations = parse_record(row, raw[json_at : json_at + json_length], category_ids, convert)
+    record, annotations = parse_record(row, raw[json_at : json_at + json_length], category_ids)
     return RawSample(key, raw[image_at : image_at + image_length], record, annotations)
 
 
-def parse_record(
-    row: np.void, text: bytes, category_ids: Container[int], convert: Convert | None = None
-) -> Records:
+def parse_record(row: np.void, text: bytes, category_ids: Container[int]) -> Records:
     """Parse a sample's JSON member and verify it against its row in the index.
 
     Returns:
@@ -79,7 +73,7 @@ def parse_record(
         InvalidDataError: it does not match the row, or is not COCO's.
     """
     image_id, width, height, count = (int(row[n]) for n in ("image_id", "width", "height", "num_annotations"))
-    record, annotations = parse_content(text, convert)
+    record, annotations = parse_content(text)
     expected = {"id": image_id, "width": width, "height": height}
     for name, value in expected.items():
         if record.get(name) != value:
@@ -93,7 +87,7 @@ def parse_record(
     return record, annotations
 
 
-def parse_content(text: bytes, convert: Convert | None = None) -> Records:
+def parse_content(text: bytes) -> Records:
     """Parse a sample's JSON member without comparing it with the index.
 
     Returns:
@@ -103,11 +97,9 @@ def parse_content(text: bytes, convert: Convert | None = None) -> Records:
         InvalidDataError: it is not JSON, or has another structure.
     """
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text)
+    except ValueError as error:
         raise InvalidDataError(f"its record is not JSON ({error})") from None
-    if convert is not None:
-        return convert(content)
     if not isinstance(content, dict):
         raise InvalidDataError(f"its record is a {type(content).__name__}, not an object")
     for name, kind in (("image", dict), ("annotations", list)):
@@ -128,6 +120,8 @@ def check_manifest(manifest: Manifest) -> None:
         name = shard.name
         if not isinstance(name, str) or name != PurePath(name).name or not name.isprintable():
             raise InvalidDataError(f"{name!r:.80} is not a valid file name of a shard")
+        if not isinstance(shard.sha256, str):
+            raise InvalidDataError(f"sha256 of {name} is {shard.sha256!r:.40}")
         for what, number in (("size", shard.size), ("num_samples", shard.num_samples)):
             if not _is_count(number):
                 raise InvalidDataError(f"{what} of {name} is {number!r:.40}")
@@ -136,15 +130,25 @@ def check_manifest(manifest: Manifest) -> None:
     for what, number in (
         ("num_samples", manifest.num_samples),
         ("num_annotations", manifest.num_annotations),
+        ("num_usable", manifest.num_usable),
+        ("samples_per_shard", manifest.samples_per_shard),
     ):
         if not _is_count(number):
             raise InvalidDataError(f"{what} is {number!r:.40}")
-    third_party = manifest.third_party
-    if third_party is not None and len(third_party.keys) != manifest.num_samples:
-        raise InvalidDataError(f"it has {len(third_party.keys)} keys for {manifest.num_samples} samples")
     _check_categories(manifest.categories)
-    if not isinstance(manifest.header, dict):
-        raise InvalidDataError(f"header is {manifest.header!r:.40}")
+    for what, value, kinds in (
+        ("header", manifest.header, (dict, object)),
+        ("source", manifest.source, (dict, str)),
+        ("notices", manifest.notices, (list, str)),
+    ):
+        kind, content = kinds
+        values = value.values() if isinstance(value, dict) else value
+        if not isinstance(value, kind) or not all(isinstance(item, content) for item in values):
+            raise InvalidDataError(f"{what} is {value!r:.80}")
+    if not {"name", "sha256"} <= set(manifest.source):
+        raise InvalidDataError(f"source is {manifest.source!r:.80}, without name or sha256")
+    if not isinstance(manifest.fingerprint, str):
+        raise InvalidDataError(f"fingerprint is {manifest.fingerprint!r:.40}")
 
 
 def check_index(samples: Samples, manifest: Manifest) -> None:
@@ -210,22 +214,15 @@ def _member_name(header: bytes) -> bytes:
 
 
 def _check_annotation(number: int, annotation: Any, image_id: int, category_ids: Container[int]) -> None:
-    """Raise unless an annotation has all that `usable_boxes` and COCO's AP need; one expression, because it is hot."""
-    try:
-        x, y, width, height = annotation["bbox"]
-        valid = (
-            math.isfinite(x + y + width + height)
-            and width >= 0
-            and height >= 0
-            and annotation["area"] >= 0
-            and annotation["image_id"] == image_id
-            and annotation["category_id"] in category_ids
-            and isinstance(annotation["id"], int)
-        )
-    except (TypeError, ValueError, KeyError, OverflowError):
-        valid = False
-    if not valid:
+    if not isinstance(annotation, dict):
         raise InvalidDataError(f"annotation {number} of its record is {annotation!r:.200}")
+    problems = annotation_problems(annotation)
+    if problems:
+        raise InvalidDataError(f"annotation {number} of its record: {problems[0]}")
+    if annotation["image_id"] != image_id or annotation["category_id"] not in category_ids:
+        raise InvalidDataError(
+            f"annotation {number} of its record has another image or category: {annotation!r:.200}"
+        )
 
 
 def _check_categories(categories: Sequence[Any]) -> None:

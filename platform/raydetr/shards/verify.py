@@ -16,7 +16,6 @@ from raydetr.shards.images import check_image
 from raydetr.shards.manifest import MANIFEST, Manifest, label_maps, make_label_map
 from raydetr.shards.reader import ShardError, Shards, load_header
 from raydetr.shards.tar_samples import TarSample, padded_end, tar_samples
-from raydetr.shards.third_party.shard import image_and_record
 from raydetr.shards.validation import InvalidDataError
 
 
@@ -145,8 +144,6 @@ def _check_members(path: Path, shards: Shards, task: CheckTask, found: ShardProb
                     f"at byte {shards.samples['offset'][index]} there, with other members"
                 )
                 return
-            if shards.manifest.third_party is None and len(sample.members) != 2:
-                found.add(f"sample {sample.key}: has {len(sample.members)} members instead of two")
             index += 1
     except InvalidDataError as error:
         found.add(str(error))
@@ -157,7 +154,7 @@ def _check_members(path: Path, shards: Shards, task: CheckTask, found: ShardProb
 
 def _place(sample: TarSample, shard: int) -> tuple[int, ...]:
     """Return the first fields that a sample's row in the index must have."""
-    members = [sample.members[extension] for extension in image_and_record(sample)]
+    members = [sample.members[extension] for extension in sorted(sample.members, key="json".__eq__)]
     begin = min(member.offset for member in members)
     length = max(padded_end(member) for member in members) - begin
     parts = [value for member in members for value in (member.offset_data - begin, member.size)]
@@ -167,5 +164,8 @@ def _place(sample: TarSample, shard: int) -> tuple[int, ...]:
 def _check_sample(shards: Shards, index: int, found: ShardProblems) -> None:
     raw = shards.read(index)
     row = shards.samples[index]
-    check_image("its image", raw.image, (int(row["width"]), int(row["height"])))
+    try:
+        check_image(raw.image, (int(row["width"]), int(row["height"])))
+    except ValueError as error:
+        raise ValueError(f"its image: {error}") from None
     found.annotation_ids += [annotation["id"] for annotation in raw.annotations]

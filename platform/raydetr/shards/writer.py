@@ -16,18 +16,18 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 from webdataset.writer import TarWriter
 
 from raydetr.process_pool import Advance, Progress, run_tasks
-from raydetr.shards.coco import MAX_REPORTED, CocoDataset, Problems, Record, Source, coco_source
-from raydetr.shards.images import read_checked
+from raydetr.shards.coco import ImageFile, Problems, Record, Source, coco_source, usable_boxes
+from raydetr.shards.images import ImageError, ImageHeader, check_image
 from raydetr.shards.manifest import (
     FORMAT_VERSION,
     INDEX,
@@ -43,6 +43,10 @@ from raydetr.shards.manifest import (
 from raydetr.store.output_folder import publish, resumable_folder, write_atomically
 
 NO_SAMPLES = np.empty(0, SAMPLE_DTYPE)
+SKIPPED = "skipped_images.txt"
+MAX_LISTED = 100  # each image has to be repaired by itself
+
+OnCorruptImage = Literal["raise", "skip"]
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,11 @@ class ShardTask:
     """The content of one shard to write."""
 
     number: int
-    images: Path  # folder of the image files
     folder: Path  # output folder
     records: list[Record]
     annotations: list[list[Record]]  # per image
+    files: list[ImageFile]
+    on_corrupt: OnCorruptImage
 
     @property
     def path(self) -> Path:
@@ -70,12 +75,13 @@ class ShardTask:
 class PackedShard:
     """A finished shard, or the problems of its input."""
 
-    file: ShardFile | None
+    file: ShardFile | None  # None: problems, or all of its images were skipped
     samples: Samples = field(default_factory=lambda: NO_SAMPLES)
     num_rotated: int = 0  # images with an EXIF orientation that rotates or flips them
+    num_usable: int = 0  # objects that training uses
+    skipped: list[str] = field(default_factory=list)  # corrupt images, with the reasons
+    problems: list[str] = field(default_factory=list)
     reused: bool = False  # it was finished by an earlier run
-    num_problems: int = 0
-    problems: list[str] = field(default_factory=list)  # the first ones
 
 
 def pack_shard(task: ShardTask, advance: Advance) -> PackedShard:
@@ -91,15 +97,16 @@ def pack_shard(task: ShardTask, advance: Advance) -> PackedShard:
         advance(len(texts))
         return finished
     temporary = task.path.with_name(f"{task.path.name}.{os.getpid()}.tmp")
-    problems, num_rotated = _write_tar(task, texts, temporary, advance)
-    if problems:
+    packed = _write_tar(task, texts, temporary, advance)
+    if packed.problems or len(packed.skipped) == len(texts):
         temporary.unlink()
-        return PackedShard(None, num_problems=len(problems), problems=problems[:MAX_REPORTED])
+        return packed
     temporary.rename(task.path)
-    shard = _shard_file(task)
-    state = {"input": digest, "num_rotated": num_rotated, "shard": dataclasses.asdict(shard)}
+    shard = _shard_file(task, len(texts) - len(packed.skipped))
+    counts = {"num_rotated": packed.num_rotated, "num_usable": packed.num_usable, "skipped": packed.skipped}
+    state = {"input": digest, "shard": dataclasses.asdict(shard), **counts}
     write_atomically(task.record_path, json.dumps(state).encode())
-    return PackedShard(shard, index_shard(task.path, task.number), num_rotated)
+    return dataclasses.replace(packed, file=shard, samples=index_shard(task.path, task.number))
 
 
 def index_shard(path: Path, number: int) -> Samples:
@@ -131,19 +138,20 @@ def _index_row(file: BinaryIO, number: int, pair: tuple[tarfile.TarInfo, tarfile
 
 
 def _sample_text(record: Record, annotations: list[Record]) -> bytes:
-    return json.dumps({"image": record, "annotations": annotations}, separators=(",", ":")).encode()
+    content = {"image": record, "annotations": annotations}
+    try:
+        return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+    except ValueError:
+        raise ValueError(
+            f"image id {record['id']}: a number in its records is too large: correct it"
+        ) from None
 
 
 def _input_digest(task: ShardTask, texts: list[bytes]) -> str:
     """Hash all that the shard's bytes depend on; image files by size and modification time."""
     digest = hashlib.sha256(f"{FORMAT_VERSION} {len(texts)}\n".encode())
-    for record, text in zip(task.records, texts, strict=True):
-        try:
-            state = (task.images / record["file_name"]).stat()
-            known = f"{state.st_size} {state.st_mtime_ns}"
-        except (OSError, ValueError):
-            known = "missing"  # reported by `read_checked`
-        digest.update(f"{len(text)} {known}\n".encode() + text)
+    for file, text in zip(task.files, texts, strict=True):
+        digest.update(f"{len(text)} {file.state()}\n".encode() + text)
     return digest.hexdigest()
 
 
@@ -154,37 +162,72 @@ def _finished_shard(task: ShardTask, digest: str) -> PackedShard | None:
         state = json.loads(task.record_path.read_bytes())
     except ValueError:
         return None  # corrupt
-    if state["input"] != digest or state["shard"] != dataclasses.asdict(_shard_file(task)):
+    if state["skipped"] and task.on_corrupt != "skip":
         return None
-    shard = ShardFile(**state["shard"])
-    return PackedShard(shard, index_shard(task.path, task.number), state["num_rotated"], reused=True)
+    found = dataclasses.asdict(_shard_file(task, len(task.records) - len(state["skipped"])))
+    if state["input"] != digest or state["shard"] != found:
+        return None
+    counts = {name: state[name] for name in ("num_rotated", "num_usable", "skipped")}
+    return PackedShard(ShardFile(**found), index_shard(task.path, task.number), reused=True, **counts)
 
 
-def _write_tar(task: ShardTask, texts: list[bytes], path: Path, advance: Advance) -> tuple[list[str], int]:
-    """Write the tar; return the problems of the images, and how many of them an EXIF orientation rotates."""
+def _write_tar(task: ShardTask, texts: list[bytes], path: Path, advance: Advance) -> PackedShard:
+    """Write the tar; return its counts, skipped images and problems."""
     problems: list[str] = []
-    num_rotated = 0
+    skipped: list[str] = []
+    num_rotated = num_usable = 0
     with path.open("wb") as file:
         with TarWriter(file, mtime=0, encoder=False) as writer:
-            for record, text in zip(task.records, texts, strict=True):
+            for image, record, objects, text in zip(
+                task.files, task.records, task.annotations, texts, strict=True
+            ):
+                advance(1)
                 try:
-                    content, extension, rotated = read_checked(task.images / record["file_name"], record)
+                    content, header = _read_image(image, record)
+                except ImageError as error:
+                    (skipped if task.on_corrupt == "skip" else problems).append(str(error))
+                    continue
                 except ValueError as error:
                     problems.append(str(error))
-                else:
-                    num_rotated += rotated
-                    if not problems:  # otherwise the shard is discarded anyway
-                        writer.write({"__key__": sample_key(record["id"]), extension: content, "json": text})
-                advance(1)
+                    continue
+                num_rotated += header.is_rotated
+                num_usable += len(usable_boxes(objects, record["width"], record["height"])[1])
+                if not problems:  # otherwise the shard is discarded anyway
+                    key = sample_key(record["id"])
+                    writer.write({"__key__": key, header.extension: content, "json": text})
         file.flush()
         os.fsync(file.fileno())
-    return problems, num_rotated
+    return PackedShard(
+        None, num_rotated=num_rotated, num_usable=num_usable, skipped=skipped, problems=problems
+    )
 
 
-def _shard_file(task: ShardTask) -> ShardFile:
+def _read_image(file: ImageFile, record: Record) -> tuple[bytes, ImageHeader]:
+    """Read an image and verify that it decodes to the size in its record.
+
+    Raises:
+        ImageError: it is missing, not an image or corrupt.
+        ValueError: it has another size.
+    """
+    where = f"{file} (image id {record['id']})"
+    try:
+        content = file.read()
+    except OSError as error:
+        raise ImageError(
+            f"{where}: cannot be read ({error.strerror}): add the file or remove the record"
+        ) from None
+    try:
+        return content, check_image(content, (record["width"], record["height"]))
+    except ImageError as error:
+        raise ImageError(f"{where}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _shard_file(task: ShardTask, num_samples: int) -> ShardFile:
     with task.path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-    return ShardFile(task.path.name, len(task.records), task.path.stat().st_size, digest.hexdigest())
+    return ShardFile(task.path.name, num_samples, task.path.stat().st_size, digest.hexdigest())
 
 
 def write_shards(
@@ -207,10 +250,9 @@ def write_shards(
         progress: called with (images written, total images).
 
     Raises:
-        ValueError: annotations or images are invalid (the first ten problems are listed), or `out` is not empty.
+        ValueError: annotations or images are invalid (the first problems are listed), or `out` is not empty.
         OSError: writing failed, for example because the disk is full; the next run resumes there.
     """
-    _check_arguments(samples_per_shard, workers)
     return write_source(
         coco_source(images, annotations),
         out,
@@ -225,113 +267,123 @@ def write_source(
     out: Path,
     *,
     samples_per_shard: int = 1000,
+    on_corrupt: OnCorruptImage = "raise",
     workers: int = 1,
     progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Manifest:
     """Write a data set as shards. Nothing appears in `out` before everything is written.
 
-    An interrupted run is resumed: its finished shards are reused if input and sha256 are unchanged.
+    A run that was interrupted, or that found corrupt images, is resumed: its finished shards are reused if input and
+    sha256 are unchanged.
 
     Args:
         source: what to write.
         out: output folder; missing, empty, or left by an interrupted run.
         samples_per_shard: images per tar file.
+        on_corrupt: "skip" omits images that are missing or corrupt, and lists them in `skipped_images.txt`.
         workers: number of processes; each writes complete shards.
         progress: called with (images written, total images).
         notify: called with a message about the shards of an interrupted run, if there are any.
 
     Raises:
-        ValueError: images are invalid (all are counted, the first ten are listed), or `out` is not empty.
+        ValueError: images are invalid (all are counted, the first hundred are listed), or `out` is not empty.
         OSError: writing failed, for example because the disk is full; the next run resumes there.
         RuntimeError: a worker process died; the next run resumes there.
     """
-    _check_arguments(samples_per_shard, workers)
-    with resumable_folder(out) as folder:
-        num_found = len(list(folder.glob("*.tar.json")))
-        packed = _pack(source, folder, samples_per_shard, workers, progress)
-        if num_found and notify:
-            notify(_describe_reuse(num_found, sum(shard.reused for shard in packed)))
-        manifest = _finish(source, folder, packed, samples_per_shard)
-    return manifest
-
-
-def _check_arguments(samples_per_shard: int, workers: int) -> None:
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard is {samples_per_shard}: it must be at least 1")
     if workers < 1:
         raise ValueError(f"workers is {workers}: it must be at least 1")
+    with resumable_folder(out) as folder:
+        num_found = len(list(folder.glob("*.tar.json")))
+        packed = _pack(_tasks(source, folder, samples_per_shard, on_corrupt), source, workers, progress)
+        if num_found and notify:
+            notify(_describe_reuse(num_found, sum(shard.reused for shard in packed)))
+        _raise_problems(packed, source, folder)
+        return _finish(source, folder, packed, samples_per_shard)
 
 
 def _pack(
-    source: Source, folder: Path, samples_per_shard: int, workers: int, progress: Progress | None
+    tasks: list[ShardTask], source: Source, workers: int, progress: Progress | None
 ) -> list[PackedShard]:
-    """Write all tar files.
-
-    Raises:
-        ValueError: images are invalid.
-    """
+    """Write all tar files."""
     total = len(source.dataset.images)
-    num_shards = -(-total // samples_per_shard)
-    problems = Problems(source.images, "invalid image")
-    tasks = _tasks(source, folder, samples_per_shard)
-    packed: list[PackedShard] = []
     advance = (lambda done: progress(done, total)) if progress else None
-    with closing(run_tasks(pack_shard, tasks, workers=min(workers, num_shards), progress=advance)) as results:
-        for shard in results:
-            packed.append(shard)
-            problems.add_many(shard.problems, shard.num_problems)
+    with closing(run_tasks(pack_shard, tasks, workers=min(workers, len(tasks)), progress=advance)) as results:
+        return list(results)
+
+
+def _tasks(
+    source: Source, folder: Path, samples_per_shard: int, on_corrupt: OnCorruptImage
+) -> list[ShardTask]:
+    tasks = []
+    for number, start in enumerate(range(0, len(source.files), samples_per_shard)):
+        part = slice(start, start + samples_per_shard)
+        records = source.dataset.images[part]
+        annotations = [source.dataset.annotations.get(record["id"], []) for record in records]
+        tasks.append(ShardTask(number, folder, records, annotations, source.files[part], on_corrupt))
+    return tasks
+
+
+def _raise_problems(packed: list[PackedShard], source: Source, folder: Path) -> None:
+    """Raise if images are invalid, or all were skipped; say what remains of the work."""
+    problems = Problems(source.name, "invalid image", limit=MAX_LISTED)
+    for shard in packed:
+        for problem in shard.problems:
+            problems.add(problem)
+    finished = sum(shard.file is not None for shard in packed)
+    if problems.count and finished:
+        problems.remedy = (
+            f"the other {finished} shards are finished and stay in {folder}: repair these files, or omit the corrupt "
+            "ones with --on-corrupt skip, and run the same command again"
+        )
     problems.raise_if_any()
-    return packed
-
-
-def _tasks(source: Source, folder: Path, samples_per_shard: int) -> Iterator[ShardTask]:
-    dataset = source.dataset
-    for number, start in enumerate(range(0, len(dataset.images), samples_per_shard)):
-        records = dataset.images[start : start + samples_per_shard]
-        annotations = [dataset.annotations.get(record["id"], []) for record in records]
-        yield ShardTask(number, source.images, folder, records, annotations)
+    if not finished:
+        raise ValueError(f"{source.name}: every image is corrupt, such as {packed[0].skipped[0]}")
 
 
 def _finish(source: Source, folder: Path, packed: list[PackedShard], samples_per_shard: int) -> Manifest:
-    samples = np.concatenate([shard.samples for shard in packed])
-    files = [shard.file for shard in packed if shard.file is not None]
-    num_rotated = sum(shard.num_rotated for shard in packed)
+    # Shards whose images were all skipped do not exist, so rows are numbered by the shards that do
+    written = [shard for shard in packed if shard.file is not None]
+    for number, shard in enumerate(written):
+        shard.samples["shard"] = number
+    samples = np.concatenate([shard.samples for shard in written])
+    files = [shard.file for shard in written if shard.file is not None]
+    skipped = [line for shard in packed for line in shard.skipped]
     np.savez(folder / INDEX, samples=samples)
-    manifest = _describe(source.dataset, source.name, samples, files, samples_per_shard, num_rotated)
+    num_rotated = sum(shard.num_rotated for shard in packed)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        fingerprint=data_fingerprint(samples, source.dataset.categories),
+        num_samples=len(samples),
+        num_annotations=int(samples["num_annotations"].sum()),
+        num_usable=sum(shard.num_usable for shard in packed),
+        samples_per_shard=samples_per_shard,
+        shards=files,
+        categories=source.dataset.categories,
+        label_maps=label_maps([category["id"] for category in source.dataset.categories]),
+        source={"name": source.name, "sha256": source.dataset.sha256},
+        header=source.dataset.header,
+        notices=source.dataset.notices + _image_notices(num_rotated, len(skipped)),
+    )
     manifest.save(folder)
-    publish(folder, [*(file.name for file in files), INDEX, MANIFEST])
+    if skipped:
+        (folder / SKIPPED).write_text("".join(f"{line}\n" for line in skipped))
+    publish(folder, [*(file.name for file in files), *([SKIPPED] if skipped else []), INDEX, MANIFEST])
     return manifest
 
 
-def _describe(
-    dataset: CocoDataset,
-    source: str,
-    samples: Samples,
-    files: list[ShardFile],
-    samples_per_shard: int,
-    num_rotated: int,
-) -> Manifest:
-    rotated = (
-        f"{num_rotated} images have an EXIF orientation, which is not applied: boxes refer to stored pixels"
+def _image_notices(num_rotated: int, num_skipped: int) -> list[str]:
+    lines = (
+        (num_rotated, "images have an EXIF orientation, which is not applied: boxes refer to stored pixels"),
+        (num_skipped, f"images are missing or corrupt and were skipped: {SKIPPED} lists them"),
     )
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        fingerprint=data_fingerprint(samples, dataset.categories),
-        num_samples=len(samples),
-        num_annotations=int(samples["num_annotations"].sum()),
-        samples_per_shard=samples_per_shard,
-        shards=files,
-        categories=dataset.categories,
-        label_maps=label_maps([category["id"] for category in dataset.categories]),
-        source={"name": source, "sha256": dataset.sha256},
-        header=dataset.header,
-        notices=dataset.notices + ([rotated] if num_rotated else []),
-    )
+    return [f"{count} {text}" for count, text in lines if count]
 
 
 def _describe_reuse(num_found: int, num_reused: int) -> str:
-    line = f"an earlier run was interrupted: {num_reused} of its finished shards were reused"
+    line = f"an earlier run did not finish: {num_reused} of its finished shards were reused"
     if num_reused < num_found:
         line += f", {num_found - num_reused} (corrupt, or with other input) were discarded"
     return line

@@ -52,9 +52,9 @@ def atomic_folder(out: Path, *, last: str) -> Iterator[Path]:
 def resumable_folder(out: Path) -> Iterator[Path]:
     """Yield a folder to write into that survives an interruption, for a writer that can resume from its content.
 
-    It is `.partial` inside `out`, as for `atomic_folder`. The block must end with `publish`. After a ValueError,
-    which means invalid input, it is removed. After anything else (Ctrl-C, a full disk, a killed process) it stays,
-    and the next run gets it with everything that was finished.
+    It is `.partial` inside `out`, as for `atomic_folder`. The block must end with `publish`. If it ends in any other
+    way (invalid input, Ctrl-C, a full disk, a killed process), the next run gets the folder with everything that was
+    finished. If nothing was, the folder is removed.
 
     Args:
         out: the folder to fill; missing, empty, or left by an interrupted run.
@@ -88,7 +88,8 @@ def _filled(out: Path, existed: bool) -> Iterator[Path]:
         yield partial
         shutil.rmtree(partial)
     except ValueError:
-        _remove(out, existed)
+        if [entry.name for entry in partial.iterdir()] == [LOCK]:
+            _remove(out, existed)
         raise
     except OSError as error:
         remedy = "free space or check permissions, then run again: it resumes where it stopped"

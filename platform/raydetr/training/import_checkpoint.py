@@ -6,7 +6,6 @@ COCO's 80 below or from an annotation file.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from detrs.checkpoints import from_official, official_names, read_official, reco
 from detrs.zoo import DetrConfig, ModelConfig
 from raydetr import recipes
 from raydetr.config import RunConfig, nearest, override, to_dict
+from raydetr.shards.coco import read_categories
 from raydetr.store.output_folder import atomic_folder
 from raydetr.training.checkpoint import write
 
@@ -156,7 +156,7 @@ def _meta_state(model: ModelConfig, num_classes: int) -> dict[str, Tensor]:
 
 def _categories(file: Path, num_classes: int, annotations: Path | None) -> tuple[list[dict[str, Any]], str]:
     """Return the categories, and the label map: how the model numbers them."""
-    categories = COCO_CATEGORIES if annotations is None else _read_categories(annotations)
+    categories = COCO_CATEGORIES if annotations is None else read_categories(annotations)
     if num_classes == max(category["id"] for category in categories) + 1:
         return categories, "category_id"
     if num_classes == len(categories):
@@ -167,17 +167,6 @@ def _categories(file: Path, num_classes: int, annotations: Path | None) -> tuple
         f"{max(category['id'] for category in categories)}: give the annotations it was trained on, as "
         "--annotations FILE"
     )
-
-
-def _read_categories(annotations: Path) -> list[dict[str, Any]]:
-    try:
-        categories = json.loads(annotations.read_text())["categories"]
-        return sorted(
-            ({"id": int(category["id"]), "name": str(category["name"])} for category in categories),
-            key=lambda category: int(category["id"]),
-        )
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{annotations}: no categories can be read from it ({error})") from None
 
 
 def _found(official: Mapping[str, Tensor]) -> str:

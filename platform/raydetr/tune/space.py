@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 from raydetr.config import ConfigError, RunConfig, nearest, override
+from raydetr.user_files import parse_yaml, read_text
 
 Kind = Literal["uniform", "loguniform", "randint", "choice"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -73,11 +72,11 @@ def read_space(path: Path, config: RunConfig) -> Space:
             section, is given twice or cannot be searched; a distribution is unknown or its values are not valid.
     """
     try:
-        text = path.read_text()
-        values = yaml.load(text, _StrictLoader)
+        text = read_text(path)
+        values = parse_yaml(text)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; --space takes a YAML file of paths to search") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     if not isinstance(values, dict) or not values:
         raise ConfigError(f"{path}: has no paths to search; write lines such as optim.lr: {_EXAMPLE}")
@@ -91,20 +90,6 @@ def read_space(path: Path, config: RunConfig) -> Space:
 
 
 _EXAMPLE = "{loguniform: [1e-4, 1e-2]}"
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML loader that refuses duplicate keys, of which YAML silently keeps the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value} is given twice: keep one", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def _read_distribution(path: str, value: Any) -> Distribution:

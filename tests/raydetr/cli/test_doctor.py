@@ -115,7 +115,7 @@ def test_a_warning_does_not_prevent_training(doctor, tmp_path: Path) -> None:
 
 def test_an_error_prevents_training_and_all_files_are_written(doctor, tmp_path: Path) -> None:
     bad = made.healthy(20, 2)
-    bad.samples[3].annotations[0]["bbox"][0] = float("nan")
+    bad.samples[3].annotations[0]["bbox"][0] = "9"
     made.write(bad, tmp_path / "bad")
     outcome = doctor("train", "bad", "--json", "doctor.json", "--html", "doctor.html")
     assert outcome.code == 1

@@ -36,15 +36,31 @@ def written(coco: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 
 WRONG: list[tuple[list[str], str]] = [
-    ([], "name one data set: --images with --annotations .COCO., --yolo with --split, or --voc"),
+    (
+        [],
+        "name one data set: --images with --annotations .COCO., --yolo with --split, --voc .*or --webdataset",
+    ),
     (["--images", "i"], "--images and --annotations need each other: give both"),
     (["--yolo", "y", "--voc", "v", "--split", "train"], "name one data set"),
     (["--images", "i", "--annotations", "a", "--yolo", "y"], "name one data set"),
-    (["--images", "i", "--annotations", "a", "--split", "train"], "--split has no effect with"),
+    (
+        ["--images", "i", "--annotations", "a", "--split", "train"],
+        "--split has no effect without --yolo or --voc: omit it",
+    ),
     (["--yolo", "y"], "which part of the data set.*--split train"),
-    (["--yolo", "y", "--split", "train", "--zero-based"], "--zero-based needs --voc"),
+    (
+        ["--yolo", "y", "--split", "train", "--zero-based"],
+        "--zero-based has no effect without --voc: omit it",
+    ),
     (["--yolo", "y", "--split", "train"], "y: cannot be read"),
     (["--voc", "v", "--split", "train"], "v: has no folder Annotations"),
+    (["--webdataset", "w.tar", "--split", "train"], "--split has no effect without"),
+    (["--webdataset", "w.tar"], "w.tar: there is no such file"),
+    (["--yolo", "y", "--split", "train", "--boxes", "xyxy"], "--boxes has no effect without --webdataset"),
+    (
+        ["--voc", "v", "--split", "train", "--categories", "c"],
+        "--categories has no effect without --webdataset",
+    ),
 ]
 
 
@@ -75,7 +91,6 @@ def test_check_passes_and_fails_with_the_exit_code(written: Path, tmp_path: Path
 REMOTE: list[list[str]] = [
     ["write", "--images", "i", "--annotations", "a", "--out"],
     ["check"],
-    ["index"],
     ["export-index", "--format", "dali"],
 ]
 
@@ -104,13 +119,11 @@ def test_info_as_text_and_json(coco: tuple[Path, Path], written: Path) -> None:
     assert any(line.split() == ["toothbrush", "90", str(counts[90])] for line in text.splitlines())
 
 
-def test_index_and_export(written: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "tars"
-    folder.mkdir()
-    for path in written.glob("*.tar"):
-        shutil.copy(path, folder)
-    assert "indexed" in run("index", folder, "--workers", 1).stdout
-    assert run("index", folder, "--workers", 1).exit_code == 1  # It has an index already
+def test_import_and_export(written: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    pattern = f"{written}/shard-{{00000..00003}}.tar"
+    result = run("write", "--webdataset", pattern, "--samples-per-shard", 8, "--out", folder)
+    assert f"wrote {folder}: 30 images, 4 shards, 3 classes, fingerprint" in result.stdout
     assert run("check", folder, "--workers", 1).exit_code == 0
     for kind, suffix in (("dali", ".idx"), ("energon", ".tar.idx")):
         result = run("export-index", folder, "--format", kind)

@@ -142,7 +142,10 @@ def test_a_configuration_file_names_the_augmentation_too(painted: Shards, tmp_pa
     [
         (["--out", "sheet.jpg"], r"sheet\.jpg: the sheet is a PNG file"),
         (["--out", "sheet.png", "data.train_transform.hue=0.1"], r"has no effect without --augment"),
-        (["--out", "sheet.png", "--augment", "quickstat"], r"no recipe 'quickstat' .*; did you mean quickstart"),
+        (
+            ["--out", "sheet.png", "--augment", "quickstat"],
+            r"no recipe 'quickstat' .*; did you mean quickstart",
+        ),
     ],
 )
 def test_mistakes_are_explained(painted: Shards, arguments: list[str], message: str) -> None:

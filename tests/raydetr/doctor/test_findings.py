@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -75,8 +74,8 @@ def _resized(split: Split, number: int, size: tuple[int, int]) -> None:
         annotation["bbox"] = [annotation["id"] % 5, 1, 25, 19]
 
 
-def nan_box(train: Split, val: Split) -> None:
-    train.samples[2].annotations[0]["bbox"][2] = math.nan
+def box_of_text(train: Split, val: Split) -> None:
+    train.samples[2].annotations[0]["bbox"][2] = "9"
 
 
 def negative_box(train: Split, val: Split) -> None:
@@ -309,7 +308,7 @@ def _recompressed(content: bytes) -> bytes:
 
 PLANTED = [
     (undecodable, "corrupt-samples", "error", 1, "cannot be decoded"),
-    (nan_box, "malformed-boxes", "error", 1, "image 1003 (1003.jpg): annotation 0 has the box ["),
+    (box_of_text, "malformed-boxes", "error", 1, "image 1003 (1003.jpg): annotation 0 has the box ["),
     (negative_box, "malformed-boxes", "error", 1, "val"),
     (short_box, "malformed-boxes", "error", 1, "bbox"),
     (no_box, "malformed-boxes", "error", 1, "bbox"),
@@ -450,7 +449,7 @@ def test_a_changed_byte_is_reported_with_shard_and_key(tmp_path: Path) -> None:
 def test_corrupt_samples_that_a_run_tolerates_are_a_warning(tmp_path: Path) -> None:
     train, val = healthy()
     undecodable(train, val)
-    nan_box(train, val)
+    box_of_text(train, val)
     locations = [str(made.write(train, tmp_path / "train")), str(made.write(val, tmp_path / "val"))]
     codes = {"corrupt-samples", "malformed-boxes"}
     for max_corrupt, level in ((0, "error"), (1, "error"), (2, "warning"), (None, "warning")):

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import planted_shards as made
 from raydetr.doctor.scan import CHUNK, scan
 from raydetr.shards.reader import Shards, open_shards
-from raydetr.shards.third_party.index import index_folder
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +57,3 @@ def test_samples_beyond_the_end_of_a_truncated_shard_are_corrupt(tmp_path: Path)
     result = scan(shards, num_processes=1)
     assert sorted(result.corrupt) == [6, 7, 8, 9]
     assert "the shard ends after 0 of its" in result.corrupt[6]
-
-
-def test_third_party_shards_are_read_beyond_the_first_chunk(tmp_path: Path) -> None:
-    image = io.BytesIO()
-    Image.new("RGB", (40, 30)).save(image, "JPEG")
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for number in range(CHUNK + 5):
-            record = {"objects": [{"bbox": [1, 2, 3 + number % 7, 4], "category": "disc"}]}
-            for extension, content in (("jpg", image.getvalue()), ("json", json.dumps(record).encode())):
-                member = tarfile.TarInfo(f"image-{number}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    index_folder(tmp_path)
-    result = scan(open_shards(tmp_path), num_processes=1)
-    assert result.corrupt == {}
-    assert result.objects["box"][:, 2].tolist() == [3 + number % 7 for number in range(CHUNK + 5)]

@@ -108,7 +108,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     (
         "version",
         lambda f: edit_manifest(f, format_version=9),
-        "format_version is 9, this program reads 1 and 2",
+        "format_version is 9, this program reads 3",
     ),
     (
         "no shard",

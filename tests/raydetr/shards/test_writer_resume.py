@@ -19,6 +19,7 @@ import pytest
 from made_coco import folder_bytes, write_json
 from raydetr.shards.coco import coco_source
 from raydetr.shards.reader import Shards, open_shards
+from raydetr.shards.verify import check_shards
 from raydetr.shards.writer import write_shards, write_source
 from raydetr.store.output_folder import publish, resumable_folder
 
@@ -82,7 +83,7 @@ def test_interrupted_writer_leaves_nothing_that_looks_complete_and_is_resumed(
     kept = {path: path.stat().st_ino for path in (out / ".partial").glob("*.tar")}
     assert kept
     messages = write_again(coco, out)
-    assert messages == [f"an earlier run was interrupted: {len(kept)} of its finished shards were reused"]
+    assert messages == [f"an earlier run did not finish: {len(kept)} of its finished shards were reused"]
     assert all((out / path.name).stat().st_ino == inode for path, inode in kept.items())
     assert folder_bytes(out) == folder_bytes(shards.path)
 
@@ -119,6 +120,69 @@ def interrupted_run(coco: tuple[Path, Path], tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+@pytest.mark.parametrize("repair", ["restore", "skip"])
+def test_corrupt_images_cost_only_their_shards(
+    coco: tuple[Path, Path], shards: Shards, tmp_path: Path, repair: str
+) -> None:
+    """All corrupt images are listed, finished shards stay, and the run goes on after the repair."""
+    images = tmp_path / "images"
+    shutil.copytree(coco[0], images)
+    names = [record["file_name"] for record in json.loads(coco[1].read_text())["images"]]
+    bad = [names[16], names[17], names[50]]
+    for name in bad:
+        (images / name).write_bytes((coco[0] / name).read_bytes()[:-60])
+    source, out = coco_source(images, coco[1]), tmp_path / "out"
+    with pytest.raises(ValueError, match=r"3 invalid images\n") as caught:
+        write_source(source, out, samples_per_shard=15)
+    lines = str(caught.value).splitlines()
+    assert [line.partition(" (image id")[0].strip() for line in lines[1:-1]] == [
+        f"{images}/{name}" for name in bad
+    ]
+    assert "the other 2 shards are finished and stay in" in lines[-1]
+    assert "--on-corrupt skip" in lines[-1]
+    kept = {path: path.stat().st_ino for path in (out / ".partial").glob("*.tar")}
+    assert len(kept) == 2
+    messages: list[str] = []
+    if repair == "restore":
+        for name in bad:
+            shutil.copy2(coco[0] / name, images / name)
+        write_source(source, out, samples_per_shard=15, notify=messages.append)
+        assert folder_bytes(out) == folder_bytes(shards.path)
+    else:
+        manifest = write_source(source, out, samples_per_shard=15, on_corrupt="skip", notify=messages.append)
+        assert [shard.num_samples for shard in manifest.shards] == [15, 13, 15, 7]
+        assert (
+            "3 images are missing or corrupt and were skipped: skipped_images.txt lists them"
+            in manifest.notices
+        )
+        listed = (out / "skipped_images.txt").read_text().splitlines()
+        assert [line.partition(" (image id")[0] for line in listed] == [f"{images}/{name}" for name in bad]
+        assert all("cannot be decoded" in line for line in listed)
+        left = [name for name in names if name not in bad]
+        assert [image["file_name"] for image in open_shards(out).coco()["images"]] == left
+        check_shards(out)
+    assert messages == ["an earlier run did not finish: 2 of its finished shards were reused"]
+    assert all((out / path.name).stat().st_ino == inode for path, inode in kept.items())
+
+
+def test_shards_without_any_valid_image_are_omitted(coco: tuple[Path, Path], tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(coco[0], images)
+    names = [record["file_name"] for record in json.loads(coco[1].read_text())["images"]]
+    for name in names[15:30]:
+        (images / name).unlink()
+    source = coco_source(images, coco[1])
+    write_source(source, tmp_path / "out", samples_per_shard=15, on_corrupt="skip")
+    shards = open_shards(tmp_path / "out")
+    assert [image["file_name"] for image in shards.coco()["images"]] == names[:15] + names[30:]
+    check_shards(tmp_path / "out")
+    for name in names:
+        (images / name).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"every image is corrupt, such as .*cannot be read"):
+        write_source(source, tmp_path / "none", samples_per_shard=15, on_corrupt="skip")
+    assert not (tmp_path / "none").exists()
+
+
 def test_shards_of_other_annotations_are_discarded(
     coco: tuple[Path, Path], shards: Shards, tmp_path: Path
 ) -> None:
@@ -126,7 +190,7 @@ def test_shards_of_other_annotations_are_discarded(
     data["images"][2]["note"] = "another record"
     out = interrupted_run((coco[0], write_json(tmp_path / "other.json", data)), tmp_path)
     assert write_again(coco, out) == [
-        "an earlier run was interrupted: 1 of its finished shards were reused, "
+        "an earlier run did not finish: 1 of its finished shards were reused, "
         "1 (corrupt, or with other input) were discarded"
     ]
     assert folder_bytes(out) == folder_bytes(shards.path)
@@ -188,7 +252,7 @@ def test_stop_while_renaming_into_place(
             write_shards(*coco, out, samples_per_shard=15)
     with pytest.raises(ValueError, match="did not finish: run that command again"):
         open_shards(out)
-    assert write_again(coco, out) == ["an earlier run was interrupted: 4 of its finished shards were reused"]
+    assert write_again(coco, out) == ["an earlier run did not finish: 4 of its finished shards were reused"]
     assert folder_bytes(out) == folder_bytes(shards.path)
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from raydetr.shards.coco import Problems, Record, Source, check_records
+from raydetr.shards.coco import Problems, Record, Source, check_records, files_in
+from raydetr.user_files import read_file, read_text
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -46,11 +47,7 @@ def voc_source(folder: Path, split: str, *, zero_based: bool = False) -> Source:
     names = _read_split(folder, split, problems)
     problems.raise_if_any()
     trees = _read_annotations(folder / "Annotations", problems)
-    files = {
-        path.stem: path.name
-        for path in sorted((folder / "JPEGImages").iterdir())
-        if path.suffix.lower() in SUFFIXES
-    }
+    files = _image_files(folder / "JPEGImages")
     categories = _categories(trees)
     numbers = {category["name"]: category["id"] for category in categories}
     images: list[Record] = []
@@ -65,7 +62,8 @@ def voc_source(folder: Path, split: str, *, zero_based: bool = False) -> Source:
             continue  # already reported: not valid XML
         digest.update(f"{name}\n".encode() + path.read_bytes())
         try:
-            images.append({"id": image_id, "file_name": files[name], **_size(trees[name])})
+            file_name = _choose(files[name], trees[name])
+            images.append({"id": image_id, "file_name": file_name, **_size(trees[name])})
             for element in trees[name].findall("object"):
                 record = _annotation(element, numbers, zero_based=zero_based)
                 annotations.append({"id": len(annotations) + 1, "image_id": image_id, **record})
@@ -79,7 +77,27 @@ def voc_source(folder: Path, split: str, *, zero_based: bool = False) -> Source:
         dataset.notices.append(
             f"{num_difficult} crowd annotations are objects that Pascal VOC marks as difficult"
         )
-    return Source(dataset, folder / "JPEGImages", f"{folder.name} [{split}]")
+    ambiguous = [name for name in names if len(files[name]) > 1]
+    if ambiguous:
+        dataset.notices.append(
+            f"{len(ambiguous)} names belong to several images ({', '.join(files[ambiguous[0]])}): the one that "
+            "<filename> of the annotation names is used, else the first"
+        )
+    return Source(dataset, files_in(folder / "JPEGImages", dataset.images), f"{folder.name} [{split}]")
+
+
+def _image_files(folder: Path) -> dict[str, list[str]]:
+    """Return the image files by name without suffix."""
+    files: dict[str, list[str]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in SUFFIXES:
+            files.setdefault(path.stem, []).append(path.name)
+    return files
+
+
+def _choose(candidates: list[str], tree: ElementTree.Element) -> str:
+    named = tree.findtext("filename", "").strip()
+    return named if named in candidates else candidates[0]
 
 
 def _read_split(folder: Path, split: str, problems: Problems) -> list[str]:
@@ -93,7 +111,11 @@ def _read_split(folder: Path, split: str, problems: Problems) -> list[str]:
         known = sorted(file.stem for file in path.parent.glob("*.txt"))
         raise ValueError(f"{path}: there is no such split; there are {', '.join(known[:10]) or 'none'}")
     names = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = read_text(path).splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as a list of names ({error})") from None
+    for number, line in enumerate(lines, 1):
         words = line.split()
         if len(words) > 1:
             problems.add(
@@ -111,8 +133,13 @@ def _read_annotations(folder: Path, problems: Problems) -> dict[str, ElementTree
     trees = {}
     for path in sorted(folder.glob("*.xml")):
         try:
-            trees[path.stem] = ElementTree.parse(path).getroot()
-        except (ElementTree.ParseError, OSError, ValueError) as error:
+            trees[path.stem] = ElementTree.fromstring(read_file(path))
+        except (
+            ElementTree.ParseError,
+            OSError,
+            ValueError,
+            LookupError,
+        ) as error:  # LookupError: of an encoding
             problems.add(f"{path}: is not XML ({error}): replace or remove the file")
     return trees
 

@@ -13,33 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from PIL import Image
-
-from raydetr.shards.coco import Problems, Record, Source, check_records
-from raydetr.shards.images import EXIF_ORIENTATION, FORMATS, UNREADABLE
-
-
-def read_size(path: Path) -> tuple[int, int]:
-    """Read width and height in pixels from the header of a JPEG or PNG file, to scale its labels.
-
-    Raises:
-        ValueError: it cannot be read, or has an EXIF orientation: the labels then refer to the rotated image, because
-            labeling tools show it rotated.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-            size = image.size
-    except UNREADABLE as error:
-        raise ValueError(f"{path}: is not a JPEG or PNG image ({error}): convert or replace it") from None
-    if orientation not in (0, 1):
-        raise ValueError(
-            f"{path}: has the EXIF orientation {orientation}, and its labels refer to the rotated image: "
-            "store the rotated pixels (ImageOps.exif_transpose)"
-        )
-    return size
-
+from raydetr.shards.coco import ImageFile, Problems, Record, Source, check_records
+from raydetr.shards.images import ImageError, read_header
+from raydetr.user_files import open_file, parse_yaml, read_file, read_text
 
 BOX_NUMBERS = 5
 MIN_POLYGON_NUMBERS = 7  # the class and three points
@@ -83,6 +59,11 @@ class Labels:
 
 
 def _parse_line(words: list[str], num_classes: int) -> tuple[int, list[float]]:
+    if len(words) == MIN_POLYGON_NUMBERS:
+        raise ValueError(
+            "holds 7 numbers, a triangle or a box with its confidence and track: keep the first 5 of a box, repeat "
+            "the last point of a triangle"
+        )
     if len(words) != BOX_NUMBERS and (len(words) < MIN_POLYGON_NUMBERS or len(words) % 2 == 0):
         raise ValueError(
             f"holds {len(words)} numbers: there must be 5 (class cx cy w h), or the class and three or more points"
@@ -155,8 +136,9 @@ def yolo_source(path: Path, split: str) -> Source:
     files = _image_files(layout, problems)
     problems.raise_if_any()
     labels = Labels(problems, len(layout.names))
-    digest = hashlib.sha256(path.read_bytes())
+    digest = hashlib.sha256(read_file(path))
     images: list[Record] = []
+    paths: list[Path] = []
     label_files: set[Path] = set()
     for image_id, file in enumerate(files, 1):
         name = os.path.relpath(file, layout.root)
@@ -164,10 +146,11 @@ def yolo_source(path: Path, split: str) -> Source:
         text = _read_labels(label_file, problems)
         digest.update(f"{name}\n{text}\n".encode())
         try:
-            width, height = read_size(file)
+            width, height = _read_size(file)
         except ValueError as error:
-            problems.add(str(error))
+            problems.add(f"{file}: {error}")
             continue
+        paths.append(file)
         images.append({"id": image_id, "file_name": name, "width": width, "height": height})
         if text is not None:
             label_files.add(label_file)
@@ -182,15 +165,35 @@ def yolo_source(path: Path, split: str) -> Source:
     data = {"images": images, "annotations": labels.annotations, "categories": categories}
     dataset = check_records(data, path, digest.hexdigest())
     dataset.notices.extend(_notices(labels, label_files))
-    return Source(dataset, layout.root, f"{path.name} [{split}]")
+    return Source(dataset, [ImageFile(file) for file in paths], f"{path.name} [{split}]")
+
+
+def _read_size(path: Path) -> tuple[int, int]:
+    """Read width and height in pixels from the header of an image, to scale its labels.
+
+    Raises:
+        ValueError: it cannot be read, or has an EXIF orientation: the labels then refer to the rotated image, because
+            labeling tools show it rotated.
+    """
+    try:
+        with open_file(path) as file:
+            header = read_header(file)
+    except OSError as error:
+        raise ImageError(f"cannot be read ({error.strerror})") from None
+    if header.is_rotated:
+        raise ValueError(
+            f"has the EXIF orientation {header.orientation}, and its labels refer to the rotated image: "
+            "store the rotated pixels (ImageOps.exif_transpose)"
+        )
+    return header.size
 
 
 def _read_layout(path: Path, split: str) -> _Layout:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = parse_yaml(read_text(path))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}): name a YOLO data.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: is not YAML ({error}): name a YOLO data.yaml") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds no settings: name a YOLO data.yaml")
@@ -262,7 +265,12 @@ def _is_image(file: Path) -> bool:
 def _listed_files(listing: Path, root: Path, problems: Problems) -> set[Path]:
     """Return the images in a text file; its paths are relative to its own folder, or to the data set's."""
     found = set()
-    for number, line in enumerate(listing.read_text().splitlines(), 1):
+    try:
+        lines = read_text(listing).splitlines()
+    except (OSError, ValueError) as error:
+        problems.add(f"{listing}: cannot be read as a list of images ({error})")
+        return set()
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         candidates = [listing.parent / line.strip(), root / line.strip()]
@@ -287,8 +295,8 @@ def _read_labels(file: Path, problems: Problems) -> str | None:
     if not file.exists():
         return None  # an image without objects
     try:
-        return file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(file)
+    except (OSError, ValueError) as error:
         problems.add(f"{file}: cannot be read as text ({error}): replace the file")
         return None
 

@@ -34,7 +34,7 @@ def write_data(
 
 def test_boxes_and_polygons_equal_hand_computed_numbers(tmp_path: Path) -> None:
     box = "2 0.5 0.5 0.25 0.5\n\n0 0.1 0.2 0.2 0.4\n"
-    polygon = "1 0.1 0.1 0.5 0.1 0.5 0.6\n"
+    polygon = "1 0.1 0.1 0.5 0.1 0.5 0.6 0.5 0.6\n"
     path = write_data(tmp_path, {"b": polygon, "a": box, "c": None, "d": ""})
     source = yolo_source(path, "train")
     size = {"width": 200, "height": 100}
@@ -55,7 +55,7 @@ def test_boxes_and_polygons_equal_hand_computed_numbers(tmp_path: Path) -> None:
     (third,) = source.dataset.annotations[2]
     assert third["bbox"] == pytest.approx([20, 10, 80, 50])
     assert third["area"] == pytest.approx(80 * 50 / 2)
-    assert third["segmentation"] == [pytest.approx([20, 10, 100, 10, 100, 60])]
+    assert third["segmentation"] == [pytest.approx([20, 10, 100, 10, 100, 60, 100, 60])]
     assert source.dataset.categories == [
         {"id": 0, "name": "cat"},
         {"id": 1, "name": "dog"},
@@ -133,6 +133,7 @@ def test_images_can_be_named_by_folders_and_lists(tmp_path: Path) -> None:
 INVALID_LABELS = [
     ("0 0.5 0.5 0.2", r"a.txt, line 1: holds 4 numbers: there must be 5 \(class cx cy w h\), or the class"),
     ("0 0.5 0.5 0.2 0.2 0.9", "line 1: holds 6 numbers"),
+    ("0 0.5 0.5 0.2 0.2 0.9 1", "line 1: holds 7 numbers, a triangle or a box with its confidence and track"),
     ("0 .5 .5 .2 .2\n3 .5 .5 .2 .2", "line 2: the class is 3: it must be a whole number from 0 to 2"),
     ("0.5 .5 .5 .2 .2", "the class is 0.5: it must be a whole number"),
     ("0 120 40 30 20", "120 is not between 0 and 1: positions and sizes are normalized"),
@@ -194,7 +195,7 @@ def test_other_problems(tmp_path: Path) -> None:
 
 
 def test_unusual_label_files_give_notices(tmp_path: Path) -> None:
-    path = write_data(tmp_path, {"a": "0 .5 .5 .2 .2\n1 .1 .1 .2 .1 .2 .3", "b": "0 .5 .5 .2 .2"})
+    path = write_data(tmp_path, {"a": "0 .5 .5 .2 .2\n1 .1 .1 .2 .1 .2 .3 .1 .1", "b": "0 .5 .5 .2 .2"})
     (tmp_path / "labels/train/gone.txt").write_text("0 .5 .5 .2 .2")
     notices = yolo_source(path, "train").dataset.notices
     assert notices[0] == "1 label files hold boxes and polygons: lines of 5 numbers are read as boxes"

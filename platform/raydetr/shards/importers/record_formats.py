@@ -1,18 +1,19 @@
-"""Convert the JSON members of third-party shards to COCO's records; three formats are supported.
+"""Read the JSON records of other programs as COCO's objects; three formats are known.
 
-`coco`: {"image": {...}, "annotations": [...]}, as in the shards of `write_shards`. `objects`: a list of objects, each
-with its box and label, under "annotations" or "objects". `arrays`: one list of boxes and one of labels, in the record
-or under "objects".
+`coco`: {"image": {...}, "annotations": [...]}, as in our own shards. `objects`: a list of objects, each with its box
+and label, under "annotations" or "objects". `arrays`: one list of boxes and one of labels, in the record or under
+"objects".
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from raydetr.shards.manifest import BoxFormat, RecordFormat
+from raydetr.shards.coco import Record, is_coordinate
 from raydetr.shards.validation import InvalidDataError
+
+BoxFormat = Literal["xywh", "xyxy"]  # x, y, width, height, or both corners, in pixels
 
 LISTS = ("annotations", "objects")
 BOXES = ("bbox", "boxes", "bboxes")
@@ -22,8 +23,16 @@ LABELS = (
 )  # fmt: skip
 OPTIONAL_ARRAYS = ("iscrowd", "area")  # lists next to those of boxes and labels
 
-Record = dict[str, Any]
-CategoryOf = Callable[[int | str], int]
+
+@dataclass(frozen=True)
+class RecordFormat:
+    """How the records describe objects."""
+
+    kind: Literal["coco", "objects", "arrays"]
+    objects: str  # field of the record with the objects; empty: the record itself
+    boxes: str  # field with the box of an object, or with all boxes
+    labels: str  # field with the category (id or name) of an object, or with those of all boxes
+    box_format: BoxFormat
 
 
 def find_format(content: Any, box_format: BoxFormat | None) -> RecordFormat | None:
@@ -52,13 +61,13 @@ def find_format(content: Any, box_format: BoxFormat | None) -> RecordFormat | No
             raise InvalidDataError(f"{name}[0] is {first!r:.60}, not an object with a box and a label")
         boxes, labels = _fields(first, f"{name}[0]")
         # A list of objects with `bbox` is COCO's convention, where it is x, y, width, height.
-        return RecordFormat(kind, name, boxes, labels, _box_format(box_format, boxes, default="xywh"), False)
+        return RecordFormat(kind, name, boxes, labels, _box_format(box_format, boxes, default="xywh"))
     name = "objects" if isinstance(content.get("objects"), dict) else ""
     arrays = content[name] if name else content
     boxes, labels = _fields(arrays, name or "the record")
     if not arrays[boxes]:
         return None
-    return RecordFormat("arrays", name, boxes, labels, _box_format(box_format, boxes, default=None), False)
+    return RecordFormat("arrays", name, boxes, labels, _box_format(box_format, boxes, default=None))
 
 
 def unpack(content: Any, record_format: RecordFormat) -> tuple[Record, list[Record]]:
@@ -89,41 +98,6 @@ def unpack(content: Any, record_format: RecordFormat) -> tuple[Record, list[Reco
     if not isinstance(objects, list):
         raise InvalidDataError(f"{record_format.objects} is {objects!r:.60}, not a list")
     return image, [_object(number, item, record_format) for number, item in enumerate(objects)]
-
-
-def convert(
-    content: Any,
-    record_format: RecordFormat,
-    *,
-    key: str,
-    image_id: int,
-    size: tuple[int, int],
-    first_id: int,
-    category_of: CategoryOf,
-) -> tuple[Record, list[Record]]:
-    """Return COCO's records of an image and its annotations.
-
-    Args:
-        content: the parsed JSON.
-        record_format: its format.
-        key: key of the sample.
-        image_id: image id in the index.
-        size: width and height in pixels.
-        first_id: id of the first annotation; the others follow. Ignored if `record_format.own_ids`.
-        category_of: returns the category id of a label.
-
-    Raises:
-        InvalidDataError: the record does not follow the format.
-    """
-    image, objects = unpack(content, record_format)
-    record = {"file_name": key, **image, "id": image_id, "width": size[0], "height": size[1]}
-    annotations = []
-    for number, item in enumerate(objects):
-        box, label = item["bbox"], item.pop("label")
-        new_id = {"id": first_id + number} if not record_format.own_ids else {}
-        references = {"image_id": image_id, "category_id": category_of(label)}
-        annotations.append({"area": box[2] * box[3], "iscrowd": 0, **item, **references, **new_id})
-    return record, annotations
 
 
 def _fields(holder: Record, where: str) -> tuple[str, str]:
@@ -179,9 +153,9 @@ def _object(number: int, item: Any, record_format: RecordFormat) -> Record:
 
 
 def _xywh(number: int, value: Any, record_format: RecordFormat) -> list[float]:
-    if not isinstance(value, list) or len(value) != 4 or not all(map(_is_number, value)):
+    if not isinstance(value, list) or len(value) != 4 or not all(map(is_coordinate, value)):
         raise InvalidDataError(
-            f"object {number}: {record_format.boxes} is {value!r:.60}, not four finite numbers"
+            f"object {number}: {record_format.boxes} is {value!r:.60}, not four numbers of pixels"
         )
     box: list[float] = value
     if record_format.box_format == "xyxy":
@@ -191,10 +165,6 @@ def _xywh(number: int, value: Any, record_format: RecordFormat) -> list[float]:
             f"object {number}: {record_format.boxes}, read as {record_format.box_format}, has a negative size: {box}"
         )
     return box
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _names(record: Record) -> str:

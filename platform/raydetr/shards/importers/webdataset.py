@@ -1,0 +1,270 @@
+"""Import WebDataset shards of other programs: tars of images with a JSON record each, grouped as webdataset does."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import braceexpand
+
+from raydetr.process_pool import Progress
+from raydetr.shards.coco import (
+    ImageFile,
+    Problems,
+    Record,
+    Source,
+    annotation_problems,
+    check_records,
+    read_categories,
+)
+from raydetr.shards.images import ImageError, read_header
+from raydetr.shards.importers.record_formats import BoxFormat, RecordFormat, find_format, unpack
+from raydetr.shards.tar_samples import TarSample, tar_samples
+from raydetr.shards.validation import InvalidDataError
+from raydetr.user_files import parse_json
+
+IMAGES = ("jpg", "jpeg", "png")
+
+
+@dataclass
+class _Found:
+    """Everything in the tars, before ids are assigned."""
+
+    problems: Problems
+    images: list[Record] = field(default_factory=list)
+    files: list[ImageFile] = field(default_factory=list)
+    objects: list[list[Record]] = field(
+        default_factory=list
+    )  # per image: `bbox` (xywh), `label` and other fields
+    ignored: Counter[str] = field(default_factory=Counter)  # extensions of other members
+    num_without_area: int = 0
+
+    @property
+    def labels(self) -> Counter[int | str]:
+        """Number of objects per label."""
+        return Counter(item["label"] for items in self.objects for item in items)
+
+
+def webdataset_source(
+    pattern: str,
+    *,
+    categories: Path | None = None,
+    box_format: BoxFormat | None = None,
+    progress: Progress | None = None,
+) -> Source:
+    """Read the records of all samples in tars; the images are read when they are written.
+
+    Args:
+        pattern: a folder of tars, or paths with braces and wildcards, such as `shard-{000..009}.tar`.
+        categories: a JSON file that names them: a COCO file, a list of {"id", "name"}, or a list of names, numbered
+            from 0. None: the labels that occur, names in alphabetical order from 1.
+        box_format: format of the boxes, unless the records are COCO's.
+        progress: called with (bytes read, total bytes).
+
+    Raises:
+        ValueError: there are no tars, or they are invalid; the first problems are listed with shard and sample.
+    """
+    paths = _expand(pattern)
+    known = None if categories is None else read_categories(categories)
+    record_format = _first_format(paths, box_format)
+    digest = hashlib.sha256()
+    found = _Found(Problems(pattern, "problem"))
+    total, done = sum(path.stat().st_size for path in paths), 0
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                for sample in _whole_samples(path):
+                    _add_sample(found, path, file, sample, record_format, digest)
+                    if progress:
+                        progress(done + sample.end, total)
+        except (OSError, InvalidDataError) as error:
+            found.problems.add(f"{path}: {error}")
+        done += path.stat().st_size
+    chosen = categories_of(found.labels, known, found.problems)
+    found.problems.raise_if_any()
+    return _make_source(found, chosen, pattern, digest.hexdigest(), named=known is not None)
+
+
+def categories_of(found: Counter[int | str], known: list[Record] | None, problems: Problems) -> list[Record]:
+    """Return the category records, sorted by id, to which the labels refer by id or name.
+
+    Args:
+        found: number of objects per label.
+        known: the categories of a file; None: number the labels that occur, in alphabetical order from 1.
+        problems: collects the labels without a category.
+    """
+    if known is not None:
+        usable = {value for record in known for value in (record["id"], record["name"])}
+        for label in sorted(set(found) - usable, key=str):
+            problems.add(
+                f"the label {label!r:.60} ({found[label]} objects) is not in the file of categories: add it"
+            )
+        return known
+    names = sorted(label for label in found if isinstance(label, str))
+    ids = sorted(label for label in found if isinstance(label, int))
+    if names and ids:
+        problems.add(
+            f"labels are numbers ({ids[0]}, ...) and names ({names[0]!r}, ...): list all categories with --categories"
+        )
+    if ids and ids[0] < 0:
+        problems.add(f"the label {ids[0]} is negative: number the categories from 0 or 1")
+    return [{"id": number, "name": name} for number, name in enumerate(names, 1)] or [
+        {"id": number, "name": str(number)} for number in ids
+    ]
+
+
+def _expand(pattern: str) -> list[Path]:
+    if Path(pattern).is_dir():
+        paths = sorted(Path(pattern).glob("*.tar"))
+        packed = [path.name for kind in ("*.tar.*", "*.tgz") for path in sorted(Path(pattern).glob(kind))]
+        if not paths:
+            hint = f" ({packed[0]}: unpack it to a plain tar)" if packed else ""
+            raise ValueError(f"{pattern}: holds no *.tar{hint}")
+        return paths
+    paths = []
+    for name in braceexpand.braceexpand(pattern):
+        folder = Path(name).parent
+        matching = sorted(folder.glob(Path(name).name)) if "*" in name or "?" in name else [Path(name)]
+        if not matching or not all(path.is_file() for path in matching):
+            raise ValueError(f"{name}: there is no such file")
+        paths += matching
+    return paths
+
+
+def _first_format(paths: list[Path], box_format: BoxFormat | None) -> RecordFormat:
+    """Return the format of the first record that has objects."""
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                for sample in tar_samples(path):
+                    _members(sample)
+                    record_format = find_format(_read_record(file, sample), box_format)
+                    if record_format is not None:
+                        return record_format
+        except (OSError, InvalidDataError) as error:
+            raise ValueError(
+                f"{path}: the first records cannot be read as boxes and labels: {error}"
+            ) from None
+    raise ValueError(f"{paths[0]}: no record has any object, so there is nothing to train on")
+
+
+def _whole_samples(path: Path) -> Iterator[TarSample]:
+    """Yield the samples of a tar.
+
+    Raises:
+        InvalidDataError: there are none, or the members of one are not consecutive.
+    """
+    seen = set[str]()
+    for sample in tar_samples(path):
+        if sample.key in seen:
+            raise InvalidDataError(
+                f"sample {sample.key}: its members are not consecutive: sort them, for example with tar --sort=name"
+            )
+        seen.add(sample.key)
+        yield sample
+    if not seen:
+        raise InvalidDataError("holds no samples")
+
+
+def _add_sample(
+    found: _Found, path: Path, file: BinaryIO, sample: TarSample, record_format: RecordFormat, digest: Any
+) -> None:
+    try:
+        image = sample.members[_members(sample)]
+        fields, objects = unpack(_read_record(file, sample), record_format)
+        place = ImageFile(path, image.offset_data, image.size, sample.key)
+        size = _stated_size(fields) or read_header(io.BytesIO(place.read())).size
+    except (InvalidDataError, ImageError) as error:
+        found.problems.add(f"{path}: sample {sample.key}: {error}")
+        return
+    digest.update(f"{sample.key} {image.size}\n".encode())
+    found.images.append({"file_name": sample.key, **fields, "width": size[0], "height": size[1]})
+    found.files.append(place)
+    found.objects.append(objects)
+    found.ignored.update(set(sample.members) - {"json", _members(sample)})
+    for number, item in enumerate(objects):
+        found.num_without_area += "area" not in item
+        box = item["bbox"]
+        record = {"area": box[2] * box[3], "iscrowd": 0, **item, "id": 1, "image_id": 1, "category_id": 1}
+        for problem in annotation_problems(record):
+            found.problems.add(f"{path}: sample {sample.key}: object {number}: {problem}")
+
+
+def _members(sample: TarSample) -> str:
+    """Return the extension of a sample's image.
+
+    Raises:
+        InvalidDataError: there is not exactly one image and one JSON.
+    """
+    images = [extension for extension in sample.members if extension in IMAGES]
+    if len(images) != 1 or "json" not in sample.members:
+        found = ", ".join(f".{extension}" for extension in sample.members)
+        raise InvalidDataError(
+            f"its members are {found}: one image (.jpg, .jpeg or .png) and one .json are needed"
+        )
+    return images[0]
+
+
+def _read_record(file: BinaryIO, sample: TarSample) -> Any:
+    member = sample.members["json"]
+    file.seek(member.offset_data)
+    try:
+        return parse_json(file.read(member.size))
+    except ValueError as error:
+        raise InvalidDataError(f"its record is not JSON ({error})") from None
+
+
+def _stated_size(fields: Record) -> tuple[int, int] | None:
+    width, height = fields.get("width"), fields.get("height")
+    if width is None or height is None:
+        return None
+    if type(width) is not int or type(height) is not int:
+        raise InvalidDataError(
+            f"its width and height are {width!r:.40} and {height!r:.40}, not numbers of pixels"
+        )
+    return width, height
+
+
+def _make_source(
+    found: _Found, categories: list[Record], pattern: str, sha256: str, *, named: bool
+) -> Source:
+    """Assign ids, and validate the records like those of a COCO file."""
+    own_ids = [image.get("id", image.get("image_id")) for image in found.images]
+    keeps_images = _usable_ids(own_ids)
+    keeps_objects = _usable_ids([item.get("id") for items in found.objects for item in items])
+    ids = {record["name"]: record["id"] for record in categories}
+    images: list[Record] = []
+    annotations: list[Record] = []
+    for number, (image, items) in enumerate(zip(found.images, found.objects, strict=True)):
+        image_id = own_ids[number] if keeps_images else number + 1
+        images.append({**image, "id": image_id})
+        for item in items:
+            label = item.pop("label")
+            area = item["bbox"][2] * item["bbox"][3]
+            new_id = {} if keeps_objects else {"id": len(annotations) + 1}
+            category_id = ids[label] if isinstance(label, str) else label
+            fields = {"image_id": image_id, "category_id": category_id, **new_id}
+            annotations.append({"area": area, "iscrowd": 0, **item, **fields})
+    data = {"images": images, "annotations": annotations, "categories": categories}
+    dataset = check_records(data, pattern, sha256)
+    for extension, count in sorted(found.ignored.items()):
+        dataset.notices.append(f"{count} members .{extension} are ignored")
+    if found.num_without_area:
+        dataset.notices.append(f"{found.num_without_area} objects have no area: that of their box is used")
+    if not keeps_images:
+        dataset.notices.append("the records have no unique integer image ids: images are numbered from 1")
+    if not named and all(name == str(number) for name, number in ids.items()):
+        dataset.notices.append(
+            "the categories have no names but their numbers (--categories FILE provides them)"
+        )
+    return Source(dataset, found.files, Path(pattern).name)
+
+
+def _usable_ids(ids: list[Any]) -> bool:
+    valid = all(type(number) is int and 0 <= number < 2**63 for number in ids)
+    return valid and len(set(ids)) == len(ids)

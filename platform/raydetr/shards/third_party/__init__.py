@@ -1,1 +1,0 @@
-"""Index and read WebDataset shards that other programs wrote."""
