@@ -14,7 +14,6 @@ from raydetr.console import progress_bar
 from raydetr.doctor.examine import examine
 from raydetr.doctor.findings import TrainingTarget
 from raydetr.doctor.machine import environment_report
-from raydetr.doctor.page import to_html
 from raydetr.shards.reader import Shards, open_shards
 from raydetr.store.output_folder import check_out_file
 
@@ -71,7 +70,7 @@ def _examine_data(data: list[str], options: Options) -> tuple[str, bool]:
     _write_json(options.json, report.to_dict())
     lines = [report.to_text()]
     if options.html is not None:
-        options.html.write_text(to_html(report), encoding="utf-8")
+        options.html.write_text(report.to_html(), encoding="utf-8")
         lines.append(f"page: {options.html}")
     return "\n".join(lines), report.may_start
 

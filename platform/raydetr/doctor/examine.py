@@ -10,19 +10,18 @@ import numpy as np
 import numpy.typing as npt
 
 from raydetr.config.paths import is_remote
-from raydetr.doctor.box_checks import box_findings, scale_findings
-from raydetr.doctor.class_checks import (
+from raydetr.doctor.checks import (
     balance_findings,
+    box_findings,
     category_findings,
-    class_counts,
     class_findings,
+    image_findings,
     no_objects_finding,
     object_count_findings,
+    scale_findings,
 )
 from raydetr.doctor.duplicates import duplicate_findings
 from raydetr.doctor.findings import (
-    MAX_EXAMPLES,
-    Example,
     Finding,
     Integers,
     Level,
@@ -30,8 +29,7 @@ from raydetr.doctor.findings import (
     by_level,
     counted,
 )
-from raydetr.doctor.image_checks import image_findings
-from raydetr.doctor.report import Report, split_statistics
+from raydetr.doctor.report import Report
 from raydetr.doctor.scan import ScannedSplit, Split, scan
 from raydetr.process_pool import Progress
 from raydetr.shards.reader import ShardError, Shards, open_shards
@@ -39,11 +37,10 @@ from raydetr.shards.reader import ShardError, Shards, open_shards
 
 def named_splits(shards: Sequence[Shards]) -> list[Split]:
     """Name splits by the last part of their locations, or by the full location where that is ambiguous."""
-    short = [one.location.rstrip("/").rpartition("/")[2] for one in shards]
-    names = short if len(set(short)) == len(short) else [one.location for one in shards]
-    return [
-        Split(name, one, number == 0) for number, (name, one) in enumerate(zip(names, shards, strict=True))
-    ]
+    names = [one.location.rstrip("/").rpartition("/")[2] for one in shards]
+    if len(set(names)) < len(names):
+        names = [one.location for one in shards]
+    return [Split(names[number], one, number == 0) for number, one in enumerate(shards)]
 
 
 # --- The quick part, before each training: less than a second ---
@@ -57,36 +54,38 @@ def check_may_train(train: Shards, val: Shards) -> None:
     Raises:
         ValueError: manifests and indexes show an error.
     """
-    splits = named_splits([train, val])
-    errors = [found for found in index_findings(splits, TrainingTarget()) if found.level == "error"]
+    findings = index_findings(named_splits([train, val]), TrainingTarget())
+    errors = [finding.line() for finding in findings if finding.level == "error"]
     if errors:
-        raise ValueError("; ".join(error.line() for error in errors))
+        raise ValueError("; ".join(errors))
 
 
 def quick_warnings(train: Shards, val: Shards, target: TrainingTarget) -> list[str]:
     """Return the warnings of the quick part, one line each."""
     splits = named_splits([train, val])
     found = [*index_findings(splits, target), *_quick_findings(splits, target)]
-    return [finding.line() for finding in by_level(found) if finding.level == "warning"]
+    return [finding.line() for finding in found if finding.level == "warning"]
 
 
-def index_findings(splits: Sequence[Split], target: TrainingTarget) -> list[Finding]:
+def index_findings(splits: Sequence[Split], target: TrainingTarget) -> Iterator[Finding]:
     """Return the findings that manifests and indexes suffice for."""
-    found = category_findings(splits)
+    yield from category_findings(splits)
     for split in splits:
         if not split.shards.samples["num_annotations"].any():
-            found.append(no_objects_finding(split))
-    found += _small_data(splits[0], target)
+            yield no_objects_finding(split)
+    size, batch = splits[0].shards.num_samples, target.batch_size
+    if batch is not None and size < batch:
+        yield Finding(
+            "less-than-a-batch", "warning", (splits[0].name,),
+            f"{counted(size, 'image')} are fewer than a batch has ({batch}): each step sees images more than once",
+            f"set data.batch_size to at most {size}",
+        )  # fmt: skip
     for one, other in combinations(splits, 2):
         if one.shards.fingerprint == other.shards.fingerprint:
-            found.append(
-                Finding(
-                    "same-data", "warning", (one.name, other.name), "they hold exactly the same samples",
-                    "evaluate on images that are not trained on: AP would reward memorizing them",
-                    1,
-                )
+            yield Finding(
+                "same-data", "warning", (one.name, other.name), "they hold exactly the same samples",
+                "evaluate on images that are not trained on: AP would reward memorizing them",
             )  # fmt: skip
-    return found
 
 
 def _quick_findings(splits: Sequence[Split], target: TrainingTarget) -> Iterator[Finding]:
@@ -103,33 +102,16 @@ def _quick_findings(splits: Sequence[Split], target: TrainingTarget) -> Iterator
             yield from _shared_samples(one, other)
 
 
-def _small_data(split: Split, target: TrainingTarget) -> Iterator[Finding]:
-    size, batch = split.shards.num_samples, target.batch_size
-    if batch is not None and size < batch:
-        yield Finding(
-            "less-than-a-batch", "warning", (split.name,),
-            f"{counted(size, 'image')} are fewer than a batch has ({batch}): each step sees images more than once",
-            f"set data.batch_size to at most {size}",
-            1,
-        )  # fmt: skip
-
-
 def _shared_samples(one: Split, other: Split) -> Iterator[Finding]:
     """Find samples with the same crc and length: the same image under the same id with the same annotations."""
-    keys = _sample_keys(one.shards), _sample_keys(other.shards)
-    shared, here, there = np.intersect1d(keys[0], keys[1], return_indices=True)
-    if len(shared):
-        fraction = len(shared) / other.shards.num_samples
-        examples = tuple(
-            Example((one.place(int(a)), other.place(int(b))))
-            for a, b in zip(here[:MAX_EXAMPLES], there[:MAX_EXAMPLES], strict=True)
-        )
+    count = len(np.intersect1d(_sample_keys(one.shards), _sample_keys(other.shards)))
+    if count:
         yield Finding(
             "shared-samples", "warning", (one.name, other.name),
-            f"{counted(len(shared), 'image')} of {other.name} ({fraction:.1%}) "
-            f"{'is' if len(shared) == 1 else 'are'} also in {one.name}",
+            f"{counted(count, 'image')} of {other.name} ({count / other.shards.num_samples:.1%}) "
+            f"{'is' if count == 1 else 'are'} also in {one.name}",
             "`raydetr doctor` lists them; remove them from one of the two",
-            len(shared), examples,
+            count,
         )  # fmt: skip
 
 
@@ -183,32 +165,6 @@ def examine(
     target = target or TrainingTarget()
     if len(set(locations)) < len(locations):
         raise ValueError(f"the same data is given twice ({', '.join(locations)}): name each once")
-    opened, findings = _open(locations, open_location)
-    total = sum(shards.num_samples for shards in opened)
-    scanned: list[ScannedSplit] = []
-    for split in named_splits(opened):
-        before = sum(len(one.scan.images) for one in scanned)
-        report = _shifted(progress, before, total) if progress else None
-        scanned.append(ScannedSplit(split, scan(split.shards, progress=report, num_processes=num_processes)))
-    if scanned:
-        findings += _all_findings(scanned, target)
-    return Report(
-        target,
-        tuple(scanned),
-        tuple(split_statistics(one, target) for one in scanned),
-        tuple(by_level(findings)),
-        time.perf_counter() - start,
-    )
-
-
-def _shifted(progress: Progress, before: int, total: int) -> Progress:
-    """Return a callback that reports the progress of one split as progress of all."""
-    return lambda done, _: progress(before + done, total)
-
-
-def _open(
-    locations: Sequence[str], open_location: Callable[[str], Shards]
-) -> tuple[list[Shards], list[Finding]]:
     opened, findings = [], []
     for location in locations:
         try:
@@ -216,21 +172,36 @@ def _open(
         except (ValueError, OSError) as error:
             text = str(error).removeprefix(f"{location}: ")  # The finding names the split already
             findings.append(
-                Finding("unusable-shards", "error", (location,), text, "replace it: it was not examined", 1)
+                Finding("unusable-shards", "error", (location,), text, "replace it: it was not examined")
             )
-    return opened, findings
+    total, before = sum(shards.num_samples for shards in opened), 0
+    scanned: list[ScannedSplit] = []
+    for split in named_splits(opened):
+        report = _shifted(progress, before, total) if progress else None
+        result = scan(split.shards, progress=report, num_processes=num_processes)
+        scanned.append(ScannedSplit(split, result, target))
+        before += split.shards.num_samples
+    if scanned:
+        findings += _all_findings(scanned, target, num_processes)
+    return Report(target, tuple(scanned), tuple(by_level(findings)), time.perf_counter() - start)
 
 
-def _all_findings(scanned: Sequence[ScannedSplit], target: TrainingTarget) -> list[Finding]:
-    found = index_findings([one.split for one in scanned], target)
+def _shifted(progress: Progress, before: int, total: int) -> Progress:
+    """Return a callback that reports the progress of one split as progress of all."""
+    return lambda done, _: progress(before + done, total)
+
+
+def _all_findings(
+    scanned: Sequence[ScannedSplit], target: TrainingTarget, num_threads: int | None
+) -> Iterator[Finding]:
+    yield from index_findings([one.split for one in scanned], target)
     num_corrupt = sum(len(one.scan.corrupt) for one in scanned)
     is_tolerated = target.tolerates(num_corrupt, scanned[0].split.shards.num_samples)
     corrupt_level: Level = "warning" if is_tolerated else "error"
     for one in scanned:
-        found += image_findings(one, corrupt_level)
-        found += box_findings(one, corrupt_level)
-        found += object_count_findings(one.split, one.objects_per_image, target)
-        found += scale_findings(one, target, class_counts(one)[1])
-    found += balance_findings(scanned)
-    found += duplicate_findings(scanned)
-    return found
+        yield from image_findings(one, corrupt_level)
+        yield from box_findings(one, corrupt_level)
+        yield from object_count_findings(one.split, one.objects_per_image, target)
+        yield from scale_findings(one)
+    yield from balance_findings(scanned)
+    yield from duplicate_findings(scanned, num_threads)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -61,16 +61,12 @@ class Finding:
     splits: tuple[str, ...]
     text: str  # What was found, with numbers
     remedy: str
-    count: int  # How often it was found
+    count: int = 1  # How often it was found
     examples: tuple[Example, ...] = ()
 
     def line(self) -> str:
         """Return the finding as one line, without examples."""
         return f"{', '.join(self.splits)}: {self.text}: {self.remedy}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
 
 
 def by_level(findings: Iterable[Finding]) -> list[Finding]:
@@ -118,12 +114,13 @@ class TrainingTarget:
             max_corrupt=0 if config.data.on_corrupt == "raise" else config.data.max_corrupt,
         )
 
-    def scale_factors(self, widths: Floats, heights: Floats) -> Floats:
-        """Return the factors [n] by which the resize scales images of these sizes, each [n] in pixels."""
+    def scale_factors(self, sizes: Floats) -> Floats:
+        """Return the factors [n] by which the resize scales images of these sizes, [n, 2] in pixels."""
         if self.short_side is None:
-            return np.ones(len(widths))
-        short, long = np.minimum(widths, heights), np.maximum(widths, heights)
-        return np.minimum(self.short_side / short, self.max_side / long)
+            return np.ones(len(sizes))
+        short, long = sizes.min(axis=1), sizes.max(axis=1)
+        factors: Floats = np.minimum(self.short_side / short, self.max_side / long)
+        return factors
 
     def tolerates(self, num_corrupt: int, num_samples: int) -> bool:
         """Return whether a run on `num_samples` samples continues with `num_corrupt` corrupt ones."""
@@ -135,7 +132,3 @@ class TrainingTarget:
         if self.short_side is None:
             return "at the images' own size"
         return f"at a short side of {self.short_side} pixels, at most {self.max_side}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)

@@ -113,18 +113,6 @@ class Package:
     requirement: Requirement
     installed: str | None
 
-    @property
-    def is_satisfied(self) -> bool:
-        """Whether the installed version satisfies the requirement."""
-        return self.installed is not None and self.requirement.specifier.contains(
-            self.installed, prereleases=True
-        )
-
-    def problem(self) -> str:
-        """Describe how the requirement is not satisfied."""
-        needed = f"{self.requirement.name}{self.requirement.specifier}"
-        return f"{needed} is needed, {self.installed or 'nothing'} is installed"
-
 
 def required_packages(distribution: str = "raydetr") -> list[Package]:
     """Return the packages that training requires, without those of extras.
@@ -133,14 +121,11 @@ def required_packages(distribution: str = "raydetr") -> list[Package]:
         ValueError: the distribution itself is not installed.
     """
     try:
-        lines = metadata.requires(distribution) or []
+        requirements = map(Requirement, metadata.requires(distribution) or [])
     except metadata.PackageNotFoundError as error:
         raise ValueError(f"{distribution} is not installed: pip install -e . in its folder") from error
-    requirements = [Requirement(line) for line in lines]
     return find_packages(
-        requirement
-        for requirement in requirements
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        one for one in requirements if one.marker is None or one.marker.evaluate({"extra": ""})
     )
 
 
@@ -205,8 +190,7 @@ class EnvironmentReport:
 
 def environment_report(folder: Path | None = None) -> EnvironmentReport:
     """Examine this process's Python, packages and machine, and `folder`, by default the working folder."""
-    machine, packages, folder = read_machine(), required_packages(), folder or Path.cwd()
-    shared_memory = Path("/dev/shm")
+    machine, shared_memory = read_machine(), Path("/dev/shm")
     lines = [
         EnvironmentLine("Python", "ok", f"{sys.version.split()[0]}, {sys.prefix}"),
         torch_line(machine),
@@ -214,9 +198,9 @@ def environment_report(folder: Path | None = None) -> EnvironmentReport:
         cores_line(machine),
         memory_line(machine),
         *gpu_lines(machine),
-        disk_line(folder),
+        disk_line(folder or Path.cwd()),
         *([shared_memory_line(shutil.disk_usage(shared_memory).free)] if shared_memory.exists() else []),
-        *package_lines(packages),
+        *package_lines(required_packages()),
         *remote_lines(),
     ]
     return EnvironmentReport(tuple(lines))
@@ -234,30 +218,26 @@ def torch_line(machine: Machine) -> EnvironmentLine:
 
 def operator_lines(status: NativeStatus, machine: Machine) -> Iterator[EnvironmentLine]:
     """Report which deformable attention runs on the CPU and on the GPU, and why."""
+    cpu, gpu = "operator on the CPU", "operator on the GPU"
+    slow = f"pure torch, several times slower: {status.reason}"
+    available = ", ".join(machine.instruction_sets) or "none with kernels of its own"
+    found = f"native, {status.instruction_set} kernels (the processor has: {available})"
     if "cpu" not in status.devices:
         remedy = f"install a C++ compiler (Debian, Ubuntu: apt install g++) and run `{BUILD}` again"
-        found = f"pure torch, several times slower: {status.reason}"
-        yield EnvironmentLine("operator on the CPU", "note", found, remedy)
+        yield EnvironmentLine(cpu, "note", slow, remedy)
+    elif machine.instruction_sets and status.instruction_set != machine.instruction_sets[0]:
+        is_limited = os.environ.get("ATEN_CPU_CAPABILITY")
+        remedy = "unset ATEN_CPU_CAPABILITY" if is_limited else f"build it again: {BUILD}"
+        yield EnvironmentLine(cpu, "note", found, remedy)
     else:
-        yield _cpu_kernels_line(str(status.instruction_set), machine)
+        yield EnvironmentLine(cpu, "ok", found)
     if "cuda" in status.devices:
-        yield EnvironmentLine("operator on the GPU", "ok", status.reason)
+        yield EnvironmentLine(gpu, "ok", status.reason)
     elif not machine.gpus:
-        yield EnvironmentLine("operator on the GPU", "ok", f"not needed here; {status.reason}")
+        yield EnvironmentLine(gpu, "ok", "not needed: there is no GPU that torch can use")
     else:
         remedy = f"install the CUDA toolkit (nvcc) that fits torch and run `{BUILD}` again"
-        found = f"pure torch, several times slower: {status.reason}"
-        yield EnvironmentLine("operator on the GPU", "note", found, remedy)
-
-
-def _cpu_kernels_line(chosen: str, machine: Machine) -> EnvironmentLine:
-    available = ", ".join(machine.instruction_sets) or "none with kernels of its own"
-    found = f"native, {chosen} kernels (the processor has: {available})"
-    if machine.instruction_sets and chosen != machine.instruction_sets[0]:
-        limit = os.environ.get("ATEN_CPU_CAPABILITY")
-        remedy = "unset ATEN_CPU_CAPABILITY" if limit else f"build it again: {BUILD}"
-        return EnvironmentLine("operator on the CPU", "note", found, remedy)
-    return EnvironmentLine("operator on the CPU", "ok", found)
+        yield EnvironmentLine(gpu, "note", slow, remedy)
 
 
 def cores_line(machine: Machine) -> EnvironmentLine:
@@ -315,13 +295,12 @@ def package_lines(packages: list[Package]) -> Iterator[EnvironmentLine]:
     """Report LISTED_PACKAGES, unsatisfied requirements, and the number of other packages."""
     others = 0
     for package in packages:
-        name = package.requirement.name
-        if not package.is_satisfied:
-            remedy = f"pip install '{package.requirement}'"
-            yield EnvironmentLine(name, "error", package.problem(), remedy)
+        name, needed = package.requirement.name, package.requirement.specifier
+        if package.installed is None or not needed.contains(package.installed, prereleases=True):
+            found = f"{name}{needed} is needed, {package.installed or 'nothing'} is installed"
+            yield EnvironmentLine(name, "error", found, f"pip install '{package.requirement}'")
         elif name in LISTED_PACKAGES:
-            needed = str(package.requirement.specifier) or "any"
-            yield EnvironmentLine(name, "ok", f"{package.installed} (needed: {needed})")
+            yield EnvironmentLine(name, "ok", f"{package.installed} (needed: {str(needed) or 'any'})")
         else:
             others += 1
     yield EnvironmentLine("other packages", "ok", f"{others} more are installed as needed")

@@ -1,18 +1,26 @@
-"""Report an examination: statistics of each split and findings, as text and as JSON."""
+"""Report an examination: statistics of each split and findings, as text, as JSON and as a page."""
 
 from __future__ import annotations
 
+import base64
+import io
+import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import cached_property
+from importlib import resources
+from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
 import numpy.typing as npt
 
-from raydetr.doctor.box_checks import SMALL, TINY, shorter_sides, small_by_class
-from raydetr.doctor.class_checks import class_counts
-from raydetr.doctor.findings import LEVELS, Example, Finding, Floats, TrainingTarget, counted
-from raydetr.doctor.scan import ScannedSplit
+from raydetr.doctor.checks import SMALL, TINY, small_per_class
+from raydetr.doctor.findings import LEVELS, Finding, Floats, Place, TrainingTarget, counted
+from raydetr.doctor.scan import ScannedSplit, as_record, is_box, read_unchecked
+from raydetr.shards.images import ImageError, decode_image
 from raydetr.shards.manifest import MAX_LABEL
+from raydetr.visualization.boxes import coco_boxes, draw_boxes
 
 # --- Statistics of a split ---
 
@@ -69,45 +77,45 @@ class SplitStatistics:
     categories: tuple[ClassRow, ...]
     histograms: dict[str, Histogram]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
 
-
-def split_statistics(scanned: ScannedSplit, target: TrainingTarget) -> SplitStatistics:
+def split_statistics(scanned: ScannedSplit) -> SplitStatistics:
     """Compute the statistics of a split."""
-    shards, scan = scanned.split.shards, scanned.scan
-    per_image, usable = scanned.objects_per_image, scanned.is_usable
-    crowds = int(scan.objects["is_crowd"].sum())
-    sides = shorter_sides(scanned, target)
-    categories = shards.manifest.categories
-    highest = max(category["id"] for category in categories)
-    rows = zip(categories, *class_counts(scanned), small_by_class(scanned, target), strict=True)
+    shards, per_image, sides = scanned.split.shards, scanned.objects_per_image, scanned.shorter_sides
+    is_crowd, usable = scanned.scan.objects["is_crowd"], scanned.is_usable
+    widths, heights = scanned.split.image_sizes.T
+    num_classes, highest = len(scanned.category_ids), int(scanned.category_ids[-1])
+    in_images = np.unique(
+        scanned.scan.objects["sample"][usable].astype(np.int64) * num_classes + scanned.classes
+    )
+    columns = (
+        scanned.category_ids.tolist(),
+        scanned.split.category_names,
+        np.bincount(in_images % num_classes, minlength=num_classes).tolist(),
+        scanned.objects_per_class.tolist(),
+        small_per_class(scanned).tolist(),
+    )
     return SplitStatistics(
         name=scanned.name,
         location=shards.location,
         fingerprint=shards.fingerprint,
         images=shards.num_samples,
-        unusable_images=len(scan.corrupt),
+        unusable_images=len(scanned.scan.corrupt),
         empty_images=int((per_image == 0).sum()),
         objects=int(usable.sum()),
-        crowds=crowds,
-        unusable_boxes=int((~usable & ~scan.objects["is_crowd"]).sum()),
+        crowds=int(is_crowd.sum()),
+        unusable_boxes=int((~usable & ~is_crowd).sum()),
         objects_per_image={f"p{p}": _percentile(per_image, p) for p in PERCENTILES}
         | {"max": int(per_image.max())},
-        classes={
-            "contiguous": len(categories),
-            "category_id": highest + 1 if highest <= MAX_LABEL else None,
-        },
+        classes={"contiguous": num_classes, "category_id": highest + 1 if highest <= MAX_LABEL else None},
         tiny_fraction=round(float((sides < TINY).mean()), 6) if len(sides) else None,
         small_fraction=round(float((sides < SMALL).mean()), 6) if len(sides) else None,
-        widths=_spread(scanned.split.widths),
-        heights=_spread(scanned.split.heights),
-        categories=tuple(ClassRow(c["id"], c["name"], *map(int, counts)) for c, *counts in rows),
+        widths=_spread(widths),
+        heights=_spread(heights),
+        categories=tuple(map(ClassRow, *columns)),
         histograms={
             "objects_per_image": Histogram.of(per_image, COUNT_EDGES),
             "shorter_side": Histogram.of(sides, SIDE_EDGES),
-            "aspect": Histogram.of(scanned.split.widths / scanned.split.heights, ASPECT_EDGES),
+            "aspect": Histogram.of(widths / heights, ASPECT_EDGES),
         },
     )
 
@@ -133,9 +141,13 @@ class Report:
 
     target: TrainingTarget
     scanned: tuple[ScannedSplit, ...]
-    statistics: tuple[SplitStatistics, ...]  # Of each split
     findings: tuple[Finding, ...]
     seconds: float
+
+    @cached_property
+    def statistics(self) -> tuple[SplitStatistics, ...]:
+        """Statistics of each split."""
+        return tuple(map(split_statistics, self.scanned))
 
     @property
     def may_start(self) -> bool:
@@ -156,38 +168,43 @@ class Report:
             "format_version": FORMAT_VERSION,
             "may_start": self.may_start,
             "seconds": round(self.seconds, 3),
-            "target": self.target.to_dict(),
-            "splits": [statistics.to_dict() for statistics in self.statistics],
-            "findings": [finding.to_dict() for finding in self.findings],
+            "target": asdict(self.target),
+            "splits": [asdict(statistics) for statistics in self.statistics],
+            "findings": [asdict(finding) for finding in self.findings],
         }
 
     def to_text(self) -> str:
         """Format a table of statistics, the findings and the verdict."""
-        parts = [_table(summary_rows(self))] if self.statistics else []
+        parts = [_table(self.summary())] if self.statistics else []
         parts += [_finding_text(finding) for finding in self.findings]
         return "\n\n".join([*parts, self.verdict()])
 
+    def to_html(self) -> str:
+        """Render a page in one file; its images are read from the shards again."""
+        source = resources.files("raydetr.doctor").joinpath("page.html").read_text(encoding="utf-8")
+        environment = jinja2.Environment(
+            autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        return environment.from_string(source).render(
+            report=self,
+            charts=[_chart(self, *chart) for chart in CHARTS] if self.statistics else [],
+            class_rows=_class_rows(self),
+            gallery=_gallery,
+            picture=lambda place, is_pair: _picture(self, place, is_pair),
+            bar_length=_bar_length,
+            colors=COLORS,
+            small=SMALL,
+        )
 
-def summary_rows(report: Report) -> list[list[str]]:
-    """Return rows of statistics with a column for each split; the first column names the rows."""
-    columns = [_column(statistics) for statistics in report.statistics]
-    heads = ["", *(statistics.name for statistics in report.statistics)]
-    return [heads, *([name, *(column[name] for column in columns)] for name in columns[0])]
-
-
-def _table(rows: list[list[str]]) -> str:
-    """Format rows as lines, with the first column aligned left and the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    def summary(self) -> list[list[str]]:
+        """Return rows of statistics with a column for each split; the first column names the rows."""
+        columns = [_column(statistics) for statistics in self.statistics]
+        heads = ["", *(statistics.name for statistics in self.statistics)]
+        return [heads, *([name, *(column[name] for column in columns)] for name in columns[0])]
 
 
 def _column(statistics: SplitStatistics) -> dict[str, str]:
-    per_image, classes = statistics.objects_per_image, statistics.classes
-    with_ids = classes["category_id"]
+    per_image, with_ids = statistics.objects_per_image, statistics.classes["category_id"]
     return {
         "images": f"{statistics.images:,}",
         "  without objects": f"{statistics.empty_images:,}",
@@ -200,7 +217,7 @@ def _column(statistics: SplitStatistics) -> dict[str, str]:
         f"  with a side under {SMALL} pixels": _percent(statistics.small_fraction),
         "crowds": f"{statistics.crowds:,}",
         "boxes that are not used": f"{statistics.unusable_boxes:,}",
-        "classes": f"{classes['contiguous']}",
+        "classes": f"{statistics.classes['contiguous']}",
         "  with label_map=category_id": "-" if with_ids is None else f"{with_ids}",
     }
 
@@ -215,13 +232,118 @@ def _percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{fraction:.1%}"
 
 
+# --- Text ---
+
+
+def _table(rows: list[list[str]]) -> str:
+    """Format rows as lines, with the first column aligned left and the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
 def _finding_text(finding: Finding) -> str:
-    lines = [f"{finding.level:8} {', '.join(finding.splits)}: {finding.text}"]
-    lines += [_shortened(example) for example in finding.examples[:EXAMPLES_IN_TEXT]]
-    lines.append(f"do: {finding.remedy}")
+    examples = [str(example) for example in finding.examples[:EXAMPLES_IN_TEXT]]
+    lines = [
+        f"{finding.level:8} {', '.join(finding.splits)}: {finding.text}",
+        *(text if len(text) <= WIDTH else text[: WIDTH - 1] + "…" for text in examples),
+        f"do: {finding.remedy}",
+    ]
     return ("\n" + 9 * " ").join(lines) + f"  [{finding.code}]"
 
 
-def _shortened(example: Example) -> str:
-    text = str(example)
-    return text if len(text) <= WIDTH else text[: WIDTH - 1] + "…"
+# --- The page: what page.html does not compute itself ---
+
+COLORS = ("#3366cc", "#e07b39", "#2a9d6f", "#9b4dca", "#b8a000", "#808080")  # Of the splits
+GALLERY_SIZE = 8  # Images of each split
+IMAGE_SIDE = 340  # Pixels of the long side
+JPEG_QUALITY = 82
+CHARTS = (
+    ("objects_per_image", "Objects per image", "objects"),
+    ("shorter_side", "Shorter side of an object", "pixels after the resize"),
+    ("aspect", "Shape of the images", "width / height"),
+)
+LEFT, RIGHT, TOP, BOTTOM = 34.0, 350.0, 10.0, 166.0  # Of the bars of a chart
+
+
+class _Bar(NamedTuple):
+    x: float
+    y: float
+    width: float
+    height: float
+    color: str
+    tip: str
+
+
+class _Chart(NamedTuple):
+    title: str
+    unit: str
+    bars: list[_Bar]  # Of several splits, side by side
+    xs: list[tuple[float, float]]  # Position and value of each edge
+    ys: list[tuple[float, float]]  # Position and fraction of each line
+
+
+def _chart(report: Report, key: str, title: str, unit: str) -> _Chart:
+    """Draw the fraction of the values of each split in each bin."""
+    histograms = [statistics.histograms[key] for statistics in report.statistics]
+    fractions = [np.array(one.counts) / max(1, sum(one.counts)) for one in histograms]
+    highest = max(0.05, *(float(row.max()) for row in fractions))
+    edges = histograms[0].edges
+    slot = (RIGHT - LEFT) / len(edges)
+    width = slot * 0.8 / len(histograms)
+    bars = []
+    for number, (histogram, row) in enumerate(zip(histograms, fractions, strict=True)):
+        for position, (count, fraction) in enumerate(zip(histogram.counts, row.tolist(), strict=True)):
+            height = (BOTTOM - TOP) * fraction / highest
+            values = f"{edges[position]:g} " + (
+                f"to under {edges[position + 1]:g}" if position + 1 < len(edges) else "and more"
+            )
+            tip = f"{report.scanned[number].name}, {values} {unit}: {count:,} ({fraction:.1%})"
+            x = LEFT + slot * (position + 0.1) + width * number
+            color = COLORS[number % len(COLORS)]
+            bars.append(_Bar(x, BOTTOM - height, max(width - 0.5, 1), height, color, tip))
+    xs = [(LEFT + slot * position, edge) for position, edge in enumerate(edges)]
+    ys = [(BOTTOM - (BOTTOM - TOP) * part, highest * part) for part in (0.0, 0.5, 1.0)]
+    return _Chart(title, unit, bars, xs, ys)
+
+
+def _class_rows(report: Report) -> list[tuple[int, str, list[ClassRow | None]]]:
+    """Return id and name of each category, with its row in each split; the splits may have different categories."""
+    tables = [{(row.id, row.name): row for row in statistics.categories} for statistics in report.statistics]
+    keys = sorted({key for rows in tables for key in rows})
+    return [(*key, [rows.get(key) for rows in tables]) for key in keys]
+
+
+def _bar_length(count: int, most: int) -> float:
+    """Return the length of a logarithmic bar as a fraction of that for `most`."""
+    return math.log1p(count) / math.log1p(max(most, 1))
+
+
+def _gallery(scanned: ScannedSplit) -> Iterator[Place]:
+    """Yield some images, spread evenly over the split."""
+    numbers = np.linspace(0, scanned.split.shards.num_samples - 1, GALLERY_SIZE).round().astype(int)
+    return map(scanned.split.place, np.unique(numbers).tolist())
+
+
+def _picture(report: Report, place: Place, is_pair: bool) -> str | None:
+    """Return the image with the boxes of the place as a data URL; None where it cannot be read."""
+    shards = next(one.split.shards for one in report.scanned if one.name == place.split)
+    raw = read_unchecked(shards, place.sample)
+    if raw is None:
+        return None
+    try:
+        image = decode_image(raw.image)
+    except ImageError:
+        return None
+    records = [as_record(annotation) for annotation in raw.annotations]
+    # Without annotations, the finding is about the image: all boxes show whether they are where they should be
+    if place.annotations or is_pair:
+        records = [records[number] for number in place.annotations]
+    names = {category["id"]: category["name"] for category in shards.manifest.categories}
+    boxes = coco_boxes([record for record in records if is_box(record.get("bbox"))], names)
+    buffer = io.BytesIO()
+    draw_boxes(image, boxes, IMAGE_SIDE).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

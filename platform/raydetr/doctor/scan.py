@@ -15,59 +15,29 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from imagehash import phash
 from PIL import Image
 
-from raydetr.doctor.findings import MAX_EXAMPLES, Example, Floats, Integers, Place
+from raydetr.doctor.findings import MAX_EXAMPLES, Example, Floats, Integers, Place, TrainingTarget
 from raydetr.process_pool import Progress, run_tasks
-from raydetr.shards.images import EXIF_ORIENTATION, FORMATS, PILLOW_ERRORS, decode_image
+from raydetr.shards.images import ImageError, decode_image, read_header
 from raydetr.shards.reader import ShardError, Shards
 from raydetr.shards.validation import InvalidDataError, RawSample, parse_content
 from raydetr.store.transfer import RemoteError
 
 Flags = npt.NDArray[np.bool_]
 
-# --- Image signatures ---
-#
-# A signature keeps the look of an image in a few bytes, which recompressed, resized or brightened copies share. It has
-# two views of the gray image. The gradient hash has 64 bits: for each of 8x8 cells, whether the next cell to the right
-# is brighter. It can be searched. The thumbnail has 16x16 gray values. It decides. The JPEG decoder itself reduces
-# the image for both, at half the cost of a full decode.
-
-THUMBNAIL_SIDE = 16
-HASH_SIZE = (9, 8)  # Width, height
-REDUCED_SIDE = 64  # Pixels; JPEGs are decoded to at least this size
-
-ImageSignature = tuple[tuple[int, int], bool, int, npt.NDArray[np.uint8]]
+REDUCED_SIDE = 128  # Pixels of the short side, at least; the hash of a reduced image is the same and faster
+FLAT = 2.0  # Gray values; an image with a smaller standard deviation has nothing to hash
 
 
-def image_signature(content: bytes) -> ImageSignature:
-    """Compute stored size (width, height), EXIF orientation flag, gradient hash and thumbnail [SIDE * SIDE].
-
-    Raises:
-        OSError, or another of PILLOW_ERRORS: the image cannot be decoded.
-    """
-    image = Image.open(io.BytesIO(content), formats=FORMATS)
-    size, has_orientation = image.size, _has_exif_orientation(image)
-    if image.format == "JPEG":
-        image.draft("L", (REDUCED_SIDE, REDUCED_SIDE))
-        gray = image.convert("L")
-    else:
-        gray = decode_image(content).convert("L")
-    # A reduced image rounds its size up to integer pixels. Without the exact border, resized copies would look shifted.
-    reduction = max(1, round(size[0] / gray.width))
-    box = (0, 0, min(size[0] / reduction, gray.width), min(size[1] / reduction, gray.height))
-    thumbnail_size = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
-    thumbnail = np.asarray(gray.resize(thumbnail_size, Image.Resampling.BILINEAR, box=box))
-    cells = np.asarray(gray.resize(HASH_SIZE, Image.Resampling.BILINEAR, box=box))
-    bits = np.packbits(cells[:, 1:] > cells[:, :-1])
-    return size, has_orientation, int.from_bytes(bits.tobytes(), "little"), thumbnail.ravel()
-
-
-def _has_exif_orientation(image: Image.Image) -> bool:
-    try:
-        return bool(image.getexif().get(EXIF_ORIENTATION, 1) != 1)
-    except (*PILLOW_ERRORS, TypeError, KeyError):
-        return False  # The metadata is corrupt; the pixels may be fine
+def perceptual_hash(image: Image.Image) -> int:
+    """Compute 64 bits that images of almost the same look share; docs/data/doctor.md has measurements."""
+    gray = image.reduce(max(1, min(image.size) // REDUCED_SIDE)).convert("L")
+    pixels = np.asarray(gray)
+    if pixels.std() < FLAT:  # Would be a hash of the noise. Few bits differ between similar gray values
+        return (1 << int(pixels.mean()) // 4) - 1
+    return int.from_bytes(np.packbits(phash(gray).hash).tobytes())
 
 
 # --- Samples that the reader refuses ---
@@ -123,10 +93,9 @@ IMAGE_DTYPE = np.dtype(
         ("is_read", "?"),  # The image was read and decoded; otherwise all other fields are 0
         ("width", "<u4"),  # As decoded
         ("height", "<u4"),
-        ("has_orientation", "?"),  # It carries an EXIF orientation
+        ("is_rotated", "?"),  # By its EXIF orientation
         ("digest", "<u8"),  # Of the encoded bytes
-        ("gradient_hash", "<u8"),
-        ("thumbnail", "u1", (THUMBNAIL_SIDE * THUMBNAIL_SIDE,)),
+        ("hash", "<u8"),  # Perceptual
     ]
 )
 OBJECT_DTYPE = np.dtype(
@@ -164,7 +133,11 @@ def scan(shards: Shards, *, progress: Progress | None = None, num_processes: int
     """
     total = shards.num_samples
     num_processes = num_processes or (1 if total < MIN_PARALLEL_SAMPLES else os.cpu_count() or 1)
-    tasks = ((start, _slice(shards, slice(start, start + CHUNK))) for start in range(0, total, CHUNK))
+    # With only the samples of the task, so that little is sent to another process
+    tasks = (
+        (start, replace(shards, samples=shards.samples[start : start + CHUNK]))
+        for start in range(0, total, CHUNK)
+    )
     report = (lambda done: progress(done, total)) if progress else None
     with closing(run_tasks(_scan_slice, tasks, workers=num_processes, progress=report)) as results:
         scanned = list(results)
@@ -173,11 +146,6 @@ def scan(shards: Shards, *, progress: Progress | None = None, num_processes: int
         np.concatenate([result.objects for result in scanned]),
         {sample: problem for result in scanned for sample, problem in result.corrupt.items()},
     )
-
-
-def _slice(shards: Shards, samples: slice) -> Shards:
-    """Return shards with only these samples, so that little is sent to another process."""
-    return replace(shards, samples=shards.samples[samples])
 
 
 def _scan_slice(task: tuple[int, Shards], advance: Callable[[int], None]) -> ScanResult:
@@ -195,20 +163,19 @@ def _scan_slice(task: tuple[int, Shards], advance: Callable[[int], None]) -> Sca
         else:
             annotations = sample.annotations
             try:
-                _fill_row(images[index], sample.image)
-            except PILLOW_ERRORS as error:
+                images[index] = _image_row(sample.image)
+            except ImageError as error:
                 corrupt[number] = f"its image cannot be decoded ({error})"
         objects += [_object_row(number, *numbered) for numbered in enumerate(annotations)]
         advance(1)
     return ScanResult(images, np.array(objects, OBJECT_DTYPE), corrupt)
 
 
-def _fill_row(row: np.void, content: bytes) -> None:
-    size, has_orientation, gradient_hash, thumbnail = image_signature(content)
-    row["width"], row["height"] = size
-    row["has_orientation"], row["gradient_hash"], row["thumbnail"] = has_orientation, gradient_hash, thumbnail
-    row["digest"] = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-    row["is_read"] = True
+def _image_row(content: bytes) -> tuple[Any, ...]:
+    image = decode_image(content)  # As training does, so that all images are found that it refuses
+    is_rotated = read_header(io.BytesIO(content)).is_rotated
+    digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    return True, *image.size, is_rotated, digest, perceptual_hash(image)
 
 
 def _object_row(sample: int, position: int, annotation: Any) -> tuple[Any, ...]:
@@ -232,6 +199,11 @@ class Split:
     shards: Shards
     is_trained_on: bool
 
+    @property
+    def category_names(self) -> list[str]:
+        """Names of the categories, in the order of the list."""
+        return [category["name"] for category in self.shards.manifest.categories]
+
     def place(self, sample: int, annotations: tuple[int, ...] = ()) -> Place:
         """Describe a sample by its image id and file name."""
         image_id = int(self.shards.samples["image_id"][sample])
@@ -240,28 +212,28 @@ class Split:
         return Place(self.name, sample, image_id, file_name, annotations)
 
     def examples(
-        self, samples: Sequence[int] | Integers, detail: Callable[[int], str] = lambda _: ""
+        self, samples: Sequence[int] | Integers, detail: Callable[[int], str]
     ) -> tuple[Example, ...]:
         """Return the first of the samples as examples; `detail` describes a sample."""
         return tuple(Example((self.place(int(n)),), detail(int(n))) for n in samples[:MAX_EXAMPLES])
 
-    @property
-    def widths(self) -> Floats:
-        """Widths of the images according to their records, [n] in pixels."""
-        return self.shards.samples["width"].astype(np.float64)
-
-    @property
-    def heights(self) -> Floats:
-        """Heights of the images according to their records, [n] in pixels."""
-        return self.shards.samples["height"].astype(np.float64)
+    @cached_property
+    def image_sizes(self) -> Floats:
+        """Width and height of the images according to their records, [n, 2] in pixels."""
+        samples = self.shards.samples
+        return np.stack([samples["width"], samples["height"]], axis=1).astype(np.float64)
 
 
 @dataclass(frozen=True)
 class ScannedSplit:
-    """A split with the result of its scan: n images, m objects."""
+    """A split with the result of its scan, for a training: n images, m objects, k categories.
+
+    "Usable" are the objects that training uses: no crowd, a known category, a box with area in the image.
+    """
 
     split: Split
     scan: ScanResult
+    target: TrainingTarget
 
     @property
     def name(self) -> str:
@@ -271,8 +243,8 @@ class ScannedSplit:
     @cached_property
     def sizes(self) -> Floats:
         """Width and height of the image of each object, [m, 2] in pixels."""
-        samples = self.scan.objects["sample"]
-        return np.stack([self.split.widths[samples], self.split.heights[samples]], axis=1)
+        sizes: Floats = self.split.image_sizes[self.scan.objects["sample"]]
+        return sizes
 
     @cached_property
     def visible_sides(self) -> Floats:
@@ -282,15 +254,19 @@ class ScannedSplit:
         return sides
 
     @cached_property
+    def category_ids(self) -> Integers:
+        """Ids of the categories, ascending, [k]."""
+        return np.array([category["id"] for category in self.split.shards.manifest.categories])
+
+    @cached_property
     def is_known(self) -> Flags:
         """Flags of the objects whose category is in the list, [m]."""
-        ids = [category["id"] for category in self.split.shards.manifest.categories]
-        known: Flags = np.isin(self.scan.objects["category_id"], ids)
+        known: Flags = np.isin(self.scan.objects["category_id"], self.category_ids)
         return known
 
     @cached_property
     def is_usable(self) -> Flags:
-        """Flags of the objects that training uses, [m]: no crowd, a known category, a box with area in the image."""
+        """Flags of the usable objects, [m]."""
         objects = self.scan.objects
         with np.errstate(invalid="ignore"):
             is_visible = (self.visible_sides > 0).all(axis=1)
@@ -298,11 +274,28 @@ class ScannedSplit:
         return usable
 
     @cached_property
+    def shorter_sides(self) -> Floats:
+        """Shorter side of each usable object after the resize of the training, in pixels."""
+        factors = self.target.scale_factors(self.sizes[self.is_usable])
+        sides: Floats = self.visible_sides[self.is_usable].min(axis=1) * factors
+        return sides
+
+    @cached_property
     def objects_per_image(self) -> Integers:
         """Number of usable objects in each image, [n]."""
-        return np.bincount(
-            self.scan.objects["sample"][self.is_usable], minlength=self.split.shards.num_samples
-        )
+        samples = self.scan.objects["sample"][self.is_usable]
+        return np.bincount(samples, minlength=self.split.shards.num_samples)
+
+    @cached_property
+    def classes(self) -> Integers:
+        """Category of each usable object, as its position in the list."""
+        ids = self.scan.objects["category_id"][self.is_usable]
+        return np.searchsorted(self.category_ids, ids)
+
+    @cached_property
+    def objects_per_class(self) -> Integers:
+        """Number of usable objects of each category, [k]."""
+        return np.bincount(self.classes, minlength=len(self.category_ids))
 
     def examples(self, chosen: Sequence[int] | Integers, *, boxes: bool = True) -> tuple[Example, ...]:
         """Return examples: some of the images with the chosen objects.
@@ -326,13 +319,10 @@ class ScannedSplit:
     def _describe_box(self, number: int) -> str:
         row = self.scan.objects[number]
         if not row["is_box"]:
-            return f"annotation {row['position']} has the box {self._invalid_box(row)}"
+            raw = read_unchecked(self.split.shards, int(row["sample"]))
+            record = as_record(raw.annotations[row["position"]]) if raw else {}
+            value = f"{record['bbox']!r:.60}" if "bbox" in record else "missing"
+            return f"annotation {row['position']} has the box {value}"
         width, height = self.sizes[number]
         box = ", ".join(f"{side:g}" for side in row["box"].round(2))
         return f"box [{box}] in {width:g}x{height:g}"
-
-    def _invalid_box(self, row: np.void) -> str:
-        """Quote the value that the record has in place of a box."""
-        raw = read_unchecked(self.split.shards, int(row["sample"]))
-        record = as_record(raw.annotations[row["position"]]) if raw else {}
-        return f"{record['bbox']!r:.60}" if "bbox" in record else "missing"

@@ -13,7 +13,6 @@ import browser
 import planted_shards as made
 from raydetr.doctor.examine import examine
 from raydetr.doctor.findings import TrainingTarget
-from raydetr.doctor.page import histogram_chart, to_html
 from raydetr.doctor.report import Histogram
 
 PROBE = """<script>
@@ -26,7 +25,7 @@ addEventListener("load", () => {
     shown: images.filter(image => image.naturalWidth > 100 && image.getBoundingClientRect().width > 100).length,
     wide: document.documentElement.scrollWidth > innerWidth,
     charts: [...document.querySelectorAll("svg rect")].filter(bar => bar.getBoundingClientRect().height > 5).length,
-    bars: [...document.querySelectorAll("td.barred i")].map(bar => bar.getBoundingClientRect().width),
+    bars: [...document.querySelectorAll(".bar i")].map(bar => bar.getBoundingClientRect().width),
     verdict: getComputedStyle(document.querySelector(".verdict")).backgroundColor,
     text: document.body.innerText,
     errors,
@@ -48,25 +47,43 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     train.samples[8].record["file_name"] = '"><b>8</b>.jpg'
     train.samples[9].image = train.samples[8].image
     locations = [str(made.write(train, folder / "train")), str(made.write(val, folder / "val"))]
-    return to_html(examine(locations, TrainingTarget(), num_processes=1))
+    return examine(locations, TrainingTarget(), num_processes=1).to_html()
+
+
+VOID_TAGS = {"img", "link", "meta"}
 
 
 class Loaded(HTMLParser):
-    """Collects the tags of a page, and the sources that it would load."""
+    """Collects tags, texts, and the sources that a page would load; every tag must be closed in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, page: str) -> None:
         super().__init__()
         self.sources: list[str] = []
         self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.sources += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        self.texts += [value or "" for name, value in attrs if name == "alt"]
+        self.open += [tag] if tag not in VOID_TAGS else []
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
 
 
 def test_the_page_loads_nothing_and_runs_nothing(page: str) -> None:
-    loaded = Loaded()
-    loaded.feed(page)
+    loaded = Loaded(page)
     assert loaded.sources
     assert all(source.startswith("data:") for source in loaded.sources)
     assert "script" not in loaded.tags
@@ -75,9 +92,11 @@ def test_the_page_loads_nothing_and_runs_nothing(page: str) -> None:
 
 
 def test_names_are_shown_and_not_executed(page: str) -> None:
-    assert "&lt;script&gt;alert" in page
     assert "<script" not in page
-    assert "&quot;&gt;&lt;b&gt;8" in page
+    assert "<b>8" not in page
+    texts = Loaded(page).texts
+    assert "<script>alert('dog')</script>" in texts
+    assert texts.count('image 1009 ("><b>8</b>.jpg)') >= 2  # As a caption, and in place of its image
 
 
 def test_a_browser_shows_the_full_page(page: str, tmp_path: Path) -> None:
@@ -103,13 +122,21 @@ def test_a_browser_shows_the_full_page(page: str, tmp_path: Path) -> None:
         assert words in seen["text"]
 
 
-def test_heights_of_bars_are_proportional_to_fractions() -> None:
-    one, other = Histogram((0, 1, 2), (1, 3, 0)), Histogram((0, 1, 2), (0, 0, 5))
-    chart = histogram_chart("title", "unit", [one, other], ["train", "<val>"])
-    heights = [float(height) for height in re.findall(r'<rect [^>]*height="([\d.]+)"', chart)]
-    assert heights == pytest.approx([heights[5] / 4, heights[5] * 3 / 4, 0, 0, 0, heights[5]], abs=0.1)
-    assert "&lt;val&gt;, 2 and more unit: 5 (100.0%)" in chart
-    assert "train, 1 to under 2 unit: 3 (75.0%)" in chart
+def test_heights_of_bars_are_proportional_to_fractions(tmp_path: Path) -> None:
+    train, val = made.healthy(16, 1), made.healthy(5, 2)  # With two objects in each image
+    for sample in train.samples[:4]:
+        del sample.annotations[0]
+    locations = [str(made.write(train, tmp_path / "train")), str(made.write(val, tmp_path / "<val>"))]
+    page = examine(locations, num_processes=1).to_html()
+    chart = page[page.index("<svg") : page.index("</svg>")]
+    bars = re.findall(r'<rect [^>]*height="([\d.]+)"[^>]*><title>(.*?), (.*?)</title>', chart)
+    heights = {(split, tip): float(height) for height, split, tip in bars if float(height)}
+    full = max(heights.values())
+    assert heights == {
+        ("train", "1 to under 2 objects: 4 (25.0%)"): pytest.approx(full / 4, abs=0.1),
+        ("train", "2 to under 3 objects: 12 (75.0%)"): pytest.approx(full * 3 / 4, abs=0.1),
+        ("&lt;val&gt;", "2 to under 3 objects: 5 (100.0%)"): full,
+    }
 
 
 def test_values_are_counted_between_their_edges() -> None:

@@ -32,8 +32,8 @@ def web(folder: Path) -> Iterator[WebServer]:
     server.close()
 
 
-def findings(report: Report) -> list[object]:
-    return [finding.to_dict() for finding in report.findings]
+def findings(report: Report) -> object:
+    return report.to_dict()["findings"]
 
 
 def test_a_server_and_file_urls_give_the_findings_of_the_disk(folder: Path, web: WebServer) -> None:

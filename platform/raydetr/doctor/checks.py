@@ -1,0 +1,452 @@
+"""Check images, boxes and classes of a split, and the categories of several."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from raydetr.doctor.findings import Finding, Integers, Level, TrainingTarget, counted, listed
+from raydetr.doctor.scan import Flags, ScannedSplit, Split
+from raydetr.shards.manifest import MAX_LABEL
+from raydetr.shards.reader import check_same_categories
+
+# --- Images that cannot be read, differ from their record, or have an unusual shape ---
+
+MAX_SIDE_RATIO = 5  # Long side by short side
+MIN_SIDE = 32  # Pixels of the short side: one cell of the coarsest feature map
+
+
+def image_findings(scanned: ScannedSplit, corrupt_level: Level) -> Iterator[Finding]:
+    """Check the images of a split; `corrupt_level` is the level of corrupt samples."""
+    images, split, corrupt = scanned.scan.images, scanned.split, scanned.scan.corrupt
+    samples = split.shards.samples
+    if corrupt:
+
+        def problem(sample: int) -> str:
+            file = split.shards.manifest.shards[samples[sample]["shard"]].name
+            return f"{file}, key {split.shards.key(sample)}: {corrupt[sample]:.120}"
+
+        yield Finding(
+            "corrupt-samples", corrupt_level, (split.name,),
+            f"{counted(len(corrupt), 'sample')} of {len(samples):,} cannot be used",
+            "copy these shards again; if the record is wrong, correct it and write the shards again",
+            len(corrupt), split.examples(sorted(corrupt), problem),
+        )  # fmt: skip
+    sizes = split.image_sizes.astype(np.int64)
+    short, long = sizes.min(axis=1), sizes.max(axis=1)
+    differs = (images["width"] != sizes[:, 0]) | (images["height"] != sizes[:, 1])
+
+    def shape(sample: int) -> str:
+        return f"{sizes[sample, 0]}x{sizes[sample, 1]}"
+
+    def mismatch(sample: int) -> str:
+        row = images[sample]
+        return f"the file holds {row['width']}x{row['height']} pixels, the record has {shape(sample)}"
+
+    checks: tuple[tuple[str, Level, Flags, str, str, Callable[[int], str]], ...] = (
+        ("size-mismatch", "error", images["is_read"] & differs,
+         "of another size than in the record: the boxes do not fit",
+         "correct width and height, or replace the images, and write the shards again", mismatch),
+        ("exif-orientation", "note", images["is_rotated"],
+         "with an EXIF orientation, which is not applied",
+         "look at the images: if the boxes are beside the objects, store the pixels rotated", lambda _: ""),
+        ("narrow-images", "note", long > MAX_SIDE_RATIO * short,
+         f"with one side more than {MAX_SIDE_RATIO} times the other",
+         "they are mostly padding in a batch: cut them into parts, or omit them", shape),
+        ("tiny-images", "note", short < MIN_SIDE,
+         f"with a side under {MIN_SIDE} pixels", "are they thumbnails? omit them", shape),
+    )  # fmt: skip
+    for code, level, is_found, text, remedy, detail in checks:
+        chosen = np.flatnonzero(is_found)
+        if len(chosen):
+            text = f"{counted(len(chosen), 'image')} {text}"
+            examples = split.examples(chosen, detail)
+            yield Finding(code, level, (split.name,), text, remedy, len(chosen), examples)
+
+
+# --- Invalid and suspicious boxes ---
+
+MAX_NOTE_FRACTION = 0.01  # Of the objects, up to which a minor problem is only a note; COCO itself has some
+TOLERANCE = 0.5  # Pixels by which a box may exceed its image without a finding; COCO's boxes do, by rounding
+MANY_EXCEEDING = 0.25  # Fraction of boxes above which [x1, y1, x2, y2] is likelier than inaccuracy
+MANY_FULL_IMAGE = 0.1  # Fraction of objects that cover their full image
+FULL_IMAGE = 0.99  # Fraction of the image's area
+MANY_EQUAL = 0.05  # Fraction of the images that have the same box
+MIN_BOXES = 10  # Fewer boxes do not show a pattern
+
+
+def box_findings(scanned: ScannedSplit, corrupt_level: Level) -> Iterator[Finding]:
+    """Check the boxes of a split; `corrupt_level` is the level of problems for which the reader refuses a sample."""
+    malformed = np.flatnonzero(~scanned.scan.objects["is_box"])
+    if len(malformed):
+        yield Finding(
+            "malformed-boxes", corrupt_level, (scanned.name,),
+            f"{counted(len(malformed), 'annotation')} without a box of four finite numbers, none of them a negative "
+            "size",
+            "correct `bbox` to [x, y, width, height], or remove the annotations, and write the shards again",
+            len(malformed), scanned.examples(malformed),
+        )  # fmt: skip
+    yield from _unknown_categories(scanned, corrupt_level)
+    yield from _box_format(scanned)
+    yield from _boxes_without_area(scanned)
+    yield from _full_image_boxes(scanned)
+    yield from _equal_boxes(scanned)
+    yield from _duplicate_objects(scanned)
+
+
+def _unknown_categories(scanned: ScannedSplit, level: Level) -> Iterator[Finding]:
+    chosen = np.flatnonzero(~scanned.is_known)
+    if not len(chosen):
+        return
+    used, ids = np.unique(scanned.scan.objects["category_id"]), scanned.category_ids
+    shift = next((step for step in (-1, 1) if np.isin(used, ids + step).all()), 0)
+    hint = f"; all would fit with 1 {'added' if shift < 0 else 'subtracted'}" if shift else ""
+    yield Finding(
+        "unknown-categories", level, (scanned.name,),
+        f"{counted(len(chosen), 'annotation')} of categories that are not in the list "
+        f"(ids {listed(np.setdiff1d(used, ids).tolist())}){hint}",
+        "make the list and the annotations agree, and write the shards again",
+        len(chosen), scanned.examples(chosen, boxes=False),
+    )  # fmt: skip
+
+
+def _box_format(scanned: ScannedSplit) -> Iterator[Finding]:
+    """Distinguish relative coordinates from corners instead of sizes, and from boxes that merely exceed their image."""
+    objects = scanned.scan.objects
+    chosen = np.flatnonzero(objects["is_box"] & ~objects["is_crowd"])
+    if not len(chosen):
+        return
+    boxes, sizes = objects["box"][chosen], scanned.sizes[chosen]
+    relative = (boxes <= 1).all(axis=1) & (sizes > 2).all(axis=1)
+    if relative.sum() >= MIN_BOXES and relative.mean() >= 0.9:
+        yield Finding(
+            "relative-boxes", "error", (scanned.name,),
+            f"{relative.mean():.0%} of the boxes lie within one pixel: their numbers are fractions of the image's size",
+            "multiply them by width and height of their image: COCO's boxes are in pixels",
+            int(relative.sum()), scanned.examples(chosen[relative]),
+        )  # fmt: skip
+        return
+    exceeds = (boxes[:, :2] + boxes[:, 2:] > sizes + TOLERANCE).any(axis=1)
+    exceeds |= (boxes[:, :2] < -TOLERANCE).any(axis=1)
+    exceeds &= (scanned.visible_sides[chosen] > 0).all(axis=1)
+    if exceeds.sum() >= MIN_BOXES and exceeds.mean() >= MANY_EXCEEDING:
+        yield Finding(
+            "corner-boxes", "warning", (scanned.name,),
+            f"{exceeds.mean():.0%} of the boxes exceed their image: are they [x1, y1, x2, y2]?",
+            "COCO's boxes are [x, y, width, height]: subtract x1 from x2 and y1 from y2",
+            int(exceeds.sum()), scanned.examples(chosen[exceeds]),
+        )  # fmt: skip
+        return
+    yield from _minor_problem(
+        scanned, "boxes-exceed-image", chosen[exceeds],
+        "box that exceeds the image", "boxes that exceed the image",
+        "training clamps them; correct them if there are many",
+    )  # fmt: skip
+
+
+def _boxes_without_area(scanned: ScannedSplit) -> Iterator[Finding]:
+    objects = scanned.scan.objects
+    is_valid = objects["is_box"] & ~objects["is_crowd"]
+    with np.errstate(invalid="ignore"):
+        flat = is_valid & (objects["box"][:, 2:] <= 0).any(axis=1)
+        outside = is_valid & ~flat & (scanned.visible_sides <= 0).any(axis=1)
+    remedy = "training omits them; remove or correct them"
+    for code, chosen, text in (
+        ("boxes-without-area", flat, "of zero width or height"),
+        ("boxes-outside", outside, "entirely outside the image"),
+    ):
+        yield from _minor_problem(
+            scanned, code, np.flatnonzero(chosen), f"box {text}", f"boxes {text}", remedy
+        )
+
+
+def _minor_problem(
+    scanned: ScannedSplit, code: str, chosen: Integers, one: str, many: str, remedy: str
+) -> Iterator[Finding]:
+    """Report the chosen objects, if any: a note up to MAX_NOTE_FRACTION of the objects, a warning above."""
+    if len(chosen):
+        fraction = len(chosen) / len(scanned.scan.objects)
+        yield Finding(
+            code, "warning" if fraction > MAX_NOTE_FRACTION else "note", (scanned.name,),
+            f"{counted(len(chosen), one, many)} ({fraction:.2%})",
+            remedy, len(chosen), scanned.examples(chosen),
+        )  # fmt: skip
+
+
+def _full_image_boxes(scanned: ScannedSplit) -> Iterator[Finding]:
+    chosen = np.flatnonzero(scanned.is_usable & _is_full_image(scanned))
+    num_usable = int(scanned.is_usable.sum())
+    if len(chosen) >= MIN_BOXES and len(chosen) >= MANY_FULL_IMAGE * num_usable:
+        yield Finding(
+            "full-image-boxes", "warning", (scanned.name,),
+            f"{counted(len(chosen), 'box', 'boxes')} ({len(chosen) / num_usable:.0%}) cover the full image",
+            "check whether they were drawn around objects, or mean `somewhere in this image`",
+            len(chosen), scanned.examples(chosen),
+        )  # fmt: skip
+
+
+def _is_full_image(scanned: ScannedSplit) -> Flags:
+    is_full: Flags = scanned.visible_sides.prod(axis=1) >= FULL_IMAGE * scanned.sizes.prod(axis=1)
+    return is_full
+
+
+def _equal_boxes(scanned: ScannedSplit) -> Iterator[Finding]:
+    """Find a box that many images share: a default value, or a watermark."""
+    chosen = np.flatnonzero(scanned.is_usable & ~_is_full_image(scanned))
+    objects = scanned.scan.objects[chosen]
+    keys = np.column_stack([objects["box"], objects["sample"]])
+    distinct = np.unique(keys, axis=0)[:, :4]  # A box counts once per image
+    boxes, counts = np.unique(distinct, axis=0, return_counts=True)
+    if not len(boxes) or counts.max() < max(MIN_BOXES, MANY_EQUAL * scanned.split.shards.num_samples):
+        return
+    most = int(np.argmax(counts))
+    box = ", ".join(f"{side:g}" for side in boxes[most])
+    yield Finding(
+        "equal-boxes", "warning", (scanned.name,),
+        f"the same box [{box}] is in {counted(int(counts[most]), 'image')}",
+        "check whether it is a default value, or something that is printed on the images",
+        int(counts[most]), scanned.examples(chosen[(objects["box"] == boxes[most]).all(axis=1)]),
+    )  # fmt: skip
+
+
+def _duplicate_objects(scanned: ScannedSplit) -> Iterator[Finding]:
+    chosen = np.flatnonzero(scanned.is_usable)
+    objects = scanned.scan.objects[chosen]
+    keys = np.column_stack([objects["sample"], objects["category_id"], objects["box"]])
+    first = np.unique(keys, axis=0, return_index=True)[1]
+    yield from _minor_problem(
+        scanned, "duplicate-objects", np.delete(chosen, first),
+        "object is annotated twice: same image, class and box",
+        "objects are annotated twice: same image, class and box",
+        "remove the copies: each query finds one object once",
+    )  # fmt: skip
+
+
+# --- Small objects ---
+
+TINY, SMALL = 4, 8  # Pixels of the shorter side after the resize; the finest feature map has cells of 8
+MANY_TINY = 0.05  # Fraction of all objects
+MOSTLY_SMALL = 0.5  # Fraction of the objects of a class
+MIN_CLASS_OBJECTS = 10  # Below this number of objects, a fraction of a class means nothing
+
+
+def scale_findings(scanned: ScannedSplit) -> Iterator[Finding]:
+    """Find many tiny objects, and classes of small ones."""
+    sides, numbers, names = (
+        scanned.shorter_sides,
+        np.flatnonzero(scanned.is_usable),
+        scanned.split.category_names,
+    )
+    tiny = sides < TINY
+    if tiny.any() and tiny.mean() >= MANY_TINY:
+        yield Finding(
+            "tiny-objects", "warning", (scanned.name,),
+            f"{tiny.mean():.0%} of the objects have a side under {TINY} pixels {scanned.target.describe_resize()}",
+            "train at a larger scale, cut the images into tiles, or omit such objects",
+            int(tiny.sum()), scanned.examples(numbers[np.argsort(sides, kind="stable")]),
+        )  # fmt: skip
+    counts, small = scanned.objects_per_class, small_per_class(scanned)
+    mostly = np.flatnonzero((counts >= MIN_CLASS_OBJECTS) & (small >= MOSTLY_SMALL * counts))
+    if len(mostly):
+        fractions = [f"{names[n]} {small[n] / counts[n]:.0%}" for n in mostly]
+        yield Finding(
+            "small-classes", "note", (scanned.name,),
+            f"classes of which at least half have a side under {SMALL} pixels {scanned.target.describe_resize()}: "
+            f"{listed(fractions)}",
+            "train at a larger scale: a cell of the finest feature map has 8 pixels",
+            len(mostly), scanned.examples(numbers[np.isin(scanned.classes, mostly) & (sides < SMALL)]),
+        )  # fmt: skip
+
+
+def small_per_class(scanned: ScannedSplit) -> Integers:
+    """Count the usable objects of each category with a side below SMALL after the resize, [k]."""
+    return np.bincount(scanned.classes[scanned.shorter_sides < SMALL], minlength=len(scanned.category_ids))
+
+
+# --- The list of categories ---
+
+BACKGROUND_NAMES = {
+    "background", "bg", "na", "none", "nothing", "noobject", "unlabeled", "unlabelled", "unused",
+}  # fmt: skip
+
+
+def category_findings(splits: Sequence[Split]) -> Iterator[Finding]:
+    """Check the categories of the first split, and find differences of the others from it."""
+    first, *others = splits
+    categories = first.shards.manifest.categories
+    background = [
+        f"{c['id']} {c['name']!r}" for c in categories if _normalized(c["name"]) in BACKGROUND_NAMES
+    ]
+    if background:
+        yield Finding(
+            "background-category", "warning", (first.name,),
+            f"the category {listed(background)} seems to stand for no object",
+            "remove it, and its annotations: these models need no class for the background",
+            len(background),
+        )  # fmt: skip
+    groups: dict[str, list[str]] = {}
+    for name in first.category_names:
+        groups.setdefault(_normalized(name), []).append(repr(name))
+    similar = [" and ".join(group) for group in groups.values() if len(group) > 1]
+    if similar:
+        yield Finding(
+            "similar-names", "warning", (first.name,),
+            f"names that differ only in case, spaces or punctuation: {listed(similar)}",
+            "give each class one name, and merge those that are the same",
+            len(similar),
+        )  # fmt: skip
+    lowest, highest = categories[0]["id"], categories[-1]["id"]
+    gaps = highest - lowest + 1 - len(categories)
+    if highest > MAX_LABEL:
+        yield Finding(
+            "large-ids", "note", (first.name,),
+            f"category ids reach {highest}: too large to be labels",
+            "use data.label_map=contiguous, which numbers the classes from 0",
+        )  # fmt: skip
+    elif gaps:
+        yield Finding(
+            "gaps-in-ids", "note", (first.name,),
+            f"the ids run from {lowest} to {highest} with {counted(gaps, 'gap')}",
+            f"choose data.label_map: contiguous has {len(categories)} classes, category_id {highest + 1} "
+            "as in the official checkpoints of COCO",
+            gaps,
+        )  # fmt: skip
+    for other in others:
+        try:
+            check_same_categories(first.shards, other.shards)
+        except ValueError as error:
+            text, _, remedy = str(error).rpartition(": ")
+            text += _explain_difference(first, other)
+            yield Finding("different-categories", "error", (first.name, other.name), text, remedy)
+
+
+def _explain_difference(first: Split, other: Split) -> str:
+    here, there = ({c["name"]: c["id"] for c in split.shards.manifest.categories} for split in (first, other))
+    moved = [name for name in here if name in there and there[name] != here[name]]
+    if moved:
+        steps = {there[name] - here[name] for name in moved}
+        by_one = f", all by {steps.pop():+d}" if len(steps) == 1 else ""
+        examples = [f"{name!r} is {here[name]} and {there[name]}" for name in moved]
+        return f"; the same names have other ids{by_one} ({listed(examples, 3)})"
+    normalized = {_normalized(name): name for name in here}
+    spellings = [
+        f"{normalized[_normalized(name)]!r} and {name!r}"
+        for name in there
+        if name not in here and _normalized(name) in normalized
+    ]
+    return f"; some differ only in spelling ({listed(spellings, 3)})" if spellings else ""
+
+
+def _normalized(name: str) -> str:
+    """Keep only letters and digits, in lower case; a name without any stays as it is."""
+    return re.sub(r"[\W_]+", "", name.casefold()) or name
+
+
+# --- The balance of classes ---
+
+MIN_OBJECTS = 10  # With fewer objects, a class is hardly learned
+IMBALANCE = 100  # Objects of the largest class by those of the smallest
+
+
+def balance_findings(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
+    """Find classes without objects, rare classes, and classes that the training split alone lacks."""
+    first = splits[0]
+    for scanned in splits:
+        counts = scanned.objects_per_class
+        # Without any annotation, the checks of the index have reported it
+        if scanned.split.shards.samples["num_annotations"].any():
+            yield from class_findings(scanned.split, counts)
+        if counts.any():
+            yield from _rare_classes(scanned)
+        if scanned.split.shards.manifest.categories == first.split.shards.manifest.categories:
+            missing = np.flatnonzero((counts > 0) & (first.objects_per_class == 0))
+            if len(missing):
+                names = listed([first.split.category_names[number] for number in missing])
+                yield Finding(
+                    "classes-not-trained", "warning", (first.name, scanned.name),
+                    f"{counted(len(missing), 'class', 'classes')} with objects in {scanned.name}, "
+                    f"but none in {first.name}: {names}",
+                    "split the images again, so that each class is in both",
+                    len(missing),
+                )  # fmt: skip
+
+
+def class_findings(split: Split, counts: Integers) -> Iterator[Finding]:
+    """Find a split without any object, or classes without any, given the number of objects of each class."""
+    if not counts.any():
+        yield no_objects_finding(split)
+        return
+    absent = [name for name, count in zip(split.category_names, counts, strict=True) if not count]
+    if absent:
+        yield Finding(
+            "classes-without-objects", "warning" if split.is_trained_on else "note", (split.name,),
+            f"{counted(len(absent), 'class', 'classes')} of {len(counts)} without any object: {listed(absent)}",
+            "add images of them, or omit them from the categories"
+            if split.is_trained_on
+            else "their AP will be undefined; split the images again if they matter",
+            len(absent),
+        )  # fmt: skip
+
+
+def no_objects_finding(split: Split) -> Finding:
+    """Return the finding about a split without any object."""
+    level: Level = "error" if split.is_trained_on else "warning"
+    effect = "there is nothing to learn" if split.is_trained_on else "AP will be undefined"
+    remedy = f"are these the right annotations? {effect}"
+    return Finding("no-objects", level, (split.name,), "not one object to find", remedy)
+
+
+def _rare_classes(scanned: ScannedSplit) -> Iterator[Finding]:
+    counts, names = scanned.objects_per_class, scanned.split.category_names
+    present = [int(number) for number in np.argsort(counts, kind="stable") if counts[number]]
+    rare = [f"{names[number]} {counts[number]}" for number in present if counts[number] < MIN_OBJECTS]
+    is_trained_on = scanned.split.is_trained_on
+    if rare:
+        yield Finding(
+            "rare-classes", "warning" if is_trained_on else "note", (scanned.name,),
+            f"{counted(len(rare), 'class', 'classes')} with fewer than {MIN_OBJECTS} objects: {listed(rare)}",
+            "add images of them; they will hardly be learned"
+            if is_trained_on
+            else "add images of them: their AP depends on a few objects",
+            len(rare),
+        )  # fmt: skip
+    least, most = present[0], present[-1]
+    ratio = counts[most] / counts[least]
+    if ratio >= IMBALANCE:
+        yield Finding(
+            "imbalance", "note", (scanned.name,),
+            f"{names[most]!r} has {counts[most]:,} objects, {ratio:,.0f} times those of {names[least]!r} "
+            f"({counts[least]:,})",
+            "add images of the rare classes: AP is the mean of all classes",
+        )  # fmt: skip
+
+
+# --- Objects per image ---
+
+MAX_DETECTIONS = 100  # Detections per image that COCO's AP counts
+
+
+def object_count_findings(
+    split: Split, objects_per_image: Integers, target: TrainingTarget
+) -> Iterator[Finding]:
+    """Find images with more objects than there are queries, or than detections count."""
+    checks: tuple[tuple[str, Level, int | None, str, str], ...] = (
+        ("more-objects-than-queries", "warning", target.num_queries,
+         f"more objects than {target.recipe} has queries ({target.num_queries})",
+         "raise model.num_queries: an object without a query is not found"),
+        ("more-objects-than-detections", "note", MAX_DETECTIONS,
+         f"more than {MAX_DETECTIONS} objects",
+         f"COCO's AP counts {MAX_DETECTIONS} detections per image"),
+    )  # fmt: skip
+    order = np.argsort(-objects_per_image, kind="stable")
+    for code, level, most, text, remedy in checks:
+        above = order[objects_per_image[order] > (most or np.inf)]
+        if len(above):
+            have = "has" if len(above) == 1 else "have"
+            yield Finding(
+                code, level, (split.name,),
+                f"{counted(len(above), 'image')} ({len(above) / len(order):.1%}) {have} {text}", remedy, len(above),
+                split.examples(above, lambda n: counted(int(objects_per_image[n]), "object")),
+            )  # fmt: skip
