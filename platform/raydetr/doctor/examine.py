@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 
 import numpy as np
-import numpy.typing as npt
 
 from raydetr.config.paths import is_remote
 from raydetr.doctor.checks import (
@@ -21,14 +20,7 @@ from raydetr.doctor.checks import (
     scale_findings,
 )
 from raydetr.doctor.duplicates import duplicate_findings
-from raydetr.doctor.findings import (
-    Finding,
-    Integers,
-    Level,
-    TrainingTarget,
-    by_level,
-    counted,
-)
+from raydetr.doctor.findings import LEVELS, Finding, Integers, Level, TrainingTarget, counted
 from raydetr.doctor.report import Report
 from raydetr.doctor.scan import ScannedSplit, Split, scan
 from raydetr.process_pool import Progress
@@ -104,7 +96,9 @@ def _quick_findings(splits: Sequence[Split], target: TrainingTarget) -> Iterator
 
 def _shared_samples(one: Split, other: Split) -> Iterator[Finding]:
     """Find samples with the same crc and length: the same image under the same id with the same annotations."""
-    count = len(np.intersect1d(_sample_keys(one.shards), _sample_keys(other.shards)))
+    rows = one.shards.samples, other.shards.samples
+    keys = [row["crc32"].astype(np.uint64) << np.uint64(32) | row["length"] for row in rows]
+    count = len(np.intersect1d(*keys))
     if count:
         yield Finding(
             "shared-samples", "warning", (one.name, other.name),
@@ -113,12 +107,6 @@ def _shared_samples(one: Split, other: Split) -> Iterator[Finding]:
             "`raydetr doctor` lists them; remove them from one of the two",
             count,
         )  # fmt: skip
-
-
-def _sample_keys(shards: Shards) -> npt.NDArray[np.uint64]:
-    rows = shards.samples
-    keys: npt.NDArray[np.uint64] = rows["crc32"].astype(np.uint64) << np.uint64(32) | rows["length"]
-    return keys
 
 
 def _quick_class_counts(shards: Shards) -> Integers | None:
@@ -183,7 +171,8 @@ def examine(
         before += split.shards.num_samples
     if scanned:
         findings += _all_findings(scanned, target, num_processes)
-    return Report(target, tuple(scanned), tuple(by_level(findings)), time.perf_counter() - start)
+    findings.sort(key=lambda finding: LEVELS.index(finding.level))
+    return Report(target, tuple(scanned), tuple(findings), time.perf_counter() - start)
 
 
 def _shifted(progress: Progress, before: int, total: int) -> Progress:

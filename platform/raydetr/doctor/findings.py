@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,11 +67,6 @@ class Finding:
     def line(self) -> str:
         """Return the finding as one line, without examples."""
         return f"{', '.join(self.splits)}: {self.text}: {self.remedy}"
-
-
-def by_level(findings: Iterable[Finding]) -> list[Finding]:
-    """Sort findings by level, errors first; keep their order within a level."""
-    return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
 
 
 def counted(count: int, singular: str, plural: str | None = None) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -191,7 +191,7 @@ class Report:
             class_rows=_class_rows(self),
             gallery=_gallery,
             picture=lambda place, is_pair: _picture(self, place, is_pair),
-            bar_length=_bar_length,
+            log1p=math.log1p,
             colors=COLORS,
             small=SMALL,
         )
@@ -269,25 +269,8 @@ CHARTS = (
 LEFT, RIGHT, TOP, BOTTOM = 34.0, 350.0, 10.0, 166.0  # Of the bars of a chart
 
 
-class _Bar(NamedTuple):
-    x: float
-    y: float
-    width: float
-    height: float
-    color: str
-    tip: str
-
-
-class _Chart(NamedTuple):
-    title: str
-    unit: str
-    bars: list[_Bar]  # Of several splits, side by side
-    xs: list[tuple[float, float]]  # Position and value of each edge
-    ys: list[tuple[float, float]]  # Position and fraction of each line
-
-
-def _chart(report: Report, key: str, title: str, unit: str) -> _Chart:
-    """Draw the fraction of the values of each split in each bin."""
+def _chart(report: Report, key: str, title: str, unit: str) -> dict[str, Any]:
+    """Return bars with the fraction of the values of each split in each bin, and the positions of labels."""
     histograms = [statistics.histograms[key] for statistics in report.statistics]
     fractions = [np.array(one.counts) / max(1, sum(one.counts)) for one in histograms]
     highest = max(0.05, *(float(row.max()) for row in fractions))
@@ -298,16 +281,15 @@ def _chart(report: Report, key: str, title: str, unit: str) -> _Chart:
     for number, (histogram, row) in enumerate(zip(histograms, fractions, strict=True)):
         for position, (count, fraction) in enumerate(zip(histogram.counts, row.tolist(), strict=True)):
             height = (BOTTOM - TOP) * fraction / highest
-            values = f"{edges[position]:g} " + (
-                f"to under {edges[position + 1]:g}" if position + 1 < len(edges) else "and more"
+            end = f"to under {edges[position + 1]:g}" if position + 1 < len(edges) else "and more"
+            tip = (
+                f"{report.scanned[number].name}, {edges[position]:g} {end} {unit}: {count:,} ({fraction:.1%})"
             )
-            tip = f"{report.scanned[number].name}, {values} {unit}: {count:,} ({fraction:.1%})"
             x = LEFT + slot * (position + 0.1) + width * number
-            color = COLORS[number % len(COLORS)]
-            bars.append(_Bar(x, BOTTOM - height, max(width - 0.5, 1), height, color, tip))
+            bars.append((x, BOTTOM - height, max(width - 0.5, 1), height, COLORS[number % len(COLORS)], tip))
     xs = [(LEFT + slot * position, edge) for position, edge in enumerate(edges)]
     ys = [(BOTTOM - (BOTTOM - TOP) * part, highest * part) for part in (0.0, 0.5, 1.0)]
-    return _Chart(title, unit, bars, xs, ys)
+    return {"title": title, "unit": unit, "bars": bars, "xs": xs, "ys": ys}
 
 
 def _class_rows(report: Report) -> list[tuple[int, str, list[ClassRow | None]]]:
@@ -315,11 +297,6 @@ def _class_rows(report: Report) -> list[tuple[int, str, list[ClassRow | None]]]:
     tables = [{(row.id, row.name): row for row in statistics.categories} for statistics in report.statistics]
     keys = sorted({key for rows in tables for key in rows})
     return [(*key, [rows.get(key) for rows in tables]) for key in keys]
-
-
-def _bar_length(count: int, most: int) -> float:
-    """Return the length of a logarithmic bar as a fraction of that for `most`."""
-    return math.log1p(count) / math.log1p(max(most, 1))
 
 
 def _gallery(scanned: ScannedSplit) -> Iterator[Place]:

@@ -9,7 +9,7 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -116,7 +116,7 @@ class ScanResult:
 
     images: npt.NDArray[np.void]  # [n] of IMAGE_DTYPE
     objects: npt.NDArray[np.void]  # [m] of OBJECT_DTYPE, in the order of samples
-    corrupt: dict[int, str] = field(default_factory=dict)  # Sample -> the problem
+    corrupt: dict[int, str]  # Sample -> the problem
 
 
 def scan(shards: Shards, *, progress: Progress | None = None, num_processes: int | None = None) -> ScanResult:

@@ -411,6 +411,16 @@ def test_every_finding_is_documented_with_its_level() -> None:
     assert documented == planted | elsewhere | few
 
 
+def test_an_orientation_of_0_is_none(tmp_path: Path) -> None:
+    train, val = healthy()
+    exif = Image.Exif()
+    exif[0x0112] = 0
+    image = made.random_image(np.random.default_rng(9))
+    train.samples[4].image = made.encoded(image, exif=exif)
+    assert Image.open(io.BytesIO(train.samples[4].image)).getexif()[0x0112] == 0
+    assert examined(tmp_path, train, val).findings == ()
+
+
 def test_a_few_minor_problems_are_only_notes(tmp_path: Path) -> None:
     """The same problems as above, each in less than 1% of the objects or images."""
     train, val = made.healthy(220, seed=1), made.healthy(20, seed=2)

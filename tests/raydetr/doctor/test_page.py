@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
+from fnmatch import fnmatch
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -137,6 +140,14 @@ def test_heights_of_bars_are_proportional_to_fractions(tmp_path: Path) -> None:
         ("train", "2 to under 3 objects: 12 (75.0%)"): pytest.approx(full * 3 / 4, abs=0.1),
         ("&lt;val&gt;", "2 to under 3 objects: 5 (100.0%)"): full,
     }
+
+
+def test_the_template_is_part_of_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["*"]
+    data = {file.name for file in resources.files("raydetr.doctor").iterdir() if file.is_file()}
+    assert "page.html" in data
+    assert [name for name in data if not any(fnmatch(name, one) for one in ("*.py", *patterns))] == []
 
 
 def test_values_are_counted_between_their_edges() -> None:

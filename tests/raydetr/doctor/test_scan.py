@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import planted_shards as made
 from raydetr.doctor.scan import CHUNK, scan
@@ -47,6 +49,16 @@ def test_the_result_has_what_was_written(shards: Shards) -> None:
     found = result.objects["box"]
     assert np.isnan(found[142]).all()
     np.testing.assert_array_equal(np.delete(found, 142, axis=0), np.delete(expected, 142, axis=0))
+
+
+def test_an_image_that_only_a_lenient_decoder_accepts_is_corrupt(tmp_path: Path) -> None:
+    """Training refuses it."""
+    split = made.healthy(10, seed=1)
+    content = split.samples[3].image
+    split.samples[3].image = content[: len(content) // 2] + content[-2:]
+    Image.open(io.BytesIO(split.samples[3].image)).load()
+    result = scan(open_shards(made.write(split, tmp_path / "train")), num_processes=1)
+    assert sorted(result.corrupt) == [3]
 
 
 def test_samples_beyond_the_end_of_a_truncated_shard_are_corrupt(tmp_path: Path) -> None:

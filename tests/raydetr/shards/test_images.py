@@ -16,7 +16,7 @@ from made_coco import write_coco
 from raydetr.config import TransformConfig
 from raydetr.data.samples import load_sample, make_sample
 from raydetr.data.transforms.transform import Transform
-from raydetr.shards.images import ImageError, decode_pixels
+from raydetr.shards.images import ImageError, decode_pixels, read_header
 from raydetr.shards.reader import ShardError, open_shards
 from raydetr.shards.writer import write_shards
 
@@ -248,3 +248,11 @@ def test_an_image_size_that_differs_from_the_index_is_an_error(tmp_path: Path) -
 
 def size_in_index(shards: Any, index: int) -> tuple[int, int]:
     return int(shards.samples["width"][index]), int(shards.samples["height"][index])
+
+
+@pytest.mark.parametrize(("orientation", "is_rotated"), [(0, False), (1, False), (3, True), (6, True)])
+def test_an_orientation_of_0_is_none(orientation: int, is_rotated: bool) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    header = read_header(io.BytesIO(encoded(smooth(), "JPEG", exif=exif)))
+    assert (header.orientation, header.is_rotated) == (orientation, is_rotated)
