@@ -42,9 +42,8 @@ def near_groups(hashes: Hashes, num_threads: int | None = None) -> list[Integers
 
 def _near_edges(hashes: Hashes, start: int) -> Integers:
     """Return enough pairs [p, 2] to connect ROWS images from `start` on with the later ones that are near."""
-    group = np.arange(
-        len(hashes)
-    )  # Equal for images that the pairs so far connect: thousands may look the same
+    # Equal for images that the pairs so far connect, whose other pairs are left out: thousands may look the same
+    group = np.arange(len(hashes))
     edges = [np.empty((0, 2), np.int64)]
     for number in range(start, min(start + ROWS, len(hashes))):
         distances = np.bitwise_count(hashes[number + 1 :] ^ hashes[number])

@@ -231,10 +231,10 @@ def operator_lines(status: NativeStatus, machine: Machine) -> Iterator[Environme
         yield EnvironmentLine(cpu, "note", found, remedy)
     else:
         yield EnvironmentLine(cpu, "ok", found)
-    if "cuda" in status.devices:
-        yield EnvironmentLine(gpu, "ok", status.reason)
-    elif not machine.gpus:
+    if not machine.gpus:
         yield EnvironmentLine(gpu, "ok", "not needed: there is no GPU that torch can use")
+    elif "cuda" in status.devices:
+        yield EnvironmentLine(gpu, "ok", status.reason)
     else:
         remedy = f"install the CUDA toolkit (nvcc) that fits torch and run `{BUILD}` again"
         yield EnvironmentLine(gpu, "note", slow, remedy)

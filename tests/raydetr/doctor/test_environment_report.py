@@ -82,7 +82,7 @@ def test_native_kernels_below_the_processors_best_are_a_note(monkeypatch: pytest
 
 
 def test_gpu_kernels_are_reported_where_there_is_a_gpu() -> None:
-    for status in (NATIVE, PURE):
+    for status in (NATIVE, PURE, dataclasses.replace(NATIVE, devices=("cpu", "cuda"))):
         _, line = machine.operator_lines(status, LAPTOP)
         assert (line.state, line.found) == ("ok", "not needed: there is no GPU that torch can use")
     with_gpu = modified(gpus=(H200,))
