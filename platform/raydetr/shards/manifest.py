@@ -101,7 +101,10 @@ class Manifest:
     fingerprint: str  # changes with any byte of any sample, their order, and the categories
     num_samples: int
     num_annotations: int
-    num_usable: int  # objects that training uses: no crowds, with an area inside their image
+    usable_objects: dict[
+        str, int
+    ]  # category id -> objects that train: no crowds, with an area inside their image
+    unusual_objects: dict[str, int]  # kind (`coco.UNUSUAL`) -> objects
     samples_per_shard: int
     shards: list[ShardFile]
     categories: list[dict[str, Any]]  # COCO's records, sorted by id
@@ -109,6 +112,11 @@ class Manifest:
     source: dict[str, str]  # name and sha256 of the annotation file
     header: dict[str, Any]  # COCO's `info` and `licenses`
     notices: list[str]  # valid but worth knowing
+
+    @property
+    def num_usable(self) -> int:
+        """Number of objects that train."""
+        return sum(self.usable_objects.values())
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json`."""

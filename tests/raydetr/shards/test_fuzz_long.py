@@ -280,7 +280,7 @@ def test_faulty_data_sets_are_refused_or_usable(raydetr: CommandLine, tmp_path: 
     source = FORMATS[kind](tmp_path / "healthy", contents)
     assert outcome(raydetr, source, tmp_path / "out", []) == "written"
     seen: dict[str, Counter[str]] = {}
-    for number, (fault, rng) in enumerate(faults(range(7000,7000+NUM_CASES))):
+    for number, (fault, rng) in enumerate(faults(range(7000, 7000 + NUM_CASES))):
         for folder in ("data", "out"):
             shutil.rmtree(tmp_path / folder, ignore_errors=True)
         shutil.copytree(tmp_path / "healthy", tmp_path / "data")
