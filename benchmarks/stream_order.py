@@ -277,8 +277,9 @@ def write_tiny_shards(folder: Path, num_samples: int, samples_per_shard: int = 1
         files.append(ShardFile(name, len(shard), len(content), hashlib.sha256(content).hexdigest()))
     np.savez(folder / INDEX, samples=samples)
     Manifest(
-        FORMAT_VERSION, data_fingerprint(samples, categories), num_samples, num_samples, {"1": num_samples}, {}, samples_per_shard, files,
-        categories, {"contiguous": {"1": 0}, "category_id": {"1": 1}}, {"name": "made", "sha256": ""}, {}, [],
+        FORMAT_VERSION, data_fingerprint(samples, categories), num_samples, num_samples, {"1": num_samples}, {},
+        samples_per_shard, files, categories, {"contiguous": {"1": 0}, "category_id": {"1": 1}},
+        {"name": "made", "sha256": ""}, {}, [],
     ).save(folder)  # fmt: skip
 
 
