@@ -122,7 +122,7 @@ def evaluate(
     table = evaluate_checkpoint(checkpoint, assignments, local=local)
     typer.echo(table.to_text())
     if out is not None:
-        out.write_text(json.dumps(table.to_dict(), indent=1))
+        out.write_text(json.dumps(table.to_dict(), indent=1, allow_nan=False))
 
 
 @app.command()
@@ -149,12 +149,17 @@ def import_checkpoint(
     annotations: Annotated[
         Path | None, typer.Option(help="COCO JSON file with its categories; default: COCO's.")
     ] = None,
+    ema: Annotated[
+        bool, typer.Option("--ema", help="Take the averaged weights of the file (ema_model).")
+    ] = False,
 ) -> None:
     """Convert an official checkpoint to evaluate it, predict with it, or fine-tune it."""
     from raydetr.training.import_checkpoint import import_checkpoint as run_import
 
     out = out or Path(file.stem)
-    found = run_import(file, model, out, annotations)
+    found = run_import(file, model, out, annotations, averaged=ema)
+    for note in found.notes:
+        typer.echo(f"note: {note}")
     typer.echo(
         f"{file}: a checkpoint of {found.architecture}, {found.num_parameters:,} parameters, "
         f"{found.num_classes} classes\nwrote {out}, with the settings of {found.recipe}\n"

@@ -69,8 +69,8 @@ def predict(
                 {"id": image_id, "file_name": str(file), "width": image.width, "height": image.height}
             )
         described = {"images": records, "categories": categories}
-        (folder / "images.json").write_text(json.dumps(described, indent=1))
-        (folder / "results.json").write_text(json.dumps(results))
+        (folder / "images.json").write_text(json.dumps(described, indent=1, allow_nan=False))
+        (folder / "results.json").write_text(json.dumps(results, allow_nan=False))
     return results
 
 

@@ -22,6 +22,7 @@ FORMAT_VERSION = 3
 # Samples per chunk: the unit of the training order (data/order.py) and of the cache of remote shards. A rank reads all
 # samples of a chunk within one window, so chunk-wise fetching downloads little more than the rank reads.
 CHUNK_SIZE = 32
+UNUSED = "(unused)"  # name of a label without a category
 MAX_LABEL = 9999  # more classes than this must be a mistake
 
 SAMPLE_DTYPE = np.dtype(
@@ -90,7 +91,7 @@ def make_label_map(categories: list[dict[str, Any]], kind: LabelMapKind) -> Labe
             f"category ids reach {max(by_id)}, too large for labels: use data.label_map=contiguous"
         )
     ids = tuple(by_id) if kind == "contiguous" else tuple(range(max(by_id) + 1))
-    return LabelMap(kind, ids, tuple(by_id.get(category_id, "(unused)") for category_id in ids))
+    return LabelMap(kind, ids, tuple(by_id.get(category_id, UNUSED) for category_id in ids))
 
 
 @dataclass(frozen=True)
