@@ -131,12 +131,22 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files and folders of images.")],
     out: Annotated[Path, typer.Option(help="Output folder; must be empty or new.")],
     score_threshold: Annotated[float, typer.Option(help="Draw boxes with at least this score.")] = 0.3,
+    recursive: Annotated[bool, typer.Option("--recursive", help="Look into folders of folders.")] = False,
 ) -> None:
     """Detect objects in images; write images with boxes and a COCO-format results JSON."""
     from raydetr.inference.predict import predict as run_prediction
 
-    run_prediction(checkpoint, images, out, score_threshold=score_threshold)
+    with progress_bar("images") as progress:
+        predicted = run_prediction(
+            checkpoint, images, out, recursive=recursive, score_threshold=score_threshold, progress=progress
+        )
+    for note in predicted.notes:
+        print_status(f"note: {note}")
     typer.echo(f"wrote {out}")
+    if predicted.failed:
+        lines = "".join(f"\n  {line}" for line in predicted.failed)
+        print_status(f"error: {len(predicted.failed)} files cannot be read:{lines}")
+        raise typer.Exit(1)
 
 
 @app.command("import-checkpoint")

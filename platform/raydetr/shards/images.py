@@ -110,9 +110,19 @@ def decode_pixels(content: bytes) -> Pixels:
     return _decode_with_pillow(content)
 
 
-def decode_image(content: bytes) -> Image.Image:
-    """Decode like `decode_pixels`, to an image that can be drawn on."""
-    return Image.fromarray(decode_pixels(content))
+def decode_image(content: bytes, *, any_format: bool = False) -> Image.Image:
+    """Decode like `decode_pixels`, to an image that can be drawn on; with `any_format`, whatever Pillow reads.
+
+    Raises:
+        ImageError: as `decode_pixels`.
+    """
+    is_other = any_format and not content.startswith((JPEG_START, PNG_START))
+    return Image.fromarray(_decode_with_pillow(content, None) if is_other else decode_pixels(content))
+
+
+def is_rotated(content: bytes) -> bool:
+    """Return whether a readable image has an EXIF orientation by which viewers rotate or flip it."""
+    return _orientation(Image.open(io.BytesIO(content))) not in (0, 1)
 
 
 def _decode_jpeg(content: bytes) -> Pixels:
@@ -181,11 +191,11 @@ def _check_png(content: bytes) -> None:
         at = end
 
 
-def _decode_with_pillow(content: bytes) -> Pixels:
+def _decode_with_pillow(content: bytes, formats: tuple[str, ...] | None = FORMATS) -> Pixels:
     try:
-        return np.array(_to_rgb(Image.open(io.BytesIO(content), formats=FORMATS)))
+        return np.array(_to_rgb(Image.open(io.BytesIO(content), formats=formats)))
     except UnidentifiedImageError:  # whose message holds an address in memory
-        raise ImageError("it is not a JPEG or PNG image") from None
+        raise ImageError(f"it is not {'a JPEG or PNG' if formats else 'an'} image") from None
     except PILLOW_ERRORS as error:
         raise ImageError(str(error)) from None
 

@@ -82,7 +82,9 @@ def test_the_weights_are_the_official_ones_and_predict(tmp_path: Path) -> None:
         assert torch.equal(tensor, state[name]), name
     assert loaded.label_map.names[18] == "dog"
     Image.new("RGB", (32, 24), "white").save(tmp_path / "white.png")
-    results = predict(tmp_path / "out", [tmp_path / "white.png"], tmp_path / "predictions", device="cpu")
+    results = predict(
+        tmp_path / "out", [tmp_path / "white.png"], tmp_path / "predictions", device="cpu"
+    ).results
     assert {result["category_id"] for result in results} <= {category["id"] for category in COCO_CATEGORIES}
 
 
