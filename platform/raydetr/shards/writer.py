@@ -28,7 +28,7 @@ from webdataset.writer import TarWriter
 
 from raydetr.process_pool import Advance, Progress, run_tasks
 from raydetr.shards.coco import ImageFile, Problems, Record, Source, coco_source, unusual_kinds, usable_boxes
-from raydetr.shards.images import ImageError, ImageHeader, check_image
+from raydetr.shards.images import MAX_DARK, ImageError, ImageHeader, check_image
 from raydetr.shards.manifest import (
     FORMAT_VERSION,
     INDEX,
@@ -85,6 +85,7 @@ class PackedShard:
     file: ShardFile | None  # None: problems, or all of its images were skipped
     samples: Samples = field(default_factory=lambda: NO_SAMPLES)
     num_rotated: int = 0  # images with an EXIF orientation that rotates or flips them
+    num_dark: int = 0  # images with 16 bits per pixel, of which at most 12 are used
     usable_objects: Counter[str] = field(default_factory=Counter)  # per category id
     unusual_objects: Counter[str] = field(default_factory=Counter)  # per kind
     skipped: list[str] = field(default_factory=list)  # corrupt images, with the reasons
@@ -183,7 +184,7 @@ def _write_tar(task: ShardTask, texts: list[bytes], path: Path, advance: Advance
     """Write the tar; return its counts, skipped images and problems."""
     problems: list[str] = []
     skipped: list[str] = []
-    num_rotated = 0
+    num_rotated = num_dark = 0
     usable, unusual = Counter[str](), Counter[str]()
     with path.open("wb") as file:
         with TarWriter(file, mtime=0, encoder=False) as writer:
@@ -200,6 +201,7 @@ def _write_tar(task: ShardTask, texts: list[bytes], path: Path, advance: Advance
                     problems.append(str(error))
                     continue
                 num_rotated += header.is_rotated
+                num_dark += header.is_dark
                 width, height = header.size
                 usable.update(map(str, usable_boxes(objects, width, height)[1]))
                 unusual.update(kind for item in objects for kind in unusual_kinds(item, width, height))
@@ -211,6 +213,7 @@ def _write_tar(task: ShardTask, texts: list[bytes], path: Path, advance: Advance
     return PackedShard(
         None,
         num_rotated=num_rotated,
+        num_dark=num_dark,
         usable_objects=usable,
         unusual_objects=unusual,
         skipped=skipped,
@@ -368,7 +371,6 @@ def _finish(source: Source, folder: Path, packed: list[PackedShard], samples_per
     files = [shard.file for shard in written if shard.file is not None]
     skipped = [line for shard in packed for line in shard.skipped]
     np.savez(folder / INDEX, samples=samples)
-    num_rotated = sum(shard.num_rotated for shard in packed)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         fingerprint=data_fingerprint(samples, source.dataset.categories),
@@ -382,7 +384,7 @@ def _finish(source: Source, folder: Path, packed: list[PackedShard], samples_per
         label_maps=label_maps([category["id"] for category in source.dataset.categories]),
         source={"name": source.name, "sha256": source.dataset.sha256},
         header=source.dataset.header,
-        notices=source.dataset.notices + _image_notices(num_rotated, len(skipped)),
+        notices=source.dataset.notices + _image_notices(packed, len(skipped)),
     )
     manifest.save(folder)
     if skipped:
@@ -395,9 +397,16 @@ def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return dict(sorted(sum(map(Counter, counts), Counter[str]()).items()))
 
 
-def _image_notices(num_rotated: int, num_skipped: int) -> list[str]:
+def _image_notices(packed: list[PackedShard], num_skipped: int) -> list[str]:
+    num_rotated = sum(shard.num_rotated for shard in packed)
+    num_dark = sum(shard.num_dark for shard in packed)
     lines = (
         (num_rotated, "images have an EXIF orientation, which is not applied: boxes refer to stored pixels"),
+        (
+            num_dark,
+            "images have 16 bits per pixel and use at most 12 of them: they are nearly black, at most "
+            f"{MAX_DARK} of 255, until their pixels are multiplied by 16",
+        ),
         (num_skipped, f"images are missing or corrupt and were skipped: {SKIPPED} lists them"),
     )
     return [f"{count} {text}" for count, text in lines if count]
