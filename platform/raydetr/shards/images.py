@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG")
 EXIF_ORIENTATION = 0x0112
 TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-MAX_DARK = 4095 // 257  # of 255: the brightest pixel of an image with 12 bits in 16
+MAX_DARK = round(4095 / 257)  # of 255: the brightest pixel of an image with 12 bits in 16
 MAX_PIXELS = 2 * (2**30 // 4 // 3)  # 178,956,970, above which Pillow refuses an image, too
 
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"

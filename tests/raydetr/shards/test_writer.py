@@ -295,4 +295,4 @@ def test_writing_into_an_existing_empty_folder(coco: tuple[Path, Path], tmp_path
 )
 def test_twelve_bits_in_sixteen_are_noticed(tmp_path: Path, content: bytes, is_noticed: bool) -> None:
     manifest = write_shards(*one_image(tmp_path, content), tmp_path / "out")
-    assert any("nearly black, at most 15 of 255" in notice for notice in manifest.notices) == is_noticed
+    assert any("nearly black, at most 16 of 255" in notice for notice in manifest.notices) == is_noticed
