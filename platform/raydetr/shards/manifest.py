@@ -20,7 +20,7 @@ INDEX = "index.npz"
 FORMAT_VERSION = 1
 THIRD_PARTY_VERSION = 2  # for third-party shards: version 1 with the additional key `foreign`
 # Samples per chunk: the unit of the training order (data/order.py) and of the cache of remote shards. A rank reads all
-# samples of a chunk within one window, so chunk-wise fetching downloads little more than the rank reads.
+# samples of a chunk within one epoch, so chunk-wise fetching downloads little more than the rank reads.
 CHUNK_SIZE = 32
 MAX_LABEL = 9999  # more classes than this must be a mistake
 
