@@ -20,7 +20,7 @@ MANIFEST = "manifest.json"
 INDEX = "index.npz"
 FORMAT_VERSION = 3
 # Samples per chunk: the unit of the training order (data/order.py) and of the cache of remote shards. A rank reads all
-# samples of a chunk within one window, so chunk-wise fetching downloads little more than the rank reads.
+# samples of a chunk within one epoch, so chunk-wise fetching downloads little more than the rank reads.
 CHUNK_SIZE = 32
 UNUSED = "(unused)"  # name of a label without a category
 MAX_LABEL = 9999  # more classes than this must be a mistake
