@@ -6,11 +6,12 @@ tensor under several names, whose values must agree.
 
 from __future__ import annotations
 
-import argparse
 import pickle
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,28 +158,80 @@ def recognize_architecture(official: Iterable[str]) -> str | None:
     return next((architecture for architecture, name in _SIGNATURES.items() if name in names), None)
 
 
-def read_official(path: str | Path) -> dict[str, Tensor]:
-    """Read the state dict from an official checkpoint file, which also holds arguments and optimizer states.
+@dataclass(frozen=True)
+class OfficialFile:
+    """The content of an official checkpoint file that matters to a model."""
+
+    weights: dict[str, Tensor]
+    averaged: dict[str, Tensor] | None  # of `ema_model`: the exponential moving average
+    omitted: list[str]  # classes whose objects were not loaded, because they could run code
+
+
+class _Omitted:
+    """Stands for an object that is not loaded; it takes whatever its class would."""
+
+    def __init__(self, *arguments: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def read_official(path: str | Path) -> OfficialFile:
+    """Read the weights from an official checkpoint file, which also holds arguments and optimizer states.
+
+    Only tensors and plain values are loaded. Objects of any other class, such as a path in the arguments, are omitted.
 
     Raises:
         ValueError: there is no such file, it is not a valid checkpoint, or there is no state dict in it.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; give the path of an official checkpoint")
+    omitted: list[str] = []
     try:
-        # The official files hold their arguments as a Namespace.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        omitted = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        with torch.serialization.safe_globals([(_Omitted, name) for name in omitted]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error) or type(error).__name__).splitlines()[0]
+        if omitted:
+            raise ValueError(f"{path}: cannot be read without running code ({', '.join(omitted)})") from None
         raise ValueError(
-            f"{path}: cannot be read as a checkpoint of tensors and plain arguments ({reason}); "
-            "is it a .pth file, and is the download complete?"
+            f"{path}: cannot be read as a checkpoint of tensors and plain arguments ({reason}): is it a .pth file, and "
+            "is the download complete?"
         ) from None
-    state = content.get("model", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: no state dict in this file, neither at the top level nor under 'model'")
+    content = content if isinstance(content, Mapping) else {}
+    averaged = content.get("ema_model")
+    return OfficialFile(
+        _state_dict(content.get("model", content), path, "at the top level or under 'model'"),
+        None if averaged is None else _state_dict(averaged, path, "under 'ema_model'"),
+        omitted,
+    )
+
+
+def _state_dict(state: Any, path: str | Path, place: str) -> dict[str, Tensor]:
+    others = (
+        [] if not isinstance(state, Mapping) else [k for k, v in state.items() if not isinstance(v, Tensor)]
+    )
+    if not isinstance(state, Mapping) or not state or others:
+        found = f": {others[0]!r:.60} is {type(state[others[0]]).__name__.strip('_')}" if others else ""
+        raise ValueError(f"{path}: no state dict in this file {place}{found}")
     return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def require_finite(weights: Mapping[str, Tensor], source: object) -> None:
+    """Verify that weights are numbers.
+
+    Raises:
+        ValueError: a tensor has NaN or infinite values; the message names it.
+    """
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            number = int((~value.isfinite()).sum())
+            raise ValueError(
+                f"{source}: {number} of the {value.numel()} values of {name} are NaN or infinite: use an earlier "
+                "checkpoint"
+            )
 
 
 def load_official(detector: nn.Module, config: ModelConfig, path: str | Path) -> list[str]:
@@ -189,7 +242,8 @@ def load_official(detector: nn.Module, config: ModelConfig, path: str | Path) ->
     Raises:
         ValueError: the file is not a checkpoint of this model; the message names what was found.
     """
-    official, own = read_official(path), detector.state_dict()
+    official, own = read_official(path).weights, detector.state_dict()
+    require_finite(official, path)
     architecture = recognize_architecture(official)
     if architecture != config.architecture:
         raise ValueError(

@@ -24,6 +24,7 @@ class Detector(nn.Module):
         strides: strides of the levels that the neck gets (32 means layer4, also when it is dilated).
         neck, encoder, queries, decoder: see their classes.
         denoising: adds denoising queries in training.
+        min_tokens: number of encoder tokens that the queries are chosen from, at least; smaller images are padded.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class Detector(nn.Module):
         queries: nn.Module,
         decoder: Decoder,
         denoising: ContrastiveDenoising | None = None,
+        min_tokens: int = 0,
     ) -> None:
         super().__init__()
+        self.strides, self.min_tokens = tuple(strides), min_tokens
         self.backbone, self.levels = backbone, [STRIDES.index(stride) for stride in strides]
         self.neck, self.encoder, self.queries, self.decoder = neck, encoder, queries, decoder
         self.denoising = denoising
@@ -49,6 +52,7 @@ class Detector(nn.Module):
             targets: used for denoising queries only, in training mode.
             draws: random numbers to use for denoising instead of new ones.
         """
+        images = images.padded(*self._padded_size(*images.pixels.shape[2:]))
         features = self.backbone(images.pixels)
         memory = self.neck([features[level] for level in self.levels], images.padding_mask)
         memory = self.encoder(memory)
@@ -63,6 +67,16 @@ class Detector(nn.Module):
             return Outputs(predictions, first_stage)
         dn, predictions = split(predictions, noised.num_slots)
         return Outputs(predictions, first_stage, Denoised(dn, noised.num_groups, noised.max_targets))
+
+    def _padded_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the size in pixels, enlarged at the shorter side until there are enough tokens for the queries."""
+        while self._num_tokens(height, width) < self.min_tokens:
+            height, width = (height + 8, width) if height <= width else (height, width + 8)
+        return height, width
+
+    def _num_tokens(self, height: int, width: int) -> int:
+        extra = [self.strides[-1] * 2**i for i in range(1, 1 + self.neck.num_levels - len(self.strides))]
+        return sum(-(-height // stride) * -(-width // stride) for stride in (*self.strides, *extra))
 
 
 def with_denoising(

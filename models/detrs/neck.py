@@ -51,6 +51,7 @@ class Neck(nn.Module):
                 f"model.num_feature_levels: {num_levels} is less than the {len(widths)} of model.strides"
             )
         self.position, self.hidden_dim, self.num_backbone_levels = position, hidden_dim, len(widths)
+        self.num_levels = num_levels
         convolutions = [nn.Conv2d(width, hidden_dim, 1) for width in widths]
         for extra in range(num_levels - len(widths)):
             convolutions.append(nn.Conv2d(hidden_dim if extra else widths[-1], hidden_dim, 3, 2, 1))

@@ -157,11 +157,6 @@ class EncoderProposals(nn.Module):
 
 
 def _best(scores: Float[Tensor, "b s"], num_queries: int) -> Int64[Tensor, "b q"]:
-    if scores.shape[1] < num_queries:
-        raise ValueError(
-            f"num_queries: {num_queries} queries are to be chosen from {scores.shape[1]} encoder tokens; "
-            "use larger images, more feature levels or fewer queries"
-        )
     return scores.topk(num_queries, dim=1).indices
 
 

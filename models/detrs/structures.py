@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
@@ -20,6 +21,14 @@ class Images:
 
     pixels: Float[Tensor, "b 3 h w"]
     padding_mask: Bool[Tensor, "b h w"]  # True where padded
+
+    def padded(self, height: int, width: int) -> Images:
+        """Return the batch padded further, to at least this size in pixels."""
+        right, bottom = max(0, width - self.pixels.shape[3]), max(0, height - self.pixels.shape[2])
+        if not right and not bottom:
+            return self
+        amount = (0, right, 0, bottom)
+        return Images(F.pad(self.pixels, amount), F.pad(self.padding_mask, amount, value=True))
 
 
 @dataclass(frozen=True)

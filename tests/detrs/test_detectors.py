@@ -163,11 +163,23 @@ def test_nan_in_targets_names_the_image() -> None:
         model.criterion(model.detector.eval()(images), dataclasses.replace(targets, boxes=boxes), 3.0)
 
 
-def test_too_few_tokens_for_the_queries() -> None:
-    model = build(small_models.CONFIGS["dino"])
-    images, _ = small_models.batch((1,), size=(16, 16))
-    with pytest.raises(ValueError, match="num_queries: 10 queries are to be chosen from 6"):
-        model.detector.eval()(images)
+@pytest.mark.parametrize("size", [(16, 16), (8, 300), (300, 9)])
+def test_images_with_fewer_tokens_than_queries_are_padded(size: tuple[int, int]) -> None:
+    """The result is that of a batch that was padded before, as beside a larger image."""
+    model = build(dataclasses.replace(small_models.CONFIGS["dino"], num_queries=90))
+    images, _ = small_models.batch((1,), size=size)
+    outputs = model.detector.eval()(images)
+    assert outputs.predictions.logits.shape[2] == 90
+    height, width = model.detector._padded_size(*size)
+    larger = images.padded(height, width)
+    assert larger.padding_mask.sum() == height * width - size[0] * size[1]
+    torch.testing.assert_close(model.detector(larger).predictions.logits, outputs.predictions.logits)
+    memory = model.detector.neck(
+        [model.detector.backbone(larger.pixels)[level] for level in model.detector.levels],
+        larger.padding_mask,
+    )
+    assert memory.tokens.shape[1] == model.detector._num_tokens(height, width) >= 90
+    assert torch.isfinite(outputs.predictions.boxes).all()
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def build_deformable_detr(config: DeformableDetrConfig) -> Model:
         ),
         queries,
         _decoder(config, classify, regress),
+        min_tokens=config.num_queries if config.two_stage else 0,
     )  # fmt: skip
     criterion = Criterion(
         config.loss,

@@ -100,6 +100,7 @@ def build_dino(config: DinoConfig) -> Model:
         EncoderBoxes(config.num_queries, config.hidden_dim, proposals),
         _decoder(config, classify, regress),
         _denoising(config, num_classes),
+        min_tokens=config.num_queries,
     )  # fmt: skip
     criterion = Criterion(
         config.loss,

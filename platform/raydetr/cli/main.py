@@ -122,7 +122,7 @@ def evaluate(
     table = evaluate_checkpoint(checkpoint, assignments, local=local)
     typer.echo(table.to_text())
     if out is not None:
-        out.write_text(json.dumps(table.to_dict(), indent=1))
+        out.write_text(json.dumps(table.to_dict(), indent=1, allow_nan=False))
 
 
 @app.command()
@@ -131,12 +131,22 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files and folders of images.")],
     out: Annotated[Path, typer.Option(help="Output folder; must be empty or new.")],
     score_threshold: Annotated[float, typer.Option(help="Draw boxes with at least this score.")] = 0.3,
+    recursive: Annotated[bool, typer.Option("--recursive", help="Look into folders of folders.")] = False,
 ) -> None:
     """Detect objects in images; write images with boxes and a COCO-format results JSON."""
     from raydetr.inference.predict import predict as run_prediction
 
-    run_prediction(checkpoint, images, out, score_threshold=score_threshold)
+    with progress_bar("images") as progress:
+        predicted = run_prediction(
+            checkpoint, images, out, recursive=recursive, score_threshold=score_threshold, progress=progress
+        )
+    for note in predicted.notes:
+        print_status(f"note: {note}")
     typer.echo(f"wrote {out}")
+    if predicted.failed:
+        lines = "".join(f"\n  {line}" for line in predicted.failed)
+        print_status(f"error: {len(predicted.failed)} files cannot be read:{lines}")
+        raise typer.Exit(1)
 
 
 @app.command("import-checkpoint")
@@ -149,12 +159,17 @@ def import_checkpoint(
     annotations: Annotated[
         Path | None, typer.Option(help="COCO JSON file with its categories; default: COCO's.")
     ] = None,
+    ema: Annotated[
+        bool, typer.Option("--ema", help="Take the averaged weights of the file (ema_model).")
+    ] = False,
 ) -> None:
     """Convert an official checkpoint to evaluate it, predict with it, or fine-tune it."""
     from raydetr.training.import_checkpoint import import_checkpoint as run_import
 
     out = out or Path(file.stem)
-    found = run_import(file, model, out, annotations)
+    found = run_import(file, model, out, annotations, averaged=ema)
+    for note in found.notes:
+        typer.echo(f"note: {note}")
     typer.echo(
         f"{file}: a checkpoint of {found.architecture}, {found.num_parameters:,} parameters, "
         f"{found.num_classes} classes\nwrote {out}, with the settings of {found.recipe}\n"

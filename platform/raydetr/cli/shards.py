@@ -113,7 +113,7 @@ def shards_info(
 
     with progress_bar("images") as progress:
         info = describe(open_shards(data), progress)
-    typer.echo(json.dumps(info, indent=1) if as_json else to_text(info))
+    typer.echo(json.dumps(info, indent=1, allow_nan=False) if as_json else to_text(info))
 
 
 @shards_app.command("export-index")

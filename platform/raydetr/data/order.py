@@ -5,22 +5,25 @@ e, where G = e N + i and N is the number of samples. With R ranks, b samples per
 r in step s takes sample G0 + s R b + r b + k: every epoch holds every sample once, for any R and b, and a run resumes
 at any G with any other R and b.
 
-tau_e, for chunks of k, aspect groups of a, windows of at least w samples and V windows per stream (`OrderParameters`):
+tau_e, for chunks of k, streams of at least w and aspect groups of a samples (`OrderParameters`):
 
-1. Chunks. Cut each shard into chunks of k consecutive samples and permute the chunks: the sequence sigma_e.
+1. Chunks. Cut each shard into chunks of k consecutive samples, or of 1 where N < n, and permute the chunks: the
+   sequence sigma_e. Where N < n, this full shuffle is tau_e, and what follows is for N >= n.
 2. Head. Its first h = min(N, (-e N) mod a) entries stay as they are, so that the aspect groups of the body begin where
    G is a multiple of a, in every epoch. Hence no group is split between two batches of m a samples.
 3. Streams. Cut the body, J = floor((N - h) / a) groups, into C runs, the streams, of J div C groups and, the first
-   J mod C of them, one more; C is the largest power of two <= N / (V w). Group j of the body is the (j div C)-th group
-   of stream j mod C. Where b = a and R divides C, a rank reads C / R streams, and the chunks of no others.
-4. Windows. Cut a stream of A groups at the groups floor(v A / V). In each window permute the samples, sort them by
-   width / height, cut them into groups of nearly one aspect ratio, and permute the groups.
+   J mod C of them, one more; C is the largest power of two <= N / w, or 1. Group j of the body is the (j div C)-th
+   group of stream j mod C. Where b = a and R divides C, a rank reads C / R streams, and the chunks of no others.
+4. Aspect groups. In each stream, permute the samples of each chunk. Sort all by shape, 32 width / height rounded to an
+   integer (halves to even); those of one shape by their place in their permuted chunk; those of one place by chunk, as
+   in sigma_e. Cut this into groups and permute the groups. So a group has nearly one aspect ratio and, where enough
+   chunks have that shape, no two samples of a chunk, which may be frames of one video.
 5. Tail. The fewer than a samples that are left over come last, as they are.
 
-One sort of the N / k chunks and one window give any entry of tau_e, so a run resumes anywhere at once. Random numbers
-are the words of Philox4x64, a function of key and counter. The key is a hash of version, parameters, seed, fingerprint
-and e; the counter begins at 0 for the chunks and at (0, 0, 0, V c + v + 1) for window v of stream c. A permutation is a
-stable sort of such words, so that no library's shuffle is part of the definition.
+One sort of the chunks and one stream give any entry of tau_e, so a run resumes anywhere at once. Random numbers are the
+words of Philox4x64, a function of key and counter. The key is a hash of version, parameters, seed, fingerprint and e;
+the counter begins at 0 for the chunks and at (0, 0, 0, c + 1) for stream c. A permutation is a stable sort of such
+words, so that no library's shuffle is part of the definition.
 """
 
 from __future__ import annotations
@@ -38,20 +41,20 @@ from raydetr.shards.manifest import CHUNK_SIZE
 IntArray = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
-ORDER_VERSION = 2
-# What is hashed is part of the definition. Version 2 spells its parameters like this, whatever the code calls them:
-# another spelling would be another order, and the position in older checkpoints would mean other samples.
-_KEY_TEXT = "({}, (2, PlanParameters(block={}, window={}, windows={}, atom={}), {}, {!r}))"
+ORDER_VERSION = 3
 
 
 @dataclass(frozen=True)
 class OrderParameters:
-    """The lengths in the order's definition, in samples, and the number of windows."""
+    """The lengths in the order's definition, in samples.
+
+    Names and values are hashed: another spelling is another order, and needs another `ORDER_VERSION`.
+    """
 
     chunk_size: int = CHUNK_SIZE  # k
-    min_window: int = 384  # w; windows hold fewer than 2 w
-    windows_per_stream: int = 2  # V
+    min_stream: int = 768  # w; streams hold fewer than 2 w
     group_size: int = 4  # a
+    min_chunked: int = 8192  # n; fewer samples are shuffled freely
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class _Epoch:
     samples: IntArray  # first sample of each chunk
     starts: IntArray  # where the chunks begin in sigma_e, and N
     head: int  # h
-    cuts: IntArray  # first groups of all windows, stream after stream, and J
+    cuts: IntArray  # first groups of the streams, and J
 
     def sequence(self, begin: int, end: int) -> IntArray:
         """Return entries `begin` to `end` > `begin` of sigma_e."""
@@ -94,14 +97,15 @@ class SampleOrder:
     ) -> None:
         self.aspects, self.parameters, self.num_samples = aspects, parameters, len(shards)
         self.seed, self.fingerprint = seed, fingerprint
-        min_stream = parameters.windows_per_stream * parameters.min_window
-        self.num_streams = 1 << max(self.num_samples // min_stream, 1).bit_length() - 1
+        self.is_chunked = self.num_samples >= parameters.min_chunked
+        self.num_streams = 1 << max(self.num_samples // parameters.min_stream, 1).bit_length() - 1
         in_shard = np.arange(len(shards)) - np.searchsorted(shards, shards)
-        self.chunks = np.append(np.flatnonzero(in_shard % parameters.chunk_size == 0), len(shards))
+        chunk_size = parameters.chunk_size if self.is_chunked else 1
+        self.chunks = np.append(np.flatnonzero(in_shard % chunk_size == 0), len(shards))
         # Two epochs, because a batch may hold the end of one and the beginning of the next
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
-        # Consecutive groups come from different streams: one window of each is in use at a time
-        self._window = lru_cache(maxsize=self.num_streams)(self._make_window)
+        # Consecutive groups come from different streams
+        self._stream = lru_cache(maxsize=self.num_streams)(self._make_stream)
 
     def samples(self, position: int, count: int) -> IntArray:
         """Return samples `position` to `position + count` of the run, also across epochs."""
@@ -130,49 +134,37 @@ class SampleOrder:
 
     def _groups(self, number: int, groups: IntArray) -> IntArray:
         """Return the samples of groups of the body: [n] -> [n, a]."""
-        cuts = self._epoch(number).cuts
-        # Position of each group before the streams were interleaved
-        sources = (
-            cuts[(groups % self.num_streams) * self.parameters.windows_per_stream]
-            + groups // self.num_streams
-        )
-        windows, which = np.unique(np.searchsorted(cuts, sources, side="right") - 1, return_inverse=True)
-        contents = [self._window(number, window) for window in windows.tolist()]
-        shifts = np.cumsum([len(content) for content in contents]) - cuts[windows + 1]
-        found: IntArray = np.concatenate(contents)[sources + shifts[which]]
+        streams, which = np.unique(groups % self.num_streams, return_inverse=True)
+        contents = [self._stream(number, stream) for stream in streams.tolist()]
+        starts = np.cumsum([0] + [len(content) for content in contents])
+        found: IntArray = np.concatenate(contents)[starts[which] + groups // self.num_streams]
         return found
 
-    def _make_window(self, number: int, window: int) -> IntArray:
-        """Return the groups of a window in their order: [groups, a]."""
+    def _make_stream(self, number: int, stream: int) -> IntArray:
+        """Return the groups of a stream in their order: [groups, a]."""
         epoch, size = self._epoch(number), self.parameters.group_size
-        begin, end = epoch.cuts[window : window + 2].tolist()
-        samples = epoch.sequence(epoch.head + begin * size, epoch.head + end * size)
-        words = _words(epoch.key, len(samples) + end - begin, window + 1)
-        # Permuted first and sorted stably then, so that images of one aspect ratio are in random order
-        samples = samples[_order(words[: len(samples)])]
-        groups = samples[_order(self.aspects[samples])].reshape(-1, size)
-        return groups[_order(words[len(samples) :])]
+        begin, end = (epoch.head + epoch.cuts[stream : stream + 2] * size).tolist()
+        words = _words(epoch.key, end - begin + (end - begin) // size, stream + 1)
+        entries = np.arange(begin, end)
+        chunks = np.searchsorted(epoch.starts, entries, side="right")  # ascending
+        samples = epoch.sequence(begin, end)[np.lexsort((words[: end - begin], chunks))]
+        places = entries - begin - np.searchsorted(chunks, chunks)
+        shapes = np.rint(32 * self.aspects[samples])
+        groups = samples[np.lexsort((places, shapes))].reshape(-1, size)  # stable, so then by chunk
+        return groups[_order(words[end - begin :])]
 
     def _make_epoch(self, number: int) -> _Epoch:
-        p = self.parameters
-        text = _KEY_TEXT.format(
-            number,
-            p.chunk_size,
-            p.min_window,
-            p.windows_per_stream,
-            p.group_size,
-            self.seed,
-            self.fingerprint,
+        run = f"order {ORDER_VERSION}, {self.parameters}, seed {self.seed}, {self.fingerprint}"
+        key = np.frombuffer(
+            hashlib.blake2b(f"{run}, epoch {number}".encode(), digest_size=16).digest(), "<u8"
         )
-        key = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), "<u8")
         permuted = _order(_words(key, len(self.chunks) - 1, 0))
         starts = np.append(0, np.diff(self.chunks)[permuted].cumsum())
-        head = min(-number * self.num_samples % p.group_size, self.num_samples)
-        num_groups = (self.num_samples - head) // p.group_size
+        size = self.parameters.group_size
+        head = min(-number * self.num_samples % size, self.num_samples)
+        num_groups = (self.num_samples - head) // size if self.is_chunked else 0
         lengths = (num_groups + np.arange(self.num_streams)[::-1]) // self.num_streams
-        windows = np.arange(p.windows_per_stream) * lengths[:, None] // p.windows_per_stream
-        cuts = np.append((lengths.cumsum() - lengths)[:, None] + windows, num_groups)
-        return _Epoch(key, self.chunks[permuted], starts, head, cuts)
+        return _Epoch(key, self.chunks[permuted], starts, head, np.append(0, lengths.cumsum()))
 
 
 def _words(key: Words, count: int, counter: int) -> Words:

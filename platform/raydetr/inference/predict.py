@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,27 @@ from PIL import Image
 from raydetr.data.batch import Sample, collate, to_model
 from raydetr.data.transforms.transform import Transform
 from raydetr.evaluation.evaluator import to_coco_results
-from raydetr.shards.images import ImageError, decode_image
+from raydetr.process_pool import Progress
+from raydetr.shards.images import ImageError, decode_image, is_rotated
 from raydetr.store.output_folder import atomic_folder
 from raydetr.training.checkpoint import LoadedModel, load_for_inference, read_meta
 from raydetr.user_files import read_file
 from raydetr.visualization.boxes import coco_boxes, draw_boxes
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
+# Of the images that are taken from a folder; a file that is named is read whatever its suffix
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif",
+)  # fmt: skip
+MAX_LISTED = 5
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What was predicted, and what was not."""
+
+    results: list[dict[str, Any]]  # COCO results
+    failed: list[str]  # files that cannot be read, with the reasons
+    notes: list[str]  # about files that were left out, and orientations
 
 
 def predict(
@@ -33,67 +48,108 @@ def predict(
     images: Sequence[Path],
     out: Path,
     *,
+    recursive: bool = False,
     score_threshold: float = 0.3,
     device: torch.device | str | None = None,
-) -> list[dict[str, Any]]:
+    progress: Progress | None = None,
+) -> Predictions:
     """Detect objects, write annotated images and results into `out`, and return the COCO results.
+
+    A file that cannot be read does not stop the others.
 
     Args:
         checkpoint: a checkpoint folder.
-        images: JPEG and PNG files, and folders of such files (not of folders).
-        out: the folder to write; new or empty. It is written completely or not at all.
+        images: files of any format that Pillow reads, and folders of such files.
+        out: the folder to write; new or empty.
+        recursive: look for images in folders of folders too.
         score_threshold: boxes with a lower score are not drawn.
         device: None: the GPU if there is one.
+        progress: called with (images done, total images).
 
     Raises:
-        ValueError: no images, an unreadable image, an output folder that is not empty, or a checkpoint that
+        ValueError: no images, no image that can be read, an output folder that is not empty, or a checkpoint that
             cannot be used; the message names it.
     """
     if not 0 <= score_threshold <= 1:
         raise ValueError(f"score_threshold is {score_threshold}: scores lie between 0 and 1")
-    files = find_images(images)
+    files, notes = find_images(images, recursive=recursive)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    results: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
+    failed: list[str] = []
+    rotated: list[Path] = []
     with atomic_folder(out, last="results.json") as folder:
         loaded = load_for_inference(checkpoint, device)
         categories = read_meta(checkpoint).categories
         names = {category["id"]: category["name"] for category in categories}
-        results, records = [], []
         for image_id, file in enumerate(files, start=1):
-            image = _open(file)
+            if progress:
+                progress(image_id, len(files))
+            try:
+                image, is_rotated = _open(file)
+            except ImageError as error:
+                failed.append(f"{file}: {error}")
+                continue
             # Under the 91-class convention some labels have no category
             found = [r for r in detect(loaded, image, image_id, device) if r["category_id"] in names]
             annotated = draw_boxes(image, coco_boxes(found, names, score_threshold))
             annotated.save(folder / f"{image_id:05d}-{file.stem}.jpg", quality=92, subsampling=0)
             results += found
+            rotated += [file] if is_rotated else []
             records.append(
                 {"id": image_id, "file_name": str(file), "width": image.width, "height": image.height}
             )
+        if not records:
+            raise ValueError("no image can be read:" + "".join(f"\n  {line}" for line in failed))
         described = {"images": records, "categories": categories}
-        (folder / "images.json").write_text(json.dumps(described, indent=1))
-        (folder / "results.json").write_text(json.dumps(results))
-    return results
+        (folder / "images.json").write_text(json.dumps(described, indent=1, allow_nan=False))
+        (folder / "results.json").write_text(json.dumps(results, allow_nan=False))
+    if rotated:
+        notes.append(
+            f"the EXIF orientation of {_listing(rotated, 'images')} is not applied, as in training: boxes refer to the "
+            "stored pixels"
+        )
+    return Predictions(results, failed, notes)
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
+def find_images(paths: Sequence[Path], *, recursive: bool = False) -> tuple[list[Path], list[str]]:
     """List the image files among files and folders, in order and each once; those of a folder sorted by name.
 
+    Returns:
+        the files, and notes about what is left out.
+
     Raises:
-        ValueError: a path does not exist, or a folder holds no image.
+        ValueError: a path does not exist, or there is no image.
     """
     found: list[Path] = []
+    others: list[Path] = []
+    folders: list[Path] = []
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
         if not path.is_dir():
             found.append(path)
             continue
-        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-        if not inside:
-            raise ValueError(f"{path}: no images found in this folder ({', '.join(SUFFIXES)})")
-        found += inside
+        for file in sorted(path.rglob("*") if recursive else path.iterdir()):
+            if file.is_dir():
+                folders += [] if recursive else [file]
+            elif file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
+                found.append(file)
+            else:
+                others.append(file)
+    notes = [f"left out {_listing(others, 'files')}: hidden, or not named like images"] if others else []
+    if folders:
+        notes.append(f"left out {_listing(folders, 'folders')}: --recursive looks into them")
     if not found:
-        raise ValueError("no images given: name files, or folders of images")
-    return list(dict.fromkeys(found))
+        raise ValueError(
+            "; ".join([f"no images found in {', '.join(map(str, paths)) or 'no paths'}", *notes])
+        )
+    return list(dict.fromkeys(found)), notes
+
+
+def _listing(files: Sequence[Path], kind: str) -> str:
+    more = ", ..." if len(files) > MAX_LISTED else ""
+    return f"{len(files)} {kind} ({', '.join(file.name for file in files[:MAX_LISTED])}{more})"
 
 
 def detect(
@@ -112,8 +168,14 @@ def detect(
     return to_coco_results([image_id], detections, loaded.label_map)
 
 
-def _open(file: Path) -> Image.Image:
+def _open(file: Path) -> tuple[Image.Image, bool]:
+    """Return the image in RGB, and whether its EXIF orientation, which is not applied, rotates or flips it.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
     try:
-        return decode_image(read_file(file))
-    except (OSError, ImageError) as error:
-        raise ValueError(f"{file}: not a readable JPEG or PNG image ({error}): omit it") from None
+        content = read_file(file)
+    except OSError as error:
+        raise ImageError(f"cannot be read ({error.strerror})") from None
+    return decode_image(content, any_format=True), is_rotated(content)

@@ -69,7 +69,7 @@ def overfit(
         predictions=str(grid),
         run=str(result.folder),
     )
-    (out / "overfit.json").write_text(json.dumps(asdict(overfit_result), indent=1))
+    (out / "overfit.json").write_text(json.dumps(asdict(overfit_result), indent=1, allow_nan=False))
     return overfit_result
 
 

@@ -78,7 +78,7 @@ def run_session(run: Run, world: World, host: Host) -> None:
     torch.manual_seed(config.seed)  # the initial weights are the same on every worker
     model = zoo.build(config.model)
     if run.resume_from is None:
-        init_weights.load(model.detector, config)
+        init_weights.load(model.detector, config, train_shards.label_map)
     training = Training(config, model, train_shards.num_samples, world)
     if run.resume_from is not None:
         checkpoint.restore(run.resume_from, training, train_shards)
@@ -198,7 +198,7 @@ class _Session:
         numbers = {name: value for name, value in table.numbers.items() if value >= 0}  # -1: undefined
         self.ap = numbers.get("AP")
         self._log(self.training.step, report.position, {**numbers, "epoch": report.epoch})
-        self.tracker.log_text(json.dumps(table.to_dict(), indent=1), AP_FILE)
+        self.tracker.log_text(json.dumps(table.to_dict(), indent=1, allow_nan=False), AP_FILE)
         self.tracker.log_text(table.to_markdown(), str(Path(AP_FILE).with_suffix(".md")))
         self._log_images(self.tracker, report.results)
         self._show("evaluated")
@@ -207,12 +207,18 @@ class _Session:
     def _log_images(self, tracker: Tracker, results: Sequence[dict[str, Any]]) -> None:
         """Write the learning curves, and a grid of validation images with their true and predicted boxes."""
         curves, grid = self.folder / "curves.png", self.folder / "predictions.png"
-        learning_curves(
-            losses=self.history.curves("loss", "step"),
-            rates=self.history.curves("lr/", "step"),
-            precision=self.history.curves("AP", "epoch"),
-        ).savefig(curves)
-        draw_grid(_annotated_images(self.val_shards, results), score_threshold=SCORE_THRESHOLD).save(grid)
+        try:
+            learning_curves(
+                losses=self.history.curves("loss", "step"),
+                rates=self.history.curves("lr/", "step"),
+                precision=self.history.curves("AP", "epoch"),
+            ).savefig(curves)
+            draw_grid(_annotated_images(self.val_shards, results), score_threshold=SCORE_THRESHOLD).save(grid)
+        except (
+            Exception
+        ) as error:  # whatever it is: images must not end a run before its checkpoint is written
+            log.error("no curves or images of this evaluation: %s: %s", type(error).__name__, error)
+            return
         for file in (curves, grid):
             tracker.log_artifact(file)
 

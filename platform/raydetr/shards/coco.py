@@ -333,30 +333,7 @@ def _check_references(
                 )
 
 
-def _notices(images: dict[int, Record], annotations: dict[int, list[Record]]) -> list[str]:
-    """Describe valid but unusual annotations that affect training or evaluation."""
-    found: dict[str, list[int]] = {kind: [] for kind in _NOTICES}
-    for image_id, records in annotations.items():
-        for record in records:
-            for kind in _unusual(record, images[image_id]["width"], images[image_id]["height"]):
-                found[kind].append(record["id"])
-    found["empty"] = [image_id for image_id in images if image_id not in annotations]
-    lines = [
-        f"{len(ids)} {_NOTICES[kind]} ({'images' if kind == 'empty' else 'annotations'} {_first(ids)})"
-        for kind, ids in found.items()
-        if ids
-    ]
-    total = sum(map(len, annotations.values()))
-    if len(found["clamped"]) > SUSPICIOUS_SHARE * total:
-        lines.append(
-            f"{len(found['clamped'])} of {total} boxes reach out of their image, as boxes [x1, y1, x2, y2] do when "
-            "they are read as [x, y, width, height]: check one of them"
-        )
-    return lines + _repeated_files(images.values())
-
-
-_NOTICES = {
-    "empty": "images without annotations: kept, training sees them as background",
+UNUSUAL = {
     "crowd": "crowd annotations: not trained on, ignored regions in evaluation",
     "outside": "boxes without any area inside their image: not trained on",
     "clamped": "boxes that reach out of their image: clamped in training",
@@ -367,8 +344,8 @@ _NOTICES = {
 }
 
 
-def _unusual(record: Record, width: int, height: int) -> Iterator[str]:
-    """Yield the keys of `_NOTICES` that apply to an annotation."""
+def unusual_kinds(record: Record, width: int, height: int) -> Iterator[str]:
+    """Yield the keys of `UNUSUAL` that apply to an object in an image of this size, in pixels."""
     x, y, w, h = record["bbox"]
     inside_w, inside_h = min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)
     if record["id"] == 0:
@@ -384,6 +361,32 @@ def _unusual(record: Record, width: int, height: int) -> Iterator[str]:
         yield "clamped"
     if is_wrong_area(record["area"], w, h):
         yield "area"
+
+
+def _notices(images: dict[int, Record], annotations: dict[int, list[Record]]) -> list[str]:
+    """Describe valid but unusual annotations that affect training or evaluation."""
+    found: dict[str, list[int]] = {kind: [] for kind in UNUSUAL}
+    for image_id, records in annotations.items():
+        for record in records:
+            for kind in unusual_kinds(record, images[image_id]["width"], images[image_id]["height"]):
+                found[kind].append(record["id"])
+    empty = [image_id for image_id in images if image_id not in annotations]
+    lines = [f"{len(ids)} {UNUSUAL[kind]} (annotations {_first(ids)})" for kind, ids in found.items() if ids]
+    if empty:
+        text = "images without annotations: kept, training sees them as background"
+        lines.insert(0, f"{len(empty)} {text} (images {_first(empty)})")
+    lines += look_like_corners(len(found["clamped"]), sum(map(len, annotations.values())))
+    return lines + _repeated_files(images.values())
+
+
+def look_like_corners(num_clamped: int, num_objects: int) -> list[str]:
+    """Return a notice if so many boxes reach out of their image that they are probably corners."""
+    if num_clamped <= SUSPICIOUS_SHARE * num_objects:
+        return []
+    return [
+        f"{num_clamped} of {num_objects} boxes reach out of their image, as boxes [x1, y1, x2, y2] do when they are "
+        "read as [x, y, width, height]: check one of them"
+    ]
 
 
 def is_wrong_area(area: float, width: float, height: float) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 import numpy as np
@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG")
 EXIF_ORIENTATION = 0x0112
 TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+MAX_DARK = round(4095 / 257)  # of 255: the brightest pixel of an image with 12 bits in 16
 MAX_PIXELS = 2 * (2**30 // 4 // 3)  # 178,956,970, above which Pillow refuses an image, too
 
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
@@ -53,6 +54,7 @@ class ImageHeader:
     size: tuple[int, int]  # width and height in pixels, as stored
     extension: str  # that fits its content: jpg or png
     orientation: int  # of its EXIF data; 1 without any
+    is_dark: bool = False  # 16 bits per pixel, of which at most 12 are used; known when it was decoded
 
     @property
     def is_rotated(self) -> bool:
@@ -89,10 +91,12 @@ def check_image(content: bytes, expected: tuple[int, int]) -> ImageHeader:
     header = read_header(io.BytesIO(content))
     _check_size(header, expected)
     try:
-        decode_pixels(content)  # the decoder of training
+        pixels = decode_pixels(content)  # the decoder of training
     except ImageError as error:
         raise ImageError(f"cannot be decoded ({error}): replace the file") from None
-    return header
+    # In a PNG, the bit depth is the byte after the size
+    is_16_bit = header.extension == "png" and content[24] == 16
+    return replace(header, is_dark=is_16_bit and bool(pixels.max() <= MAX_DARK))
 
 
 def decode_pixels(content: bytes) -> Pixels:
@@ -110,9 +114,19 @@ def decode_pixels(content: bytes) -> Pixels:
     return _decode_with_pillow(content)
 
 
-def decode_image(content: bytes) -> Image.Image:
-    """Decode like `decode_pixels`, to an image that can be drawn on."""
-    return Image.fromarray(decode_pixels(content))
+def decode_image(content: bytes, *, any_format: bool = False) -> Image.Image:
+    """Decode like `decode_pixels`, to an image that can be drawn on; with `any_format`, whatever Pillow reads.
+
+    Raises:
+        ImageError: as `decode_pixels`.
+    """
+    is_other = any_format and not content.startswith((JPEG_START, PNG_START))
+    return Image.fromarray(_decode_with_pillow(content, None) if is_other else decode_pixels(content))
+
+
+def is_rotated(content: bytes) -> bool:
+    """Return whether a readable image has an EXIF orientation by which viewers rotate or flip it."""
+    return _orientation(Image.open(io.BytesIO(content))) not in (0, 1)
 
 
 def _decode_jpeg(content: bytes) -> Pixels:
@@ -181,11 +195,11 @@ def _check_png(content: bytes) -> None:
         at = end
 
 
-def _decode_with_pillow(content: bytes) -> Pixels:
+def _decode_with_pillow(content: bytes, formats: tuple[str, ...] | None = FORMATS) -> Pixels:
     try:
-        return np.array(_to_rgb(Image.open(io.BytesIO(content), formats=FORMATS)))
+        return np.array(_to_rgb(Image.open(io.BytesIO(content), formats=formats)))
     except UnidentifiedImageError:  # whose message holds an address in memory
-        raise ImageError("it is not a JPEG or PNG image") from None
+        raise ImageError(f"it is not {'a JPEG or PNG' if formats else 'an'} image") from None
     except PILLOW_ERRORS as error:
         raise ImageError(str(error)) from None
 

@@ -20,8 +20,9 @@ MANIFEST = "manifest.json"
 INDEX = "index.npz"
 FORMAT_VERSION = 3
 # Samples per chunk: the unit of the training order (data/order.py) and of the cache of remote shards. A rank reads all
-# samples of a chunk within one window, so chunk-wise fetching downloads little more than the rank reads.
+# samples of a chunk within one epoch, so chunk-wise fetching downloads little more than the rank reads.
 CHUNK_SIZE = 32
+UNUSED = "(unused)"  # name of a label without a category
 MAX_LABEL = 9999  # more classes than this must be a mistake
 
 SAMPLE_DTYPE = np.dtype(
@@ -90,7 +91,7 @@ def make_label_map(categories: list[dict[str, Any]], kind: LabelMapKind) -> Labe
             f"category ids reach {max(by_id)}, too large for labels: use data.label_map=contiguous"
         )
     ids = tuple(by_id) if kind == "contiguous" else tuple(range(max(by_id) + 1))
-    return LabelMap(kind, ids, tuple(by_id.get(category_id, "(unused)") for category_id in ids))
+    return LabelMap(kind, ids, tuple(by_id.get(category_id, UNUSED) for category_id in ids))
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,10 @@ class Manifest:
     fingerprint: str  # changes with any byte of any sample, their order, and the categories
     num_samples: int
     num_annotations: int
-    num_usable: int  # objects that training uses: no crowds, with an area inside their image
+    usable_objects: dict[
+        str, int
+    ]  # category id -> objects that train: no crowds, with an area inside their image
+    unusual_objects: dict[str, int]  # kind (`coco.UNUSUAL`) -> objects
     samples_per_shard: int
     shards: list[ShardFile]
     categories: list[dict[str, Any]]  # COCO's records, sorted by id
@@ -109,6 +113,11 @@ class Manifest:
     source: dict[str, str]  # name and sha256 of the annotation file
     header: dict[str, Any]  # COCO's `info` and `licenses`
     notices: list[str]  # valid but worth knowing
+
+    @property
+    def num_usable(self) -> int:
+        """Number of objects that train."""
+        return sum(self.usable_objects.values())
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json`."""

@@ -8,10 +8,11 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from raydetr.shards.validation import InvalidDataError
 from raydetr.store.output_folder import write_atomically
+from raydetr.user_files import open_file
 
 # The key is the folders and the name up to its first dot; the rest is the extension.
 MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
@@ -50,7 +51,7 @@ def tar_samples(path: Path) -> Iterator[TarSample]:
     """
     current: TarSample | None = None
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 parts = MEMBER_NAME.fullmatch(member.name) if member.isreg() else None
                 if parts is None:
@@ -63,22 +64,21 @@ def tar_samples(path: Path) -> Iterator[TarSample]:
                 if extension in current.members:
                     raise InvalidDataError(f"sample {current.key} has two members .{extension}")
                 current.members[extension] = member
-            _check_end(path, tar.offset)
+            _check_end(file, tar.offset)
     except (tarfile.TarError, EOFError) as error:
         raise InvalidDataError(f"is not a plain tar, or corrupt ({error})") from None
     if current is not None:
         yield current
 
 
-def _check_end(path: Path, end: int) -> None:
+def _check_end(file: BinaryIO, end: int) -> None:
     """Raise unless two or more blocks of zeros follow the last member; tarfile also stops at a corrupt header."""
-    with path.open("rb") as file:
-        file.seek(end)
-        length = 0
-        while chunk := file.read(2**20):
-            if any(chunk):
-                raise InvalidDataError(f"the tar header at byte {end} is corrupt")
-            length += len(chunk)
+    file.seek(end)
+    length = 0
+    while chunk := file.read(2**20):
+        if any(chunk):
+            raise InvalidDataError(f"the tar header at byte {end} is corrupt")
+        length += len(chunk)
     if length < 2 * tarfile.BLOCKSIZE:
         raise InvalidDataError(f"it is truncated: the end of the tar is missing after byte {end}")
 

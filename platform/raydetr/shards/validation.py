@@ -130,12 +130,17 @@ def check_manifest(manifest: Manifest) -> None:
     for what, number in (
         ("num_samples", manifest.num_samples),
         ("num_annotations", manifest.num_annotations),
-        ("num_usable", manifest.num_usable),
         ("samples_per_shard", manifest.samples_per_shard),
     ):
         if not _is_count(number):
             raise InvalidDataError(f"{what} is {number!r:.40}")
     _check_categories(manifest.categories)
+    for what, counts in (
+        ("usable_objects", manifest.usable_objects),
+        ("unusual_objects", manifest.unusual_objects),
+    ):
+        if not isinstance(counts, dict) or not all(map(_is_count, counts.values())):
+            raise InvalidDataError(f"{what} is {counts!r:.80}")
     for what, value, kinds in (
         ("header", manifest.header, (dict, object)),
         ("source", manifest.source, (dict, str)),

@@ -16,7 +16,8 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +27,8 @@ import numpy as np
 from webdataset.writer import TarWriter
 
 from raydetr.process_pool import Advance, Progress, run_tasks
-from raydetr.shards.coco import ImageFile, Problems, Record, Source, coco_source, usable_boxes
-from raydetr.shards.images import ImageError, ImageHeader, check_image
+from raydetr.shards.coco import ImageFile, Problems, Record, Source, coco_source, unusual_kinds, usable_boxes
+from raydetr.shards.images import MAX_DARK, ImageError, ImageHeader, check_image
 from raydetr.shards.manifest import (
     FORMAT_VERSION,
     INDEX,
@@ -44,6 +45,12 @@ from raydetr.store.output_folder import publish, resumable_folder, write_atomica
 
 NO_SAMPLES = np.empty(0, SAMPLE_DTYPE)
 SKIPPED = "skipped_images.txt"
+COUNTS = (
+    "num_rotated",
+    "usable_objects",
+    "unusual_objects",
+    "skipped",
+)  # fields of a shard that its record keeps
 MAX_LISTED = 100  # each image has to be repaired by itself
 
 OnCorruptImage = Literal["raise", "skip"]
@@ -78,7 +85,9 @@ class PackedShard:
     file: ShardFile | None  # None: problems, or all of its images were skipped
     samples: Samples = field(default_factory=lambda: NO_SAMPLES)
     num_rotated: int = 0  # images with an EXIF orientation that rotates or flips them
-    num_usable: int = 0  # objects that training uses
+    num_dark: int = 0  # images with 16 bits per pixel, of which at most 12 are used
+    usable_objects: Counter[str] = field(default_factory=Counter)  # per category id
+    unusual_objects: Counter[str] = field(default_factory=Counter)  # per kind
     skipped: list[str] = field(default_factory=list)  # corrupt images, with the reasons
     problems: list[str] = field(default_factory=list)
     reused: bool = False  # it was finished by an earlier run
@@ -103,7 +112,7 @@ def pack_shard(task: ShardTask, advance: Advance) -> PackedShard:
         return packed
     temporary.rename(task.path)
     shard = _shard_file(task, len(texts) - len(packed.skipped))
-    counts = {"num_rotated": packed.num_rotated, "num_usable": packed.num_usable, "skipped": packed.skipped}
+    counts = {name: getattr(packed, name) for name in COUNTS}
     state = {"input": digest, "shard": dataclasses.asdict(shard), **counts}
     write_atomically(task.record_path, json.dumps(state).encode())
     return dataclasses.replace(packed, file=shard, samples=index_shard(task.path, task.number))
@@ -167,7 +176,7 @@ def _finished_shard(task: ShardTask, digest: str) -> PackedShard | None:
     found = dataclasses.asdict(_shard_file(task, len(task.records) - len(state["skipped"])))
     if state["input"] != digest or state["shard"] != found:
         return None
-    counts = {name: state[name] for name in ("num_rotated", "num_usable", "skipped")}
+    counts = {name: state[name] for name in COUNTS}
     return PackedShard(ShardFile(**found), index_shard(task.path, task.number), reused=True, **counts)
 
 
@@ -175,7 +184,8 @@ def _write_tar(task: ShardTask, texts: list[bytes], path: Path, advance: Advance
     """Write the tar; return its counts, skipped images and problems."""
     problems: list[str] = []
     skipped: list[str] = []
-    num_rotated = num_usable = 0
+    num_rotated = num_dark = 0
+    usable, unusual = Counter[str](), Counter[str]()
     with path.open("wb") as file:
         with TarWriter(file, mtime=0, encoder=False) as writer:
             for image, record, objects, text in zip(
@@ -191,14 +201,23 @@ def _write_tar(task: ShardTask, texts: list[bytes], path: Path, advance: Advance
                     problems.append(str(error))
                     continue
                 num_rotated += header.is_rotated
-                num_usable += len(usable_boxes(objects, record["width"], record["height"])[1])
+                num_dark += header.is_dark
+                width, height = header.size
+                usable.update(map(str, usable_boxes(objects, width, height)[1]))
+                unusual.update(kind for item in objects for kind in unusual_kinds(item, width, height))
                 if not problems:  # otherwise the shard is discarded anyway
                     key = sample_key(record["id"])
                     writer.write({"__key__": key, header.extension: content, "json": text})
         file.flush()
         os.fsync(file.fileno())
     return PackedShard(
-        None, num_rotated=num_rotated, num_usable=num_usable, skipped=skipped, problems=problems
+        None,
+        num_rotated=num_rotated,
+        num_dark=num_dark,
+        usable_objects=usable,
+        unusual_objects=unusual,
+        skipped=skipped,
+        problems=problems,
     )
 
 
@@ -352,20 +371,20 @@ def _finish(source: Source, folder: Path, packed: list[PackedShard], samples_per
     files = [shard.file for shard in written if shard.file is not None]
     skipped = [line for shard in packed for line in shard.skipped]
     np.savez(folder / INDEX, samples=samples)
-    num_rotated = sum(shard.num_rotated for shard in packed)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         fingerprint=data_fingerprint(samples, source.dataset.categories),
         num_samples=len(samples),
         num_annotations=int(samples["num_annotations"].sum()),
-        num_usable=sum(shard.num_usable for shard in packed),
+        usable_objects=_total(shard.usable_objects for shard in packed),
+        unusual_objects=_total(shard.unusual_objects for shard in packed),
         samples_per_shard=samples_per_shard,
         shards=files,
         categories=source.dataset.categories,
         label_maps=label_maps([category["id"] for category in source.dataset.categories]),
         source={"name": source.name, "sha256": source.dataset.sha256},
         header=source.dataset.header,
-        notices=source.dataset.notices + _image_notices(num_rotated, len(skipped)),
+        notices=source.dataset.notices + _image_notices(packed, len(skipped)),
     )
     manifest.save(folder)
     if skipped:
@@ -374,9 +393,20 @@ def _finish(source: Source, folder: Path, packed: list[PackedShard], samples_per
     return manifest
 
 
-def _image_notices(num_rotated: int, num_skipped: int) -> list[str]:
+def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    return dict(sorted(sum(map(Counter, counts), Counter[str]()).items()))
+
+
+def _image_notices(packed: list[PackedShard], num_skipped: int) -> list[str]:
+    num_rotated = sum(shard.num_rotated for shard in packed)
+    num_dark = sum(shard.num_dark for shard in packed)
     lines = (
         (num_rotated, "images have an EXIF orientation, which is not applied: boxes refer to stored pixels"),
+        (
+            num_dark,
+            "images have 16 bits per pixel and use at most 12 of them: they are nearly black, at most "
+            f"{MAX_DARK} of 255, until their pixels are multiplied by 16",
+        ),
         (num_skipped, f"images are missing or corrupt and were skipped: {SKIPPED} lists them"),
     )
     return [f"{count} {text}" for count, text in lines if count]

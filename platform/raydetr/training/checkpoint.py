@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from detrs import zoo
+from detrs.checkpoints import require_finite
 from raydetr.config import ConfigError, RunConfig, flatten, from_dict, to_dict
 from raydetr.data.corrupt import CorruptSampleLog
 from raydetr.data.order import ORDER_VERSION
@@ -94,7 +95,7 @@ def write(folder: Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> No
     torch.save(state, path)
     complete = Meta(**meta, state_bytes=path.stat().st_size, state_crc32=_crc32(path))
     partial = folder / "meta.json.partial"
-    partial.write_text(json.dumps(asdict(complete), indent=1))
+    partial.write_text(json.dumps(asdict(complete), indent=1, allow_nan=False))
     partial.rename(folder / "meta.json")
 
 
@@ -187,7 +188,7 @@ def restore(folder: Path, training: Training, shards: Shards) -> Meta:
     """
     meta = check_compatible(folder, training.config, shards)
     state = _load_state(folder, training.world.device)
-    training.detector.load_state_dict(state["model"])
+    _load_weights(training.detector, state["model"], folder)
     training.optimizer.load_state_dict(state["optimizer"])
     if training.ema is not None:
         training.ema.model.load_state_dict(state["ema"])
@@ -238,7 +239,10 @@ def _load_state(folder: Path, device: torch.device) -> dict[str, Any]:
 
 def _load_weights(detector: nn.Module, weights: Mapping[str, Any], folder: Path) -> None:
     try:
+        require_finite(weights, folder)
         detector.load_state_dict(weights)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     except RuntimeError as error:
         raise CheckpointError(
             f"{folder}: the weights do not fit the model of its configuration: {error}"

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from detrs import zoo
-from detrs.checkpoints import from_official, official_names, read_official, recognize_architecture
+from detrs.checkpoints import (
+    OfficialFile,
+    from_official,
+    official_names,
+    read_official,
+    recognize_architecture,
+    require_finite,
+)
 from detrs.zoo import DetrConfig, ModelConfig
 from raydetr import recipes
 from raydetr.config import RunConfig, nearest, override, to_dict
@@ -53,10 +60,11 @@ class ImportedCheckpoint:
     num_classes: int
     num_parameters: int  # including the statistics of batch norm
     categories: list[dict[str, Any]]
+    notes: list[str]
 
 
 def import_checkpoint(
-    file: Path, model: str, out: Path, annotations: Path | None = None
+    file: Path, model: str, out: Path, annotations: Path | None = None, *, averaged: bool = False
 ) -> ImportedCheckpoint:
     """Convert an official checkpoint into a checkpoint folder.
 
@@ -66,13 +74,18 @@ def import_checkpoint(
             (`dino`), of whose recipes the one that fits is chosen.
         out: the folder to write; new or empty.
         annotations: a COCO JSON file with the categories that the model was trained on; None: COCO's 80.
+        averaged: take the averaged weights (`ema_model`) of the file.
 
     Raises:
-        ValueError: the file is not a checkpoint, or not of this model (the message names what was found), the name of
-            the model is unknown, or the categories do not fit its number of classes.
+        ValueError: the file is not a checkpoint, or not of this model (the message names what was found), has weights
+            that are not numbers, the name of the model is unknown, or the categories do not fit its number of classes.
     """
     candidates = _candidates(model)
-    official = read_official(file)
+    content = read_official(file)
+    if averaged and content.averaged is None:
+        raise ValueError(f"{file}: has no averaged weights (ema_model): omit --ema")
+    official = content.weights if content.averaged is None or not averaged else content.averaged
+    require_finite(official, file)
     architecture = recognize_architecture(official)
     expected = candidates[0].model.architecture
     if architecture != expected:
@@ -94,7 +107,25 @@ def import_checkpoint(
     with atomic_folder(out, last="meta.json") as folder:
         write(folder, {"model": state, "ema": None}, meta)
     num_parameters = sum(tensor.numel() for tensor in state.values())
-    return ImportedCheckpoint(config.recipe, expected, _num_classes(config.model), num_parameters, categories)
+    return ImportedCheckpoint(
+        config.recipe,
+        expected,
+        _num_classes(config.model),
+        num_parameters,
+        categories,
+        _notes(content, averaged),
+    )
+
+
+def _notes(content: OfficialFile, averaged: bool) -> list[str]:
+    notes = []
+    if content.averaged is not None and not averaged:
+        notes.append(
+            "the file also has averaged weights (ema_model), which are usually better: --ema takes them"
+        )
+    if content.omitted:
+        notes.append(f"objects of {', '.join(content.omitted)} in the file were not loaded")
+    return notes
 
 
 def _candidates(model: str) -> list[RunConfig]:
@@ -157,15 +188,24 @@ def _meta_state(model: ModelConfig, num_classes: int) -> dict[str, Tensor]:
 def _categories(file: Path, num_classes: int, annotations: Path | None) -> tuple[list[dict[str, Any]], str]:
     """Return the categories, and the label map: how the model numbers them."""
     categories = COCO_CATEGORIES if annotations is None else read_categories(annotations)
-    if num_classes == max(category["id"] for category in categories) + 1:
+    last = max(category["id"] for category in categories)
+    if num_classes == last + 1:
         return categories, "category_id"
     if num_classes == len(categories):
         return categories, "contiguous"
+    if (
+        annotations is not None and num_classes > last + 1
+    ):  # unused outputs at the end, as in the official code
+        return categories, "category_id"
     source = "COCO has" if annotations is None else f"{annotations} has"
+    remedy = (
+        "give the annotations it was trained on, as --annotations FILE"
+        if annotations is None
+        else "these are not the annotations that it was trained on"
+    )
     raise ValueError(
         f"{file}: a model of {num_classes} classes, but {source} {len(categories)} categories with ids up to "
-        f"{max(category['id'] for category in categories)}: give the annotations it was trained on, as "
-        "--annotations FILE"
+        f"{last}: {remedy}"
     )
 
 

@@ -1,7 +1,7 @@
 """Initialize the weights of a new run: from a checkpoint (`init.checkpoint`), or at random.
 
-Weights that do not depend on the number of classes are kept. Where that number differs, the class heads are
-reinitialized.
+Weights that do not depend on the classes are kept. The rows of the class heads are those of the classes with the same
+names; classes without a namesake in the checkpoint keep their new rows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from detrs import zoo
 from detrs.checkpoints import CLASS_DEPENDENT
@@ -19,6 +19,7 @@ from detrs.zoo import ModelConfig
 from raydetr.config import ConfigError, RunConfig
 from raydetr.config.paths import is_remote
 from raydetr.data.splits import open_splits
+from raydetr.shards.manifest import UNUSED, LabelMap, make_label_map
 from raydetr.training.checkpoint import load_for_inference, model_differences, read_meta, run_config
 
 IMAGENET = "https://download.pytorch.org/models/"
@@ -28,6 +29,7 @@ IMAGENET_FILES = {
     "resnet50": "resnet50-0676ba61.pth",
     "resnet101": "resnet101-63fe2227.pth",
 }
+MAX_ROWS = 20  # of the table of classes
 # Model settings on which the weights that are kept do not depend
 _IGNORED = (
     "num_classes",
@@ -56,26 +58,36 @@ def summarize(config: RunConfig) -> list[str]:
         )
     meta = read_meta(config.init.checkpoint)
     theirs = run_config(config.init.checkpoint, meta)
-    reinitialized = reinitialized_names(theirs, config)
+    check_shapes(theirs, config)
     lines = [f"starting from {config.init.checkpoint}"]
     differences = model_differences(theirs, config, ignored=_IGNORED)
     if differences:
         lines.append(f"note: its model has other settings: {', '.join(differences)}")
-    if reinitialized:
-        there, here = theirs.model.num_classes, config.model.num_classes
-        lines.append(
-            f"reinitialized, because it has {there} classes and the data {here}: {', '.join(reinitialized)}; "
-            "all other weights are kept"
-        )
-    elif _category_names(config) != [category["name"] for category in meta.categories]:
-        lines.append(
-            "note: it was trained on the same number of classes, but with other names; its class heads are kept"
-        )
-    return lines
+    there = make_label_map(meta.categories, theirs.data.label_map)
+    return lines + _describe_rows(there, open_splits(config.data, sizes_known=True)[0].label_map)
 
 
-def load(detector: nn.Module, config: RunConfig) -> None:
-    """Load the weights of `init.checkpoint`, if there is one, into a new detector.
+def _describe_rows(there: LabelMap, here: LabelMap) -> list[str]:
+    """Return a table of the classes whose weights are taken from a checkpoint."""
+    rows = matching_labels(there, here)
+    names = {label: name for label, name in enumerate(here.names) if name != UNUSED}
+    if list(rows.items()) == [(label, label) for label in names]:
+        return [f"classes: all {len(names)} are taken from it, with the same labels"]
+    lines = [f"classes: {len(rows)} of {len(names)} are taken from it, by name; the others start at random"]
+    lines += [f"  {'label':>5}  {'label there':>11}  class"]
+    table = [f"  {label:>5}  {rows.get(label, 'new'):>11}  {name}" for label, name in names.items()]
+    more = [f"  and {len(table) - MAX_ROWS} more"] if len(table) > MAX_ROWS else []
+    return lines + table[:MAX_ROWS] + more
+
+
+def matching_labels(there: LabelMap, here: LabelMap) -> dict[int, int]:
+    """Return label here -> label there, for each class whose name is in both."""
+    labels = {name: label for label, name in enumerate(there.names)}
+    return {label: labels[name] for label, name in enumerate(here.names) if name in labels and name != UNUSED}
+
+
+def load(detector: nn.Module, config: RunConfig, here: LabelMap) -> None:
+    """Load the weights of `init.checkpoint`, if there is one, into a new detector of a run with the label map `here`.
 
     Raises:
         CheckpointError: it is not a complete checkpoint.
@@ -84,16 +96,34 @@ def load(detector: nn.Module, config: RunConfig) -> None:
     folder = config.init.checkpoint
     if folder is None:
         return
-    reinitialized = reinitialized_names(run_config(folder, read_meta(folder)), config)
-    weights = load_for_inference(folder).model.detector.state_dict()
-    detector.load_state_dict({**weights, **{name: detector.state_dict()[name] for name in reinitialized}})
+    loaded = load_for_inference(folder)
+    check_shapes(loaded.config, config)
+    weights = loaded.model.detector.state_dict()
+    rows = matching_labels(loaded.label_map, here)
+    sizes = loaded.config.model.num_classes, config.model.num_classes
+    for name, own in detector.state_dict().items():
+        if CLASS_DEPENDENT.fullmatch(name):
+            weights[name] = _take_rows(weights[name], own, rows, *sizes)
+    detector.load_state_dict(weights)
 
 
-def reinitialized_names(start: RunConfig, config: RunConfig) -> list[str]:
-    """Return the names of the parameters that are not loaded: those per class, if the number of classes differs.
+def _take_rows(
+    theirs: Tensor, ours: Tensor, rows: Mapping[int, int], num_theirs: int | None, num_ours: int | None
+) -> Tensor:
+    """Return `ours` with the rows of `theirs`, by label, and with those that follow the classes ("no object")."""
+    assert num_theirs is not None
+    assert num_ours is not None
+    taken = ours.clone()
+    taken[list(rows)] = theirs[list(rows.values())]
+    taken[num_ours:] = theirs[num_theirs:]
+    return taken
+
+
+def check_shapes(start: RunConfig, config: RunConfig) -> None:
+    """Verify that the weights of a checkpoint fit the model of a run, except for the number of classes.
 
     Raises:
-        ConfigError: other parameters differ too, or the checkpoint is of another architecture.
+        ConfigError: they do not, or the checkpoint is of another architecture.
     """
     theirs, ours = start.model, config.model
     if theirs.architecture != ours.architecture:
@@ -103,18 +133,14 @@ def reinitialized_names(start: RunConfig, config: RunConfig) -> list[str]:
         )
     there, here = _shapes(theirs), _shapes(ours)
     different = [name for name in here if name in there and here[name] != there[name]]
-    reinitialized = [
-        name for name in different if CLASS_DEPENDENT.fullmatch(name) and here[name][1:] == there[name][1:]
+    wrong = sorted(here.keys() ^ there.keys()) + [
+        name for name in different if not CLASS_DEPENDENT.fullmatch(name) or here[name][1:] != there[name][1:]
     ]
-    if here.keys() != there.keys() or reinitialized != different:
-        wrong = sorted(here.keys() ^ there.keys()) or [
-            name for name in different if name not in reinitialized
-        ]
+    if wrong:
         raise ConfigError(
             f"init.checkpoint {config.init.checkpoint}: weights of another {ours.architecture} model: "
             f"{', '.join(model_differences(start, config))} (first parameter that differs: {wrong[0]})"
         )
-    return reinitialized
 
 
 def _describe_backbone(config: RunConfig) -> list[str]:
@@ -142,9 +168,3 @@ def _shapes(model: ModelConfig) -> Mapping[str, torch.Size]:
     with torch.device("meta"):  # shapes without memory
         built = zoo.build(replace(model, backbone=replace(model.backbone, weights=None)))
     return {name: tensor.shape for name, tensor in built.detector.state_dict().items()}
-
-
-def _category_names(config: RunConfig) -> list[str]:
-    return [
-        category["name"] for category in open_splits(config.data, sizes_known=True)[0].manifest.categories
-    ]

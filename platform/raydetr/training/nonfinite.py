@@ -171,7 +171,7 @@ def _dump(folder: Path, skipped: SkippedStep, cause: NonFiniteCause) -> None:
         "losses": {name: _number(float(term)) for name, term in skipped.terms.items()},
         "images": images,
     }
-    (folder / "step.json").write_text(json.dumps(record, indent=1))
+    (folder / "step.json").write_text(json.dumps(record, indent=1, allow_nan=False))
 
 
 def _number(value: float) -> Any:

@@ -7,6 +7,7 @@ dashed; predicted boxes are solid, with their score.
 from __future__ import annotations
 
 import colorsys
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,7 +41,8 @@ class Box:
     @property
     def caption(self) -> str:
         """Text drawn at the box."""
-        return self.name if self.score is None else f"{self.name} {self.score:.2f}"
+        name = _printable(self.name)
+        return name if self.score is None else f"{name} {self.score:.2f}"
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ def _free_place(
 
 def _shortened(box: Box, font: ImageFont.FreeTypeFont, width: int) -> str:
     """Return the caption, with the class name truncated to `width`; the score is always complete."""
-    text, name = box.caption, box.name
+    text, name = box.caption, _printable(box.name)
     while _text_size(text, font)[0] > width and name:
         name = name[:-1]
         text = f"{name.rstrip()}… {'' if box.score is None else f'{box.score:.2f}'}".rstrip()
@@ -275,7 +277,7 @@ def _framed(image: Image.Image) -> Image.Image:
 
 
 def _text_image(text: str, size: int) -> Image.Image:
-    font = _font(size)
+    text, font = _printable(text), _font(size)
     page = Image.new("RGB", _text_size(text, font), _PAPER)
     ImageDraw.Draw(page).text((page.width / 2, page.height / 2), text, fill=_INK, font=font, anchor="mm")
     return page
@@ -284,6 +286,12 @@ def _text_image(text: str, size: int) -> Image.Image:
 def _text_size(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int]:
     ascent, descent = font.getmetrics()
     return round(font.getlength(text)) + 6, ascent + descent + 2
+
+
+def _printable(text: str) -> str:
+    """Replace line breaks and other control characters, which end Pillow's text layout in an error."""
+    unprintable = {letter for letter in text if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp")}
+    return "".join("\N{REPLACEMENT CHARACTER}" if letter in unprintable else letter for letter in text)
 
 
 @lru_cache

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import itertools
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,9 @@ BENCHMARK = Path(__file__).parents[3] / "benchmarks/stream_order.py"
 DEFAULT = OrderParameters()
 MODEST = settings(deadline=None, max_examples=60)
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=6)  # samples of each shard
+# From 60 samples on, chunks; or always
 SMALL = st.builds(
-    OrderParameters, st.integers(1, 9), st.integers(1, 20), st.integers(1, 4), st.integers(1, 5)
+    OrderParameters, st.integers(1, 9), st.integers(1, 40), st.integers(1, 5), st.sampled_from([0, 60])
 )
 EPOCHS = st.one_of(st.integers(0, 5), st.integers(0, 10**12))
 TOPOLOGIES = st.tuples(st.integers(1, 9), st.integers(0, 4), st.integers(1, 7), st.integers(1, 4))
@@ -42,47 +44,50 @@ def made_aspects(num_samples: int) -> np.ndarray:
 
 def plain_order(sizes: list[int], parameters: OrderParameters, epoch: int) -> list[int]:
     """Return tau_e by its definition, sample by sample (seed 0, fingerprint "f")."""
-    chunk, window, windows, group_size = (
-        getattr(parameters, name) for name in ("chunk_size", "min_window", "windows_per_stream", "group_size")
+    chunk, min_stream, group_size, min_chunked = (
+        getattr(parameters, name) for name in ("chunk_size", "min_stream", "group_size", "min_chunked")
     )
     num_samples, aspects = sum(sizes), made_aspects(sum(sizes))
+    is_chunked = num_samples >= min_chunked
     chunks, first = [], 0
     for size in sizes:
+        step = chunk if is_chunked else 1
         chunks += [
-            list(range(begin, min(begin + chunk, first + size)))
-            for begin in range(first, first + size, chunk)
+            list(range(begin, min(begin + step, first + size))) for begin in range(first, first + size, step)
         ]
         first += size
     spelled = (
-        f"block={chunk}, window={window}, windows={windows}, atom={group_size}"  # as version 2 spells it
+        f"chunk_size={chunk}, min_stream={min_stream}, group_size={group_size}, min_chunked={min_chunked}"
     )
-    text = f"({epoch}, (2, PlanParameters({spelled}), 0, 'f'))"
+    text = f"order 3, OrderParameters({spelled}), seed 0, f, epoch {epoch}"
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     key = [int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")]
-    sequence = [sample for one in shuffled(chunks, philox(key, 0)) for sample in one]
+    chunks = shuffled(chunks, philox(key, 0))
+    sequence = [sample for one in chunks for sample in one]
+    if not is_chunked:
+        return sequence
 
     head = 0
     while (epoch * num_samples + head) % group_size and head < num_samples:
         head += 1
     num_groups = (num_samples - head) // group_size
-    streams = 1
-    while 2 * streams * windows * window <= num_samples:
-        streams *= 2
-    queues, at = [], head
-    for stream in range(streams):
-        length = len(range(stream, num_groups, streams))
-        queue = []
-        for v in range(windows):
-            begin, end = v * length // windows, (v + 1) * length // windows
-            words = philox(key, windows * stream + v + 1)
-            samples = shuffled(sequence[at + begin * group_size : at + end * group_size], words)
-            samples.sort(key=lambda sample: aspects[sample])
-            queue += shuffled(
-                [samples[i : i + group_size] for i in range(0, len(samples), group_size)], words
-            )
-        queues.append(iter(queue))
+    num_streams = 1
+    while 2 * num_streams * min_stream <= num_samples:
+        num_streams *= 2
+    streams, at = [], head
+    for number in range(num_streams):
+        length = len(range(number, num_groups, num_streams))
+        inside = set(sequence[at : at + length * group_size])
+        words = philox(key, number + 1)
+        ranked = []
+        for turn, one in enumerate(chunks):
+            permuted = shuffled([sample for sample in one if sample in inside], words)
+            ranked += [(round(32 * aspects[s]), place, turn, s) for place, s in enumerate(permuted)]
+        samples = [sample for *_, sample in sorted(ranked)]
+        groups = [samples[i : i + group_size] for i in range(0, len(samples), group_size)]
+        streams.append(iter(shuffled(groups, words)))
         at += length * group_size
-    body = [sample for j in range(num_groups) for sample in next(queues[j % streams])]
+    body = [sample for j in range(num_groups) for sample in next(streams[j % num_streams])]
     return sequence[:head] + body + sequence[head + num_groups * group_size :]
 
 
@@ -171,20 +176,19 @@ def test_any_topologies_one_after_another_give_one_run(
     assert found == reference[start:position]
 
 
-def test_any_entry_needs_one_window() -> None:
-    """Nothing is replayed after a resume, and only the windows in use are cached."""
+def test_any_entry_needs_one_stream() -> None:
+    """Nothing is replayed after a resume, and only the streams in use are cached."""
     sizes = [1000] * 118 + [287]
     late = 100_000 * sum(sizes)
-    for begin, windows, epochs in [(late + 4, 1, 1), (late + 60_000, 1, 1), (late - 2, 2, 2)]:
+    for begin, streams, epochs in [(late + 4, 1, 1), (late + 60_000, 1, 1), (late - 2, 2, 2)]:
         order = make_order(sizes)
         order.samples(begin, 4)
-        assert order._window.cache_info().misses <= windows
+        assert order._stream.cache_info().misses <= streams
         assert order._epoch.cache_info().misses == epochs
     order = make_order([1000] * 16)
     for begin in range(0, 16_000, 4):  # one rank reads all streams
         order.samples(begin, 4)
-    assert order._window.cache_info().misses == 2 * 16  # each window once
-    assert order._window.cache_info().currsize <= order.num_streams == 16
+    assert order._stream.cache_info().misses == order.num_streams == 16  # each stream once
 
 
 def test_seed_epoch_fingerprint_and_parameters_change_the_order() -> None:
@@ -193,7 +197,7 @@ def test_seed_epoch_fingerprint_and_parameters_change_the_order() -> None:
         make_order([500, 500], seed=1).order(0),
         make_order([500, 500]).order(1),
         make_order([500, 500], fingerprint="g").order(0),
-        make_order([500, 500], parameters=OrderParameters(windows_per_stream=3)).order(0),
+        make_order([500, 500], parameters=OrderParameters(min_chunked=100)).order(0),
     ]
     assert make_order([500, 500]).order(0).tolist() == base
     assert all(order.tolist() != base for order in others)
@@ -203,7 +207,7 @@ def test_seed_epoch_fingerprint_and_parameters_change_the_order() -> None:
 def test_samples_are_spread_evenly_over_the_epoch() -> None:
     """Over many seeds, the entry of a sample in its epoch is uniformly distributed."""
     orders = np.array(
-        [make_order([100] * 5, seed, OrderParameters(5, 20, 3, 4)).order(0) for seed in range(200)]
+        [make_order([100] * 5, seed, OrderParameters(5, 60, 4, 0)).order(0) for seed in range(200)]
     )
     places = np.argsort(orders, axis=1)  # [seed, sample]
     assert np.abs(places.mean(0) / 499 - 0.5).max() < 0.1  # the mean of 200 uniform draws: sigma 0.02
@@ -212,14 +216,137 @@ def test_samples_are_spread_evenly_over_the_epoch() -> None:
 
 def test_the_order_never_changes() -> None:
     """Another order needs another ORDER_VERSION: a checkpoint's position would mean other samples."""
-    orders = [make_order([7, 6], 3, OrderParameters(3, 2, 2, 2)).order(epoch).tolist() for epoch in (0, 1)]
+    orders = [make_order([7, 6], 3, OrderParameters(3, 4, 2, 0)).order(epoch).tolist() for epoch in (0, 1)]
     assert orders == FIXED
-    digest = hashlib.sha256(make_order([1000] * 118 + [287]).order(7).astype("<i8").tobytes()).hexdigest()
-    assert digest[:16] == FIXED_DEFAULT  # also with the default parameters
+    for sizes, expected in FIXED_DEFAULT:  # also with the default parameters
+        order = make_order(sizes).order(7)
+        assert hashlib.sha256(order.astype("<i8").tobytes()).hexdigest()[:16] == expected
 
 
-FIXED_DEFAULT = "67e2d0570fad576b"
-FIXED = [[7, 8, 12, 3, 10, 11, 1, 4, 6, 9, 0, 5, 2], [7, 8, 9, 0, 1, 12, 11, 2, 3, 6, 10, 5, 4]]
+FIXED_DEFAULT = [([500], "2bcef8a06d4a303d"), ([1000] * 118 + [287], "31fe09c83b107d49")]
+FIXED = [[10, 12, 7, 8, 0, 1, 9, 3, 2, 11, 4, 6, 5], [7, 12, 11, 5, 0, 10, 9, 4, 1, 8, 6, 3, 2]]
+
+
+# --- Statistics of batches, with samples sorted by class ---
+
+FIVE_ASPECTS = np.array([0.67, 0.75, 1, 1.33, 1.5])
+SMALL_SIZES = [8, 16, 32, 64, 200, 500, 1000, 2000, 5000]
+
+
+def sorted_classes(num_samples: int) -> np.ndarray:
+    return np.arange(num_samples) * min(10, num_samples // 4) // num_samples
+
+
+def one_shape_per_class(num_samples: int) -> np.ndarray:
+    return FIVE_ASPECTS[sorted_classes(num_samples) % 5]
+
+
+def any_shapes(num_samples: int) -> np.ndarray:
+    return np.random.default_rng(1).choice(FIVE_ASPECTS, num_samples)
+
+
+def order_of(aspects: np.ndarray, parameters: OrderParameters = DEFAULT) -> SampleOrder:
+    return SampleOrder(np.arange(len(aspects)) // 1000, aspects, "f", 5, parameters)
+
+
+def class_variance(order: SampleOrder, batch: int, num_drawn: int) -> float:
+    """Return the variance of the number of samples of a class in a batch, over that of a free shuffle.
+
+    The latter is that of draws without replacement, for each of the epochs that a batch holds samples of.
+    """
+    size, classes = order.num_samples, sorted_classes(order.num_samples)
+    num_batches, num_classes = num_drawn // batch, classes[-1] + 1
+    cells = (
+        np.arange(num_batches).repeat(batch) * num_classes + classes[order.samples(0, num_batches * batch)]
+    )
+    counts = np.bincount(cells, minlength=num_batches * num_classes).reshape(num_batches, num_classes)
+    share = np.bincount(classes) / size
+    before = np.minimum(size - np.arange(num_batches) * batch % size, batch)  # samples of the first epoch
+    factor = sum(part * (size - part) / (size - 1) for part in (before, batch - before))
+    return float(np.square(counts - batch * share).sum() / np.outer(factor, share * (1 - share)).sum())
+
+
+@pytest.mark.parametrize("num_samples", SMALL_SIZES)
+def test_classes_of_small_data_vary_as_in_a_free_shuffle(num_samples: int) -> None:
+    """Within 5%, even if each class has its own aspect ratio. The sampling error is about 1%."""
+    aspects = one_shape_per_class(num_samples)
+    for batch in (4, 8, 16):
+        if batch < num_samples:
+            assert class_variance(order_of(aspects), batch, 120_000) == pytest.approx(1, abs=0.05)
+    grouped = order_of(aspects, OrderParameters(min_chunked=0))
+    assert class_variance(grouped, 4, 40_000) > 1.5  # the statistic would show it
+
+
+@pytest.mark.parametrize("num_samples", [10_000, 20_000])
+def test_chunks_and_aspect_groups_hardly_change_the_variation_of_classes(num_samples: int) -> None:
+    """The remaining bias: a class with a shape of its own comes in groups. Its batches vary more, at any size."""
+    for batch in (4, 8, 16):
+        variance = class_variance(order_of(any_shapes(num_samples)), batch, 400_000)
+        assert variance == pytest.approx(1, abs=0.06)
+    assert 2 < class_variance(order_of(one_shape_per_class(num_samples)), 4, 400_000) < 2.5
+
+
+def pair_deviation(order: SampleOrder, size: int, parts_used: int) -> float:
+    """Return how unequally often two samples share a part of the epoch, over what chance explains: about 1.
+
+    Each of 4,000 epochs is cut into parts of `size`; the first `parts_used` of them count.
+    """
+    num_samples, num_epochs = order.num_samples, 4000
+    epochs = order.samples(0, num_epochs * num_samples).reshape(num_epochs, num_samples // size, size)
+    parts = epochs[:, :parts_used].reshape(-1, size)
+    present = np.zeros((len(parts), num_samples), np.float32)
+    np.put_along_axis(present, parts, 1, axis=1)
+    times = (present.T @ present)[np.triu_indices(num_samples, 1)]
+    chance = parts_used * size * (size - 1) / (num_samples * (num_samples - 1))
+    return float(np.square(times - num_epochs * chance).mean() / (num_epochs * chance * (1 - chance)))
+
+
+@pytest.mark.parametrize("num_samples", [8, 16, 32, 64, 200])
+def test_any_two_samples_share_a_batch_or_half_an_epoch_equally_often(num_samples: int) -> None:
+    """No image is shaped like another, so that aspect groups would always be the same."""
+    aspects = np.linspace(0.5, 2, num_samples)
+    assert pair_deviation(order_of(aspects), 4, num_samples // 4) < 1.5
+    assert pair_deviation(order_of(aspects), num_samples // 2, 1) < 1.5
+    grouped = order_of(aspects, OrderParameters(min_chunked=0))
+    assert pair_deviation(grouped, 4, num_samples // 4) > 10  # the statistic would show it
+
+
+@pytest.mark.parametrize("num_samples", [16, 32])
+def test_the_first_half_of_an_epoch_is_always_another_set(num_samples: int) -> None:
+    order = order_of(one_shape_per_class(num_samples))
+    halves = {frozenset(order.order(epoch)[: num_samples // 2].tolist()) for epoch in range(100)}
+    assert len(halves) >= 98  # of 12,870 sets, or many more
+
+
+def test_a_class_is_hardly_ever_missing_from_a_tenth_of_an_epoch() -> None:
+    """500 images, 50 of each class: a free shuffle misses one in 0.4% of all tenths."""
+    order, classes = order_of(one_shape_per_class(500)), sorted_classes(500)
+    tenths = np.concatenate([classes[order.order(epoch)].reshape(10, 50) for epoch in range(200)])
+    missing = np.mean([(tenths != one).all(axis=1) for one in range(10)])
+    free = math.comb(450, 50) / math.comb(500, 50)
+    assert 0.7 * free < missing < 1.3 * free
+
+
+def sharing_a_chunk(order: SampleOrder, batch: int) -> float:
+    """Return the fraction of batches, over two epochs, in which two samples are of one chunk of 32."""
+    chunks = np.arange(order.num_samples) // 1000 * 1000 + np.arange(order.num_samples) % 1000 // 32
+    drawn = chunks[order.samples(0, 2 * order.num_samples // batch * batch)].reshape(-1, batch)
+    drawn.sort(axis=1)
+    return float((drawn[:, 1:] == drawn[:, :-1]).any(axis=1).mean())
+
+
+@pytest.mark.parametrize("num_samples", [20_000, 118_287])
+def test_frames_of_a_video_rarely_share_a_batch(num_samples: int) -> None:
+    """A chunk is a video; all have one shape, or each has one out of five. Then some streams have few of a shape.
+
+    In a free shuffle, two images of a chunk share 3% to 17% of the batches of 16.
+    """
+    alike = order_of(np.ones(num_samples))
+    assert sharing_a_chunk(alike, 4) < 0.001
+    assert sharing_a_chunk(alike, 16) < 0.01
+    videos = np.arange(num_samples) // 1000 * 32 + np.arange(num_samples) % 1000 // 32
+    assert sharing_a_chunk(order_of(any_shapes(num_samples)[videos]), 4) < 0.07
+    assert sharing_a_chunk(order_of(any_shapes(num_samples)), 4) < 0.02  # photographs: of mixed shapes
 
 
 @pytest.mark.parametrize("num_ranks", [8, 16])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from command_line import CommandLine
 from detrs import zoo
 from raydetr.config import to_dict
 from raydetr.inference.predict import find_images, predict
@@ -64,7 +65,7 @@ def photos(tmp_path: Path) -> Path:
 
 def test_writes_annotated_images_and_results(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    results = predict(checkpoint, [photos], out, score_threshold=0.0, device="cpu")
+    results = predict(checkpoint, [photos], out, score_threshold=0.0, device="cpu").results
     written = sorted(file.name for file in out.iterdir())
     assert written == ["00001-a.jpg", "00002-b.jpg", "images.json", "results.json"]
     assert json.loads((out / "results.json").read_text()) == results
@@ -82,11 +83,11 @@ def test_writes_annotated_images_and_results(checkpoint: Path, photos: Path, tmp
 
 def test_boxes_are_in_pixels_of_the_image(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     """Boxes lie inside the image, although the network gets it in another size."""
-    first = predict(checkpoint, [photos / "b.jpg"], tmp_path / "first", device="cpu")
+    first = predict(checkpoint, [photos / "b.jpg"], tmp_path / "first", device="cpu").results
     centers = [(r["bbox"][0] + r["bbox"][2] / 2, r["bbox"][1] + r["bbox"][3] / 2) for r in first]
     assert all(0 <= x <= 96 and 0 <= y <= 70 for x, y in centers)
     assert max(x for x, _ in centers) > 20  # not in [0, 1]
-    again = predict(checkpoint, [photos / "b.jpg"], tmp_path / "again", device="cpu")
+    again = predict(checkpoint, [photos / "b.jpg"], tmp_path / "again", device="cpu").results
     assert again == first
 
 
@@ -100,36 +101,99 @@ def test_the_threshold_affects_the_drawn_boxes_only(checkpoint: Path, photos: Pa
 
 def test_labels_without_a_category_are_omitted(photos: Path, tmp_path: Path) -> None:
     sparse = write_checkpoint(tmp_path / "sparse", "category_id")
-    results = predict(sparse, [photos], tmp_path / "out", device="cpu")
+    results = predict(sparse, [photos], tmp_path / "out", device="cpu").results
     assert results
     assert {r["category_id"] for r in results} <= {3, 7, 9}
 
 
 def test_files_are_listed_in_order_and_once(photos: Path) -> None:
-    found = find_images([photos / "b.jpg", photos])
+    found, notes = find_images([photos / "b.jpg", photos])
     assert [file.name for file in found] == ["b.jpg", "a.png"]
+    assert notes == ["left out 1 files (notes.txt): hidden, or not named like images"]
+
+
+def test_what_is_left_out_is_told(photos: Path) -> None:
+    (photos / "deep/er").mkdir(parents=True)
+    for name in ("deep/c.jpg", "deep/er/d.png"):
+        (photos / name).write_bytes((photos / "b.jpg").read_bytes())
+    (photos / "._b.jpg").write_bytes(b"\0\5\x16\7")  # of macOS
+    found, notes = find_images([photos])
+    assert [file.name for file in found] == ["a.png", "b.jpg"]
+    assert notes == [
+        "left out 2 files (._b.jpg, notes.txt): hidden, or not named like images",
+        "left out 1 folders (deep): --recursive looks into them",
+    ]
+    found, notes = find_images([photos], recursive=True)
+    assert [file.name for file in found] == ["a.png", "b.jpg", "c.jpg", "d.png"]
+    assert len(notes) == 1
+
+
+@pytest.mark.parametrize("suffix", ["webp", "bmp", "tiff", "jfif", "gif"])
+def test_every_format_of_pillow_is_read(checkpoint: Path, photos: Path, tmp_path: Path, suffix: str) -> None:
+    image = Image.open(photos / "a.png")
+    image.save(tmp_path / f"x.{suffix}")
+    predicted = predict(checkpoint, [tmp_path / f"x.{suffix}"], tmp_path / "out", device="cpu")
+    assert predicted.failed == []
+    assert {r["image_id"] for r in predicted.results} == {1}
+
+
+def test_an_orientation_is_told(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    for number, name in ((6, "phone.jpg"), (0, "zero.jpg"), (1, "upright.jpg")):
+        exif[0x0112] = number
+        Image.open(photos / "b.jpg").save(photos / name, exif=exif)
+    (_, note) = predict(checkpoint, [photos], tmp_path / "out", device="cpu").notes
+    assert note.startswith("the EXIF orientation of 1 images (phone.jpg) is not applied, as in training")
+
+
+def test_tiny_and_thin_images(checkpoint: Path, tmp_path: Path) -> None:
+    for name, size in (("dot.png", (1, 1)), ("thumb.png", (12, 12)), ("thin.png", (2000, 36))):
+        Image.new("RGB", size).save(tmp_path / name)
+    predicted = predict(checkpoint, [tmp_path], tmp_path / "out", device="cpu")
+    assert predicted.failed == []
+    assert {r["image_id"] for r in predicted.results} == {1, 2, 3}
+
+
+def test_bad_images_do_not_stop_the_others(
+    raydetr: CommandLine, checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    (photos / "cut.jpg").write_bytes((photos / "b.jpg").read_bytes()[:300])
+    (photos / "empty.jpg").write_bytes(b"")
+    (photos / "text.webp").write_text("no image")
+    os.mkfifo(photos / "pipe.jpg")
+    result = raydetr("predict", checkpoint, photos, "--out", tmp_path / "out")
+    assert result.code == 1
+    assert "4 files cannot be read" in result.err
+    for name, reason in (
+        ("cut.jpg", ""), ("empty.jpg", "it is not an image"), ("text.webp", "it is not an image"),
+        ("pipe.jpg", "cannot be read (not a regular file)"),
+    ):  # fmt: skip
+        assert f"{photos}/{name}: {reason}" in result.err
+    assert "0x" not in result.err
+    images = json.loads((tmp_path / "out/images.json").read_text())["images"]
+    assert [Path(image["file_name"]).name for image in images] == ["a.png", "b.jpg"]
+    assert len(list((tmp_path / "out").glob("*.jpg"))) == 2
+
+
+@pytest.fixture
+def raydetr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(monkeypatch, capsys)
 
 
 def test_bad_input_is_named_and_nothing_is_written(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (tmp_path / "empty").mkdir()
-    (tmp_path / "cut.jpg").write_bytes((photos / "b.jpg").read_bytes()[:300])
-    (tmp_path / "empty.jpg").write_bytes(b"")
-    bad = {
-        tmp_path / "gone.jpg": "gone.jpg: no such file or folder",
-        tmp_path / "empty": "empty: no images found",
-        photos / "notes.txt": "notes.txt: not a readable",
-        tmp_path / "cut.jpg": "cut.jpg: not a readable",
-        tmp_path / "empty.jpg": "empty.jpg: not a readable",
-    }
-    for path, message in bad.items():
-        with pytest.raises(ValueError, match=message):
-            predict(checkpoint, [photos, path], out, device="cpu")
-        assert not out.exists()
-    with pytest.raises(ValueError, match="no images given"):
+    with pytest.raises(ValueError, match=r"gone.jpg: no such file or folder"):
+        predict(checkpoint, [photos, tmp_path / "gone.jpg"], out, device="cpu")
+    with pytest.raises(ValueError, match=r"no images found in .*empty"):
+        predict(checkpoint, [tmp_path / "empty"], out, device="cpu")
+    with pytest.raises(ValueError, match=r"no image can be read:\n  .*notes.txt: it is not an image"):
+        predict(checkpoint, [photos / "notes.txt"], out, device="cpu")
+    with pytest.raises(ValueError, match="no images found in no paths"):
         predict(checkpoint, [], out)
     with pytest.raises(ValueError, match="score_threshold is 30"):
         predict(checkpoint, [photos], out, score_threshold=30)
+    assert not out.exists()
     with pytest.raises(ValueError, match=r"photos is not empty \(it holds a.png and 2 more\)"):
         predict(checkpoint, [photos], photos)
     assert len(list(photos.iterdir())) == 3

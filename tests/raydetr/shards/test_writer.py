@@ -282,3 +282,17 @@ def test_writing_into_an_existing_empty_folder(coco: tuple[Path, Path], tmp_path
     out: Callable[[], list[str]] = lambda: sorted(path.name for path in tmp_path.iterdir())  # noqa: E731
     write_shards(*coco, tmp_path)
     assert out() == ["index.npz", "manifest.json", "shard-00000.tar"]
+
+
+@pytest.mark.parametrize(
+    ("content", "is_noticed"),
+    [
+        (encoded(Image.fromarray(GRAY16 // 16), "PNG"), True),
+        (png16(RGB16 // 16), True),
+        (encoded(Image.fromarray(GRAY16), "PNG"), False),
+        (encoded(Image.new("L", (30, 20)), "PNG"), False),
+    ],
+)
+def test_twelve_bits_in_sixteen_are_noticed(tmp_path: Path, content: bytes, is_noticed: bool) -> None:
+    manifest = write_shards(*one_image(tmp_path, content), tmp_path / "out")
+    assert any("nearly black, at most 16 of 255" in notice for notice in manifest.notices) == is_noticed

@@ -6,9 +6,10 @@ import argparse
 import json
 import os
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -81,7 +82,9 @@ def test_the_weights_are_the_official_ones_and_predict(tmp_path: Path) -> None:
         assert torch.equal(tensor, state[name]), name
     assert loaded.label_map.names[18] == "dog"
     Image.new("RGB", (32, 24), "white").save(tmp_path / "white.png")
-    results = predict(tmp_path / "out", [tmp_path / "white.png"], tmp_path / "predictions", device="cpu")
+    results = predict(
+        tmp_path / "out", [tmp_path / "white.png"], tmp_path / "predictions", device="cpu"
+    ).results
     assert {result["category_id"] for result in results} <= {category["id"] for category in COCO_CATEGORIES}
 
 
@@ -108,7 +111,7 @@ def test_a_model_of_other_classes_needs_its_annotations(tmp_path: Path) -> None:
         assert [category["id"] for category in found.categories] == list(ids)
         assert read_meta(tmp_path / label_map).config["data"]["label_map"] == label_map
     annotations.write_text("{}")
-    with pytest.raises(ValueError, match=r"train\.json: no categories"):
+    with pytest.raises(ValueError, match=r"train\.json: holds no categories"):
         import_checkpoint(file, "detr_r50", tmp_path / "out", annotations)
     assert not (tmp_path / "out").exists()
 
@@ -167,7 +170,7 @@ def corrupt(kind: str, path: Path) -> None:
         ("cut off", "cannot be read as a checkpoint"),
         ("empty", "cannot be read as a checkpoint"),
         ("text", "cannot be read as a checkpoint"),
-        ("objects", "cannot be read as a checkpoint"),
+        ("objects", "no state dict"),
         ("other tensors", r"a checkpoint of none of the five architectures \(1 tensors: fc\.weight"),
         ("no tensors", "no state dict"),
         ("missing", "no such file"),
@@ -192,3 +195,84 @@ def test_the_command_prints_what_it_found(tmp_path: Path) -> None:
     assert "91 classes" in done.output
     assert f"init.checkpoint={out}" in done.output
     assert isinstance(import_checkpoint(file, "dino", tmp_path / "again"), ImportedCheckpoint)
+
+
+class Custom:
+    """A class of a training script, which must not be loaded."""
+
+
+def test_objects_in_the_file_are_omitted_and_named(tmp_path: Path) -> None:
+    content = {
+        "model": official_zeros("detr"),
+        "args": argparse.Namespace(lr=1e-4, output_dir=PosixPath("/data/out"), custom=Custom()),
+        "epoch": np.int64(49),
+        "best": np.float64(0.4),
+    }
+    torch.save(content, tmp_path / "official.pth")
+    found = import_checkpoint(tmp_path / "official.pth", "detr_r50", tmp_path / "out")
+    assert found.num_classes == 91
+    (note,) = found.notes
+    for name in ("pathlib.PosixPath", f"{__name__}.Custom", "numpy"):
+        assert name in note
+
+
+def test_code_in_the_file_is_not_run(tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    torch.save({"model": official_zeros("detr"), "args": Attack()}, tmp_path / "official.pth")
+    with pytest.raises(ValueError, match=r"cannot be read without running code \(posix.mkdir\)"):
+        import_checkpoint(tmp_path / "official.pth", "detr_r50", tmp_path / "out")
+    assert not (tmp_path / "made").exists()
+
+
+def test_averaged_weights_are_mentioned_and_taken(tmp_path: Path) -> None:
+    raw = official_zeros("detr")
+    content = {"model": raw, "ema_model": {f"module.{name}": value + 1 for name, value in raw.items()}}
+    torch.save(content, tmp_path / "official.pth")
+    plain = import_checkpoint(tmp_path / "official.pth", "detr_r50", tmp_path / "plain")
+    assert "--ema takes them" in plain.notes[0]
+    averaged = import_checkpoint(tmp_path / "official.pth", "detr_r50", tmp_path / "averaged", averaged=True)
+    assert averaged.notes == []
+    for folder, expected in (("plain", 0), ("averaged", 1)):
+        state = torch.load(tmp_path / folder / "state.pt", weights_only=True)["model"]
+        assert all((value == expected).all() for value in state.values())
+    torch.save({"model": raw}, tmp_path / "official.pth")
+    with pytest.raises(ValueError, match=r"has no averaged weights \(ema_model\): omit --ema"):
+        import_checkpoint(tmp_path / "official.pth", "detr_r50", tmp_path / "none", averaged=True)
+
+
+def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+    official = {name: value.clone() for name, value in official_zeros("detr").items()}
+    official["class_embed.bias"][5] = float("inf")
+    torch.save({"model": official}, tmp_path / "official.pth")
+    message = r"official.pth: 1 of the 92 values of class_embed.bias are NaN or infinite"
+    with pytest.raises(ValueError, match=message):
+        import_checkpoint(tmp_path / "official.pth", "detr_r50", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_value_that_is_no_tensor_is_named(tmp_path: Path) -> None:
+    torch.save({"model": official_zeros("detr") | {"ema_step": 3}}, tmp_path / "official.pth")
+    with pytest.raises(ValueError, match=r"no state dict in this file .*: 'ema_step' is int"):
+        import_checkpoint(tmp_path / "official.pth", "detr_r50", tmp_path / "out")
+
+
+def test_more_outputs_than_ids_are_unused(tmp_path: Path) -> None:
+    """20 outputs for 10 classes with ids up to 10, as a model has whose number of classes was chosen generously."""
+    official = official_zeros("detr")
+    official["class_embed.weight"] = torch.zeros(()).expand(21, 256)  # and "no object"
+    official["class_embed.bias"] = torch.zeros(()).expand(21)
+    torch.save({"model": official}, tmp_path / "official.pth")
+    annotations = tmp_path / "train.json"
+    annotations.write_text(json.dumps({"categories": [{"id": i, "name": f"c{i}"} for i in range(1, 11)]}))
+    found = import_checkpoint(tmp_path / "official.pth", "detr_r50", tmp_path / "out", annotations)
+    assert found.num_classes == 20
+    loaded = load_for_inference(tmp_path / "out")
+    assert loaded.label_map.category_ids == tuple(range(11))
+    annotations.write_text(json.dumps({"categories": [{"id": 40, "name": "c"}]}))
+    with pytest.raises(
+        ValueError, match=r"with ids up to 40: these are not the annotations that it was trained on"
+    ):
+        import_checkpoint(tmp_path / "official.pth", "detr_r50", tmp_path / "other", annotations)

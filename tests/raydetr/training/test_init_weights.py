@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ from torch import Tensor
 import small_models
 from detrs.zoo import BackboneConfig, ModelConfig, build
 from raydetr.config import ConfigError, RunConfig, override, to_dict
+from raydetr.data.splits import open_splits
 from raydetr.runs import run
+from raydetr.shards.manifest import LabelMap, make_label_map
 from raydetr.training import init_weights
 from raydetr.training.checkpoint import CheckpointError, load_for_inference, write
 
@@ -48,55 +52,107 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> set[str]:
     return {name for name in a if a[name].shape != b[name].shape or not torch.equal(a[name], b[name])}
 
 
-@pytest.mark.parametrize("name", ["detr", "conditional", "dab", "deformable_two_stage", "dino"])
-def test_all_but_the_class_heads_is_kept(name: str, tiny_run: RunConfig, tmp_path: Path) -> None:
+def labels_of(names: Sequence[str]) -> LabelMap:
+    return make_label_map([{"id": 3 * i, "name": name} for i, name in enumerate(names)], "contiguous")
+
+
+MODELS = ["detr", "conditional", "dab", "deformable_two_stage", "dino"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_are_taken_by_the_names_of_the_classes(name: str, tiny_run: RunConfig, tmp_path: Path) -> None:
+    """Other numbers and another order of the classes: each keeps its weights, new ones start at random."""
     model = small_models.CONFIGS[name]
     assert model.num_classes == 4
     weights = checkpoint_of(tiny_run, model, tmp_path / "old")
+    names = ["moon", "triangle", "circle", "sun", "star", "square", "comet"]
+    there = {"circle": 0, "square": 1, "triangle": 2, "star": 3}
     config = with_model(tiny_run, replace(model, num_classes=7), tmp_path / "old")
     torch.manual_seed(6)
     detector = build(config.model).detector
     new = {key: value.clone() for key, value in detector.state_dict().items()}
-    init_weights.load(detector, config)
+    init_weights.load(detector, config, labels_of(names))
     loaded = dict(detector.state_dict())
-    reinitialized = differing(loaded, weights)
-    assert reinitialized == {key for key in new if new[key].shape != weights[key].shape}
-    assert {"decoder.class_heads.0.weight", "decoder.class_heads.0.bias"} <= reinitialized
-    assert all("class_head" in key or key == "denoising.label_embed.weight" for key in reinitialized)
-    assert not reinitialized & differing(loaded, new)
-    (line,) = (line for line in init_weights.summarize(config) if line.startswith("reinitialized"))
-    assert "4 classes and the data 7" in line
-    assert set(line.split(": ")[1].split("; ")[0].split(", ")) == reinitialized
+    per_class = differing(loaded, weights)
+    assert per_class == {key for key in new if new[key].shape != weights[key].shape}
+    assert {"decoder.class_heads.0.weight", "decoder.class_heads.0.bias"} <= per_class
+    for key in per_class:
+        for label, word in enumerate(names):
+            expected = weights[key][there[word]] if word in there else new[key][label]
+            assert torch.equal(loaded[key][label], expected), (key, word)
+        assert torch.equal(
+            loaded[key][7:], weights[key][4:]
+        )  # "no object", and the label that is not a class
 
 
-def test_with_the_same_number_of_classes_all_weights_are_kept_and_averaged_ones_are_preferred(
+def test_ids_with_a_gap_do_not_move_the_labels(tiny_run: RunConfig, tmp_path: Path) -> None:
+    """The same names in the same order under other ids, as from another export of the data."""
+    model = small_models.CONFIGS["dino"]
+    weights = checkpoint_of(tiny_run, model, tmp_path / "old")  # ids 1, 2, 3, 4
+    categories = [{"id": i, "name": c["name"]} for i, c in zip((0, 1, 3, 7), CLASSES, strict=True)]
+    here = make_label_map(categories, "category_id")
+    config = with_model(tiny_run, replace(model, num_classes=here.num_classes), tmp_path / "old")
+    detector = build(config.model).detector
+    init_weights.load(detector, config, here)
+    bias = detector.state_dict()["decoder.class_heads.0.bias"]
+    assert torch.equal(bias[[0, 1, 3, 7]], weights["decoder.class_heads.0.bias"])
+
+
+def test_the_table_of_classes(tiny_run: RunConfig, tmp_path: Path) -> None:
+    model = small_models.CONFIGS["dino"]
+    checkpoint_of(tiny_run, model, tmp_path / "old")
+    names = [category["name"] for category in open_splits(tiny_run.data)[0].manifest.categories]
+    lines = init_weights.summarize(
+        with_model(tiny_run, replace(model, num_classes=len(names)), tmp_path / "old")
+    )
+    assert lines[0] == f"starting from {tmp_path / 'old'}"
+    there = [category["name"] for category in CLASSES]
+    kept = sum(name in there for name in names)
+    assert any(line.startswith(f"classes: {kept} of {len(names)} are taken") for line in lines) == (
+        names != there
+    )
+    for label, name in enumerate(names):
+        source = str(there.index(name)) if name in there else "new"
+        assert any(line.split() == [str(label), source, name] for line in lines)
+
+
+def test_with_the_same_classes_all_weights_are_kept_and_averaged_ones_are_preferred(
     tiny_run: RunConfig, tmp_path: Path
 ) -> None:
     model = small_models.CONFIGS["dino"]
     weights = checkpoint_of(tiny_run, model, tmp_path / "old", averaged=True)
-    config = with_model(tiny_run, model, tmp_path / "old")
     detector = build(model).detector
-    init_weights.load(detector, config)
+    here = labels_of([category["name"] for category in CLASSES])
+    init_weights.load(detector, with_model(tiny_run, model, tmp_path / "old"), here)
     assert differing(dict(detector.state_dict()), weights) == set()
-    lines = init_weights.summarize(config)
-    assert lines[0] == f"starting from {tmp_path / 'old'}"
-    assert not any("reinitialized" in line for line in lines)
+    assert init_weights._describe_rows(here, here) == [
+        "classes: all 4 are taken from it, with the same labels"
+    ]
 
 
-def test_other_class_names_are_reported(tiny_run: RunConfig, tmp_path: Path) -> None:
+def test_weights_that_are_not_numbers_are_refused(tiny_run: RunConfig, tmp_path: Path) -> None:
     model = small_models.CONFIGS["dino"]
-    checkpoint_of(tiny_run, model, tmp_path / "old")
-    names = init_weights._category_names(tiny_run)
-    is_same = names == [category["name"] for category in CLASSES]
-    lines = init_weights.summarize(with_model(tiny_run, model, tmp_path / "old"))
-    assert any("other names" in line for line in lines) != is_same
+    weights = checkpoint_of(tiny_run, model, tmp_path / "old")
+    meta = json.loads((tmp_path / "old/meta.json").read_text())
+    weights["decoder.class_heads.0.bias"][2] = float("nan")
+    fields = {key: value for key, value in meta.items() if not key.startswith("state_")}
+    write(tmp_path / "old", {"model": weights, "ema": None}, fields)
+    message = (
+        r"old: 1 of the 4 values of decoder.class_heads.0.bias are NaN or infinite: use an earlier checkpoint"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        load_for_inference(tmp_path / "old")
+    with pytest.raises(CheckpointError, match=message):
+        init_weights.load(
+            build(model).detector, with_model(tiny_run, model, tmp_path / "old"), labels_of(["circle"] * 1)
+        )
 
 
 def test_without_a_checkpoint_nothing_is_changed_or_reported(tiny_run: RunConfig) -> None:
     config = with_model(tiny_run, small_models.CONFIGS["dino"], None)
     detector = build(config.model).detector
     before = {key: value.clone() for key, value in detector.state_dict().items()}
-    init_weights.load(detector, config)
+    init_weights.load(detector, config, labels_of(["circle"]))
     assert differing(dict(detector.state_dict()), before) == set()
     assert init_weights.summarize(config) == []
 
@@ -163,7 +219,7 @@ def test_a_run_is_trained_from_the_weights_of_another(
     still = {"optim.lr": 1e-12, "optim.lr_backbone": 1e-12, "optim.lr_sampling": 1e-12, "optim.epochs": 1,
              "optim.weight_decay": 0, "init.checkpoint": str(tmp_path / "old"), "data.limit_images": 16}  # fmt: skip
     result = run.start(override(tiny_run, still), local=True)
-    assert "it has 5 classes and the data 4" in capsys.readouterr().err
+    assert "of 4 are taken from it, by name; the others start at random" in capsys.readouterr().err
     after = load_for_inference(result.checkpoint).model.detector.state_dict()
     compared = 0
     for name, value in after.items():

@@ -26,7 +26,7 @@ from raydetr.shards.images import ImageError, read_header
 from raydetr.shards.importers.record_formats import BoxFormat, RecordFormat, find_format, unpack
 from raydetr.shards.tar_samples import TarSample, tar_samples
 from raydetr.shards.validation import InvalidDataError
-from raydetr.user_files import parse_json
+from raydetr.user_files import open_file, parse_json
 
 IMAGES = ("jpg", "jpeg", "png")
 
@@ -77,7 +77,7 @@ def webdataset_source(
     total, done = sum(path.stat().st_size for path in paths), 0
     for path in paths:
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 for sample in _whole_samples(path):
                     _add_sample(found, path, file, sample, record_format, digest)
                     if progress:
@@ -125,22 +125,28 @@ def _expand(pattern: str) -> list[Path]:
         if not paths:
             hint = f" ({packed[0]}: unpack it to a plain tar)" if packed else ""
             raise ValueError(f"{pattern}: holds no *.tar{hint}")
-        return paths
-    paths = []
-    for name in braceexpand.braceexpand(pattern):
-        folder = Path(name).parent
-        matching = sorted(folder.glob(Path(name).name)) if "*" in name or "?" in name else [Path(name)]
-        if not matching or not all(path.is_file() for path in matching):
-            raise ValueError(f"{name}: there is no such file")
-        paths += matching
+    else:
+        paths = [path for name in braceexpand.braceexpand(pattern) for path in _matching(Path(name))]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path}: there is no such file")
     return paths
+
+
+def _matching(path: Path) -> list[Path]:
+    if "*" not in path.name and "?" not in path.name:
+        return [path]
+    found = sorted(path.parent.glob(path.name))
+    if not found:
+        raise ValueError(f"{path}: there are no such files")
+    return found
 
 
 def _first_format(paths: list[Path], box_format: BoxFormat | None) -> RecordFormat:
     """Return the format of the first record that has objects."""
     for path in paths:
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 for sample in tar_samples(path):
                     _members(sample)
                     record_format = find_format(_read_record(file, sample), box_format)

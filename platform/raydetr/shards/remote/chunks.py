@@ -1,7 +1,7 @@
 """Divide shards into chunks of `CHUNK_SIZE` consecutive samples, the unit of the node cache.
 
 The unit is not the shard, because the training order shuffles chunks: a rank reads all samples of a chunk within one
-window, but only its own chunks of a shard. With 8 nodes, caching complete shards would download 8 times what a node
+epoch, but only its own chunks of a shard. With 8 nodes, caching complete shards would download 8 times what a node
 needs. A chunk is verified by the crc32 of each of its samples, which the fingerprint covers.
 """
 
