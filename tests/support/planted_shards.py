@@ -8,6 +8,7 @@ import json
 import tarfile
 import tempfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from made_coco import write_coco
+from raydetr.shards.coco import annotation_problems, unusual_kinds, usable_boxes
 from raydetr.shards.manifest import INDEX, MANIFEST, SAMPLE_DTYPE, Manifest, ShardFile, data_fingerprint
 from raydetr.shards.writer import write_shards
 
@@ -94,11 +96,19 @@ def write(split: Split, out: Path) -> Path:
 
 def save_manifest(split: Split, samples: np.ndarray, out: Path, size: int) -> None:
     """Write a manifest for these samples; its other fields are those of a valid data set."""
+    usable, unusual = Counter[str](), Counter[str]()
+    for sample in split.samples:
+        image_size = sample.record["width"], sample.record["height"]
+        objects = [item for item in sample.annotations if not annotation_problems(item)]
+        usable.update(map(str, usable_boxes(objects, *image_size)[1]))
+        unusual.update(kind for item in objects for kind in unusual_kinds(item, *image_size))
     replace(
         _template(),
         fingerprint=data_fingerprint(samples, split.categories),
         num_samples=len(samples),
         num_annotations=int(samples["num_annotations"].sum()),
+        usable_objects=dict(usable),
+        unusual_objects=dict(unusual),
         shards=[ShardFile("shard-00000.tar", len(samples), size, "0" * 64)],
         categories=split.categories,
     ).save(out)

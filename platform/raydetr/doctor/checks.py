@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from raydetr.doctor.findings import Finding, Integers, Level, TrainingTarget, counted, listed
+from raydetr.doctor.findings import Example, Finding, Integers, Level, TrainingTarget, counted, listed
 from raydetr.doctor.scan import Flags, ScannedSplit, Split
 from raydetr.shards.manifest import MAX_LABEL
 from raydetr.shards.reader import check_same_categories
@@ -94,6 +94,11 @@ def box_findings(scanned: ScannedSplit, corrupt_level: Level) -> Iterator[Findin
     yield from _full_image_boxes(scanned)
     yield from _equal_boxes(scanned)
     yield from _duplicate_objects(scanned)
+    yield from _minor_problem(
+        scanned, "wrong-areas", np.flatnonzero(scanned.scan.objects["is_wrong_area"]),
+        "area that is 0, above the box's, or under 1% of it", "areas that are 0, above the box's, or under 1% of it",
+        "AP by size (APs, APm, APl) means nothing for them; without masks, use the width times the height of the box",
+    )  # fmt: skip
 
 
 def _unknown_categories(scanned: ScannedSplit, level: Level) -> Iterator[Finding]:
@@ -131,18 +136,31 @@ def _box_format(scanned: ScannedSplit) -> Iterator[Finding]:
     exceeds = (boxes[:, :2] + boxes[:, 2:] > sizes + TOLERANCE).any(axis=1)
     exceeds |= (boxes[:, :2] < -TOLERANCE).any(axis=1)
     exceeds &= (scanned.visible_sides[chosen] > 0).all(axis=1)
-    if exceeds.sum() >= MIN_BOXES and exceeds.mean() >= MANY_EXCEEDING:
-        yield Finding(
-            "corner-boxes", "warning", (scanned.name,),
-            f"{exceeds.mean():.0%} of the boxes exceed their image: are they [x1, y1, x2, y2]?",
-            "COCO's boxes are [x, y, width, height]: subtract x1 from x2 and y1 from y2",
-            int(exceeds.sum()), scanned.examples(chosen[exceeds]),
-        )  # fmt: skip
+    if are_corners(int(exceeds.sum()), len(exceeds)):
+        examples = scanned.examples(chosen[exceeds])
+        yield corner_boxes_finding(scanned.name, int(exceeds.sum()), len(exceeds), examples)
         return
     yield from _minor_problem(
         scanned, "boxes-exceed-image", chosen[exceeds],
         "box that exceeds the image", "boxes that exceed the image",
         "training clamps them; correct them if there are many",
+    )  # fmt: skip
+
+
+def are_corners(num_exceeding: int, num_boxes: int) -> bool:
+    """Return whether so many boxes exceed their image that they are probably corners."""
+    return num_exceeding >= MIN_BOXES and num_exceeding >= MANY_EXCEEDING * num_boxes
+
+
+def corner_boxes_finding(
+    name: str, num_exceeding: int, num_boxes: int, examples: tuple[Example, ...] = ()
+) -> Finding:
+    """Return the finding about boxes of a split that are probably corners."""
+    return Finding(
+        "corner-boxes", "warning", (name,),
+        f"{num_exceeding / num_boxes:.0%} of the boxes exceed their image: are they [x1, y1, x2, y2]?",
+        "COCO's boxes are [x, y, width, height]: subtract x1 from x2 and y1 from y2",
+        num_exceeding, examples,
     )  # fmt: skip
 
 
@@ -355,8 +373,8 @@ def balance_findings(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
     first = splits[0]
     for scanned in splits:
         counts = scanned.objects_per_class
-        # Without any annotation, the checks of the index have reported it
-        if scanned.split.shards.samples["num_annotations"].any():
+        # Without any usable object in the manifest, the quick part has reported it
+        if counts.any() or scanned.split.shards.manifest.num_usable:
             yield from class_findings(scanned.split, counts)
         if counts.any():
             yield from _rare_classes(scanned)
@@ -391,11 +409,16 @@ def class_findings(split: Split, counts: Integers) -> Iterator[Finding]:
 
 
 def no_objects_finding(split: Split) -> Finding:
-    """Return the finding about a split without any object."""
+    """Return the finding about a split without any object to train on."""
     level: Level = "error" if split.is_trained_on else "warning"
     effect = "there is nothing to learn" if split.is_trained_on else "AP will be undefined"
-    remedy = f"are these the right annotations? {effect}"
-    return Finding("no-objects", level, (split.name,), "not one object to find", remedy)
+    manifest, text = split.shards.manifest, "not one object to find"
+    kinds = {"crowd": "crowds", "outside": "boxes without any area inside their image"}
+    unusual = manifest.unusual_objects
+    counts = [f"{unusual[kind]} {name}" for kind, name in kinds.items() if kind in unusual]
+    if counts:
+        text += f" among {manifest.num_annotations} annotations ({', '.join(counts)})"
+    return Finding("no-objects", level, (split.name,), text, f"are these the right annotations? {effect}")
 
 
 def _rare_classes(scanned: ScannedSplit) -> Iterator[Finding]:

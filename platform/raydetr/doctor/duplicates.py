@@ -89,6 +89,16 @@ class _Images:
         places = (self.splits[self.split[n]].split.place(int(self.sample[n])) for n in pair)
         return Example(tuple(places), "the same bytes" if is_exact else f"{bits.min()} of 64 bits differ")
 
+    def labels_differ(self, number: int, group: Integers) -> bool:
+        """Return whether images of one split have other objects than the first of them."""
+        objects = self.splits[number].scan.objects
+        bounds = [np.searchsorted(objects["sample"], (sample, sample + 1)) for sample in self.sample[group]]
+        labels = [
+            sorted((int(row["category_id"]), *row["box"].tolist()) for row in objects[begin:end])
+            for begin, end in bounds
+        ]
+        return any(other != labels[0] for other in labels[1:])
+
 
 def duplicate_findings(splits: Sequence[ScannedSplit], num_threads: int | None = None) -> Iterator[Finding]:
     """Find duplicates within splits and, worse, across them."""
@@ -135,15 +145,19 @@ def _within(images: _Images, number: int, groups: list[Integers], is_exact: bool
         return
     count = sum(len(group) - 1 for group in own)
     fraction = count / split.shards.num_samples
+    num_differing = sum(images.labels_differ(number, group) for group in own) if is_exact else 0
     relation = "the same bytes as" if is_exact else "almost the look of"
+    text = f"{counted(count, 'image')} ({fraction:.1%}) {'has' if count == 1 else 'have'} {relation} another one, in "
+    text += counted(len(own), "group")
+    remedy = "look at them: keep the frames of one scene in one split, and omit copies"
+    if is_exact:
+        remedy = "keep one of each group, unless the duplicates are intended"
+    if num_differing:
+        text += f"; in {counted(num_differing, 'group')} their annotations differ"
+        remedy = "where annotations differ, join them in one image: omitting a copy would lose labels"
     yield Finding(
         "duplicate-images" if is_exact else "near-duplicates",
         "warning" if is_exact or fraction > MAX_NOTE_FRACTION else "note", (split.name,),
-        f"{counted(count, 'image')} ({fraction:.1%}) {'has' if count == 1 else 'have'} {relation} another one, "
-        f"in {counted(len(own), 'group')}",
-        "keep one of each group, unless the duplicates are intended"
-        if is_exact
-        else "look at them: keep the frames of one scene in one split, and omit copies",
-        count,
+        text, remedy, count,
         tuple(images.closest_pair(group[0], group[1:], is_exact) for group in own[:MAX_EXAMPLES]),
     )  # fmt: skip

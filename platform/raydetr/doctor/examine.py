@@ -8,12 +8,13 @@ from itertools import combinations
 
 import numpy as np
 
-from raydetr.config.paths import is_remote
 from raydetr.doctor.checks import (
+    are_corners,
     balance_findings,
     box_findings,
     category_findings,
     class_findings,
+    corner_boxes_finding,
     image_findings,
     no_objects_finding,
     object_count_findings,
@@ -24,7 +25,7 @@ from raydetr.doctor.findings import LEVELS, Finding, Integers, Level, TrainingTa
 from raydetr.doctor.report import Report
 from raydetr.doctor.scan import ScannedSplit, Split, scan
 from raydetr.process_pool import Progress
-from raydetr.shards.reader import ShardError, Shards, open_shards
+from raydetr.shards.reader import Shards, open_shards
 
 
 def named_splits(shards: Sequence[Shards]) -> list[Split]:
@@ -36,8 +37,6 @@ def named_splits(shards: Sequence[Shards]) -> list[Split]:
 
 
 # --- The quick part, before each training: less than a second ---
-
-MAX_QUICK_SAMPLES = 2_500  # Read, of a split, to count the objects of each class: about 0.2 s
 
 
 def check_may_train(train: Shards, val: Shards) -> None:
@@ -63,7 +62,8 @@ def index_findings(splits: Sequence[Split], target: TrainingTarget) -> Iterator[
     """Return the findings that manifests and indexes suffice for."""
     yield from category_findings(splits)
     for split in splits:
-        if not split.shards.samples["num_annotations"].any():
+        counts = _usable_objects(split.shards)
+        if not (split.shards.samples["num_annotations"] if counts is None else counts).any():
             yield no_objects_finding(split)
     size, batch = splits[0].shards.num_samples, target.batch_size
     if batch is not None and size < batch:
@@ -86,9 +86,15 @@ def _quick_findings(splits: Sequence[Split], target: TrainingTarget) -> Iterator
         # An upper bound: the index counts crowds and boxes without area too
         per_image = split.shards.samples["num_annotations"].astype(np.int64)
         yield from object_count_findings(split, per_image, target)
-        counts = _quick_class_counts(split.shards)
-        if counts is not None and per_image.any():
-            yield from class_findings(split, counts)
+        counts, clamped = (
+            _usable_objects(split.shards),
+            split.shards.manifest.unusual_objects.get("clamped", 0),
+        )
+        if counts is None or not counts.any():
+            continue
+        yield from class_findings(split, counts)
+        if are_corners(clamped, int(counts.sum())):
+            yield corner_boxes_finding(split.name, clamped, int(counts.sum()))
     for one, other in combinations(splits, 2):
         if one.shards.fingerprint != other.shards.fingerprint:
             yield from _shared_samples(one, other)
@@ -109,21 +115,12 @@ def _shared_samples(one: Split, other: Split) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _quick_class_counts(shards: Shards) -> Integers | None:
-    """Count the objects of each category; None where counting takes too long, or a sample is corrupt."""
-    if is_remote(shards.location) or shards.num_samples > MAX_QUICK_SAMPLES:
+def _usable_objects(shards: Shards) -> Integers | None:
+    """Return the number of objects that train, of each category; None for a part of the data (`Shards.head`)."""
+    if shards.num_samples < shards.manifest.num_samples:
         return None
-    numbers = {category["id"]: number for number, category in enumerate(shards.manifest.categories)}
-    counts = np.zeros(len(numbers), np.int64)
-    for index in range(shards.num_samples):
-        try:
-            annotations = shards.read(index).annotations
-        except ShardError:
-            return None  # The stream of training samples reports or replaces it, as `data.on_corrupt` has it
-        for annotation in annotations:
-            if not annotation.get("iscrowd", 0) and min(annotation["bbox"][2:]) > 0:
-                counts[numbers[annotation["category_id"]]] += 1
-    return counts
+    counts = shards.manifest.usable_objects
+    return np.array([counts.get(str(category["id"]), 0) for category in shards.manifest.categories])
 
 
 # --- The thorough part ---

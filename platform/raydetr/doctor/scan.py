@@ -20,6 +20,7 @@ from PIL import Image
 
 from raydetr.doctor.findings import MAX_EXAMPLES, Example, Floats, Integers, Place, TrainingTarget
 from raydetr.process_pool import Progress, run_tasks
+from raydetr.shards.coco import is_wrong_area
 from raydetr.shards.images import ImageError, decode_image, read_header
 from raydetr.shards.reader import ShardError, Shards
 from raydetr.shards.validation import InvalidDataError, RawSample, parse_content
@@ -106,6 +107,7 @@ OBJECT_DTYPE = np.dtype(
         ("box", "<f8", (4,)),  # x, y, width, height in pixels; NaN where it is no box
         ("is_crowd", "?"),
         ("is_box", "?"),  # Four finite numbers, no negative width or height
+        ("is_wrong_area", "?"),  # Not that of a mask in the box
     ]
 )
 
@@ -185,7 +187,11 @@ def _object_row(sample: int, position: int, annotation: Any) -> tuple[Any, ...]:
         category_id = -1
     is_valid = is_box(box)
     numbers = tuple(box) if box is not None and is_valid else (math.nan,) * 4
-    return sample, position, category_id, numbers, bool(record.get("iscrowd", 0)), is_valid
+    is_crowd, area = bool(record.get("iscrowd", 0)), record.get("area")
+    is_wrong = (
+        is_valid and not is_crowd and isinstance(area, int | float) and is_wrong_area(area, *numbers[2:])
+    )
+    return sample, position, category_id, numbers, is_crowd, is_valid, is_wrong
 
 
 # --- Splits ---

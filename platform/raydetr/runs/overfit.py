@@ -57,6 +57,11 @@ def overfit(
         out: folder for the results.
     """
     result = run.start(_few_images(config, data, num_images, num_steps, long_side), local=True, warn=False)
+    if "AP" not in result.metrics:
+        raise ValueError(
+            f"{config.data.train if data is None else data}: none of the first {num_images} images has an object that "
+            "is evaluated, so AP is undefined: take more images (--images)"
+        )
     out.mkdir(parents=True, exist_ok=True)
     grid = out / "overfit.png"
     shutil.copyfile(result.folder / "predictions.png", grid)
