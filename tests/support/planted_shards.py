@@ -41,6 +41,7 @@ class Split:
 
     samples: list[Sample]
     categories: list[dict[str, Any]] = field(default_factory=lambda: copy.deepcopy(CATEGORIES))
+    areas_follow_boxes: bool = True  # otherwise areas stay as they are
 
 
 def healthy(num_images: int, seed: int) -> Split:
@@ -82,6 +83,9 @@ def encoded(image: Image.Image, **options: Any) -> bytes:
 def write(split: Split, out: Path) -> Path:
     """Write one shard with index and manifest, without checking the samples."""
     out.mkdir(parents=True)
+    for item in (item for sample in split.samples for item in sample.annotations if split.areas_follow_boxes):
+        if not annotation_problems(item):
+            item["area"] = item["bbox"][2] * item["bbox"][3]
     rows = []
     with tarfile.open(out / "shard-00000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in split.samples:

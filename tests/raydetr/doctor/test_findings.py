@@ -74,6 +74,20 @@ def _resized(split: Split, number: int, size: tuple[int, int]) -> None:
         annotation["bbox"] = [annotation["id"] % 5, 1, 25, 19]
 
 
+def areas_in_shares(train: Split, val: Split) -> None:
+    train.areas_follow_boxes = False
+    for sample in train.samples[:4]:
+        for annotation in sample.annotations:
+            annotation["area"] /= 64 * 48
+
+
+def copies_with_other_labels(train: Split, val: Split) -> None:
+    """List one file twice, each time with a part of its objects."""
+    for number in (3, 7):
+        copy_of = train.samples[number]
+        train.samples[number + 10].image = copy_of.image
+
+
 def box_of_text(train: Split, val: Split) -> None:
     train.samples[2].annotations[0]["bbox"][2] = "9"
 
@@ -308,6 +322,11 @@ def _recompressed(content: bytes) -> bytes:
 
 PLANTED = [
     (undecodable, "corrupt-samples", "error", 1, "cannot be decoded"),
+    (areas_in_shares, "wrong-areas", "warning", 8, "image 1001 (1001.jpg): box ["),
+    (
+        copies_with_other_labels, "duplicate-images", "warning", 2,
+        "in 2 groups; in 2 groups their annotations differ",
+    ),
     (box_of_text, "malformed-boxes", "error", 1, "image 1003 (1003.jpg): annotation 0 has the box ["),
     (negative_box, "malformed-boxes", "error", 1, "val"),
     (short_box, "malformed-boxes", "error", 1, "bbox"),
