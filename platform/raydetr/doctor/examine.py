@@ -117,7 +117,7 @@ def _shared_samples(one: Split, other: Split) -> Iterator[Finding]:
 
 def _usable_objects(shards: Shards) -> Integers | None:
     """Return the number of objects that train, of each category; None for a part of the data (`Shards.head`)."""
-    if shards.num_samples < shards.manifest.num_samples:
+    if shards.num_samples < shards.manifest.num_samples and shards.manifest.num_usable:
         return None
     counts = shards.manifest.usable_objects
     return np.array([counts.get(str(category["id"]), 0) for category in shards.manifest.categories])

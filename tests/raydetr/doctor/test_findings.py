@@ -424,6 +424,7 @@ def test_every_finding_is_documented_with_its_level() -> None:
             "duplicate-objects",
             "near-duplicates",
             "rare-classes",
+            "wrong-areas",
         )
     }
     few |= {(code, "warning") for code in ("corrupt-samples", "malformed-boxes", "unknown-categories")}
@@ -450,6 +451,14 @@ def test_a_few_minor_problems_are_only_notes(tmp_path: Path) -> None:
         ("boxes-exceed-image", "boxes-without-area", "boxes-outside", "duplicate-objects", "near-duplicates"),
         "note",
     )
+
+
+def test_a_few_wrong_areas_are_only_a_note(tmp_path: Path) -> None:
+    train, val = made.healthy(220, seed=1), made.healthy(20, seed=2)
+    train.areas_follow_boxes = False
+    train.samples[5].annotations[0]["area"] = 0
+    (finding,) = examined(tmp_path, train, val).findings
+    assert (finding.code, finding.level, finding.count) == ("wrong-areas", "note", 1)
 
 
 def test_rare_classes_of_the_validation_split_are_a_note(tmp_path: Path) -> None:
