@@ -9,8 +9,18 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 import small_models
+from detrs.criterion import LossConfig
 from detrs.structures import Images, Memory, Outputs, Targets
-from detrs.zoo import DeformableDetrConfig, DinoConfig, Model, ModelConfig, build
+from detrs.zoo import (
+    ConditionalDetrConfig,
+    DabDetrConfig,
+    DeformableDetrConfig,
+    DetrConfig,
+    DinoConfig,
+    Model,
+    ModelConfig,
+    build,
+)
 
 NAMES = list(small_models.CONFIGS)
 COUNTS = [(2, 3), (0, 2), (0, 0), (12, 1)]  # the last: more targets than queries
@@ -191,6 +201,21 @@ def test_images_with_fewer_tokens_than_queries_are_padded(size: tuple[int, int])
         (DinoConfig(num_classes=3, strides=(7,)), "strides"),
         (DinoConfig(num_classes=3, shared_heads=False, aux_loss=False), "aux_loss"),
         (DeformableDetrConfig(num_classes=3, two_stage=True), "refinement"),
+        (DinoConfig(num_classes=3, num_heads=0), "num_heads"),
+        (DetrConfig(num_classes=3, num_queries=0), "num_queries"),
+        (ConditionalDetrConfig(num_classes=3, num_decoder_layers=0), "num_decoder_layers"),
+        (DabDetrConfig(num_classes=3, shared_box_heads=False, aux_loss=False), "aux_loss"),
+        (DeformableDetrConfig(num_classes=3, proposal_score="best_class"), "proposal_score.*no effect"),
+        *(
+            (kind(num_classes=3, loss=LossConfig("cross_entropy")), "loss.kind.*no no-object class")
+            for kind in (ConditionalDetrConfig, DabDetrConfig, DeformableDetrConfig, DinoConfig)
+        ),
+        (DetrConfig(num_classes=3, loss=LossConfig("focal")), "loss.kind.*use cross_entropy"),
+        (DetrConfig(num_classes=3, loss=LossConfig("cross_entropy", gamma=1.0)), "loss.gamma.*no effect"),
+        (
+            DinoConfig(num_classes=3, loss=LossConfig(no_object_weight=0.2)),
+            "loss.no_object_weight.*no effect",
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

@@ -31,8 +31,9 @@ from detrs.zoo.parts import (
     conditional_decoder_layers,
     dense_encoder,
     dense_neck,
-    require_heads,
+    require_loss,
     require_num_classes,
+    require_sizes,
 )
 
 
@@ -67,7 +68,8 @@ def build_conditional_detr(config: ConditionalDetrConfig) -> Model:
         ValueError: a setting that cannot be built; the message names it.
     """
     num_classes = require_num_classes(config.num_classes)
-    require_heads(config.hidden_dim, config.num_heads)
+    require_sizes(config)
+    require_loss(config.loss, "focal", "mal")
     sizes = (config.hidden_dim, config.num_heads, config.ffn_dim, config.dropout)
     queries = PositionQueries(config.num_queries, config.hidden_dim, point=True)
     query_position = PointPosition(config.hidden_dim)

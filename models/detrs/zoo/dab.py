@@ -31,8 +31,9 @@ from detrs.zoo.parts import (
     conditional_decoder_layers,
     dense_encoder,
     dense_neck,
-    require_heads,
+    require_loss,
     require_num_classes,
+    require_sizes,
 )
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -82,7 +83,12 @@ def build_dab_detr(config: DabDetrConfig) -> Model:
         ValueError: a setting that cannot be built; the message names it.
     """
     num_classes = require_num_classes(config.num_classes)
-    require_heads(config.hidden_dim, config.num_heads)
+    require_sizes(config)
+    require_loss(config.loss, "focal", "mal")
+    if not (config.aux_loss or config.shared_box_heads):
+        raise ValueError(
+            "model.aux_loss: must be true with shared_box_heads=false: it trains the heads of all layers but the last"
+        )
     detector = Detector(
         build_backbone(config.backbone),
         (32,),

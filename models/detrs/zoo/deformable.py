@@ -34,8 +34,10 @@ from detrs.zoo.parts import (
     deformable_decoder_layers,
     deformable_encoder,
     level_widths,
-    require_heads,
+    require_default,
+    require_loss,
     require_num_classes,
+    require_sizes,
 )
 
 
@@ -108,7 +110,10 @@ def build_deformable_detr(config: DeformableDetrConfig) -> Model:
 
 
 def _check(config: DeformableDetrConfig) -> None:
-    require_heads(config.hidden_dim, config.num_heads)
+    require_sizes(config)
+    require_loss(config.loss, "focal", "mal")
+    if not config.two_stage:
+        require_default(config, ("proposal_score",), "with model.two_stage=false")
     if config.two_stage and not config.refinement:
         raise ValueError("model.two_stage: requires model.refinement=true, as in the paper")
     if config.refinement and not config.aux_loss:

@@ -23,7 +23,7 @@ from detrs.layers import FeedForward, Mlp, xavier_
 from detrs.postprocess import best_classes
 from detrs.queries import PositionQueries
 from detrs.query_position import LearnedPosition
-from detrs.zoo.parts import Model, dense_encoder, dense_neck, require_heads, require_num_classes
+from detrs.zoo.parts import Model, dense_encoder, dense_neck, require_loss, require_num_classes, require_sizes
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,8 @@ def build_detr(config: DetrConfig) -> Model:
         ValueError: a setting that cannot be built; the message names it.
     """
     num_classes = require_num_classes(config.num_classes)
-    require_heads(config.hidden_dim, config.num_heads)
-    if config.loss.kind != "cross_entropy":
-        raise ValueError(f"model.loss.kind: {config.loss.kind!r}; DETR has a no-object class: cross_entropy")
+    require_sizes(config)
+    require_loss(config.loss, "cross_entropy")
     detector = Detector(
         build_backbone(config.backbone),
         (32,),

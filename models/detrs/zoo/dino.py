@@ -36,8 +36,9 @@ from detrs.zoo.parts import (
     deformable_decoder_layers,
     deformable_encoder,
     level_widths,
-    require_heads,
+    require_loss,
     require_num_classes,
+    require_sizes,
 )
 
 
@@ -83,7 +84,8 @@ def build_dino(config: DinoConfig) -> Model:
         ValueError: a setting that cannot be built; the message names it.
     """
     num_classes = require_num_classes(config.num_classes)
-    require_heads(config.hidden_dim, config.num_heads)
+    require_sizes(config)
+    require_loss(config.loss, "focal", "mal")
     classify, regress = class_head(config.hidden_dim, num_classes), box_head(config.hidden_dim)
     # The heads of the encoder start as copies of those of the decoder.
     proposals = Proposals(

@@ -90,6 +90,12 @@ def train(
     """Train a detector on Ray Train workers, evaluate it, and log everything to MLflow."""
     from raydetr.runs import run
 
+    if local:
+        _refuse(
+            arguments or [],
+            ("cluster.num_workers", "cluster.address", "cluster.max_failures"),
+            "with --local",
+        )
     if resume is None:
         result = run.start(read_config(arguments or [], config), local=local)
     elif config is not None:
@@ -116,6 +122,8 @@ def evaluate(
 
     if out is not None:
         check_out_file(out)
+    if local:
+        _refuse(overrides or [], ("cluster.num_workers", "cluster.address"), "with --local")
     assignments = configuration.parse_assignments(overrides or [])
     if data is not None and assignments.setdefault("data.val", data) != data:
         raise ConfigError(f"--data {data} and data.val={assignments['data.val']} are given: keep one")
@@ -190,8 +198,10 @@ def overfit(
     out: Annotated[Path, typer.Option(help="Folder for overfit.json and the image grid.")] = Path("build"),
 ) -> None:
     """Overfit a few images and evaluate on the same ones, to check data and set-up."""
+    from raydetr.runs.overfit import OVERFIT_DECIDES
     from raydetr.runs.overfit import overfit as run_overfit
 
+    _refuse(arguments or [], OVERFIT_DECIDES, "on overfitting, which decides it")
     chosen = read_config(arguments or [], config)
     outcome = run_overfit(chosen, data, num_images=images, num_steps=steps, long_side=long_side, out=out)
     typer.echo(outcome.to_text())
@@ -279,6 +289,18 @@ def read_config(arguments: list[str], config_file: Path | None) -> RunConfig:
         raise ConfigError("name a recipe first (see `raydetr recipes`), or give --config FILE")
     chosen = recipe_book.find(named[0]) if config_file is None else configuration.from_yaml(config_file)
     return configuration.override(chosen, configuration.parse_assignments(arguments[len(named) :]))
+
+
+def _refuse(arguments: list[str], prefixes: tuple[str, ...], where: str) -> None:
+    """Refuse overrides of settings that have no effect.
+
+    Raises:
+        ConfigError: the arguments contain one.
+    """
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if "=" in argument and name.startswith(prefixes):
+            raise ConfigError(f"{name} has no effect {where}: omit it")
 
 
 def main() -> None:

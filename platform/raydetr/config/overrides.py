@@ -177,7 +177,13 @@ def absolute_paths(config: RunConfig, base: Path) -> RunConfig:
     """
     values = flatten(to_dict(config))
     rules = {path: rule for path, kind in _settings(RunConfig) if (rule := path_rule(kind))}
-    changed = {path: rule(values[path], base) for path, rule in rules.items() if values.get(path) is not None}
+    changed = {}
+    for path, rule in rules.items():
+        if values.get(path) is not None:
+            try:
+                changed[path] = rule(values[path], base)
+            except ValueError as error:
+                raise ConfigError(f"{path} {error}") from None
     return override(config, changed)
 
 

@@ -68,10 +68,24 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
 
 
+def absolute_file(path: str, base: Path) -> str:
+    """Resolve a file or folder of this machine against `base`.
+
+    Raises:
+        ValueError: it is a URL.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path):  # a Path has only one of the slashes
+        raise ValueError(f"{path}: is a URL; this must be a file or folder that all nodes see")
+    return str(base / Path(path).expanduser())
+
+
 def absolute_tracking_uri(uri: str, base: Path) -> str:
-    """Resolve the file of a `sqlite:///` URI against `base`; keep other URIs."""
+    """Resolve a `sqlite:///` URI or the path of a folder against `base`; keep other URIs."""
     file = sqlite_file(uri)
-    return f"{SQLITE}{base / file.expanduser()}" if file else uri
+    if file:
+        return f"{SQLITE}{base / file.expanduser()}"
+    is_folder = scheme_of(uri) is None and not uri.startswith("databricks")
+    return str(base / Path(uri.removeprefix("file:")).expanduser()) if is_folder else uri
 
 
 Location = Annotated[str, AfterValidator(check_location), absolute]  # a folder, or a URL of one
@@ -86,7 +100,7 @@ def path_rule(annotation: Any) -> MakeAbsolute | None:
     It depends on the metadata of `Annotated` types; a union such as `Path | None` has the function of its member.
     """
     marks = [annotation] if annotation is Path else list(getattr(annotation, "__metadata__", ()))
-    for mark, rule in ((Path, absolute), (absolute, absolute), (_PATH_OR_URL, absolute), (_URI, _URI)):
+    for mark, rule in ((Path, absolute_file), (absolute, absolute), (_PATH_OR_URL, absolute), (_URI, _URI)):
         if mark in marks:
             return rule
     if get_origin(annotation) is Annotated:

@@ -141,7 +141,7 @@ class DataConfig(Section):
     val_transform: TransformConfig = TransformConfig()
     num_loader_workers: int = Field(default=0, ge=0)  # processes per worker; 0: load in the worker's process
     limit_images: PositiveInt | None = None  # use only the first images of each split; None: all
-    on_corrupt: OnCorrupt = "raise"  # what replaces a corrupt sample
+    on_corrupt: OnCorrupt = "raise"  # what to do with a corrupt sample
     max_corrupt: int | None = Field(default=None, ge=0)  # corrupt samples before a run stops; None: 1%, or 10
     synthetic: Literal["easy", "hard"] | None = None  # write synthetic shards to `train`, `val` if missing
     remote: RemoteConfig = RemoteConfig()
@@ -152,6 +152,11 @@ class DataConfig(Section):
             raise ValueError(
                 f"val_transform.{name} {getattr(self.val_transform, name)} is augmentation, and evaluation "
                 "needs the original image: omit it"
+            )
+        if len(self.val_transform.short_sides) > 1:
+            raise ValueError(
+                f"val_transform.short_sides {list(self.val_transform.short_sides)}: one of them would be drawn for "
+                "each image, and AP would be random: give one"
             )
         return self
 
@@ -192,6 +197,8 @@ class OptimConfig(Section):
             raise ValueError(f"lr_drop_epochs {list(self.lr_drop_epochs)} has no effect with schedule=cosine")
         if self.schedule == "step" and self.min_lr_ratio:
             raise ValueError(f"min_lr_ratio {self.min_lr_ratio} has no effect with schedule=step")
+        if list(self.lr_drop_epochs) != sorted(set(self.lr_drop_epochs)):
+            raise ValueError(f"lr_drop_epochs {list(self.lr_drop_epochs)} must ascend, each epoch once")
         return self
 
 

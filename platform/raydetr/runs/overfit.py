@@ -10,9 +10,15 @@ from pathlib import Path
 
 import torch
 
-from raydetr.config import RunConfig, override, to_dict
+from raydetr.config import RunConfig, from_dict, to_dict
 from raydetr.config.paths import is_remote
 from raydetr.runs import run
+
+# Settings that `overfit` decides
+OVERFIT_DECIDES = (
+    "cluster.", "data.num_loader_workers", "data.batch_size", "data.limit_images", "data.train_transform.",
+    "data.val_transform.", "optim.epochs", "evaluation.every_epochs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,4 +110,4 @@ def _few_images(
         "use_gpu": torch.cuda.is_available(),
     }
     values["recipe"] = f"overfit-{config.recipe}"
-    return override(RunConfig.model_validate(values), {})
+    return from_dict(values)

@@ -38,6 +38,9 @@ from raydetr.runs.session import Run
 from raydetr.tracking import mlflow_run
 from raydetr.training import checkpoint, init_weights
 
+# Settings of a run that a resume cannot change
+_FIXED = ("recipe", "init.", "model.backbone.weights", "storage.path", "tracking.")
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -131,6 +134,9 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
     folder = folder.expanduser().absolute()  # Ray and the workers have working directories of their own
     if not (folder / "config.yaml").exists():
         raise ConfigError(f"{folder}: not the folder of a run, storage.path/NAME (config.yaml is missing)")
+    for path in overrides or {}:
+        if path.startswith(_FIXED):
+            raise ConfigError(f"{path} has no effect on a run that is resumed: omit it, or start a new run")
     config = resolve(override(from_yaml(folder / "config.yaml"), overrides or {}))
     last, errors = checkpoint.newest_complete(path.parent for path in folder.glob("*/*/meta.json"))
     for error in errors:

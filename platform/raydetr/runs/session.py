@@ -12,7 +12,7 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,7 +76,10 @@ def run_session(run: Run, world: World, host: Host) -> None:
     config = run.config
     train_shards, val_shards = open_splits(config.data, sizes_known=True)
     torch.manual_seed(config.seed)  # the initial weights are the same on every worker
-    model = zoo.build(config.model)
+    # All weights come from a checkpoint: the file of the backbone's, which this machine may lack, is not read
+    has_weights = run.resume_from is not None or config.init.checkpoint is not None
+    backbone = replace(config.model.backbone, weights=None) if has_weights else config.model.backbone
+    model = zoo.build(replace(config.model, backbone=backbone))
     if run.resume_from is None:
         init_weights.load(model.detector, config, train_shards.label_map)
     training = Training(config, model, train_shards.num_samples, world)

@@ -17,7 +17,7 @@ from detrs import zoo
 from detrs.checkpoints import CLASS_DEPENDENT
 from detrs.zoo import ModelConfig
 from raydetr.config import ConfigError, RunConfig
-from raydetr.config.paths import is_remote
+from raydetr.config.paths import scheme_of
 from raydetr.data.splits import open_splits
 from raydetr.shards.manifest import UNUSED, LabelMap, make_label_map
 from raydetr.training.checkpoint import load_for_inference, model_differences, read_meta, run_config
@@ -55,6 +55,11 @@ def summarize(config: RunConfig) -> list[str]:
         raise ConfigError(
             f"init.checkpoint {config.init.checkpoint}: no such folder; name a checkpoint of a run, or write one "
             "from an official file with `raydetr import-checkpoint`"
+        )
+    if config.model.backbone.weights is not None:
+        raise ConfigError(
+            f"model.backbone.weights {config.model.backbone.weights} has no effect with init.checkpoint, which has all "
+            "weights: omit one of them"
         )
     meta = read_meta(config.init.checkpoint)
     theirs = run_config(config.init.checkpoint, meta)
@@ -161,7 +166,7 @@ def _describe_backbone(config: RunConfig) -> list[str]:
 
 
 def _exists(weights: str) -> bool:
-    return is_remote(weights) or Path(weights).is_file()
+    return scheme_of(weights) in ("http", "https") or Path(weights).is_file()
 
 
 def _shapes(model: ModelConfig) -> Mapping[str, torch.Size]:

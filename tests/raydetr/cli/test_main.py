@@ -188,3 +188,28 @@ def test_eight_real_photographs_are_overfitted(raydetr, tmp_path: Path) -> None:
     assert raydetr("overfit", "quickstart", "--data", "shards", "--images", 8).code == 0
     numbers = json.loads((tmp_path / "build" / "overfit.json").read_text())
     assert numbers["AP50"] >= 0.8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["train", "quickstart", "--local", "cluster.num_workers=2"],
+            "cluster.num_workers has no effect with --local",
+        ),
+        (
+            ["train", "quickstart", "--local", "cluster.address=auto"],
+            "cluster.address has no effect with --local",
+        ),
+        (
+            ["evaluate", "checkpoint", "--local", "cluster.num_workers=1"],
+            "cluster.num_workers has no effect with",
+        ),
+        (["overfit", "quickstart", "optim.epochs=3"], "optim.epochs has no effect on overfitting"),
+        (["overfit", "quickstart", "cluster.use_gpu=false"], "cluster.use_gpu has no effect on overfitting"),
+    ],
+)
+def test_overrides_without_effect_are_refused(raydetr, arguments: list[str], message: str) -> None:
+    result = raydetr(*arguments)
+    assert result.code == 1
+    assert message in result.err

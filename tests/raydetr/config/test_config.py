@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from raydetr import recipes
 from raydetr.config import (
     ConfigError,
+    absolute_paths,
     flatten,
     from_dict,
     from_yaml,
@@ -36,11 +38,15 @@ def test_every_recipe_survives_yaml(recipe, tmp_path: Path) -> None:
 def test_override_changes_only_what_it_names() -> None:
     before = flatten(to_dict(recipes.quickstart()))
     changes = parse_assignments(
-        ["optim.lr=2e-4", "cluster.num_workers=4", "data.val_transform.short_sides=[3, 5]"]
+        ["optim.lr=2e-4", "cluster.num_workers=4", "data.train_transform.short_sides=[3, 5]"]
     )
     after = flatten(to_dict(override(recipes.quickstart(), changes)))
     different = {path: after[path] for path in after if after[path] != before[path]}
-    assert different == {"optim.lr": 2e-4, "cluster.num_workers": 4, "data.val_transform.short_sides": [3, 5]}
+    assert different == {
+        "optim.lr": 2e-4,
+        "cluster.num_workers": 4,
+        "data.train_transform.short_sides": [3, 5],
+    }
     assert after.keys() == before.keys()
 
 
@@ -126,3 +132,39 @@ def test_a_config_is_frozen() -> None:
     config = recipes.quickstart()
     with pytest.raises(ValueError, match="frozen"):
         config.optim.lr = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.val_transform.short_sides": [480, 512]}, "AP would be random: give one"),
+        ({"optim.schedule": "step", "optim.min_lr_ratio": 0, "optim.lr_drop_epochs": [2, 2]}, "must ascend, each epoch once"),
+        ({"optim.schedule": "step", "optim.min_lr_ratio": 0, "optim.lr_drop_epochs": [3, 2]}, "must ascend"),
+    ],
+)
+def test_settings_that_contradict_themselves(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        override(recipes.quickstart(), changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"tracking.uri": "mlruns"}, "/base/mlruns"),
+        ({"tracking.uri": "file:mlruns"}, "/base/mlruns"),
+        ({"tracking.uri": "sqlite:///a.db"}, "sqlite:////base/a.db"),
+        ({"tracking.uri": "http://host:5000"}, "http://host:5000"),
+        ({"tracking.uri": "databricks"}, "databricks"),
+    ],
+)
+def test_tracking_uris_are_made_absolute(changes: dict[str, Any], expected: str) -> None:
+    config = absolute_paths(override(recipes.quickstart(), changes), Path("/base"))
+    assert config.tracking.uri == expected
+
+
+def test_a_url_is_no_folder() -> None:
+    config = override(recipes.quickstart(), {"storage.path": "s3://bucket/runs"})
+    with pytest.raises(
+        ConfigError, match=r"storage.path s3:/bucket/runs: is a URL; this must be a file or folder"
+    ):
+        absolute_paths(config, Path("/base"))

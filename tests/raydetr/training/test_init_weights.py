@@ -227,3 +227,12 @@ def test_a_run_is_trained_from_the_weights_of_another(
             torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-8)
             compared += 1
     assert compared > 60
+
+
+def test_a_backbone_beside_a_checkpoint_is_refused(tiny_run: RunConfig, tmp_path: Path) -> None:
+    model = small_models.CONFIGS["dino"]
+    checkpoint_of(tiny_run, model, tmp_path / "old")
+    backbone = replace(model.backbone, weights=str(tmp_path / "resnet.pth"))
+    config = with_model(tiny_run, replace(model, backbone=backbone), tmp_path / "old")
+    with pytest.raises(ConfigError, match=r"model.backbone.weights .* has no effect with init.checkpoint"):
+        init_weights.summarize(config)
