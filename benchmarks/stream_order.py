@@ -223,7 +223,7 @@ def padding() -> Case:
     order = SampleOrder(np.arange(COCO) // 1000, sizes[:, 0] / sizes[:, 1], "made", 0)
     permutations = order.samples(COCO // 4 * 4 + 4, COCO), np.random.default_rng(0).permutation(COCO)
     ours, baseline = (100 * padded_fraction(sizes[indices]) for indices in permutations)
-    return limit("padding at micro-batch 4, one scale per step", ours, "%", 3.0) | {"baseline": baseline}
+    return limit("padding at per-worker batch 4, one scale per step", ours, "%", 3.0) | {"baseline": baseline}
 
 
 def coco_sizes() -> np.ndarray:

@@ -26,15 +26,15 @@ DETRS_INLINE To convert_to(From number) {
 
 // Along one axis: the two pixels beside a position, their interpolation factors, and whether they exist.
 template <class Real, class Int>
-struct Neighbours {
+struct Neighbors {
   Int before, after;                 // pixel numbers, clamped into the level
   Real before_factor, after_factor;  // bilinear, 0 outside the level
   Real before_inside, after_inside;  // 1 inside, 0 outside
 
-  Neighbours() = default;
+  Neighbors() = default;
   // `valid` is true for -1 <= position < length. Other positions, and NaN, give pixel 0 with factor 0.
   template <class Mask>
-  DETRS_INLINE Neighbours(Real position, Int length, Mask valid) {
+  DETRS_INLINE Neighbors(Real position, Int length, Mask valid) {
     const Real zero = {}, one = zero + 1;
     const Int first = {};
     // Before the conversion: a huge number or NaN to int is undefined behavior.
@@ -66,7 +66,7 @@ struct LevelSize {
 // The four pixels that a sample reads. 0 top left, 1 top right, 2 bottom left, 3 bottom right.
 template <class Real, class Int>
 struct Corners {
-  Neighbours<Real, Int> across, down;
+  Neighbors<Real, Int> across, down;
   Int token[4];
 
   Corners() = default;
@@ -86,7 +86,7 @@ struct Corners {
   }
 
  private:
-  DETRS_INLINE Corners(Neighbours<Real, Int> across, Neighbours<Real, Int> down,
+  DETRS_INLINE Corners(Neighbors<Real, Int> across, Neighbors<Real, Int> down,
                        const LevelSize<Real, Int>& level)
       : across(across), down(down) {
     const Int top = level.start + down.before * level.width_index;
@@ -106,7 +106,7 @@ struct SampleGrads {
 template <class Real, class Int>
 DETRS_INLINE SampleGrads<Real> differentiate(const Corners<Real, Int>& corners, const Real (&dot)[4],
                                              Real weight, const LevelSize<Real, Int>& level) {
-  const Neighbours<Real, Int>&across = corners.across, &down = corners.down;
+  const Neighbors<Real, Int>&across = corners.across, &down = corners.down;
   Real along_top = across.after_inside * dot[1] - across.before_inside * dot[0];
   Real along_bottom = across.after_inside * dot[3] - across.before_inside * dot[2];
   Real along_left = down.after_inside * dot[2] - down.before_inside * dot[0];

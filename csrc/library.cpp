@@ -1,6 +1,6 @@
 // The torch boundary: defines the operators and converts tensors to plain pointers. Python
 // (models/detrs/ops/native.py) registers fake kernels, gradients and autocast, and checks the arguments with
-// readable messages; the checks here only prevent that a direct call reads out of bounds.
+// readable messages; the checks here only prevent a direct call from reading out of bounds.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -77,7 +77,7 @@ void check_levels(const Tensor& value, const std::vector<int64_t>& shapes) {
     num_tokens += shapes[level] * shapes[level + 1];
   }
   STD_TORCH_CHECK(num_tokens == value.size(1), "shapes do not add up to value's tokens");
-  STD_TORCH_CHECK(num_tokens < (int64_t(1) << 31), "more than 2^31 tokens");
+  STD_TORCH_CHECK(num_tokens < (int64_t(1) << 31), "2^31 tokens or more");
 }
 
 void check_devices(const Inputs& in) {

@@ -56,11 +56,13 @@ inline void narrow(float number, BFloat16* to) {
 
 inline void narrow(float number, Float16* to) {
   uint32_t bits = bits_as<uint32_t>(number), magnitude = bits & 0x7fffffffu;
+  // The exponent's bias is 127 in float32 and 15 in float16: -112 << 23, plus 0xfff, and 1 for an odd last bit, to
+  // round halves to even.
   uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
   // One unit in the last place of 0.5f is the smallest subnormal of float16: the addition rounds to it.
   uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
-  uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
-  if (magnitude >= 0x477ff000u) result = 0x7c00u;
+  uint32_t result = magnitude < 0x38800000u ? subnormal : normal;  // 2^-14, the smallest normal number
+  if (magnitude >= 0x477ff000u) result = 0x7c00u;                  // 65520, the first that rounds to infinity
   if (number != number) result = 0x7e00u;
   to->bits = uint16_t((bits >> 16 & 0x8000u) | result);
 }

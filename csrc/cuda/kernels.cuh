@@ -371,6 +371,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Arithmetic<Stored>, kVector>
       __syncwarp();  // gradients have replaced the dots
       add_reference_grads<kLanes>(call, row, first, count, shared);
     }
+    // No barrier here: the next pass writes dots only after its first __syncwarp.
   }
   if (problem.reference_size != 0) store_logit_grads<kLanes>(call, row, softmax, weight_dot);
 }

@@ -88,6 +88,7 @@ __device__ __forceinline__ void add(float factor, const float (&numbers)[N], flo
     const float4 sum = make_float4(factor * numbers[i], factor * numbers[i + 1], factor * numbers[i + 2],
                                    factor * numbers[i + 3]);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    // Atomic for each component only, which suffices: they are independent sums.
     atomicAdd(reinterpret_cast<float4*>(to + i), sum);
 #else
     atomicAdd(to + i, sum.x), atomicAdd(to + i + 1, sum.y);

@@ -38,7 +38,8 @@ class OverfitResult:
         verdict = (
             "the model has learned these images: data, labels and settings fit together"
             if self.AP50 >= 0.8
-            else "the model has not learned these images: look at the predictions; are the true boxes on the objects?"
+            else "the model has not learned these images: look at the predictions; are the ground-truth boxes on the "
+            "objects?"
         )
         return (
             f"{self.images} images, {self.steps} steps, {self.seconds:.0f} s: AP {self.AP:.3f}, AP50 {self.AP50:.3f}\n"

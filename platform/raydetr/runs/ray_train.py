@@ -261,6 +261,8 @@ class _RayHost:
         with tempfile.TemporaryDirectory(prefix="raydetr-") as temporary:
             kept = None
             if write is not None:
+                # Ray copies the files in no promised order: where it keeps them, meta.json does not come last, and only
+                # the size and the checksum in it tell a complete checkpoint
                 write(Path(temporary))
                 kept = ray.train.Checkpoint.from_directory(temporary)
             group = ray.util.get_current_placement_group()  # a search frees it if it stops this run

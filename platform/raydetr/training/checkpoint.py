@@ -1,7 +1,8 @@
 """Write and read checkpoints: folders with `state.pt` (the state) and `meta.json` (its description).
 
 `meta.json` is written last, by a rename, and has the size and checksum of `state.pt`: an interrupted write or an
-incomplete copy is never taken for a complete checkpoint.
+incomplete copy is never taken for a complete checkpoint. Nothing is flushed to the disk: after a power failure the
+checksum is wrong, and the checkpoint before it is used.
 """
 
 from __future__ import annotations

@@ -99,6 +99,7 @@ class Training:
     @property
     def random_seed(self) -> int:
         """Seed of this worker's random draws in the next step: a resumed run draws what an uninterrupted one draws."""
+        # A tuple of integers has the same hash in every process, unlike text
         return hash((self.config.seed, self.position, self.world.rank))
 
     def train_step(self, batch: Batch) -> dict[str, Tensor] | SkippedStep:
@@ -145,7 +146,7 @@ class Training:
         """Evaluate `weights` on this worker's share of a split; return the COCO results of the complete split."""
         data = self.config.data
         # Each worker updates batch norm with its own images. All must evaluate the same model: that of rank 0, which
-        # writes the checkpoint
+        # writes the checkpoint. DDP broadcasts buffers too, but before a forward pass, and not those of the EMA
         self.world.broadcast(self.weights.buffers())
         batches = evaluation_batches(
             shards,

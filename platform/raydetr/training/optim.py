@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from raydetr.config import OptimConfig
 
-# Parameters of sampling offsets and reference points, which learn at a tenth of the rate (Deformable DETR, A.4)
+# Parameters of sampling offsets and reference points, which have a rate of their own (Deformable DETR, A.4: a tenth)
 SAMPLING_NAMES = ("sampling_offsets", "queries.point.")
 
 

@@ -6,7 +6,7 @@
     optim.schedule: {choice: [step, cosine]}
 
 Every path, and every end or choice of a distribution, is checked against the configuration when the file is read, so
-that no trial fails because of an invalid value.
+that each value alone is valid.
 """
 
 from __future__ import annotations

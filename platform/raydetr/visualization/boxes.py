@@ -1,7 +1,7 @@
-"""Draw boxes on images, and image grids that compare true with predicted boxes.
+"""Draw boxes on images, and image grids that compare ground-truth with predicted boxes.
 
-Small images are enlarged first, so that captions are readable. A category has the same color everywhere. True boxes are
-dashed; predicted boxes are solid, with their score.
+Small images are enlarged first, so that captions are readable. A category has the same color everywhere. Ground-truth
+boxes are dashed; predicted boxes are solid, with their score.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _GAP = 10
 
 @dataclass(frozen=True)
 class Box:
-    """A box in pixels of its image. `score` is None for a true box."""
+    """A box in pixels of its image. `score` is None for a ground-truth box."""
 
     category_id: int
     name: str
@@ -90,7 +90,7 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Box], long_side: int | None =
 def draw_grid(
     images: Sequence[AnnotatedImage], *, score_threshold: float, num_columns: int = 2
 ) -> Image.Image:
-    """Draw an image grid that shows each image twice: true boxes at the left, predicted boxes at the right.
+    """Draw an image grid that shows each image twice: ground-truth boxes at the left, predicted boxes at the right.
 
     Args:
         images: with their boxes.
@@ -98,7 +98,7 @@ def draw_grid(
         num_columns: images per row.
     """
     heading = (
-        "each image twice:  left, dashed: true boxes    "
+        "each image twice:  left, dashed: ground truth    "
         f"right, solid: predicted boxes with score ≥ {score_threshold:g}"
     )
     return _page(heading, [_cell(image) for image in images], num_columns)
@@ -107,7 +107,7 @@ def draw_grid(
 def draw_contact_sheet(
     images: Sequence[AnnotatedImage], *, heading: str, num_columns: int = 4
 ) -> Image.Image:
-    """Draw an image grid with true boxes."""
+    """Draw an image grid with ground-truth boxes."""
     cells = []
     for image in images:
         panel = _draw(_panel(image.image), image.image.size, image.true)

@@ -138,7 +138,10 @@ def test_a_config_is_frozen() -> None:
     ("changes", "message"),
     [
         ({"data.val_transform.short_sides": [480, 512]}, "AP would be random: give one"),
-        ({"optim.schedule": "step", "optim.min_lr_ratio": 0, "optim.lr_drop_epochs": [2, 2]}, "must ascend, each epoch once"),
+        (
+            {"optim.schedule": "step", "optim.min_lr_ratio": 0, "optim.lr_drop_epochs": [2, 2]},
+            "must ascend, each epoch once",
+        ),
         ({"optim.schedule": "step", "optim.min_lr_ratio": 0, "optim.lr_drop_epochs": [3, 2]}, "must ascend"),
     ],
 )

@@ -188,6 +188,7 @@ class Sender:
             )
             del rest["pixels"]
             self._taken = None
+        # As arrays, because torch would move every tensor into a shared memory of its own, with a descriptor each
         plain = {
             name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in rest.items()
         }

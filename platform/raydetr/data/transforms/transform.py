@@ -132,7 +132,7 @@ class Transform:
         limits = (self.config.brightness, self.config.contrast, self.config.saturation, self.config.hue)
         if not any(limits):
             return None
-        return ColorJitter.draw(random.Random(f"colours, seed {seed}, position {position}"), *limits)
+        return ColorJitter.draw(random.Random(f"color, seed {seed}, position {position}"), *limits)
 
 
 def _choose(rng: random.Random, values: tuple[int, ...]) -> int | None:
