@@ -305,7 +305,8 @@ inline void scatter(Width<N>, Block<T>& block, const HeadView<T>& head, const St
     for (int corner = 0; corner < 4; corner++) {
       const int64_t token = block.token[corner][sample], offset = token * stride;
       const auto values = Values::load_wide(value + offset);
-      // Where value is stored in the type of the gradient, both are packed or neither is: they have one stride.
+      // Where value is stored in the type of the gradient, both are packed or neither is: they have one
+      // stride.
       T* grad_at = grad_value + (std::is_same_v<Stored, T> ? offset : token * grad_stride);
       T factor = block.factor[corner][sample];
       auto partial = ordered_grad.vector[0] * values.vector[0];

@@ -56,8 +56,8 @@ inline void narrow(float number, BFloat16* to) {
 
 inline void narrow(float number, Float16* to) {
   uint32_t bits = bits_as<uint32_t>(number), magnitude = bits & 0x7fffffffu;
-  // The exponent's bias is 127 in float32 and 15 in float16: -112 << 23, plus 0xfff, and 1 for an odd last bit, to
-  // round halves to even.
+  // The exponent's bias is 127 in float32 and 15 in float16: -112 << 23, plus 0xfff, and 1 for an odd last
+  // bit, to round halves to even.
   uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
   // One unit in the last place of 0.5f is the smallest subnormal of float16: the addition rounds to it.
   uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
