@@ -107,10 +107,22 @@ def to_model(batch: Batch, device: torch.device | str) -> tuple[Images, Targets]
     below = torch.arange(height, device=device) >= sizes[:, 0, None]
     right = torch.arange(width, device=device) >= sizes[:, 1, None]
     padding = below[:, :, None] | right[:, None, :]
-    normalized = (pixels - _per_channel(MEAN, pixels)).div_(_per_channel(STD, pixels))
+    normalized = _normalize(pixels)
+    for number, (bottom, end) in enumerate(batch.sizes.tolist()):  # of each image, faster than a mask
+        normalized[number, :, bottom:] = 0.0
+        normalized[number, :, :, end:] = 0.0
     targets = Targets(batch.labels.to(device), batch.boxes.to(device), batch.counts)
-    return Images(normalized.masked_fill_(padding[:, None], 0.0), padding), targets
+    return Images(normalized, padding), targets
 
 
-def _per_channel(values: tuple[float, float, float], like: Tensor) -> Float32[Tensor, "3 1 1"]:
-    return torch.tensor(values, device=like.device)[:, None, None]
+def _normalize(pixels: UInt8[Tensor, "b 3 h w"]) -> Float32[Tensor, "b 3 h w"]:
+    """Subtract the mean and divide by the standard deviation, in the layout of `pixels`.
+
+    The channels of a pixel lie next to each other in memory. A row of all of them is one vector, which a CPU computes
+    twice as fast as three channels at a time; a cast before and work in place save temporary tensors.
+    """
+    num_images, _, height, width = pixels.shape
+    rows = pixels.permute(0, 2, 3, 1).reshape(num_images, height, width * 3).float()
+    mean, std = (torch.tensor(values, device=pixels.device).repeat(width) for values in (MEAN, STD))
+    rows.sub_(mean).div_(std)
+    return rows.view(num_images, height, width, 3).permute(0, 3, 1, 2)
