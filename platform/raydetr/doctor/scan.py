@@ -22,7 +22,7 @@ from raydetr.process_pool import Progress, run_tasks
 from raydetr.shards.images import EXIF_ORIENTATION, FORMATS, UNREADABLE, decode_rgb
 from raydetr.shards.reader import ShardError, Shards
 from raydetr.shards.validation import InvalidDataError, RawSample, parse_content
-from raydetr.store.transfer import RemoteError
+from raydetr.store.retry import RemoteError
 
 Flags = npt.NDArray[np.bool_]
 

@@ -6,7 +6,7 @@ reinitialized.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from detrs.checkpoints import CLASS_DEPENDENT
 from detrs.zoo import ModelConfig
 from raydetr.config import ConfigError, RunConfig
 from raydetr.config.paths import is_remote
-from raydetr.data.splits import open_splits
 from raydetr.training.checkpoint import load_for_inference, model_differences, read_meta, run_config
 
 IMAGENET = "https://download.pytorch.org/models/"
@@ -40,8 +39,12 @@ _IGNORED = (
 )
 
 
-def summarize(config: RunConfig) -> list[str]:
-    """Return lines about the initial weights of a new run with the (resolved) `config`, to print before it starts.
+def summarize(config: RunConfig, categories: Sequence[str]) -> list[str]:
+    """Return lines about the initial weights of a new run, to print before it starts.
+
+    Args:
+        config: of the run, resolved.
+        categories: names of the training data's categories.
 
     Raises:
         CheckpointError: `init.checkpoint` is not a complete checkpoint.
@@ -67,7 +70,7 @@ def summarize(config: RunConfig) -> list[str]:
             f"reinitialized, because it has {there} classes and the data {here}: {', '.join(reinitialized)}; "
             "all other weights are kept"
         )
-    elif _category_names(config) != [category["name"] for category in meta.categories]:
+    elif categories != [category["name"] for category in meta.categories]:
         lines.append(
             "note: it was trained on the same number of classes, but with other names; its class heads are kept"
         )
@@ -142,9 +145,3 @@ def _shapes(model: ModelConfig) -> Mapping[str, torch.Size]:
     with torch.device("meta"):  # shapes without memory
         built = zoo.build(replace(model, backbone=replace(model.backbone, weights=None)))
     return {name: tensor.shape for name, tensor in built.detector.state_dict().items()}
-
-
-def _category_names(config: RunConfig) -> list[str]:
-    return [
-        category["name"] for category in open_splits(config.data, sizes_known=True)[0].manifest.categories
-    ]

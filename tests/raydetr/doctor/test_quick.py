@@ -128,7 +128,8 @@ def test_a_run_warns_and_continues(
     config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = override(config, {"data.val": config.data.train})
-    run.print_warnings(run.resolve(config))
+    resolved, splits = run.resolve(config)
+    run.print_warnings(resolved, *splits)
     printed = " ".join(capsys.readouterr().err.split())
     assert printed.startswith("warning: ")
     assert "they hold exactly the same samples" in printed
@@ -137,7 +138,8 @@ def test_a_run_warns_and_continues(
 def test_a_run_on_healthy_data_prints_no_warning(
     config: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run.print_warnings(run.resolve(config))
+    resolved, splits = run.resolve(config)
+    run.print_warnings(resolved, *splits)
     assert capsys.readouterr().err == ""
 
 

@@ -64,7 +64,7 @@ def test_all_but_the_class_heads_is_kept(name: str, tiny_run: RunConfig, tmp_pat
     assert {"decoder.class_heads.0.weight", "decoder.class_heads.0.bias"} <= reinitialized
     assert all("class_head" in key or key == "denoising.label_embed.weight" for key in reinitialized)
     assert not reinitialized & differing(loaded, new)
-    (line,) = (line for line in init_weights.summarize(config) if line.startswith("reinitialized"))
+    (line,) = (line for line in init_weights.summarize(config, ()) if line.startswith("reinitialized"))
     assert "4 classes and the data 7" in line
     assert set(line.split(": ")[1].split("; ")[0].split(", ")) == reinitialized
 
@@ -78,7 +78,7 @@ def test_with_the_same_number_of_classes_all_weights_are_kept_and_averaged_ones_
     detector = build(model).detector
     init_weights.load(detector, config)
     assert differing(dict(detector.state_dict()), weights) == set()
-    lines = init_weights.summarize(config)
+    lines = init_weights.summarize(config, ())
     assert lines[0] == f"starting from {tmp_path / 'old'}"
     assert not any("reinitialized" in line for line in lines)
 
@@ -86,10 +86,9 @@ def test_with_the_same_number_of_classes_all_weights_are_kept_and_averaged_ones_
 def test_other_class_names_are_reported(tiny_run: RunConfig, tmp_path: Path) -> None:
     model = small_models.CONFIGS["dino"]
     checkpoint_of(tiny_run, model, tmp_path / "old")
-    names = init_weights._category_names(tiny_run)
-    is_same = names == [category["name"] for category in CLASSES]
-    lines = init_weights.summarize(with_model(tiny_run, model, tmp_path / "old"))
-    assert any("other names" in line for line in lines) != is_same
+    config, names = with_model(tiny_run, model, tmp_path / "old"), [category["name"] for category in CLASSES]
+    assert not any("other names" in line for line in init_weights.summarize(config, names))
+    assert any("other names" in line for line in init_weights.summarize(config, [*names[1:], "another"]))
 
 
 def test_without_a_checkpoint_nothing_is_changed_or_reported(tiny_run: RunConfig) -> None:
@@ -98,7 +97,7 @@ def test_without_a_checkpoint_nothing_is_changed_or_reported(tiny_run: RunConfig
     before = {key: value.clone() for key, value in detector.state_dict().items()}
     init_weights.load(detector, config)
     assert differing(dict(detector.state_dict()), before) == set()
-    assert init_weights.summarize(config) == []
+    assert init_weights.summarize(config, ()) == []
 
 
 @pytest.mark.parametrize(
@@ -137,10 +136,10 @@ def test_settings_that_change_the_meaning_of_weights_are_reported(
     old = small_models.CONFIGS["detr"]
     checkpoint_of(tiny_run, replace(old, dropout=0.3), tmp_path / "old")
     frozen = replace(old, backbone=replace(old.backbone, num_frozen_stages=1))
-    lines = init_weights.summarize(with_model(tiny_run, frozen, tmp_path / "old"))
+    lines = init_weights.summarize(with_model(tiny_run, frozen, tmp_path / "old"), ())
     assert not [line for line in lines if "num_frozen" in line or "dropout" in line]
     heads = replace(old, num_heads=2)
-    lines = init_weights.summarize(with_model(tiny_run, heads, tmp_path / "old"))
+    lines = init_weights.summarize(with_model(tiny_run, heads, tmp_path / "old"), ())
     (line,) = (line for line in lines if "other settings" in line)
     assert "num_heads is 4 there and 2 here" in line
     assert "dropout" not in line
@@ -148,7 +147,7 @@ def test_settings_that_change_the_meaning_of_weights_are_reported(
 
 def test_a_frozen_backbone_without_weights_is_reported(tiny_run: RunConfig) -> None:
     model = replace(small_models.CONFIGS["dino"], backbone=BackboneConfig("resnet18"))
-    (line,) = init_weights.summarize(with_model(tiny_run, model, None))
+    (line,) = init_weights.summarize(with_model(tiny_run, model, None), ())
     assert "starts from random numbers" in line
     assert "resnet18-f37072fd.pth" in line
 
@@ -157,7 +156,7 @@ def test_a_run_is_trained_from_the_weights_of_another(
     tiny_run: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a learning rate near zero the weights stay those of the checkpoint."""
-    config = run.resolve(tiny_run)
+    config, _ = run.resolve(tiny_run)
     five = replace(config.model, num_classes=5)
     weights = checkpoint_of(config, five, tmp_path / "old")
     still = {"optim.lr": 1e-12, "optim.lr_backbone": 1e-12, "optim.lr_sampling": 1e-12, "optim.epochs": 1,
