@@ -75,6 +75,7 @@ class _QuietServer(http.server.ThreadingHTTPServer):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # the body would wait 40 ms for the head to be confirmed
     web_server: WebServer
 
     def do_GET(self) -> None:
@@ -123,7 +124,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             for name, size in files
         )
         azure = "".join(
-            f"<Blob><Name>{name}</Name><Properties><Content-Length>{size}</Content-Length><Etag>x</Etag>"
+            f"<Blob><Name>{name}</Name><Properties><Content-Length>{size}</Content-Length><Etag>x</Etag><Content-Type>x</Content-Type>"
             "<Last-Modified>Thu, 01 Jan 2026 00:00:00 GMT</Last-Modified></Properties></Blob>"
             for name, size in files
         )

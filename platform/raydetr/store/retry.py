@@ -77,13 +77,13 @@ class Retry:
             failures += 1
             waited = time.monotonic() - began
             left = self._seconds - waited
-            if left <= 0:
+            if left <= 0 and failures > 1:
                 raise RemoteError(
                     f"{name}: no answer for {waited:.0f} s, in {failures} attempts ({failure.cause}): check the server "
                     "and the network; data.remote.retry_seconds is how long a run waits"
                 )
             longest = min(MAX_PAUSE, FIRST_PAUSE * 2.0 ** min(failures - 1, 10))
-            pause = min(left, longest * self._random.uniform(0.5, 1.0))
+            pause = min(max(left, FIRST_PAUSE), longest * self._random.uniform(0.5, 1.0))
             self._report(name, failure.cause, waited, pause, left)
             time.sleep(pause)
 

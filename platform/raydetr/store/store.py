@@ -77,7 +77,7 @@ class Store:
 
     def name(self, file: str) -> str:
         """Return the location of a file, for messages."""
-        return f"{self.location}/{file}"
+        return f"{self.location}/{file}".rstrip("/")
 
     def read(self, file: str, start: int = 0, stop: int | None = None, size: int | None = None) -> bytes:
         """Read a file, or its bytes from `start` to `stop`.
