@@ -1,25 +1,54 @@
-"""Run calls in threads that, unlike those of concurrent.futures, do not keep a process from exiting."""
+"""Run calls in background threads that, unlike those of concurrent.futures, do not keep a process from exiting."""
 
 from __future__ import annotations
 
+import queue
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+Call: TypeAlias = tuple[Future[Any], Callable[[], Any]]
+Calls: TypeAlias = "queue.SimpleQueue[Call | None]"  # None ends a thread
 
-def start_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-    """Call a function in a thread of its own and return its future."""
-    future: Future[T] = Future()
 
-    def run() -> None:
-        try:
-            future.set_result(function(*args, **kwargs))
-        except BaseException as error:
-            future.set_exception(error)
+class BackgroundThreads:
+    """A pool that runs at most `num_threads` calls at a time, first in, first out. Not for use after a fork.
 
-    threading.Thread(target=run, daemon=True).start()
-    return future
+    The threads end when this object is garbage-collected and the submitted calls are done.
+    """
+
+    def __init__(self, num_threads: int, name: str) -> None:
+        self._waiting: Calls = queue.SimpleQueue()
+        self._num_started, self._num_threads, self._name = 0, num_threads, name
+        weakref.finalize(self, _end, self._waiting, num_threads).atexit = False
+
+    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Call a function in the background and return its future."""
+        future: Future[T] = Future()
+        self._waiting.put((future, lambda: function(*args, **kwargs)))
+        if self._num_started < self._num_threads:
+            self._num_started += 1
+            # The thread references only the queue, so it does not keep this object alive.
+            threading.Thread(target=_work, args=(self._waiting,), name=self._name, daemon=True).start()
+        return future
+
+
+def _work(waiting: Calls) -> None:
+    while (waited := waiting.get()) is not None:
+        future, call = waited
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+        del waited, future, call  # They may reference the owner of this pool, which would never be collected.
+
+
+def _end(waiting: Calls, num_threads: int) -> None:
+    for _ in range(num_threads):
+        waiting.put(None)

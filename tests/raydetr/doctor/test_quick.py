@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -163,7 +164,7 @@ def test_a_training_warns_and_overfitting_does_not(
 ) -> None:
     """Overfitting trains and evaluates on the same images on purpose."""
 
-    def start(_: RunConfig) -> list[str]:
+    def start(_: RunConfig, categories: Sequence[str]) -> list[str]:
         raise Started
 
     monkeypatch.setattr(run.init_weights, "summarize", start)

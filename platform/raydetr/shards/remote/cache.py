@@ -32,6 +32,7 @@ class NodeCache:
 
     def __init__(self, root: Path, fingerprint: str, max_bytes: int) -> None:
         self._root, self._folder, self._max_bytes = root, root / fingerprint, max_bytes
+        self.is_full = False  # there was no room, and this process has removed no chunk since then
         try:
             root.mkdir(parents=True, exist_ok=True)
             with locked(root / "lock"):
@@ -101,6 +102,7 @@ class NodeCache:
             if path.exists():
                 self._add(-path.stat().st_size)
                 path.unlink()
+                self.is_full = False
 
     def _reserve(self, size: int) -> bool:
         """Add a chunk to the bytes in use if there is room, for which finished runs' data sets are removed."""
@@ -109,9 +111,10 @@ class NodeCache:
             if missing > 0 and _used(self._folder) + size <= self._max_bytes:
                 _remove_unused(self._root, missing)
                 missing = self._total() + size - self._max_bytes
-            if missing <= 0:
+            self.is_full = missing > 0
+            if not self.is_full:
                 self._add(size)
-        return missing <= 0
+        return not self.is_full
 
     def _total(self) -> int:
         return sum(_used(users.parent) for users in self._root.glob("*/users"))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import cached_property, partial
 
@@ -14,11 +14,13 @@ from raydetr.shards.manifest import Manifest, Samples
 from raydetr.shards.remote.cache import NodeCache
 from raydetr.shards.remote.chunks import Chunk, Chunks
 from raydetr.shards.remote.shared import read_shared
-from raydetr.store.background import start_thread
+from raydetr.store.background import BackgroundThreads
 from raydetr.store.retry import RemoteError
 from raydetr.store.store import Store
 
 log = logging.getLogger(__name__)
+
+Found = dict[Span, bytes]
 
 MERGED_GAP = 64 * 1024  # bytes: samples of a chunk that are closer are read in one request
 
@@ -62,12 +64,12 @@ class RemoteFolder:
         return "no shards found there (no manifest.json); copy a folder of shards to it"
 
     def _sizes(self, names: Sequence[str]) -> dict[str, int]:
-        found, together = {}, self.store.config.max_requests
-        for at in range(0, len(names), together):
-            futures = {name: start_thread(self.store.info, name) for name in names[at : at + together]}
-            for name, future in futures.items():
-                with suppress(FileNotFoundError):
-                    found[name] = future.result().size
+        threads = BackgroundThreads(self.store.config.max_requests, "sizes")
+        futures = {name: threads.submit(self.store.info, name) for name in names}
+        found = {}
+        for name, future in futures.items():
+            with suppress(FileNotFoundError):
+                found[name] = future.result().size
         return found
 
 
@@ -86,7 +88,7 @@ class RemoteFiles:
         self._files = [shard.name for shard in manifest.shards]
         self._sizes = [shard.size for shard in manifest.shards]
         self._chunks = Chunks(samples)
-        self._slots = threading.BoundedSemaphore(store.config.max_requests)
+        self._threads = BackgroundThreads(store.config.max_requests, "remote")
         self.names = [store.name(file) for file in self._files]
 
     def __reduce__(self) -> tuple[type[RemoteFiles], tuple[Store, Manifest, Samples]]:
@@ -118,10 +120,10 @@ class RemoteFiles:
                 missing.setdefault(chunk, []).append(span)
             else:
                 found[span] = copy
-        futures = [start_thread(self._read_chunk, chunk, spans) for chunk, spans in missing.items()]
+        started = [started for chunk, wanted in missing.items() for started in self._start(chunk, wanted)]
 
         def wait() -> list[bytes | OSError]:
-            for future, wanted in zip(futures, missing.values(), strict=True):
+            for wanted, future in started:
                 try:
                     found.update(future.result())
                 except OSError as error:
@@ -129,6 +131,15 @@ class RemoteFiles:
             return [found[span] for span in spans]
 
         return wait
+
+    def _start(self, chunk: Chunk, spans: Sequence[Span]) -> list[tuple[Sequence[Span], Future[Found]]]:
+        """Start reading spans of a chunk: all of it while the node cache has room, else by merged requests."""
+        if self._cache is not None and not self._cache.is_full:
+            return [(spans, self._threads.submit(self._read_chunk, self._cache, chunk, spans))]
+        return [
+            (members, self._threads.submit(self._read_range, chunk.shard, start, stop, members))
+            for start, stop, members in merge(spans, MERGED_GAP)
+        ]
 
     def _read_copy(self, chunk: Chunk, span: Span) -> bytes | None:
         """Read a sample from the node cache; None if it is not there, or was corrupt and is removed."""
@@ -140,27 +151,24 @@ class RemoteFiles:
             return None
         return content
 
-    def _read_chunk(self, chunk: Chunk, spans: Sequence[Span]) -> dict[Span, bytes]:
-        """Read spans of a chunk: all of it if the node cache has room for it, else by merged requests."""
-        if self._cache is not None:
-            download = partial(self._fetch, chunk.shard, chunk.start, chunk.stop)
-            try:
-                content = self._cache.fill(chunk.first, chunk.size, download)
-                if content is not None:
-                    return _cut(content, chunk.start, spans)
-            except RemoteError:
-                raise
-            except OSError as error:
-                self._cache = None
-                log.warning("data.remote.cache_dir: %s; this process stops caching", error)
-        found: dict[Span, bytes] = {}
-        for start, stop, members in merge(spans, MERGED_GAP):
-            found |= _cut(self._fetch(chunk.shard, start, stop), start, members)
-        return found
+    def _read_chunk(self, cache: NodeCache, chunk: Chunk, spans: Sequence[Span]) -> Found:
+        download = partial(self._fetch, chunk.shard, chunk.start, chunk.stop)
+        try:
+            content = cache.fill(chunk.first, chunk.size, download)
+        except RemoteError:
+            raise
+        except OSError as error:
+            self._cache, content = None, None
+            log.warning("data.remote.cache_dir: %s; this process stops caching", error)
+        if content is None:  # no room
+            return {span: self._fetch(span[0], span[1], span[1] + span[2]) for span in spans}
+        return _cut(content, chunk.start, spans)
+
+    def _read_range(self, shard: int, start: int, stop: int, spans: Sequence[Span]) -> Found:
+        return _cut(self._fetch(shard, start, stop), start, spans)
 
     def _fetch(self, shard: int, start: int, stop: int) -> bytes:
-        with self._slots:
-            return self._store.read(self._files[shard], start, stop, self._sizes[shard])
+        return self._store.read(self._files[shard], start, stop, self._sizes[shard])
 
     @cached_property
     def _cache(self) -> NodeCache | None:
@@ -171,5 +179,5 @@ class RemoteFiles:
         return NodeCache(config.cache_dir, self._fingerprint, round(config.cache_gb * 1e9))
 
 
-def _cut(content: bytes, start: int, spans: Sequence[Span]) -> dict[Span, bytes]:
+def _cut(content: bytes, start: int, spans: Sequence[Span]) -> Found:
     return {span: content[span[1] - start : span[1] - start + span[2]] for span in spans}
