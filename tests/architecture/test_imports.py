@@ -32,6 +32,7 @@ ROOTS = ("detrs.ops", "detrs", "raydetr", "jobs")
 LIBRARIES = {
     "mlflow": ("raydetr.tracking.*",),
     "webdataset": ("raydetr.shards.*",),
+    "obstore": ("raydetr.store.*",),
     "ray": ("raydetr.runs.ray_train", "raydetr.runs.final_errors", "raydetr.tune.*", "jobs.*"),
 }
 IMPORT_FUNCTION = "importlib.import_module"  # stands for __import__ too

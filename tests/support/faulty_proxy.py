@@ -1,4 +1,4 @@
-"""A TCP proxy on loopback for fault injection: stalls, resets, short bodies, wrong bytes, slow bodies, 503."""
+"""A TCP proxy on loopback for fault injection: stalls, resets, short, wrong and slow bodies, lost responses, 503."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Literal
 BUSY = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 4\r\nRetry-After: 0\r\n\r\nbusy"
 
 
-Kind = Literal["stall", "reset", "short", "corrupt", "drip", "refuse", "busy"]
+Kind = Literal["stall", "reset", "short", "corrupt", "drip", "refuse", "busy", "lost"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class FaultyProxy:
 
     def _serve(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError), client, socket.create_connection(self.target) as server:
-            while request := _read_head(client, b""):
+            while request := _read_request(client):
                 with self._lock:
                     fault = self.faults(self.num_requests)
                     self.num_requests += 1
@@ -74,6 +74,10 @@ class FaultyProxy:
                     client.sendall(BUSY)
                     continue
                 server.sendall(request)
+                if fault is not None and fault.kind == "lost":  # done there, but not answered
+                    server.recv(65536)
+                    _reset(client)
+                    return
                 if not self._answer(server, client, fault):
                     return
 
@@ -120,6 +124,15 @@ class FaultyProxy:
                     break
                 client.sendall(bytes([byte]))
         return False
+
+
+def _read_request(client: socket.socket) -> bytes:
+    request = _read_head(client, b"")
+    head = request.partition(b"\r\n\r\n")[0]
+    fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:] if b": " in line)
+    while request and len(request) < len(head) + 4 + int(fields.get(b"content-length", 0)):
+        request += client.recv(1 << 20)
+    return request
 
 
 def _read_head(source: socket.socket, data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Servers on loopback that hold shards: an S3-compatible one, a GCS-compatible one, and a plain HTTP server."""
+"""Servers on loopback that hold shards: moto's S3, and a web server that can pose as Google's or Azure's storage."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import time
 import urllib.request
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -31,7 +32,8 @@ class WebServer:
     """Serves the files below `folder` over HTTP/1.1, with byte ranges unless `ranges` is False.
 
     `requests` lists (path, Range header) of each request; `longest` limits the body of a response, as servers may do.
-    With `certificate`, a file that also holds the key, it serves HTTPS.
+    With `certificate`, a file that also holds the key, it serves HTTPS. A folder is listed as Google's and Azure's
+    storage list it.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class WebServer:
     ) -> None:
         self.folder, self.ranges, self.latency = folder, ranges, latency
         self.longest: int | None = None
+        self.etags = True
         self.headers: dict[str, str] = {}
         self.requests: list[tuple[str, str | None]] = []
         self.seen_headers: list[dict[str, str]] = []
@@ -72,6 +75,7 @@ class _QuietServer(http.server.ThreadingHTTPServer):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # the body would wait 40 ms for the head to be confirmed
     web_server: WebServer
 
     def do_GET(self) -> None:
@@ -80,7 +84,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         server.requests.append((self.path, wanted))
         server.seen_headers.append(dict(self.headers))
         time.sleep(server.latency)
-        path = server.folder / self.path.lstrip("/")
+        url = urlsplit(self.path)
+        path, query = server.folder / unquote(url.path.lstrip("/")), parse_qs(url.query)
+        if "list-type" in query or "comp" in query:
+            self._list(path / query["prefix"][0], path)
+            return
         if not path.is_file():
             self.send_error(404)
             return
@@ -99,11 +107,36 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(200)
         for name, value in server.headers.items():
             self.send_header(name, value)
+        if server.etags:
+            self.send_header("ETag", f'"{path.stat().st_mtime_ns:x}-{size:x}"')
+            self.send_header("Last-Modified", self.date_time_string(int(path.stat().st_mtime)))
         self.send_header("Content-Length", str(last - first + 1))
         self.end_headers()
         with path.open("rb") as file:
             file.seek(first)
             self.wfile.write(file.read(last - first + 1))
+
+    def _list(self, folder: Path, bucket: Path) -> None:
+        files = [(path.relative_to(bucket), path.stat().st_size) for path in folder.iterdir()]
+        google = "".join(
+            f"<Contents><Key>{name}</Key><Size>{size}</Size><ETag>x</ETag>"
+            "<LastModified>2026-01-01T00:00:00Z</LastModified></Contents>"
+            for name, size in files
+        )
+        azure = "".join(
+            f"<Blob><Name>{name}</Name><Properties><Content-Length>{size}</Content-Length><Etag>x</Etag><Content-Type>x</Content-Type>"
+            "<Last-Modified>Thu, 01 Jan 2026 00:00:00 GMT</Last-Modified></Properties></Blob>"
+            for name, size in files
+        )
+        text = (
+            f"<EnumerationResults><Blobs>{azure}</Blobs></EnumerationResults>"
+            if "comp=list" in self.path
+            else f"<ListBucketResult>{google}</ListBucketResult>"
+        )
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
 
     def log_message(self, format: str, *arguments: Any) -> None:
         pass
@@ -137,29 +170,6 @@ class S3Server:
         request.add_header("Content-Type", "application/x-tar")
         with urllib.request.urlopen(request, timeout=30):
             pass
-
-
-class GsServer:
-    """A Google Cloud Storage emulator (gcp-storage-emulator) with one bucket, in its own process."""
-
-    def __init__(self) -> None:
-        self.address = ("127.0.0.1", _free_port())
-        self.url = f"http://127.0.0.1:{self.address[1]}"
-        command = ["gcp_storage_emulator", "start", "--host", "127.0.0.1", "--port", str(self.address[1])]
-        self._process = _start([*command, "--in-memory", "--default-bucket", BUCKET], self.address)
-
-    def upload(self, folder: Path, prefix: str) -> str:
-        """Upload the files of a folder; return their location."""
-        for path in folder.iterdir():
-            url = f"{self.url}/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name={prefix}/{path.name}"
-            request = urllib.request.Request(url, data=path.read_bytes(), method="POST")
-            request.add_header("Content-Type", "application/x-tar")
-            with urllib.request.urlopen(request, timeout=30):
-                pass
-        return f"gs://{BUCKET}/{prefix}"
-
-    def close(self) -> None:
-        _stop(self._process)
 
 
 def _start(module: list[str], address: tuple[str, int]) -> subprocess.Popen[bytes]:

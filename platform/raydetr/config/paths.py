@@ -16,7 +16,7 @@ from pydantic import AfterValidator
 
 from detrs.backbone import PathOrUrl
 
-REMOTE = ("s3", "gs", "http", "https")
+REMOTE = ("s3", "gs", "az", "http", "https")
 SQLITE = "sqlite:///"
 
 # (value, base folder) -> absolute value
@@ -33,7 +33,7 @@ def check_location(location: str) -> str:
         raise ValueError("the location is empty: give a folder, or a URL such as s3://bucket/shards/train")
     scheme = scheme_of(location)
     if scheme is None:
-        malformed = re.match(r"(file|s3|gs|https?):/*", location, re.IGNORECASE)
+        malformed = re.match(r"(file|s3|gs|az|https?):/*", location, re.IGNORECASE)
         if malformed:
             raise ValueError(
                 f"{location}: is not a URL: write {malformed[1].lower()}://{location[malformed.end() :]}"

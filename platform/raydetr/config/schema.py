@@ -108,15 +108,14 @@ class TransformConfig(Section):
 
 
 class RemoteConfig(Section):
-    """How shards at s3://, gs:// and http(s):// are read (docs/data/remote.md)."""
+    """How shards at s3://, gs://, az:// and http(s):// are read (docs/data/remote.md)."""
 
-    # Passed to fsspec's backend, e.g. {endpoint_url: http://minio:9000}; no credentials, because settings are logged
+    # Passed to obstore, e.g. {endpoint: http://minio:9000}; no credentials, because settings are logged
     options: dict[str, Any] = {}
     connect_timeout: float = Field(default=10.0, gt=0)  # seconds until a connection must be established
     read_timeout: float = Field(default=30.0, gt=0)  # seconds without data before a request is repeated
-    attempts: PositiveInt = 6  # per byte range, without progress, before the run stops
+    retry_seconds: float = Field(default=600.0, ge=0)  # of an outage, after which the run stops
     max_requests: PositiveInt = 16  # concurrent requests of a process
-    merge_gap_kb: int = Field(default=64, ge=0)  # samples with a smaller gap are read in one request
     cache_dir: Path | None = None  # folder on the local disk of each node, for data read from remote shards
     cache_gb: float | None = Field(default=None, gt=0)  # size of the cache, never exceeded
 
@@ -132,7 +131,7 @@ class RemoteConfig(Section):
 class DataConfig(Section):
     """Which shards are read, and how they are batched."""
 
-    train: Location  # a folder of shards, or its s3://, gs://, http(s):// or file:// URL
+    train: Location  # a folder of shards, or its s3://, gs://, az://, http(s):// or file:// URL
     val: Location
     batch_size: PositiveInt  # images of one optimizer step, over all workers
     eval_batch_size: PositiveInt  # images of one evaluation batch, per worker

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -18,7 +18,6 @@ from raydetr.data.loader.loader import Out, load
 from raydetr.data.order import SampleOrder
 from raydetr.data.samples import make_sample
 from raydetr.data.transforms.transform import Transform
-from raydetr.shards.files import Prefetcher
 from raydetr.shards.reader import ShardError, Shards
 from raydetr.shards.validation import RawSample
 
@@ -102,7 +101,6 @@ def make_order(shards: Shards, seed: int) -> SampleOrder:
 class BatchSpec:
     """A batch to make."""
 
-    step: int  # of this rank, from 0
     start: int  # position of the first sample of the global batch
     position: int  # of the first sample of this batch
     indices: list[int]  # of the samples
@@ -118,13 +116,10 @@ class BatchBuilder:
     seed: int
     on_corrupt: OnCorrupt
 
-    def batches(
-        self, specs: Iterable[BatchSpec], all_specs: Iterable[BatchSpec], out: Out | None
-    ) -> Iterator[Batch]:
-        """Yield the batches `specs` of this process; prefetch along `all_specs`, those of all processes of the rank."""
-        with closing(self.shards.files.prefetch(spec.indices for spec in all_specs)) as prefetcher:
-            for spec, raws in _read_ahead(self.shards, specs, prefetcher):
-                yield self._batch(spec, raws, out)
+    def batches(self, specs: Iterable[BatchSpec], out: Out | None) -> Iterator[Batch]:
+        """Yield the batches `specs`."""
+        for spec, raws in _read_ahead(self.shards, specs):
+            yield self._batch(spec, raws, out)
 
     def _batch(self, spec: BatchSpec, raws: list[RawSample | ShardError], out: Out | None) -> Batch:
         samples: list[Sample] = []
@@ -163,7 +158,7 @@ class _TrainBatches:
     batch_size: int
 
     def batches(self, worker: int, num_workers: int, out: Out | None) -> Iterator[Batch]:
-        return self.builder.batches(self._specs(worker, num_workers), self._specs(0, 1), out)
+        return self.builder.batches(self._specs(worker, num_workers), out)
 
     def _specs(self, worker: int, num_workers: int) -> Iterator[BatchSpec]:
         order = make_order(self.builder.shards, self.builder.seed)
@@ -171,7 +166,7 @@ class _TrainBatches:
             start = self.position + step * self.world_size * self.batch_size
             position = start + self.rank * self.batch_size
             indices = order.samples(position, self.batch_size).tolist()
-            yield BatchSpec(step, start, position, indices, partial(earlier_samples, order))
+            yield BatchSpec(start, position, indices, partial(earlier_samples, order))
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,8 +178,7 @@ class _EvaluationBatches:
 
     def batches(self, worker: int, num_workers: int, out: Out | None) -> Iterator[Batch | None]:
         specs = self._specs(worker, num_workers)
-        all_specs = (spec for spec in self._specs(0, 1) if spec.indices)
-        yield from self.builder.batches([spec for spec in specs if spec.indices], all_specs, out)
+        yield from self.builder.batches([spec for spec in specs if spec.indices], out)
         yield from [None for spec in specs if not spec.indices]  # only the last can be empty
 
     def _specs(self, worker: int, num_workers: int) -> list[BatchSpec]:
@@ -194,8 +188,8 @@ class _EvaluationBatches:
         starts = [(number * self.world_size + self.rank) * self.batch_size for number in rounds]
         ends = [min(start + self.batch_size, num_images) for start in starts]
         return [
-            BatchSpec(number, start, start, list(range(start, end)), _no_fallbacks)
-            for number, start, end in zip(rounds, starts, ends, strict=True)
+            BatchSpec(start, start, list(range(start, end)), _no_fallbacks)
+            for start, end in zip(starts, ends, strict=True)
         ]
 
 
@@ -204,12 +198,11 @@ def _no_fallbacks(position: int) -> Iterable[int]:
 
 
 def _read_ahead(
-    shards: Shards, specs: Iterable[BatchSpec], prefetcher: Prefetcher
+    shards: Shards, specs: Iterable[BatchSpec]
 ) -> Iterator[tuple[BatchSpec, list[RawSample | ShardError]]]:
     """Yield each batch with its raw samples, while the reads of the next READ_AHEAD batches are in flight."""
     pending = deque[tuple[BatchSpec, Callable[[], list[RawSample | ShardError]]]]()
     for spec in specs:
-        prefetcher.advance(spec.step)
         pending.append((spec, shards.start(spec.indices)))
         if len(pending) > READ_AHEAD:
             first, wait = pending.popleft()

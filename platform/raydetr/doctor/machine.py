@@ -147,7 +147,6 @@ def installed_version(name: str) -> str | None:
 State = Literal["ok", "note", "error"]
 
 LISTED_PACKAGES = ("ray", "mlflow", "webdataset")  # With a line each, as torch has; the others share one
-REMOTE_PACKAGES = {"s3fs": "s3://", "gcsfs": "gs://", "aiohttp": "https://"}
 BUILD = "pip install --no-build-isolation -e ."
 LOW_DISK = 5 * GIB  # Checkpoints of one run; less than a hundredth of it is an error
 LOW_SHARED_MEMORY = GIB  # A few batches of large images, twice; Docker's default is 64 MiB
@@ -201,7 +200,6 @@ def environment_report(folder: Path | None = None) -> EnvironmentReport:
         disk_line(folder or Path.cwd()),
         *([shared_memory_line(shutil.disk_usage(shared_memory).free)] if shared_memory.exists() else []),
         *package_lines(required_packages()),
-        *remote_lines(),
     ]
     return EnvironmentReport(tuple(lines))
 
@@ -304,17 +302,6 @@ def package_lines(packages: list[Package]) -> Iterator[EnvironmentLine]:
         else:
             others += 1
     yield EnvironmentLine("other packages", "ok", f"{others} more are installed as needed")
-
-
-def remote_lines() -> Iterator[EnvironmentLine]:
-    """Report the packages that read shards from object stores and web servers; local shards need none."""
-    for package, scheme in REMOTE_PACKAGES.items():
-        version = installed_version(package)
-        if version is None:
-            found = f"{package} is not installed: shards cannot be read from there"
-            yield EnvironmentLine(f"shards at {scheme}", "note", found, f"pip install {package}")
-        else:
-            yield EnvironmentLine(f"shards at {scheme}", "ok", f"{package} {version}")
 
 
 def _gib(size: int) -> str:

@@ -24,7 +24,7 @@ from raydetr.shards.coco import is_wrong_area
 from raydetr.shards.images import ImageError, decode_image, read_header
 from raydetr.shards.reader import ShardError, Shards
 from raydetr.shards.validation import InvalidDataError, RawSample, parse_content
-from raydetr.store.transfer import RemoteError
+from raydetr.store.retry import RemoteError
 
 Flags = npt.NDArray[np.bool_]
 

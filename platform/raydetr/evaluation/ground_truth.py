@@ -9,7 +9,7 @@ from typing import Any
 from raydetr.config import OnCorrupt
 from raydetr.shards.reader import ShardError, Shards
 from raydetr.shards.validation import InvalidDataError, RawSample, parse_record
-from raydetr.store.transfer import RemoteError
+from raydetr.store.retry import RemoteError
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from raydetr.evaluation.coco_metrics import ApTable
 from raydetr.evaluation.ground_truth import evaluation_warnings
 from raydetr.runs.local import train_locally
 from raydetr.runs.session import Run
+from raydetr.shards.reader import Shards
 from raydetr.tracking import mlflow_run
 from raydetr.training import checkpoint, init_weights
 
@@ -108,10 +109,10 @@ def start(
         FileNotFoundError, ValueError: the shards cannot be used.
         LaunchError: the cluster could not carry it out.
     """
-    config = resolve(config)
+    config, (train, val) = resolve(config)
     if warn:
-        print_warnings(config)
-    for line in init_weights.summarize(config):
+        print_warnings(config, train, val)
+    for line in init_weights.summarize(config, train.label_map):
         print_status(line)
     name = name or new_name(config.recipe)
     folder = config.storage.path / name
@@ -120,7 +121,7 @@ def start(
     uri = mlflow_run.tracking_uri(config)
     run_id = mlflow_run.create_run(uri, config.tracking.experiment, name, parent_run_id=parent_run_id)
     (folder / "mlflow_run_id").write_text(run_id)
-    _log_description(uri, run_id, config)
+    _log_description(uri, run_id, config, (train, val))
     return _execute(Run(config, folder, run_id), local, callbacks)
 
 
@@ -137,15 +138,14 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
     for path in overrides or {}:
         if path.startswith(_FIXED):
             raise ConfigError(f"{path} has no effect on a run that is resumed: omit it, or start a new run")
-    config = resolve(override(from_yaml(folder / "config.yaml"), overrides or {}))
+    config, (train, _) = resolve(override(from_yaml(folder / "config.yaml"), overrides or {}))
     last, errors = checkpoint.newest_complete(path.parent for path in folder.glob("*/*/meta.json"))
     for error in errors:
         print_status(f"skipped: {error}")
     if last is None:
         raise checkpoint.CheckpointError(f"{folder}: no complete checkpoint to resume from; start a new run")
-    train_shards, _ = open_splits(config.data, sizes_known=True)
     epochs = config.optim.epochs
-    if checkpoint.check_compatible(last, config, train_shards).position >= epochs * train_shards.num_samples:
+    if checkpoint.check_compatible(last, config, train).position >= epochs * train.num_samples:
         raise ConfigError(
             f"{folder}: has trained all {epochs} epochs already; set optim.epochs higher to continue, "
             "or start a new run"
@@ -159,9 +159,8 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
     return _execute(Run(config, folder, run_id, last), local)
 
 
-def print_warnings(config: RunConfig) -> None:
+def print_warnings(config: RunConfig, train: Shards, val: Shards) -> None:
     """Print the warnings of the quick part of `raydetr doctor` about the data of a resolved configuration."""
-    train, val = open_splits(config.data, sizes_known=True)
     for line in examine.quick_warnings(train, val, TrainingTarget.from_config(config)):
         print_status(f"warning: {line}")
 
@@ -171,8 +170,11 @@ def new_name(prefix: str) -> str:
     return f"{prefix}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
 
 
-def resolve(config: RunConfig) -> RunConfig:
+def resolve(config: RunConfig) -> tuple[RunConfig, tuple[Shards, Shards]]:
     """Make paths absolute, set what the data decides, and check for contradictions.
+
+    Returns:
+        The resolved configuration, and the training and validation shards, which a driver opens only here.
 
     Raises:
         ConfigError: the classes differ between the splits or from `model.num_classes`, the batch cannot be divided
@@ -203,7 +205,7 @@ def resolve(config: RunConfig) -> RunConfig:
             f"data.batch_size={batch} is the batch of all workers and cannot be divided among "
             f"cluster.num_workers={workers}: use a multiple of {workers}"
         )
-    return config
+    return config, (train, val)
 
 
 def _execute(run: Run, local: bool, callbacks: Sequence[Any] = ()) -> RunResult:
@@ -242,10 +244,9 @@ def _finish(uri: str, run_id: str, status: mlflow_run.Status, last: Path | None 
         print_status(f"warning: {error}; the run's folder holds its checkpoints and metrics")
 
 
-def _log_description(uri: str, run_id: str, config: RunConfig) -> None:
+def _log_description(uri: str, run_id: str, config: RunConfig, splits: tuple[Shards, Shards]) -> None:
     """Log what is known before the first step: settings, data, environment."""
     mlflow_run.log_params(uri, run_id, flatten(to_dict(config)))
-    splits = open_splits(config.data, sizes_known=True)
     for context, shards in zip(("training", "validation"), splits, strict=True):
         mlflow_run.log_dataset(
             uri,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,18 +16,8 @@ MAX_OPEN_FILES = 64
 Span = tuple[int, int, int]  # shard number, offset, length
 
 
-class Prefetcher(Protocol):
-    """Fetches ahead of the reader, which reports its progress."""
-
-    def advance(self, step: int) -> None:
-        """Report that this process is about to read the samples of a step."""
-
-    def close(self) -> None:
-        """Stop fetching."""
-
-
 class ShardFiles(Protocol):
-    """Reads byte ranges of shards. Not thread-safe; forks and unpickled copies open their own files."""
+    """Reads byte ranges of shards. Not thread-safe; unpickled copies open their own files."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -46,18 +36,12 @@ class ShardFiles(Protocol):
     def start(self, spans: Sequence[Span]) -> Callable[[], list[bytes | OSError]]:
         """Start reading several spans together; return a function that waits for the results."""
 
-    def prefetch(self, batches: Iterable[Sequence[int]]) -> Prefetcher:
-        """Start fetching the samples of each step of this rank, from step 0 on.
-
-        Another thread consumes `batches`, as far ahead as is useful.
-        """
-
 
 class Folder(Protocol):
     """A folder that should hold shards; not validated yet."""
 
-    def read(self, name: str) -> bytes:
-        """Read a complete small file.
+    def read(self, name: str, *, again: bool = False) -> bytes:
+        """Read a complete small file; `again` after it was found corrupt.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -69,16 +53,6 @@ class Folder(Protocol):
 
     def explain_missing_manifest(self) -> str:
         """Return a message: why there is no manifest, and the remedy."""
-
-
-class NullPrefetcher:
-    """A `Prefetcher` that does nothing."""
-
-    def advance(self, step: int) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 class LocalFiles:
@@ -100,10 +74,6 @@ class LocalFiles:
     def start(self, spans: Sequence[Span]) -> Callable[[], list[bytes | OSError]]:
         """Return a function that reads the spans; starting early gains nothing for local files."""
         return lambda: [self._bytes_or_error(*span) for span in spans]
-
-    def prefetch(self, batches: Iterable[Sequence[int]]) -> Prefetcher:
-        """Return a prefetcher that does nothing, because the files are local."""
-        return NullPrefetcher()
 
     def _bytes_or_error(self, shard: int, offset: int, length: int) -> bytes | OSError:
         try:
@@ -135,7 +105,7 @@ class LocalFolder:
         self.path = local_folder(location)
         self.location = str(self.path)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, again: bool = False) -> bytes:
         """Read a complete small file."""
         return (self.path / name).read_bytes()
 

@@ -9,7 +9,6 @@ import zipfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +30,7 @@ from raydetr.shards.manifest import (
     make_label_map,
     sample_key,
 )
-from raydetr.shards.remote.reading import RemoteFolder, make_remote_files
+from raydetr.shards.remote.reading import RemoteFiles, RemoteFolder
 from raydetr.shards.validation import (
     InvalidDataError,
     RawSample,
@@ -39,7 +38,7 @@ from raydetr.shards.validation import (
     check_manifest,
     parse_sample,
 )
-from raydetr.store.transfer import RemoteError
+from raydetr.store.retry import RemoteError
 
 T = TypeVar("T")
 MISSING = (FileNotFoundError, NotADirectoryError)
@@ -85,9 +84,9 @@ def check_sizes(folder: Folder, location: str, manifest: Manifest) -> None:
 
 def _load(folder: Folder, name: str, parse: Callable[[bytes], T], location: str, reads: int) -> T:
     invalid: Exception | None = None
-    for _ in range(reads):
+    for number in range(reads):
         try:
-            return parse(folder.read(name))
+            return parse(folder.read(name, again=number > 0))
         except (InvalidDataError, MemoryError) as error:
             invalid = error
         except OSError as error:
@@ -218,14 +217,12 @@ class Shards:
         """Yield any number of samples, like `read_many`; the next remote ones are fetched in the meantime."""
         batches = [indices[at : at + READ_BATCH_SIZE] for at in range(0, len(indices), READ_BATCH_SIZE)]
         started = deque[Callable[[], list[RawSample | ShardError]]]()
-        with closing(self.files.prefetch(batches)) as prefetcher:
-            for step, batch in enumerate(batches):
-                prefetcher.advance(step)
-                started.append(self.start(batch))
-                if len(started) > 2:
-                    yield from started.popleft()()
-            for wait in started:
-                yield from wait()
+        for batch in batches:
+            started.append(self.start(batch))
+            if len(started) > 2:
+                yield from started.popleft()()
+        for wait in started:
+            yield from wait()
 
     def span(self, index: int) -> Span:
         """Return shard number, offset and length of a sample."""
@@ -296,7 +293,7 @@ def open_shards(
     """Open a folder of shards after verifying manifest, index, and the size of every shard.
 
     Args:
-        location: folder with the output of `write_shards`, or its s3://, gs://, http(s):// or file:// URL.
+        location: folder with the output of `write_shards`, or its s3://, gs://, az://, http(s):// or file:// URL.
         label_map: how category ids become labels (see `make_label_map`).
         remote: how to read a remote folder; None uses the default settings.
         sizes_known: skip checking the sizes of remote shards, because another process of the run did it.
@@ -315,7 +312,7 @@ def open_shards(
     if isinstance(folder, LocalFolder):
         files: ShardFiles = LocalFiles([folder.path / shard.name for shard in manifest.shards])
     else:
-        files = make_remote_files(folder.connection, manifest, samples)
+        files = RemoteFiles(folder.store, manifest, samples)
     labels = make_label_map(manifest.categories, label_map)
     return Shards(folder.location, manifest, samples, labels, manifest.fingerprint, files)
 

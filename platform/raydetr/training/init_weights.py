@@ -6,7 +6,7 @@ names; classes without a namesake in the checkpoint keep their new rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from detrs.checkpoints import CLASS_DEPENDENT
 from detrs.zoo import ModelConfig
 from raydetr.config import ConfigError, RunConfig
 from raydetr.config.paths import scheme_of
-from raydetr.data.splits import open_splits
 from raydetr.shards.manifest import UNUSED, LabelMap, make_label_map
 from raydetr.training.checkpoint import load_for_inference, model_differences, read_meta, run_config
 
@@ -42,8 +41,12 @@ _IGNORED = (
 )
 
 
-def summarize(config: RunConfig) -> list[str]:
-    """Return lines about the initial weights of a new run with the (resolved) `config`, to print before it starts.
+def summarize(config: RunConfig, here: LabelMap) -> list[str]:
+    """Return lines about the initial weights of a new run, to print before it starts.
+
+    Args:
+        config: of the run, resolved.
+        here: labels of the run.
 
     Raises:
         CheckpointError: `init.checkpoint` is not a complete checkpoint.
@@ -69,7 +72,7 @@ def summarize(config: RunConfig) -> list[str]:
     if differences:
         lines.append(f"note: its model has other settings: {', '.join(differences)}")
     there = make_label_map(meta.categories, theirs.data.label_map)
-    return lines + _describe_rows(there, open_splits(config.data, sizes_known=True)[0].label_map)
+    return lines + _describe_rows(there, here)
 
 
 def _describe_rows(there: LabelMap, here: LabelMap) -> list[str]:

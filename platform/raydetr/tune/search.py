@@ -67,8 +67,8 @@ def search(
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    resolved = run.resolve(config)
-    run.print_warnings(resolved)
+    resolved, splits = run.resolve(config)
+    run.print_warnings(resolved, *splits)
     with connected(resolved.cluster):
         cluster.check_dashboard()
         num_concurrent = cluster.limit_concurrency(resolved.cluster, max_concurrent)

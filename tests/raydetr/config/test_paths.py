@@ -50,14 +50,14 @@ def test_a_url_survives_the_configuration() -> None:
             [
                 "data.synthetic=null", "data.train=s3://bucket/train",
                 "data.remote.cache_dir=/fast/cache", "data.remote.cache_gb=1.5",
-                "data.remote.options={anon: true}", "data.remote.options.client_kwargs.region_name=eu-west-1",
+                "data.remote.options={skip_signature: true}", "data.remote.options.headers.X-Team=a",
                 "data.remote.read_timeout=9",
             ]
         ),
     )  # fmt: skip
     assert to_dict(config)["data"]["train"] == "s3://bucket/train"
     remote = config.data.remote
-    assert remote.options == {"anon": True, "client_kwargs": {"region_name": "eu-west-1"}}
+    assert remote.options == {"skip_signature": True, "headers": {"X-Team": "a"}}
     assert (remote.cache_dir, remote.cache_gb) == (Path("/fast/cache"), 1.5)
     assert remote.read_timeout == 9
 
@@ -65,14 +65,14 @@ def test_a_url_survives_the_configuration() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data.remote.attempts=3"], r"remote.attempts has no effect: .*train and .*val are local"),
-        (["data.remote.options.anon=true"], "remote.options has no effect"),
+        (["data.remote.max_requests=3"], r"remote.max_requests has no effect: .*train and .*val are local"),
+        (["data.remote.options.skip_signature=true"], "remote.options has no effect"),
         (
             ["data.remote.cache_dir=/c", "data.remote.cache_gb=3"],
             "remote.cache_dir, remote.cache_gb has no effect",
         ),
         (["data.remote.cache_dir=/c", "data.train=s3://b/x"], "cache_dir and cache_gb belong together"),
-        (["data.remote.atempts=3"], "did you mean data.remote.attempts"),
+        (["data.remote.retry_second=3"], "did you mean data.remote.retry_seconds"),
         (["data.remote.options=3", "data.train=s3://b/x"], "data.remote.options: .*dictionary"),
     ],
 )

@@ -161,13 +161,6 @@ def test_required_packages_are_those_of_the_metadata() -> None:
         machine.required_packages("surely-not-installed")
 
 
-def test_missing_packages_for_remote_storage_are_notes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "installed_version", {"aiohttp": "3.14"}.get)
-    found = {line.subject: (line.state, line.remedy) for line in machine.remote_lines()}
-    assert found["shards at s3://"] == ("note", "pip install s3fs")
-    assert found["shards at https://"] == ("ok", None)
-
-
 @pytest.mark.parametrize(
     ("files", "memory", "cores"),
     [

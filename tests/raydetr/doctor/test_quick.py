@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +129,8 @@ def test_a_run_warns_and_continues(
     config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = override(config, {"data.val": config.data.train})
-    run.print_warnings(run.resolve(config))
+    resolved, splits = run.resolve(config)
+    run.print_warnings(resolved, *splits)
     printed = " ".join(capsys.readouterr().err.split())
     assert printed.startswith("warning: ")
     assert "they hold exactly the same samples" in printed
@@ -137,7 +139,8 @@ def test_a_run_warns_and_continues(
 def test_a_run_on_healthy_data_prints_no_warning(
     config: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run.print_warnings(run.resolve(config))
+    resolved, splits = run.resolve(config)
+    run.print_warnings(resolved, *splits)
     assert capsys.readouterr().err == ""
 
 
@@ -161,7 +164,7 @@ def test_a_training_warns_and_overfitting_does_not(
 ) -> None:
     """Overfitting trains and evaluates on the same images on purpose."""
 
-    def start(_: RunConfig) -> list[str]:
+    def start(_: RunConfig, categories: Sequence[str]) -> list[str]:
         raise Started
 
     monkeypatch.setattr(run.init_weights, "summarize", start)

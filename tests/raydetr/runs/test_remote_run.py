@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,29 @@ from raydetr.tracking import mlflow_run
 from raydetr.training import checkpoint
 
 
+def test_a_driver_opens_each_split_once(
+    tiny_run: RunConfig, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = WebServer(tiny_data)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(run, "_execute", lambda *_: None)
+    run.start(
+        override(tiny_run, {"data.train": f"{server.url}/train", "data.val": f"{server.url}/val"}), local=True
+    )
+    for split in ("train", "val"):
+        for file in ("manifest.json", "index.npz"):  # its version, then all of it
+            asked = [wanted for path, wanted in server.requests if path == f"/{split}/{file}"]
+            assert asked == ["bytes=0-0", None]
+    shards = [path for path, _ in server.requests if ".tar" in path]
+    assert len(shards) == len(set(shards)) == 5  # their sizes
+    server.close()
+
+
 @pytest.mark.slow  # three trainings
-def test_a_run_from_a_server(tiny_run: RunConfig, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_run_from_a_server(
+    tiny_run: RunConfig, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     server = WebServer(tiny_data)
     short = override(tiny_run, {"optim.epochs": 1, "data.num_loader_workers": 1})
     urls = {"data.train": f"{server.url}/train", "data.val": f"{server.url}/val"}
@@ -25,7 +47,8 @@ def test_a_run_from_a_server(tiny_run: RunConfig, tiny_data: Path, tmp_path: Pat
     assert [checkpoint.read_meta(result.checkpoint).state_crc32 for result in (near, far)] == [
         checkpoint.read_meta(near.checkpoint).state_crc32
     ] * 2
-    assert list((tmp_path / "cache" / "whole").iterdir())
+    assert len(list((tmp_path / "cache").glob("*/users"))) == 2  # both splits
+    assert sum(wanted is None for _, wanted in server.requests) == 4  # manifest and index, each once per node
     params = mlflow_run.fetch_run(far.tracking_uri, far.mlflow_run_id).params
     assert {name: params[name] for name in urls} == urls
     num_before = len(server.requests)

@@ -172,7 +172,7 @@ def test_num_classes_that_contradicts_the_data_is_refused(tiny_run: RunConfig) -
         run.resolve(override(tiny_run, {"model.num_classes": 9}))
     # The official convention has labels without a category
     official = override(tiny_run, {"model.num_classes": 91, "data.label_map": "category_id"})
-    assert run.resolve(official).model.num_classes == 91
+    assert run.resolve(official)[0].model.num_classes == 91
 
 
 def test_a_batch_size_that_the_workers_do_not_divide_is_refused(tiny_run: RunConfig) -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from raydetr.data.batch import Batch, Canvas
 from raydetr.data.loader.ring import Failure, LoaderError, Message, Receiver, Ring, Sender
 from raydetr.process_pool import exit_with_parent
+from raydetr.store.store import uses_stores
 
 Out = Callable[[tuple[int, int, int, int]], Canvas]  # the `out` of `collate`
 DONE = object()
@@ -100,13 +101,16 @@ def _watch_parent(worker: int) -> None:
 def _start_method() -> BaseContext | None:
     """Return a context that forks in the main thread and uses a fork server elsewhere; None: the program's own.
 
+    A process that has used a store never forks: its child would hang at its first use of a store.
+
     Outside the main thread the process belongs to a framework such as Ray Train. Its threads may hold a lock of the
     interpreter at the moment of a fork, and the child would wait for it forever.
     """
     # Only the program itself sets these; "fork" may be the platform's default
     if multiprocessing.get_start_method(allow_none=True) in ("spawn", "forkserver"):
         return None
-    if threading.current_thread() is threading.main_thread() and sys.platform == "linux":
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if is_main_thread and sys.platform == "linux" and not uses_stores():
         return multiprocessing.get_context("fork")
     # Every child imports the main module again: the server preloads its imports once for all
     main = vars(sys.modules["__main__"]).values()

@@ -1,1 +1,1 @@
-"""Read shards from a server: byte ranges, prefetching, and a cache on each node."""
+"""Read shards from a server: byte ranges, and what the processes of a node share on its disk."""

@@ -1,229 +1,181 @@
-"""Cache verified chunks of remote files in a folder on a node's local disk, shared by all its processes.
+"""Keep chunks of remote shards on a node's local disk, shared by all its processes.
 
-    lock          locked exclusively while entries or `used` change
-    used          total bytes of complete and partial entries; recounted by each process that opens the cache
-    whole/NAME    complete entries; read under a shared lock of the file, removed under an exclusive one
-    partial/NAME  entries being written, each locked by its writer; the kernel releases the lock of a killed writer
+    lock                    locked exclusively while a `used` changes or a data set is removed
+    FINGERPRINT/users       locked shared by every process that reads these shards
+    FINGERPRINT/used        total bytes of the chunks, those being written included
+    FINGERPRINT/N           the chunk whose first sample is N
+    FINGERPRINT/N.PID.tmp   being written
+    FINGERPRINT/lock-NN     held while a chunk is downloaded, so that no other process downloads it too
 
-An entry is renamed into `whole` after its content was verified. Its full size is reserved in `used` before its first
-byte is written, so that the budget is never exceeded.
+Nothing is evicted while it is used: each sample is read once per epoch in a new order, so any set of chunks with a
+share s of the bytes serves a share s of the reads, and replacing one chunk by another gains nothing.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
-StoreResult = Literal["stored", "present", "full"]
-Fill = Callable[[Callable[[bytes], None]], None]  # passes all bytes to the given function
-
-
-class CacheFull(OSError):
-    """The disk is full although the budget is not used up."""
+NUM_LOCKS = 256  # locks of chunks: of two with the same lock, one waits for the other's download
 
 
 class NodeCache:
-    """A cache folder with a budget of `max_bytes`; created if missing.
+    """The chunks of one data set, in a folder for several whose chunks have at most `max_bytes` in total.
 
     Raises:
         ValueError: the folder cannot be used.
     """
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self.folder, self.max_bytes = folder, max_bytes
-        self._complete, self._partial = self.folder / "whole", self.folder / "partial"
+    def __init__(self, root: Path, fingerprint: str, max_bytes: int) -> None:
+        self._root, self._folder, self._max_bytes = root, root / fingerprint, max_bytes
+        self.is_full = False  # there was no room, and this process has removed no chunk since then
         try:
-            self._complete.mkdir(parents=True, exist_ok=True)
-            self._partial.mkdir(exist_ok=True)
-            with self._locked():
-                self._recount()
+            root.mkdir(parents=True, exist_ok=True)
+            with locked(root / "lock"):
+                self._folder.mkdir(exist_ok=True)
+                self._users = os.open(self._folder / "users", os.O_CREAT | os.O_RDWR, 0o644)
+                if _try_lock(self._users):
+                    self._recount()
+                fcntl.flock(self._users, fcntl.LOCK_SH)
+                os.utime(self._users)
         except OSError as error:
             raise ValueError(
-                f"{folder} (data.remote.cache_dir) cannot be used as a cache ({error}): name a folder on a disk of "
+                f"{root} (data.remote.cache_dir) cannot be used as a cache ({error}): name a folder on a disk of "
                 "this node that can be written"
             ) from None
 
-    def __reduce__(self) -> tuple[type[NodeCache], tuple[Path, int]]:
-        return NodeCache, (self.folder, self.max_bytes)
+    def __del__(self) -> None:
+        if hasattr(self, "_users"):
+            os.close(self._users)
 
-    def sizes(self) -> dict[str, int]:
-        """Return the size of each entry in bytes."""
-        sizes = {}
-        for entry in _scan(self._complete):
-            with suppress(FileNotFoundError):  # removed by another process
-                sizes[entry.name] = entry.stat().st_size
-        return sizes
+    def read(self, number: int, offset: int, length: int) -> bytes | None:
+        """Read a range of a chunk; None if it is not there."""
+        try:
+            with (self._folder / str(number)).open("rb", buffering=0) as file:
+                file.seek(offset)
+                return file.read(length)
+        except OSError:  # not there, or the disk is broken
+            return None
 
-    def names(self) -> set[str]:
-        """Return the names of the entries; much faster than `sizes`."""
-        return set(os.listdir(self._complete))  # noqa: PTH208 the fastest way
-
-    def has(self, name: str) -> bool:
-        """Return True if an entry exists."""
-        return (self._complete / name).exists()
-
-    def used(self) -> int:
-        """Return the number of bytes in use, including reservations."""
-        with self._locked():
-            return self._read_used()
-
-    def read(self, name: str, size: int, offset: int, length: int) -> bytes | None:
-        """Read a range of an entry of `size` bytes; None if there is no such entry."""
-        with _opened(self._complete / name, os.O_RDONLY, fcntl.LOCK_SH) as descriptor:
-            if descriptor is None or os.fstat(descriptor).st_size != size:
-                return None
-            return os.pread(descriptor, length, offset)
-
-    def remove(self, names: Iterable[str]) -> int:
-        """Remove entries that are not being read; return the number of bytes freed."""
-        with self._locked():
-            return self._remove(names)
-
-    def store(
-        self, name: str, size: int, fill: Fill, choose_evictions: Callable[[int], Iterable[str] | None]
-    ) -> StoreResult:
-        """Write an entry, unless it exists or another process is writing it.
+    def fill(self, number: int, size: int, download: Callable[[], bytes]) -> bytes | None:
+        """Return a chunk after it was downloaded and kept, by this process or by another one in the meantime.
 
         Args:
-            name: name of the entry.
-            size: its size in bytes.
-            fill: supplies the bytes; raises if they are invalid.
-            choose_evictions: given the number of missing bytes, returns entries to evict in this order, or None to
-                evict nothing.
+            number: of the chunk.
+            size: of the chunk in bytes.
+            download: returns the bytes.
 
         Returns:
-            "stored"; "present" if it exists or another process is writing it; "full" if not enough was evicted.
+            None, without a download, if there is no room.
 
         Raises:
-            CacheFull: the disk is full.
+            OSError: the download failed, or the disk is full.
         """
-        with self._locked():
-            if self.has(name) or self._is_being_written(name):
-                return "present"
-            missing = self._read_used() + size - self.max_bytes
-            if missing > 0:
-                evicted = choose_evictions(missing)
-                if evicted is None or self._remove(evicted, missing) < missing:
-                    return "full"
-            # The reservation comes first: if this process is killed here, `used` is too large, never too small.
-            self._write_used(self._read_used() + size)
-            descriptor = os.open(self._partial / name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            os.ftruncate(descriptor, size)  # a recount sees the reserved size
-        done = False
-        try:
-            _fill(descriptor, size, fill)
-            with self._locked():
-                (self._partial / name).rename(self._complete / name)
-            done = True
-        finally:
-            if not done:
-                with self._locked():
-                    self._discard(name, descriptor, size)
-            os.close(descriptor)
-        return "stored"
+        path = self._folder / str(number)
+        temporary = self._folder / f"{number}.{os.getpid()}.tmp"
+        with locked(self._folder / f"lock-{number // 32 % NUM_LOCKS:02x}"):
+            if path.exists():
+                return path.read_bytes()
+            if not self._reserve(size):
+                return None
+            kept = False
+            try:
+                content = download()
+                temporary.write_bytes(content)
+                temporary.rename(path)
+                kept = True
+            finally:
+                if not kept:
+                    temporary.unlink(missing_ok=True)
+                    with locked(self._root / "lock"):
+                        self._add(-size)
+        return content
 
-    def _remove(self, names: Iterable[str], enough: int | None = None) -> int:
-        free = 0
-        for name in names:
-            if enough is not None and free >= enough:
-                break
-            path = self._complete / name
-            with _opened(path, os.O_RDWR, fcntl.LOCK_EX) as descriptor:
-                if descriptor is not None:
-                    free += os.fstat(descriptor).st_size
-                    # A process that has opened the file, but not locked it, sees size 0 and ignores it. The disk
-                    # space is free at once.
-                    os.ftruncate(descriptor, 0)
-                    path.unlink()
-        self._write_used(max(0, self._read_used() - free))
-        return free
+    def drop(self, number: int) -> None:
+        """Remove a chunk, because it is corrupt."""
+        path = self._folder / str(number)
+        with locked(self._root / "lock"):
+            if path.exists():
+                self._add(-path.stat().st_size)
+                path.unlink()
+                self.is_full = False
 
-    def _discard(self, name: str, descriptor: int, size: int) -> None:
-        os.ftruncate(descriptor, 0)
-        (self._partial / name).unlink(missing_ok=True)
-        self._write_used(max(0, self._read_used() - size))
+    def _reserve(self, size: int) -> bool:
+        """Add a chunk to the bytes in use if there is room, for which finished runs' data sets are removed."""
+        with locked(self._root / "lock"):
+            missing = self._total() + size - self._max_bytes
+            if missing > 0 and _used(self._folder) + size <= self._max_bytes:
+                _remove_unused(self._root, missing)
+                missing = self._total() + size - self._max_bytes
+            self.is_full = missing > 0
+            if not self.is_full:
+                self._add(size)
+        return not self.is_full
 
-    def _is_being_written(self, name: str) -> bool:
-        """Return True if a running process writes the entry; remove what a killed one left."""
-        path = self._partial / name
-        with _opened(path, os.O_RDWR, fcntl.LOCK_EX) as descriptor:
-            if descriptor is None:  # no such file, or locked by its writer
-                return path.exists()
-            self._discard(name, descriptor, os.fstat(descriptor).st_size)
-        return False
+    def _total(self) -> int:
+        return sum(_used(users.parent) for users in self._root.glob("*/users"))
+
+    def _add(self, size: int) -> None:
+        _write_used(self._folder, _used(self._folder) + size)
 
     def _recount(self) -> None:
-        for entry in _scan(self._partial):
-            self._is_being_written(entry.name)
-        self._write_used(self._sum_of_entries())
-
-    def _sum_of_entries(self) -> int:
-        return sum(entry.stat().st_size for entry in [*_scan(self._complete), *_scan(self._partial)])
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        descriptor = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
-
-    def _read_used(self) -> int:
-        written = (self.folder / "used").read_bytes()
-        return int(written) if written else self._sum_of_entries()  # empty: its first writer was killed
-
-    def _write_used(self, num_bytes: int) -> None:
-        descriptor = os.open(self.folder / "used", os.O_CREAT | os.O_WRONLY, 0o644)
-        try:
-            os.pwrite(descriptor, b"%020d" % num_bytes, 0)  # one system call: cannot be interrupted halfway
-        finally:
-            os.close(descriptor)
+        """Remove what killed processes left, and count the rest."""
+        for unfinished in self._folder.glob("*.tmp"):
+            unfinished.unlink()
+        with os.scandir(self._folder) as entries:
+            _write_used(
+                self._folder, sum(entry.stat().st_size for entry in entries if entry.name.isdecimal())
+            )
 
 
-def _fill(descriptor: int, size: int, fill: Fill) -> None:
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-        written = 0
-
-        def accept(chunk: bytes) -> None:
-            nonlocal written
-            written += os.pwrite(descriptor, chunk, written)
-
-        fill(accept)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise CacheFull(error.errno, "no space left on the disk") from None
-        raise
-    assert written == size, (written, size)
-
-
-@contextmanager
-def _opened(path: Path, flags: int, lock: int) -> Iterator[int | None]:
-    """Open and lock a file; yield None if it does not exist or another process has locked it."""
-    try:
-        descriptor = os.open(path, flags)
-    except FileNotFoundError:
-        yield None
-        return
-    try:
-        try:
-            fcntl.flock(descriptor, lock | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
+def _remove_unused(root: Path, missing: int) -> None:
+    """Remove data sets that no process uses, those opened longest ago first, until enough bytes are free."""
+    for users in sorted(root.glob("*/users"), key=lambda users: users.stat().st_mtime):
+        if missing <= 0:
             return
-        # The file may have been unlinked between open and flock.
-        yield descriptor if os.fstat(descriptor).st_nlink else None
+        descriptor = os.open(users, os.O_RDWR)
+        try:
+            if _try_lock(descriptor):
+                missing -= _used(users.parent)
+                shutil.rmtree(users.parent)
+        finally:
+            os.close(descriptor)
+
+
+def _used(folder: Path) -> int:
+    try:
+        return int((folder / "used").read_bytes() or b"0")
+    except FileNotFoundError:  # a process is creating the folder, or was killed while it did
+        return 0
+
+
+def _write_used(folder: Path, num_bytes: int) -> None:
+    descriptor = os.open(folder / "used", os.O_CREAT | os.O_WRONLY, 0o644)
+    try:
+        os.pwrite(descriptor, b"%020d" % num_bytes, 0)  # one system call: cannot be interrupted halfway
     finally:
         os.close(descriptor)
 
 
-def _scan(folder: Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return [entry for entry in entries if entry.is_file()]
+def _try_lock(descriptor: int) -> bool:
+    """Lock exclusively unless another process has locked it, shared or exclusively."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock of a file, which is created if missing; wait for it if necessary."""
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,230 +1,183 @@
-"""Read shards from a server: small files completely, samples by byte ranges, nearby ones in one request."""
+"""Read shards from a server: small files completely, samples by byte ranges or from the node cache."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import suppress
+from functools import cached_property, partial
 
 from raydetr.config import RemoteConfig
-from raydetr.shards.files import NullPrefetcher, Prefetcher, Span
+from raydetr.shards.files import Span
 from raydetr.shards.manifest import Manifest, Samples
+from raydetr.shards.remote.cache import NodeCache
 from raydetr.shards.remote.chunks import Chunk, Chunks
-from raydetr.shards.remote.prefetch import CachedChunks, CachePrefetcher
+from raydetr.shards.remote.shared import read_shared
 from raydetr.store.background import BackgroundThreads
-from raydetr.store.origins import Origin
-from raydetr.store.transfer import RemoteError, Transfers
+from raydetr.store.retry import RemoteError
+from raydetr.store.store import Store
 
-MAX_MERGED_BYTES = (
-    4 * 1024 * 1024
-)  # ranges are not merged beyond this size, so that they are fetched in parallel
-MAX_PROBLEMS = 10  # after which no more files are checked
+log = logging.getLogger(__name__)
 
+Found = dict[Span, bytes]
 
-@dataclass(frozen=True)
-class Request:
-    """One range of a shard that contains the spans with the numbers `wanted`."""
-
-    shard: int
-    start: int
-    stop: int
-    wanted: tuple[int, ...]
+MERGED_GAP = 64 * 1024  # bytes: samples of a chunk that are closer are read in one request
 
 
-def merge(spans: Sequence[Span], gap: int) -> list[Request]:
-    """Merge spans of the same shard into one request if they lie within `gap` bytes of each other."""
-    requests: list[Request] = []
-    for number in sorted(range(len(spans)), key=lambda number: spans[number]):
-        shard, start, length = spans[number]
-        last = requests[-1] if requests else None
-        if (
-            last is not None
-            and last.shard == shard
-            and start - last.stop <= gap
-            and start + length - last.start <= MAX_MERGED_BYTES
-        ):
-            stop = max(last.stop, start + length)
-            requests[-1] = Request(shard, last.start, stop, (*last.wanted, number))
+def merge(spans: Sequence[Span], gap: int) -> list[tuple[int, int, list[Span]]]:
+    """Merge spans of a shard that lie within `gap` bytes of each other; return start, stop and spans of each."""
+    merged: list[tuple[int, int, list[Span]]] = []
+    for span in sorted(spans):
+        start, stop = span[1], span[1] + span[2]
+        if merged and start - merged[-1][1] <= gap:
+            first, last, members = merged[-1]
+            merged[-1] = (first, max(last, stop), [*members, span])
         else:
-            requests.append(Request(shard, start, start + length, (number,)))
-    return requests
-
-
-class Connection:
-    """Fetches files of one remote folder. Recreates its connections after a fork, and in unpickled copies."""
-
-    def __init__(self, location: str, config: RemoteConfig) -> None:
-        self.origin, self.config = Origin(location, config.options), config
-        self._pid = 0
-        self.connect()
-
-    def __reduce__(self) -> tuple[type[Connection], tuple[str, RemoteConfig]]:
-        return Connection, (self.origin.location, self.config)
-
-    @property
-    def threads(self) -> BackgroundThreads:
-        """Threads that perform the requests."""
-        self.connect()
-        return self._threads
-
-    def fetch(self, name: str, start: int, stop: int | None, size: int | None) -> bytes:
-        """Fetch a range of a file; `size` is that of the complete file, if known.
-
-        Raises:
-            RemoteError: it cannot be read.
-        """
-        content = bytearray()
-        self.fetch_into(name, start, stop, size, content.extend)
-        return bytes(content)
-
-    def fetch_into(
-        self, name: str, start: int, stop: int | None, size: int | None, accept: Callable[[bytes], None]
-    ) -> None:
-        """Fetch a range of a file, and pass its bytes to `accept` as they arrive."""
-        self.connect()
-        origin = self.origin
-        self._transfers.fetch(origin.name(name), lambda: origin.address(name), start, stop, size, accept)
-
-    def connect(self) -> None:
-        """Create the connections of this process. Not thread-safe: call it before using several threads."""
-        if self._pid != os.getpid():
-            self.origin.connect()
-            self._transfers = Transfers(self.config)
-            self._threads = BackgroundThreads(self.config.max_requests, "remote")
-            self._pid = os.getpid()
+            merged.append((start, stop, [span]))
+    return merged
 
 
 class RemoteFolder:
     """A `Folder` on a server."""
 
     def __init__(self, location: str, config: RemoteConfig) -> None:
-        self.location, self.connection = location, Connection(location, config)
+        self.location, self.store = location, Store(location, config)
 
-    def read(self, name: str) -> bytes:
-        """Read a complete small file."""
-        try:
-            return self.connection.fetch(name, 0, None, None)
-        except RemoteError as error:
-            if error.status == 404:
-                raise FileNotFoundError(f"there is no {self.connection.origin.name(name)}") from None
-            raise
+    def read(self, name: str, *, again: bool = False) -> bytes:
+        """Read a complete small file, downloaded once per node."""
+        return read_shared(self.store, name, again=again)
 
     def check_sizes(self, sizes: Mapping[str, int]) -> list[str]:
-        """Request one byte of each file: the response has its size, and shows whether ranges are supported."""
-        threads = self.connection.threads
-        problems: list[str] = []
-        futures = [threads.submit(self._check_size, name, size) for name, size in sizes.items()]
-        for future in futures:
-            if len(problems) >= MAX_PROBLEMS:
-                future.cancel()
-            elif (problem := future.result()) is not None:
-                problems.append(problem)
-        return problems
+        """Compare files with their expected sizes by one listing; on a web server, by a request for each file."""
+        found = self.store.sizes()
+        if found is None:
+            found = self._sizes(list(sizes))
+        return [
+            f"{name} has {found[name]} bytes instead of {size}" if name in found else f"{name} is missing"
+            for name, size in sizes.items()
+            if found.get(name) != size
+        ]
 
     def explain_missing_manifest(self) -> str:
         """Return a message: why there is no manifest, and the remedy."""
         return "no shards found there (no manifest.json); copy a folder of shards to it"
 
-    def _check_size(self, name: str, size: int) -> str | None:
-        try:
-            self.connection.fetch(name, 0, min(1, size), size)
-        except RemoteError as error:
-            return str(error)
-        return None
+    def _sizes(self, names: Sequence[str]) -> dict[str, int]:
+        threads = BackgroundThreads(self.store.config.max_requests, "sizes")
+        futures = {name: threads.submit(self.store.info, name) for name in names}
+        found = {}
+        for name, future in futures.items():
+            with suppress(FileNotFoundError):
+                found[name] = future.result().size
+        return found
 
 
 class RemoteFiles:
     """The `ShardFiles` of a remote folder.
 
     Args:
-        connection: connection to the folder.
-        sizes: name and size of each shard.
-        cached: the chunks in the node cache, if there is one.
+        store: the folder.
+        manifest: its manifest.
+        samples: its index.
     """
 
-    def __init__(
-        self, connection: Connection, sizes: Mapping[str, int], cached: CachedChunks | None = None
-    ) -> None:
-        self.connection, self._cached = connection, cached
-        self._files, self._sizes = list(sizes), list(sizes.values())
-        self.names = [connection.origin.name(file) for file in self._files]
+    def __init__(self, store: Store, manifest: Manifest, samples: Samples) -> None:
+        self._arguments = (store, manifest, samples)
+        self._store, self._fingerprint = store, manifest.fingerprint
+        self._files = [shard.name for shard in manifest.shards]
+        self._sizes = [shard.size for shard in manifest.shards]
+        self._chunks = Chunks(samples)
+        self._threads = BackgroundThreads(store.config.max_requests, "remote")
+        self.names = [store.name(file) for file in self._files]
+
+    def __reduce__(self) -> tuple[type[RemoteFiles], tuple[Store, Manifest, Samples]]:
+        # While this process uses the cache, it is kept for loaders that are started later, in the next evaluation
+        _ = self._cache
+        return RemoteFiles, self._arguments
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
         """Read a range of a shard, from the node cache if possible."""
-        copy = self._cached.read((shard, offset, length)) if self._cached else None
-        return self._fetch(shard, offset, length) if copy is None else copy
+        (content,) = self.start([(shard, offset, length)])()
+        if isinstance(content, OSError):
+            raise content
+        return content
 
     def reread(self, shard: int, offset: int, length: int) -> bytes:
         """Read a range of a shard from the server, and remove a copy in the node cache."""
-        if self._cached is not None:
-            self._cached.drop((shard, offset, length))
-        return self._fetch(shard, offset, length)
+        if self._cache is not None:
+            self._cache.drop(self._chunks.find((shard, offset, length)).first)
+        return self._fetch(shard, offset, offset + length)
 
     def start(self, spans: Sequence[Span]) -> Callable[[], list[bytes | OSError]]:
         """Start reading several spans together; return a function that waits for the results."""
-        copies = [self._cached.read(span) if self._cached else None for span in spans]
-        missing = [span for span, copy in zip(spans, copies, strict=True) if copy is None]
-        requests = merge(missing, self.connection.config.merge_gap_kb * 1024)
-        threads = self.connection.threads
-        futures = [
-            threads.submit(self._fetch, request.shard, request.start, request.stop - request.start)
-            for request in requests
-        ]
+        found: dict[Span, bytes | OSError] = {}
+        missing: dict[Chunk, list[Span]] = {}
+        for span in spans:
+            chunk = self._chunks.find(span)
+            copy = self._read_copy(chunk, span)
+            if copy is None:
+                missing.setdefault(chunk, []).append(span)
+            else:
+                found[span] = copy
+        started = [started for chunk, wanted in missing.items() for started in self._start(chunk, wanted)]
 
         def wait() -> list[bytes | OSError]:
-            fetched = iter(_cut(missing, requests, futures))
-            return [next(fetched) if copy is None else copy for copy in copies]
+            for wanted, future in started:
+                try:
+                    found.update(future.result())
+                except OSError as error:
+                    found.update(dict.fromkeys(wanted, error))
+            return [found[span] for span in spans]
 
         return wait
 
-    def prefetch(self, batches: Iterable[Sequence[int]]) -> Prefetcher:
-        """Start filling the node cache, if there is one."""
-        if self._cached is None:
-            return NullPrefetcher()
-        self.connection.connect()
-        return CachePrefetcher(self._cached, self._download, batches)
+    def _start(self, chunk: Chunk, spans: Sequence[Span]) -> list[tuple[Sequence[Span], Future[Found]]]:
+        """Start reading spans of a chunk: all of it while the node cache has room, else by merged requests."""
+        if self._cache is not None and not self._cache.is_full:
+            return [(spans, self._threads.submit(self._read_chunk, self._cache, chunk, spans))]
+        return [
+            (members, self._threads.submit(self._read_range, chunk.shard, start, stop, members))
+            for start, stop, members in merge(spans, MERGED_GAP)
+        ]
 
-    def _fetch(self, shard: int, offset: int, length: int) -> bytes:
-        return self.connection.fetch(self._files[shard], offset, offset + length, self._sizes[shard])
+    def _read_copy(self, chunk: Chunk, span: Span) -> bytes | None:
+        """Read a sample from the node cache; None if it is not there, or was corrupt and is removed."""
+        if self._cache is None:
+            return None
+        content = self._cache.read(chunk.first, span[1] - chunk.start, span[2])
+        if content is not None and not self._chunks.is_intact(span, content):
+            self._cache.drop(chunk.first)
+            return None
+        return content
 
-    def _download(self, chunk: Chunk, accept: Callable[[bytes], None]) -> None:
-        shard = chunk.shard
-        self.connection.fetch_into(self._files[shard], chunk.start, chunk.stop, self._sizes[shard], accept)
-
-
-def make_remote_files(connection: Connection, manifest: Manifest, samples: Samples) -> RemoteFiles:
-    """Open the shards of a manifest, with the node cache if one is configured.
-
-    Raises:
-        ValueError: the cache cannot be used, or is smaller than a shard.
-    """
-    files = RemoteFiles(connection, {shard.name: shard.size for shard in manifest.shards})
-    config = connection.config
-    if config.cache_dir is None or config.cache_gb is None:
-        return files
-    largest, max_bytes = max(shard.size for shard in manifest.shards), round(config.cache_gb * 1e9)
-    if max_bytes < largest:
-        raise ValueError(
-            f"data.remote.cache_gb={config.cache_gb:g} is less than a shard of {connection.origin.location} "
-            f"({largest / 1e9:g} GB), too little to help: raise it, or omit data.remote.cache_dir"
-        )
-    cached = CachedChunks(config.cache_dir, max_bytes, Chunks(samples, manifest.shards, files.names))
-    return RemoteFiles(connection, {shard.name: shard.size for shard in manifest.shards}, cached)
-
-
-def _cut(
-    spans: Sequence[Span], requests: Sequence[Request], futures: Sequence[Future[bytes]]
-) -> list[bytes | OSError]:
-    """Cut the bytes of each span out of the responses; a failed request gives its error."""
-    found: dict[int, bytes | OSError] = {}
-    for request, future in zip(requests, futures, strict=True):
+    def _read_chunk(self, cache: NodeCache, chunk: Chunk, spans: Sequence[Span]) -> Found:
+        download = partial(self._fetch, chunk.shard, chunk.start, chunk.stop)
         try:
-            content = future.result()
+            content = cache.fill(chunk.first, chunk.size, download)
+        except RemoteError:
+            raise
         except OSError as error:
-            found |= dict.fromkeys(request.wanted, error)
-            continue
-        for number in request.wanted:
-            _, offset, length = spans[number]
-            found[number] = content[offset - request.start : offset - request.start + length]
-    return [found[number] for number in range(len(spans))]
+            self._cache, content = None, None
+            log.warning("data.remote.cache_dir: %s; this process stops caching", error)
+        if content is None:  # no room
+            return {span: self._fetch(span[0], span[1], span[1] + span[2]) for span in spans}
+        return _cut(content, chunk.start, spans)
+
+    def _read_range(self, shard: int, start: int, stop: int, spans: Sequence[Span]) -> Found:
+        return _cut(self._fetch(shard, start, stop), start, spans)
+
+    def _fetch(self, shard: int, start: int, stop: int) -> bytes:
+        return self._store.read(self._files[shard], start, stop, self._sizes[shard])
+
+    @cached_property
+    def _cache(self) -> NodeCache | None:
+        """The node cache, opened when a process reads samples: a driver that only opens shards needs no such disk."""
+        config = self._store.config
+        if config.cache_dir is None or config.cache_gb is None:
+            return None
+        return NodeCache(config.cache_dir, self._fingerprint, round(config.cache_gb * 1e9))
+
+
+def _cut(content: bytes, start: int, spans: Sequence[Span]) -> Found:
+    return {span: content[span[1] - start : span[1] - start + span[2]] for span in spans}

@@ -1,0 +1,267 @@
+"""Read and write files in a folder, or at a URL of S3, Google, Azure or a web server, through obstore.
+
+obstore performs one request; repeating it is up to `Retry`, which sees each failure at once and continues a broken
+response at the byte where it ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import obstore
+from obstore.exceptions import AlreadyExistsError
+from obstore.store import AzureStore, GCSStore, HTTPStore, LocalStore, ObjectStore, S3Store
+
+from raydetr.config import RemoteConfig
+from raydetr.config.paths import is_remote, local_folder, scheme_of
+from raydetr.store.retry import RemoteError, Retry
+
+HTTP_HEADERS = "RAYDETR_HTTP_HEADERS"  # environment variable: {"Authorization": "Bearer ..."}
+PROGRESS_BYTES = 64 * 1024  # received bytes after which the time for retries starts anew
+
+# Options with an effect. Credentials are excluded because settings are logged.
+KNOWN_OPTIONS = {
+    "s3": ("endpoint", "region", "request_payer", "skip_signature", "virtual_hosted_style_request"),
+    "gs": ("application_credentials", "base_url", "service_account", "skip_signature"),
+    "az": ("account_name", "endpoint", "skip_signature", "use_emulator"),
+    "http": ("headers",),
+    "https": ("headers",),
+}
+
+T = TypeVar("T")
+
+_used_by = 0  # pid of the process that used obstore; inherited by a fork, which cannot use it
+
+
+class ForkError(RuntimeError):
+    """A store was used before a fork, and again after it: the threads of obstore do not exist there."""
+
+
+def uses_stores() -> bool:
+    """Return True if this process has used a store, so that it must not fork a process that does."""
+    return _used_by == os.getpid()
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """Size of a file in bytes, and a version that changes with its content ("" where the server names none)."""
+
+    size: int
+    version: str
+
+
+class Store:
+    """A folder, local or at a URL. May be used by several threads, and pickled, but not used after a fork.
+
+    Raises:
+        ValueError: an option is unknown or has no effect, or is a credential.
+    """
+
+    def __init__(self, location: str, config: RemoteConfig) -> None:
+        self.location, self.config = location, config
+        self._scheme = scheme_of(location) if is_remote(location) else None
+        if self._scheme:
+            _check_options(self._scheme, config.options)
+        self._retry = Retry(config.retry_seconds)
+        self._versions: dict[str, str] = {}  # of the files that were read
+
+    def __reduce__(self) -> tuple[type[Store], tuple[str, RemoteConfig]]:
+        return Store, (self.location, self.config)
+
+    def name(self, file: str) -> str:
+        """Return the location of a file, for messages."""
+        return f"{self.location}/{file}".rstrip("/")
+
+    def read(self, file: str, start: int = 0, stop: int | None = None, size: int | None = None) -> bytes:
+        """Read a file, or its bytes from `start` to `stop`.
+
+        Args:
+            file: path of the file in this folder.
+            start: offset of the first byte.
+            stop: offset after the last byte; None: the end.
+            size: expected size of the complete file in bytes; None skips the check.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            RemoteError: it cannot be read, has another size, or has changed since this process first read from it.
+        """
+        content, end = bytearray(), stop
+
+        def attempt() -> bytes:
+            nonlocal end
+            at = start + len(content)
+            if end is not None and at >= end:
+                return bytes(content)
+            bytes_range: Any = {"offset": at} if end is None else (at, end)
+            result = obstore.get(self._store, file, options={"range": bytes_range} if at or end else {})
+            self._check(file, result.meta, size)
+            encoding = result.attributes.get("Content-Encoding", "identity")
+            if encoding != "identity":
+                raise RemoteError(f"{self.name(file)}: has Content-Encoding {encoding}: store it as it is")
+            end = result.range[1]
+            for part in result.stream(min_chunk_size=1):  # what arrived before a break is kept
+                content.extend(part)
+            return bytes(content)
+
+        return self._call(file, attempt, lambda: len(content) // PROGRESS_BYTES)
+
+    def info(self, file: str) -> FileInfo:
+        """Return size and version of a file that is not empty, by reading a byte: web servers may refuse HEAD.
+
+        Raises:
+            FileNotFoundError, RemoteError: as `read`.
+        """
+
+        def attempt() -> FileInfo:
+            meta = obstore.get(self._store, file, options={"range": (0, 1)}).meta
+            return FileInfo(meta["size"], _version(meta))
+
+        return self._call(file, attempt)
+
+    def sizes(self) -> dict[str, int] | None:
+        """Return names and sizes of the files directly in this folder by one listing; None: a web server has none.
+
+        Raises:
+            RemoteError: the folder cannot be listed.
+        """
+        if self._scheme in ("http", "https"):
+            return None
+        try:
+            found = self._call("", lambda: obstore.list_with_delimiter(self._store))
+        except FileNotFoundError as error:
+            raise RemoteError(str(error)) from None
+        return {meta["path"]: meta["size"] for meta in found["objects"]}
+
+    def write(self, file: str, content: bytes) -> None:
+        """Write a file, or replace it; readers see all of it or nothing."""
+        self._call(file, lambda: obstore.put(self._store, file, content))
+        self._versions.pop(file, None)
+
+    def create(self, file: str, content: bytes) -> None:
+        """Write a file that does not exist; of several processes, one succeeds if each writes another content.
+
+        Raises:
+            FileExistsError: there is one.
+        """
+        attempts = 0
+
+        def attempt() -> None:
+            nonlocal attempts
+            attempts += 1
+            try:
+                obstore.put(self._store, file, content, mode="create")
+            except AlreadyExistsError:
+                # The answer to an earlier attempt may have been lost
+                if attempts == 1 or bytes(obstore.get(self._store, file).bytes()) != content:
+                    raise FileExistsError(f"{self.name(file)} exists") from None
+
+        self._call(file, attempt)
+
+    def delete(self, file: str) -> None:
+        """Delete a file, if it is there."""
+        try:
+            self._call(file, lambda: obstore.delete(self._store, file))
+        except FileNotFoundError:
+            return
+
+    def _call(self, file: str, attempt: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
+        global _used_by
+        if _used_by not in (0, os.getpid()):
+            raise ForkError(
+                f"{self.name(file)}: this process was forked from one that had read from a store, and would hang: "
+                "start processes by `forkserver` or `spawn` (multiprocessing.set_start_method)"
+            )
+        _used_by = os.getpid()
+        try:
+            return self._retry.call(self.name(file), attempt, progress)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"there is no {self.name(file)}") from None
+
+    def _check(self, file: str, meta: Mapping[str, Any], size: int | None) -> None:
+        if size is not None and meta["size"] != size:
+            raise RemoteError(
+                f"{self.name(file)}: has {meta['size']} bytes instead of {size}: copy it again, or write the shards "
+                "again"
+            )
+        version = _version(meta)
+        if self._versions.setdefault(file, version) != version:
+            raise RemoteError(
+                f"{self.name(file)}: was replaced while it was in use (version {version} instead of "
+                f"{self._versions[file]}): start again, and copy new shards to a new folder"
+            )
+
+    @cached_property
+    def _store(self) -> ObjectStore:
+        config = self.config
+        options: Any = config.options
+        client: Any = {
+            "allow_http": True,
+            "connect_timeout": timedelta(seconds=config.connect_timeout),
+            "read_timeout": timedelta(seconds=config.read_timeout),
+            "timeout": timedelta(seconds=4 * config.read_timeout),  # ends responses that trickle
+        }
+        common: Any = {"client_options": client, "retry_config": {"max_retries": 0}}
+        if self._scheme == "s3":
+            provider = None if options.get("skip_signature") else _aws_profile(self.location)
+            return S3Store.from_url(self.location, config=options, credential_provider=provider, **common)
+        if self._scheme == "gs":
+            return GCSStore.from_url(self.location, config=options, **common)
+        if self._scheme == "az":
+            return AzureStore.from_url(self.location, config=options, **common)
+        if self._scheme:
+            headers = {**options.get("headers", {}), **json.loads(os.environ.get(HTTP_HEADERS, "{}"))}
+            client["default_headers"] = headers
+            return HTTPStore.from_url(self.location, **common)
+        folder = local_folder(self.location)
+        folder.mkdir(parents=True, exist_ok=True)
+        return LocalStore(folder)
+
+
+def _version(meta: Mapping[str, Any]) -> str:
+    modified = int(meta["last_modified"].timestamp())  # 0 where the server does not say
+    return str(meta["e_tag"] or modified or "")
+
+
+def _aws_profile(location: str) -> Any:
+    """Return boto3's credentials where the environment names no key: obstore does not read ~/.aws."""
+    files = [os.environ.get("AWS_SHARED_CREDENTIALS_FILE"), os.environ.get("AWS_CONFIG_FILE")]
+    paths = [
+        Path(file).expanduser() for file in (*filter(None, files), "~/.aws/credentials", "~/.aws/config")
+    ]
+    if "AWS_ACCESS_KEY_ID" in os.environ or not any(path.is_file() for path in paths):
+        return None
+    try:
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError as error:
+        raise ValueError(
+            f"{location}: profiles in ~/.aws need the package boto3 ({error}): pip install boto3, or set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        ) from None
+    try:
+        return Boto3CredentialProvider()
+    except ValueError:  # the profile has no credentials: those of the instance, perhaps
+        return None
+
+
+def _check_options(scheme: str, options: Mapping[str, Any]) -> None:
+    for name in options:
+        if name not in KNOWN_OPTIONS[scheme]:
+            raise ValueError(
+                f"data.remote.options.{name} has no effect on {scheme}:// locations: known are "
+                f"{', '.join(KNOWN_OPTIONS[scheme])}; credentials come from the environment (docs/data/remote.md)"
+            )
+    headers = options.get("headers", {})
+    if not isinstance(headers, Mapping) or not all(isinstance(value, str) for value in headers.values()):
+        raise ValueError(f"data.remote.options.headers: {headers!r} is not a mapping of names to strings")
+    if any(name.lower() in ("authorization", "cookie", "proxy-authorization") for name in headers):
+        raise ValueError(
+            "data.remote.options.headers: credentials do not belong in settings, which are logged: "
+            f"give them in the environment variable {HTTP_HEADERS} (docs/data/remote.md)"
+        )
