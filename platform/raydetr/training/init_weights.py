@@ -6,7 +6,7 @@ names; classes without a namesake in the checkpoint keep their new rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 

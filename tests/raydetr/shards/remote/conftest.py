@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from multiprocessing import util
 from pathlib import Path
 
 import pytest
@@ -10,5 +11,6 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    util.get_temp_dir()  # chosen once per process; the paths of its sockets must be short
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
