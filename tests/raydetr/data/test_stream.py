@@ -190,10 +190,11 @@ def test_loading_does_not_change_the_global_random_state(shards: Shards) -> None
 
 
 def test_loader_processes_end_with_the_stream(shards: Shards) -> None:
-    before = set(psutil.Process().children())
+    take(shards, 0, 2, 1, 2, 1)  # a fork server that this starts stays
+    before = set(psutil.Process().children(recursive=True))
     stream = batches(shards, 0, 0, 1, 2, workers=2)
     next(stream)
-    children = [child for child in psutil.Process().children() if child not in before]
+    children = [child for child in psutil.Process().children(recursive=True) if child not in before]
     assert len(children) == 2
     stream.close()
     _, alive = psutil.wait_procs(children, timeout=10)
