@@ -156,10 +156,7 @@ def test_received_bytes_are_not_fetched_again(shards: Shards, etags: bool) -> No
     row = shards.samples[5]
     offset, length = int(row["offset"]), int(row["length"])
     begun = proxy.num_requests
-<<<<<<< ours
     # Not a reset, which may take what was received and not yet read with it
-=======
->>>>>>> theirs
     breaks = {begun: Fault("short", 700), begun + 1: Fault("short", 300)}
     proxy.faults = breaks.get
     assert opened.read(5) == shards.read(5)
