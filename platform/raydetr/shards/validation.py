@@ -134,7 +134,7 @@ def check_manifest(manifest: Manifest) -> None:
     ):
         if not _is_count(number):
             raise InvalidDataError(f"{what} is {number!r:.40}")
-    _check_categories(manifest.categories)
+    check_categories(manifest.categories)
     for what, counts in (
         ("usable_objects", manifest.usable_objects),
         ("unusual_objects", manifest.unusual_objects),
@@ -230,7 +230,12 @@ def _check_annotation(number: int, annotation: Any, image_id: int, category_ids:
         )
 
 
-def _check_categories(categories: Sequence[Any]) -> None:
+def check_categories(categories: Sequence[Any]) -> None:
+    """Verify that these are COCO's category records, sorted by their ids.
+
+    Raises:
+        InvalidDataError: they are not.
+    """
     if not isinstance(categories, list) or not categories:
         raise InvalidDataError("it has no categories")
     ids = []

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from detrs import zoo
@@ -24,7 +25,9 @@ from raydetr.data.corrupt import CorruptSampleLog
 from raydetr.data.order import ORDER_VERSION
 from raydetr.shards.manifest import LabelMap, make_label_map
 from raydetr.shards.reader import Shards
+from raydetr.shards.validation import check_categories
 from raydetr.training.loop import Training
+from raydetr.user_files import read_file
 
 FORMAT = 1
 Writer = Callable[[Path], None]  # writes a checkpoint into a given folder
@@ -43,11 +46,14 @@ class Meta:
     fingerprint: str  # of the training data
     epoch: int
     position: int
-    metrics: dict[str, float]
+    metrics: dict[str, Any]  # AP, ... and the table by class
     state_bytes: int
     state_crc32: int
     format: int = FORMAT
     order: int = 1  # version of the order of samples; missing in the first checkpoints
+
+
+_META = TypeAdapter(Meta)
 
 
 @dataclass(frozen=True)
@@ -107,15 +113,16 @@ def read_meta(folder: Path) -> Meta:
         CheckpointError: the folder holds no checkpoint of this program, or one that is incomplete or corrupt.
     """
     try:
-        values = json.loads((folder / "meta.json").read_text())
-        meta = Meta(**values)
+        meta = _META.validate_json(read_file(folder / "meta.json"), strict=True)
+        check_categories(meta.categories)
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: no checkpoint (meta.json is missing: writing was "
             "interrupted, or this is not a checkpoint folder, such as RUN/attempt-01/epoch-0003)"
         ) from None
-    except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder}/meta.json: not the description of a checkpoint ({error})") from None
+    except (OSError, ValueError) as error:
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3]) or error
+        raise CheckpointError(f"{folder}/meta.json: not the description of a checkpoint ({reason})") from None
     if meta.format != FORMAT:
         raise CheckpointError(
             f"{folder}: checkpoint format {meta.format}; this version reads format {FORMAT}"

@@ -139,7 +139,8 @@ def _read_ends(path: str, name: str, values: list[Any]) -> tuple[Any, ...]:
 
 
 def _is_number(value: Any, number: Any) -> bool:
-    return isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, number) and not isinstance(value, bool)
+    return is_number and abs(value) < 2**63 and math.isfinite(value)
 
 
 def _number(value: Any) -> Any:
