@@ -14,8 +14,8 @@ from raydetr.console import progress_bar
 from raydetr.store.output_folder import check_out_file
 
 if TYPE_CHECKING:
-    from raydetr.shards.coco import Source
     from raydetr.shards.manifest import Manifest
+    from raydetr.shards.source import Source
 
 shards_app = typer.Typer(help="Write, check, describe and show WebDataset shards.", no_args_is_help=True)
 
@@ -177,10 +177,10 @@ def _choose_source(
     Raises:
         ValueError: they name none or several, one is missing or has no effect, or the data is invalid.
     """
-    from raydetr.shards.coco import coco_source
     from raydetr.shards.importers.voc import voc_source
     from raydetr.shards.importers.webdataset import webdataset_source
     from raydetr.shards.importers.yolo import yolo_source
+    from raydetr.shards.source import coco_source
 
     is_coco = images is not None or annotations is not None
     if is_coco + sum(source is not None for source in (yolo, voc, webdataset)) != 1:

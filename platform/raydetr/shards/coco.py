@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raydetr.user_files import open_file, parse_json, read_file
+from raydetr.user_files import parse_json, read_file
 
 Record = dict[str, Any]
 
@@ -441,60 +441,3 @@ def _is_int(value: object) -> bool:
 def _is_plain_text(text: str) -> bool:
     """Return whether a text has no control characters, line breaks or halves of characters."""
     return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """Where an encoded image lies: in a file of its own, or in a tar."""
-
-    path: Path
-    offset: int = 0  # bytes
-    size: int = -1  # bytes; -1: up to the end of the file
-    key: str = ""  # of the sample in the tar
-
-    def __str__(self) -> str:
-        return f"{self.path}: sample {self.key}" if self.key else str(self.path)
-
-    def read(self) -> bytes:
-        """Read the image.
-
-        Raises:
-            OSError: it cannot be read, or is no regular file.
-        """
-        with open_file(self.path) as file:
-            file.seek(self.offset)
-            return file.read(self.size)
-
-    def state(self) -> str:
-        """Return a text that changes with the file's size and modification time."""
-        try:
-            found = self.path.stat()
-        except (OSError, ValueError):
-            return "missing"  # reported when it is read
-        return f"{found.st_size} {found.st_mtime_ns} {self.offset} {self.size}"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A validated data set on disk."""
-
-    dataset: CocoDataset
-    files: list[ImageFile]  # of `dataset.images`
-    name: str  # name of the annotation source, for the manifest
-
-
-def files_in(folder: Path, images: Iterable[Record]) -> list[ImageFile]:
-    """Return the files of images whose names are relative to a folder."""
-    return [ImageFile(folder / image["file_name"]) for image in images]
-
-
-def coco_source(images: Path, annotations: Path) -> Source:
-    """Read a COCO data set from an instances JSON and the folder of its images.
-
-    Raises:
-        ValueError: the folder is missing, or the annotations are invalid.
-    """
-    if not images.is_dir():
-        raise ValueError(f"{images}: there is no such folder of images")
-    dataset = load_coco(annotations)
-    return Source(dataset, files_in(images, dataset.images), annotations.name)

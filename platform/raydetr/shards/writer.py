@@ -27,7 +27,7 @@ import numpy as np
 from webdataset.writer import TarWriter
 
 from raydetr.process_pool import Advance, Progress, run_tasks
-from raydetr.shards.coco import ImageFile, Problems, Record, Source, coco_source, unusual_kinds, usable_boxes
+from raydetr.shards.coco import Problems, Record, unusual_kinds, usable_boxes
 from raydetr.shards.images import MAX_DARK, ImageError, ImageHeader, check_image
 from raydetr.shards.manifest import (
     FORMAT_VERSION,
@@ -41,6 +41,7 @@ from raydetr.shards.manifest import (
     label_maps,
     sample_key,
 )
+from raydetr.shards.source import ImageFile, Source, coco_source
 from raydetr.store.output_folder import publish, resumable_folder, write_atomically
 
 NO_SAMPLES = np.empty(0, SAMPLE_DTYPE)

@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from made_coco import folder_bytes, write_json
-from raydetr.shards.coco import coco_source
 from raydetr.shards.reader import Shards, open_shards
+from raydetr.shards.source import coco_source
 from raydetr.shards.verify import check_shards
 from raydetr.shards.writer import write_shards, write_source
 from raydetr.store.output_folder import publish, resumable_folder

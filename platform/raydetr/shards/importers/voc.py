@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from raydetr.shards.coco import Problems, Record, Source, check_records, files_in
+from raydetr.shards.coco import Problems, Record, check_records
+from raydetr.shards.source import Source, files_in
 from raydetr.user_files import read_file, read_text
 
 SUFFIXES = (".jpg", ".jpeg", ".png")

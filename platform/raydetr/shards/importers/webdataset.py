@@ -13,17 +13,10 @@ from typing import Any, BinaryIO
 import braceexpand
 
 from raydetr.process_pool import Progress
-from raydetr.shards.coco import (
-    ImageFile,
-    Problems,
-    Record,
-    Source,
-    annotation_problems,
-    check_records,
-    read_categories,
-)
+from raydetr.shards.coco import Problems, Record, annotation_problems, check_records, read_categories
 from raydetr.shards.images import ImageError, read_header
 from raydetr.shards.importers.record_formats import BoxFormat, RecordFormat, find_format, unpack
+from raydetr.shards.source import ImageFile, Source
 from raydetr.shards.tar_samples import TarSample, tar_samples
 from raydetr.shards.validation import InvalidDataError
 from raydetr.user_files import open_file, parse_json

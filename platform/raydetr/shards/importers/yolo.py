@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raydetr.shards.coco import ImageFile, Problems, Record, Source, check_records
+from raydetr.shards.coco import Problems, Record, check_records
 from raydetr.shards.images import ImageError, read_header
+from raydetr.shards.source import ImageFile, Source
 from raydetr.user_files import open_file, parse_yaml, read_file, read_text
 
 BOX_NUMBERS = 5
