@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -81,10 +82,12 @@ def _next(messages: Iterator[Any]) -> Any:
 class _SenderDataset(IterableDataset[Message | Failure | None]):
     def __init__(self, source: BatchSource[Batch | None], ring: Ring) -> None:
         self.source, self.ring = source, ring
+        self.environment = dict(os.environ)
 
     def __iter__(self) -> Iterator[Message | Failure | None]:
         info = get_worker_info()
         assert info is not None
+        os.environ.update(self.environment)  # a fork server has that of its own start; it may lack credentials
         sender = Sender(self.ring, info.id)
         try:
             for batch in self.source.batches(info.id, info.num_workers, sender.canvas):
