@@ -87,7 +87,9 @@ class _SenderDataset(IterableDataset[Message | Failure | None]):
     def __iter__(self) -> Iterator[Message | Failure | None]:
         info = get_worker_info()
         assert info is not None
-        os.environ.update(self.environment)  # a fork server has that of its own start; it may lack credentials
+        os.environ.update(
+            self.environment
+        )  # a fork server has that of its own start; it may lack credentials
         sender = Sender(self.ring, info.id)
         try:
             for batch in self.source.batches(info.id, info.num_workers, sender.canvas):

@@ -55,6 +55,13 @@ class Numbers:
             yield None if number in self.missing else numbered(number, out)
 
 
+class FromEnvironment:
+    """One batch, whose number is a variable of the environment."""
+
+    def batches(self, worker: int, num_workers: int, out: Out | None) -> Iterator[Batch | None]:
+        yield numbered(int(os.environ["RAYDETR_TEST_NUMBER"]), out)
+
+
 def numbered(number: int, out: Out | None) -> Batch:
     shape = (1, 8 + number % 5, 9, 3)
     pixels = np.empty(shape, np.uint8) if out is None else out(shape)
@@ -153,6 +160,23 @@ def test_a_thread_does_not_fork() -> None:
     consumer.start()
     consumer.join(timeout=60)
     assert parents == [forkserver._forkserver._forkserver_pid]  # type: ignore[attr-defined]
+
+
+def test_a_fork_server_passes_on_the_environment_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own is that of its start, which may lack credentials that were set later."""
+    found: list[int] = []
+
+    def consume() -> None:
+        for batch in load(FromEnvironment(), 1):
+            found.append(batch.position)
+
+    for number in (3, 7):
+        monkeypatch.setenv("RAYDETR_TEST_NUMBER", str(number))
+        consumer = threading.Thread(target=consume)
+        consumer.start()
+        consumer.join(timeout=60)
+    assert found == [3, 7]
+    assert forkserver._forkserver._forkserver_pid is not None  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("thread", [False, True])
