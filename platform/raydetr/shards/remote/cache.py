@@ -93,6 +93,7 @@ class NodeCache:
                     temporary.unlink(missing_ok=True)
                     with locked(self._root / "lock"):
                         self._add(-size)
+                        self.is_full = False  # another thread may have found no room because of this chunk
         return content
 
     def drop(self, number: int) -> None:
@@ -111,10 +112,11 @@ class NodeCache:
             if missing > 0 and _used(self._folder) + size <= self._max_bytes:
                 _remove_unused(self._root, missing)
                 missing = self._total() + size - self._max_bytes
-            self.is_full = missing > 0
-            if not self.is_full:
+            has_room = missing <= 0  # unlike `is_full`, which another thread may change before the return
+            self.is_full = not has_room
+            if has_room:
                 self._add(size)
-        return not self.is_full
+        return has_room
 
     def _total(self) -> int:
         return sum(_used(users.parent) for users in self._root.glob("*/users"))

@@ -226,7 +226,7 @@ def test_a_share_of_the_room_serves_that_share_of_the_reads(
             assert shards.read_many(batch) == many.read_many(batch)
         fetched.append(sum(fetched_bytes(web.requests[begun:])) / size)
     assert fetched[0] < 1.1
-    assert all(1 - share <= found < 1 - share + 0.1 for found in fetched[1:])  # a chunk is a tenth
+    assert all(1 - share <= found < 1 - share + 0.1 for found in fetched[1:]), fetched  # a chunk is a tenth
     assert on_disk(tmp_path) <= round(share * size)
 
 
