@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "deform_attn.h"
+#include "normalize.h"
 
 #ifdef DETRS_WITH_CUDA
 #include <dlfcn.h>
@@ -273,6 +274,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_attn_fused_backward(Tensor gra
   return {gradients.value, gradients.reference, gradients.locations, gradients.weights};
 }
 
+void check_images(const Tensor& pixels, const Tensor& sizes, const Tensor& mean, const Tensor& std) {
+  STD_TORCH_CHECK(pixels.scalar_type() == ScalarType::Byte && pixels.dim() == 4 && pixels.size(3) == 3,
+                  "pixels: expected uint8 [images, height, width, 3]");
+  STD_TORCH_CHECK(sizes.scalar_type() == ScalarType::Long && sizes.dim() == 2 &&
+                      sizes.size(0) == pixels.size(0) && sizes.size(1) == 2,
+                  "sizes: expected int64 [images, 2]");
+  for (const Tensor* factors : {&mean, &std})
+    STD_TORCH_CHECK(factors->scalar_type() == ScalarType::Float && factors->dim() == 1 && factors->size(0) == 3,
+                    "mean and std: expected float32 [3]");
+  const int64_t* size = data<int64_t>(sizes);
+  for (int64_t i = 0; i < 2 * sizes.size(0); i++)
+    STD_TORCH_CHECK(size[i] >= 0 && size[i] <= pixels.size(1 + i % 2), "sizes: an image larger than pixels");
+}
+
+// CPU only: on a GPU torch's own kernels are as fast as the memory.
+Tensor normalize_images(Tensor pixels, Tensor sizes, Tensor mean, Tensor std) {
+  pixels = pack(pixels), sizes = pack(sizes), mean = pack(mean), std = pack(std);
+  check_images(pixels, sizes, mean, std);
+  Tensor out = torch::stable::new_empty(pixels, pixels.sizes(), ScalarType::Float);
+  cpu::normalize({pixels.size(0), pixels.size(1), pixels.size(2), data<uint8_t>(pixels), data<int64_t>(sizes),
+                  data<float>(mean), data<float>(std), static_cast<float*>(out.mutable_data_ptr())});
+  return out;
+}
+
 std::string instruction_set() {
   return cpu::instruction_set();
 }
@@ -322,6 +347,7 @@ STABLE_TORCH_LIBRARY(detrs, library) {
       "offsets, "
       "Tensor logits, bool reference_needs_grad) "
       "-> (Tensor grad_value, Tensor grad_reference, Tensor grad_offsets, Tensor grad_logits)");
+  library.def("normalize_images(Tensor pixels, Tensor sizes, Tensor mean, Tensor std) -> Tensor");
   library.def("instruction_set() -> str");
   library.def("cuda_targets() -> str");
   library.def("cuda_note() -> str");
@@ -329,6 +355,7 @@ STABLE_TORCH_LIBRARY(detrs, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(detrs, CPU, library) {
   detrs::implement(library);
+  library.impl("normalize_images", TORCH_BOX(&detrs::normalize_images));
 }
 
 #ifdef DETRS_WITH_CUDA

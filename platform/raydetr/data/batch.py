@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
+from detrs.ops import normalize_images, padding_mask
 from detrs.structures import Images, Targets
 from raydetr.data.corrupt import CorruptSample
 from raydetr.data.transforms.pixels import LazyImage
@@ -103,26 +104,7 @@ def to_model(batch: Batch, device: torch.device | str) -> tuple[Images, Targets]
     """Move a batch to the device and normalize it there; padding is 0 after the normalization."""
     pixels = batch.pixels.to(device, non_blocking=True)
     sizes = batch.sizes.to(device, non_blocking=True)
-    height, width = pixels.shape[-2:]
-    below = torch.arange(height, device=device) >= sizes[:, 0, None]
-    right = torch.arange(width, device=device) >= sizes[:, 1, None]
-    padding = below[:, :, None] | right[:, None, :]
-    normalized = _normalize(pixels)
-    for number, (bottom, end) in enumerate(batch.sizes.tolist()):  # of each image, faster than a mask
-        normalized[number, :, bottom:] = 0.0
-        normalized[number, :, :, end:] = 0.0
+    normalized = normalize_images(pixels, sizes, MEAN, STD)
     targets = Targets(batch.labels.to(device), batch.boxes.to(device), batch.counts)
-    return Images(normalized, padding), targets
+    return Images(normalized, padding_mask(sizes, *pixels.shape[2:])), targets
 
-
-def _normalize(pixels: UInt8[Tensor, "b 3 h w"]) -> Float32[Tensor, "b 3 h w"]:
-    """Subtract the mean and divide by the standard deviation, in the layout of `pixels`.
-
-    The channels of a pixel lie next to each other in memory. A row of all of them is one vector, which a CPU computes
-    twice as fast as three channels at a time; a cast before and work in place save temporary tensors.
-    """
-    num_images, _, height, width = pixels.shape
-    rows = pixels.permute(0, 2, 3, 1).reshape(num_images, height, width * 3).float()
-    mean, std = (torch.tensor(values, device=pixels.device).repeat(width) for values in (MEAN, STD))
-    rows.sub_(mean).div_(std)
-    return rows.view(num_images, height, width, 3).permute(0, 3, 1, 2)
