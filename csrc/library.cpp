@@ -281,8 +281,9 @@ void check_images(const Tensor& pixels, const Tensor& sizes, const Tensor& mean,
                       sizes.size(0) == pixels.size(0) && sizes.size(1) == 2,
                   "sizes: expected int64 [images, 2]");
   for (const Tensor* factors : {&mean, &std})
-    STD_TORCH_CHECK(factors->scalar_type() == ScalarType::Float && factors->dim() == 1 && factors->size(0) == 3,
-                    "mean and std: expected float32 [3]");
+    STD_TORCH_CHECK(
+        factors->scalar_type() == ScalarType::Float && factors->dim() == 1 && factors->size(0) == 3,
+        "mean and std: expected float32 [3]");
   const int64_t* size = data<int64_t>(sizes);
   for (int64_t i = 0; i < 2 * sizes.size(0); i++)
     STD_TORCH_CHECK(size[i] >= 0 && size[i] <= pixels.size(1 + i % 2), "sizes: an image larger than pixels");
