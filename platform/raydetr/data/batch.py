@@ -107,4 +107,3 @@ def to_model(batch: Batch, device: torch.device | str) -> tuple[Images, Targets]
     normalized = normalize_images(pixels, sizes, MEAN, STD)
     targets = Targets(batch.labels.to(device), batch.boxes.to(device), batch.counts)
     return Images(normalized, padding_mask(sizes, *pixels.shape[2:])), targets
-
