@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from raydetr.config import TransformConfig
 from raydetr.data.batch import Batch, Sample, collate
+from raydetr.data.layout import Layout
 from raydetr.data.loader.loader import Out, load
 from raydetr.data.order import SampleOrder
 from raydetr.data.stream import train_batches
@@ -364,7 +365,7 @@ def measure_start_up(folder: Path, num_workers: int) -> dict[str, float]:
 def tiny_stream(folder: Path, position: int, num_workers: int) -> Iterator[Batch]:
     """Return the stream of the first of 8 ranks."""
     return train_batches(
-        open_shards(folder), seed=0, position=position, rank=0, world_size=8, batch_size=4,
+        open_shards(folder), seed=0, position=position, layout=Layout(32, 8),
         transform=Transform(TransformConfig()), num_workers=num_workers,
     )  # fmt: skip
 
@@ -390,9 +391,7 @@ def resume(folder: Path) -> Case:
             shards,
             seed=0,
             position=LATE * COCO + 17,
-            rank=0,
-            world_size=1,
-            batch_size=1,
+            layout=Layout(1),
             transform=Transform(TransformConfig()),
         )
         start = time.perf_counter()

@@ -34,6 +34,7 @@ class Sample:
     boxes_xyxy: npt.NDArray[np.float64]  # [t, 4] in pixels of `image`
     image_id: int
     original_size: tuple[int, int]  # (height, width) before the transform
+    position: int = 0  # G, counted over the run; keys the random draws of training
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Batch:
     counts: tuple[int, ...]
     image_ids: Int64[Tensor, " b"]
     original_sizes: Int64[Tensor, "b 2"]  # (height, width) before the transform
-    position: int  # of the first sample of the global batch, counted over the run
+    positions: tuple[int, ...]  # G of each sample, counted over the run
+    position: int  # of the first sample of the global batch
     corrupt: tuple[CorruptSample, ...] = ()  # samples of this batch that were substituted or masked
     is_blank: bool = False  # all samples were masked; holds one black image, which must not be trained on
 
@@ -83,6 +85,7 @@ def collate(
         counts=counts,
         image_ids=torch.tensor([sample.image_id for sample in samples]),
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
+        positions=tuple(sample.position for sample in samples),
         position=position,
     )
 
@@ -90,7 +93,7 @@ def collate(
 def blank_batch(position: int, *, out: Callable[[tuple[int, int, int, int]], Canvas] | None = None) -> Batch:
     """Return a batch of one black image, like `collate`: models and other ranks need a batch in every step."""
     black = LazyImage.unresized(np.zeros((BLANK_SIDE, BLANK_SIDE, 3), np.uint8))
-    sample = Sample(black, np.zeros(0, np.int64), np.zeros((0, 4)), -1, (BLANK_SIDE, BLANK_SIDE))
+    sample = Sample(black, np.zeros(0, np.int64), np.zeros((0, 4)), -1, (BLANK_SIDE, BLANK_SIDE), position)
     return replace(collate([sample], position, out=out), is_blank=True)
 
 
