@@ -66,8 +66,8 @@ def sampling_locations(
 
     Source: Deformable DETR, section 4.1 and appendix A.3.
     """
-    anchors = reference[:, :, None, :, None]
+    expanded = reference[:, :, None, :, None]  # [n, q, 1, l, 1, k]
     if reference.shape[3] == 4:
-        return anchors[..., :2] + offsets / offsets.shape[4] * anchors[..., 2:] * 0.5
+        return expanded[..., :2] + offsets / offsets.shape[4] * expanded[..., 2:] * 0.5
     sizes = torch.tensor([(width, height) for height, width in shapes], device=offsets.device)
-    return anchors + offsets / sizes[:, None]
+    return expanded + offsets / sizes[:, None]
