@@ -28,7 +28,7 @@ DETRS_INLINE To convert_to(From number) {
 // and whether they exist. Coordinates are in pixels; pixel i has its center at i.
 template <class Real, class Int>
 struct Neighbors {
-  Int before, after;                 // columns or rows of pixels, clamped into the level
+  Int before, after;                 // columns or lines of pixels, clamped into the level
   Real before_factor, after_factor;  // 0 outside the level
   Real before_inside, after_inside;  // 1 inside, 0 outside
 

@@ -22,7 +22,7 @@ def deform_attn_reference(
     linear projections.
 
     Args:
-        value: one vector per token and head. Tokens are the pixels of all levels, level by level and row by row.
+        value: one vector per token and head. Tokens are the pixels of all levels, level by level and line by line.
         shapes: (height, width) of each level.
         locations: (x, y). (0, 0) is the outer corner of the first pixel of a level and (1, 1) that of the last. Values
             are interpolated bilinearly between pixel centers; outside the level they are zero.
