@@ -161,16 +161,16 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-// Calls run(level memory, stream) on the device of the tensors. The memory comes from torch's caching
+// Calls run(level buffer, stream) on the device of the tensors. The buffer comes from torch's caching
 // allocator and is released while the kernel may still run. This is safe: it can only be reused by later work
 // on the same stream.
 template <class Run>
 void on_cuda(const Inputs& in, const Run& run) {
   const int32_t device = in.value.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
-  Tensor memory = torch::stable::new_empty(in.locations, {cuda::level_memory_size(in.locations.size(3))},
+  Tensor buffer = torch::stable::new_empty(in.locations, {cuda::level_buffer_size(in.locations.size(3))},
                                            ScalarType::Byte);
-  run(memory.mutable_data_ptr(), current_stream(device));
+  run(buffer.mutable_data_ptr(), current_stream(device));
 }
 #endif
 
@@ -180,7 +180,7 @@ void run_forward(const Inputs& in, const Tensor& out) {
   problem.out = out.mutable_data_ptr();
 #ifdef DETRS_WITH_CUDA
   if (in.value.is_cuda())
-    return on_cuda(in, [&](void* memory, void* stream) { cuda::forward(problem, memory, stream); });
+    return on_cuda(in, [&](void* buffer, void* stream) { cuda::forward(problem, buffer, stream); });
 #endif
   cpu::forward(problem);
 }
@@ -212,7 +212,7 @@ void run_backward(const Tensor& grad_out, const Inputs& in, const Gradients& gra
       wants_reference ? static_cast<T*>(gradients.reference.mutable_data_ptr()) : nullptr;
 #ifdef DETRS_WITH_CUDA
   if (in.value.is_cuda())
-    return on_cuda(in, [&](void* memory, void* stream) { cuda::backward(problem, memory, stream); });
+    return on_cuda(in, [&](void* buffer, void* stream) { cuda::backward(problem, buffer, stream); });
 #endif
   cpu::backward(problem);
 }

@@ -95,7 +95,8 @@ def _fake_normalize_images(pixels: Tensor, sizes: Tensor, mean: Tensor, std: Ten
 def _under_autocast(name: str, key: str) -> Callable[..., Tensor]:
     """Return the autocast kernel of an operator: it keeps `value` and converts all other tensors to float32.
 
-    Half precision is too coarse for positions, and torch.library.register_autocast would cast all tensors to one dtype.
+    Half precision is too coarse for locations, and torch.library.register_autocast would cast all tensors to one
+    dtype.
     """
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
