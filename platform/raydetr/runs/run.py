@@ -199,13 +199,28 @@ def resolve(config: RunConfig) -> tuple[RunConfig, tuple[Shards, Shards]]:
         raise ConfigError(
             "optim.precision=fp16 is for GPUs: set cluster.use_gpu=true, or optim.precision=bf16 for a CPU"
         )
-    workers, batch = config.cluster.num_workers, config.data.batch_size
-    if batch % workers:
-        raise ConfigError(
-            f"data.batch_size={batch} is the batch of all workers and cannot be divided among "
-            f"cluster.num_workers={workers}: use a multiple of {workers}"
-        )
+    _check_layout(config)
     return config, (train, val)
+
+
+def _check_layout(config: RunConfig) -> None:
+    """Check that the global batch can be divided among the workers.
+
+    Raises:
+        ConfigError: a worker without images cannot take part.
+    """
+    workers, batch = config.cluster.num_workers, config.data.batch_size
+    if workers <= batch:
+        return
+    idle = (
+        f"data.batch_size={batch} leaves {workers - batch} of cluster.num_workers={workers} without an image"
+    )
+    if config.model.backbone.norm == "batch":
+        raise ConfigError(
+            f"{idle}, and batch norm (model.backbone.norm=batch) needs one on every worker: use 1 to {batch} workers, "
+            "or a larger batch"
+        )
+    print_status(f"warning: {idle}: they only wait for the others; use at most {batch} workers")
 
 
 def _execute(run: Run, local: bool, callbacks: Sequence[Any] = ()) -> RunResult:

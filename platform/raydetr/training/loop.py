@@ -7,6 +7,7 @@ learning rate, data order and random draws are functions of it.
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -64,12 +65,15 @@ class Training:
 
     def __init__(self, config: RunConfig, model: Model, num_samples: int, world: World) -> None:
         self.config, self.model, self.world, self.num_samples = config, model, world, num_samples
-        self.detector = synchronize_norms(model.detector.to(world.device), world)
+        self.detector = model.detector.to(world.device)
         if config.optim.activation_checkpointing:
             self.detector.enable_activation_checkpointing()
         self.criterion = model.criterion
         decay = config.optim.ema_decay
         self.ema = Ema(self.detector, decay) if decay is not None else None
+        synchronize_norms(
+            self.detector, world
+        )  # after the copy for the moving average, which is only evaluated
         self.optimizer = build_optimizer(self.detector, config.optim)
         self.replica = _replicate(self.detector, config.cluster, world)
         self.batch_norms = BatchNormSnapshot(self.detector)
@@ -313,8 +317,12 @@ def _sum_terms(losses: Sequence[StepLoss]) -> dict[str, Tensor]:
 def _replicate(detector: Detector, config: ClusterConfig, world: World) -> nn.Module:
     if world.size == 1:
         return detector
-    # Buffers are never broadcast: frozen ones are equal, and batch norm is synchronized
-    replica = DistributedDataParallel(detector, gradient_as_bucket_view=True, broadcast_buffers=False)
+    # No buffers are sent before a forward pass: frozen ones are equal, and batch norm is synchronized. torch 2.13
+    # renamed the setting
+    parameters = inspect.signature(DistributedDataParallel.__init__).parameters
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+    settings: dict[str, Any] = {"gradient_as_bucket_view": True, sync_buffers: False}
+    replica = DistributedDataParallel(detector, **settings)
     if config.bf16_gradients:
         replica.register_comm_hook(None, bf16_compress_hook)
     return replica

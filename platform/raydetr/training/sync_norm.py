@@ -5,7 +5,7 @@ torch's own SyncBatchNorm is for GPUs only; `SyncBatchNorm2d` is its definition 
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,24 +13,28 @@ from torch import Tensor, nn
 
 from raydetr.training.world import World
 
-Module = TypeVar("Module", bound=nn.Module)
 
-
-def synchronize_norms(model: Module, world: World) -> Module:
-    """Replace every batch norm of a model by a synchronized one, if there are several workers; return the model."""
-    if world.size == 1 or not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        return model
+def synchronize_norms(model: nn.Module, world: World) -> None:
+    """Replace every batch norm of a model by a synchronized one with the same tensors, if there are several workers."""
+    norms = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.BatchNorm2d)
+    ]
+    if world.size == 1 or not norms:
+        return
     # A group of its own: the sums of DistributedDataParallel's gradients are under way at the same time, in an order
     # that need not be the same on all workers
     group = dist.new_group()
-    if world.device.type == "cuda":
-        converted: Module = nn.SyncBatchNorm.convert_sync_batchnorm(model, group)  # type: ignore[no-untyped-call]
-        return converted
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(module, name, SyncBatchNorm2d.of(child, group))
-    return model
+    on_gpu = world.device.type == "cuda"
+    for module, name, norm in norms:
+        setattr(module, name, _to_gpu_norm(norm, group) if on_gpu else SyncBatchNorm2d.of(norm, group))
+
+
+def _to_gpu_norm(norm: nn.BatchNorm2d, group: Any) -> nn.Module:
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(norm, group)  # type: ignore[no-untyped-call]
+    return converted
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):

@@ -39,7 +39,8 @@ class World:
         if self.size == 1:
             return PendingGather(value[None], None)
         gathered = value.new_empty(self.size, *value.shape)
-        return PendingGather(gathered, dist.all_gather_into_tensor(gathered, value, async_op=True))
+        # Not the variant that takes one tensor, whose name changes with torch 2.13
+        return PendingGather(gathered, dist.all_gather(list(gathered.unbind(0)), value, async_op=True))
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite the tensors with those of rank 0."""

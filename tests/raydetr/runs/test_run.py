@@ -175,11 +175,17 @@ def test_num_classes_that_contradicts_the_data_is_refused(tiny_run: RunConfig) -
     assert run.resolve(official)[0].model.num_classes == 91
 
 
-def test_a_batch_size_that_the_workers_do_not_divide_is_refused(tiny_run: RunConfig) -> None:
-    with pytest.raises(
-        ConfigError, match=r"data\.batch_size=8 .* cluster\.num_workers=3: use a multiple of 3"
-    ):
-        run.resolve(override(tiny_run, {"cluster.num_workers": 3}))
+def test_more_workers_than_images_are_refused_where_batch_norm_needs_an_image(
+    tiny_run: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.resolve(override(tiny_run, {"cluster.num_workers": 3}))  # shares of 2 and 3 images
+    assert "without an image" not in capsys.readouterr().err
+    more = override(tiny_run, {"cluster.num_workers": 10})
+    message = r"data\.batch_size=8 leaves 2 of cluster\.num_workers=10 without an image.* use 1 to 8 workers"
+    with pytest.raises(ConfigError, match=message):
+        run.resolve(override(more, {"model.backbone.norm": "batch"}))
+    run.resolve(override(more, {"model.backbone.norm": "frozen"}))
+    assert "leaves 2 of cluster.num_workers=10 without an image" in capsys.readouterr().err
 
 
 def test_splits_with_other_categories_are_refused(

@@ -14,9 +14,8 @@ import torch.multiprocessing as mp
 
 import small_models
 from detrs import zoo
-from detrs.structures import Images
 from raydetr.config import RunConfig, from_dict, to_dict
-from raydetr.data.batch import Batch, Sample, blank_batch, collate
+from raydetr.data.batch import Batch, Sample, blank_batch, collate, to_model
 from raydetr.data.layout import Layout
 from raydetr.data.transforms.pixels import LazyImage
 from raydetr.training.loop import Training
@@ -204,9 +203,9 @@ def test_activation_checkpointing_keeps_fewer_tensors(norm: str, config: RunConf
             return tensor
 
         training.detector.train()
-        pixels = torch.rand(2, 3, *SIZE)
+        (batch,) = micro_batches(Layout(BATCH), 0, 0)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            training.detector(Images(pixels, torch.zeros(2, *SIZE, dtype=torch.bool)))
+            training.detector(*to_model(batch, "cpu"))
         kept.append(sum(numbers))
     assert kept[1] < 0.8 * kept[0]
 
