@@ -86,13 +86,11 @@ def _quick_findings(splits: Sequence[Split], target: TrainingTarget) -> Iterator
         # An upper bound: the index counts crowds and boxes without area too
         per_image = split.shards.samples["num_annotations"].astype(np.int64)
         yield from object_count_findings(split, per_image, target)
-        counts, clamped = (
-            _usable_objects(split.shards),
-            split.shards.manifest.unusual_objects.get("clamped", 0),
-        )
+        counts = _usable_objects(split.shards)
         if counts is None or not counts.any():
             continue
         yield from class_findings(split, counts)
+        clamped = split.shards.manifest.unusual_objects.get("clamped", 0)
         if are_corners(clamped, int(counts.sum())):
             yield corner_boxes_finding(split.name, clamped, int(counts.sum()))
     for one, other in combinations(splits, 2):
@@ -162,7 +160,7 @@ def examine(
     total, before = sum(shards.num_samples for shards in opened), 0
     scanned: list[ScannedSplit] = []
     for split in named_splits(opened):
-        report = _shifted(progress, before, total) if progress else None
+        report = (lambda done, _, before=before: progress(before + done, total)) if progress else None
         result = scan(split.shards, progress=report, num_processes=num_processes)
         scanned.append(ScannedSplit(split, result, target))
         before += split.shards.num_samples
@@ -170,11 +168,6 @@ def examine(
         findings += _all_findings(scanned, target, num_processes)
     findings.sort(key=lambda finding: LEVELS.index(finding.level))
     return Report(target, tuple(scanned), tuple(findings), time.perf_counter() - start)
-
-
-def _shifted(progress: Progress, before: int, total: int) -> Progress:
-    """Return a callback that reports the progress of one split as progress of all."""
-    return lambda done, _: progress(before + done, total)
 
 
 def _all_findings(

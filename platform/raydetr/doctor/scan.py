@@ -54,15 +54,12 @@ def read_unchecked(shards: Shards, index: int) -> RawSample | None:
         RemoteError: a server cannot be reached, or refuses.
     """
     row = shards.samples[index]
-    image, record = (
-        slice(int(row[f"{part}_offset"]), int(row[f"{part}_offset"]) + int(row[f"{part}_length"]))
-        for part in ("image", "json")
-    )
     try:
         raw = shards.files.read(*shards.span(index))
         if zlib.crc32(raw) != row["crc32"]:
             return None
-        return RawSample(shards.key(index), raw[image], *parse_content(raw[record]))
+        image, record = (raw[row[f"{part}_offset"] :][: row[f"{part}_length"]] for part in ("image", "json"))
+        return RawSample(shards.key(index), image, *parse_content(record))
     except RemoteError:
         raise
     except (OSError, InvalidDataError):
@@ -230,78 +227,32 @@ class Split:
         return np.stack([samples["width"], samples["height"]], axis=1).astype(np.float64)
 
 
-@dataclass(frozen=True)
 class ScannedSplit:
     """A split with the result of its scan, for a training: n images, m objects, k categories.
 
-    "Usable" are the objects that training uses: no crowd, a known category, a box with area in the image.
+    "Usable" are the u objects that training uses: no crowd, a known category, a box with area in the image.
     """
 
-    split: Split
-    scan: ScanResult
-    target: TrainingTarget
-
-    @property
-    def name(self) -> str:
-        """Name of the split."""
-        return self.split.name
-
-    @cached_property
-    def sizes(self) -> Floats:
-        """Width and height of the image of each object, [m, 2] in pixels."""
-        sizes: Floats = self.split.image_sizes[self.scan.objects["sample"]]
-        return sizes
-
-    @cached_property
-    def visible_sides(self) -> Floats:
-        """Width and height of each box inside its image, [m, 2] in pixels; not positive where it is outside."""
-        boxes = self.scan.objects["box"]
-        sides: Floats = np.minimum(boxes[:, :2] + boxes[:, 2:], self.sizes) - np.maximum(boxes[:, :2], 0)
-        return sides
-
-    @cached_property
-    def category_ids(self) -> Integers:
-        """Ids of the categories, ascending, [k]."""
-        return np.array([category["id"] for category in self.split.shards.manifest.categories])
-
-    @cached_property
-    def is_known(self) -> Flags:
-        """Flags of the objects whose category is in the list, [m]."""
-        known: Flags = np.isin(self.scan.objects["category_id"], self.category_ids)
-        return known
-
-    @cached_property
-    def is_usable(self) -> Flags:
-        """Flags of the usable objects, [m]."""
-        objects = self.scan.objects
+    def __init__(self, split: Split, scan: ScanResult, target: TrainingTarget) -> None:
+        self.split, self.scan, self.target, self.name = split, scan, target, split.name
+        objects, categories = scan.objects, split.shards.manifest.categories
+        position, extent = objects["box"][:, :2], objects["box"][:, 2:]
+        # [m, 2] in pixels: width and height of each object's image, and of the box inside it; not positive outside
+        self.sizes: Floats = split.image_sizes[objects["sample"]]
+        self.visible_sides: Floats = np.minimum(position + extent, self.sizes) - np.maximum(position, 0)
         with np.errstate(invalid="ignore"):
-            is_visible = (self.visible_sides > 0).all(axis=1)
-        usable: Flags = objects["is_box"] & ~objects["is_crowd"] & self.is_known & is_visible
-        return usable
-
-    @cached_property
-    def shorter_sides(self) -> Floats:
-        """Shorter side of each usable object after the resize of the training, in pixels."""
-        factors = self.target.scale_factors(self.sizes[self.is_usable])
-        sides: Floats = self.visible_sides[self.is_usable].min(axis=1) * factors
-        return sides
-
-    @cached_property
-    def objects_per_image(self) -> Integers:
-        """Number of usable objects in each image, [n]."""
-        samples = self.scan.objects["sample"][self.is_usable]
-        return np.bincount(samples, minlength=self.split.shards.num_samples)
-
-    @cached_property
-    def classes(self) -> Integers:
-        """Category of each usable object, as its position in the list."""
-        ids = self.scan.objects["category_id"][self.is_usable]
-        return np.searchsorted(self.category_ids, ids)
-
-    @cached_property
-    def objects_per_class(self) -> Integers:
-        """Number of usable objects of each category, [k]."""
-        return np.bincount(self.classes, minlength=len(self.category_ids))
+            self.is_visible: Flags = (self.visible_sides > 0).all(axis=1)  # [m]; not where there is no box
+        self.category_ids: Integers = np.array([category["id"] for category in categories])  # [k], ascending
+        self.is_known: Flags = np.isin(objects["category_id"], self.category_ids)  # [m]
+        self.is_usable: Flags = objects["is_box"] & ~objects["is_crowd"] & self.is_known & self.is_visible
+        usable = objects[self.is_usable]
+        factors = target.scale_factors(self.sizes[self.is_usable])
+        # [u]: shorter side in pixels after the resize of the training, and category as its position in the list
+        self.shorter_sides: Floats = self.visible_sides[self.is_usable].min(axis=1) * factors
+        self.classes: Integers = np.searchsorted(self.category_ids, usable["category_id"])
+        # [n] and [k]: numbers of usable objects
+        self.objects_per_image: Integers = np.bincount(usable["sample"], minlength=split.shards.num_samples)
+        self.objects_per_class: Integers = np.bincount(self.classes, minlength=len(categories))
 
     def examples(self, chosen: Sequence[int] | Integers, *, boxes: bool = True) -> tuple[Example, ...]:
         """Return examples: some of the images with the chosen objects.
