@@ -40,11 +40,6 @@ class CorruptSample:
     reason: str
     action: Action
 
-    @staticmethod
-    def from_error(error: ShardError, position: int, action: Action) -> CorruptSample:
-        """Describe the sample that an error names."""
-        return CorruptSample(position, error.shard, error.key, error.offset, error.reason, action)
-
     def __str__(self) -> str:
         return f"{self.shard}: sample {self.key} at byte {self.offset}: {self.reason}; {self.action}"
 
@@ -78,10 +73,10 @@ def apply_policy(
     except ShardError as error:
         if policy == "raise":
             raise
+        row = CorruptSample(position, error.shard, error.key, error.offset, error.reason, "masked")
         if policy == "mask":
-            return None, CorruptSample.from_error(error, position, "masked")
-        substitute = _substitute(shards, error, make, fallbacks)
-        return substitute, CorruptSample.from_error(error, position, "substituted")
+            return None, row
+        return _substitute(shards, error, make, fallbacks), dataclasses.replace(row, action="substituted")
     log.warning("sample %s was corrupt when first read, and valid when read again", shards.key(index))
     return sample, None
 

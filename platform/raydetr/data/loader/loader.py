@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.context import BaseContext
 from types import ModuleType
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -21,17 +21,16 @@ from raydetr.store.store import uses_stores
 
 Out = Callable[[tuple[int, int, int, int]], Canvas]  # the `out` of `collate`
 DONE = object()
-B = TypeVar("B", bound=Batch | None, covariant=True)
 
 
-class BatchSource(Protocol[B]):
+class BatchSource(Protocol):
     """Makes batches, in any number of processes that take turns."""
 
-    def batches(self, worker: int, num_workers: int, out: Out | None) -> Iterator[B]:
+    def batches(self, worker: int, num_workers: int, out: Out | None) -> Iterator[Batch | None]:
         """Yield batches `worker`, `worker + num_workers`, ... of the source, collated into arrays from `out`."""
 
 
-def load(source: BatchSource[B], num_workers: int) -> Iterator[B]:
+def load(source: BatchSource, num_workers: int) -> Iterator[Batch | None]:
     """Yield the batches of a source in order.
 
     Args:
@@ -50,7 +49,6 @@ def load(source: BatchSource[B], num_workers: int) -> Iterator[B]:
         _SenderDataset(source, ring),
         batch_size=None,
         num_workers=num_workers,
-        collate_fn=_identity,
         worker_init_fn=_watch_parent,
         generator=torch.Generator(),  # otherwise the DataLoader draws its seed from the global generator
         multiprocessing_context=_start_method(),
@@ -64,7 +62,7 @@ def load(source: BatchSource[B], num_workers: int) -> Iterator[B]:
                 return
             if isinstance(message, Failure):
                 raise message.error()
-            yield cast(B, None if message is None else receiver.batch(message))
+            yield None if message is None else receiver.batch(message)
     finally:
         del messages  # ends the processes now; a held traceback would keep them running
 
@@ -80,7 +78,7 @@ def _next(messages: Iterator[Any]) -> Any:
 
 
 class _SenderDataset(IterableDataset[Message | Failure | None]):
-    def __init__(self, source: BatchSource[Batch | None], ring: Ring) -> None:
+    def __init__(self, source: BatchSource, ring: Ring) -> None:
         self.source, self.ring = source, ring
         self.environment = dict(os.environ)
 
@@ -123,7 +121,3 @@ def _start_method() -> BaseContext | None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["raydetr.data.stream", *sorted(modules)])
     return context
-
-
-def _identity(message: Any) -> Any:
-    return message
