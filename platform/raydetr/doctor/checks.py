@@ -214,7 +214,7 @@ def scale_findings(scanned: ScannedSplit) -> Iterator[Finding]:
             "tiny-objects", "warning", (scanned.name,),
             f"{tiny.mean():.0%} of the objects have a side under {TINY} pixels {scanned.target.describe_resize()}",
             "train at a larger scale, cut the images into tiles, or omit such objects",
-            int(tiny.sum()), scanned.examples(numbers[np.argsort(sides, kind="stable")]),
+            int(tiny.sum()), scanned.examples(numbers[np.argsort(sides, kind="stable")][: tiny.sum()]),
         )  # fmt: skip
     counts, small = scanned.objects_per_class, small_per_class(scanned)
     mostly = np.flatnonzero((counts >= MIN_CLASS_OBJECTS) & (small >= MOSTLY_SMALL * counts))

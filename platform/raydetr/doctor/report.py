@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib import resources
 from typing import Any
 
 import jinja2
@@ -17,7 +16,7 @@ import numpy.typing as npt
 
 from raydetr.doctor.checks import SMALL, TINY, small_per_class
 from raydetr.doctor.findings import LEVELS, Finding, Place, TrainingTarget, counted
-from raydetr.doctor.scan import ScannedSplit, as_record, is_box, read_unchecked
+from raydetr.doctor.scan import ScannedSplit, is_box, read_unchecked
 from raydetr.shards.images import ImageError, decode_image
 from raydetr.shards.manifest import MAX_LABEL
 from raydetr.visualization.boxes import coco_boxes, draw_boxes
@@ -138,11 +137,11 @@ class Report:
 
     def to_html(self) -> str:
         """Render a page in one file; its images are read from the shards again."""
-        source = resources.files("raydetr.doctor").joinpath("page.html").read_text(encoding="utf-8")
         environment = jinja2.Environment(
-            autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
-        return environment.from_string(source).render(
+            loader=jinja2.PackageLoader("raydetr.doctor", ""),
+            autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        )  # fmt: skip
+        return environment.get_template("page.html").render(
             report=self,
             charts=[_chart(self, *chart) for chart in CHARTS] if self.statistics else [],
             class_rows=_class_rows(self),
@@ -262,7 +261,7 @@ def _picture(report: Report, place: Place, is_pair: bool) -> str | None:
         image = decode_image(raw.image)
     except ImageError:
         return None
-    records = [as_record(annotation) for annotation in raw.annotations]
+    records = raw.annotations
     # Without annotations, the finding is about the image: all boxes show whether they are where they should be
     if place.annotations or is_pair:
         records = [records[number] for number in place.annotations]

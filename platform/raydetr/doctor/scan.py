@@ -7,10 +7,11 @@ import io
 import math
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,8 @@ def perceptual_hash(image: Image.Image) -> int:
 def read_unchecked(shards: Shards, index: int) -> RawSample | None:
     """Read a sample without validating its record, to show what is wrong with it.
 
+    An annotation that is no JSON object becomes an empty record.
+
     Returns:
         None where the bytes are not those that were packed, or hold no record.
 
@@ -59,11 +62,13 @@ def read_unchecked(shards: Shards, index: int) -> RawSample | None:
         if zlib.crc32(raw) != row["crc32"]:
             return None
         image, record = (raw[row[f"{part}_offset"] :][: row[f"{part}_length"]] for part in ("image", "json"))
-        return RawSample(shards.key(index), image, *parse_content(record))
+        image_record, annotations = parse_content(record)
     except RemoteError:
         raise
     except (OSError, InvalidDataError):
         return None
+    records = [annotation if isinstance(annotation, dict) else {} for annotation in annotations]
+    return RawSample(shards.key(index), image, image_record, records)
 
 
 def is_box(value: object) -> bool:
@@ -74,11 +79,6 @@ def is_box(value: object) -> bool:
         and all(isinstance(side, int | float) and math.isfinite(side) for side in value)
         and min(value[2:]) >= 0
     )
-
-
-def as_record(annotation: Any) -> dict[str, Any]:
-    """Return the annotation, or an empty record where it is no JSON object."""
-    return annotation if isinstance(annotation, dict) else {}
 
 
 # --- Scanning, in parallel processes ---
@@ -158,14 +158,14 @@ def _scan_slice(task: tuple[int, Shards], advance: Callable[[int], None]) -> Sca
         if isinstance(sample, ShardError):
             corrupt[number] = sample.reason
             unchecked = read_unchecked(shards, index)
-            annotations: list[Any] = unchecked.annotations if unchecked else []
         else:
-            annotations = sample.annotations
+            unchecked = sample
             try:
                 images[index] = _image_row(sample.image)
             except ImageError as error:
                 corrupt[number] = f"its image cannot be decoded ({error})"
-        objects += [_object_row(number, *numbered) for numbered in enumerate(annotations)]
+        if unchecked is not None:
+            objects += [_object_row(number, *numbered) for numbered in enumerate(unchecked.annotations)]
         advance(1)
     return ScanResult(images, np.array(objects, OBJECT_DTYPE), corrupt)
 
@@ -177,8 +177,7 @@ def _image_row(content: bytes) -> tuple[Any, ...]:
     return True, *image.size, is_rotated, digest, perceptual_hash(image)
 
 
-def _object_row(sample: int, position: int, annotation: Any) -> tuple[Any, ...]:
-    record = as_record(annotation)
+def _object_row(sample: int, position: int, record: dict[str, Any]) -> tuple[Any, ...]:
     category_id, box = record.get("category_id"), record.get("bbox")
     if not isinstance(category_id, int) or not 0 <= category_id < 2**63:
         category_id = -1
@@ -214,11 +213,9 @@ class Split:
         file_name = str(raw.record.get("file_name", "")) if raw else ""
         return Place(self.name, sample, image_id, file_name, annotations)
 
-    def examples(
-        self, samples: Sequence[int] | Integers, detail: Callable[[int], str]
-    ) -> tuple[Example, ...]:
+    def examples(self, samples: Iterable[int], detail: Callable[[int], str]) -> tuple[Example, ...]:
         """Return the first of the samples as examples; `detail` describes a sample."""
-        return tuple(Example((self.place(int(n)),), detail(int(n))) for n in samples[:MAX_EXAMPLES])
+        return tuple(Example((self.place(int(n)),), detail(int(n))) for n in islice(samples, MAX_EXAMPLES))
 
     @cached_property
     def image_sizes(self) -> Floats:
@@ -254,30 +251,25 @@ class ScannedSplit:
         self.objects_per_image: Integers = np.bincount(usable["sample"], minlength=split.shards.num_samples)
         self.objects_per_class: Integers = np.bincount(self.classes, minlength=len(categories))
 
-    def examples(self, chosen: Sequence[int] | Integers, *, boxes: bool = True) -> tuple[Example, ...]:
+    def examples(self, chosen: Integers, *, boxes: bool = True) -> tuple[Example, ...]:
         """Return examples: some of the images with the chosen objects.
 
         Args:
             chosen: numbers of objects.
             boxes: describe the box of the first chosen object in each image.
         """
-        by_sample: dict[int, list[int]] = {}
-        for number in chosen:
-            by_sample.setdefault(int(self.scan.objects["sample"][number]), []).append(int(number))
-            if len(by_sample) > MAX_EXAMPLES:
-                break
-        found = []
-        for sample, numbers in list(by_sample.items())[:MAX_EXAMPLES]:
-            positions = tuple(int(self.scan.objects["position"][number]) for number in numbers)
-            place = self.split.place(sample, positions)
-            found.append(Example((place,), self._describe_box(numbers[0]) if boxes else ""))
+        objects, found = self.scan.objects[chosen], []
+        for sample in list(dict.fromkeys(objects["sample"].tolist()))[:MAX_EXAMPLES]:
+            of_sample = objects["sample"] == sample
+            place = self.split.place(sample, tuple(objects["position"][of_sample].tolist()))
+            found.append(Example((place,), self._describe_box(chosen[of_sample][0]) if boxes else ""))
         return tuple(found)
 
     def _describe_box(self, number: int) -> str:
         row = self.scan.objects[number]
         if not row["is_box"]:
             raw = read_unchecked(self.split.shards, int(row["sample"]))
-            record = as_record(raw.annotations[row["position"]]) if raw else {}
+            record = raw.annotations[row["position"]] if raw else {}
             value = f"{record['bbox']!r:.60}" if "bbox" in record else "missing"
             return f"annotation {row['position']} has the box {value}"
         width, height = self.sizes[number]
