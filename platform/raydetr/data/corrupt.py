@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -85,7 +86,7 @@ def _substitute(
     shards: Shards, error: ShardError, make: Callable[[int, RawSample], T], fallbacks: Iterable[int]
 ) -> T:
     num_tried = 0
-    for other, _ in zip(fallbacks, range(MAX_TRIES), strict=False):
+    for other in islice(fallbacks, MAX_TRIES):
         num_tried += 1
         for read in (shards.read, shards.reread):
             try:

@@ -18,6 +18,14 @@ MAX_SIDE_RATIO = 5  # Long side by short side
 MIN_SIDE = 32  # Pixels of the short side: one cell of the coarsest feature map
 
 
+def _about_images(
+    split: Split, code: str, level: Level, chosen: Integers, text: str, remedy: str, detail: Callable[[int], str]
+) -> Iterator[Finding]:  # fmt: skip
+    if len(chosen):
+        text = f"{counted(len(chosen), 'image')} {text}"
+        yield Finding(code, level, (split.name,), text, remedy, len(chosen), split.examples(chosen, detail))
+
+
 def image_findings(scanned: ScannedSplit, corrupt_level: Level) -> Iterator[Finding]:
     """Check the images of a split; `corrupt_level` is the level of corrupt samples."""
     images, split, corrupt = scanned.scan.images, scanned.split, scanned.scan.corrupt
@@ -60,10 +68,7 @@ def image_findings(scanned: ScannedSplit, corrupt_level: Level) -> Iterator[Find
     )  # fmt: skip
     for code, level, is_found, text, remedy, detail in checks:
         chosen = np.flatnonzero(is_found)
-        if len(chosen):
-            text = f"{counted(len(chosen), 'image')} {text}"
-            examples = split.examples(chosen, detail)
-            yield Finding(code, level, (split.name,), text, remedy, len(chosen), examples)
+        yield from _about_images(split, code, level, chosen, text, remedy, detail)
 
 
 # --- Invalid and suspicious boxes ---
@@ -82,14 +87,11 @@ def box_findings(scanned: ScannedSplit, corrupt_level: Level) -> Iterator[Findin
     """Check the boxes of a split; `corrupt_level` is the level of problems for which the reader refuses a sample."""
     objects, boxes = scanned.scan.objects, scanned.scan.objects["box"]
     malformed = np.flatnonzero(~objects["is_box"])
-    if len(malformed):
-        yield Finding(
-            "malformed-boxes", corrupt_level, (scanned.name,),
-            f"{counted(len(malformed), 'annotation')} without a box of four finite numbers, none of them a negative "
-            "size",
-            "correct `bbox` to [x, y, width, height], or remove the annotations, and write the shards again",
-            len(malformed), scanned.examples(malformed),
-        )  # fmt: skip
+    yield from _about_objects(
+        scanned, "malformed-boxes", corrupt_level, malformed,
+        f"{counted(len(malformed), 'annotation')} without a box of four finite numbers, none of them a negative size",
+        "correct `bbox` to [x, y, width, height], or remove the annotations, and write the shards again",
+    )  # fmt: skip
     yield from _unknown_categories(scanned, corrupt_level)
     is_single = objects["is_box"] & ~objects["is_crowd"]
     has_area = (boxes[:, 2:] > 0).all(axis=1)
@@ -99,12 +101,11 @@ def box_findings(scanned: ScannedSplit, corrupt_level: Level) -> Iterator[Findin
     num_boxes = int(is_single.sum())
     if len(relative) >= max(MIN_BOXES, MANY_RELATIVE * num_boxes):
         exceeding = exceeding[:0]
-        yield Finding(
-            "relative-boxes", "error", (scanned.name,),
+        yield from _about_objects(
+            scanned, "relative-boxes", "error", relative,
             f"{len(relative) / num_boxes:.0%} of the boxes lie within one pixel: their numbers are fractions of the "
             "image's size",
             "multiply them by width and height of their image: COCO's boxes are in pixels",
-            len(relative), scanned.examples(relative),
         )  # fmt: skip
     elif are_corners(len(exceeding), num_boxes):
         yield corner_boxes_finding(scanned.name, len(exceeding), num_boxes, scanned.examples(exceeding))
@@ -128,14 +129,18 @@ def box_findings(scanned: ScannedSplit, corrupt_level: Level) -> Iterator[Findin
          "area that is 0, above the box's, or under 1% of it", "areas that are 0, above the box's, or under 1% of it",
          "AP by size (APs, APm, APl) means nothing for them; without masks, use the width times the height of the box"),
     ):  # fmt: skip
-        if len(chosen):
-            fraction = len(chosen) / len(objects)
-            yield Finding(
-                code, "warning" if fraction > MAX_NOTE_FRACTION else "note", (scanned.name,),
-                f"{counted(len(chosen), one, many)} ({fraction:.2%})",
-                remedy, len(chosen), scanned.examples(chosen),
-            )  # fmt: skip
+        fraction = len(chosen) / max(1, len(objects))
+        level: Level = "warning" if fraction > MAX_NOTE_FRACTION else "note"
+        text = f"{counted(len(chosen), one, many)} ({fraction:.2%})"
+        yield from _about_objects(scanned, code, level, chosen, text, remedy)
     yield from _default_boxes(scanned)
+
+
+def _about_objects(
+    scanned: ScannedSplit, code: str, level: Level, chosen: Integers, text: str, remedy: str
+) -> Iterator[Finding]:
+    if len(chosen):
+        yield Finding(code, level, (scanned.name,), text, remedy, len(chosen), scanned.examples(chosen))
 
 
 def _unknown_categories(scanned: ScannedSplit, level: Level) -> Iterator[Finding]:
@@ -177,11 +182,10 @@ def _default_boxes(scanned: ScannedSplit) -> Iterator[Finding]:
     is_full = scanned.visible_sides.prod(axis=1) >= FULL_IMAGE * scanned.sizes.prod(axis=1)
     full = np.flatnonzero(scanned.is_usable & is_full)
     if len(full) >= max(MIN_BOXES, MANY_FULL_IMAGE * num_usable):
-        yield Finding(
-            "full-image-boxes", "warning", (scanned.name,),
+        yield from _about_objects(
+            scanned, "full-image-boxes", "warning", full,
             f"{counted(len(full), 'box', 'boxes')} ({len(full) / num_usable:.0%}) cover the full image",
             "check whether they were drawn around objects, or mean `somewhere in this image`",
-            len(full), scanned.examples(full),
         )  # fmt: skip
     others = np.flatnonzero(scanned.is_usable & ~is_full)
     once_per_image = np.unique(np.column_stack([objects["box"], objects["sample"]])[others], axis=0)
@@ -332,15 +336,20 @@ def balance_findings(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
             yield from _rare_classes(scanned)
         if scanned.split.shards.manifest.categories == first.split.shards.manifest.categories:
             missing = np.flatnonzero((counts > 0) & (first.objects_per_class == 0))
-            if len(missing):
-                names = listed([first.split.category_names[number] for number in missing])
-                yield Finding(
-                    "classes-not-trained", "warning", (first.name, scanned.name),
-                    f"{counted(len(missing), 'class', 'classes')} with objects in {scanned.name}, "
-                    f"but none in {first.name}: {names}",
-                    "split the images again, so that each class is in both",
-                    len(missing),
-                )  # fmt: skip
+            yield from _about_classes(
+                "classes-not-trained", "warning", (first.name, scanned.name),
+                [first.split.category_names[number] for number in missing],
+                f"with objects in {scanned.name}, but none in {first.name}",
+                "split the images again, so that each class is in both",
+            )  # fmt: skip
+
+
+def _about_classes(
+    code: str, level: Level, splits: tuple[str, ...], classes: list[str], text: str, remedy: str
+) -> Iterator[Finding]:
+    if classes:
+        text = f"{counted(len(classes), 'class', 'classes')} {text}: {listed(classes)}"
+        yield Finding(code, level, splits, text, remedy, len(classes))
 
 
 def class_findings(split: Split, counts: Integers) -> Iterator[Finding]:
@@ -349,15 +358,12 @@ def class_findings(split: Split, counts: Integers) -> Iterator[Finding]:
         yield no_objects_finding(split)
         return
     absent = [name for name, count in zip(split.category_names, counts, strict=True) if not count]
-    if absent:
-        yield Finding(
-            "classes-without-objects", "warning" if split.is_trained_on else "note", (split.name,),
-            f"{counted(len(absent), 'class', 'classes')} of {len(counts)} without any object: {listed(absent)}",
-            "add images of them, or omit them from the categories"
-            if split.is_trained_on
-            else "their AP will be undefined; split the images again if they matter",
-            len(absent),
-        )  # fmt: skip
+    level: Level = "warning" if split.is_trained_on else "note"
+    remedy = "their AP will be undefined; split the images again if they matter"
+    if split.is_trained_on:
+        remedy = "add images of them, or omit them from the categories"
+    text = f"of {len(counts)} without any object"
+    yield from _about_classes("classes-without-objects", level, (split.name,), absent, text, remedy)
 
 
 def no_objects_finding(split: Split) -> Finding:
@@ -377,16 +383,12 @@ def _rare_classes(scanned: ScannedSplit) -> Iterator[Finding]:
     counts, names = scanned.objects_per_class, scanned.split.category_names
     present = [int(number) for number in np.argsort(counts, kind="stable") if counts[number]]
     rare = [f"{names[number]} {counts[number]}" for number in present if counts[number] < MIN_OBJECTS]
-    is_trained_on = scanned.split.is_trained_on
-    if rare:
-        yield Finding(
-            "rare-classes", "warning" if is_trained_on else "note", (scanned.name,),
-            f"{counted(len(rare), 'class', 'classes')} with fewer than {MIN_OBJECTS} objects: {listed(rare)}",
-            "add images of them; they will hardly be learned"
-            if is_trained_on
-            else "add images of them: their AP depends on a few objects",
-            len(rare),
-        )  # fmt: skip
+    level: Level = "warning" if scanned.split.is_trained_on else "note"
+    effect = "; they will hardly be learned" if level == "warning" else ": their AP depends on a few objects"
+    text = f"with fewer than {MIN_OBJECTS} objects"
+    yield from _about_classes(
+        "rare-classes", level, (scanned.name,), rare, text, f"add images of them{effect}"
+    )
     least, most = present[0], present[-1]
     ratio = counts[most] / counts[least]
     if ratio >= IMBALANCE:
@@ -418,10 +420,7 @@ def object_count_findings(
     order = np.argsort(-objects_per_image, kind="stable")
     for code, level, most, text, remedy in checks:
         above = order[objects_per_image[order] > (most or np.inf)]
-        if len(above):
-            have = "has" if len(above) == 1 else "have"
-            yield Finding(
-                code, level, (split.name,),
-                f"{counted(len(above), 'image')} ({len(above) / len(order):.1%}) {have} {text}", remedy, len(above),
-                split.examples(above, lambda n: counted(int(objects_per_image[n]), "object")),
-            )  # fmt: skip
+        text = f"({len(above) / len(order):.1%}) {'has' if len(above) == 1 else 'have'} {text}"
+        yield from _about_images(
+            split, code, level, above, text, remedy, lambda n: counted(int(objects_per_image[n]), "object")
+        )

@@ -86,27 +86,23 @@ def is_box(value: object) -> bool:
 CHUNK = 128  # Samples per task of a process
 MIN_PARALLEL_SAMPLES = 1_000  # Fewer are read in this process: starting others takes seconds
 
-IMAGE_DTYPE = np.dtype(
-    [
-        ("is_read", "?"),  # The image was read and decoded; otherwise all other fields are 0
-        ("width", "<u4"),  # As decoded
-        ("height", "<u4"),
-        ("is_rotated", "?"),  # By its EXIF orientation
-        ("digest", "<u8"),  # Of the encoded bytes
-        ("hash", "<u8"),  # Perceptual
-    ]
-)
-OBJECT_DTYPE = np.dtype(
-    [
-        ("sample", "<u4"),
-        ("position", "<u4"),  # Among the annotations of its sample
-        ("category_id", "<i8"),  # -1: none
-        ("box", "<f8", (4,)),  # x, y, width, height in pixels; NaN where it is no box
-        ("is_crowd", "?"),
-        ("is_box", "?"),  # Four finite numbers, no negative width or height
-        ("is_wrong_area", "?"),  # Not that of a mask in the box
-    ]
-)
+IMAGE_DTYPE = np.dtype([
+    ("is_read", "?"),  # The image was read and decoded; otherwise all other fields are 0
+    ("width", "<u4"),  # As decoded
+    ("height", "<u4"),
+    ("is_rotated", "?"),  # By its EXIF orientation
+    ("digest", "<u8"),  # Of the encoded bytes
+    ("hash", "<u8"),  # Perceptual
+])  # fmt: skip
+OBJECT_DTYPE = np.dtype([
+    ("sample", "<u4"),
+    ("position", "<u4"),  # Among the annotations of its sample
+    ("category_id", "<i8"),  # -1: none
+    ("box", "<f8", (4,)),  # x, y, width, height in pixels; NaN where it is no box
+    ("is_crowd", "?"),
+    ("is_box", "?"),  # Four finite numbers, no negative width or height
+    ("is_wrong_area", "?"),  # Not that of a mask in the box
+])  # fmt: skip
 
 
 @dataclass(frozen=True)
