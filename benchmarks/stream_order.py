@@ -138,7 +138,7 @@ def hand_off(seconds: float) -> list[Case]:
     rounds: dict[str, list[tuple[float, float]]] = {"ours": [], "baseline": []}
     for number in range(6):
         for name in ("ours", "baseline") if number % 2 else ("baseline", "ours"):
-            stream = load(RepeatedBatch(), 1) if name == "ours" else float_batches()
+            stream = load(RepeatedBatch().batches, 1) if name == "ours" else float_batches()
             rounds[name].append(cpu_milliseconds(stream, seconds / 6))
     both, alone = (
         {name: statistics.median(times[part] for times in rounds[name]) for name in rounds} for part in (0, 1)

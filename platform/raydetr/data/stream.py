@@ -63,7 +63,7 @@ def train_batches(
     assert position >= 0, position
     specs = partial(_train_specs, shards, seed, position, rank, world_size, batch_size)
     builder = BatchBuilder(shards, transform, seed, on_corrupt, specs)
-    yield from cast(Iterator[Batch], load(builder, num_workers))
+    yield from cast(Iterator[Batch], load(builder.batches, num_workers))
 
 
 def evaluation_batches(
@@ -90,7 +90,7 @@ def evaluation_batches(
     assert batch_size >= 1, batch_size
     specs = partial(_evaluation_specs, shards.num_samples, rank, world_size, batch_size)
     policy: OnCorrupt = "raise" if on_corrupt == "raise" else "mask"
-    yield from load(BatchBuilder(shards, transform, 0, policy, specs), num_workers)
+    yield from load(BatchBuilder(shards, transform, 0, policy, specs).batches, num_workers)
 
 
 def make_order(shards: Shards, seed: int) -> SampleOrder:
@@ -112,7 +112,7 @@ class BatchSpec:
 
 @dataclass(frozen=True, eq=False)
 class BatchBuilder:
-    """Reads and makes batches: the `BatchSource` of training and evaluation."""
+    """Reads and makes batches, for training and evaluation."""
 
     shards: Shards
     transform: Transform

@@ -204,12 +204,10 @@ def cores_line(machine: Machine) -> EnvironmentLine:
     found = f"{cpu_name()}, {machine.num_cores} cores"
     if machine.num_cores < machine.num_all_cores:
         found += f" of {machine.num_all_cores} (the process is bound to them)"
-    if machine.container_cores is not None and machine.container_cores < machine.num_cores:
-        found += f", and the container gets the time of {machine.container_cores:g}"
-        return EnvironmentLine(
-            "processor", "note", found, "choose the number of workers by the latter number"
-        )
-    return EnvironmentLine("processor", "ok", found)
+    if machine.container_cores is None or machine.container_cores >= machine.num_cores:
+        return EnvironmentLine("processor", "ok", found)
+    found += f", and the container gets the time of {machine.container_cores:g}"
+    return EnvironmentLine("processor", "note", found, "choose the number of workers by the latter number")
 
 
 def memory_line(machine: Machine) -> EnvironmentLine:
