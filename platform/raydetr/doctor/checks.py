@@ -145,17 +145,14 @@ def _about_objects(
 
 def _unknown_categories(scanned: ScannedSplit, level: Level) -> Iterator[Finding]:
     chosen = np.flatnonzero(~scanned.is_known)
-    if not len(chosen):
-        return
     used, ids = np.unique(scanned.scan.objects["category_id"]), scanned.category_ids
     shift = next((step for step in (-1, 1) if np.isin(used, ids + step).all()), 0)
     hint = f"; all would fit with 1 {'added' if shift < 0 else 'subtracted'}" if shift else ""
-    yield Finding(
-        "unknown-categories", level, (scanned.name,),
+    yield from _about_objects(
+        scanned, "unknown-categories", level, chosen,
         f"{counted(len(chosen), 'annotation')} of categories that are not in the list "
         f"(ids {listed(np.setdiff1d(used, ids).tolist())}){hint}",
         "make the list and the annotations agree, and write the shards again",
-        len(chosen), scanned.examples(chosen, boxes=False),
     )  # fmt: skip
 
 
@@ -214,11 +211,10 @@ def scale_findings(scanned: ScannedSplit) -> Iterator[Finding]:
     sides, numbers = scanned.shorter_sides, np.flatnonzero(scanned.is_usable)
     tiny = sides < TINY
     if tiny.any() and tiny.mean() >= MANY_TINY:
-        yield Finding(
-            "tiny-objects", "warning", (scanned.name,),
+        yield from _about_objects(
+            scanned, "tiny-objects", "warning", numbers[np.argsort(sides, kind="stable")][: tiny.sum()],
             f"{tiny.mean():.0%} of the objects have a side under {TINY} pixels {scanned.target.describe_resize()}",
             "train at a larger scale, cut the images into tiles, or omit such objects",
-            int(tiny.sum()), scanned.examples(numbers[np.argsort(sides, kind="stable")][: tiny.sum()]),
         )  # fmt: skip
     counts, small = scanned.objects_per_class, small_per_class(scanned)
     mostly = np.flatnonzero((counts >= MIN_CLASS_OBJECTS) & (small >= MOSTLY_SMALL * counts))

@@ -247,18 +247,13 @@ class ScannedSplit:
         self.objects_per_image: Integers = np.bincount(usable["sample"], minlength=split.shards.num_samples)
         self.objects_per_class: Integers = np.bincount(self.classes, minlength=len(categories))
 
-    def examples(self, chosen: Integers, *, boxes: bool = True) -> tuple[Example, ...]:
-        """Return examples: some of the images with the chosen objects.
-
-        Args:
-            chosen: numbers of objects.
-            boxes: describe the box of the first chosen object in each image.
-        """
+    def examples(self, chosen: Integers) -> tuple[Example, ...]:
+        """Return some of the images with the chosen objects, given their numbers, and the box of the first in each."""
         objects, found = self.scan.objects[chosen], []
         for sample in list(dict.fromkeys(objects["sample"].tolist()))[:MAX_EXAMPLES]:
             of_sample = objects["sample"] == sample
             place = self.split.place(sample, tuple(objects["position"][of_sample].tolist()))
-            found.append(Example((place,), self._describe_box(chosen[of_sample][0]) if boxes else ""))
+            found.append(Example((place,), self._describe_box(chosen[of_sample][0])))
         return tuple(found)
 
     def _describe_box(self, number: int) -> str:
