@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from raydetr.config import DataConfig
 from raydetr.config.paths import is_remote, local_folder
 from raydetr.console import print_status
@@ -39,9 +37,10 @@ def write_missing_synthetic(data: DataConfig) -> None:
     """
     if data.synthetic is None:
         return
-    for location in filter(is_remote, (data.train, data.val)):
+    remote = [location for location in (data.train, data.val) if is_remote(location)]
+    if remote:
         raise ValueError(
-            f"data.synthetic={data.synthetic} writes synthetic shards, which is not possible to {location}: "
+            f"data.synthetic={data.synthetic} writes synthetic shards, which is not possible to {remote[0]}: "
             "set data.synthetic=null, or name a folder"
         )
     train, val = local_folder(data.train), local_folder(data.val)
