@@ -150,7 +150,7 @@ def hand_off(seconds: float) -> list[Case]:
     """Measure the CPU time of a batch of 4x3x800x1088."""
     print_status("hand-off")
     streams: dict[str, Callable[[], Iterator[Any]]] = {
-        "ours": lambda: load(RepeatedBatch(), 1),
+        "ours": lambda: load(RepeatedBatch().batches, 1),
         "float32": lambda: stock_batches(FloatImages(), float_collate),
         "uint8": lambda: stock_batches(UInt8Images(), uint8_collate),
     }

@@ -27,7 +27,7 @@ from torch import Tensor
 from detrs.structures import Images, Targets
 from raydetr.config import TransformConfig
 from raydetr.data.batch import collate, to_model
-from raydetr.data.samples import make_sample
+from raydetr.data.samples import load_sample
 from raydetr.data.transforms.transform import Transform
 from raydetr.recipes.coco import OFFICIAL_SHORT_SIDES, official_training_transform
 from raydetr.shards.reader import Shards, open_shards
@@ -63,9 +63,7 @@ def _case(
 
     def ours(numbers: list[int], position: int) -> tuple[Images, Targets]:
         samples = [
-            make_sample(
-                shards, number, raws[number], transform, seed=0, position=position + slot, short_side=None
-            )
+            load_sample(shards, number, transform, seed=0, position=position + slot, raw=raws[number])
             for slot, number in enumerate(numbers)
         ]
         batch = collate(samples, position, out=lambda shape: memory[: int(np.prod(shape))].reshape(shape))

@@ -45,9 +45,12 @@ def contact_sheet(
     images = []
     for position, index in enumerate(indices):
         if transform is None:
-            images.append(_packed(shards, index, names))
+            image, boxes = _packed(shards, index, names)
         else:
-            images.append(_augmented(shards, index, position, transform, seed, names))
+            image, boxes = _augmented(shards, index, position, transform, seed, names)
+        size = f"{image.width}x{image.height}    {len(boxes)} {'box' if len(boxes) == 1 else 'boxes'}"
+        title = f"image {shards.samples['image_id'][index]}    {size}"
+        images.append(AnnotatedImage(title, image, boxes))
         if progress is not None:
             progress(position + 1, num_images)
     state = "as packed" if transform is None else f"augmented with seed {seed}"
@@ -67,32 +70,21 @@ def training_transform(recipe_or_file: str, overrides: list[str]) -> Transform:
     return Transform(override(config, parse_assignments(overrides)).data.train_transform)
 
 
-def _packed(shards: Shards, index: int, names: dict[int, str]) -> AnnotatedImage:
+def _packed(shards: Shards, index: int, names: dict[int, str]) -> tuple[Image.Image, tuple[Box, ...]]:
     raw = shards.read(index)
     try:
-        image = decode_image(raw.image)
+        return decode_image(raw.image), coco_boxes(raw.annotations, names)
     except ImageError as error:
         shards.raise_corrupt(index, f"its image cannot be decoded ({error})")
-    return _titled(raw.record["id"], image, coco_boxes(raw.annotations, names))
 
 
 def _augmented(
     shards: Shards, index: int, position: int, transform: Transform, seed: int, names: dict[int, str]
-) -> AnnotatedImage:
+) -> tuple[Image.Image, tuple[Box, ...]]:
     short_side = transform.step_short_side(seed, start=0)  # as if the sheet were one global batch
     sample = load_sample(shards, index, transform, seed=seed, position=position, short_side=short_side)
     category_ids = {label: category_id for category_id, label in shards.label_map.labels.items()}
     boxes = []
-    for label, (left, top, right, bottom) in zip(
-        sample.labels.tolist(), sample.boxes_xyxy.tolist(), strict=True
-    ):
-        category_id = category_ids[label]
-        boxes.append(Box(category_id, names[category_id], (left, top, right, bottom)))
-    return _titled(sample.image_id, Image.fromarray(sample.image.pixels()), tuple(boxes))
-
-
-def _titled(image_id: int, image: Image.Image, boxes: tuple[Box, ...]) -> AnnotatedImage:
-    noun = "box" if len(boxes) == 1 else "boxes"
-    return AnnotatedImage(
-        f"image {image_id}    {image.width}x{image.height}    {len(boxes)} {noun}", image, boxes
-    )
+    for label, corners in zip(sample.labels.tolist(), sample.boxes_xyxy.tolist(), strict=True):
+        boxes.append(Box(category_ids[label], names[category_ids[label]], tuple(corners)))
+    return Image.fromarray(sample.image.pixels()), tuple(boxes)

@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -39,11 +40,6 @@ class CorruptSample:
     offset: int  # bytes, in the shard
     reason: str
     action: Action
-
-    @staticmethod
-    def from_error(error: ShardError, position: int, action: Action) -> CorruptSample:
-        """Describe the sample that an error names."""
-        return CorruptSample(position, error.shard, error.key, error.offset, error.reason, action)
 
     def __str__(self) -> str:
         return f"{self.shard}: sample {self.key} at byte {self.offset}: {self.reason}; {self.action}"
@@ -78,10 +74,10 @@ def apply_policy(
     except ShardError as error:
         if policy == "raise":
             raise
+        row = CorruptSample(position, error.shard, error.key, error.offset, error.reason, "masked")
         if policy == "mask":
-            return None, CorruptSample.from_error(error, position, "masked")
-        substitute = _substitute(shards, error, make, fallbacks)
-        return substitute, CorruptSample.from_error(error, position, "substituted")
+            return None, row
+        return _substitute(shards, error, make, fallbacks), dataclasses.replace(row, action="substituted")
     log.warning("sample %s was corrupt when first read, and valid when read again", shards.key(index))
     return sample, None
 
@@ -90,7 +86,7 @@ def _substitute(
     shards: Shards, error: ShardError, make: Callable[[int, RawSample], T], fallbacks: Iterable[int]
 ) -> T:
     num_tried = 0
-    for other, _ in zip(fallbacks, range(MAX_TRIES), strict=False):
+    for other in islice(fallbacks, MAX_TRIES):
         num_tried += 1
         for read in (shards.read, shards.reread):
             try:

@@ -22,40 +22,23 @@ def load_sample(
     seed: int,
     position: int,
     short_side: int | None = None,
+    raw: RawSample | None = None,
 ) -> Sample:
     """Read, check, decode and transform one sample.
 
-    Raises:
-        ShardError: the sample is corrupt.
-    """
-    raw = shards.read(index)
-    return make_sample(shards, index, raw, transform, seed=seed, position=position, short_side=short_side)
-
-
-def make_sample(
-    shards: Shards,
-    index: int,
-    raw: RawSample,
-    transform: Transform,
-    *,
-    seed: int,
-    position: int,
-    short_side: int | None,
-) -> Sample:
-    """Decode and transform one sample that was read.
-
     Args:
-        shards: the data set that the sample was read from.
+        shards: the data set.
         index: of the sample in `shards`.
-        raw: the result of `shards.read(index)`.
         transform: applied with randomness keyed by (seed, position).
         seed: of the run.
         position: G of the sample.
         short_side: in pixels, common to the step (`Transform.step_short_side`); None: drawn for this image.
+        raw: the result of `shards.read(index)`; None: it is read here.
 
     Raises:
         ShardError: the sample is corrupt, or another one that its mosaic needs; the message names which.
     """
+    raw = shards.read(index) if raw is None else raw
     images = [_decode(shards, index, raw)]
     original_size = images[0].pixels.shape[:2]
     mosaic = transform.mosaic(seed, position, index, shards.num_samples)

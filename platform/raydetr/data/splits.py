@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from raydetr.config import DataConfig
 from raydetr.config.paths import is_remote, local_folder
 from raydetr.console import print_status
@@ -39,7 +37,13 @@ def write_missing_synthetic(data: DataConfig) -> None:
     """
     if data.synthetic is None:
         return
-    train, val = (_synthetic_folder(data, location) for location in (data.train, data.val))
+    remote = [location for location in (data.train, data.val) if is_remote(location)]
+    if remote:
+        raise ValueError(
+            f"data.synthetic={data.synthetic} writes synthetic shards, which is not possible to {remote[0]}: "
+            "set data.synthetic=null, or name a folder"
+        )
+    train, val = local_folder(data.train), local_folder(data.val)
     coco = train.parent / "coco"
     for split, out in (("train", train), ("val", val)):
         if (out / MANIFEST).exists():
@@ -49,12 +53,3 @@ def write_missing_synthetic(data: DataConfig) -> None:
             write_synthetic_data(coco, hard=data.synthetic == "hard")
         print_status(f"writing shards to {out}")
         write_shards(coco / split, coco / "annotations" / f"instances_{split}.json", out)
-
-
-def _synthetic_folder(data: DataConfig, location: str) -> Path:
-    if is_remote(location):
-        raise ValueError(
-            f"data.synthetic={data.synthetic} writes synthetic shards, which is not possible to {location}: "
-            "set data.synthetic=null, or name a folder"
-        )
-    return local_folder(location)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
+from typing import cast
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from raydetr.data.corrupt import CorruptSample, apply_policy, earlier_samples
 from raydetr.data.layout import Layout
 from raydetr.data.loader.loader import Out, load
 from raydetr.data.order import SampleOrder
-from raydetr.data.samples import make_sample
+from raydetr.data.samples import load_sample
 from raydetr.data.transforms.transform import Transform
 from raydetr.shards.reader import ShardError, Shards
 from raydetr.shards.validation import RawSample
@@ -58,8 +59,9 @@ def train_batches(
         LoaderError: a loader process died, or there is no memory for its batches.
     """
     assert position >= 0, position
-    builder = BatchBuilder(shards, transform, seed, on_corrupt)
-    yield from load(_TrainBatches(builder, position, layout, rank), num_workers)
+    specs = partial(_train_specs, shards, seed, position, layout, rank)
+    builder = BatchBuilder(shards, transform, seed, on_corrupt, specs)
+    yield from cast(Iterator[Batch], load(builder.batches, num_workers))
 
 
 def evaluation_batches(
@@ -84,8 +86,9 @@ def evaluation_batches(
     """
     assert 0 <= rank < world_size, (rank, world_size)
     assert batch_size >= 1, batch_size
-    builder = BatchBuilder(shards, transform, 0, "raise" if on_corrupt == "raise" else "mask")
-    yield from load(_EvaluationBatches(builder, rank, world_size, batch_size), num_workers)
+    specs = partial(_evaluation_specs, shards.num_samples, rank, world_size, batch_size)
+    policy: OnCorrupt = "raise" if on_corrupt == "raise" else "mask"
+    yield from load(BatchBuilder(shards, transform, 0, policy, specs).batches, num_workers)
 
 
 def make_order(shards: Shards, seed: int) -> SampleOrder:
@@ -102,22 +105,26 @@ class BatchSpec:
     start: int  # position of the first sample of the global batch
     position: int  # of the first sample of this batch
     indices: list[int]  # of the samples
-    fallbacks: Callable[[int], Iterable[int]]  # samples that may replace the one at a position
+    order: SampleOrder | None = (
+        None  # earlier samples replace corrupt ones; None: of an evaluation, nothing does
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class BatchBuilder:
-    """Reads and makes batches."""
+    """Reads and makes batches, for training and evaluation."""
 
     shards: Shards
     transform: Transform
     seed: int
     on_corrupt: OnCorrupt
+    specs: Callable[[int, int], Iterator[BatchSpec]]  # of loader process `worker` of `num_workers`
 
-    def batches(self, specs: Iterable[BatchSpec], out: Out | None) -> Iterator[Batch]:
-        """Yield the batches `specs`."""
-        for spec, raws in _read_ahead(self.shards, specs):
-            yield self._batch(spec, raws, out)
+    def batches(self, worker: int, num_workers: int, out: Out | None) -> Iterator[Batch | None]:
+        """Yield the batches of a loader process."""
+        for spec, raws in _read_ahead(self.shards, self.specs(worker, num_workers)):
+            # A share without samples is a blank batch in training, and none in an evaluation
+            yield self._batch(spec, raws, out) if spec.indices or spec.order else None
 
     def _batch(self, spec: BatchSpec, raws: list[RawSample | ShardError], out: Out | None) -> Batch:
         samples: list[Sample] = []
@@ -135,65 +142,36 @@ class BatchBuilder:
         short_side = self.transform.step_short_side(self.seed, spec.start)
 
         def make(index: int, raw: RawSample) -> Sample:
-            return make_sample(
-                self.shards, index, raw, self.transform,
-                seed=self.seed, position=position, short_side=short_side,
+            return load_sample(
+                self.shards, index, self.transform,
+                seed=self.seed, position=position, short_side=short_side, raw=raw,
             )  # fmt: skip
 
         if not isinstance(raw, ShardError):
             with suppress(ShardError):  # not decodable, or a corrupt mosaic partner: the policy reads again
                 return make(index, raw), None
-        fallbacks = spec.fallbacks(position)
+        fallbacks = earlier_samples(spec.order, position) if spec.order else ()
         return apply_policy(self.on_corrupt, self.shards, index, position, make, fallbacks)
 
 
-@dataclass(frozen=True, eq=False)
-class _TrainBatches:
-    builder: BatchBuilder
-    position: int
-    layout: Layout
-    rank: int
-
-    def batches(self, worker: int, num_workers: int, out: Out | None) -> Iterator[Batch]:
-        return self.builder.batches(self._specs(worker, num_workers), out)
-
-    def _specs(self, worker: int, num_workers: int) -> Iterator[BatchSpec]:
-        order = make_order(self.builder.shards, self.builder.seed)
-        parts = self.layout.micro_batches(self.rank)
-        for number in count(worker, num_workers):
-            step, part = divmod(number, len(parts))
-            start = self.position + step * self.layout.global_batch
-            position = start + parts[part].start
-            indices = order.samples(position, len(parts[part])).tolist()
-            yield BatchSpec(start, position, indices, partial(earlier_samples, order))
+def _train_specs(
+    shards: Shards, seed: int, position: int, layout: Layout, rank: int, worker: int, num_workers: int
+) -> Iterator[BatchSpec]:
+    order, parts = make_order(shards, seed), layout.micro_batches(rank)
+    for number in count(worker, num_workers):
+        step, part = divmod(number, len(parts))
+        start = position + step * layout.global_batch
+        first = start + parts[part].start
+        yield BatchSpec(start, first, order.samples(first, len(parts[part])).tolist(), order)
 
 
-@dataclass(frozen=True, eq=False)
-class _EvaluationBatches:
-    builder: BatchBuilder
-    rank: int
-    world_size: int
-    batch_size: int
-
-    def batches(self, worker: int, num_workers: int, out: Out | None) -> Iterator[Batch | None]:
-        specs = self._specs(worker, num_workers)
-        yield from self.builder.batches([spec for spec in specs if spec.indices], out)
-        yield from [None for spec in specs if not spec.indices]  # only the last can be empty
-
-    def _specs(self, worker: int, num_workers: int) -> list[BatchSpec]:
-        num_images = self.builder.shards.num_samples
-        num_rounds = -(-num_images // (self.batch_size * self.world_size))
-        rounds = range(worker, num_rounds, num_workers)
-        starts = [(number * self.world_size + self.rank) * self.batch_size for number in rounds]
-        ends = [min(start + self.batch_size, num_images) for start in starts]
-        return [
-            BatchSpec(start, start, list(range(start, end)), _no_fallbacks)
-            for start, end in zip(starts, ends, strict=True)
-        ]
-
-
-def _no_fallbacks(position: int) -> Iterable[int]:
-    return ()
+def _evaluation_specs(
+    num_images: int, rank: int, world_size: int, batch_size: int, worker: int, num_workers: int
+) -> Iterator[BatchSpec]:
+    num_rounds = -(-num_images // (batch_size * world_size))
+    for number in range(worker, num_rounds, num_workers):
+        start = (number * world_size + rank) * batch_size
+        yield BatchSpec(start, start, list(range(start, min(start + batch_size, num_images))))
 
 
 def _read_ahead(

@@ -18,6 +18,14 @@ MAX_SIDE_RATIO = 5  # Long side by short side
 MIN_SIDE = 32  # Pixels of the short side: one cell of the coarsest feature map
 
 
+def _about_images(
+    split: Split, code: str, level: Level, chosen: Integers, text: str, remedy: str, detail: Callable[[int], str]
+) -> Iterator[Finding]:  # fmt: skip
+    if len(chosen):
+        text = f"{counted(len(chosen), 'image')} {text}"
+        yield Finding(code, level, (split.name,), text, remedy, len(chosen), split.examples(chosen, detail))
+
+
 def image_findings(scanned: ScannedSplit, corrupt_level: Level) -> Iterator[Finding]:
     """Check the images of a split; `corrupt_level` is the level of corrupt samples."""
     images, split, corrupt = scanned.scan.images, scanned.split, scanned.scan.corrupt
@@ -60,16 +68,14 @@ def image_findings(scanned: ScannedSplit, corrupt_level: Level) -> Iterator[Find
     )  # fmt: skip
     for code, level, is_found, text, remedy, detail in checks:
         chosen = np.flatnonzero(is_found)
-        if len(chosen):
-            text = f"{counted(len(chosen), 'image')} {text}"
-            examples = split.examples(chosen, detail)
-            yield Finding(code, level, (split.name,), text, remedy, len(chosen), examples)
+        yield from _about_images(split, code, level, chosen, text, remedy, detail)
 
 
 # --- Invalid and suspicious boxes ---
 
 MAX_NOTE_FRACTION = 0.01  # Of the objects, up to which a minor problem is only a note; COCO itself has some
 TOLERANCE = 0.5  # Pixels by which a box may exceed its image without a finding; COCO's boxes do, by rounding
+MANY_RELATIVE = 0.9  # Fraction of boxes within one pixel above which their numbers are fractions of the image
 MANY_EXCEEDING = 0.25  # Fraction of boxes above which [x1, y1, x2, y2] is likelier than inaccuracy
 MANY_FULL_IMAGE = 0.1  # Fraction of objects that cover their full image
 FULL_IMAGE = 0.99  # Fraction of the image's area
@@ -79,71 +85,74 @@ MIN_BOXES = 10  # Fewer boxes do not show a pattern
 
 def box_findings(scanned: ScannedSplit, corrupt_level: Level) -> Iterator[Finding]:
     """Check the boxes of a split; `corrupt_level` is the level of problems for which the reader refuses a sample."""
-    malformed = np.flatnonzero(~scanned.scan.objects["is_box"])
-    if len(malformed):
-        yield Finding(
-            "malformed-boxes", corrupt_level, (scanned.name,),
-            f"{counted(len(malformed), 'annotation')} without a box of four finite numbers, none of them a negative "
-            "size",
-            "correct `bbox` to [x, y, width, height], or remove the annotations, and write the shards again",
-            len(malformed), scanned.examples(malformed),
-        )  # fmt: skip
-    yield from _unknown_categories(scanned, corrupt_level)
-    yield from _box_format(scanned)
-    yield from _boxes_without_area(scanned)
-    yield from _full_image_boxes(scanned)
-    yield from _equal_boxes(scanned)
-    yield from _duplicate_objects(scanned)
-    yield from _minor_problem(
-        scanned, "wrong-areas", np.flatnonzero(scanned.scan.objects["is_wrong_area"]),
-        "area that is 0, above the box's, or under 1% of it", "areas that are 0, above the box's, or under 1% of it",
-        "AP by size (APs, APm, APl) means nothing for them; without masks, use the width times the height of the box",
+    objects, boxes = scanned.scan.objects, scanned.scan.objects["box"]
+    malformed = np.flatnonzero(~objects["is_box"])
+    yield from _about_objects(
+        scanned, "malformed-boxes", corrupt_level, malformed,
+        f"{counted(len(malformed), 'annotation')} without a box of four finite numbers, none of them a negative size",
+        "correct `bbox` to [x, y, width, height], or remove the annotations, and write the shards again",
     )  # fmt: skip
+    yield from _unknown_categories(scanned, corrupt_level)
+    is_single = objects["is_box"] & ~objects["is_crowd"]
+    has_area = (boxes[:, 2:] > 0).all(axis=1)
+    exceeds = (boxes[:, :2] + boxes[:, 2:] > scanned.sizes + TOLERANCE) | (boxes[:, :2] < -TOLERANCE)
+    exceeding = np.flatnonzero(is_single & scanned.is_visible & exceeds.any(axis=1))
+    relative = np.flatnonzero(is_single & (boxes <= 1).all(axis=1) & (scanned.sizes > 2).all(axis=1))
+    num_boxes = int(is_single.sum())
+    if len(relative) >= max(MIN_BOXES, MANY_RELATIVE * num_boxes):
+        exceeding = exceeding[:0]
+        yield from _about_objects(
+            scanned, "relative-boxes", "error", relative,
+            f"{len(relative) / num_boxes:.0%} of the boxes lie within one pixel: their numbers are fractions of the "
+            "image's size",
+            "multiply them by width and height of their image: COCO's boxes are in pixels",
+        )  # fmt: skip
+    elif are_corners(len(exceeding), num_boxes):
+        yield corner_boxes_finding(scanned.name, len(exceeding), num_boxes, scanned.examples(exceeding))
+        exceeding = exceeding[:0]
+    usable = np.flatnonzero(scanned.is_usable)
+    keys = np.column_stack([objects["sample"], objects["category_id"], boxes])[usable]
+    repeated = np.delete(usable, np.unique(keys, axis=0, return_index=True)[1])
+    for code, chosen, one, many, remedy in (
+        ("boxes-exceed-image", exceeding, "box that exceeds the image", "boxes that exceed the image",
+         "training clamps them; correct them if there are many"),
+        ("boxes-without-area", np.flatnonzero(is_single & ~has_area),
+         "box of zero width or height", "boxes of zero width or height",
+         "training omits them; remove or correct them"),
+        ("boxes-outside", np.flatnonzero(is_single & has_area & ~scanned.is_visible),
+         "box entirely outside the image", "boxes entirely outside the image",
+         "training omits them; remove or correct them"),
+        ("duplicate-objects", repeated, "object is annotated twice: same image, class and box",
+         "objects are annotated twice: same image, class and box",
+         "remove the copies: each query finds one object once"),
+        ("wrong-areas", np.flatnonzero(objects["is_wrong_area"]),
+         "area that is 0, above the box's, or under 1% of it", "areas that are 0, above the box's, or under 1% of it",
+         "AP by size (APs, APm, APl) means nothing for them; without masks, use the width times the height of the box"),
+    ):  # fmt: skip
+        fraction = len(chosen) / max(1, len(objects))
+        level: Level = "warning" if fraction > MAX_NOTE_FRACTION else "note"
+        text = f"{counted(len(chosen), one, many)} ({fraction:.2%})"
+        yield from _about_objects(scanned, code, level, chosen, text, remedy)
+    yield from _default_boxes(scanned)
+
+
+def _about_objects(
+    scanned: ScannedSplit, code: str, level: Level, chosen: Integers, text: str, remedy: str
+) -> Iterator[Finding]:
+    if len(chosen):
+        yield Finding(code, level, (scanned.name,), text, remedy, len(chosen), scanned.examples(chosen))
 
 
 def _unknown_categories(scanned: ScannedSplit, level: Level) -> Iterator[Finding]:
     chosen = np.flatnonzero(~scanned.is_known)
-    if not len(chosen):
-        return
     used, ids = np.unique(scanned.scan.objects["category_id"]), scanned.category_ids
     shift = next((step for step in (-1, 1) if np.isin(used, ids + step).all()), 0)
     hint = f"; all would fit with 1 {'added' if shift < 0 else 'subtracted'}" if shift else ""
-    yield Finding(
-        "unknown-categories", level, (scanned.name,),
+    yield from _about_objects(
+        scanned, "unknown-categories", level, chosen,
         f"{counted(len(chosen), 'annotation')} of categories that are not in the list "
         f"(ids {listed(np.setdiff1d(used, ids).tolist())}){hint}",
         "make the list and the annotations agree, and write the shards again",
-        len(chosen), scanned.examples(chosen, boxes=False),
-    )  # fmt: skip
-
-
-def _box_format(scanned: ScannedSplit) -> Iterator[Finding]:
-    """Distinguish relative coordinates from corners instead of sizes, and from boxes that merely exceed their image."""
-    objects = scanned.scan.objects
-    chosen = np.flatnonzero(objects["is_box"] & ~objects["is_crowd"])
-    if not len(chosen):
-        return
-    boxes, sizes = objects["box"][chosen], scanned.sizes[chosen]
-    relative = (boxes <= 1).all(axis=1) & (sizes > 2).all(axis=1)
-    if relative.sum() >= MIN_BOXES and relative.mean() >= 0.9:
-        yield Finding(
-            "relative-boxes", "error", (scanned.name,),
-            f"{relative.mean():.0%} of the boxes lie within one pixel: their numbers are fractions of the image's size",
-            "multiply them by width and height of their image: COCO's boxes are in pixels",
-            int(relative.sum()), scanned.examples(chosen[relative]),
-        )  # fmt: skip
-        return
-    exceeds = (boxes[:, :2] + boxes[:, 2:] > sizes + TOLERANCE).any(axis=1)
-    exceeds |= (boxes[:, :2] < -TOLERANCE).any(axis=1)
-    exceeds &= (scanned.visible_sides[chosen] > 0).all(axis=1)
-    if are_corners(int(exceeds.sum()), len(exceeds)):
-        examples = scanned.examples(chosen[exceeds])
-        yield corner_boxes_finding(scanned.name, int(exceeds.sum()), len(exceeds), examples)
-        return
-    yield from _minor_problem(
-        scanned, "boxes-exceed-image", chosen[exceeds],
-        "box that exceeds the image", "boxes that exceed the image",
-        "training clamps them; correct them if there are many",
     )  # fmt: skip
 
 
@@ -164,82 +173,29 @@ def corner_boxes_finding(
     )  # fmt: skip
 
 
-def _boxes_without_area(scanned: ScannedSplit) -> Iterator[Finding]:
-    objects = scanned.scan.objects
-    is_valid = objects["is_box"] & ~objects["is_crowd"]
-    with np.errstate(invalid="ignore"):
-        flat = is_valid & (objects["box"][:, 2:] <= 0).any(axis=1)
-        outside = is_valid & ~flat & (scanned.visible_sides <= 0).any(axis=1)
-    remedy = "training omits them; remove or correct them"
-    for code, chosen, text in (
-        ("boxes-without-area", flat, "of zero width or height"),
-        ("boxes-outside", outside, "entirely outside the image"),
-    ):
-        yield from _minor_problem(
-            scanned, code, np.flatnonzero(chosen), f"box {text}", f"boxes {text}", remedy
-        )
-
-
-def _minor_problem(
-    scanned: ScannedSplit, code: str, chosen: Integers, one: str, many: str, remedy: str
-) -> Iterator[Finding]:
-    """Report the chosen objects, if any: a note up to MAX_NOTE_FRACTION of the objects, a warning above."""
-    if len(chosen):
-        fraction = len(chosen) / len(scanned.scan.objects)
-        yield Finding(
-            code, "warning" if fraction > MAX_NOTE_FRACTION else "note", (scanned.name,),
-            f"{counted(len(chosen), one, many)} ({fraction:.2%})",
-            remedy, len(chosen), scanned.examples(chosen),
-        )  # fmt: skip
-
-
-def _full_image_boxes(scanned: ScannedSplit) -> Iterator[Finding]:
-    chosen = np.flatnonzero(scanned.is_usable & _is_full_image(scanned))
-    num_usable = int(scanned.is_usable.sum())
-    if len(chosen) >= MIN_BOXES and len(chosen) >= MANY_FULL_IMAGE * num_usable:
-        yield Finding(
-            "full-image-boxes", "warning", (scanned.name,),
-            f"{counted(len(chosen), 'box', 'boxes')} ({len(chosen) / num_usable:.0%}) cover the full image",
+def _default_boxes(scanned: ScannedSplit) -> Iterator[Finding]:
+    """Find many boxes of the full image, and a box that many images share: a default value, or a watermark."""
+    objects, num_usable = scanned.scan.objects, int(scanned.is_usable.sum())
+    is_full = scanned.visible_sides.prod(axis=1) >= FULL_IMAGE * scanned.sizes.prod(axis=1)
+    full = np.flatnonzero(scanned.is_usable & is_full)
+    if len(full) >= max(MIN_BOXES, MANY_FULL_IMAGE * num_usable):
+        yield from _about_objects(
+            scanned, "full-image-boxes", "warning", full,
+            f"{counted(len(full), 'box', 'boxes')} ({len(full) / num_usable:.0%}) cover the full image",
             "check whether they were drawn around objects, or mean `somewhere in this image`",
-            len(chosen), scanned.examples(chosen),
         )  # fmt: skip
-
-
-def _is_full_image(scanned: ScannedSplit) -> Flags:
-    is_full: Flags = scanned.visible_sides.prod(axis=1) >= FULL_IMAGE * scanned.sizes.prod(axis=1)
-    return is_full
-
-
-def _equal_boxes(scanned: ScannedSplit) -> Iterator[Finding]:
-    """Find a box that many images share: a default value, or a watermark."""
-    chosen = np.flatnonzero(scanned.is_usable & ~_is_full_image(scanned))
-    objects = scanned.scan.objects[chosen]
-    keys = np.column_stack([objects["box"], objects["sample"]])
-    distinct = np.unique(keys, axis=0)[:, :4]  # A box counts once per image
-    boxes, counts = np.unique(distinct, axis=0, return_counts=True)
-    if not len(boxes) or counts.max() < max(MIN_BOXES, MANY_EQUAL * scanned.split.shards.num_samples):
-        return
-    most = int(np.argmax(counts))
-    box = ", ".join(f"{side:g}" for side in boxes[most])
-    yield Finding(
-        "equal-boxes", "warning", (scanned.name,),
-        f"the same box [{box}] is in {counted(int(counts[most]), 'image')}",
-        "check whether it is a default value, or something that is printed on the images",
-        int(counts[most]), scanned.examples(chosen[(objects["box"] == boxes[most]).all(axis=1)]),
-    )  # fmt: skip
-
-
-def _duplicate_objects(scanned: ScannedSplit) -> Iterator[Finding]:
-    chosen = np.flatnonzero(scanned.is_usable)
-    objects = scanned.scan.objects[chosen]
-    keys = np.column_stack([objects["sample"], objects["category_id"], objects["box"]])
-    first = np.unique(keys, axis=0, return_index=True)[1]
-    yield from _minor_problem(
-        scanned, "duplicate-objects", np.delete(chosen, first),
-        "object is annotated twice: same image, class and box",
-        "objects are annotated twice: same image, class and box",
-        "remove the copies: each query finds one object once",
-    )  # fmt: skip
+    others = np.flatnonzero(scanned.is_usable & ~is_full)
+    once_per_image = np.unique(np.column_stack([objects["box"], objects["sample"]])[others], axis=0)
+    boxes, counts = np.unique(once_per_image[:, :4], axis=0, return_counts=True)
+    most = int(np.argmax(counts)) if len(boxes) else 0
+    if len(boxes) and counts[most] >= max(MIN_BOXES, MANY_EQUAL * scanned.split.shards.num_samples):
+        box = ", ".join(f"{side:g}" for side in boxes[most])
+        yield Finding(
+            "equal-boxes", "warning", (scanned.name,),
+            f"the same box [{box}] is in {counted(int(counts[most]), 'image')}",
+            "check whether it is a default value, or something that is printed on the images",
+            int(counts[most]), scanned.examples(others[(objects["box"][others] == boxes[most]).all(axis=1)]),
+        )  # fmt: skip
 
 
 # --- Small objects ---
@@ -252,22 +208,18 @@ MIN_CLASS_OBJECTS = 10  # Below this number of objects, a fraction of a class me
 
 def scale_findings(scanned: ScannedSplit) -> Iterator[Finding]:
     """Find many tiny objects, and classes of small ones."""
-    sides, numbers, names = (
-        scanned.shorter_sides,
-        np.flatnonzero(scanned.is_usable),
-        scanned.split.category_names,
-    )
+    sides, numbers = scanned.shorter_sides, np.flatnonzero(scanned.is_usable)
     tiny = sides < TINY
     if tiny.any() and tiny.mean() >= MANY_TINY:
-        yield Finding(
-            "tiny-objects", "warning", (scanned.name,),
+        yield from _about_objects(
+            scanned, "tiny-objects", "warning", numbers[np.argsort(sides, kind="stable")][: tiny.sum()],
             f"{tiny.mean():.0%} of the objects have a side under {TINY} pixels {scanned.target.describe_resize()}",
             "train at a larger scale, cut the images into tiles, or omit such objects",
-            int(tiny.sum()), scanned.examples(numbers[np.argsort(sides, kind="stable")]),
         )  # fmt: skip
     counts, small = scanned.objects_per_class, small_per_class(scanned)
     mostly = np.flatnonzero((counts >= MIN_CLASS_OBJECTS) & (small >= MOSTLY_SMALL * counts))
     if len(mostly):
+        names = scanned.split.category_names
         fractions = [f"{names[n]} {small[n] / counts[n]:.0%}" for n in mostly]
         yield Finding(
             "small-classes", "note", (scanned.name,),
@@ -380,15 +332,20 @@ def balance_findings(splits: Sequence[ScannedSplit]) -> Iterator[Finding]:
             yield from _rare_classes(scanned)
         if scanned.split.shards.manifest.categories == first.split.shards.manifest.categories:
             missing = np.flatnonzero((counts > 0) & (first.objects_per_class == 0))
-            if len(missing):
-                names = listed([first.split.category_names[number] for number in missing])
-                yield Finding(
-                    "classes-not-trained", "warning", (first.name, scanned.name),
-                    f"{counted(len(missing), 'class', 'classes')} with objects in {scanned.name}, "
-                    f"but none in {first.name}: {names}",
-                    "split the images again, so that each class is in both",
-                    len(missing),
-                )  # fmt: skip
+            yield from _about_classes(
+                "classes-not-trained", "warning", (first.name, scanned.name),
+                [first.split.category_names[number] for number in missing],
+                f"with objects in {scanned.name}, but none in {first.name}",
+                "split the images again, so that each class is in both",
+            )  # fmt: skip
+
+
+def _about_classes(
+    code: str, level: Level, splits: tuple[str, ...], classes: list[str], text: str, remedy: str
+) -> Iterator[Finding]:
+    if classes:
+        text = f"{counted(len(classes), 'class', 'classes')} {text}: {listed(classes)}"
+        yield Finding(code, level, splits, text, remedy, len(classes))
 
 
 def class_findings(split: Split, counts: Integers) -> Iterator[Finding]:
@@ -397,15 +354,12 @@ def class_findings(split: Split, counts: Integers) -> Iterator[Finding]:
         yield no_objects_finding(split)
         return
     absent = [name for name, count in zip(split.category_names, counts, strict=True) if not count]
-    if absent:
-        yield Finding(
-            "classes-without-objects", "warning" if split.is_trained_on else "note", (split.name,),
-            f"{counted(len(absent), 'class', 'classes')} of {len(counts)} without any object: {listed(absent)}",
-            "add images of them, or omit them from the categories"
-            if split.is_trained_on
-            else "their AP will be undefined; split the images again if they matter",
-            len(absent),
-        )  # fmt: skip
+    level: Level = "warning" if split.is_trained_on else "note"
+    remedy = "their AP will be undefined; split the images again if they matter"
+    if split.is_trained_on:
+        remedy = "add images of them, or omit them from the categories"
+    text = f"of {len(counts)} without any object"
+    yield from _about_classes("classes-without-objects", level, (split.name,), absent, text, remedy)
 
 
 def no_objects_finding(split: Split) -> Finding:
@@ -425,16 +379,12 @@ def _rare_classes(scanned: ScannedSplit) -> Iterator[Finding]:
     counts, names = scanned.objects_per_class, scanned.split.category_names
     present = [int(number) for number in np.argsort(counts, kind="stable") if counts[number]]
     rare = [f"{names[number]} {counts[number]}" for number in present if counts[number] < MIN_OBJECTS]
-    is_trained_on = scanned.split.is_trained_on
-    if rare:
-        yield Finding(
-            "rare-classes", "warning" if is_trained_on else "note", (scanned.name,),
-            f"{counted(len(rare), 'class', 'classes')} with fewer than {MIN_OBJECTS} objects: {listed(rare)}",
-            "add images of them; they will hardly be learned"
-            if is_trained_on
-            else "add images of them: their AP depends on a few objects",
-            len(rare),
-        )  # fmt: skip
+    level: Level = "warning" if scanned.split.is_trained_on else "note"
+    effect = "; they will hardly be learned" if level == "warning" else ": their AP depends on a few objects"
+    text = f"with fewer than {MIN_OBJECTS} objects"
+    yield from _about_classes(
+        "rare-classes", level, (scanned.name,), rare, text, f"add images of them{effect}"
+    )
     least, most = present[0], present[-1]
     ratio = counts[most] / counts[least]
     if ratio >= IMBALANCE:
@@ -466,10 +416,7 @@ def object_count_findings(
     order = np.argsort(-objects_per_image, kind="stable")
     for code, level, most, text, remedy in checks:
         above = order[objects_per_image[order] > (most or np.inf)]
-        if len(above):
-            have = "has" if len(above) == 1 else "have"
-            yield Finding(
-                code, level, (split.name,),
-                f"{counted(len(above), 'image')} ({len(above) / len(order):.1%}) {have} {text}", remedy, len(above),
-                split.examples(above, lambda n: counted(int(objects_per_image[n]), "object")),
-            )  # fmt: skip
+        text = f"({len(above) / len(order):.1%}) {'has' if len(above) == 1 else 'have'} {text}"
+        yield from _about_images(
+            split, code, level, above, text, remedy, lambda n: counted(int(objects_per_image[n]), "object")
+        )

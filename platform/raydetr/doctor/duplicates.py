@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -65,22 +64,16 @@ def groups_by(keys: npt.NDArray[np.generic]) -> list[Integers]:
 # --- Findings ---
 
 
-@dataclass(frozen=True)
 class _Images:
     """The n readable images of all splits."""
 
-    splits: Sequence[ScannedSplit]
-    split: Integers  # [n] numbers of their splits
-    sample: Integers  # [n] numbers in their splits
-    digests: Hashes  # [n]
-    hashes: Hashes  # [n]
-
-    @staticmethod
-    def of(splits: Sequence[ScannedSplit]) -> _Images:
+    def __init__(self, splits: Sequence[ScannedSplit]) -> None:
         samples = [np.flatnonzero(split.scan.images["is_read"]) for split in splits]
         rows = np.concatenate([split.scan.images[read] for split, read in zip(splits, samples, strict=True)])
-        numbers = np.repeat(np.arange(len(splits)), [len(read) for read in samples])
-        return _Images(splits, numbers, np.concatenate(samples), rows["digest"], rows["hash"])
+        self.splits, self.digests, self.hashes = splits, rows["digest"], rows["hash"]
+        # [n]: numbers of their splits, and their numbers in these
+        self.split = np.repeat(np.arange(len(splits)), [len(read) for read in samples])
+        self.sample = np.concatenate(samples)
 
     def closest_pair(self, one: int, others: Integers, is_exact: bool) -> Example:
         """Return an image and the one of `others` that differs least from it."""
@@ -92,17 +85,18 @@ class _Images:
     def labels_differ(self, number: int, group: Integers) -> bool:
         """Return whether images of one split have other objects than the first of them."""
         objects = self.splits[number].scan.objects
-        bounds = [np.searchsorted(objects["sample"], (sample, sample + 1)) for sample in self.sample[group]]
-        labels = [
-            sorted((int(row["category_id"]), *row["box"].tolist()) for row in objects[begin:end])
-            for begin, end in bounds
-        ]
+        labels = []
+        for sample in self.sample[group]:
+            begin, end = np.searchsorted(objects["sample"], (sample, sample + 1))
+            labels.append(
+                sorted((int(row["category_id"]), *row["box"].tolist()) for row in objects[begin:end])
+            )
         return any(other != labels[0] for other in labels[1:])
 
 
 def duplicate_findings(splits: Sequence[ScannedSplit], num_threads: int | None = None) -> Iterator[Finding]:
     """Find duplicates within splits and, worse, across them."""
-    images = _Images.of(splits)
+    images = _Images(splits)
     # Only the first of several exact copies takes part in the second search: each image is reported once
     first = np.sort(np.unique(images.digests, return_index=True)[1])
     near = [first[group] for group in near_groups(images.hashes[first], num_threads)]
@@ -120,9 +114,7 @@ def _across(
     first, second = images.splits[one].split, images.splits[other].split
     pairs = [(group[images.split[group] == one], group[images.split[group] == other]) for group in groups]
     pairs = [(here, there) for here, there in pairs if len(here) and len(there)]
-    if (
-        not pairs or first.shards.fingerprint == second.shards.fingerprint
-    ):  # Those are reported as `same-data`
+    if not pairs or first.shards.fingerprint == second.shards.fingerprint:  # That is reported as `same-data`
         return
     count = sum(len(there) for _, there in pairs)
     relation = "also in" if is_exact else "almost the same as images of"

@@ -8,18 +8,7 @@ from itertools import combinations
 
 import numpy as np
 
-from raydetr.doctor.checks import (
-    are_corners,
-    balance_findings,
-    box_findings,
-    category_findings,
-    class_findings,
-    corner_boxes_finding,
-    image_findings,
-    no_objects_finding,
-    object_count_findings,
-    scale_findings,
-)
+from raydetr.doctor import checks
 from raydetr.doctor.duplicates import duplicate_findings
 from raydetr.doctor.findings import LEVELS, Finding, Integers, Level, TrainingTarget, counted
 from raydetr.doctor.report import Report
@@ -60,11 +49,11 @@ def quick_warnings(train: Shards, val: Shards, target: TrainingTarget) -> list[s
 
 def index_findings(splits: Sequence[Split], target: TrainingTarget) -> Iterator[Finding]:
     """Return the findings that manifests and indexes suffice for."""
-    yield from category_findings(splits)
+    yield from checks.category_findings(splits)
     for split in splits:
         counts = _usable_objects(split.shards)
         if not (split.shards.samples["num_annotations"] if counts is None else counts).any():
-            yield no_objects_finding(split)
+            yield checks.no_objects_finding(split)
     size, batch = splits[0].shards.num_samples, target.batch_size
     if batch is not None and size < batch:
         yield Finding(
@@ -85,16 +74,14 @@ def _quick_findings(splits: Sequence[Split], target: TrainingTarget) -> Iterator
     for split in splits:
         # An upper bound: the index counts crowds and boxes without area too
         per_image = split.shards.samples["num_annotations"].astype(np.int64)
-        yield from object_count_findings(split, per_image, target)
-        counts, clamped = (
-            _usable_objects(split.shards),
-            split.shards.manifest.unusual_objects.get("clamped", 0),
-        )
+        yield from checks.object_count_findings(split, per_image, target)
+        counts = _usable_objects(split.shards)
         if counts is None or not counts.any():
             continue
-        yield from class_findings(split, counts)
-        if are_corners(clamped, int(counts.sum())):
-            yield corner_boxes_finding(split.name, clamped, int(counts.sum()))
+        yield from checks.class_findings(split, counts)
+        clamped = split.shards.manifest.unusual_objects.get("clamped", 0)
+        if checks.are_corners(clamped, int(counts.sum())):
+            yield checks.corner_boxes_finding(split.name, clamped, int(counts.sum()))
     for one, other in combinations(splits, 2):
         if one.shards.fingerprint != other.shards.fingerprint:
             yield from _shared_samples(one, other)
@@ -162,7 +149,7 @@ def examine(
     total, before = sum(shards.num_samples for shards in opened), 0
     scanned: list[ScannedSplit] = []
     for split in named_splits(opened):
-        report = _shifted(progress, before, total) if progress else None
+        report = (lambda done, _, before=before: progress(before + done, total)) if progress else None
         result = scan(split.shards, progress=report, num_processes=num_processes)
         scanned.append(ScannedSplit(split, result, target))
         before += split.shards.num_samples
@@ -170,11 +157,6 @@ def examine(
         findings += _all_findings(scanned, target, num_processes)
     findings.sort(key=lambda finding: LEVELS.index(finding.level))
     return Report(target, tuple(scanned), tuple(findings), time.perf_counter() - start)
-
-
-def _shifted(progress: Progress, before: int, total: int) -> Progress:
-    """Return a callback that reports the progress of one split as progress of all."""
-    return lambda done, _: progress(before + done, total)
 
 
 def _all_findings(
@@ -185,9 +167,9 @@ def _all_findings(
     is_tolerated = target.tolerates(num_corrupt, scanned[0].split.shards.num_samples)
     corrupt_level: Level = "warning" if is_tolerated else "error"
     for one in scanned:
-        yield from image_findings(one, corrupt_level)
-        yield from box_findings(one, corrupt_level)
-        yield from object_count_findings(one.split, one.objects_per_image, target)
-        yield from scale_findings(one)
-    yield from balance_findings(scanned)
+        yield from checks.image_findings(one, corrupt_level)
+        yield from checks.box_findings(one, corrupt_level)
+        yield from checks.object_count_findings(one.split, one.objects_per_image, target)
+        yield from checks.scale_findings(one)
+    yield from checks.balance_findings(scanned)
     yield from duplicate_findings(scanned, num_threads)

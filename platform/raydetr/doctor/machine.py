@@ -55,19 +55,19 @@ class Machine:
     has_nvidia_driver: bool
 
 
-def read_machine(root: Path = Path("/")) -> Machine:
-    """Read this machine's hardware; `root` is the folder of proc and sys."""
-    memory = psutil.virtual_memory()
+def read_machine() -> Machine:
+    """Read this machine's hardware."""
+    memory, cgroup = psutil.virtual_memory(), Path("/sys/fs/cgroup")
     return Machine(
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         os.cpu_count() or 1,
-        container_cores(root / "sys/fs/cgroup"),
+        container_cores(cgroup),
         memory.total,
         memory.available,
-        container_memory(root / "sys/fs/cgroup"),
-        instruction_sets(root / "proc/cpuinfo"),
+        container_memory(cgroup),
+        instruction_sets(Path("/proc/cpuinfo")),
         tuple(_gpu(index) for index in range(torch.cuda.device_count())),
-        (root / "proc/driver/nvidia/version").exists(),
+        Path("/proc/driver/nvidia/version").exists(),
     )
 
 
@@ -101,45 +101,6 @@ def _gpu(index: int) -> Gpu:
     free, total = torch.cuda.mem_get_info(index)
     major, minor = torch.cuda.get_device_capability(index)
     return Gpu(torch.cuda.get_device_name(index), f"sm_{major}{minor}", total, free)
-
-
-# --- Packages, compared with the requirements in this project's metadata ---
-
-
-@dataclass(frozen=True)
-class Package:
-    """A requirement and the installed version; None: not installed."""
-
-    requirement: Requirement
-    installed: str | None
-
-
-def required_packages(distribution: str = "raydetr") -> list[Package]:
-    """Return the packages that training requires, without those of extras.
-
-    Raises:
-        ValueError: the distribution itself is not installed.
-    """
-    try:
-        requirements = map(Requirement, metadata.requires(distribution) or [])
-    except metadata.PackageNotFoundError as error:
-        raise ValueError(f"{distribution} is not installed: pip install -e . in its folder") from error
-    return find_packages(
-        one for one in requirements if one.marker is None or one.marker.evaluate({"extra": ""})
-    )
-
-
-def find_packages(requirements: Iterable[Requirement]) -> list[Package]:
-    """Look up the installed version of each requirement."""
-    return [Package(requirement, installed_version(requirement.name)) for requirement in requirements]
-
-
-def installed_version(name: str) -> str | None:
-    """Return the version of a package, None where it is not installed."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 # --- The report ---
@@ -187,8 +148,8 @@ class EnvironmentReport:
         return {"can_train": self.can_train, "lines": [asdict(line) for line in self.lines]}
 
 
-def environment_report(folder: Path | None = None) -> EnvironmentReport:
-    """Examine this process's Python, packages and machine, and `folder`, by default the working folder."""
+def environment_report() -> EnvironmentReport:
+    """Examine this process's Python and packages, the machine, and the working folder."""
     machine, shared_memory = read_machine(), Path("/dev/shm")
     lines = [
         EnvironmentLine("Python", "ok", f"{sys.version.split()[0]}, {sys.prefix}"),
@@ -197,7 +158,7 @@ def environment_report(folder: Path | None = None) -> EnvironmentReport:
         cores_line(machine),
         memory_line(machine),
         *gpu_lines(machine),
-        disk_line(folder or Path.cwd()),
+        disk_line(Path.cwd()),
         *([shared_memory_line(shutil.disk_usage(shared_memory).free)] if shared_memory.exists() else []),
         *package_lines(required_packages()),
     ]
@@ -243,12 +204,10 @@ def cores_line(machine: Machine) -> EnvironmentLine:
     found = f"{cpu_name()}, {machine.num_cores} cores"
     if machine.num_cores < machine.num_all_cores:
         found += f" of {machine.num_all_cores} (the process is bound to them)"
-    if machine.container_cores is not None and machine.container_cores < machine.num_cores:
-        found += f", and the container gets the time of {machine.container_cores:g}"
-        return EnvironmentLine(
-            "processor", "note", found, "choose the number of workers by the latter number"
-        )
-    return EnvironmentLine("processor", "ok", found)
+    if machine.container_cores is None or machine.container_cores >= machine.num_cores:
+        return EnvironmentLine("processor", "ok", found)
+    found += f", and the container gets the time of {machine.container_cores:g}"
+    return EnvironmentLine("processor", "note", found, "choose the number of workers by the latter number")
 
 
 def memory_line(machine: Machine) -> EnvironmentLine:
@@ -289,16 +248,33 @@ def shared_memory_line(free: int) -> EnvironmentLine:
     return EnvironmentLine("shared memory", "note", found, "in a container: docker run --shm-size=8g")
 
 
-def package_lines(packages: list[Package]) -> Iterator[EnvironmentLine]:
+def required_packages(distribution: str = "raydetr") -> list[Requirement]:
+    """Return the packages that training requires by this project's metadata, without those of extras.
+
+    Raises:
+        ValueError: the distribution itself is not installed.
+    """
+    try:
+        requirements = map(Requirement, metadata.requires(distribution) or [])
+    except metadata.PackageNotFoundError as error:
+        raise ValueError(f"{distribution} is not installed: pip install -e . in its folder") from error
+    return [one for one in requirements if one.marker is None or one.marker.evaluate({"extra": ""})]
+
+
+def package_lines(requirements: Iterable[Requirement]) -> Iterator[EnvironmentLine]:
     """Report LISTED_PACKAGES, unsatisfied requirements, and the number of other packages."""
     others = 0
-    for package in packages:
-        name, needed = package.requirement.name, package.requirement.specifier
-        if package.installed is None or not needed.contains(package.installed, prereleases=True):
-            found = f"{name}{needed} is needed, {package.installed or 'nothing'} is installed"
-            yield EnvironmentLine(name, "error", found, f"pip install '{package.requirement}'")
+    for requirement in requirements:
+        name, needed = requirement.name, requirement.specifier
+        try:
+            installed = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            installed = ""
+        if not installed or not needed.contains(installed, prereleases=True):
+            found = f"{name}{needed} is needed, {installed or 'nothing'} is installed"
+            yield EnvironmentLine(name, "error", found, f"pip install '{requirement}'")
         elif name in LISTED_PACKAGES:
-            yield EnvironmentLine(name, "ok", f"{package.installed} (needed: {str(needed) or 'any'})")
+            yield EnvironmentLine(name, "ok", f"{installed} (needed: {str(needed) or 'any'})")
         else:
             others += 1
     yield EnvironmentLine("other packages", "ok", f"{others} more are installed as needed")

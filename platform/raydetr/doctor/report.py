@@ -5,10 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib import resources
 from typing import Any
 
 import jinja2
@@ -16,116 +15,73 @@ import numpy as np
 import numpy.typing as npt
 
 from raydetr.doctor.checks import SMALL, TINY, small_per_class
-from raydetr.doctor.findings import LEVELS, Finding, Floats, Place, TrainingTarget, counted
-from raydetr.doctor.scan import ScannedSplit, as_record, is_box, read_unchecked
+from raydetr.doctor.findings import LEVELS, Finding, Place, TrainingTarget, counted
+from raydetr.doctor.scan import ScannedSplit, is_box, read_unchecked
 from raydetr.shards.images import ImageError, decode_image
 from raydetr.shards.manifest import MAX_LABEL
 from raydetr.visualization.boxes import coco_boxes, draw_boxes
 
 # --- Statistics of a split ---
 
-PERCENTILES = (50, 90, 99)
 SIDE_EDGES = (0, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # Pixels
 COUNT_EDGES = (0, 1, 2, 3, 5, 10, 20, 50, 100, 200)  # Objects per image
 ASPECT_EDGES = (0.0, 0.33, 0.5, 0.67, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0)  # Width by height
 
-
-@dataclass(frozen=True)
-class Histogram:
-    """Counts of values between each edge and the next; the last bin has no upper edge."""
-
-    edges: tuple[float, ...]
-    counts: tuple[int, ...]
-
-    @staticmethod
-    def of(values: npt.NDArray[Any], edges: tuple[float, ...]) -> Histogram:
-        """Count values [n], none of which is below the first edge."""
-        bins = np.searchsorted(edges, values, side="right") - 1
-        return Histogram(edges, tuple(np.bincount(bins, minlength=len(edges)).tolist()))
+Statistics = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class ClassRow:
-    """Counts of one category."""
-
-    id: int
-    name: str
-    images: int
-    objects: int
-    small: int  # Objects with a side below SMALL pixels after the resize
-
-
-@dataclass(frozen=True)
-class SplitStatistics:
-    """Statistics of one split. "Objects" are those that training uses, unless noted otherwise."""
-
-    name: str
-    location: str
-    fingerprint: str
-    images: int
-    unusable_images: int  # Corrupt samples
-    empty_images: int  # Without an object
-    objects: int
-    crowds: int  # Annotations of crowds
-    unusable_boxes: int  # Other annotations: no box, without area in the image, of no category
-    objects_per_image: dict[str, int]  # Percentiles and the maximum
-    classes: dict[str, int | None]  # With each label map; None: not possible
-    tiny_fraction: float | None  # Of the objects, with a side below TINY pixels after the resize
-    small_fraction: float | None  # Below SMALL pixels
-    widths: dict[str, int]  # Minimum, median, maximum, in pixels
-    heights: dict[str, int]
-    categories: tuple[ClassRow, ...]
-    histograms: dict[str, Histogram]
-
-
-def split_statistics(scanned: ScannedSplit) -> SplitStatistics:
-    """Compute the statistics of a split."""
+def split_statistics(scanned: ScannedSplit) -> Statistics:
+    """Compute the statistics of a split, plain values for JSON; "objects" are those that training uses."""
     shards, per_image, sides = scanned.split.shards, scanned.objects_per_image, scanned.shorter_sides
     is_crowd, usable = scanned.scan.objects["is_crowd"], scanned.is_usable
     widths, heights = scanned.split.image_sizes.T
     num_classes, highest = len(scanned.category_ids), int(scanned.category_ids[-1])
-    in_images = np.unique(
-        scanned.scan.objects["sample"][usable].astype(np.int64) * num_classes + scanned.classes
-    )
-    columns = (
-        scanned.category_ids.tolist(),
-        scanned.split.category_names,
-        np.bincount(in_images % num_classes, minlength=num_classes).tolist(),
-        scanned.objects_per_class.tolist(),
-        small_per_class(scanned).tolist(),
-    )
-    return SplitStatistics(
-        name=scanned.name,
-        location=shards.location,
-        fingerprint=shards.fingerprint,
-        images=shards.num_samples,
-        unusable_images=len(scanned.scan.corrupt),
-        empty_images=int((per_image == 0).sum()),
-        objects=int(usable.sum()),
-        crowds=int(is_crowd.sum()),
-        unusable_boxes=int((~usable & ~is_crowd).sum()),
-        objects_per_image={f"p{p}": _percentile(per_image, p) for p in PERCENTILES}
-        | {"max": int(per_image.max())},
-        classes={"contiguous": num_classes, "category_id": highest + 1 if highest <= MAX_LABEL else None},
-        tiny_fraction=round(float((sides < TINY).mean()), 6) if len(sides) else None,
-        small_fraction=round(float((sides < SMALL).mean()), 6) if len(sides) else None,
-        widths=_spread(widths),
-        heights=_spread(heights),
-        categories=tuple(map(ClassRow, *columns)),
-        histograms={
-            "objects_per_image": Histogram.of(per_image, COUNT_EDGES),
-            "shorter_side": Histogram.of(sides, SIDE_EDGES),
-            "aspect": Histogram.of(widths / heights, ASPECT_EDGES),
+    samples = scanned.scan.objects["sample"][usable].astype(np.int64)
+    in_images = np.unique(samples * num_classes + scanned.classes) % num_classes
+    columns = {
+        "id": scanned.category_ids.tolist(),
+        "name": scanned.split.category_names,
+        "images": np.bincount(in_images, minlength=num_classes).tolist(),
+        "objects": scanned.objects_per_class.tolist(),
+        "small": small_per_class(scanned).tolist(),  # With a side below SMALL pixels after the resize
+    }
+    return {
+        "name": scanned.name,
+        "location": shards.location,
+        "fingerprint": shards.fingerprint,
+        "images": shards.num_samples,
+        "unusable_images": len(scanned.scan.corrupt),
+        "empty_images": int((per_image == 0).sum()),  # Without an object
+        "objects": int(usable.sum()),
+        "crowds": int(is_crowd.sum()),  # Annotations of crowds
+        "unusable_boxes": int(
+            (~usable & ~is_crowd).sum()
+        ),  # No box, without area in the image, of no category
+        "objects_per_image": percentiles(per_image, {"p50": 50, "p90": 90, "p99": 99, "max": 100}),
+        # With each label map; None: not possible
+        "classes": {"contiguous": num_classes, "category_id": highest + 1 if highest <= MAX_LABEL else None},
+        # Of the objects, with a side below TINY and below SMALL pixels after the resize; None: there are no objects
+        "tiny_fraction": round(float((sides < TINY).mean()), 6) if len(sides) else None,
+        "small_fraction": round(float((sides < SMALL).mean()), 6) if len(sides) else None,
+        "widths": percentiles(widths, {"min": 0, "median": 50, "max": 100}),  # In pixels
+        "heights": percentiles(heights, {"min": 0, "median": 50, "max": 100}),
+        "categories": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
+        "histograms": {
+            "objects_per_image": histogram(per_image, COUNT_EDGES),
+            "shorter_side": histogram(sides, SIDE_EDGES),
+            "aspect": histogram(widths / heights, ASPECT_EDGES),
         },
-    )
+    }
 
 
-def _percentile(values: npt.NDArray[Any], percent: int) -> int:
-    return int(np.percentile(values, percent, method="nearest"))
+def percentiles(values: npt.NDArray[Any], percents: dict[str, int]) -> dict[str, int]:
+    """Return the percentiles of values, which are among the values, under the names of `percents`."""
+    return {name: int(np.percentile(values, at, method="nearest")) for name, at in percents.items()}
 
 
-def _spread(values: Floats) -> dict[str, int]:
-    return {"min": int(values.min()), "median": _percentile(values, 50), "max": int(values.max())}
+def histogram(values: npt.NDArray[Any], edges: Sequence[float]) -> dict[str, list[float]]:
+    """Count values between each edge and the next; the last bin has no upper edge."""
+    return {"edges": list(edges), "counts": np.histogram(values, [*edges, np.inf])[0].tolist()}
 
 
 # --- The report ---
@@ -145,9 +101,9 @@ class Report:
     seconds: float
 
     @cached_property
-    def statistics(self) -> tuple[SplitStatistics, ...]:
+    def statistics(self) -> list[Statistics]:
         """Statistics of each split."""
-        return tuple(map(split_statistics, self.scanned))
+        return list(map(split_statistics, self.scanned))
 
     @property
     def may_start(self) -> bool:
@@ -169,7 +125,7 @@ class Report:
             "may_start": self.may_start,
             "seconds": round(self.seconds, 3),
             "target": asdict(self.target),
-            "splits": [asdict(statistics) for statistics in self.statistics],
+            "splits": self.statistics,
             "findings": [asdict(finding) for finding in self.findings],
         }
 
@@ -181,11 +137,11 @@ class Report:
 
     def to_html(self) -> str:
         """Render a page in one file; its images are read from the shards again."""
-        source = resources.files("raydetr.doctor").joinpath("page.html").read_text(encoding="utf-8")
         environment = jinja2.Environment(
-            autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
-        return environment.from_string(source).render(
+            loader=jinja2.PackageLoader("raydetr.doctor", ""),
+            autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        )  # fmt: skip
+        return environment.get_template("page.html").render(
             report=self,
             charts=[_chart(self, *chart) for chart in CHARTS] if self.statistics else [],
             class_rows=_class_rows(self),
@@ -198,26 +154,25 @@ class Report:
 
     def summary(self) -> list[list[str]]:
         """Return rows of statistics with a column for each split; the first column names the rows."""
-        columns = [_column(statistics) for statistics in self.statistics]
-        heads = ["", *(statistics.name for statistics in self.statistics)]
-        return [heads, *([name, *(column[name] for column in columns)] for name in columns[0])]
+        columns = [{"": statistics["name"], **_column(statistics)} for statistics in self.statistics]
+        return [[name, *(column[name] for column in columns)] for name in columns[0]]
 
 
-def _column(statistics: SplitStatistics) -> dict[str, str]:
-    per_image, with_ids = statistics.objects_per_image, statistics.classes["category_id"]
+def _column(statistics: Statistics) -> dict[str, str]:
+    per_image, with_ids = statistics["objects_per_image"], statistics["classes"]["category_id"]
     return {
-        "images": f"{statistics.images:,}",
-        "  without objects": f"{statistics.empty_images:,}",
-        "  that cannot be used": f"{statistics.unusable_images:,}",
-        "  width": _spread_text(statistics.widths),
-        "  height": _spread_text(statistics.heights),
-        "objects": f"{statistics.objects:,}",
+        "images": f"{statistics['images']:,}",
+        "  without objects": f"{statistics['empty_images']:,}",
+        "  that cannot be used": f"{statistics['unusable_images']:,}",
+        "  width": _spread_text(statistics["widths"]),
+        "  height": _spread_text(statistics["heights"]),
+        "objects": f"{statistics['objects']:,}",
         "  per image": f"{per_image['p50']}, 90% {per_image['p90']}, max {per_image['max']}",
-        f"  with a side under {TINY} pixels": _percent(statistics.tiny_fraction),
-        f"  with a side under {SMALL} pixels": _percent(statistics.small_fraction),
-        "crowds": f"{statistics.crowds:,}",
-        "boxes that are not used": f"{statistics.unusable_boxes:,}",
-        "classes": f"{statistics.classes['contiguous']}",
+        f"  with a side under {TINY} pixels": _percent(statistics["tiny_fraction"]),
+        f"  with a side under {SMALL} pixels": _percent(statistics["small_fraction"]),
+        "crowds": f"{statistics['crowds']:,}",
+        "boxes that are not used": f"{statistics['unusable_boxes']:,}",
+        "classes": f"{statistics['classes']['contiguous']}",
         "  with label_map=category_id": "-" if with_ids is None else f"{with_ids}",
     }
 
@@ -266,35 +221,26 @@ CHARTS = (
     ("shorter_side", "Shorter side of an object", "pixels after the resize"),
     ("aspect", "Shape of the images", "width / height"),
 )
-LEFT, RIGHT, TOP, BOTTOM = 34.0, 350.0, 10.0, 166.0  # Of the bars of a chart
 
 
 def _chart(report: Report, key: str, title: str, unit: str) -> dict[str, Any]:
-    """Return bars with the fraction of the values of each split in each bin, and the positions of labels."""
-    histograms = [statistics.histograms[key] for statistics in report.statistics]
-    fractions = [np.array(one.counts) / max(1, sum(one.counts)) for one in histograms]
-    highest = max(0.05, *(float(row.max()) for row in fractions))
-    edges = histograms[0].edges
-    slot = (RIGHT - LEFT) / len(edges)
-    width = slot * 0.8 / len(histograms)
-    bars = []
-    for number, (histogram, row) in enumerate(zip(histograms, fractions, strict=True)):
-        for position, (count, fraction) in enumerate(zip(histogram.counts, row.tolist(), strict=True)):
-            height = (BOTTOM - TOP) * fraction / highest
-            end = f"to under {edges[position + 1]:g}" if position + 1 < len(edges) else "and more"
-            tip = (
-                f"{report.scanned[number].name}, {edges[position]:g} {end} {unit}: {count:,} ({fraction:.1%})"
-            )
-            x = LEFT + slot * (position + 0.1) + width * number
-            bars.append((x, BOTTOM - height, max(width - 0.5, 1), height, COLORS[number % len(COLORS)], tip))
-    xs = [(LEFT + slot * position, edge) for position, edge in enumerate(edges)]
-    ys = [(BOTTOM - (BOTTOM - TOP) * part, highest * part) for part in (0.0, 0.5, 1.0)]
-    return {"title": title, "unit": unit, "bars": bars, "xs": xs, "ys": ys}
+    """Return for each bin its first value, and a bar for each split: the fraction of its values, color and tooltip."""
+    edges = report.statistics[0]["histograms"][key]["edges"]
+    ends = [*(f"to under {edge:g}" for edge in edges[1:]), "and more"]
+    bins: list[tuple[float, list[tuple[float, str, str]]]] = [(edge, []) for edge in edges]
+    for number, statistics in enumerate(report.statistics):
+        counts, color = statistics["histograms"][key]["counts"], COLORS[number % len(COLORS)]
+        for (edge, bars), end, count in zip(bins, ends, counts, strict=True):
+            fraction = count / max(1, sum(counts))
+            tip = f"{statistics['name']}, {edge:g} {end} {unit}: {count:,} ({fraction:.1%})"
+            bars.append((fraction, color, tip))
+    highest = max(0.05, *(fraction for _, bars in bins for fraction, _, _ in bars))
+    return {"title": title, "unit": unit, "bins": bins, "highest": highest}
 
 
-def _class_rows(report: Report) -> list[tuple[int, str, list[ClassRow | None]]]:
+def _class_rows(report: Report) -> list[tuple[int, str, list[Statistics | None]]]:
     """Return id and name of each category, with its row in each split; the splits may have different categories."""
-    tables = [{(row.id, row.name): row for row in statistics.categories} for statistics in report.statistics]
+    tables = [{(row["id"], row["name"]): row for row in one["categories"]} for one in report.statistics]
     keys = sorted({key for rows in tables for key in rows})
     return [(*key, [rows.get(key) for rows in tables]) for key in keys]
 
@@ -315,7 +261,7 @@ def _picture(report: Report, place: Place, is_pair: bool) -> str | None:
         image = decode_image(raw.image)
     except ImageError:
         return None
-    records = [as_record(annotation) for annotation in raw.annotations]
+    records = raw.annotations
     # Without annotations, the finding is about the image: all boxes show whether they are where they should be
     if place.annotations or is_pair:
         records = [records[number] for number in place.annotations]

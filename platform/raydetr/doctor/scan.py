@@ -7,10 +7,11 @@ import io
 import math
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,8 @@ def perceptual_hash(image: Image.Image) -> int:
 def read_unchecked(shards: Shards, index: int) -> RawSample | None:
     """Read a sample without validating its record, to show what is wrong with it.
 
+    An annotation that is no JSON object becomes an empty record.
+
     Returns:
         None where the bytes are not those that were packed, or hold no record.
 
@@ -54,19 +57,18 @@ def read_unchecked(shards: Shards, index: int) -> RawSample | None:
         RemoteError: a server cannot be reached, or refuses.
     """
     row = shards.samples[index]
-    image, record = (
-        slice(int(row[f"{part}_offset"]), int(row[f"{part}_offset"]) + int(row[f"{part}_length"]))
-        for part in ("image", "json")
-    )
     try:
         raw = shards.files.read(*shards.span(index))
         if zlib.crc32(raw) != row["crc32"]:
             return None
-        return RawSample(shards.key(index), raw[image], *parse_content(raw[record]))
+        image, record = (raw[row[f"{part}_offset"] :][: row[f"{part}_length"]] for part in ("image", "json"))
+        image_record, annotations = parse_content(record)
     except RemoteError:
         raise
     except (OSError, InvalidDataError):
         return None
+    records = [annotation if isinstance(annotation, dict) else {} for annotation in annotations]
+    return RawSample(shards.key(index), image, image_record, records)
 
 
 def is_box(value: object) -> bool:
@@ -79,37 +81,28 @@ def is_box(value: object) -> bool:
     )
 
 
-def as_record(annotation: Any) -> dict[str, Any]:
-    """Return the annotation, or an empty record where it is no JSON object."""
-    return annotation if isinstance(annotation, dict) else {}
-
-
 # --- Scanning, in parallel processes ---
 
 CHUNK = 128  # Samples per task of a process
 MIN_PARALLEL_SAMPLES = 1_000  # Fewer are read in this process: starting others takes seconds
 
-IMAGE_DTYPE = np.dtype(
-    [
-        ("is_read", "?"),  # The image was read and decoded; otherwise all other fields are 0
-        ("width", "<u4"),  # As decoded
-        ("height", "<u4"),
-        ("is_rotated", "?"),  # By its EXIF orientation
-        ("digest", "<u8"),  # Of the encoded bytes
-        ("hash", "<u8"),  # Perceptual
-    ]
-)
-OBJECT_DTYPE = np.dtype(
-    [
-        ("sample", "<u4"),
-        ("position", "<u4"),  # Among the annotations of its sample
-        ("category_id", "<i8"),  # -1: none
-        ("box", "<f8", (4,)),  # x, y, width, height in pixels; NaN where it is no box
-        ("is_crowd", "?"),
-        ("is_box", "?"),  # Four finite numbers, no negative width or height
-        ("is_wrong_area", "?"),  # Not that of a mask in the box
-    ]
-)
+IMAGE_DTYPE = np.dtype([
+    ("is_read", "?"),  # The image was read and decoded; otherwise all other fields are 0
+    ("width", "<u4"),  # As decoded
+    ("height", "<u4"),
+    ("is_rotated", "?"),  # By its EXIF orientation
+    ("digest", "<u8"),  # Of the encoded bytes
+    ("hash", "<u8"),  # Perceptual
+])  # fmt: skip
+OBJECT_DTYPE = np.dtype([
+    ("sample", "<u4"),
+    ("position", "<u4"),  # Among the annotations of its sample
+    ("category_id", "<i8"),  # -1: none
+    ("box", "<f8", (4,)),  # x, y, width, height in pixels; NaN where it is no box
+    ("is_crowd", "?"),
+    ("is_box", "?"),  # Four finite numbers, no negative width or height
+    ("is_wrong_area", "?"),  # Not that of a mask in the box
+])  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -161,14 +154,14 @@ def _scan_slice(task: tuple[int, Shards], advance: Callable[[int], None]) -> Sca
         if isinstance(sample, ShardError):
             corrupt[number] = sample.reason
             unchecked = read_unchecked(shards, index)
-            annotations: list[Any] = unchecked.annotations if unchecked else []
         else:
-            annotations = sample.annotations
+            unchecked = sample
             try:
                 images[index] = _image_row(sample.image)
             except ImageError as error:
                 corrupt[number] = f"its image cannot be decoded ({error})"
-        objects += [_object_row(number, *numbered) for numbered in enumerate(annotations)]
+        if unchecked is not None:
+            objects += [_object_row(number, *numbered) for numbered in enumerate(unchecked.annotations)]
         advance(1)
     return ScanResult(images, np.array(objects, OBJECT_DTYPE), corrupt)
 
@@ -180,8 +173,7 @@ def _image_row(content: bytes) -> tuple[Any, ...]:
     return True, *image.size, is_rotated, digest, perceptual_hash(image)
 
 
-def _object_row(sample: int, position: int, annotation: Any) -> tuple[Any, ...]:
-    record = as_record(annotation)
+def _object_row(sample: int, position: int, record: dict[str, Any]) -> tuple[Any, ...]:
     category_id, box = record.get("category_id"), record.get("bbox")
     if not isinstance(category_id, int) or not 0 <= category_id < 2**63:
         category_id = -1
@@ -217,11 +209,9 @@ class Split:
         file_name = str(raw.record.get("file_name", "")) if raw else ""
         return Place(self.name, sample, image_id, file_name, annotations)
 
-    def examples(
-        self, samples: Sequence[int] | Integers, detail: Callable[[int], str]
-    ) -> tuple[Example, ...]:
+    def examples(self, samples: Iterable[int], detail: Callable[[int], str]) -> tuple[Example, ...]:
         """Return the first of the samples as examples; `detail` describes a sample."""
-        return tuple(Example((self.place(int(n)),), detail(int(n))) for n in samples[:MAX_EXAMPLES])
+        return tuple(Example((self.place(int(n)),), detail(int(n))) for n in islice(samples, MAX_EXAMPLES))
 
     @cached_property
     def image_sizes(self) -> Floats:
@@ -230,103 +220,47 @@ class Split:
         return np.stack([samples["width"], samples["height"]], axis=1).astype(np.float64)
 
 
-@dataclass(frozen=True)
 class ScannedSplit:
     """A split with the result of its scan, for a training: n images, m objects, k categories.
 
-    "Usable" are the objects that training uses: no crowd, a known category, a box with area in the image.
+    "Usable" are the u objects that training uses: no crowd, a known category, a box with area in the image.
     """
 
-    split: Split
-    scan: ScanResult
-    target: TrainingTarget
-
-    @property
-    def name(self) -> str:
-        """Name of the split."""
-        return self.split.name
-
-    @cached_property
-    def sizes(self) -> Floats:
-        """Width and height of the image of each object, [m, 2] in pixels."""
-        sizes: Floats = self.split.image_sizes[self.scan.objects["sample"]]
-        return sizes
-
-    @cached_property
-    def visible_sides(self) -> Floats:
-        """Width and height of each box inside its image, [m, 2] in pixels; not positive where it is outside."""
-        boxes = self.scan.objects["box"]
-        sides: Floats = np.minimum(boxes[:, :2] + boxes[:, 2:], self.sizes) - np.maximum(boxes[:, :2], 0)
-        return sides
-
-    @cached_property
-    def category_ids(self) -> Integers:
-        """Ids of the categories, ascending, [k]."""
-        return np.array([category["id"] for category in self.split.shards.manifest.categories])
-
-    @cached_property
-    def is_known(self) -> Flags:
-        """Flags of the objects whose category is in the list, [m]."""
-        known: Flags = np.isin(self.scan.objects["category_id"], self.category_ids)
-        return known
-
-    @cached_property
-    def is_usable(self) -> Flags:
-        """Flags of the usable objects, [m]."""
-        objects = self.scan.objects
+    def __init__(self, split: Split, scan: ScanResult, target: TrainingTarget) -> None:
+        self.split, self.scan, self.target, self.name = split, scan, target, split.name
+        objects, categories = scan.objects, split.shards.manifest.categories
+        position, extent = objects["box"][:, :2], objects["box"][:, 2:]
+        # [m, 2] in pixels: width and height of each object's image, and of the box inside it; not positive outside
+        self.sizes: Floats = split.image_sizes[objects["sample"]]
+        self.visible_sides: Floats = np.minimum(position + extent, self.sizes) - np.maximum(position, 0)
         with np.errstate(invalid="ignore"):
-            is_visible = (self.visible_sides > 0).all(axis=1)
-        usable: Flags = objects["is_box"] & ~objects["is_crowd"] & self.is_known & is_visible
-        return usable
+            self.is_visible: Flags = (self.visible_sides > 0).all(axis=1)  # [m]; not where there is no box
+        self.category_ids: Integers = np.array([category["id"] for category in categories])  # [k], ascending
+        self.is_known: Flags = np.isin(objects["category_id"], self.category_ids)  # [m]
+        self.is_usable: Flags = objects["is_box"] & ~objects["is_crowd"] & self.is_known & self.is_visible
+        usable = objects[self.is_usable]
+        factors = target.scale_factors(self.sizes[self.is_usable])
+        # [u]: shorter side in pixels after the resize of the training, and category as its position in the list
+        self.shorter_sides: Floats = self.visible_sides[self.is_usable].min(axis=1) * factors
+        self.classes: Integers = np.searchsorted(self.category_ids, usable["category_id"])
+        # [n] and [k]: numbers of usable objects
+        self.objects_per_image: Integers = np.bincount(usable["sample"], minlength=split.shards.num_samples)
+        self.objects_per_class: Integers = np.bincount(self.classes, minlength=len(categories))
 
-    @cached_property
-    def shorter_sides(self) -> Floats:
-        """Shorter side of each usable object after the resize of the training, in pixels."""
-        factors = self.target.scale_factors(self.sizes[self.is_usable])
-        sides: Floats = self.visible_sides[self.is_usable].min(axis=1) * factors
-        return sides
-
-    @cached_property
-    def objects_per_image(self) -> Integers:
-        """Number of usable objects in each image, [n]."""
-        samples = self.scan.objects["sample"][self.is_usable]
-        return np.bincount(samples, minlength=self.split.shards.num_samples)
-
-    @cached_property
-    def classes(self) -> Integers:
-        """Category of each usable object, as its position in the list."""
-        ids = self.scan.objects["category_id"][self.is_usable]
-        return np.searchsorted(self.category_ids, ids)
-
-    @cached_property
-    def objects_per_class(self) -> Integers:
-        """Number of usable objects of each category, [k]."""
-        return np.bincount(self.classes, minlength=len(self.category_ids))
-
-    def examples(self, chosen: Sequence[int] | Integers, *, boxes: bool = True) -> tuple[Example, ...]:
-        """Return examples: some of the images with the chosen objects.
-
-        Args:
-            chosen: numbers of objects.
-            boxes: describe the box of the first chosen object in each image.
-        """
-        by_sample: dict[int, list[int]] = {}
-        for number in chosen:
-            by_sample.setdefault(int(self.scan.objects["sample"][number]), []).append(int(number))
-            if len(by_sample) > MAX_EXAMPLES:
-                break
-        found = []
-        for sample, numbers in list(by_sample.items())[:MAX_EXAMPLES]:
-            positions = tuple(int(self.scan.objects["position"][number]) for number in numbers)
-            place = self.split.place(sample, positions)
-            found.append(Example((place,), self._describe_box(numbers[0]) if boxes else ""))
+    def examples(self, chosen: Integers) -> tuple[Example, ...]:
+        """Return some of the images with the chosen objects, given their numbers, and the box of the first in each."""
+        objects, found = self.scan.objects[chosen], []
+        for sample in list(dict.fromkeys(objects["sample"].tolist()))[:MAX_EXAMPLES]:
+            of_sample = objects["sample"] == sample
+            place = self.split.place(sample, tuple(objects["position"][of_sample].tolist()))
+            found.append(Example((place,), self._describe_box(chosen[of_sample][0])))
         return tuple(found)
 
     def _describe_box(self, number: int) -> str:
         row = self.scan.objects[number]
         if not row["is_box"]:
             raw = read_unchecked(self.split.shards, int(row["sample"]))
-            record = as_record(raw.annotations[row["position"]]) if raw else {}
+            record = raw.annotations[row["position"]] if raw else {}
             value = f"{record['bbox']!r:.60}" if "bbox" in record else "missing"
             return f"annotation {row['position']} has the box {value}"
         width, height = self.sizes[number]

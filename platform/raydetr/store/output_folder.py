@@ -69,31 +69,25 @@ def resumable_folder(out: Path) -> Iterator[Path]:
         _raise_if_occupied(out)
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        lock = _lock(out)
+        lock = (partial / LOCK).open("ab")
     except OSError as error:
         raise _interrupted(out, error, "check permissions, then run again") from error
-    try:
+    with lock:
+        _lock(out, lock.fileno())
         _undo_publish(out)
         _raise_if_occupied(out)
-        yield from _filled(out, existed)
-    finally:
-        os.close(lock)
-
-
-def _filled(out: Path, existed: bool) -> Iterator[Path]:
-    partial = out / PARTIAL
-    try:
-        for entry in partial.glob("*.tmp"):
-            entry.unlink()
-        yield partial
-        shutil.rmtree(partial)
-    except ValueError:
-        if [entry.name for entry in partial.iterdir()] == [LOCK]:
-            _remove(out, existed)
-        raise
-    except OSError as error:
-        remedy = "free space or check permissions, then run again: it resumes where it stopped"
-        raise _interrupted(out, error, remedy) from error
+        try:
+            for entry in partial.glob("*.tmp"):
+                entry.unlink()
+            yield partial
+            shutil.rmtree(partial)
+        except ValueError:
+            if [entry.name for entry in partial.iterdir()] == [LOCK]:
+                _remove(out, existed)
+            raise
+        except OSError as error:
+            remedy = "free space or check permissions, then run again: it resumes where it stopped"
+            raise _interrupted(out, error, remedy) from error
 
 
 def publish(partial: Path, names: Sequence[str]) -> None:
@@ -159,21 +153,17 @@ def _undo_publish(out: Path) -> None:
     listing.unlink()
 
 
-def _lock(out: Path) -> int:
+def _lock(out: Path, descriptor: int) -> None:
     """Lock out other writers; the kernel releases the lock when the process ends, in any way."""
-    descriptor = os.open(out / PARTIAL / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(descriptor)
         raise ValueError(
             f"{out}: another process is writing there: wait for it, or name another folder"
         ) from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # the file system has no locks
-            os.close(descriptor)
-            raise
-    return descriptor
+            raise _interrupted(out, error, "check permissions, then run again") from error
 
 
 def _remove(out: Path, existed: bool) -> None:

@@ -6,7 +6,6 @@ import random
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 from obstore.exceptions import BaseError
@@ -31,14 +30,6 @@ T = TypeVar("T")
 
 class RemoteError(OSError):
     """A file on a server could not be read or written; the message names file, cause and remedy."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why an attempt failed. With a remedy, further attempts would fail, too."""
-
-    cause: str
-    remedy: str = ""
 
 
 class Retry:
@@ -66,12 +57,12 @@ class Retry:
             try:
                 result = attempt()
             except BaseError as error:
-                failure = explain(error, self._has_answered)
+                cause, remedy = explain(error, self._has_answered)
             else:
                 self._has_answered = True
                 return result
-            if failure.remedy:
-                raise RemoteError(f"{name}: {failure.cause}: {failure.remedy}")
+            if remedy:
+                raise RemoteError(f"{name}: {cause}: {remedy}")
             if progress() > reached:
                 began, failures, reached = time.monotonic(), 0, progress()
             failures += 1
@@ -79,12 +70,12 @@ class Retry:
             left = self._seconds - waited
             if left <= 0 and failures > 1:
                 raise RemoteError(
-                    f"{name}: no answer for {waited:.0f} s, in {failures} attempts ({failure.cause}): check the server "
+                    f"{name}: no answer for {waited:.0f} s, in {failures} attempts ({cause}): check the server "
                     "and the network; data.remote.retry_seconds is how long a run waits"
                 )
             longest = min(MAX_PAUSE, FIRST_PAUSE * 2.0 ** min(failures - 1, 10))
             pause = min(max(left, FIRST_PAUSE), longest * self._random.uniform(0.5, 1.0))
-            self._report(name, failure.cause, waited, pause, left)
+            self._report(name, cause, waited, pause, left)
             time.sleep(pause)
 
     def _report(self, name: str, cause: str, waited: float, pause: float, left: float) -> None:
@@ -97,31 +88,34 @@ class Retry:
             )
 
 
-def explain(error: BaseError, has_answered: bool) -> Failure:
+def explain(error: BaseError, has_answered: bool) -> tuple[str, str]:
     """Describe an error of obstore, which has one class for most of them and writes the cause into the message.
 
     Args:
         error: of an attempt.
         has_answered: the server has answered this process before, so there are credentials.
+
+    Returns:
+        the cause, and the remedy; with a remedy, further attempts would fail, too.
     """
     text, _, details = str(error).partition("\n\nDebug source:")
     text = re.sub(r"\?\S+", "", text)  # a query may hold a signature
     if not has_answered and re.search(r"http://(169\.254|metadata\.)|token request", text):
-        return Failure("there are no credentials", NO_CREDENTIALS)
+        return "there are no credentials", NO_CREDENTIALS
     if status := re.search(r"status code: (\d+) ?([\w ]*):? *(.*)", text, re.DOTALL):
         number, reason = int(status[1]), " ".join(filter(None, (status[2].strip(), _excerpt(status[3]))))
         remedy = "" if number in RETRIED_STATUSES else REMEDIES.get(number, "it is not possible there")
-        return Failure(f"HTTP {number} {reason}".strip(), remedy)
+        return f"HTTP {number} {reason}".strip(), remedy
     if "InvalidCertificate" in details:
-        return Failure("the server's certificate is not trusted", "SSL_CERT_FILE may name others")
+        return "the server's certificate is not trusted", "SSL_CERT_FILE may name others"
     if "Range request not supported" in text:
-        return Failure("the server answers a request for a byte range with the complete file", NO_RANGES)
+        return "the server answers a request for a byte range with the complete file", NO_RANGES
     if "HttpError" not in details:
-        return Failure(" ".join(text.split())[:300], "check data.remote.options and the location")
+        return " ".join(text.split())[:300], "check data.remote.options and the location"
     if "TimedOut" in details or "kind: Timeout" in details:
-        return Failure("no bytes in time")
+        return "no bytes in time", ""
     messages = re.findall(r'(?:message|error): "?([^"\n]+)"?,\n', details)  # the innermost one comes last
-    return Failure(messages[-1] if messages else " ".join(text.split())[:200])
+    return (messages[-1] if messages else " ".join(text.split())[:200]), ""
 
 
 def _excerpt(body: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import obstore
 from obstore.exceptions import AlreadyExistsError
-from obstore.store import AzureStore, GCSStore, HTTPStore, LocalStore, ObjectStore, S3Store
+from obstore.store import HTTPStore, LocalStore, ObjectStore, from_url
 
 from raydetr.config import RemoteConfig
 from raydetr.config.paths import is_remote, local_folder, scheme_of
@@ -208,17 +208,14 @@ class Store:
             "timeout": timedelta(seconds=4 * config.read_timeout),  # ends responses that trickle
         }
         common: Any = {"client_options": client, "retry_config": {"max_retries": 0}}
-        if self._scheme == "s3":
-            provider = None if options.get("skip_signature") else _aws_profile(self.location)
-            return S3Store.from_url(self.location, config=options, credential_provider=provider, **common)
-        if self._scheme == "gs":
-            return GCSStore.from_url(self.location, config=options, **common)
-        if self._scheme == "az":
-            return AzureStore.from_url(self.location, config=options, **common)
-        if self._scheme:
+        if self._scheme in ("http", "https"):
             headers = {**options.get("headers", {}), **json.loads(os.environ.get(HTTP_HEADERS, "{}"))}
             client["default_headers"] = headers
             return HTTPStore.from_url(self.location, **common)
+        if self._scheme == "s3" and not options.get("skip_signature"):
+            common["credential_provider"] = _aws_profile(self.location)
+        if self._scheme:  # not for http: it takes some hosts for those of a cloud
+            return from_url(self.location, config=options, **common)
         folder = local_folder(self.location)
         folder.mkdir(parents=True, exist_ok=True)
         return LocalStore(folder)

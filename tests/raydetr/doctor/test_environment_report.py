@@ -145,7 +145,7 @@ def test_dockers_default_shared_memory_is_a_note() -> None:
 
 def test_packages_that_are_missing_or_too_old_are_errors() -> None:
     names = ["torch>=2.11", "torch>=99", "surely-not-installed>=1", "ray[train]>=2"]
-    lines = list(machine.package_lines(machine.find_packages(map(Requirement, names))))
+    lines = list(machine.package_lines(map(Requirement, names)))
     assert [line.state for line in lines] == ["error", "error", "ok", "ok"]
     assert lines[0].found == f"torch>=99 is needed, {metadata.version('torch')} is installed"
     assert lines[1].found == "surely-not-installed>=1 is needed, nothing is installed"
@@ -154,7 +154,7 @@ def test_packages_that_are_missing_or_too_old_are_errors() -> None:
 
 
 def test_required_packages_are_those_of_the_metadata() -> None:
-    names = {package.requirement.name for package in machine.required_packages()}
+    names = {requirement.name for requirement in machine.required_packages()}
     assert {"torch", "ray", "webdataset", "mlflow"} <= names
     assert "pytest" not in names  # Only an extra requires it
     with pytest.raises(ValueError, match=r"surely-not-installed is not installed: pip install"):

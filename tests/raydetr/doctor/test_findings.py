@@ -481,7 +481,7 @@ def test_a_changed_byte_is_reported_with_shard_and_key(tmp_path: Path) -> None:
     (finding,) = report.findings
     assert (finding.code, finding.level, finding.count) == ("corrupt-samples", "error", 1)
     assert re.search(r"shard-00000.tar, key 00000000\d{4}: .*crc32", str(finding.examples[0]))
-    assert report.statistics[0].unusable_images == 1
+    assert report.statistics[0]["unusable_images"] == 1
 
 
 def test_corrupt_samples_that_a_run_tolerates_are_a_warning(tmp_path: Path) -> None:
@@ -504,7 +504,7 @@ def test_shards_that_cannot_be_opened_are_an_error_and_the_rest_is_examined(tmp_
     assert (finding.code, finding.level) == ("unusable-shards", "error")
     assert "no shards found" in finding.text
     assert not report.may_start
-    assert [numbers.images for numbers in report.statistics] == [30]
+    assert [numbers["images"] for numbers in report.statistics] == [30]
 
 
 def test_the_same_location_twice_is_refused(tmp_path: Path) -> None:

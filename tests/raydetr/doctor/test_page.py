@@ -16,7 +16,7 @@ import browser
 import planted_shards as made
 from raydetr.doctor.examine import examine
 from raydetr.doctor.findings import TrainingTarget
-from raydetr.doctor.report import Histogram
+from raydetr.doctor.report import COUNT_EDGES, histogram
 
 PROBE = """<script>
 const errors = [];
@@ -27,7 +27,7 @@ addEventListener("load", () => {
     images: images.length,
     shown: images.filter(image => image.naturalWidth > 100 && image.getBoundingClientRect().width > 100).length,
     wide: document.documentElement.scrollWidth > innerWidth,
-    charts: [...document.querySelectorAll("svg rect")].filter(bar => bar.getBoundingClientRect().height > 5).length,
+    charts: [...document.querySelectorAll(".chart i")].filter(bar => bar.getBoundingClientRect().height > 5).length,
     bars: [...document.querySelectorAll(".bar i")].map(bar => bar.getBoundingClientRect().width),
     verdict: getComputedStyle(document.querySelector(".verdict")).backgroundColor,
     text: document.body.innerText,
@@ -131,14 +131,13 @@ def test_heights_of_bars_are_proportional_to_fractions(tmp_path: Path) -> None:
         del sample.annotations[0]
     locations = [str(made.write(train, tmp_path / "train")), str(made.write(val, tmp_path / "<val>"))]
     page = examine(locations, num_processes=1).to_html()
-    chart = page[page.index("<svg") : page.index("</svg>")]
-    bars = re.findall(r'<rect [^>]*height="([\d.]+)"[^>]*><title>(.*?), (.*?)</title>', chart)
-    heights = {(split, tip): float(height) for height, split, tip in bars if float(height)}
-    full = max(heights.values())
-    assert heights == {
-        ("train", "1 to under 2 objects: 4 (25.0%)"): pytest.approx(full / 4, abs=0.1),
-        ("train", "2 to under 3 objects: 12 (75.0%)"): pytest.approx(full * 3 / 4, abs=0.1),
-        ("&lt;val&gt;", "2 to under 3 objects: 5 (100.0%)"): full,
+    chart = page[page.index('<div class="chart"') : page.index("</figure>", page.index('<div class="chart"'))]
+    bars = re.findall(r'<i style="height: ([\d.]+)%; [^"]*" title="(.*?), (.*?)"></i>', chart)
+    assert len(bars) == 2 * len(COUNT_EDGES)
+    assert {(split, tip): float(height) for height, split, tip in bars if float(height)} == {
+        ("train", "1 to under 2 objects: 4 (25.0%)"): 25,
+        ("train", "2 to under 3 objects: 12 (75.0%)"): 75,
+        ("&lt;val&gt;", "2 to under 3 objects: 5 (100.0%)"): 100,
     }
 
 
@@ -153,5 +152,5 @@ def test_the_template_is_part_of_the_package() -> None:
 def test_values_are_counted_between_their_edges() -> None:
     import numpy as np
 
-    counted = Histogram.of(np.array([0, 0, 1, 4, 5, 99]), (0, 1, 5))
-    assert counted.counts == (2, 2, 2)
+    counted = histogram(np.array([0, 0, 1, 4, 5, 99]), (0, 1, 5))
+    assert counted == {"edges": [0, 1, 5], "counts": [2, 2, 2]}

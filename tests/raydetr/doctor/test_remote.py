@@ -44,7 +44,7 @@ def test_a_server_and_file_urls_give_the_findings_of_the_disk(folder: Path, web:
     for root in (web.url, folder.as_uri()):
         report = examine([f"{root}/train", f"{root}/val"], num_processes=1)
         assert findings(report) == findings(on_disk)
-        assert [s.name for s in report.statistics] == ["train", "val"]
+        assert [s["name"] for s in report.statistics] == ["train", "val"]
     assert len(web.requests) < 50 / 2  # Neighboring samples are read together
 
 

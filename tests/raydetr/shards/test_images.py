@@ -14,7 +14,7 @@ from PIL import Image
 
 from made_coco import write_coco
 from raydetr.config import TransformConfig
-from raydetr.data.samples import load_sample, make_sample
+from raydetr.data.samples import load_sample
 from raydetr.data.transforms.transform import Transform
 from raydetr.shards.images import ImageError, decode_pixels, read_header
 from raydetr.shards.reader import ShardError, open_shards
@@ -240,7 +240,7 @@ def test_an_image_size_that_differs_from_the_index_is_an_error(tmp_path: Path) -
     shards.samples["width"][1] += 1
     message = rf"its image has {width}x{height} pixels instead of the index's {width + 1}x{height}"
     with pytest.raises(ShardError, match=message):
-        make_sample(shards, 1, raw, Transform(TransformConfig()), seed=0, position=0, short_side=None)
+        load_sample(shards, 1, Transform(TransformConfig()), seed=0, position=0, raw=raw)
     assert load_sample(
         shards, 0, Transform(TransformConfig()), seed=0, position=0
     ).image.size == size_in_index(shards, 0)

@@ -6,10 +6,10 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from multiprocessing.context import BaseContext
 from types import ModuleType
-from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -20,22 +20,15 @@ from raydetr.process_pool import exit_with_parent
 from raydetr.store.store import uses_stores
 
 Out = Callable[[tuple[int, int, int, int]], Canvas]  # the `out` of `collate`
-DONE = object()
-B = TypeVar("B", bound=Batch | None, covariant=True)
+# Yields batches `worker`, `worker + num_workers`, ... of all, collated into arrays from `out`
+Source = Callable[[int, int, Out | None], Iterator[Batch | None]]
 
 
-class BatchSource(Protocol[B]):
-    """Makes batches, in any number of processes that take turns."""
-
-    def batches(self, worker: int, num_workers: int, out: Out | None) -> Iterator[B]:
-        """Yield batches `worker`, `worker + num_workers`, ... of the source, collated into arrays from `out`."""
-
-
-def load(source: BatchSource[B], num_workers: int) -> Iterator[B]:
+def load(source: Source, num_workers: int) -> Iterator[Batch | None]:
     """Yield the batches of a source in order.
 
     Args:
-        source: is copied to the loader processes.
+        source: called with (worker, num_workers, out) in each loader process, to which it is copied.
         num_workers: loader processes; 0 makes the batches in this process.
 
     Raises:
@@ -43,35 +36,31 @@ def load(source: BatchSource[B], num_workers: int) -> Iterator[B]:
         Exception: any exception of the source, with its type and message.
     """
     if num_workers == 0:
-        yield from source.batches(0, 1, None)
+        yield from source(0, 1, None)
         return
     ring = Ring(num_workers)
     loader = DataLoader(
         _SenderDataset(source, ring),
         batch_size=None,
         num_workers=num_workers,
-        collate_fn=_identity,
         worker_init_fn=_watch_parent,
         generator=torch.Generator(),  # otherwise the DataLoader draws its seed from the global generator
         multiprocessing_context=_start_method(),
         in_order=True,
     )
-    receiver, messages = Receiver(ring), iter(loader)
-    try:
-        while True:
-            message = _next(messages)
-            if message is DONE:
-                return
+    receiver = Receiver(ring)
+    with closing(
+        _messages(loader)
+    ) as messages:  # ends the processes now; a held traceback would keep them running
+        for message in messages:
             if isinstance(message, Failure):
                 raise message.error()
-            yield cast(B, None if message is None else receiver.batch(message))
-    finally:
-        del messages  # ends the processes now; a held traceback would keep them running
+            yield None if message is None else receiver.batch(message)
 
 
-def _next(messages: Iterator[Any]) -> Any:
+def _messages(loader: DataLoader[Message | Failure | None]) -> Generator[Message | Failure | None]:
     try:
-        return next(messages, DONE)
+        yield from loader
     except RuntimeError as error:  # the DataLoader's error for a dead process
         raise LoaderError(
             f"{error} A loader process died: killed, or out of memory (see `dmesg`). If it was memory, "
@@ -80,7 +69,7 @@ def _next(messages: Iterator[Any]) -> Any:
 
 
 class _SenderDataset(IterableDataset[Message | Failure | None]):
-    def __init__(self, source: BatchSource[Batch | None], ring: Ring) -> None:
+    def __init__(self, source: Source, ring: Ring) -> None:
         self.source, self.ring = source, ring
         self.environment = dict(os.environ)
 
@@ -89,10 +78,10 @@ class _SenderDataset(IterableDataset[Message | Failure | None]):
         assert info is not None
         os.environ.update(
             self.environment
-        )  # a fork server has that of its own start; it may lack credentials
+        )  # a fork server has that of its start, perhaps without credentials
         sender = Sender(self.ring, info.id)
         try:
-            for batch in self.source.batches(info.id, info.num_workers, sender.canvas):
+            for batch in self.source(info.id, info.num_workers, sender.canvas):
                 yield None if batch is None else sender.message(batch)
         except Exception as error:
             yield Failure.of(error, info.id)
@@ -123,7 +112,3 @@ def _start_method() -> BaseContext | None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["raydetr.data.stream", *sorted(modules)])
     return context
-
-
-def _identity(message: Any) -> Any:
-    return message

@@ -10,6 +10,8 @@ from PIL import Image, ImageEnhance
 
 from raydetr.shards.images import Pixels
 
+BLENDS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+
 
 @dataclass(frozen=True)
 class ColorJitter:
@@ -38,13 +40,10 @@ def jitter_colors(pixels: Pixels, params: ColorJitter) -> Pixels:
     with the gray of each pixel, and a shift of H in HSV.
     """
     image = Image.fromarray(pixels)
+    factors = (params.brightness, params.contrast, params.saturation)
     for number in params.order:
-        if number == 0 and params.brightness != 1:
-            image = ImageEnhance.Brightness(image).enhance(params.brightness)
-        elif number == 1 and params.contrast != 1:
-            image = ImageEnhance.Contrast(image).enhance(params.contrast)
-        elif number == 2 and params.saturation != 1:
-            image = ImageEnhance.Color(image).enhance(params.saturation)
+        if number < 3 and factors[number] != 1:
+            image = BLENDS[number](image).enhance(factors[number])
         elif number == 3 and params.hue:
             image = _shift_hue(image, round(params.hue * 256))
     return np.array(image)

@@ -89,12 +89,11 @@ def clamp_boxes(boxes_xyxy: Boxes, size: Size) -> tuple[Boxes, KeepMask]:
 
 @dataclass(frozen=True)
 class LargeScaleJitter:
-    """Drawn parameters: the image is resized to `size`, and the square begins at its pixel (left, top)."""
+    """Drawn parameters: the image is resized to `size`, and the square shows the window."""
 
     side: int  # of the square, in pixels
     size: Size
-    left: int
-    top: int
+    window: Crop
 
     @classmethod
     def draw(cls, rng: random.Random, size: Size, side: int, scale: float) -> LargeScaleJitter:
@@ -102,7 +101,8 @@ class LargeScaleJitter:
         factor = scale * side / max(size)
         width, height = (max(1, round(factor * length)) for length in size)
         left, top = rng.randint(0, max(0, width - side)), rng.randint(0, max(0, height - side))
-        return cls(side, (width, height), left, top)
+        window = Crop(None, left, top, min(width - left, side), min(height - top, side))
+        return cls(side, (width, height), window)
 
 
 def large_scale_jitter(
@@ -113,11 +113,7 @@ def large_scale_jitter(
     Boxes are clamped to the square and dropped without area; the mask marks those kept.
     Source: Ghiasi et al., "Simple Copy-Paste" (CVPR 2021, arXiv:2012.07177), section 3: scales 0.1 to 2.0.
     """
-    side, left, top = params.side, params.left, params.top
-    width, height = min(params.size[0] - left, side), min(params.size[1] - top, side)  # of the visible part
-    boxes = resize_boxes(boxes_xyxy, size_of(pixels), params.size) - np.tile([left, top], 2)
-    square = np.empty((side, side, 3), np.uint8)
-    square[:height, :width] = resize_pixels(pixels, params.size)[top : top + height, left : left + width]
-    square[height:] = GRAY
-    square[:, width:] = GRAY
-    return square, *clamp_boxes(boxes, (width, height))
+    visible, boxes, kept = crop(*resize(pixels, boxes_xyxy, params.size), params.window)
+    square = np.full((params.side, params.side, 3), GRAY, np.uint8)
+    square[: params.window.height, : params.window.width] = visible
+    return square, boxes, kept

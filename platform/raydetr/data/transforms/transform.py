@@ -12,20 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from raydetr.config import TransformConfig
+from raydetr.data.transforms import geometry
 from raydetr.data.transforms.color import ColorJitter, jitter_colors
-from raydetr.data.transforms.geometry import (
-    Boxes,
-    Crop,
-    KeepMask,
-    LargeScaleJitter,
-    crop,
-    flip_horizontally,
-    large_scale_jitter,
-    resize,
-    resize_boxes,
-    resized_size,
-    size_before_crop,
-)
+from raydetr.data.transforms.geometry import Boxes, Crop, KeepMask, LargeScaleJitter
 from raydetr.data.transforms.mosaic import Mosaic
 from raydetr.data.transforms.pixels import LazyImage, Size, size_of
 from raydetr.shards.images import Pixels
@@ -83,13 +72,11 @@ class Transform:
         """Draw the parameters for the sample at `position`, an image of `size` = (width, height)."""
         config, colors = self.config, self._draw_colors(seed, position)
         rng = random.Random(seed << 64 | position)
-        if config.lsj_size is not None:
-            flip = rng.random() < config.horizontal_flip
-            scale = rng.uniform(config.lsj_min_scale, config.lsj_max_scale)
-            return TransformParams(
-                flip, None, None, colors, LargeScaleJitter.draw(rng, size, config.lsj_size, scale)
-            )
         flip = rng.random() < config.horizontal_flip
+        if config.lsj_size is not None:
+            scale = rng.uniform(config.lsj_min_scale, config.lsj_max_scale)
+            jitter = LargeScaleJitter.draw(rng, size, config.lsj_size, scale)
+            return TransformParams(flip, None, None, colors, jitter)
         is_cropped = config.crop_probability > 0 and rng.random() < config.crop_probability
         window = self._draw_crop(rng, size) if is_cropped else None
         own = _choose(rng, config.short_sides)
@@ -103,22 +90,22 @@ class Transform:
         if params.colors is not None:
             pixels = jitter_colors(pixels, params.colors)
         if params.flip:
-            pixels, boxes_xyxy = flip_horizontally(pixels, boxes_xyxy)
+            pixels, boxes_xyxy = geometry.flip_horizontally(pixels, boxes_xyxy)
         if params.jitter is not None:
-            pixels, boxes_xyxy, kept = large_scale_jitter(pixels, boxes_xyxy, params.jitter)
+            pixels, boxes_xyxy, kept = geometry.large_scale_jitter(pixels, boxes_xyxy, params.jitter)
         if params.crop is not None:
-            before = size_before_crop(size_of(pixels), params.crop.short_side)
-            pixels, boxes_xyxy = resize(pixels, boxes_xyxy, before)
-            pixels, boxes_xyxy, kept = crop(pixels, boxes_xyxy, params.crop)
+            before = geometry.size_before_crop(size_of(pixels), params.crop.short_side)
+            pixels, boxes_xyxy = geometry.resize(pixels, boxes_xyxy, before)
+            pixels, boxes_xyxy, kept = geometry.crop(pixels, boxes_xyxy, params.crop)
         if params.short_side is None:
             return LazyImage.unresized(pixels), boxes_xyxy, kept
-        size = resized_size(*size_of(pixels), params.short_side, self.config.max_side)
-        return LazyImage(pixels, size), resize_boxes(boxes_xyxy, size_of(pixels), size), kept
+        size = geometry.resized_size(*size_of(pixels), params.short_side, self.config.max_side)
+        return LazyImage(pixels, size), geometry.resize_boxes(boxes_xyxy, size_of(pixels), size), kept
 
     def _draw_crop(self, rng: random.Random, size: Size) -> Crop:
         config = self.config
         short_side = _choose(rng, config.crop_short_sides)
-        inside = size_before_crop(size, short_side)
+        inside = geometry.size_before_crop(size, short_side)
         # A side below the minimum is kept uncropped; after the official resizes there is none
         limits = [(min(config.crop_min_side, side), min(config.crop_max_side, side)) for side in inside]
         width, height = (rng.randint(low, high) for low, high in limits)

@@ -1,8 +1,8 @@
 """Keep chunks of remote shards on a node's local disk, shared by all its processes.
 
     lock                    locked exclusively while a `used` changes or a data set is removed
-    FINGERPRINT/users       locked shared by every process that reads these shards
-    FINGERPRINT/used        total bytes of the chunks, those being written included
+    FINGERPRINT/used        total bytes of the chunks, those being written included; locked shared by every process
+                            that reads these shards
     FINGERPRINT/N           the chunk whose first sample is N
     FINGERPRINT/N.PID.tmp   being written
     FINGERPRINT/lock-NN     held while a chunk is downloaded, so that no other process downloads it too
@@ -16,11 +16,13 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 NUM_LOCKS = 256  # locks of chunks: of two with the same lock, one waits for the other's download
+FULL_SECONDS = 60.0  # after finding no room, a process does not ask for some; then another run may have ended
 
 
 class NodeCache:
@@ -32,16 +34,16 @@ class NodeCache:
 
     def __init__(self, root: Path, fingerprint: str, max_bytes: int) -> None:
         self._root, self._folder, self._max_bytes = root, root / fingerprint, max_bytes
-        self.is_full = False  # there was no room, and this process has removed no chunk since then
+        self._full_until = 0.0  # on the monotonic clock
         try:
             root.mkdir(parents=True, exist_ok=True)
             with locked(root / "lock"):
                 self._folder.mkdir(exist_ok=True)
-                self._users = os.open(self._folder / "users", os.O_CREAT | os.O_RDWR, 0o644)
-                if _try_lock(self._users):
+                self._used = os.open(self._folder / "used", os.O_CREAT | os.O_RDWR, 0o644)
+                if _try_lock(self._used):
                     self._recount()
-                fcntl.flock(self._users, fcntl.LOCK_SH)
-                os.utime(self._users)
+                fcntl.flock(self._used, fcntl.LOCK_SH)
+                os.utime(self._used)
         except OSError as error:
             raise ValueError(
                 f"{root} (data.remote.cache_dir) cannot be used as a cache ({error}): name a folder on a disk of "
@@ -49,8 +51,13 @@ class NodeCache:
             ) from None
 
     def __del__(self) -> None:
-        if hasattr(self, "_users"):
-            os.close(self._users)
+        if hasattr(self, "_used"):
+            os.close(self._used)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether this process found no room less than FULL_SECONDS ago, and has given none back since then."""
+        return time.monotonic() < self._full_until
 
     def read(self, number: int, offset: int, length: int) -> bytes | None:
         """Read a range of a chunk; None if it is not there."""
@@ -64,13 +71,7 @@ class NodeCache:
     def fill(self, number: int, size: int, download: Callable[[], bytes]) -> bytes | None:
         """Return a chunk after it was downloaded and kept, by this process or by another one in the meantime.
 
-        Args:
-            number: of the chunk.
-            size: of the chunk in bytes.
-            download: returns the bytes.
-
-        Returns:
-            None, without a download, if there is no room.
+        Returns None, without a download, if there is no room for its `size` bytes.
 
         Raises:
             OSError: the download failed, or the disk is full.
@@ -82,85 +83,63 @@ class NodeCache:
                 return path.read_bytes()
             if not self._reserve(size):
                 return None
-            kept = False
             try:
                 content = download()
                 temporary.write_bytes(content)
                 temporary.rename(path)
-                kept = True
-            finally:
-                if not kept:
-                    temporary.unlink(missing_ok=True)
-                    with locked(self._root / "lock"):
-                        self._add(-size)
-                        self.is_full = False  # another thread may have found no room because of this chunk
+            except BaseException:
+                with locked(self._root / "lock"):
+                    self._remove(temporary, size)
+                raise
         return content
 
     def drop(self, number: int) -> None:
         """Remove a chunk, because it is corrupt."""
         path = self._folder / str(number)
-        with locked(self._root / "lock"):
-            if path.exists():
-                self._add(-path.stat().st_size)
-                path.unlink()
-                self.is_full = False
+        with locked(self._root / "lock"), suppress(FileNotFoundError):
+            self._remove(path, path.stat().st_size)
+
+    def _remove(self, path: Path, size: int) -> None:
+        path.unlink(missing_ok=True)
+        self._write_used(_num_bytes(self._folder / "used") - size)
+        self._full_until = 0.0  # another thread may have found no room because of this chunk
 
     def _reserve(self, size: int) -> bool:
         """Add a chunk to the bytes in use if there is room, for which finished runs' data sets are removed."""
         with locked(self._root / "lock"):
-            missing = self._total() + size - self._max_bytes
-            if missing > 0 and _used(self._folder) + size <= self._max_bytes:
-                _remove_unused(self._root, missing)
-                missing = self._total() + size - self._max_bytes
-            has_room = missing <= 0  # unlike `is_full`, which another thread may change before the return
-            self.is_full = not has_room
-            if has_room:
-                self._add(size)
-        return has_room
-
-    def _total(self) -> int:
-        return sum(_used(users.parent) for users in self._root.glob("*/users"))
-
-    def _add(self, size: int) -> None:
-        _write_used(self._folder, _used(self._folder) + size)
+            own = _num_bytes(self._folder / "used")
+            missing = sum(map(_num_bytes, self._root.glob("*/used"))) + size - self._max_bytes
+            if missing > 0 and own + size <= self._max_bytes:
+                missing -= _remove_unused(self._root, missing)
+            if missing <= 0:
+                self._write_used(own + size)
+            else:
+                self._full_until = time.monotonic() + FULL_SECONDS
+        return missing <= 0
 
     def _recount(self) -> None:
         """Remove what killed processes left, and count the rest."""
         for unfinished in self._folder.glob("*.tmp"):
             unfinished.unlink()
-        with os.scandir(self._folder) as entries:
-            _write_used(
-                self._folder, sum(entry.stat().st_size for entry in entries if entry.name.isdecimal())
-            )
+        self._write_used(sum(chunk.stat().st_size for chunk in self._folder.glob("[0-9]*")))
+
+    def _write_used(self, num_bytes: int) -> None:
+        os.pwrite(self._used, b"%020d" % num_bytes, 0)  # one system call: cannot be interrupted halfway
 
 
-def _remove_unused(root: Path, missing: int) -> None:
-    """Remove data sets that no process uses, those opened longest ago first, until enough bytes are free."""
-    for users in sorted(root.glob("*/users"), key=lambda users: users.stat().st_mtime):
-        if missing <= 0:
-            return
-        descriptor = os.open(users, os.O_RDWR)
-        try:
-            if _try_lock(descriptor):
-                missing -= _used(users.parent)
-                shutil.rmtree(users.parent)
-        finally:
-            os.close(descriptor)
+def _remove_unused(root: Path, missing: int) -> int:
+    """Remove data sets that no process uses, those used longest ago first, until enough bytes are free; count them."""
+    freed = 0
+    for used in sorted(root.glob("*/used"), key=lambda used: used.stat().st_mtime):
+        with used.open("r+b") as file:
+            if freed < missing and _try_lock(file.fileno()):
+                freed += _num_bytes(used)
+                shutil.rmtree(used.parent)
+    return freed
 
 
-def _used(folder: Path) -> int:
-    try:
-        return int((folder / "used").read_bytes() or b"0")
-    except FileNotFoundError:  # a process is creating the folder, or was killed while it did
-        return 0
-
-
-def _write_used(folder: Path, num_bytes: int) -> None:
-    descriptor = os.open(folder / "used", os.O_CREAT | os.O_WRONLY, 0o644)
-    try:
-        os.pwrite(descriptor, b"%020d" % num_bytes, 0)  # one system call: cannot be interrupted halfway
-    finally:
-        os.close(descriptor)
+def _num_bytes(used: Path) -> int:
+    return int(used.read_bytes() or b"0")  # empty: the process that created it was killed
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -175,9 +154,6 @@ def _try_lock(descriptor: int) -> bool:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock of a file, which is created if missing; wait for it if necessary."""
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)

@@ -110,14 +110,14 @@ def open_files() -> set[str]:
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_batches_come_in_order(num_workers: int) -> None:
     source = Numbers(count=50, missing=(48, 49))
-    found = list(load(source, num_workers))
+    found = list(load(source.batches, num_workers))
     assert all(is_correct(batch, number) for number, batch in enumerate(found[:48]) if batch is not None)
     assert [batch is None for batch in found] == [False] * 48 + [True] * 2
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_consumer_may_keep_all_batches(num_workers: int) -> None:
-    stream = load(Numbers(), num_workers)
+    stream = load(Numbers().batches, num_workers)
     kept = list(itertools.islice(stream, 3 * NUM_SLOTS * num_workers))
     assert all(is_correct(batch, number) for number, batch in enumerate(kept) if batch is not None)
     expected = [batch.pixels.clone() for batch in kept if batch is not None]
@@ -128,7 +128,7 @@ def test_a_consumer_may_keep_all_batches(num_workers: int) -> None:
 
 
 def test_kept_batches_outlive_the_processes() -> None:
-    stream = load(Numbers(), 2)
+    stream = load(Numbers().batches, 2)
     kept = list(itertools.islice(stream, 7))
     stream.close()  # type: ignore[attr-defined]
     psutil.wait_procs(loaders(), timeout=10)
@@ -137,7 +137,7 @@ def test_kept_batches_outlive_the_processes() -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_error_is_raised_unchanged_and_in_order(num_workers: int) -> None:
-    stream = load(Numbers(fails_at=11), num_workers)
+    stream = load(Numbers(fails_at=11).batches, num_workers)
     assert all(is_correct(next(stream), number) for number in range(11))
     with pytest.raises(FileNotFoundError) as caught:
         next(stream)
@@ -151,7 +151,7 @@ def test_a_thread_does_not_fork() -> None:
     parents: list[int] = []
 
     def consume() -> None:
-        stream = load(Numbers(), 1)
+        stream = load(Numbers().batches, 1)
         assert is_correct(next(stream), 0)
         parents.append(loaders()[0].ppid())
         stream.close()  # type: ignore[attr-defined]
@@ -167,7 +167,7 @@ def test_a_fork_server_passes_on_the_environment_of_now(monkeypatch: pytest.Monk
     found: list[int] = []
 
     def consume() -> None:
-        for batch in load(FromEnvironment(), 1):
+        for batch in load(FromEnvironment().batches, 1):
             found.append(batch.position)
 
     for number in (3, 7):
@@ -185,7 +185,7 @@ def test_a_killed_loader_is_an_error(thread: bool) -> None:
     caught: list[BaseException] = []
 
     def consume() -> None:
-        stream = load(Numbers(), 2)
+        stream = load(Numbers().batches, 2)
         try:
             for number, _ in enumerate(stream):
                 if number == 20:
@@ -254,7 +254,7 @@ Queue.put = slow_put  # nothing is sent to the second loader
 os.register_at_fork(after_in_parent=lambda: forked.append(1), after_in_child=lambda: time.sleep(2 * len(forked)))
 from raydetr.data.loader.loader import load
 from test_loader import Numbers
-next(load(Numbers(kills_its_parent=True), 2))
+next(load(Numbers(kills_its_parent=True).batches, 2))
 """)
     environment = {**ENVIRONMENT, "TESTS": str(Path(__file__).parent)}
     run = subprocess.run(  # returns when no process has its output open

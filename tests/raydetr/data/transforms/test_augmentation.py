@@ -133,9 +133,9 @@ def test_large_scale_jitter_is_as_published() -> None:
     assert abs((scales < 0.575).mean() - 0.25) < 0.03
     for choice in choices:
         assert choice.size[1] == pytest.approx(choice.size[0] * 48 / 64, abs=1)
-        assert 0 <= choice.left <= max(0, choice.size[0] - 100)
-        assert 0 <= choice.top <= max(0, choice.size[1] - 100)
-    places = [choice.left / (choice.size[0] - 100) for choice in choices if choice.size[0] > 150]
+        assert 0 <= choice.window.left <= max(0, choice.size[0] - 100)
+        assert 0 <= choice.window.top <= max(0, choice.size[1] - 100)
+    places = [choice.window.left / (choice.size[0] - 100) for choice in choices if choice.size[0] > 150]
     assert abs(np.mean(places) - 0.5) < 0.03
 
     white = np.full((48, 64, 3), 255, np.uint8)
@@ -143,7 +143,7 @@ def test_large_scale_jitter_is_as_published() -> None:
     image, _, _ = transform.apply(
         white, np.zeros((0, 4)), dataclasses.replace(transform.draw(0, 0, (64, 48)), jitter=small)
     )
-    assert (small.size, small.left, small.top) == ((50, 38), 0, 0)
+    assert (small.size, small.window.left, small.window.top) == ((50, 38), 0, 0)
     assert (image.pixels()[:38, :50] == 255).all()
     assert (image.pixels()[38:] == GRAY).all()
     assert (image.pixels()[:, 50:] == GRAY).all()

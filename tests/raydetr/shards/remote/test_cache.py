@@ -8,8 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from raydetr.data.layout import Layout
 from raydetr.data.stream import evaluation_batches, make_order, train_batches
 from raydetr.data.transforms.transform import Transform
 from raydetr.shards.reader import Shards, open_shards
+from raydetr.shards.remote import cache as cache_module
 from raydetr.shards.remote import reading
-from raydetr.shards.remote.cache import NodeCache
+from raydetr.shards.remote.cache import FULL_SECONDS, NodeCache, locked
 from raydetr.shards.writer import write_shards
 
 QUICK = RemoteConfig(connect_timeout=2.0, read_timeout=1.0, retry_seconds=2.0)
@@ -104,6 +106,46 @@ def test_a_failed_download_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(KeyError):
             cache.fill(0, 100, fail)
     assert cache.fill(0, 100, lambda: b"a" * 100) == b"a" * 100
+
+
+def test_reserved_room_is_not_lost_when_another_thread_finds_none_at_the_same_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other thread asks when the first has released the lock of the counts, before its download."""
+    cache, refused = NodeCache(tmp_path, "data", 100), []
+
+    @contextmanager
+    def interrupted(path: Path) -> Iterator[None]:
+        with locked(path):
+            yield
+        if path == tmp_path / "lock" and not refused:
+            refused.append(True)
+            other = threading.Thread(
+                target=lambda: refused.append(cache.fill(32, 100, lambda: pytest.fail("no room")) is None)
+            )
+            other.start()
+            other.join()
+
+    monkeypatch.setattr(cache_module, "locked", interrupted)
+    assert cache.fill(0, 100, lambda: b"a" * 100) == b"a" * 100
+    assert refused == [True, True]
+    assert cache.read(0, 0, 100) == b"a" * 100
+    cache.drop(0)
+    assert cache.fill(32, 100, lambda: b"b" * 100) == b"b" * 100
+
+
+def test_room_of_a_failed_download_can_be_asked_for_at_once(tmp_path: Path) -> None:
+    """Another thread, which found none in the meantime, must not wait for it."""
+    cache = NodeCache(tmp_path, "data", 100)
+
+    def fail() -> bytes:
+        assert cache.fill(32, 100, lambda: pytest.fail("no room")) is None
+        assert cache.is_full
+        raise KeyError("on purpose")
+
+    with pytest.raises(KeyError):
+        cache.fill(0, 100, fail)
+    assert not cache.is_full
 
 
 PROGRAM = """
@@ -198,6 +240,47 @@ def test_data_sets_are_removed_when_nobody_uses_them_and_room_is_needed(tmp_path
     assert not (tmp_path / "data").exists()
     assert cache.fill(96, 1, lambda: pytest.fail("no room")) is None  # its own chunks stay
     assert on_disk(tmp_path) == 2000
+
+
+def test_room_of_a_run_that_ended_is_used_after_a_while(
+    many: Shards, web: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that found none does not ask before each read, but it asks again."""
+    now = 1000.0
+    monkeypatch.setattr(cache_module.time, "monotonic", lambda: now)
+    asked = []
+    reserve = NodeCache._reserve
+    monkeypatch.setattr(NodeCache, "_reserve", lambda cache, size: asked.append(size) or reserve(cache, size))
+    size = num_bytes(many)
+    other = NodeCache(tmp_path, "other", size)
+    assert other.fill(0, size, lambda: bytes(size)) is not None
+    asked.clear()
+    shards = cached(web.url, tmp_path, size)
+    for index in (0, 40, 80):
+        assert shards.read(index) == many.read(index)
+    assert len(asked) == 1
+    del other  # as at the end of its process
+    now += FULL_SECONDS - 1
+    assert shards.read(0) == many.read(0)
+    assert len(asked) == 1
+    now += 1
+    assert shards.read(0) == many.read(0)
+    assert len(asked) == 2
+    assert not (tmp_path / "other").exists()
+    begun = len(web.requests)
+    assert shards.read(31) == many.read(31)
+    assert len(web.requests) == begun  # from the chunk that was kept
+
+
+def test_data_sets_that_were_used_longest_ago_are_removed_first(tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    for name, age in (("older", 20), ("oldest", 30), ("newer", 10)):
+        NodeCache(root, name, 300).fill(0, 100, lambda: bytes(100))
+        seen = (root / name / "used").stat().st_mtime - age
+        os.utime(root / name / "used", (seen, seen))
+    cache = NodeCache(root, "ours", 300)
+    assert cache.fill(0, 150, lambda: bytes(150)) is not None
+    assert sorted(folder.name for folder in root.iterdir() if folder.is_dir()) == ["newer", "ours"]
 
 
 def test_an_unusable_folder_is_an_error(tmp_path: Path, web: WebServer) -> None:
