@@ -1,8 +1,8 @@
-"""Train and evaluate as one process of several. There is no Ray here.
+"""Train and evaluate in one of the processes of a run. There is no Ray here.
 
 Read `train` first: it is the complete loop. A `Training` is the state that the loop advances, and what a checkpoint
-holds. The position (samples consumed by the optimizer, over all epochs and workers) is the only clock: step, epoch,
-learning rate, data order and random draws are functions of it.
+holds. Step, epoch, learning rate, order and random draws are functions of the position, the number of samples that the
+optimizer has consumed over all epochs and workers.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class EvaluationReport:
 
 
 class Training:
-    """Model, moving average, optimizer and position of a run, in one process."""
+    """Model, EMA, optimizer and position of a run, in one process."""
 
     def __init__(self, config: RunConfig, model: Model, num_samples: int, world: World) -> None:
         self.config, self.model, self.world, self.num_samples = config, model, world, num_samples
@@ -64,7 +64,7 @@ class Training:
         self.optimizer = build_optimizer(self.detector, config.optim)
         self.replica = _replicate(self.detector, world)
         self.batch_norms = BatchNormSnapshot(self.detector)
-        # Small gradients underflow in float16: the scaler multiplies the loss, as far as the gradient does not overflow
+        # Small gradients underflow in float16: the scaler multiplies the loss by the largest factor without overflow
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16")
         self.position = 0
         self.skipped_steps = 0  # because of NaN or infinity
@@ -73,7 +73,7 @@ class Training:
 
     @property
     def weights(self) -> nn.Module:
-        """The model that is evaluated: the moving average if there is one."""
+        """The model that is evaluated: the EMA if there is one."""
         return self.detector if self.ema is None else self.ema.model
 
     @property
@@ -107,6 +107,9 @@ class Training:
 
         If the loss or the gradient of any worker is not finite, all workers skip the step: only the position
         advances. Masked samples are missing from the batch; a worker without samples adds nothing to the gradient.
+
+        Raises:
+            RuntimeError: another worker died, so that a collective failed; or the device is out of memory.
         """
         torch.manual_seed(self.random_seed)
         set_learning_rates(self.optimizer, lr_factor(self.config.optim, self.step, self.total_steps))
@@ -115,14 +118,14 @@ class Training:
             [float(len(targets.labels)), float(len(batch.corrupt))], device=self.world.device
         )
         # Losses are normalized by the boxes of the global batch, so that the number of workers does not change them.
-        # One collective for both counts, and it overlaps with the forward pass
+        # There is one collective for both counts, and it overlaps with the forward pass.
         sums = self.world.all_reduce_async(counts)
         self.batch_norms.save()  # the forward pass updates them, but the step may be skipped
         with self._autocast():
             outputs = self.replica(images, targets)
         num_boxes, num_corrupt = sums.wait().unbind()
         num_boxes = (num_boxes / self.world.size).clamp(min=1)  # per worker, because gradients are averaged
-        # NaN instead of an error: a worker that raised here would leave the others waiting for its gradient
+        # Returns NaN instead of raising: the other workers would wait forever for the gradient of this one
         loss = compute_loss(self.criterion, outputs, targets, num_boxes, is_blank=batch.is_blank)
         torch.autograd.backward(self.scaler.scale(loss.total))
         self.scaler.unscale_(self.optimizer)
@@ -143,10 +146,17 @@ class Training:
         return outcome
 
     def evaluate(self, shards: Shards) -> list[dict[str, Any]]:
-        """Evaluate `weights` on this worker's share of a split; return the COCO results of the complete split."""
+        """Evaluate `weights` on this worker's share of a split; return the COCO results of the complete split.
+
+        Raises:
+            ShardError: an image is corrupt, and `data.on_corrupt` is "raise".
+            RemoteError: a server of shards cannot be reached.
+            LoaderError: a loader process died.
+            RuntimeError: another worker died, so that a collective failed; or the device is out of memory.
+        """
         data = self.config.data
         # Each worker updates batch norm with its own images. All must evaluate the same model: that of rank 0, which
-        # writes the checkpoint. DDP broadcasts buffers too, but before a forward pass, and not those of the EMA
+        # writes the checkpoint. DDP broadcasts buffers too, but before a forward pass, and not those of the EMA.
         self.world.broadcast(self.weights.buffers())
         batches = evaluation_batches(
             shards,
@@ -195,7 +205,7 @@ class Training:
         self.batch_norms.restore()
         causes = self._causes(batch, loss)
         self.skipped_steps += bool(causes)
-        # Without causes the gradient overflowed: lower the scale. Other problems do not depend on the scale: keep it
+        # Without causes, the gradient overflowed: lower the scale. Other problems do not depend on the scale: keep it.
         self.scaler.update(self.scaler.get_scale() if causes else None)
         return SkippedStep(self.step + 1, self.random_seed, causes, batch, loss.terms)
 
@@ -223,7 +233,14 @@ class Training:
 def train(
     training: Training, train_shards: Shards, val_shards: Shards
 ) -> Iterator[StepReport | EvaluationReport]:
-    """Train from the current position to the end; yield a report for every step and every evaluation."""
+    """Train from the current position to the end; yield a report for every step and every evaluation.
+
+    Raises:
+        ShardError: a sample is corrupt, and `data.on_corrupt` is "raise".
+        RemoteError: a server of shards cannot be reached.
+        LoaderError: a loader process died.
+        RuntimeError: another worker died, so that a collective failed; or the device is out of memory.
+    """
     config, world = training.config, training.world
     if training.step >= training.total_steps:
         return

@@ -132,7 +132,9 @@ def test_resume_refuses_other_data_another_model_and_no_run(
     tiny_run: RunConfig, tiny_data: Path, tmp_path: Path
 ) -> None:
     done = run.start(override(tiny_run, {"optim.epochs": 1}), local=True)
-    with pytest.raises(CheckpointError, match=r"model\.num_queries is 25 there and 30 here"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.num_queries is 25 in the checkpoint and 30 in the run"
+    ):
         run.resume(done.folder, overrides={"model.num_queries": 30, "optim.epochs": 2}, local=True)
     with pytest.raises(CheckpointError, match=r"other data \(fingerprint .*\).*start a new run"):
         run.resume(
