@@ -268,7 +268,7 @@ def compare(
         list[str], typer.Argument(metavar="RUN", help="Run folders, run names or MLflow run ids.")
     ],
     uri: Annotated[
-        str | None, typer.Option(help="MLflow tracking URI; default: that of the folder, or sqlite in runs/.")
+        str | None, typer.Option(help="MLflow tracking URI; default: that of the folder, or SQLite in runs/.")
     ] = None,
 ) -> None:
     """Compare runs: AP by size and class, and differences of their configurations."""
