@@ -1,4 +1,4 @@
-"""Decode the queries: one loop for all models. It owns the heads, because refinement needs their output."""
+"""Decode the queries: one loop for all models. It contains the heads, because refinement needs their output."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def absolute_file(path: str, base: Path) -> str:
         ValueError: it is a URL.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path):  # a Path has only one of the slashes
-        raise ValueError(f"{path}: is a URL; this must be a file or folder that all nodes see")
+        raise ValueError(f"{path}: is a URL; this must be a file or folder on storage that all nodes mount")
     return str(base / Path(path).expanduser())
 
 

@@ -124,10 +124,10 @@ def _open(data: DataConfig, *, sizes_known: bool = False) -> Shards:
 
 
 def _check_categories(checkpoint: Path, shards: Shards) -> None:
-    ours = {category["id"]: category["name"] for category in read_meta(checkpoint).categories}
-    theirs = {category["id"]: category["name"] for category in shards.manifest.categories}
-    if ours != theirs:
-        different = sorted(set(ours.items()) ^ set(theirs.items()))[:5]
+    trained = {category["id"]: category["name"] for category in read_meta(checkpoint).categories}
+    found = {category["id"]: category["name"] for category in shards.manifest.categories}
+    if trained != found:
+        different = sorted(set(trained.items()) ^ set(found.items()))[:5]
         raise ConfigError(
             f"{shards.location} has other categories than the checkpoint {checkpoint}, for example {different}: "
             "evaluate on shards with the categories it was trained on"

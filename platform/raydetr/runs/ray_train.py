@@ -73,7 +73,7 @@ def run_on_workers(work: Callable[[World], Any], cluster: ClusterConfig, scratch
     Args:
         work: a picklable function.
         cluster: the number of workers and their resources.
-        scratch: a folder that all nodes see, for Ray's own files.
+        scratch: a folder on storage that all nodes mount, for Ray's own files.
 
     Raises:
         LaunchError: the workers do not fit on the cluster, or one of them failed.

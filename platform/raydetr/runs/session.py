@@ -49,7 +49,7 @@ class Run:
     """A run, as all its workers get it."""
 
     config: RunConfig  # resolved: paths are absolute
-    folder: Path  # on storage that all workers see
+    folder: Path  # on storage that all nodes mount
     mlflow_run_id: str
     resume_from: Path | None = None  # checkpoint folder
 

@@ -78,7 +78,9 @@ def import_checkpoint(
 
     Raises:
         ValueError: the file is not a checkpoint, or not of this model (the message names what was found), has weights
-            that are not numbers, the name of the model is unknown, or the categories do not fit its number of classes.
+            that are NaN or infinite, the name of the model is unknown, or the categories do not fit its number of
+            classes.
+        OSError: `out` cannot be written.
     """
     candidates = _candidates(model)
     content = read_official(file)

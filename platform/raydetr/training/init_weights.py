@@ -116,14 +116,14 @@ def load(detector: nn.Module, config: RunConfig, label_map: LabelMap) -> None:
 
 
 def _take_rows(
-    theirs: Tensor, ours: Tensor, rows: Mapping[int, int], num_theirs: int | None, num_ours: int | None
+    given: Tensor, own: Tensor, rows: Mapping[int, int], num_given: int | None, num_own: int | None
 ) -> Tensor:
-    """Return `ours` with the rows of `theirs`, by label, and with those that follow the classes ("no object")."""
-    assert num_theirs is not None
-    assert num_ours is not None
-    taken = ours.clone()
-    taken[list(rows)] = theirs[list(rows.values())]
-    taken[num_ours:] = theirs[num_theirs:]
+    """Return `own` with the rows of `given`, by label, and with those that follow the classes ("no object")."""
+    assert num_given is not None
+    assert num_own is not None
+    taken = own.clone()
+    taken[list(rows)] = given[list(rows.values())]
+    taken[num_own:] = given[num_given:]
     return taken
 
 
@@ -137,20 +137,20 @@ def check_shapes(source: RunConfig, config: RunConfig) -> None:
     Raises:
         ConfigError: they do not, or the checkpoint is of another architecture.
     """
-    theirs, ours = source.model, config.model
-    if theirs.architecture != ours.architecture:
+    start, model = source.model, config.model
+    if start.architecture != model.architecture:
         raise ConfigError(
-            f"init.checkpoint {config.init.checkpoint}: holds weights of {theirs.architecture}, and the run trains "
-            f"{ours.architecture}: use a recipe of {theirs.architecture}, or another checkpoint"
+            f"init.checkpoint {config.init.checkpoint}: holds weights of {start.architecture}, and the run trains "
+            f"{model.architecture}: use a recipe of {start.architecture}, or another checkpoint"
         )
-    given, own = _shapes(theirs), _shapes(ours)
+    given, own = _shapes(start), _shapes(model)
     different = [name for name in own if name in given and own[name] != given[name]]
     wrong = sorted(own.keys() ^ given.keys()) + [
         name for name in different if not CLASS_DEPENDENT.fullmatch(name) or own[name][1:] != given[name][1:]
     ]
     if wrong:
         raise ConfigError(
-            f"init.checkpoint {config.init.checkpoint}: weights of another {ours.architecture} model: "
+            f"init.checkpoint {config.init.checkpoint}: weights of another {model.architecture} model: "
             f"{', '.join(model_differences(source, config))} (first parameter that differs: {wrong[0]})"
         )
 
