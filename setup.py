@@ -45,7 +45,7 @@ KERNEL_FLAGS = {
 }
 if platform.machine() not in ("x86_64", "AMD64"):
     KERNEL_FLAGS = {"csrc/cpu/kernels_baseline.cpp": []}
-SOURCES = ["csrc/library.cpp", "csrc/cpu/deform_attn.cpp", *KERNEL_FLAGS]
+SOURCES = ["csrc/library.cpp", "csrc/cpu/deform_attn.cpp", "csrc/cpu/normalize.cpp", *KERNEL_FLAGS]
 CUDA_SOURCE = "csrc/cuda/deform_attn.cu"
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h"))
 

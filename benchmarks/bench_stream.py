@@ -3,9 +3,9 @@
     make bench-stream
 
 Uses the photographs of the folder RAYDETR_COCO_TINY (`annotations/`, `train2017/`, `val2017/`), otherwise generated
-images. Ours and the baseline alternate in one process, on one core. Prints a table and writes build/bench/stream.json,
-a list of {case, ours, baseline, ratio, unit, target}: `target` is the minimal ratio or, without a ratio, the maximum of
-`ours`, or null. Exits with 1 if a case misses it.
+images. Ours and the baseline alternate in one process, on one core; all times are medians. Prints a table and writes
+build/bench/stream.json, a list of {case, ours, baseline, ratio, unit, target}: `target` is the minimal ratio or,
+without a ratio, the maximum of `ours`, or null. Exits with 1 if a case misses it.
 """
 
 from __future__ import annotations

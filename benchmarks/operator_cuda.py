@@ -119,8 +119,8 @@ def copy_bandwidth() -> float:
     """Measure the bytes per second, read and written, of a large copy."""
     source = torch.empty(2**28, device="cuda")
     target = torch.empty_like(source)
-    best = min(_milliseconds(lambda: target.copy_(source)) for _ in range(10))
-    return 2 * source.nbytes / best * 1e3
+    milliseconds = median(_milliseconds(lambda: target.copy_(source)) for _ in range(10))
+    return 2 * source.nbytes / milliseconds * 1e3
 
 
 def floor_bytes(case: GpuCase, train: bool) -> int:

@@ -24,26 +24,27 @@ DETRS_INLINE To convert_to(From number) {
   }
 }
 
-// Along one axis: the two pixels beside a position, their interpolation factors, and whether they exist.
+// Along one axis, across or down: the two pixels beside a coordinate, their factors of linear interpolation,
+// and whether they exist. Coordinates are in pixels; pixel i has its center at i.
 template <class Real, class Int>
 struct Neighbors {
-  Int before, after;                 // pixel numbers, clamped into the level
-  Real before_factor, after_factor;  // bilinear, 0 outside the level
+  Int before, after;                 // columns or lines of pixels, clamped into the level
+  Real before_factor, after_factor;  // 0 outside the level
   Real before_inside, after_inside;  // 1 inside, 0 outside
 
   Neighbors() = default;
-  // `valid` is true for -1 <= position < length. Other positions, and NaN, give pixel 0 with factor 0.
+  // `valid` is true for -1 <= coordinate < length. Other coordinates, and NaN, give pixel 0 with factor 0.
   template <class Mask>
-  DETRS_INLINE Neighbors(Real position, Int length, Mask valid) {
+  DETRS_INLINE Neighbors(Real coordinate, Int length, Mask valid) {
     const Real zero = {}, one = zero + 1;
     const Int first = {};
     // Before the conversion: a huge number or NaN to int is undefined behavior.
-    position = valid ? position : zero;
-    const Int truncated = convert_to<Int>(position);
-    // Conversion rounds towards 0; this makes it floor, for positions between -1 and 0.
-    before = convert_to<Real>(truncated) > position ? truncated - 1 : truncated;
+    coordinate = valid ? coordinate : zero;
+    const Int truncated = convert_to<Int>(coordinate);
+    // Conversion rounds towards 0; this makes it floor, for coordinates between -1 and 0.
+    before = convert_to<Real>(truncated) > coordinate ? truncated - 1 : truncated;
     after = before + 1;
-    const Real fraction = position - convert_to<Real>(before);
+    const Real fraction = coordinate - convert_to<Real>(before);
     before_inside = before >= 0 ? one : zero;
     before_inside = valid ? before_inside : zero;
     after_inside = after < length ? one : zero;
@@ -63,24 +64,25 @@ struct LevelSize {
   Int width_index, height_index, start;
 };
 
-// The four pixels that a sample reads. 0 top left, 1 top right, 2 bottom left, 3 bottom right.
+// The corners of a sample: the four pixels around its location. 0 top left, 1 top right, 2 bottom left,
+// 3 bottom right.
 template <class Real, class Int>
 struct Corners {
   Neighbors<Real, Int> across, down;
-  Int token[4];
+  Int token[4];  // clamped into the level
 
   Corners() = default;
-  // (x, y) in [0, 1] of the level.
+  // (x, y) is the location, in [0, 1] of the level.
   static DETRS_INLINE Corners at(Real x, Real y, const LevelSize<Real, Int>& level) {
-    // Pixel i has its center at i + 1/2.
+    // The first pixel begins at location 0, half a pixel before its center.
     const Real half = (Real() + 1) / 2;
-    const Real column = x * level.width - half, row = y * level.height - half;
-    const auto valid = ((column >= -1) & (column < level.width)) & ((row >= -1) & (row < level.height));
-    return Corners({column, level.width_index, valid}, {row, level.height_index, valid}, level);
+    const Real across = x * level.width - half, down = y * level.height - half;
+    const auto valid = ((across >= -1) & (across < level.width)) & ((down >= -1) & (down < level.height));
+    return Corners({across, level.width_index, valid}, {down, level.height_index, valid}, level);
   }
 
-  // The bilinear factor of a corner.
-  DETRS_INLINE Real share(int corner) const {
+  // 0 outside the level.
+  DETRS_INLINE Real bilinear_factor(int corner) const {
     return (corner & 2 ? down.after_factor : down.before_factor) *
            (corner & 1 ? across.after_factor : across.before_factor);
   }
@@ -111,11 +113,11 @@ DETRS_INLINE SampleGrads<Real> differentiate(const Corners<Real, Int>& corners, 
   Real along_bottom = across.after_inside * dot[3] - across.before_inside * dot[2];
   Real along_left = down.after_inside * dot[2] - down.before_inside * dot[0];
   Real along_right = down.after_inside * dot[3] - down.before_inside * dot[1];
-  Real above = across.before_factor * dot[0] + across.after_factor * dot[1];
-  Real below = across.before_factor * dot[2] + across.after_factor * dot[3];
+  Real top = across.before_factor * dot[0] + across.after_factor * dot[1];
+  Real bottom = across.before_factor * dot[2] + across.after_factor * dot[3];
   return {(down.before_factor * along_top + down.after_factor * along_bottom) * weight * level.width,
           (across.before_factor * along_left + across.after_factor * along_right) * weight * level.height,
-          down.before_factor * above + down.after_factor * below};
+          down.before_factor * top + down.after_factor * bottom};
 }
 
 }  // namespace

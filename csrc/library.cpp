@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "deform_attn.h"
+#include "normalize.h"
 
 #ifdef DETRS_WITH_CUDA
 #include <dlfcn.h>
@@ -160,16 +161,16 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-// Calls run(level memory, stream) on the device of the tensors. The memory comes from torch's caching
+// Calls run(level buffer, stream) on the device of the tensors. The buffer comes from torch's caching
 // allocator and is released while the kernel may still run. This is safe: it can only be reused by later work
 // on the same stream.
 template <class Run>
 void on_cuda(const Inputs& in, const Run& run) {
   const int32_t device = in.value.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
-  Tensor memory = torch::stable::new_empty(in.locations, {cuda::level_memory_size(in.locations.size(3))},
+  Tensor buffer = torch::stable::new_empty(in.locations, {cuda::level_buffer_size(in.locations.size(3))},
                                            ScalarType::Byte);
-  run(memory.mutable_data_ptr(), current_stream(device));
+  run(buffer.mutable_data_ptr(), current_stream(device));
 }
 #endif
 
@@ -179,7 +180,7 @@ void run_forward(const Inputs& in, const Tensor& out) {
   problem.out = out.mutable_data_ptr();
 #ifdef DETRS_WITH_CUDA
   if (in.value.is_cuda())
-    return on_cuda(in, [&](void* memory, void* stream) { cuda::forward(problem, memory, stream); });
+    return on_cuda(in, [&](void* buffer, void* stream) { cuda::forward(problem, buffer, stream); });
 #endif
   cpu::forward(problem);
 }
@@ -211,7 +212,7 @@ void run_backward(const Tensor& grad_out, const Inputs& in, const Gradients& gra
       wants_reference ? static_cast<T*>(gradients.reference.mutable_data_ptr()) : nullptr;
 #ifdef DETRS_WITH_CUDA
   if (in.value.is_cuda())
-    return on_cuda(in, [&](void* memory, void* stream) { cuda::backward(problem, memory, stream); });
+    return on_cuda(in, [&](void* buffer, void* stream) { cuda::backward(problem, buffer, stream); });
 #endif
   cpu::backward(problem);
 }
@@ -273,6 +274,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_attn_fused_backward(Tensor gra
   return {gradients.value, gradients.reference, gradients.locations, gradients.weights};
 }
 
+void check_images(const Tensor& pixels, const Tensor& sizes, const Tensor& mean, const Tensor& std) {
+  STD_TORCH_CHECK(pixels.scalar_type() == ScalarType::Byte && pixels.dim() == 4 && pixels.size(3) == 3,
+                  "pixels: expected uint8 [images, height, width, 3]");
+  STD_TORCH_CHECK(sizes.scalar_type() == ScalarType::Long && sizes.dim() == 2 &&
+                      sizes.size(0) == pixels.size(0) && sizes.size(1) == 2,
+                  "sizes: expected int64 [images, 2]");
+  for (const Tensor* factors : {&mean, &std})
+    STD_TORCH_CHECK(
+        factors->scalar_type() == ScalarType::Float && factors->dim() == 1 && factors->size(0) == 3,
+        "mean and std: expected float32 [3]");
+  const int64_t* size = data<int64_t>(sizes);
+  for (int64_t i = 0; i < 2 * sizes.size(0); i++)
+    STD_TORCH_CHECK(size[i] >= 0 && size[i] <= pixels.size(1 + i % 2), "sizes: an image larger than pixels");
+}
+
+// CPU only: on a GPU torch's own kernels are as fast as the memory.
+Tensor normalize_images(Tensor pixels, Tensor sizes, Tensor mean, Tensor std) {
+  pixels = pack(pixels), sizes = pack(sizes), mean = pack(mean), std = pack(std);
+  check_images(pixels, sizes, mean, std);
+  Tensor out = torch::stable::new_empty(pixels, pixels.sizes(), ScalarType::Float);
+  cpu::normalize({pixels.size(0), pixels.size(1), pixels.size(2), data<uint8_t>(pixels), data<int64_t>(sizes),
+                  data<float>(mean), data<float>(std), static_cast<float*>(out.mutable_data_ptr())});
+  return out;
+}
+
 std::string instruction_set() {
   return cpu::instruction_set();
 }
@@ -322,6 +348,7 @@ STABLE_TORCH_LIBRARY(detrs, library) {
       "offsets, "
       "Tensor logits, bool reference_needs_grad) "
       "-> (Tensor grad_value, Tensor grad_reference, Tensor grad_offsets, Tensor grad_logits)");
+  library.def("normalize_images(Tensor pixels, Tensor sizes, Tensor mean, Tensor std) -> Tensor");
   library.def("instruction_set() -> str");
   library.def("cuda_targets() -> str");
   library.def("cuda_note() -> str");
@@ -329,6 +356,7 @@ STABLE_TORCH_LIBRARY(detrs, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(detrs, CPU, library) {
   detrs::implement(library);
+  library.impl("normalize_images", TORCH_BOX(&detrs::normalize_images));
 }
 
 #ifdef DETRS_WITH_CUDA

@@ -60,8 +60,8 @@ class Buffer {
 };
 
 template <class T>
-struct Scratch : Buffer<T> {
-  explicit Scratch(const Problem<T>& problem) : Buffer<T>(kernels<T>().scratch_size(problem)) {
+struct ScratchBuffer : Buffer<T> {
+  explicit ScratchBuffer(const Problem<T>& problem) : Buffer<T>(kernels<T>().scratch_size(problem)) {
     kernels<T>().prepare_scratch(problem, this->begin());
   }
 };
@@ -94,7 +94,7 @@ bool should_pack(const Problem<T>& problem) {
 template <class T>
 void forward_packed(const Problem<T>& problem) {
   torch::stable::parallel_for(0, problem.num_images * problem.num_heads, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> scratch(problem);
+    ScratchBuffer<T> scratch(problem);
     Buffer<T> packed(head_size(problem));
     for (int64_t task = begin; task < end; task++) {
       Rows rows{task / problem.num_heads, task % problem.num_heads, 0, problem.num_queries};
@@ -107,15 +107,15 @@ void forward_packed(const Problem<T>& problem) {
 
 template <class T>
 void forward_in_place(const Problem<T>& problem) {
-  constexpr int64_t kBlock = 64;  // queries per task
-  const int64_t num_blocks = (problem.num_queries + kBlock - 1) / kBlock;
-  const int64_t num_tasks = problem.num_images * num_blocks * problem.num_heads;
+  constexpr int64_t kQueries = 64;  // of a task
+  const int64_t tasks_per_head = (problem.num_queries + kQueries - 1) / kQueries;
+  const int64_t num_tasks = problem.num_images * tasks_per_head * problem.num_heads;
   torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> scratch(problem);
+    ScratchBuffer<T> scratch(problem);
     for (int64_t task = begin; task < end; task++) {
-      int64_t block = task / problem.num_heads % num_blocks,
-              last = std::min((block + 1) * kBlock, problem.num_queries);
-      Rows rows{task / problem.num_heads / num_blocks, task % problem.num_heads, block * kBlock, last};
+      int64_t part = task / problem.num_heads % tasks_per_head,
+              last = std::min((part + 1) * kQueries, problem.num_queries);
+      Rows rows{task / problem.num_heads / tasks_per_head, task % problem.num_heads, part * kQueries, last};
       kernels<T>().forward(problem, view_in_place(problem, rows.image, rows.head), rows, scratch.begin());
     }
   });
@@ -131,21 +131,21 @@ void clear_grad_value(const Problem<T>& problem) {
       });
 }
 
-// Computes the backward pass of one head. `value` and `grad_value` are memory for packed copies; if null,
-// value is read, and its gradient summed, in place.
+// Computes the backward pass of one head. The buffers are for packed copies of value and of its gradient; if
+// null, value is read, and its gradient summed, in place.
 template <class T>
-void backward_head(const Problem<T>& problem, const Rows& rows, T* value, T* grad_value, T* scratch) {
+void backward_head(const Problem<T>& problem, const Rows& rows, T* packed_value, T* packed_grad, T* scratch) {
   HeadView<T> view = view_in_place(problem, rows.image, rows.head);
-  if (value != nullptr) {
-    kernels<T>().pack(problem, rows.image, rows.head, value);
-    view.value = value, view.storage = storage_of<T>(), view.stride = problem.num_channels;
+  if (packed_value != nullptr) {
+    kernels<T>().pack(problem, rows.image, rows.head, packed_value);
+    view.value = packed_value, view.storage = storage_of<T>(), view.stride = problem.num_channels;
   }
-  if (grad_value != nullptr) {
-    std::fill_n(grad_value, head_size(problem), T(0));
-    view.grad_value = grad_value, view.grad_stride = problem.num_channels;
+  if (packed_grad != nullptr) {
+    std::fill_n(packed_grad, head_size(problem), T(0));
+    view.grad_value = packed_grad, view.grad_stride = problem.num_channels;
   }
   kernels<T>().backward(problem, view, rows, scratch);
-  if (grad_value != nullptr) kernels<T>().unpack(problem, rows.image, rows.head, grad_value);
+  if (packed_grad != nullptr) kernels<T>().unpack(problem, rows.image, rows.head, packed_grad);
 }
 
 }  // namespace
@@ -161,13 +161,13 @@ void backward(const Problem<T>& problem) {
   const bool pack_value = should_pack(problem), pack_grad = pack_value || problem.storage != storage_of<T>();
   if (!pack_grad) clear_grad_value(problem);
   torch::stable::parallel_for(0, problem.num_images * problem.num_heads, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> scratch(problem);
-    Buffer<T> room((pack_value + pack_grad) * head_size(problem));
-    T* value = pack_value ? room.begin() : nullptr;
-    T* grad_value = pack_grad ? room.begin() + pack_value * head_size(problem) : nullptr;
+    ScratchBuffer<T> scratch(problem);
+    Buffer<T> packed((pack_value + pack_grad) * head_size(problem));
+    T* packed_value = pack_value ? packed.begin() : nullptr;
+    T* packed_grad = pack_grad ? packed.begin() + pack_value * head_size(problem) : nullptr;
     for (int64_t task = begin; task < end; task++) {
       Rows rows{task / problem.num_heads, task % problem.num_heads, 0, problem.num_queries};
-      backward_head(problem, rows, value, grad_value, scratch.begin());
+      backward_head(problem, rows, packed_value, packed_grad, scratch.begin());
     }
   });
 }

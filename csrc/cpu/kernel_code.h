@@ -26,15 +26,14 @@ struct alignas(64) BlockLevels {
   Index<T> level[kBlock];
 };
 
-// One block of one row. The last vector may have lanes without a sample. The corners of a sample are its four
-// nearest pixels: 0 top left, 1 top right, 2 bottom left, 3 bottom right.
+// One block of one row. The last vector may have lanes without a sample.
 template <class T>
 struct alignas(64) Block {
   int64_t count;
-  T x[kBlock], y[kBlock], weight[kBlock];  // location in [0, 1], attention weight
+  T x[kBlock], y[kBlock], weight[kBlock];  // location, attention weight
   T scale_x[kBlock], scale_y[kBlock];      // fused: how far an offset of 1 moves the location
-  Index<T> token[4][kBlock];               // corner pixels, clamped into the level
-  T factor[4][kBlock];                     // bilinear factor times attention weight
+  Index<T> token[4][kBlock];               // of each corner, clamped into the level
+  T factor[4][kBlock];                     // of each corner: bilinear factor times attention weight
   // For the backward pass
   T partial[4 * kBlock * lanes_of<T>()];  // dot, before the lanes of each vector are summed
   T dot[4][kBlock];                       // grad_out . value at the corner
@@ -58,9 +57,9 @@ struct Scratch {
   static int64_t levels_size(const Problem<T>& problem) {
     return padded_samples(problem) / kBlock * int64_t(sizeof(BlockLevels<T>) / sizeof(T));
   }
-  Scratch(const Problem<T>& problem, T* memory)
-      : levels(reinterpret_cast<BlockLevels<T>*>(memory)),
-        weights(memory + levels_size(problem)),
+  Scratch(const Problem<T>& problem, T* buffer)
+      : levels(reinterpret_cast<BlockLevels<T>*>(buffer)),
+        weights(buffer + levels_size(problem)),
         locations_copy(weights + padded_samples(problem)),
         weights_copy(locations_copy + 2 * padded_samples(problem)),
         channels(weights_copy + padded_samples(problem)) {}
@@ -72,11 +71,11 @@ int64_t scratch_size(const Problem<T>& problem) {
 }
 
 template <class T>
-void prepare_scratch(const Problem<T>& problem, T* memory) {
-  const Scratch<T> scratch(problem, memory);
+void prepare_scratch(const Problem<T>& problem, T* buffer) {
+  const Scratch<T> scratch(problem, buffer);
   const int64_t end = scratch_size(problem);
   // Copied rows do not fill their last vector: the rest must be zeros, not uninitialized memory.
-  for (int64_t at = Scratch<T>::levels_size(problem); at < end; at++) memory[at] = 0;
+  for (int64_t at = Scratch<T>::levels_size(problem); at < end; at++) buffer[at] = 0;
   int64_t start = 0;
   for (int64_t sample = 0; sample < padded_samples(problem); sample++) {
     bool real = sample < problem.num_samples();
@@ -94,7 +93,7 @@ void prepare_scratch(const Problem<T>& problem, T* memory) {
 }
 
 template <class T>
-inline int64_t row_number(const Problem<T>& problem, const Rows& rows, int64_t query) {
+inline int64_t row_index(const Problem<T>& problem, const Rows& rows, int64_t query) {
   return (rows.image * problem.num_queries + query) * problem.num_heads + rows.head;
 }
 
@@ -133,11 +132,11 @@ template <class T>
 inline void softmax_row(const T* logits, int64_t count, const Scratch<T>& scratch) {
   constexpr int kLanes = lanes_of<T>();
   const Numbers<T> zero = {};
-  Indices<T> lane_numbers;
-  for (int lane = 0; lane < kLanes; lane++) lane_numbers[lane] = lane;
+  Indices<T> lane_indices;
+  for (int lane = 0; lane < kLanes; lane++) lane_indices[lane] = lane;
   auto keep = [&](int64_t at, Numbers<T> numbers,
                   Numbers<T> other) {  // `other` in lanes past the end of the row
-    return lane_numbers < Index<T>(count - at) ? numbers : other;
+    return lane_indices < Index<T>(count - at) ? numbers : other;
   };
   Numbers<T> largest = zero + logits[0], sum = {};
   for (int64_t at = 0; at < count; at += kLanes) {
@@ -181,8 +180,8 @@ inline const T* row_reference(const Problem<T>& problem, int64_t row) {
 
 // Fused: replaces the offsets, which load_samples has put into x and y, by locations.
 template <class T>
-inline void place_samples(const Problem<T>& problem, const T* reference, const BlockLevels<T>& levels,
-                          Block<T>& block) {
+inline void compute_locations(const Problem<T>& problem, const T* reference, const BlockLevels<T>& levels,
+                              Block<T>& block) {
   constexpr int kLanes = lanes_of<T>();
   const int64_t size = problem.reference_size;
   const T half_step = T(0.5) / T(problem.num_points);
@@ -202,9 +201,9 @@ inline void place_samples(const Problem<T>& problem, const T* reference, const B
   }
 }
 
-// The position of a block in its row and in the tensors.
-struct Place {
-  int64_t row, first, count;  // row; first sample of the block in it; number of samples
+// The samples of a row that are in a block.
+struct SampleRange {
+  int64_t row, first, count;
 };
 
 // Returns the corners of a vector of samples, starting with sample `at`.
@@ -215,16 +214,16 @@ inline auto corners_of(const BlockLevels<T>& levels, const Block<T>& block, int6
                                              levels.size[at / kLanes]);
 }
 
-// Computes corner tokens and factors from locations.
+// Computes tokens and factors of the corners.
 template <class T>
-inline void locate(const BlockLevels<T>& levels, Block<T>& block) {
+inline void compute_corners(const BlockLevels<T>& levels, Block<T>& block) {
   constexpr int kLanes = lanes_of<T>();
   for (int64_t at = 0; at < block.count; at += kLanes) {
     const auto corners = corners_of(levels, block, at);
     const Numbers<T> weight = load<kLanes>(block.weight + at);
     for (int corner = 0; corner < 4; corner++) {
       store<kLanes>(block.token[corner] + at, corners.token[corner]);
-      store<kLanes>(block.factor[corner] + at, weight * corners.share(corner));
+      store<kLanes>(block.factor[corner] + at, weight * corners.bilinear_factor(corner));
     }
   }
 }
@@ -248,26 +247,27 @@ template <int N, class T, class Stored>
 inline void gather(Width<N>, const Block<T>& block, const Stored* value, int64_t stride, T* sums,
                    bool is_first) {
   typedef Run<Stored, T, N> Values;
-  Values upper{}, lower{};  // two independent sums hide the latency of the additions
+  // Two independent sums, over the top and the bottom corners, hide the latency of the additions.
+  Values top_sums{}, bottom_sums{};
   for (int64_t sample = 0; sample < block.count; sample++) {
 #pragma GCC unroll 2
     for (int corner = 0; corner < 2; corner++) {
-      const auto above = Values::load_wide(value + block.token[corner][sample] * stride);
-      const auto below = Values::load_wide(value + block.token[corner + 2][sample] * stride);
-      T above_factor = block.factor[corner][sample], below_factor = block.factor[corner + 2][sample];
+      const auto top = Values::load_wide(value + block.token[corner][sample] * stride);
+      const auto bottom = Values::load_wide(value + block.token[corner + 2][sample] * stride);
+      T top_factor = block.factor[corner][sample], bottom_factor = block.factor[corner + 2][sample];
 #pragma GCC unroll 8
-      for (int i = 0; i < Values::kVectors; i++) upper.vector[i] += above_factor * above.vector[i];
+      for (int i = 0; i < Values::kVectors; i++) top_sums.vector[i] += top_factor * top.vector[i];
 #pragma GCC unroll 8
-      for (int i = 0; i < Values::kVectors; i++) lower.vector[i] += below_factor * below.vector[i];
+      for (int i = 0; i < Values::kVectors; i++) bottom_sums.vector[i] += bottom_factor * bottom.vector[i];
     }
   }
   if (!is_first) {
     const auto before = Values::order_like(sums);
-    for (int i = 0; i < Values::kVectors; i++) upper.vector[i] += before.vector[i];
+    for (int i = 0; i < Values::kVectors; i++) top_sums.vector[i] += before.vector[i];
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < Values::kVectors; i++) upper.vector[i] += lower.vector[i];
-  upper.store_ordered(sums);
+  for (int i = 0; i < Values::kVectors; i++) top_sums.vector[i] += bottom_sums.vector[i];
+  top_sums.store_ordered(sums);
 }
 
 // Sums the lanes of `partial` and adds them to `dot`, which holds the sums of earlier channel runs.
@@ -339,13 +339,13 @@ inline void differentiate_block(const BlockLevels<T>& levels, Block<T>& block) {
 }
 
 template <class T>
-inline void store_sample_grads(const Problem<T>& problem, const Place& place, const Block<T>& block) {
-  const int64_t first = place.row * problem.num_samples() + place.first, count = place.count;
+inline void store_sample_grads(const Problem<T>& problem, const SampleRange& range, const Block<T>& block) {
+  const int64_t first = range.row * problem.num_samples() + range.first, count = range.count;
   const T* __restrict grad_x = block.dot[0], * __restrict grad_y = block.dot[1];
   T* __restrict grad_locations = problem.grad_locations + 2 * first;
   T* __restrict grad_weights = problem.grad_weights + first;
-  prefetch_ahead(problem, problem.grad_locations, place.row, 2 * problem.num_samples() * sizeof(T));
-  prefetch_ahead(problem, problem.grad_weights, place.row, problem.num_samples() * sizeof(T));
+  prefetch_ahead(problem, problem.grad_locations, range.row, 2 * problem.num_samples() * sizeof(T));
+  prefetch_ahead(problem, problem.grad_weights, range.row, problem.num_samples() * sizeof(T));
   for (int64_t at = 0; at < count; at++) {
     grad_locations[2 * at] = grad_x[at];
     grad_locations[2 * at + 1] = grad_y[at];
@@ -356,14 +356,14 @@ inline void store_sample_grads(const Problem<T>& problem, const Place& place, co
 // Fused, before store_sample_grads: computes the gradient of the reference, and that of offsets from that of
 // locations.
 template <class T>
-inline void offset_grads(const Problem<T>& problem, const Place& place, const BlockLevels<T>& levels,
+inline void offset_grads(const Problem<T>& problem, const SampleRange& range, const BlockLevels<T>& levels,
                          Block<T>& block) {
   const int64_t size = problem.reference_size;
   if (problem.grad_reference != nullptr) {
-    const T* offsets = problem.locations + 2 * (place.row * problem.num_samples() + place.first);
+    const T* offsets = problem.locations + 2 * (range.row * problem.num_samples() + range.first);
     const T half_step = T(0.5) / T(problem.num_points);
-    for (int64_t at = 0; at < place.count; at++) {
-      T* grad = problem.grad_reference + (place.row * problem.num_levels + levels.level[at]) * size;
+    for (int64_t at = 0; at < range.count; at++) {
+      T* grad = problem.grad_reference + (range.row * problem.num_levels + levels.level[at]) * size;
       grad[0] += block.dot[0][at];
       grad[1] += block.dot[1][at];
       if (size != 4) continue;
@@ -371,7 +371,7 @@ inline void offset_grads(const Problem<T>& problem, const Place& place, const Bl
       grad[3] += block.dot[1][at] * offsets[2 * at + 1] * half_step;
     }
   }
-  for (int64_t at = 0; at < place.count; at++) {
+  for (int64_t at = 0; at < range.count; at++) {
     block.dot[0][at] *= block.scale_x[at];
     block.dot[1][at] *= block.scale_y[at];
   }
@@ -395,7 +395,7 @@ inline void logit_grads(const Problem<T>& problem, int64_t row, const Scratch<T>
   for (at = 0; at < count; at++) grad[at] = weights[at] * (grad[at] - mean);
 }
 
-// Fills the block with each part of a row in turn, and calls use(place, levels).
+// Fills the block with each part of a row in turn, and calls use(range, levels).
 template <class T, class Use>
 inline void for_blocks(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch, Block<T>& block,
                        const Use& use) {
@@ -405,31 +405,31 @@ inline void for_blocks(const Problem<T>& problem, int64_t row, const Scratch<T>&
   if (fused) softmax_row(inputs.weights, count, scratch);
   const T* weights = fused ? scratch.weights : inputs.weights;
   for (int64_t first = 0; first < count; first += kBlock) {
-    const Place place{row, first, count - first < kBlock ? count - first : kBlock};
+    const SampleRange range{row, first, count - first < kBlock ? count - first : kBlock};
     const BlockLevels<T>& levels = scratch.levels[first / kBlock];
-    block.count = place.count;
+    block.count = range.count;
     load_samples(inputs.locations + 2 * first, weights + first, block);
-    if (fused) place_samples(problem, row_reference(problem, row), levels, block);
-    locate(levels, block);
-    use(place, levels);
+    if (fused) compute_locations(problem, row_reference(problem, row), levels, block);
+    compute_corners(levels, block);
+    use(range, levels);
   }
 }
 
 template <class Stored, class T>
-inline void forward_rows(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* memory) {
-  const Scratch<T> scratch(problem, memory);
+inline void forward_rows(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* buffer) {
+  const Scratch<T> scratch(problem, buffer);
   const Stored* value = static_cast<const Stored*>(head.value);
   const int64_t num_channels = problem.num_channels;
   const bool convert = problem.storage != storage_of<T>();
   Block<T> block = {};
   for (int64_t query = rows.first_query; query < rows.last_query; query++) {
-    const int64_t row = row_number(problem, rows, query);
+    const int64_t row = row_index(problem, rows, query);
     T* sums = convert ? scratch.channels : static_cast<T*>(problem.out) + row * num_channels;
     prefetch_ahead(problem, problem.out, row, num_channels * bytes_of(problem.storage));
     for (int64_t i = 0; problem.num_samples() == 0 && i < num_channels; i++) sums[i] = 0;
-    for_blocks(problem, row, scratch, block, [&](const Place& place, const BlockLevels<T>&) {
+    for_blocks(problem, row, scratch, block, [&](const SampleRange& range, const BlockLevels<T>&) {
       for_channel_runs(num_channels, [&](auto width, int64_t channel) {
-        gather(width, block, value + channel, head.stride, sums + channel, place.first == 0);
+        gather(width, block, value + channel, head.stride, sums + channel, range.first == 0);
       });
     });
     if (!convert) continue;
@@ -440,20 +440,20 @@ inline void forward_rows(const Problem<T>& problem, const HeadView<T>& head, con
 }
 
 template <class T>
-void forward(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* memory) {
+void forward(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* buffer) {
   with_storage(head.storage, T(),
-               [&](auto stored) { forward_rows<decltype(stored)>(problem, head, rows, memory); });
+               [&](auto stored) { forward_rows<decltype(stored)>(problem, head, rows, buffer); });
 }
 
 template <class Stored, class T>
-inline void backward_rows(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* memory) {
-  const Scratch<T> scratch(problem, memory);
+inline void backward_rows(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* buffer) {
+  const Scratch<T> scratch(problem, buffer);
   const Stored* value = static_cast<const Stored*>(head.value);
   const int64_t num_channels = problem.num_channels;
   const bool fused = problem.reference_size != 0, convert = problem.storage != storage_of<T>();
   Block<T> block = {};
   for (int64_t query = rows.first_query; query < rows.last_query; query++) {
-    const int64_t row = row_number(problem, rows, query);
+    const int64_t row = row_index(problem, rows, query);
     const T* grad_out =
         convert ? scratch.channels : static_cast<const T*>(problem.grad_out) + row * num_channels;
     prefetch_ahead(problem, problem.grad_out, row, num_channels * bytes_of(problem.storage));
@@ -463,22 +463,22 @@ inline void backward_rows(const Problem<T>& problem, const HeadView<T>& head, co
         widen_all(given, scratch.channels, num_channels);
       });
     }
-    for_blocks(problem, row, scratch, block, [&](const Place& place, const BlockLevels<T>& levels) {
+    for_blocks(problem, row, scratch, block, [&](const SampleRange& range, const BlockLevels<T>& levels) {
       for_channel_runs(num_channels, [&](auto width, int64_t channel) {
         scatter(width, block, head, value + channel, channel, grad_out);
       });
       differentiate_block(levels, block);
-      if (fused) offset_grads(problem, place, levels, block);
-      store_sample_grads(problem, place, block);
+      if (fused) offset_grads(problem, range, levels, block);
+      store_sample_grads(problem, range, block);
     });
     if (fused) logit_grads(problem, row, scratch);
   }
 }
 
 template <class T>
-void backward(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* memory) {
+void backward(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* buffer) {
   with_storage(head.storage, T(),
-               [&](auto stored) { backward_rows<decltype(stored)>(problem, head, rows, memory); });
+               [&](auto stored) { backward_rows<decltype(stored)>(problem, head, rows, buffer); });
 }
 
 // Returns the first element of one head of one image in value and grad_value.

@@ -38,9 +38,9 @@ struct Kernels {
   // A thread owns a scratch buffer of this many T. It prepares it once per call, and uses it for all its
   // rows.
   int64_t (*scratch_size)(const Problem<T>&);
-  void (*prepare_scratch)(const Problem<T>&, T* scratch);
-  void (*forward)(const Problem<T>&, const HeadView<T>&, const Rows&, T* scratch);
-  void (*backward)(const Problem<T>&, const HeadView<T>&, const Rows&, T* scratch);
+  void (*prepare_scratch)(const Problem<T>&, T* buffer);
+  void (*forward)(const Problem<T>&, const HeadView<T>&, const Rows&, T* buffer);
+  void (*backward)(const Problem<T>&, const HeadView<T>&, const Rows&, T* buffer);
   // pack copies one head of value to contiguous [tokens, channels] of T; unpack copies the other way, to
   // grad_value.
   void (*pack)(const Problem<T>&, int64_t image, int64_t head, T* packed);

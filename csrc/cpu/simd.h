@@ -74,12 +74,16 @@ inline typename Simd<T, 4>::Vector sums_of_four(const T* from) {
   return DETRS_SHUFFLE(T, ab, cd, 0, 1, 4, 5) + DETRS_SHUFFLE(T, ab, cd, 2, 3, 6, 7);
 }
 
-// Computes e^x for x <= 0. Results below about 1e-38 are replaced by that number.
+// Computes e^x for x <= 0, and NaN for NaN. Results below about 1e-38 are replaced by that number.
 template <class Vector, class Indices>
 inline Vector exp_negative(Vector x, float, Indices) {
   const Vector lowest = Vector{} - 87;
   x = x < lowest ? lowest : x;  // false for NaN, which is kept
-  Indices twos = __builtin_convertvector(x * 1.44269504f - 0.5f, Indices);
+  // Neither NaN nor a huge number, which a lane past the end of a row may hold, may be converted to an
+  // integer: that is undefined. The result is NaN all the same, because rest is computed from x.
+  const Vector bounded = x <= 0 ? x : lowest;
+  // Rounds x / ln 2 to the nearest integer: conversion rounds towards 0, which is up for these numbers.
+  Indices twos = __builtin_convertvector(bounded * 1.44269504f - 0.5f, Indices);
   Vector power = __builtin_convertvector(twos, Vector);
   Vector rest =
       x - power * 0.693359375f + power * 2.12194440e-4f;  // ln 2 in two parts, so that no bit of rest is lost

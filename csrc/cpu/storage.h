@@ -122,7 +122,7 @@ struct Run {
   static inline Run order_like(const T* from) {
     Run run;
     T ordered[N];
-    for (int i = 0; i < N; i++) ordered[place_of(i)] = from[i];
+    for (int i = 0; i < N; i++) ordered[index_of(i)] = from[i];
     for (int i = 0; i < kVectors; i++) run.vector[i] = load<kLanes>(ordered + i * kLanes);
     return run;
   }
@@ -130,11 +130,11 @@ struct Run {
   inline void store_ordered(T* to) const {
     T ordered[N];
     for (int i = 0; i < kVectors; i++) store<kLanes>(ordered + i * kLanes, vector[i]);
-    for (int i = 0; i < N; i++) to[i] = ordered[place_of(i)];
+    for (int i = 0; i < N; i++) to[i] = ordered[index_of(i)];
   }
 
  private:
-  static constexpr int place_of(int i) {
+  static constexpr int index_of(int i) {
     const int pair = i / (2 * kLanes) * (2 * kLanes);
     return kPairs ? pair + (i - pair) / 2 + i % 2 * kLanes : i;
   }

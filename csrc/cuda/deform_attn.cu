@@ -32,7 +32,7 @@ std::vector<Level<T>> levels_of(const int64_t* shapes, int64_t num_levels) {
 }
 
 template <class T>
-Call<T> call_of(const Problem<T>& problem, void* level_memory, cudaStream_t stream) {
+Call<T> call_of(const Problem<T>& problem, void* level_buffer, cudaStream_t stream) {
   Call<T> call{};
   call.problem = problem;
   call.num_samples = static_cast<int>(problem.num_samples());
@@ -46,8 +46,8 @@ Call<T> call_of(const Problem<T>& problem, void* level_memory, cudaStream_t stre
   } else {
     const size_t size = levels.size() * sizeof(Level<T>);
     // From pageable memory CUDA copies to a staging buffer before it returns: `levels` may be freed then.
-    check(cudaMemcpyAsync(level_memory, levels.data(), size, cudaMemcpyHostToDevice, stream));
-    call.more_levels = static_cast<const Level<T>*>(level_memory);
+    check(cudaMemcpyAsync(level_buffer, levels.data(), size, cudaMemcpyHostToDevice, stream));
+    call.more_levels = static_cast<const Level<T>*>(level_buffer);
   }
   return call;
 }
@@ -105,13 +105,13 @@ void launch(const Kernel& kernel, Call<T> call, int64_t rows_per_block, size_t s
 
 }  // namespace
 
-int64_t level_memory_size(int64_t num_levels) {
+int64_t level_buffer_size(int64_t num_levels) {
   return num_levels <= kParameterLevels ? 0 : num_levels * static_cast<int64_t>(sizeof(Level<double>));
 }
 
 template <class T>
-void forward(const Problem<T>& problem, void* level_memory, void* stream) {
-  const Call<T> call = call_of(problem, level_memory, static_cast<cudaStream_t>(stream));
+void forward(const Problem<T>& problem, void* level_buffer, void* stream) {
+  const Call<T> call = call_of(problem, level_buffer, static_cast<cudaStream_t>(stream));
   with_division(problem, [&](auto division) {
     using D = decltype(division);
     launch(forward_kernel<typename D::Stored, D::kVector, D::kLanes>, call, kRows<D::kLanes>,
@@ -120,8 +120,8 @@ void forward(const Problem<T>& problem, void* level_memory, void* stream) {
 }
 
 template <class T>
-void backward(const Problem<T>& problem, void* level_memory, void* stream) {
-  const Call<T> call = call_of(problem, level_memory, static_cast<cudaStream_t>(stream));
+void backward(const Problem<T>& problem, void* level_buffer, void* stream) {
+  const Call<T> call = call_of(problem, level_buffer, static_cast<cudaStream_t>(stream));
   with_division(problem, [&](auto division) {
     using D = decltype(division);
     launch(backward_kernel<typename D::Stored, D::kVector, D::kLanes>, call, kRows<D::kLanes>,

@@ -7,7 +7,7 @@
 namespace detrs::cuda {
 
 // Returns the bytes of device memory that a call needs for its levels; usually 0.
-int64_t level_memory_size(int64_t num_levels);
+int64_t level_buffer_size(int64_t num_levels);
 
 // Launch the kernels on a CUDA stream (a cudaStream_t) of the current device, and return without waiting for
 // them. All pointers are to device memory and aligned to 16 bytes, except `shapes`, which is in host memory.
@@ -15,9 +15,9 @@ int64_t level_memory_size(int64_t num_levels);
 // zero before the call. num_channels is a multiple of 4, at most 128. Throw std::runtime_error with the
 // message of CUDA.
 template <class T>
-void forward(const Problem<T>& problem, void* level_memory, void* stream);
+void forward(const Problem<T>& problem, void* level_buffer, void* stream);
 
 template <class T>
-void backward(const Problem<T>& problem, void* level_memory, void* stream);
+void backward(const Problem<T>& problem, void* level_buffer, void* stream);
 
 }  // namespace detrs::cuda

@@ -15,7 +15,7 @@ template <class T, int kVector>
 constexpr int kBlocks = sizeof(T) == 8 ? 4
                         : kVector == 8 ? 6
                                        : 8;
-// Samples that a lane places per pass. More would take registers, and shared memory that is part of the L1
+// Samples that a lane loads per pass. More would take registers, and shared memory that is part of the L1
 // cache.
 constexpr int kSamplesPerLane = 2;
 constexpr unsigned kWarp = 0xffffffffu;
@@ -44,16 +44,19 @@ struct Call {
 // A row belongs to kLanes neighboring lanes of a warp; each lane has kVector of its channels.
 template <int kLanes>
 constexpr int kRows = kThreads / kLanes;  // rows per block
+// Samples of a row per pass. Every pass starts at a multiple of kLanes, so that sample i always belongs to
+// lane i % kLanes, as in the loops over a complete row: store_logit_grads reads without a barrier what its
+// lane wrote.
 template <int kLanes>
-constexpr int kPass = kSamplesPerLane * kLanes;  // samples of a row per pass
+constexpr int kPass = kSamplesPerLane * kLanes;
 
 template <class Number>
 struct alignas(16) Four {
   Number at[4];  // by corner
 };
 
-// Shared memory: the lane that places a sample passes its tokens and factors to the other lanes of the row.
-// The extra sample at the end shifts rows to different banks.
+// Shared memory: the lane that loads a sample passes tokens and factors of its corners to the other lanes of
+// the row. The extra sample at the end shifts rows to different banks.
 template <class T, int kLanes>
 struct ForwardShared {
   Four<int> tokens[kRows<kLanes>][kPass<kLanes> + 1];
@@ -65,14 +68,16 @@ struct BackwardShared : ForwardShared<T, kLanes> {
               [kPass<kLanes> + 1];  // grad_out . value at each corner; then gradients of reference
 };
 
+// Dynamic, although each kernel needs a constant size, so that tests/detrs/ops/emulation can define the
+// array, fill it with NaN and guard its end. Bytes, because all kernels declare the same one.
 extern __shared__ __align__(16) unsigned char shared_memory[];
 
 // The row of this thread, and the index of the thread among the lanes of the row.
 struct Row {
-  int64_t image, query, number;  // query and number count through all images
-  int head, lane, slot;          // `slot` numbers the block's rows
+  int64_t image, query, index;  // query and index count through all images
+  int head, lane, slot;         // `slot` numbers the block's rows
   // False for surplus rows of the last block. They must not return early, because all lanes of a warp have to
-  // reach its barriers and shuffles: they compute the same as row `number`, and write nothing.
+  // reach its barriers and shuffles: they compute the same as row `index`, and write nothing.
   bool exists;
 
   template <int kLanes, class T>
@@ -89,7 +94,7 @@ struct Row {
     row.exists = query < problem.num_queries;
     if (!row.exists) query = problem.num_queries - 1;
     row.query = row.image * problem.num_queries + query;
-    row.number = row.query * problem.num_heads + row.head;
+    row.index = row.query * problem.num_heads + row.head;
     return row;
   }
 };
@@ -109,7 +114,7 @@ struct Softmax {
 
   template <int kLanes>
   static __device__ __forceinline__ Softmax of_row(const Call<T>& call, const Row& row) {
-    const T* logits = call.problem.weights + row.number * call.num_samples;
+    const T* logits = call.problem.weights + row.index * call.num_samples;
     T largest = -static_cast<T>(INFINITY), sum = 0;
 #pragma unroll 2
     for (int sample = row.lane; sample < call.num_samples; sample += kLanes) {
@@ -129,55 +134,55 @@ struct Softmax {
   __device__ __forceinline__ T weight(T logit) const { return exp(logit - largest) * scale; }
 };
 
-// One sample, in the lane that places it.
+// One sample, in the lane that loads it.
 template <class T>
 struct Sample {
-  int64_t number;  // among the samples of all rows
+  int64_t index;  // among the samples of all rows
   LevelSize<T, int> level;
   Corners<T, int> corners;
   T weight, scale_x, scale_y;  // fused: how far an offset of 1 moves the location
 };
 
 template <class T>
-__device__ __forceinline__ Sample<T> place(const Call<T>& call, const Row& row, const Softmax<T>& softmax,
-                                           int at) {
+__device__ __forceinline__ Sample<T> load_sample(const Call<T>& call, const Row& row,
+                                                 const Softmax<T>& softmax, int at) {
   const Problem<T>& problem = call.problem;
   Sample<T> sample;
-  sample.number = row.number * call.num_samples + at;
-  const auto given = load_pair(problem.locations + 2 * sample.number);
-  sample.weight = __ldg(problem.weights + sample.number);
-  const int level_number =
+  sample.index = row.index * call.num_samples + at;
+  const auto given = load_pair(problem.locations + 2 * sample.index);
+  sample.weight = __ldg(problem.weights + sample.index);
+  const int level_index =
       static_cast<int>(static_cast<unsigned>(at) / static_cast<unsigned>(call.num_points));
   const Level<T> level =
-      call.more_levels == nullptr ? call.levels[level_number] : call.more_levels[level_number];
+      call.more_levels == nullptr ? call.levels[level_index] : call.more_levels[level_index];
   sample.level = {static_cast<T>(level.width), static_cast<T>(level.height), level.width, level.height,
                   level.start};
   T x = given.x, y = given.y;
   if (problem.reference_size != 0) {
-    const T* anchor =
-        problem.reference + (row.query * problem.num_levels + level_number) * problem.reference_size;
+    const T* reference =
+        problem.reference + (row.query * problem.num_levels + level_index) * problem.reference_size;
     const bool box = problem.reference_size == 4;
-    sample.scale_x = box ? anchor[2] * call.half_step : level.pixel_width;
-    sample.scale_y = box ? anchor[3] * call.half_step : level.pixel_height;
-    x = anchor[0] + x * sample.scale_x, y = anchor[1] + y * sample.scale_y;
+    sample.scale_x = box ? reference[2] * call.half_step : level.pixel_width;
+    sample.scale_y = box ? reference[3] * call.half_step : level.pixel_height;
+    x = reference[0] + x * sample.scale_x, y = reference[1] + y * sample.scale_y;
     sample.weight = softmax.weight(sample.weight);
   }
   sample.corners = Corners<T, int>::at(x, y, sample.level);
   return sample;
 }
 
-// Passes a sample to the other lanes of the row. `weight` is that of the sample, or 0 if the row must add
-// nothing.
+// Passes the corners of a sample to the other lanes of the row. `weight` is that of the sample, or 0 if the
+// row must add nothing.
 template <class T, class Shared>
-__device__ __forceinline__ void announce(const Sample<T>& sample, T weight, int slot, int at,
-                                         Shared& shared) {
+__device__ __forceinline__ void store_corners(const Sample<T>& sample, T weight, int slot, int at,
+                                              Shared& shared) {
   const Corners<T, int>& corners = sample.corners;
   Four<int> tokens;
   Four<T> factors;
 #pragma unroll
   for (int corner = 0; corner < 4; corner++) {
     tokens.at[corner] = corners.token[corner];
-    factors.at[corner] = corners.share(corner) * weight;
+    factors.at[corner] = corners.bilinear_factor(corner) * weight;
   }
   shared.tokens[slot][at] = tokens, shared.factors[slot][at] = factors;
 }
@@ -218,8 +223,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Arithmetic<Stored>, kVector>
     const int count = min(kPass<kLanes>, call.num_samples - first);
 #pragma unroll 1
     for (int at = row.lane; at < count; at += kLanes) {
-      const Sample<T> sample = place(call, row, softmax, first + at);
-      announce(sample, sample.weight, row.slot, at, shared);
+      const Sample<T> sample = load_sample(call, row, softmax, first + at);
+      store_corners(sample, sample.weight, row.slot, at, shared);
     }
     __syncwarp();  // all samples are in shared memory
 #pragma unroll 2
@@ -237,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Arithmetic<Stored>, kVector>
     __syncwarp();  // all lanes have read them: the next pass may overwrite
   }
   if (row.exists && has_channels)
-    store(sums, static_cast<Stored*>(problem.out) + row.number * problem.num_channels + channel);
+    store(sums, static_cast<Stored*>(problem.out) + row.index * problem.num_channels + channel);
 }
 
 // Sums the numbers of each corner over the lanes of the row; lane i gets corner i % 4. With 8 lanes
@@ -273,7 +278,7 @@ __device__ __forceinline__ void add_reference_grads(const Call<T>& call, const R
 #pragma unroll
       for (int i = 0; i < 4; i++) sum.at[i] += grads.at[i];
     }
-    T* grad = problem.grad_reference + (row.number * problem.num_levels + level) * problem.reference_size;
+    T* grad = problem.grad_reference + (row.index * problem.num_levels + level) * problem.reference_size;
 #pragma unroll
     for (int i = 0; i < 4; i++)
       if (i < problem.reference_size) grad[i] += sum.at[i];
@@ -288,14 +293,14 @@ __device__ __forceinline__ T store_sample_grads(const Call<T>& call, const Row& 
   const Four<T> dots = shared.dots[row.slot][at];
   SampleGrads<T> grads = differentiate(sample.corners, dots.at, sample.weight, sample.level);
   if (problem.grad_reference != nullptr) {
-    const auto offset = load_pair(problem.locations + 2 * sample.number);
+    const auto offset = load_pair(problem.locations + 2 * sample.index);
     shared.dots[row.slot][at] = {
         {grads.x, grads.y, grads.x * offset.x * call.half_step, grads.y * offset.y * call.half_step}};
   }
   if (problem.reference_size != 0) grads.x *= sample.scale_x, grads.y *= sample.scale_y;
   if (row.exists) {
-    store_pair(grads.x, grads.y, problem.grad_locations + 2 * sample.number);
-    problem.grad_weights[sample.number] = grads.weight;
+    store_pair(grads.x, grads.y, problem.grad_locations + 2 * sample.index);
+    problem.grad_weights[sample.index] = grads.weight;
   }
   return grads.weight;
 }
@@ -306,11 +311,11 @@ template <int kLanes, class T>
 __device__ __forceinline__ void store_logit_grads(const Call<T>& call, const Row& row,
                                                   const Softmax<T>& softmax, T dot) {
   const T mean = sum_over_lanes<kLanes>(dot);
-  const int64_t first = row.number * call.num_samples;
+  const int64_t first = row.index * call.num_samples;
 #pragma unroll 1
   for (int sample = row.lane; sample < call.num_samples && row.exists; sample += kLanes) {
     const T weight = softmax.weight(__ldg(call.problem.weights + first + sample));
-    T* grad = call.problem.grad_weights + first + sample;  // written by this lane: no barrier is needed
+    T* grad = call.problem.grad_weights + first + sample;  // written by this lane, see kPass
     *grad = weight * (*grad - mean);
   }
 }
@@ -330,13 +335,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Arithmetic<Stored>, kVector>
   if (problem.reference_size != 0) softmax = Softmax<T>::template of_row<kLanes>(call, row);
 
   T grad_out[kVector], weight_dot = 0;
-  load(static_cast<const Stored*>(problem.grad_out) + row.number * problem.num_channels + channel, grad_out);
+  load(static_cast<const Stored*>(problem.grad_out) + row.index * problem.num_channels + channel, grad_out);
   for (int first = 0; first < call.num_samples; first += kPass<kLanes>) {
     const int count = min(kPass<kLanes>, call.num_samples - first);
 #pragma unroll 1
     for (int at = row.lane; at < count; at += kLanes) {
-      const Sample<T> sample = place(call, row, softmax, first + at);
-      announce(sample, row.exists ? sample.weight : 0, row.slot, at, shared);
+      const Sample<T> sample = load_sample(call, row, softmax, first + at);
+      store_corners(sample, row.exists ? sample.weight : 0, row.slot, at, shared);
     }
     __syncwarp();  // all samples are in shared memory
     for (int at = 0; at < count; at++) {
@@ -345,8 +350,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Arithmetic<Stored>, kVector>
       T numbers[4][kVector], dots[4];
 #pragma unroll
       for (int corner = 0; corner < 4; corner++) load(value.at(tokens.at[corner]), numbers[corner]);
+      // While the loads are in flight. A factor of 0 is skipped: it belongs to a corner outside the level or
+      // to a row that does not exist, and an addition of zeros takes as long as any other. Corners outside
+      // are clamped to few tokens, where these additions would wait for each other. NaN is not 0, and is
+      // added.
 #pragma unroll
-      for (int corner = 0; corner < 4; corner++) {  // while the loads are in flight
+      for (int corner = 0; corner < 4; corner++) {
         if (has_channels && factors.at[corner] != 0)
           add(factors.at[corner], grad_out, grad_value.at(tokens.at[corner]));
       }
@@ -363,8 +372,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Arithmetic<Stored>, kVector>
     __syncwarp();  // all dots are in shared memory
 #pragma unroll 1
     for (int at = row.lane; at < count; at += kLanes) {
-      // Placing it again is cheaper than keeping it in registers.
-      const Sample<T> sample = place(call, row, softmax, first + at);
+      // Loading it again is cheaper than keeping it in registers.
+      const Sample<T> sample = load_sample(call, row, softmax, first + at);
       weight_dot += sample.weight * store_sample_grads(call, row, sample, at, shared);
     }
     if (problem.grad_reference != nullptr) {

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from detrs.layers import call_layer
+
 PathOrUrl = Annotated[str, "path or URL"]  # the platform finds settings that name files by this type
 
 
@@ -125,6 +127,7 @@ class ResNet(nn.Module):
             block, config.widths[2], config.widths[3], depths[3], 1 if config.dilation else 2,
             2 if config.dilation else 1, norm,
         )  # fmt: skip
+        self.activation_checkpointing = False
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -133,9 +136,9 @@ class ResNet(nn.Module):
         """Return the outputs of layer1 to layer4, each [b, width, h / stride, w / stride]."""
         x = pixels.contiguous(memory_format=torch.channels_last)
         x = self.layer1(self.pool(F.relu(self.bn1(self.conv1(x)))))
-        y = self.layer2(x)
-        z = self.layer3(y)
-        return x, y, z, self.layer4(z)
+        y = call_layer(self.layer2, x, recompute=self.activation_checkpointing)
+        z = call_layer(self.layer3, y, recompute=self.activation_checkpointing)
+        return x, y, z, call_layer(self.layer4, z, recompute=self.activation_checkpointing)
 
 
 def build_backbone(config: BackboneConfig) -> ResNet:

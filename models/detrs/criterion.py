@@ -95,13 +95,23 @@ class Criterion:
             config.gamma if config.kind == "focal" else 2.0,
         )  # fmt: skip
 
-    def __call__(self, outputs: Outputs, targets: Targets, num_boxes: Float[Tensor, ""] | float) -> Losses:
-        """Compute all losses, divided by `num_boxes`.
+    def __call__(
+        self,
+        outputs: Outputs,
+        targets: Targets,
+        num_boxes: Float[Tensor, ""] | float,
+        class_weight: Float[Tensor, ""] | float | None = None,
+    ) -> Losses:
+        """Compute all losses, divided by `num_boxes`; cross entropy is divided by `class_weight`.
+
+        The global batch is that of all processes and accumulated micro-batches. Both divisors are its sums over the
+        number of processes, whose gradients are averaged.
 
         Args:
             outputs: of a detector.
             targets: of the same batch.
             num_boxes: number of target boxes of the global batch over the number of processes, at least 1.
+            class_weight: `total_class_weight` of the global batch over the number of processes; None: of this batch.
 
         Raises:
             NonFiniteError: predictions or target boxes are not finite; the message names the layer and the image.
@@ -113,7 +123,7 @@ class Criterion:
             groups, match([(p, labels) for _, p, labels in groups], targets, self.costs), strict=True
         ):
             matched = _index(matches, labels, targets)
-            losses = self._score(predictions, matched, targets, num_boxes)
+            losses = self._score(predictions, matched, targets, num_boxes, class_weight)
             totals.append(self._weigh(losses))
             if name == "decoder":
                 terms["class_error"] = _class_error(predictions, matched)
@@ -125,6 +135,12 @@ class Criterion:
             totals.append(self._weigh(losses))
             terms |= _name_layers(losses, "_dn")
         return Losses(torch.stack(totals).sum(), {name: value.detach() for name, value in terms.items()})
+
+    def total_class_weight(
+        self, num_matched: Float[Tensor, ""], num_queries: Float[Tensor, ""]
+    ) -> Float[Tensor, ""]:
+        """Return the sum of the weights in cross entropy of `num_queries` queries, `num_matched` of them matched."""
+        return num_matched + (num_queries - num_matched) * self.config.no_object_weight
 
     def _groups(self, outputs: Outputs, targets: Targets) -> list[tuple[str, Predictions, Tensor]]:
         groups = [("decoder", self._scored(outputs.predictions), targets.labels)]
@@ -159,6 +175,7 @@ class Criterion:
         matched: Matched,
         targets: Targets,
         num_boxes: Float[Tensor, ""] | float,
+        class_weight: Float[Tensor, ""] | float | None = None,
     ) -> dict[str, Tensor]:
         """Return each loss for each layer, [n]."""
         boxes = predictions.boxes[matched.layer, matched.image, matched.query]
@@ -166,7 +183,7 @@ class Criterion:
         iou, giou = iou_and_giou(boxes, target_boxes, self.giou_eps)
         distance = (boxes - target_boxes).abs()
         return {
-            "loss_ce": self._class_loss(predictions.logits, matched, iou.detach(), num_boxes),
+            "loss_ce": self._class_loss(predictions.logits, matched, iou.detach(), num_boxes, class_weight),
             "loss_bbox": distance.sum((1, 2)) / num_boxes,
             "loss_giou": (1 - giou).sum(1) / num_boxes,
             "loss_xy": distance[..., :2].sum((1, 2)).detach() / num_boxes,
@@ -180,9 +197,10 @@ class Criterion:
         matched: Matched,
         iou: Float[Tensor, "n m"],
         num_boxes: Float[Tensor, ""] | float,
+        class_weight: Float[Tensor, ""] | float | None,
     ) -> Float[Tensor, " n"]:
         if self.config.kind == "cross_entropy":
-            return cross_entropy(logits, matched, self.config.no_object_weight)
+            return cross_entropy(logits, matched, self.config.no_object_weight, class_weight)
         if self.config.kind == "mal":
             return mal_loss(logits, matched, iou, self.config.gamma) / num_boxes
         return focal_loss(logits, matched, self.config.alpha, self.config.gamma) / num_boxes
@@ -246,15 +264,22 @@ def mal_loss(
 
 
 def cross_entropy(
-    logits: Float[Tensor, "n b q c"], matched: Matched, no_object_weight: float
+    logits: Float[Tensor, "n b q c"],
+    matched: Matched,
+    no_object_weight: float,
+    class_weight: Float[Tensor, ""] | float | None = None,
 ) -> Float[Tensor, " n"]:
-    """Return the weighted mean cross entropy of each layer; the last class is "no object" (DETR, section 3.1)."""
+    """Return the weighted mean cross entropy of each layer; the last class is "no object" (DETR, section 3.1).
+
+    `class_weight` is the divisor of the mean; None: the sum of the weights of these queries.
+    """
     no_object = logits.shape[-1] - 1
     labels = torch.full(logits.shape[:3], no_object, dtype=torch.int64, device=logits.device)
     labels[matched.layer, matched.image, matched.query] = matched.label
     weights = torch.ones_like(logits[..., 0]).masked_fill(labels == no_object, no_object_weight)
     likelihood = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
-    return -(likelihood * weights).sum((1, 2)) / weights.sum((1, 2))
+    divisor = weights.sum((1, 2)) if class_weight is None else class_weight
+    return -(likelihood * weights).sum((1, 2)) / divisor
 
 
 def denoising_matches(denoised: Denoised, targets: Targets, num_layers: int) -> Matches:

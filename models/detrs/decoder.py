@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from detrs.layers import FeedForward, full_precision, inverse_sigmoid
+from detrs.layers import FeedForward, call_layer, full_precision, inverse_sigmoid
 from detrs.query_position import QueryPosition
 from detrs.structures import Memory, Predictions, Queries
 
@@ -83,6 +83,7 @@ class Decoder(nn.Module):
         self.layers, self.query_position = layers, query_position
         self.class_heads, self.box_heads = nn.ModuleList(class_heads), nn.ModuleList(box_heads)
         self.norm, self.refinement, self.eps = norm, refinement, eps
+        self.activation_checkpointing = False
 
     def forward(self, queries: Queries, memory: Memory) -> Predictions:
         """Return class logits and boxes after every layer."""
@@ -92,7 +93,8 @@ class Decoder(nn.Module):
         logits, boxes = [], []
         for i, layer in enumerate(self.layers):
             position = self.query_position(i, x, queries, reference, memory)
-            x = layer(x, position, memory, queries.attn_mask)
+            inputs = (x, position, memory, queries.attn_mask)
+            x = call_layer(layer, *inputs, recompute=self.activation_checkpointing)
             normed = x if self.norm is None else self.norm(x)
             box_head = self.box_heads[min(i, len(self.box_heads) - 1)]
             logits.append(self.class_heads[min(i, len(self.class_heads) - 1)](normed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,15 @@ class Draws:
     new_labels: Int64[Tensor, " k"]  # for the `k` replaced rows, in order
     signs: Float[Tensor, "r 4"]  # 0 or 1: the direction in which a corner coordinate moves
     fractions: Float[Tensor, "r 4"]  # in [0, 1): of the largest move
+
+    def to(self, device: torch.device) -> Draws:
+        """Return the draws on a device."""
+        return Draws(
+            self.label_chance.to(device),
+            self.new_labels.to(device),
+            self.signs.to(device),
+            self.fractions.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -83,9 +93,15 @@ class ContrastiveDenoising(nn.Module):
             return max(2 * self.num_denoising, 1)
         return max(self.num_denoising // max_targets, 1)
 
-    def forward(self, targets: Targets, draws: Draws | None = None) -> NoisedQueries:
-        """Add noise to the targets; use the random numbers in `draws` if given."""
-        max_targets = max(targets.counts, default=0)
+    def forward(
+        self, targets: Targets, draws: Draws | None = None, max_targets: int | None = None
+    ) -> NoisedQueries:
+        """Add noise to the targets; use the random numbers in `draws` if given.
+
+        `max_targets` is the number of targets of the image with the most in the global batch, of which `targets` may be
+        a part: the number of groups and of queries follows from it. None: that of `targets`.
+        """
+        max_targets = max(targets.counts, default=0) if max_targets is None else max_targets
         num_groups = self.num_groups(max_targets)
         labels, boxes = targets.labels.repeat(2 * num_groups), targets.boxes.repeat(2 * num_groups, 1)
         negative = torch.arange(len(labels), device=labels.device) // max(len(targets.labels), 1) % 2 == 1
@@ -94,7 +110,7 @@ class ContrastiveDenoising(nn.Module):
         labels = self._noise_labels(labels, draws)
         boxes = self._noise_boxes(boxes, negative, draws)
         shape = (len(targets.counts), 2 * num_groups * max_targets)
-        image, query = _query_indices(targets, num_groups)
+        image, query = _query_indices(targets, num_groups, max_targets)
         embedded = self.label_embed(labels)
         # Padding has box logits of 0, as in the official code: boxes of 0.5
         content = embedded.new_zeros(*shape, embedded.shape[-1]).index_put((image, query), embedded)
@@ -116,6 +132,30 @@ class ContrastiveDenoising(nn.Module):
             signs = torch.randint(0, 2, (num_rows, 4), device=device).float()
             fractions = torch.rand(num_rows, 4, device=device)
         return Draws(label_chance, new_labels, signs, fractions)
+
+    def draw_by_image(self, counts: Sequence[int], max_targets: int, seeds: Sequence[int]) -> Draws:
+        """Draw random numbers for each image from a generator with its own seed, on the CPU.
+
+        The draws of an image depend on neither the other images of the batch nor its place among them.
+
+        Args:
+            counts: number of targets of each image.
+            max_targets: as in `forward`.
+            seeds: one per image.
+        """
+        num_blocks = 2 * self.num_groups(max_targets)
+        chances, labels, signs, fractions = [], [], [], []
+        for count, seed in zip(counts, seeds, strict=True):
+            generator = torch.Generator().manual_seed(seed)
+            shape = (num_blocks, count)
+            chances.append(torch.rand(shape, generator=generator))
+            labels.append(torch.randint(0, self.num_classes, shape, generator=generator))
+            signs.append(torch.randint(0, 2, (*shape, 4), generator=generator).float())
+            fractions.append(torch.rand((*shape, 4), generator=generator))
+        # Rows are ordered by block, then by image
+        chance, label = (torch.cat(parts, dim=1).flatten() for parts in (chances, labels))
+        sign, fraction = (torch.cat(parts, dim=1).flatten(0, 1) for parts in (signs, fractions))
+        return Draws(chance, label[chance < self.label_noise * 0.5], sign, fraction)
 
     def _noise_labels(self, labels: Int64[Tensor, " r"], draws: Draws) -> Int64[Tensor, " r"]:
         replaced = draws.label_chance < self.label_noise * 0.5
@@ -158,9 +198,10 @@ def denoising_attn_mask(noised: NoisedQueries, num_queries: int, device: torch.d
     return other_group & ~matching
 
 
-def _query_indices(targets: Targets, num_groups: int) -> tuple[Int64[Tensor, " r"], Int64[Tensor, " r"]]:
+def _query_indices(
+    targets: Targets, num_groups: int, max_targets: int
+) -> tuple[Int64[Tensor, " r"], Int64[Tensor, " r"]]:
     """Return the image and the query of each row."""
     image, index = targets.indices()
-    max_targets = max(targets.counts, default=0)
     starts = torch.arange(2 * num_groups, device=index.device) * max_targets
     return image.repeat(2 * num_groups), (starts[:, None] + index).flatten()

@@ -44,13 +44,21 @@ class Detector(nn.Module):
         self.neck, self.encoder, self.queries, self.decoder = neck, encoder, queries, decoder
         self.denoising = denoising
 
-    def forward(self, images: Images, targets: Targets | None = None, draws: Draws | None = None) -> Outputs:
+    def forward(
+        self,
+        images: Images,
+        targets: Targets | None = None,
+        draws: Draws | None = None,
+        max_targets: int | None = None,
+    ) -> Outputs:
         """Predict class logits and boxes.
 
         Args:
             images: the batch.
             targets: used for denoising queries only, in training mode.
             draws: random numbers to use for denoising instead of new ones.
+            max_targets: for denoising: number of targets of the image with the most in the global batch; None: in this
+                one.
         """
         images = images.padded(*self._padded_size(*images.pixels.shape[2:]))
         features = self.backbone(images.pixels)
@@ -60,13 +68,23 @@ class Detector(nn.Module):
         noised = None
         if self.denoising is not None:
             if self.training and targets is not None:
-                noised = self.denoising(targets, draws)
+                noised = self.denoising(targets, draws, max_targets)
             queries = with_denoising(queries, noised, self.denoising)
         predictions = self.decoder(queries, memory)
         if noised is None:
             return Outputs(predictions, first_stage)
         dn, predictions = split(predictions, noised.num_queries)
         return Outputs(predictions, first_stage, Denoised(dn, noised.num_groups, noised.max_targets))
+
+    def enable_activation_checkpointing(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them: slower, with less memory.
+
+        A backbone whose batch norms are trained keeps its activations: a second forward pass would update their
+        statistics twice.
+        """
+        self.encoder.activation_checkpointing = self.decoder.activation_checkpointing = True
+        has_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.backbone.modules())
+        self.backbone.activation_checkpointing = not has_statistics
 
     def _padded_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the size in pixels, enlarged at the shorter side until there are enough tokens for the queries."""

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from detrs.layers import FeedForward
+from detrs.layers import FeedForward, call_layer
 from detrs.query_position import QueryPosition
 from detrs.structures import Memory
 
@@ -56,6 +56,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm, self.position_scale = norm, position_scale
+        self.activation_checkpointing = False
 
     def forward(self, memory: Memory) -> Memory:
         """Return the memory with its tokens transformed."""
@@ -64,7 +65,8 @@ class Encoder(nn.Module):
             layer_input = memory
             if self.position_scale is not None:
                 layer_input = dataclasses.replace(memory, pos=memory.pos * self.position_scale(memory.tokens))
-            tokens = layer(layer_input, QueryPosition(layer_input.pos, reference=centers))
+            position = QueryPosition(layer_input.pos, reference=centers)
+            tokens = call_layer(layer, layer_input, position, recompute=self.activation_checkpointing)
             memory = dataclasses.replace(memory, tokens=tokens)
         if self.norm is not None:
             memory = dataclasses.replace(memory, tokens=self.norm(memory.tokens))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # Class bias with which all initial scores are 0.01 (RetinaNet, 4.1)
 PRIOR_LOGIT = -math.log((1 - 0.01) / 0.01)
@@ -28,6 +30,13 @@ class Mlp(nn.Module):
             x = F.relu(layer(x))
         out: Tensor = self.layers[-1](x)
         return out
+
+
+def call_layer(layer: nn.Module, *inputs: Any, recompute: bool) -> Any:
+    """Call a layer; with `recompute`, do not keep its activations, but compute them again in the backward pass."""
+    if not recompute or not torch.is_grad_enabled():
+        return layer(*inputs)
+    return checkpoint(layer, *inputs, use_reentrant=False)
 
 
 class FeedForward(nn.Module):

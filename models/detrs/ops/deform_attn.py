@@ -21,7 +21,7 @@ def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tenso
 
     `deform_attn_reference` defines it. Arithmetic is float64 for float64 inputs, else float32. A bfloat16 or float16
     `value` is converted as it is read. `locations` and `weights` may then be float32, and should be: the 8 significant
-    bits of bfloat16 are too few for a position. Autocast does not change the result.
+    bits of bfloat16 are too few for a location. Autocast does not change the result.
 
     A location outside its level reads zero and has no gradient. The native kernels treat NaN and infinity as outside.
     On the CPU, the result is independent of the number of threads. On CUDA, gradients are summed in no fixed order,

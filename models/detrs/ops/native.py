@@ -78,6 +78,7 @@ def _register() -> None:
     torch.library.register_autograd("detrs::deform_attn_backward", _double_backward)
     torch.library.register_fake("detrs::deform_attn_fused", _fake_fused_forward)
     torch.library.register_fake("detrs::deform_attn_fused_backward", _fake_fused_backward)
+    torch.library.register_fake("detrs::normalize_images", _fake_normalize_images)
     torch.library.register_autograd(
         "detrs::deform_attn_fused", _fused_backward, setup_context=_save_for_fused_backward
     )
@@ -87,10 +88,15 @@ def _register() -> None:
             _library.impl(name, _under_autocast(name, f"Autocast{device}"), f"Autocast{device}")  # type: ignore[no-untyped-call]
 
 
+def _fake_normalize_images(pixels: Tensor, sizes: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    return pixels.new_empty(pixels.shape, dtype=torch.float32)
+
+
 def _under_autocast(name: str, key: str) -> Callable[..., Tensor]:
     """Return the autocast kernel of an operator: it keeps `value` and converts all other tensors to float32.
 
-    Half precision is too coarse for positions, and torch.library.register_autocast would cast all tensors to one dtype.
+    Half precision is too coarse for locations, and torch.library.register_autocast would cast all tensors to one
+    dtype.
     """
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 

@@ -22,7 +22,7 @@ def deform_attn_reference(
     linear projections.
 
     Args:
-        value: one vector per token and head. Tokens are the pixels of all levels, level by level and row by row.
+        value: one vector per token and head. Tokens are the pixels of all levels, level by level and line by line.
         shapes: (height, width) of each level.
         locations: (x, y). (0, 0) is the outer corner of the first pixel of a level and (1, 1) that of the last. Values
             are interpolated bilinearly between pixel centers; outside the level they are zero.
@@ -66,8 +66,8 @@ def sampling_locations(
 
     Source: Deformable DETR, section 4.1 and appendix A.3.
     """
-    anchors = reference[:, :, None, :, None]
+    expanded = reference[:, :, None, :, None]  # [n, q, 1, l, 1, k]
     if reference.shape[3] == 4:
-        return anchors[..., :2] + offsets / offsets.shape[4] * anchors[..., 2:] * 0.5
+        return expanded[..., :2] + offsets / offsets.shape[4] * expanded[..., 2:] * 0.5
     sizes = torch.tensor([(width, height) for height, width in shapes], device=offsets.device)
-    return anchors + offsets / sizes[:, None]
+    return expanded + offsets / sizes[:, None]

@@ -133,6 +133,9 @@ class DataConfig(Section):
     train: Location  # a folder of shards, or its s3://, gs://, az://, http(s):// or file:// URL
     val: Location
     batch_size: PositiveInt  # images of one optimizer step, over all workers
+    # Images that a worker processes at once; the gradients of a larger share of the batch are accumulated. None: the
+    # complete share. What is computed does not change, except for statistics of batch norm
+    micro_batch_size: PositiveInt | None = None
     eval_batch_size: PositiveInt  # images of one evaluation batch, per worker
     label_map: LabelMapKind = "contiguous"
     train_transform: TransformConfig = TransformConfig()
@@ -143,6 +146,14 @@ class DataConfig(Section):
     max_corrupt: int | None = Field(default=None, ge=0)  # corrupt samples before a run stops; None: 1%, or 10
     synthetic: Literal["easy", "hard"] | None = None  # write synthetic shards to `train`, `val` if missing
     remote: RemoteConfig = RemoteConfig()
+
+    @model_validator(mode="after")
+    def _check_micro_batch_size(self) -> Self:
+        if self.micro_batch_size is not None and self.micro_batch_size >= self.batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} has no effect with batch_size {self.batch_size}: omit it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_val_transform(self) -> Self:
@@ -187,6 +198,8 @@ class OptimConfig(Section):
     clip_max_norm: float | None = Field(default=0.1, gt=0)  # None: no clipping
     ema_decay: float | None = Field(default=None, gt=0, lt=1)  # None: no EMA
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the model; losses and boxes are always float32
+    # Compute activations again in the backward pass: slower, less memory
+    activation_checkpointing: bool = False
     max_skipped_steps: int = Field(default=10, ge=0)  # steps with NaN or infinity before a run stops
 
     @model_validator(mode="after")
@@ -221,6 +234,13 @@ class ClusterConfig(Section):
     use_gpu: bool = False
     cpus_per_worker: PositiveInt = 1
     max_failures: int = Field(default=3, ge=-1)  # restarts of the workers; -1: unlimited
+    bf16_gradients: bool = False  # send gradients in bfloat16: half the bytes, rounded before they are summed
+
+    @model_validator(mode="after")
+    def _check_effects(self) -> Self:
+        if self.bf16_gradients and self.num_workers == 1:
+            raise ValueError("bf16_gradients has no effect with num_workers 1: omit it")
+        return self
 
 
 class StorageConfig(Section):

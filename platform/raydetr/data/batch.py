@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
+from detrs.ops import normalize_images, padding_mask
 from detrs.structures import Images, Targets
 from raydetr.data.corrupt import CorruptSample
 from raydetr.data.transforms.pixels import LazyImage
@@ -33,6 +34,7 @@ class Sample:
     boxes_xyxy: npt.NDArray[np.float64]  # [t, 4] in pixels of `image`
     image_id: int
     original_size: tuple[int, int]  # (height, width) before the transform
+    position: int = 0  # G, counted over the run; keys the random draws of training
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Batch:
     counts: tuple[int, ...]
     image_ids: Int64[Tensor, " b"]
     original_sizes: Int64[Tensor, "b 2"]  # (height, width) before the transform
-    position: int  # of the first sample of the global batch, counted over the run
+    positions: tuple[int, ...]  # G of each sample, counted over the run
+    position: int  # of the first sample of the global batch
     corrupt: tuple[CorruptSample, ...] = ()  # samples of this batch that were substituted or masked
     is_blank: bool = False  # all samples were masked; holds one black image, which must not be trained on
 
@@ -82,6 +85,7 @@ def collate(
         counts=counts,
         image_ids=torch.tensor([sample.image_id for sample in samples]),
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
+        positions=tuple(sample.position for sample in samples),
         position=position,
     )
 
@@ -89,7 +93,7 @@ def collate(
 def blank_batch(position: int, *, out: Callable[[tuple[int, int, int, int]], Canvas] | None = None) -> Batch:
     """Return a batch of one black image, like `collate`: models and other ranks need a batch in every step."""
     black = LazyImage.unresized(np.zeros((BLANK_SIDE, BLANK_SIDE, 3), np.uint8))
-    sample = Sample(black, np.zeros(0, np.int64), np.zeros((0, 4)), -1, (BLANK_SIDE, BLANK_SIDE))
+    sample = Sample(black, np.zeros(0, np.int64), np.zeros((0, 4)), -1, (BLANK_SIDE, BLANK_SIDE), position)
     return replace(collate([sample], position, out=out), is_blank=True)
 
 
@@ -103,26 +107,6 @@ def to_model(batch: Batch, device: torch.device | str) -> tuple[Images, Targets]
     """Move a batch to the device and normalize it there; padding is 0 after the normalization."""
     pixels = batch.pixels.to(device, non_blocking=True)
     sizes = batch.sizes.to(device, non_blocking=True)
-    height, width = pixels.shape[-2:]
-    below = torch.arange(height, device=device) >= sizes[:, 0, None]
-    right = torch.arange(width, device=device) >= sizes[:, 1, None]
-    padding = below[:, :, None] | right[:, None, :]
-    normalized = _normalize(pixels)
-    for number, (bottom, end) in enumerate(batch.sizes.tolist()):  # of each image, faster than a mask
-        normalized[number, :, bottom:] = 0.0
-        normalized[number, :, :, end:] = 0.0
+    normalized = normalize_images(pixels, sizes, MEAN, STD)
     targets = Targets(batch.labels.to(device), batch.boxes.to(device), batch.counts)
-    return Images(normalized, padding), targets
-
-
-def _normalize(pixels: UInt8[Tensor, "b 3 h w"]) -> Float32[Tensor, "b 3 h w"]:
-    """Subtract the mean and divide by the standard deviation, in the layout of `pixels`.
-
-    The channels of a pixel lie next to each other in memory. A row of all of them is one vector, which a CPU computes
-    twice as fast as three channels at a time; a cast before and work in place save temporary tensors.
-    """
-    num_images, _, height, width = pixels.shape
-    rows = pixels.permute(0, 2, 3, 1).reshape(num_images, height, width * 3).float()
-    mean, std = (torch.tensor(values, device=pixels.device).repeat(width) for values in (MEAN, STD))
-    rows.sub_(mean).div_(std)
-    return rows.view(num_images, height, width, 3).permute(0, 3, 1, 2)
+    return Images(normalized, padding_mask(sizes, *pixels.shape[2:])), targets

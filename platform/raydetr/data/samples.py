@@ -64,7 +64,7 @@ def make_sample(
         images = [make_mosaic(mosaic, images)]
     pixels, boxes, labels = images[0].pixels, images[0].boxes_xyxy, images[0].labels
     image, boxes, kept = transform(pixels, boxes, seed=seed, position=position, short_side=short_side)
-    return Sample(image, labels[kept], boxes, raw.record["id"], original_size)
+    return Sample(image, labels[kept], boxes, raw.record["id"], original_size, position)
 
 
 def _read_partner(shards: Shards, index: int) -> RawSample:

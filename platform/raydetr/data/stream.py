@@ -14,6 +14,7 @@ import numpy as np
 from raydetr.config import OnCorrupt
 from raydetr.data.batch import Batch, Sample, blank_batch, collate
 from raydetr.data.corrupt import CorruptSample, apply_policy, earlier_samples
+from raydetr.data.layout import Layout
 from raydetr.data.loader.loader import Out, load
 from raydetr.data.order import SampleOrder
 from raydetr.data.samples import make_sample
@@ -29,25 +30,24 @@ def train_batches(
     *,
     seed: int,
     position: int,
-    rank: int,
-    world_size: int,
-    batch_size: int,
+    layout: Layout,
+    rank: int = 0,
     transform: Transform,
     num_workers: int = 0,
     on_corrupt: OnCorrupt = "raise",
 ) -> Iterator[Batch]:
-    """Yield the batches of one rank indefinitely, starting at `position`.
+    """Yield the micro-batches of one rank indefinitely, starting at `position`.
 
-    Step s takes world_size * batch_size samples of the order from position + s * world_size * batch_size on; this
-    rank gets the `rank`-th `batch_size` of them. Over all ranks, each sample comes once per epoch.
+    Step s takes `layout.global_batch` samples of the order from position + s * `layout.global_batch` on, and yields
+    `layout.num_micro_batches` batches with this rank's share of them; a batch without samples is blank. Over all ranks,
+    each sample comes once per epoch.
 
     Args:
         shards: the data set.
         seed: of the order and of the augmentation.
         position: G, the number of samples that the run has consumed, over all ranks.
+        layout: of the global batch among the ranks.
         rank: of this process.
-        world_size: number of ranks.
-        batch_size: images per rank and step.
         transform: applied with randomness keyed by (seed, position of the sample).
         num_workers: loader processes; 0 loads in this process.
         on_corrupt: what replaces a corrupt sample; `Batch.corrupt` reports it. If "mask" removes all samples of a
@@ -57,11 +57,9 @@ def train_batches(
         ShardError: a sample is corrupt, and `on_corrupt` is "raise".
         LoaderError: a loader process died, or there is no memory for its batches.
     """
-    assert 0 <= rank < world_size, (rank, world_size)
-    assert batch_size >= 1, batch_size
     assert position >= 0, position
     builder = BatchBuilder(shards, transform, seed, on_corrupt)
-    yield from load(_TrainBatches(builder, position, rank, world_size, batch_size), num_workers)
+    yield from load(_TrainBatches(builder, position, layout, rank), num_workers)
 
 
 def evaluation_batches(
@@ -153,19 +151,20 @@ class BatchBuilder:
 class _TrainBatches:
     builder: BatchBuilder
     position: int
+    layout: Layout
     rank: int
-    world_size: int
-    batch_size: int
 
     def batches(self, worker: int, num_workers: int, out: Out | None) -> Iterator[Batch]:
         return self.builder.batches(self._specs(worker, num_workers), out)
 
     def _specs(self, worker: int, num_workers: int) -> Iterator[BatchSpec]:
         order = make_order(self.builder.shards, self.builder.seed)
-        for step in count(worker, num_workers):
-            start = self.position + step * self.world_size * self.batch_size
-            position = start + self.rank * self.batch_size
-            indices = order.samples(position, self.batch_size).tolist()
+        parts = self.layout.micro_batches(self.rank)
+        for number in count(worker, num_workers):
+            step, part = divmod(number, len(parts))
+            start = self.position + step * self.layout.global_batch
+            position = start + parts[part].start
+            indices = order.samples(position, len(parts[part])).tolist()
             yield BatchSpec(start, position, indices, partial(earlier_samples, order))
 
 

@@ -9,24 +9,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from detrs.detector import Detector
 from detrs.zoo import Model
-from raydetr.config import RunConfig
+from raydetr.config import ClusterConfig, RunConfig
 from raydetr.data.batch import Batch, to_model
 from raydetr.data.corrupt import CorruptSample, CorruptSampleLog
+from raydetr.data.layout import Layout
 from raydetr.data.stream import evaluation_batches, train_batches
 from raydetr.data.transforms.transform import Transform
 from raydetr.evaluation.evaluator import drop_blank_batches, evaluate
 from raydetr.shards.reader import Shards
+from raydetr.training.counts import PendingCounts
 from raydetr.training.nonfinite import BatchNormSnapshot, NonFiniteCause, SkippedStep, StepLoss, compute_loss
 from raydetr.training.optim import Ema, build_optimizer, lr_factor, set_learning_rates
+from raydetr.training.sync_norm import synchronize_norms
 from raydetr.training.world import World
 
 
@@ -57,13 +64,16 @@ class Training:
 
     def __init__(self, config: RunConfig, model: Model, num_samples: int, world: World) -> None:
         self.config, self.model, self.world, self.num_samples = config, model, world, num_samples
-        self.detector = model.detector.to(world.device)
+        self.detector = synchronize_norms(model.detector.to(world.device), world)
+        if config.optim.activation_checkpointing:
+            self.detector.enable_activation_checkpointing()
         self.criterion = model.criterion
         decay = config.optim.ema_decay
         self.ema = Ema(self.detector, decay) if decay is not None else None
         self.optimizer = build_optimizer(self.detector, config.optim)
-        self.replica = _replicate(self.detector, world)
+        self.replica = _replicate(self.detector, config.cluster, world)
         self.batch_norms = BatchNormSnapshot(self.detector)
+        self.synchronizes_norms = world.size > 1
         # Small gradients underflow in float16: the scaler multiplies the loss by the largest factor without overflow
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16")
         self.position = 0
@@ -96,54 +106,76 @@ class Training:
         epoch = min(self.position // self.num_samples, self.config.optim.epochs)
         return epoch if epoch > 0 and self.step == self.steps_until(epoch) else None
 
-    @property
-    def random_seed(self) -> int:
-        """Seed of this worker's random draws in the next step: a resumed run draws what an uninterrupted one draws."""
-        # A tuple of integers has the same hash in every process, unlike text
-        return hash((self.config.seed, self.position, self.world.rank))
+    def random_seed(self, position: int) -> int:
+        """Return the seed of what is drawn for the sample at a position, on any rank and after any resume."""
+        # A tuple of integers has the same hash in every process, unlike text. Generators take 64 bits without a sign
+        return hash((self.config.seed, position)) & (2**63 - 1)
 
-    def train_step(self, batch: Batch) -> dict[str, Tensor] | SkippedStep:
+    def train_step(self, *micro_batches: Batch) -> dict[str, Tensor] | SkippedStep:
         """Run forward, backward and update on this worker's share of a global batch; return the loss terms.
 
         If the loss or the gradient of any worker is not finite, all workers skip the step: only the position
-        advances. Masked samples are missing from the batch; a worker without samples adds nothing to the gradient.
+        advances. Masked samples are missing from the batches; a batch without samples adds nothing to the gradient.
+
+        Args:
+            micro_batches: the share, in as many batches on every worker; their gradients are accumulated.
 
         Raises:
             RuntimeError: another worker died, so that a collective failed; or the device is out of memory.
         """
-        torch.manual_seed(self.random_seed)
         set_learning_rates(self.optimizer, lr_factor(self.config.optim, self.step, self.total_steps))
-        images, targets = to_model(batch, self.world.device)
-        counts = torch.tensor(
-            [float(len(targets.labels)), float(len(batch.corrupt))], device=self.world.device
-        )
-        # Losses are normalized by the boxes of the global batch, so that the number of workers does not change them.
-        # There is one collective for both counts, and it overlaps with the forward pass.
-        sums = self.world.all_reduce_async(counts)
+        # One collective for all counts, which overlaps with the forward pass where the model does not need them
+        counts = PendingCounts.start(micro_batches, self.config.model.num_queries, self.world)
         self.batch_norms.save()  # the forward pass updates them, but the step may be skipped
-        with self._autocast():
-            outputs = self.replica(images, targets)
-        num_boxes, num_corrupt = sums.wait().unbind()
-        num_boxes = (num_boxes / self.world.size).clamp(min=1)  # per worker, because gradients are averaged
-        # Returns NaN instead of raising: the other workers would wait forever for the gradient of this one
-        loss = compute_loss(self.criterion, outputs, targets, num_boxes, is_blank=batch.is_blank)
-        torch.autograd.backward(self.scaler.scale(loss.total))
+        losses = []
+        for batch in micro_batches:
+            # Accumulate in this process, and communicate once, with the last micro-batch
+            with nullcontext() if batch is micro_batches[-1] else self._no_sync():
+                losses.append(self._forward_and_backward(batch, counts))
         self.scaler.unscale_(self.optimizer)
         norm = self._clip()  # of the averaged gradient: the same on every worker, so all decide alike
-        if batch.is_blank:
-            self.batch_norms.restore()
         outcome: dict[str, Tensor] | SkippedStep
         # One copy to the host instead of two, because each waits for the device
-        is_finite, is_corrupt = torch.stack((torch.isfinite(norm), num_corrupt > 0)).tolist()
+        is_finite, is_corrupt = torch.stack((torch.isfinite(norm), counts.wait().num_corrupt > 0)).tolist()
         if is_finite:
             self._update()
-            outcome = {"loss": loss.total.detach(), **loss.terms, "grad_norm": norm}
+            outcome = {**_sum_terms(losses), "grad_norm": norm}
         else:
-            outcome = self._skip(batch, loss)
+            outcome = self._skip(micro_batches, losses)
         self.optimizer.zero_grad(set_to_none=True)
         self.position += self.config.data.batch_size
-        self.corrupt = self._gather_corrupt(batch.corrupt) if is_corrupt else ()
+        corrupt = [row for batch in micro_batches for row in batch.corrupt]
+        self.corrupt = self._gather_corrupt(corrupt) if is_corrupt else ()
         return outcome
+
+    def _forward_and_backward(self, batch: Batch, counts: PendingCounts) -> StepLoss:
+        """Add the gradient of a micro-batch; return its part of the loss."""
+        # Dropout draws from the global generators
+        torch.manual_seed(self.random_seed(batch.positions[0] if batch.positions else batch.position))
+        images, targets = to_model(batch, self.world.device)
+        denoising = self.detector.denoising
+        draws, max_targets = None, None
+        if denoising is not None:
+            max_targets = counts.wait().max_targets()
+            seeds = [self.random_seed(position) for position in batch.positions]
+            draws = denoising.draw_by_image(batch.counts, max_targets, seeds).to(self.world.device)
+        norms = BatchNormSnapshot(self.detector) if batch.is_blank and not self.synchronizes_norms else None
+        with self._autocast():
+            outputs = self.replica(images, targets, draws, max_targets)
+        if norms is not None:
+            norms.restore()
+        totals = counts.wait()
+        # Returns NaN instead of raising: the other workers would wait forever for the gradient of this one
+        loss = compute_loss(
+            self.criterion,
+            outputs,
+            targets,
+            totals.num_boxes,
+            self.criterion.total_class_weight(totals.num_matched, totals.num_queries),
+            is_blank=batch.is_blank,
+        )
+        torch.autograd.backward(self.scaler.scale(loss.total))
+        return StepLoss(loss.total.detach(), loss.terms, loss.error)
 
     def evaluate(self, shards: Shards) -> list[dict[str, Any]]:
         """Evaluate `weights` on this worker's share of a split; return the COCO results of the complete split.
@@ -155,9 +187,6 @@ class Training:
             RuntimeError: another worker died, so that a collective failed; or the device is out of memory.
         """
         data = self.config.data
-        # Each worker updates batch norm with its own images. All must evaluate the same model: that of rank 0, which
-        # writes the checkpoint. DDP broadcasts buffers too, but before a forward pass, and not those of the EMA.
-        self.world.broadcast(self.weights.buffers())
         batches = evaluation_batches(
             shards,
             rank=self.world.rank,
@@ -200,18 +229,23 @@ class Training:
         if self.ema is not None:
             self.ema.update()
 
-    def _skip(self, batch: Batch, loss: StepLoss) -> SkippedStep:
+    def _skip(self, batches: Sequence[Batch], losses: Sequence[StepLoss]) -> SkippedStep:
         """Undo the changes of the forward pass; gather the causes of all workers."""
         self.batch_norms.restore()
-        causes = self._causes(batch, loss)
+        # Of several micro-batches, the first that is not finite
+        reasons = [loss.reason() for loss in losses]
+        number = next((i for i, reason in enumerate(reasons) if reason is not None), 0)
+        batch, terms = batches[number], losses[number].terms
+        causes = self._causes(batch, reasons[number])
         self.skipped_steps += bool(causes)
         # Without causes, the gradient overflowed: lower the scale. Other problems do not depend on the scale: keep it.
         self.scaler.update(self.scaler.get_scale() if causes else None)
-        return SkippedStep(self.step + 1, self.random_seed, causes, batch, loss.terms)
+        seed = self.random_seed(batch.positions[0] if batch.positions else batch.position)
+        return SkippedStep(self.step + 1, seed, causes, batch, terms)
 
-    def _causes(self, batch: Batch, loss: StepLoss) -> tuple[NonFiniteCause, ...]:
+    def _causes(self, batch: Batch, reason: str | None) -> tuple[NonFiniteCause, ...]:
         """Gather the causes of all workers; empty if a smaller gradient scale can help."""
-        gathered = self.world.all_gather((loss.reason(), tuple(batch.image_ids.tolist())))
+        gathered = self.world.all_gather((reason, tuple(batch.image_ids.tolist())))
         if all(reason is None for reason, _ in gathered):
             if self.scaler.get_scale() > 1:
                 return ()
@@ -223,6 +257,12 @@ class Training:
             for rank, (reason, ids) in enumerate(gathered)
             if reason is not None
         )
+
+    def _no_sync(self) -> AbstractContextManager[None]:
+        """Keep gradients in this process."""
+        if isinstance(self.replica, DistributedDataParallel):
+            return self.replica.no_sync()
+        return nullcontext()
 
     def _clip(self) -> Tensor:
         """Clip the gradient; return its norm before clipping, which is NaN or infinite if any element is."""
@@ -244,21 +284,21 @@ def train(
     config, world = training.config, training.world
     if training.step >= training.total_steps:
         return
+    layout = Layout(config.data.batch_size, world.size, config.data.micro_batch_size)
     batches = train_batches(
         train_shards,
         seed=config.seed,
         position=training.position,
+        layout=layout,
         rank=world.rank,
-        world_size=world.size,
-        batch_size=config.data.batch_size // world.size,
         transform=Transform(config.data.train_transform),
         num_workers=config.data.num_loader_workers,
         on_corrupt=config.data.on_corrupt,
     )
     began = time.perf_counter()
     training.detector.train()
-    for batch in batches:
-        outcome = training.train_step(batch)
+    while True:
+        outcome = training.train_step(*islice(batches, layout.num_micro_batches))
         skipped = outcome if isinstance(outcome, SkippedStep) else None
         now = time.perf_counter()
         rate, began = config.data.batch_size / (now - began), now
@@ -278,7 +318,20 @@ def _is_evaluated(epoch: int, config: RunConfig) -> bool:
     return epoch % config.evaluation.every_epochs == 0 or epoch == config.optim.epochs
 
 
-def _replicate(detector: nn.Module, world: World) -> nn.Module:
+def _sum_terms(losses: Sequence[StepLoss]) -> dict[str, Tensor]:
+    """Return the loss and its terms over the micro-batches of a step: sums of losses, means of other metrics."""
+    terms = {"loss": torch.stack([loss.total for loss in losses]).sum()}
+    for name in losses[0].terms:
+        values = torch.stack([loss.terms[name] for loss in losses])
+        terms[name] = values.sum() if name.startswith("loss") else values.mean()
+    return terms
+
+
+def _replicate(detector: Detector, config: ClusterConfig, world: World) -> nn.Module:
     if world.size == 1:
         return detector
-    return DistributedDataParallel(detector, gradient_as_bucket_view=True)
+    # Buffers are never broadcast: frozen ones are equal, and batch norm is synchronized
+    replica = DistributedDataParallel(detector, gradient_as_bucket_view=True, broadcast_buffers=False)
+    if config.bf16_gradients:
+        replica.register_comm_hook(None, bf16_compress_hook)
+    return replica

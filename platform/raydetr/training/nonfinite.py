@@ -109,10 +109,11 @@ class BatchNormSnapshot:
 
 
 def compute_loss(
-    criterion: Callable[[Outputs, Targets, Tensor], Losses],
+    criterion: Callable[[Outputs, Targets, Tensor, Tensor | None], Losses],
     outputs: Outputs,
     targets: Targets,
     num_boxes: Tensor,
+    class_weight: Tensor | None = None,
     *,
     is_blank: bool = False,
 ) -> StepLoss:
@@ -123,7 +124,7 @@ def compute_loss(
     workers wait for its gradient.
     """
     try:
-        losses = criterion(outputs, targets, num_boxes)
+        losses = criterion(outputs, targets, num_boxes, class_weight)
     except NonFiniteError as error:
         return StepLoss(_nan_loss(outputs), {}, str(error))
     # A product instead of a branch: a branch would make the host wait for the device

@@ -37,6 +37,13 @@ class World:
         handle = dist.all_reduce(value, async_op=True) if self.size > 1 else None
         return PendingSum(value, handle)
 
+    def all_gather_async(self, value: Tensor) -> PendingGather:
+        """Start to gather `value`, [k], of all processes; `wait()` returns [size, k]."""
+        if self.size == 1:
+            return PendingGather(value[None], None)
+        gathered = value.new_empty(self.size, *value.shape)
+        return PendingGather(gathered, dist.all_gather_into_tensor(gathered, value, async_op=True))
+
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite the tensors with those of rank 0."""
         if self.size > 1:
@@ -50,6 +57,20 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+
+@dataclass(frozen=True)
+class PendingGather:
+    """The values of all processes, which may not have arrived yet."""
+
+    values: Tensor
+    handle: dist.Work | None
+
+    def wait(self) -> Tensor:
+        """Wait for the other processes; return their values."""
+        if self.handle is not None:
+            self.handle.wait()
+        return self.values
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Fault:
     seen: str
 
 
-WRONG_NUMBERS = "not close|ended by signal"  # a wild token number is a wild address
+WRONG_NUMBERS = "not close|ended by signal"  # a wild token is a wild address
 FAULTS = {
     "uninitialized shared memory": Fault(
         "cuda/kernels.cuh",

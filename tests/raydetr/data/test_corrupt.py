@@ -16,6 +16,7 @@ from corrupt_shards import corrupt_sample
 from raydetr.config import TransformConfig
 from raydetr.data.batch import Batch, collate
 from raydetr.data.corrupt import CorruptSample, OnCorrupt
+from raydetr.data.layout import Layout
 from raydetr.data.samples import load_sample
 from raydetr.data.stream import evaluation_batches, make_order, train_batches
 from raydetr.data.transforms.transform import Transform
@@ -49,7 +50,7 @@ def stream(
 ) -> Iterator[Batch]:
     world_size, workers, batch_size = topology
     return train_batches(
-        shards, seed=SEED, position=position, rank=rank, world_size=world_size, batch_size=batch_size,
+        shards, seed=SEED, position=position, layout=Layout(world_size * batch_size, world_size), rank=rank,
         transform=transform, num_workers=workers, on_corrupt=policy,
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from raydetr.config import TransformConfig
 from raydetr.data.batch import Batch
+from raydetr.data.layout import Layout
 from raydetr.data.stream import evaluation_batches, make_order, train_batches
 from raydetr.data.transforms.transform import Transform
 from raydetr.shards.reader import ShardError, Shards, open_shards
@@ -35,9 +36,8 @@ def batches(
         shards,
         seed=seed,
         position=position,
+        layout=Layout(world_size * batch_size, world_size),
         rank=rank,
-        world_size=world_size,
-        batch_size=batch_size,
         transform=TRANSFORM,
         num_workers=workers,
     )
@@ -117,7 +117,7 @@ def test_all_ranks_share_one_scale_per_step(shards: Shards) -> None:
     transform = Transform(TransformConfig(short_sides=tuple(range(24, 48)), max_side=500, scale_per="step"))
     streams = [
         train_batches(
-            shards, seed=0, position=3, rank=rank, world_size=3, batch_size=2, transform=transform,
+            shards, seed=0, position=3, layout=Layout(6, 3), rank=rank, transform=transform,
             num_workers=rank % 2,
         )
         for rank in range(3)

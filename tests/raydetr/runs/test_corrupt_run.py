@@ -20,6 +20,7 @@ from mlflow_history import fetch_history
 from raydetr.config import ConfigError, RunConfig, from_dict, override, to_dict
 from raydetr.data.batch import Batch, blank_batch, collate, to_model
 from raydetr.data.corrupt import CorruptSample, CorruptSampleLog, TooManyCorruptError
+from raydetr.data.layout import Layout
 from raydetr.data.samples import load_sample
 from raydetr.data.splits import open_splits
 from raydetr.data.stream import make_order, train_batches
@@ -76,8 +77,8 @@ def make_training(config: RunConfig, world: World | None = None) -> Training:
 def masked_batch(config: RunConfig, rank: int = 0, size: int = 1, position: int = 0) -> Batch:
     return next(
         train_batches(
-            open_splits(config.data)[0], seed=0, position=position, rank=rank, world_size=size,
-            batch_size=config.data.batch_size // size, transform=Transform(config.data.train_transform),
+            open_splits(config.data)[0], seed=0, position=position,
+            layout=Layout(config.data.batch_size, size), rank=rank, transform=Transform(config.data.train_transform),
             on_corrupt="mask",
         )
     )  # fmt: skip

@@ -22,6 +22,7 @@ from detrs.structures import Outputs, Targets
 from mlflow_history import fetch_history
 from raydetr.config import ConfigError, RunConfig, from_dict, override, to_dict
 from raydetr.data.batch import Batch
+from raydetr.data.layout import Layout
 from raydetr.data.splits import open_splits
 from raydetr.data.stream import train_batches
 from raydetr.data.transforms.transform import Transform
@@ -60,8 +61,9 @@ def make_training(config: RunConfig, world: World | None = None) -> Training:
 def batches_of(config: RunConfig, world: World | None = None) -> Iterator[Batch]:
     world = world or World.single_process()
     return train_batches(
-        open_splits(config.data)[0], seed=0, position=0, rank=world.rank, world_size=world.size,
-        batch_size=config.data.batch_size // world.size, transform=Transform(config.data.train_transform),
+        open_splits(config.data)[0], seed=0, position=0,
+        layout=Layout(config.data.batch_size, world.size), rank=world.rank,
+        transform=Transform(config.data.train_transform),
     )  # fmt: skip
 
 

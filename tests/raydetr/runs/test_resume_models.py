@@ -12,6 +12,7 @@ import small_models
 from detrs import zoo
 from raydetr.config import RunConfig, override
 from raydetr.data.batch import Batch
+from raydetr.data.layout import Layout
 from raydetr.data.splits import open_splits
 from raydetr.data.stream import train_batches
 from raydetr.data.transforms.transform import Transform
@@ -30,8 +31,8 @@ def losses(training: Training, num_steps: int) -> list[dict[str, float]]:
     """Train `num_steps` from the current position."""
     data = training.config.data
     batches = train_batches(
-        open_splits(data)[0], seed=0, position=training.position, rank=0, world_size=1,
-        batch_size=data.batch_size, transform=Transform(data.train_transform),
+        open_splits(data)[0], seed=0, position=training.position,
+        layout=Layout(data.batch_size), transform=Transform(data.train_transform),
     )  # fmt: skip
     return [one_step(training, batch) for batch, _ in zip(batches, range(num_steps), strict=False)]
 

@@ -23,6 +23,7 @@ from corruptions import (
 )
 from made_coco import write_coco
 from raydetr.config import TransformConfig
+from raydetr.data.layout import Layout
 from raydetr.data.stream import train_batches
 from raydetr.data.transforms.transform import Transform
 from raydetr.shards.reader import ShardError, open_shards
@@ -48,7 +49,7 @@ def everything(folder: Path, num_workers: int = 0) -> Content:
     """Return all that training and evaluation read from a folder of shards."""
     shards = open_shards(folder)
     stream = train_batches(
-        shards, seed=0, position=0, rank=0, world_size=1, batch_size=shards.num_samples,
+        shards, seed=0, position=0, layout=Layout(shards.num_samples),
         transform=Transform(TransformConfig()), num_workers=num_workers,
     )  # fmt: skip
     batch = next(stream)

@@ -16,6 +16,7 @@ from PIL import Image
 from made_results import average_precision
 from raydetr.config import TransformConfig
 from raydetr.data.batch import Batch
+from raydetr.data.layout import Layout
 from raydetr.data.samples import load_sample
 from raydetr.data.stream import train_batches
 from raydetr.data.transforms.transform import Transform
@@ -67,9 +68,7 @@ def test_every_byte_is_verified(coco_tiny: Path, real: Shards) -> None:
 
 def test_batches_hold_the_photographs_and_their_boxes(coco_tiny: Path, real: Shards) -> None:
     data = json.loads(annotation_file(coco_tiny).read_text())
-    stream = train_batches(
-        real, seed=0, position=0, rank=0, world_size=1, batch_size=4, transform=Transform(TransformConfig())
-    )
+    stream = train_batches(real, seed=0, position=0, layout=Layout(4), transform=Transform(TransformConfig()))
     names = {record["id"]: record["file_name"] for record in data["images"]}
     seen: list[int] = []
     for _ in range(20):

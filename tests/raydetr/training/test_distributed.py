@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 
 from detrs import zoo
 from raydetr.config import RunConfig, from_dict, override, to_dict
+from raydetr.data.layout import Layout
 from raydetr.data.splits import open_splits
 from raydetr.data.stream import train_batches
 from raydetr.data.transforms.transform import Transform
@@ -35,8 +36,9 @@ def take_steps(config: RunConfig, world: World) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     training = Training(config, zoo.build(config.model), train_shards.num_samples, world)
     batches = train_batches(
-        train_shards, seed=0, position=0, rank=world.rank, world_size=world.size,
-        batch_size=config.data.batch_size // world.size, transform=Transform(config.data.train_transform),
+        train_shards, seed=0, position=0,
+        layout=Layout(config.data.batch_size, world.size), rank=world.rank,
+        transform=Transform(config.data.train_transform),
     )  # fmt: skip
     steps = []
     for batch, _ in zip(batches, range(STEPS), strict=False):
@@ -80,7 +82,7 @@ def test_the_workers_have_different_numbers_of_boxes_in_the_first_batches(plain_
     boxes = []
     for rank in range(2):
         batches = train_batches(
-            train_shards, seed=0, position=0, rank=rank, world_size=2, batch_size=4,
+            train_shards, seed=0, position=0, layout=Layout(8, 2), rank=rank,
             transform=Transform(plain_run.data.train_transform),
         )  # fmt: skip
         boxes.append([len(batch.labels) for batch, _ in zip(batches, range(STEPS), strict=False)])

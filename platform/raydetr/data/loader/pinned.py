@@ -1,6 +1,9 @@
 """Page-lock memory, so that a GPU can copy from it while the program continues.
 
 Does nothing in a process that has not initialized CUDA.
+
+The slots themselves are locked, by `cudaHostRegister`, each once. The DataLoader's `pin_memory=True` would copy every
+batch to page-locked memory of its own, in one more thread of the trainer.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ class PinnedMemory:
         if int(code) == 0:
             self._locked[slot] = address, num_bytes
         else:
+            # For good: the cause, such as a limit of locked memory or a driver without support, will not go away
+            # during a run, and each attempt would take time and leave an error that must be cleared
             self._has_failed = True
             _clear_cuda_error()
             log.warning(
@@ -45,11 +50,17 @@ class PinnedMemory:
             )
 
     def defer_release(self, slot: int) -> bool:
-        """Return whether a copy from a slot without references may still run; `pop_finished` reports its end."""
+        """Return whether a copy from a slot without references may still run; `pop_finished` reports its end.
+
+        Only copies on the current stream of the current GPU are waited for.
+        """
         if slot not in self._locked:
             return False
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()  # follows all copies from this slot: they were enqueued on this stream
+        # `to_model` enqueues its copies on this stream: the platform uses one per process, and Ray Train makes the
+        # worker's GPU the current one. A stream runs in order, and a slot without references gets no more copies: when
+        # the event has happened, all of them have ended
+        event.record()
         self._copying.append((event, slot))
         return True
 

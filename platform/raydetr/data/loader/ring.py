@@ -18,6 +18,7 @@ import os
 import pickle
 import sys
 import tempfile
+import threading
 import traceback
 import weakref
 from dataclasses import dataclass, fields
@@ -101,8 +102,12 @@ class Ring:
         )  # fmt: skip
         self._memory = mmap.mmap(descriptor, 0)
         assert num_slots <= mmap.PAGESIZE
-        # One byte per slot, without a lock: its loader takes a slot before sending it, and the receiver frees it
-        # afterwards, so the two never write the same byte at the same time
+        # One byte per slot, without a lock. Two processes never write the same byte at the same time: it belongs to the
+        # loader until that has sent the slot, and then to the receiver until it is FREE. Bytes of other slots may be
+        # written meanwhile, since writing a byte does not touch its neighbors.
+        # The order of accesses matters, too, because ARM reorders them, unlike x86. A message is received after what
+        # its loader wrote before it: a queue's locks and the kernel's pipe are between them. Freeing a slot sends no
+        # message: see `_free` and `canvas`
         self.states = np.ndarray((num_workers, mmap.PAGESIZE), np.uint8, self._memory)[:, :num_slots]
 
     def array(self, slot: int, shape: tuple[int, ...]) -> Canvas:
@@ -162,6 +167,8 @@ class Sender:
             self._states[self._taken[0]] = FREE
             self._taken = None
         num_bytes = int(np.prod(shape))
+        # No fence is needed after this read: whether and where the slot is written depends on what is read here, and
+        # no CPU performs a write before the reads that it depends on
         free = np.flatnonzero(self._states == FREE).tolist()
         if not free or num_bytes > self.ring.slot_bytes:
             return np.empty(shape, np.uint8)
@@ -205,7 +212,10 @@ class Receiver:
         self._pinned = PinnedMemory()
 
     def batch(self, message: Message) -> Batch:
-        """Return the batch that was sent. Its pixels are the slot's memory, which is freed when they are collected."""
+        """Return the batch that was sent. Its pixels are the slot's memory, which is freed when they are collected.
+
+        Copies to a GPU that still run then are waited for, if they are on the stream that is current then.
+        """
         rest = pickle.loads(message.rest)
         if message.slot is None:
             pixels = rest.pop("pixels")
@@ -231,6 +241,9 @@ class Receiver:
             self._free(slot)
 
     def _free(self, slot: int) -> None:
+        # Without the fence, an ARM CPU could let the loader see FREE before the last reads of the slot are done, and
+        # these would return pixels of the next batch
+        _fence()
         self._states[divmod(slot, self.ring.num_slots)] = FREE
 
 
@@ -238,6 +251,19 @@ def _attach_ring(duplicate: Any, num_workers: int, num_slots: int, slot_bytes: i
     ring = Ring.__new__(Ring)
     ring._attach(duplicate.detach(), num_workers, num_slots, slot_bytes)
     return ring
+
+
+def _fence() -> None:
+    """Perform all earlier reads and writes of this thread before any later write.
+
+    Python has no function for that, but its locks are made of the two halves: to release one waits for what came
+    before, and to acquire one holds back what follows. One lock is not enough, because both may move into it from their
+    sides and pass each other there; between a release and the acquisition after it they cannot.
+    """
+    lock = threading.Lock()  # of this call alone, so that no thread or finalizer ever waits for it
+    for _ in range(2):
+        with lock:
+            pass
 
 
 def _anonymous_file(num_bytes: int) -> int:

@@ -51,15 +51,16 @@ void run(const Header& header, std::FILE* cases, std::FILE* results) {
   const int64_t rows = header.num_images * header.num_queries * header.num_heads;
   const int64_t samples = rows * problem.num_samples();
   const int64_t values = header.num_images * header.num_tokens * header.num_heads * header.num_channels;
-  const int64_t anchors = header.num_queries * header.num_images * header.num_levels * header.reference_size;
+  const int64_t references =
+      header.num_queries * header.num_images * header.num_levels * header.reference_size;
 
   const std::vector<char> shapes = read(cases, 16 * header.num_levels), value = read(cases, values * bytes);
-  const std::vector<char> reference = read(cases, anchors * sizeof(T));
+  const std::vector<char> reference = read(cases, references * sizeof(T));
   const std::vector<char> locations = read(cases, 2 * samples * sizeof(T));
   const std::vector<char> weights = read(cases, samples * sizeof(T));
   const std::vector<char> grad_out = read(cases, rows * header.num_channels * bytes);
   std::vector<char> out = unwritten(rows * header.num_channels * bytes), grad_value(values * sizeof(T));
-  std::vector<char> grad_reference(header.wants_reference_grad * anchors * header.num_heads * sizeof(T));
+  std::vector<char> grad_reference(header.wants_reference_grad * references * header.num_heads * sizeof(T));
   std::vector<char> grad_locations = unwritten(2 * samples * sizeof(T));
   std::vector<char> grad_weights = unwritten(samples * sizeof(T));
 
@@ -71,13 +72,13 @@ void run(const Header& header, std::FILE* cases, std::FILE* results) {
   problem.grad_locations = const_cast<T*>(numbers(grad_locations));
   problem.grad_weights = const_cast<T*>(numbers(grad_weights));
   if (header.wants_reference_grad) problem.grad_reference = const_cast<T*>(numbers(grad_reference));
-  std::vector<char> level_memory(detrs::cuda::level_memory_size(header.num_levels));
+  std::vector<char> level_buffer(detrs::cuda::level_buffer_size(header.num_levels));
 
   using emulation::Order;
   emulation::order.kind = header.order < 2 ? static_cast<Order::Kind>(header.order) : Order::random;
   emulation::order.generator.seed(static_cast<unsigned>(header.order));
-  detrs::cuda::forward(problem, level_memory.data(), nullptr);
-  detrs::cuda::backward(problem, level_memory.data(), nullptr);
+  detrs::cuda::forward(problem, level_buffer.data(), nullptr);
+  detrs::cuda::backward(problem, level_buffer.data(), nullptr);
   for (const auto* tensor : {&out, &grad_value, &grad_reference, &grad_locations, &grad_weights})
     write(results, *tensor);
 }

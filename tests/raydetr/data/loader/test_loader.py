@@ -219,13 +219,13 @@ def test_other_start_methods(shards: Shards, method: str, tmp_path: Path) -> Non
 import itertools, multiprocessing, zlib
 from raydetr.config import TransformConfig
 from raydetr.shards.reader import open_shards
+from raydetr.data.layout import Layout
 from raydetr.data.stream import train_batches
 from raydetr.data.transforms.transform import Transform
 
 def sums(num_workers):
-    stream = train_batches(open_shards({shards.location!r}), seed=3, position=7, rank=1, world_size=2,
-                           batch_size=3, num_workers=num_workers,
-                           transform=Transform(TransformConfig(short_sides=(24, 40))))
+    stream = train_batches(open_shards({shards.location!r}), seed=3, position=7, layout=Layout(6, 2), rank=1,
+                           num_workers=num_workers, transform=Transform(TransformConfig(short_sides=(24, 40))))
     return [zlib.crc32(batch.pixels.contiguous().numpy()) for batch in itertools.islice(stream, 6)]
 
 if __name__ == "__main__":
@@ -273,6 +273,7 @@ import psutil
 from raydetr.config import TransformConfig
 from raydetr.data.transforms.transform import Transform
 from raydetr.shards.reader import open_shards
+from raydetr.data.layout import Layout
 from raydetr.data.stream import train_batches
 
 def megabytes():
@@ -286,7 +287,7 @@ def megabytes():
     return resident / 1024, own / 1024
 
 stream = train_batches(
-    open_shards(sys.argv[1]), seed=0, position=0, rank=0, world_size=1, batch_size=1,
+    open_shards(sys.argv[1]), seed=0, position=0, layout=Layout(1),
     transform=Transform(TransformConfig(short_sides=(24, 32, 40), max_side=64)), num_workers=2,
 )
 measured = []

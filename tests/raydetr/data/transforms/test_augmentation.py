@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raydetr.config import TransformConfig
+from raydetr.data.layout import Layout
 from raydetr.data.samples import load_sample
 from raydetr.data.stream import train_batches
 from raydetr.data.transforms.geometry import GRAY, LargeScaleJitter
@@ -262,7 +263,7 @@ EVERYTHING = Transform(TransformConfig(
 def test_augmentation_is_the_same_for_any_number_of_workers(shards: Shards, transform: Transform) -> None:
     def first_batches(num_workers: int) -> list[dict[str, object]]:
         batches = train_batches(
-            shards, seed=5, position=40, rank=1, world_size=2, batch_size=3, transform=transform,
+            shards, seed=5, position=40, layout=Layout(6, 2), rank=1, transform=transform,
             num_workers=num_workers,
         )  # fmt: skip
         found = [
@@ -280,7 +281,7 @@ def test_one_scale_for_a_step_on_all_ranks(shards: Shards) -> None:
 
     def short_sides(rank: int) -> list[set[int]]:
         batches = train_batches(
-            shards, seed=5, position=0, rank=rank, world_size=3, batch_size=2, transform=transform
+            shards, seed=5, position=0, layout=Layout(6, 3), rank=rank, transform=transform
         )
         return [set(next(batches).sizes.amin(dim=1).tolist()) for _ in range(12)]
 

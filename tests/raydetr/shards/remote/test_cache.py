@@ -20,6 +20,7 @@ from made_coco import write_coco
 from object_stores import CREDENTIALS, S3Server, WebServer
 from raydetr.config import RemoteConfig, TransformConfig
 from raydetr.data.batch import Batch
+from raydetr.data.layout import Layout
 from raydetr.data.stream import evaluation_batches, make_order, train_batches
 from raydetr.data.transforms.transform import Transform
 from raydetr.shards.reader import Shards, open_shards
@@ -289,7 +290,7 @@ def test_a_full_disk_is_logged_once_and_reading_continues(
 
 def batches(shards: Shards, workers: int, seed: int) -> Iterator[Batch]:
     return train_batches(
-        shards, seed=seed, position=0, rank=0, world_size=1, batch_size=4,
+        shards, seed=seed, position=0, layout=Layout(4),
         transform=Transform(TransformConfig(horizontal_flip=0.5)), num_workers=workers,
     )  # fmt: skip
 
