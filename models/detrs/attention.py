@@ -1,7 +1,7 @@
 """Implement the attention variants of the family.
 
-Self-attention gets the content and the position of the queries, cross-attention also the memory. In an
-encoder layer, the content is the tokens of the memory, so that cross-attention becomes self-attention.
+Self-attention takes the content and the position of the queries, cross-attention also the memory. In an encoder layer,
+the content is the tokens of the memory, so that cross-attention becomes self-attention.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def attend(
 
     `attn_mask` broadcasts to [b, heads, q, s] and is True where a query must not attend to a key.
     """
-    # F.scaled_dot_product_attention has the opposite convention: True where a query may attend.
+    # F.scaled_dot_product_attention has the opposite convention: True where a query may attend
     may_attend = None if attn_mask is None else ~attn_mask
     q, k, v = (x.view(*x.shape[:2], num_heads, -1).transpose(1, 2) for x in (query, key, value))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend, dropout_p=dropout)
@@ -136,7 +136,7 @@ class ConditionalAttention(nn.Module):
     def _concat(
         self, content: Float[Tensor, "b n d"], spatial: Float[Tensor, "b n d"]
     ) -> Float[Tensor, "b n e"]:
-        # Per head: a head then adds up content . content and spatial . spatial, without mixed terms.
+        # Per head: the logit is then content . content + spatial . spatial, without mixed terms
         heads = (*content.shape[:2], self.num_heads, -1)
         return torch.cat((content.view(heads), spatial.view(heads)), dim=-1).flatten(2)
 

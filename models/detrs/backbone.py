@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from detrs.layers import call_layer
 
-PathOrUrl = Annotated[str, "path or URL"]  # marks settings that name files, so that the platform finds them
+PathOrUrl = Annotated[str, "path or URL"]  # the platform finds settings that name files by this type
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,8 @@ def build_backbone(config: BackboneConfig) -> ResNet:
     """Build a ResNet, load its weights and freeze its first stages.
 
     Raises:
-        ValueError: the weights do not fit; the message names the missing and unexpected keys.
+        ValueError: a setting cannot be built, or the weights do not fit; the message names the setting, or the keys
+            that are missing and unexpected.
     """
     if config.dilation and config.name in ("resnet18", "resnet34", "small"):
         raise ValueError(
@@ -201,7 +202,7 @@ def load_torchvision(backbone: ResNet, state: Mapping[str, Tensor], source: str)
     wrong = sorted(n for n in given.keys() & own.keys() if given[n].shape != own[n].shape)
     if missing or unexpected or wrong:
         raise ValueError(
-            f"{source}: these are the weights of another network: missing {_some(missing)}; "
+            f"{source}: weights of another network: missing {_some(missing)}; "
             f"unexpected {_some(unexpected)}; other shape {_some(wrong)}. Check backbone.name."
         )
     backbone.load_state_dict(given, strict=False)
@@ -232,7 +233,7 @@ def _stage(
     dilation: int,
     norm: type[nn.Module],
 ) -> nn.Sequential:
-    # As in torchvision, the first block is not dilated: its input still has the resolution of the stage before.
+    # As in torchvision, the first block is not dilated: its input still has the resolution of the stage before
     inner = width // block.expansion
     blocks: list[nn.Module] = [block(width_in, inner, stride, 1, norm)]
     blocks += [block(width, inner, 1, dilation, norm) for _ in range(depth - 1)]

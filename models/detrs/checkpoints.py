@@ -113,7 +113,7 @@ _MULTI_SCALE: Rules = _COMMON | {
     r"decoder\.layers\.(\d+)\.self_attention\.in_proj\.(.*)": (_DECODER + ".self_attn.in_proj_{1}",),
     r"decoder\.layers\.(\d+)\.self_attention\.out_proj\.(.*)": (_DECODER + ".self_attn.out_proj.{1}",),
     r"decoder\.layers\.(\d+)\.cross_attention\.(.*)": (_DECODER + ".cross_attn.{1}",),
-    # The official code numbers the norms of a decoder layer in another order.
+    # The official code numbers the norms of a decoder layer in another order
     r"decoder\.layers\.(\d+)\.norm1\.(.*)": (_DECODER + ".norm2.{1}",),
     r"decoder\.layers\.(\d+)\.norm2\.(.*)": (_DECODER + ".norm1.{1}",),
     r"decoder\.layers\.(\d+)\.norm3\.(.*)": (_DECODER + ".norm3.{1}",),
@@ -137,7 +137,7 @@ _DINO: Rules = _MULTI_SCALE | {
 }
 
 
-# A checkpoint belongs to the first architecture whose parameter it has: the order matters.
+# A checkpoint belongs to the first architecture whose parameter it has: the order matters
 _SIGNATURES = {
     "dino": "transformer.tgt_embed.weight",
     "dab_detr": "refpoint_embed.weight",
@@ -160,15 +160,15 @@ def recognize_architecture(official: Iterable[str]) -> str | None:
 
 @dataclass(frozen=True)
 class OfficialFile:
-    """The content of an official checkpoint file that matters to a model."""
+    """The weights in an official checkpoint file."""
 
     weights: dict[str, Tensor]
-    averaged: dict[str, Tensor] | None  # of `ema_model`: the exponential moving average
+    ema: dict[str, Tensor] | None  # the exponential moving average, `ema_model`
     omitted: list[str]  # classes whose objects were not loaded, because they could run code
 
 
 class _Omitted:
-    """Stands for an object that is not loaded; it takes whatever its class would."""
+    """Replaces the class of an object that is not loaded; it accepts any arguments and any state."""
 
     def __init__(self, *arguments: object) -> None:
         pass
@@ -201,10 +201,10 @@ def read_official(path: str | Path) -> OfficialFile:
             "is the download complete?"
         ) from None
     content = content if isinstance(content, Mapping) else {}
-    averaged = content.get("ema_model")
+    ema = content.get("ema_model")
     return OfficialFile(
         _state_dict(content.get("model", content), path, "at the top level or under 'model'"),
-        None if averaged is None else _state_dict(averaged, path, "under 'ema_model'"),
+        None if ema is None else _state_dict(ema, path, "under 'ema_model'"),
         omitted,
     )
 
@@ -220,7 +220,7 @@ def _state_dict(state: Any, path: str | Path, place: str) -> dict[str, Tensor]:
 
 
 def require_finite(weights: Mapping[str, Tensor], source: object) -> None:
-    """Verify that weights are numbers.
+    """Check that all weights are finite.
 
     Raises:
         ValueError: a tensor has NaN or infinite values; the message names it.
@@ -282,7 +282,7 @@ def rules(config: ModelConfig) -> Rules:
             class_prefixes = all_prefixes if config.two_stage else all_prefixes[:1]
             box_prefixes = all_prefixes if config.refinement else all_prefixes[:1]
             heads = _heads(class_prefixes, box_prefixes, None if config.refinement else layers)
-            # The heads of the encoder follow those of the decoder layers.
+            # The heads of the encoder follow those of the decoder layers
             for kind, names in (("class", class_prefixes), ("box", box_prefixes)):
                 heads[rf"queries\.proposals\.{kind}_head\.(.*)"] = tuple(
                     f"{_prefix(prefix, kind)}.{len(layers)}.{{0}}" for prefix in names

@@ -1,4 +1,4 @@
-"""Compute the losses. Prediction layers are matched and scored separately, but as one tensor."""
+"""Compute the losses, of each prediction layer separately, in one tensor of all layers."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Criterion:
         self.config, self.giou_eps, self.aux_loss, self.denoising = config, giou_eps, aux_loss, denoising
         self.first_stage, self.first_stage_labels = first_stage, first_stage_labels
         softmax = config.kind == "cross_entropy"
-        # The "mal" loss is matched with the focal cost too, whose gamma is 2.
+        # The "mal" loss is matched with the focal cost too, whose gamma is 2
         self.costs = Costs(
             "softmax" if softmax else "focal", config.class_cost, config.box_cost, config.giou_cost,
             giou_eps, config.alpha if cost_alpha is None else cost_alpha,
@@ -114,7 +114,7 @@ class Criterion:
             class_weight: `total_class_weight` of the global batch over the number of processes; None: of this batch.
 
         Raises:
-            NotFiniteError: predictions or target boxes are not finite; names layer and image.
+            NonFiniteError: predictions or target boxes are not finite; the message names the layer and the image.
         """
         groups = self._groups(outputs, targets)
         terms: dict[str, Tensor] = {}
@@ -159,7 +159,7 @@ class Criterion:
     ) -> dict[str, Tensor]:
         denoised = outputs.denoised
         if denoised is None or denoised.max_targets == 0:
-            # Exact zeros, as in the official code, and one per decoder layer.
+            # Exact zeros, as in the official code, and one per decoder layer
             num_layers = len(outputs.predictions.logits) if self.aux_loss else 1
             zeros = outputs.predictions.boxes.new_zeros(num_layers)
             names = ("loss_ce", "loss_bbox", "loss_giou", "loss_xy", "loss_hw", "cardinality_error")
@@ -219,7 +219,7 @@ def focal_loss(
     logits: Float[Tensor, "n b q c"], matched: Matched, alpha: float, gamma: float
 ) -> Float[Tensor, " n"]:
     """Return the sum of the sigmoid focal loss of each layer (Lin et al. 2017, eq. 5)."""
-    # The loss as if there were no objects, then a correction at the few matched logits.
+    # The loss as if there were no objects, then a correction at the few matched logits
     background: Tensor = (1 - alpha) * _Background.apply(logits, gamma)  # type: ignore[no-untyped-call]
     at_targets = logits[matched.layer, matched.image, matched.query, matched.label]
     return background + (_focal(-at_targets, alpha, gamma) - _focal(at_targets, 1 - alpha, gamma)).sum(1)

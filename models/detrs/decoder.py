@@ -1,4 +1,4 @@
-"""Decode the queries: one loop for all models. It owns the heads, because refinement needs their output."""
+"""Decode the queries: one loop for all models. It contains the heads, because refinement needs their output."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Decoder(nn.Module):
             logits.append(self.class_heads[min(i, len(self.class_heads) - 1)](normed))
             boxes.append(decode_boxes(box_head(normed), start, self.eps))
             if self.refinement != "none" and i + 1 < len(self.layers):
-                # The official code refines from the output before the norm.
+                # The official code refines from the output before the norm
                 same = self.norm is None and self.refinement == "detached"
                 refined = boxes[-1] if same else decode_boxes(box_head(x), reference, self.eps)
                 reference = refined.detach()

@@ -19,7 +19,7 @@ GroupRule = Literal["official", "fill"]
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers of one call. The `r` rows are the targets, repeated for each block."""
+    """Random numbers of one call. The `r` rows are the targets, repeated for both halves of each group."""
 
     label_chance: Float[Tensor, " r"]  # in [0, 1): the label is replaced if it is below half of label_noise
     new_labels: Int64[Tensor, " k"]  # for the `k` replaced rows, in order
@@ -38,10 +38,10 @@ class Draws:
 
 @dataclass(frozen=True)
 class NoisedQueries:
-    """Denoising queries in `num_groups` groups of two blocks, positives then negatives.
+    """Denoising queries in `num_groups` groups of two halves, positives then negatives.
 
-    A block has `max_targets` slots, the number of targets of the image with the most; image i fills the first
-    `counts[i]`. `labels` are those of the rows, with noise.
+    A half has `max_targets` queries, the number of targets of the image with the most. Those of image i after the first
+    `counts[i]` are padding. `labels` are those of the rows, with noise.
     """
 
     content: Float[Tensor, "b p d"]
@@ -51,7 +51,7 @@ class NoisedQueries:
     max_targets: int
 
     @property
-    def num_slots(self) -> int:
+    def num_queries(self) -> int:
         """Number of denoising queries per image, `p`."""
         return 2 * self.num_groups * self.max_targets
 
@@ -82,18 +82,16 @@ class ContrastiveDenoising(nn.Module):
         super().__init__()
         self.num_classes, self.num_denoising, self.group_rule = num_classes, num_denoising, group_rule
         self.label_noise, self.box_noise = label_noise, box_noise
-        self.label_embed = nn.Embedding(
-            num_classes + 1, hidden_dim
-        )  # the last row is unused, as in the official code
+        # The last row is unused, as in the official code
+        self.label_embed = nn.Embedding(num_classes + 1, hidden_dim)
 
     def num_groups(self, max_targets: int) -> int:
         """Return the number of groups of a batch with at most `max_targets` targets per image."""
         if max_targets == 0:
             return 1
-        slots = 2 * self.num_denoising
-        if self.group_rule == "official" and slots < 100:
-            return max(slots, 1)
-        return max(slots // (2 * max_targets), 1)
+        if self.group_rule == "official" and self.num_denoising < 50:
+            return max(2 * self.num_denoising, 1)
+        return max(self.num_denoising // max_targets, 1)
 
     def forward(
         self, targets: Targets, draws: Draws | None = None, max_targets: int | None = None
@@ -101,7 +99,7 @@ class ContrastiveDenoising(nn.Module):
         """Add noise to the targets; use the random numbers in `draws` if given.
 
         `max_targets` is the number of targets of the image with the most in the global batch, of which `targets` may be
-        a part: the number of groups and of slots follows from it. None: that of `targets`.
+        a part: the number of groups and of queries follows from it. None: that of `targets`.
         """
         max_targets = max(targets.counts, default=0) if max_targets is None else max_targets
         num_groups = self.num_groups(max_targets)
@@ -112,12 +110,12 @@ class ContrastiveDenoising(nn.Module):
         labels = self._noise_labels(labels, draws)
         boxes = self._noise_boxes(boxes, negative, draws)
         shape = (len(targets.counts), 2 * num_groups * max_targets)
-        image, slot = _slots(targets, num_groups, max_targets)
+        image, query = _query_indices(targets, num_groups, max_targets)
         embedded = self.label_embed(labels)
-        # Empty slots have box logits of 0, as in the official code: boxes of 0.5.
-        content = embedded.new_zeros(*shape, embedded.shape[-1]).index_put((image, slot), embedded)
+        # Padding has box logits of 0, as in the official code: boxes of 0.5
+        content = embedded.new_zeros(*shape, embedded.shape[-1]).index_put((image, query), embedded)
         reference = boxes.new_full((*shape, 4), 0.5)
-        reference = reference.index_put((image, slot), inverse_sigmoid(boxes, 1e-3).sigmoid())
+        reference = reference.index_put((image, query), inverse_sigmoid(boxes, 1e-3).sigmoid())
         return NoisedQueries(content, reference, labels, num_groups, max_targets)
 
     def draw(self, labels: Int64[Tensor, " r"]) -> Draws:
@@ -173,31 +171,37 @@ class ContrastiveDenoising(nn.Module):
 
 
 def prepend(noised: NoisedQueries, queries: Queries) -> Queries:
-    """Put denoising queries in front of the matching queries, and mask attention between them.
+    """Prepend denoising queries to the matching queries, and mask attention between them.
 
     Denoising queries hold the targets: matching queries must not attend to them, nor groups to each other.
     """
     assert queries.reference is not None
-    num_slots, num_queries = noised.num_slots, queries.content.shape[1]
     content = torch.cat((noised.content, queries.content), dim=1)
     reference = torch.cat((noised.reference, queries.reference), dim=1)
-    attn_mask = denoising_attn_mask(noised, num_queries, content.device) if num_slots else None
+    has_any = noised.num_queries > 0
+    attn_mask = denoising_attn_mask(noised, queries.content.shape[1], content.device) if has_any else None
     return Queries(content, reference=reference, attn_mask=attn_mask)
 
 
 def denoising_attn_mask(noised: NoisedQueries, num_queries: int, device: torch.device) -> Bool[Tensor, "q q"]:
-    """Return a mask that is True where a query (row) must not attend to a query (column); denoising queries first."""
-    size = noised.num_slots + num_queries
+    """Return a mask that is True where query i must not attend to query j; denoising queries come first.
+
+    Args:
+        noised: the denoising queries.
+        num_queries: number of matching queries.
+        device: of the mask.
+    """
+    size = noised.num_queries + num_queries
     group = torch.arange(size, device=device) // max(2 * noised.max_targets, 1)
-    matching = torch.arange(size, device=device) >= noised.num_slots
+    matching = torch.arange(size, device=device) >= noised.num_queries
     other_group = (group[:, None] != group) | matching[:, None]
     return other_group & ~matching
 
 
-def _slots(
+def _query_indices(
     targets: Targets, num_groups: int, max_targets: int
 ) -> tuple[Int64[Tensor, " r"], Int64[Tensor, " r"]]:
-    """Return the image and the slot of each row."""
+    """Return the image and the query of each row."""
     image, index = targets.indices()
     starts = torch.arange(2 * num_groups, device=index.device) * max_targets
     return image.repeat(2 * num_groups), (starts[:, None] + index).flatten()

@@ -73,7 +73,7 @@ class Detector(nn.Module):
         predictions = self.decoder(queries, memory)
         if noised is None:
             return Outputs(predictions, first_stage)
-        dn, predictions = split(predictions, noised.num_slots)
+        dn, predictions = split(predictions, noised.num_queries)
         return Outputs(predictions, first_stage, Denoised(dn, noised.num_groups, noised.max_targets))
 
     def enable_activation_checkpointing(self) -> None:
@@ -100,18 +100,18 @@ class Detector(nn.Module):
 def with_denoising(
     queries: Queries, noised: NoisedQueries | None, denoising: ContrastiveDenoising
 ) -> Queries:
-    """Prepend the denoising queries, if any, and keep the label embedding part of the graph."""
+    """Prepend the denoising queries, if any; make the result depend on the label embedding in any case."""
     if noised is not None:
         queries = prepend(noised, queries)
-    # DistributedDataParallel waits for a gradient of every parameter, also in a batch without targets.
-    tie = denoising.label_embed.weight[0, 0] * 0
-    return Queries(queries.content + tie, queries.pos, queries.reference, queries.attn_mask)
+    # DistributedDataParallel waits for a gradient of every parameter, also in a batch without targets
+    zero = denoising.label_embed.weight[0, 0] * 0
+    return Queries(queries.content + zero, queries.pos, queries.reference, queries.attn_mask)
 
 
-def split(predictions: Predictions, num_slots: int) -> tuple[Predictions, Predictions]:
-    """Split predictions into those of the first `num_slots` queries and the rest."""
+def split(predictions: Predictions, num_first: int) -> tuple[Predictions, Predictions]:
+    """Split predictions into those of the first `num_first` queries and the rest."""
     logits, boxes = predictions.logits, predictions.boxes
     return (
-        Predictions(logits[:, :, :num_slots], boxes[:, :, :num_slots]),
-        Predictions(logits[:, :, num_slots:], boxes[:, :, num_slots:]),
+        Predictions(logits[:, :, :num_first], boxes[:, :, :num_first]),
+        Predictions(logits[:, :, num_first:], boxes[:, :, num_first:]),
     )

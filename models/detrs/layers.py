@@ -13,9 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-PRIOR_LOGIT = -math.log(
-    (1 - 0.01) / 0.01
-)  # class bias with which all initial scores are 0.01 (RetinaNet, 4.1)
+# Class bias with which all initial scores are 0.01 (RetinaNet, 4.1)
+PRIOR_LOGIT = -math.log((1 - 0.01) / 0.01)
 
 
 class Mlp(nn.Module):
@@ -49,7 +48,7 @@ class FeedForward(nn.Module):
         self.activation, self.dropout = activation, nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
-        """Widen, activate, narrow."""
+        """Project to `ffn_dim`, activate, project back."""
         out: Tensor = self.linear2(self.dropout(self.activation(self.linear1(x))))
         return out
 
@@ -62,7 +61,7 @@ def class_head(hidden_dim: int, num_classes: int) -> nn.Linear:
 
 
 def box_head(hidden_dim: int, size_bias: float = 0.0) -> Mlp:
-    """Return a box regressor whose initial deltas are 0, but `size_bias` for width and height."""
+    """Return a box regressor whose initial deltas are 0, and `size_bias` for width and height."""
     head = Mlp(hidden_dim, hidden_dim, hidden_dim, 4)
     last = head.layers[-1]
     assert isinstance(last, nn.Linear)
@@ -73,7 +72,7 @@ def box_head(hidden_dim: int, size_bias: float = 0.0) -> Mlp:
 
 
 def xavier_(module: nn.Module) -> None:
-    """Initialize every parameter of more than one dimension Xavier-uniform, as all five papers do."""
+    """Initialize every parameter of more than one dimension with `xavier_uniform_`, as all five papers do."""
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
@@ -119,7 +118,7 @@ def image_encoding(
 
 @functools.lru_cache(maxsize=64)
 def _frequencies(dim: int, temperature: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # The cache outlives the call: a tensor made in inference mode could never be used in training.
+    # The cache outlives the call: a tensor created in inference mode could not be used in training
     with torch.inference_mode(False):
         powers = torch.arange(dim // 2, dtype=dtype, device=device) * 2 / dim
         return temperature**powers

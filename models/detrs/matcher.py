@@ -21,8 +21,8 @@ from detrs.boxes import to_xyxy
 from detrs.structures import Predictions, Targets
 
 
-class NotFiniteError(ValueError):
-    """Predictions or targets hold NaN or infinity; the message names layer and image."""
+class NonFiniteError(ValueError):
+    """Predictions or targets hold NaN or infinity; the message names the layer and the image."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ def match(
 
     Args:
         groups: predictions, with the labels to use for the targets. The number of queries may differ between groups.
-        targets: if an image has more targets than queries, every query is matched and some targets are not.
+        targets: if an image has more targets than queries, every query is matched, and some targets are not.
         costs: weights and details of the cost.
 
     Raises:
-        NotFiniteError: predictions or target boxes are not finite; names layer and image.
+        NonFiniteError: predictions or target boxes are not finite; the message names the layer and the image.
     """
     image_of, _ = targets.indices()
     parts = [pair_costs(predictions, labels, targets, image_of, costs) for predictions, labels in groups]
@@ -97,7 +97,7 @@ def pair_costs(
 def _l1(
     boxes: Float[Tensor, "n b q 4"], target_boxes: Float[Tensor, "t 4"], image_of: Int64[Tensor, " t"]
 ) -> Float[Tensor, "n t q"]:
-    # Coordinate by coordinate: contiguous planes are several times faster than rows of four.
+    # Coordinate by coordinate: contiguous planes are several times faster than rows of four
     pairs = zip(boxes.unbind(-1), target_boxes.unbind(-1), strict=True)
     planes = [(plane[:, image_of] - value[:, None]).abs_() for plane, value in pairs]
     return planes[0].add_(planes[1]).add_(planes[2]).add_(planes[3])
@@ -122,7 +122,7 @@ def _giou(
 
 
 def _focal_cost(logits: Float[Tensor, "n t q"], costs: Costs) -> Float[Tensor, "n t q"]:
-    # 1 - score is computed from the logit: near a score of 1, the difference has too few digits in float32.
+    # 1 - score is computed from the logit: near a score of 1, the difference has too few digits in float32
     score, rest = logits.sigmoid(), (-logits).sigmoid()
     negative = (rest + 1e-8).log_().mul_(score**costs.gamma).mul_(costs.alpha - 1)
     positive = (score + 1e-8).log_().mul_(rest**costs.gamma).mul_(-costs.alpha)
@@ -130,7 +130,7 @@ def _focal_cost(logits: Float[Tensor, "n t q"], costs: Costs) -> Float[Tensor, "
 
 
 def _finite(predictions: Predictions) -> Float[Tensor, "n b"]:
-    # A sum is not finite if one of its terms is not: one number per layer and image goes to the host.
+    # A sum is not finite if one of its terms is not: one number per layer and image is copied to the host
     return predictions.logits.detach().sum((2, 3)) + predictions.boxes.detach().sum((2, 3))
 
 
@@ -154,10 +154,10 @@ def _raise_not_finite(
     groups: Sequence[tuple[Predictions, Int64[Tensor, " t"]]],
     targets: Targets,
 ) -> NoReturn:
-    # Targets first: denoising carries their NaN into the predictions.
+    # Targets first: with denoising, their NaN are in the predictions too
     for row, image in enumerate(targets.indices()[0].tolist()):
         if not targets.boxes[row].isfinite().all():
-            raise NotFiniteError(
+            raise NonFiniteError(
                 f"a target box of image {image} of the batch is not finite; check the annotations"
             )
     start = 0
@@ -168,8 +168,8 @@ def _raise_not_finite(
         if len(bad):
             layer, image = (int(x) for x in bad[0])
             name = f"decoder layer {layer}" if number == 0 else "the encoder"
-            raise NotFiniteError(
+            raise NonFiniteError(
                 f"the predictions of {name} for image {image} of the batch are not finite; "
                 "lower the learning rate, or check this batch"
             )
-    raise NotFiniteError("a matching cost is not finite: a predicted and a target box both have no area")
+    raise NonFiniteError("a matching cost is not finite: a predicted and a target box both have no area")

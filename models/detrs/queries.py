@@ -81,7 +81,7 @@ class LearnedQueries(nn.Module):
 class Proposals(nn.Module):
     """Score every token as an object and regress its box from a square prior around its center.
 
-    Padded tokens, and tokens whose prior leaves (0.01, 0.99), have zero features and a prior at infinity.
+    Padded tokens, and tokens whose prior is not within (0.01, 0.99), have zero features and a prior at infinity.
     Source: Deformable DETR, A.4; details of the official code.
     """
 

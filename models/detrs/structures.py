@@ -33,7 +33,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Targets:
-    """The objects of a batch, packed: image i owns the next `counts[i]` rows."""
+    """The objects of a batch, packed: the rows of image 0 come first, `counts[0]` of them, then those of image 1."""
 
     labels: Int64[Tensor, " t"]
     boxes: Float[Tensor, "t 4"]
@@ -41,7 +41,7 @@ class Targets:
 
     def indices(self) -> tuple[Int64[Tensor, " t"], Int64[Tensor, " t"]]:
         """Return the image of each row, and the row's index within that image."""
-        # Built on the device from Python numbers: a copy from the host would wait for the device.
+        # Built on the device from Python numbers: a copy from the host would wait for the device
         device = self.labels.device
         empty = [torch.zeros(0, dtype=torch.int64, device=device)]
         image = [torch.full((count,), i, device=device) for i, count in enumerate(self.counts)]
@@ -106,7 +106,7 @@ class Denoised:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Everything a detector predicts for a batch."""
+    """All predictions of a detector for a batch."""
 
     predictions: Predictions
     first_stage: FirstStage | None = None

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-PLAIN_SECONDS = 10.0  # Between two lines where there is no terminal
+PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 
 
 def print_status(text: str) -> None:
@@ -36,16 +36,16 @@ class RunProgress:
 
     step: int
     total_steps: int
-    first_step: int  # Of this attempt
+    first_step: int  # of this process
     epoch: float
     epochs: int
     seconds: float
     images_per_second: float
     loss: float | None = None
     ap: float | None = None
-    corrupt: int = 0  # Distinct corrupt samples so far
+    corrupt: int = 0  # different corrupt samples so far
     phase: str = "training"
-    warning: str | None = None  # The latest; printed once, on a line of its own
+    warning: str | None = None  # the latest; printed once, on a line of its own
 
     @property
     def seconds_left(self) -> float | None:
@@ -79,7 +79,10 @@ def duration(seconds: float | None) -> str:
 
 
 class ProgressActor:
-    """Holds the latest value that rank 0 sent to the driver. In Ray, it has a process, which imports this file only."""
+    """Holds the latest value that rank 0 sent to the driver. As a Ray actor it has a process of its own.
+
+    That process imports this module only, so the module must not load torch.
+    """
 
     def __init__(self) -> None:
         self._latest: Any = None
@@ -118,18 +121,18 @@ class Display:
             _print_line(self._console, self._last.line())
 
     def show(self, progress: RunProgress) -> None:
-        """Show the progress if it has changed; without a terminal, print a line now and then."""
+        """Show the progress if it has changed; without a terminal, print a line every `PLAIN_SECONDS`."""
         last = self._last
         if progress == last:
             return
-        is_news = last is None or progress.ap != last.ap or progress.phase != last.phase
+        is_new = last is None or progress.ap != last.ap or progress.phase != last.phase
         if progress.warning is not None and (last is None or progress.warning != last.warning):
             _print_line(self._console, f"warning: {progress.warning}")
         self._last = progress
         now = time.monotonic()
         if self._is_terminal:
             self._live.update(Text(progress.line()), refresh=True)
-        elif is_news or now - self._last_time >= PLAIN_SECONDS:
+        elif is_new or now - self._last_time >= PLAIN_SECONDS:
             self._last_time, self._printed = now, progress
             _print_line(self._console, progress.line())
 
@@ -139,7 +142,7 @@ class Display:
 
 @contextmanager
 def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on standard error; yields the callback (done, total) that updates it."""
+    """Show a progress bar on standard error; yield the callback (done, total) that updates it."""
     bar = Progress(
         TextColumn(unit),
         BarColumn(),
@@ -149,7 +152,7 @@ def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
     )
 
     def update(done: int, total: int) -> None:
-        if not bar.tasks:  # Starts with the first call, so that an error before it is printed alone
+        if not bar.tasks:  # started by the first call, so that an error before it is printed without a bar
             bar.start()
             bar.add_task(unit, total=total)
         bar.update(bar.tasks[0].id, completed=done)

@@ -14,7 +14,7 @@ import torch
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return plain values for JSON; `git` is None outside a git checkout of this package."""
+    """Return the environment as plain values for JSON; `git` is None outside a checkout of this package."""
     return {
         "python": sys.version,
         "platform": platform.platform(),
@@ -28,7 +28,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Return revision and dirty flag of the checkout that tracks `folder`, None where there is none."""
+    """Return revision and dirty flag of the checkout that tracks `folder`; None if there is none."""
     # A virtual environment may be inside the checkout of another project: only tracked files count
     if not _git(folder, "ls-files", "."):
         return None

@@ -1,4 +1,4 @@
-"""Run one function over many tasks in worker processes, with progress, and leave no process behind.
+"""Run one function over many tasks in worker processes, with progress. No worker outlives its parent.
 
 Writing, checking, indexing and scanning shards use it.
 """
@@ -25,10 +25,10 @@ POLL_SECONDS = 0.2
 
 
 class Cancelled(Exception):
-    """Ends a task whose result is no longer needed."""
+    """Raised in a task to end it: its result is no longer needed."""
 
 
-class _Link:
+class _SharedState:
     """State that a worker process shares with its parent; it can be passed only when the process starts."""
 
     counter: Any
@@ -41,7 +41,7 @@ class _Link:
             raise Cancelled
 
 
-_LINK = _Link()
+_SHARED = _SharedState()
 
 
 def run_tasks(
@@ -94,7 +94,7 @@ def _run_in_processes(
     progress: Callable[[int], None] | None,
 ) -> Generator[Result]:
     context = multiprocessing.get_context("forkserver")
-    # The server imports the module of the task once (with torch, say); the workers are forked from it.
+    # The server imports the module of the task, and for example torch, once; the workers are forked from it
     context.set_forkserver_preload([function.__module__])
     counter, stop = context.Value("Q", 0), context.Event()
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(counter, stop))
@@ -102,7 +102,7 @@ def _run_in_processes(
     remaining = iter(tasks)
     try:
         while True:
-            # Two tasks per worker keep all of them busy and bound the memory; tasks are created lazily.
+            # Two tasks per worker keep all of them busy and bound the memory; tasks are created lazily
             while len(waiting) < 2 * workers and (task := next(remaining, None)) is not None:
                 waiting.append(pool.submit(_run, function, task))
             if not waiting:
@@ -125,19 +125,19 @@ def _run_in_processes(
 
 
 def _run(function: Callable[[Task, Advance], Result], task: Task) -> Result:
-    return function(task, _LINK.advance)
+    return function(task, _SHARED.advance)
 
 
 def _start(counter: Any, stop: Any) -> None:
-    """Prepare a worker process: it leaves Ctrl-C to its parent and exits when the parent does."""
+    """Prepare a worker process: ignore Ctrl-C, which the parent handles, and exit when the parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _LINK.counter, _LINK.stop = counter, stop
+    _SHARED.counter, _SHARED.stop = counter, stop
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def exit_with_parent() -> None:
-    """Wait for the parent process to end, then end this one: for a thread of a child."""
+    """Wait until the parent process ends, then end this one. Run it in a thread of the child."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])

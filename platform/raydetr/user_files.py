@@ -1,4 +1,4 @@
-"""Read the files that users bring: regular files only, and JSON and YAML in which nothing is ambiguous."""
+"""Read users' files: regular files only, and JSON and YAML that is not ambiguous."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ LIBRARIES = {
     "mlflow": ("raydetr.tracking.*",),
     "webdataset": ("raydetr.shards.*",),
     "obstore": ("raydetr.store.*",),
-    "ray": ("raydetr.runs.ray_train", "raydetr.runs.final_errors", "raydetr.tune.*", "jobs.*"),
+    "ray": ("raydetr.runs.ray_train", "raydetr.runs.fatal_errors", "raydetr.tune.*", "jobs.*"),
 }
 IMPORT_FUNCTION = "importlib.import_module"  # stands for __import__ too
 DETRS_NEEDS = {"torch", "numpy", "scipy", "jaxtyping", "detrs"}
@@ -255,7 +255,7 @@ def test_a_reader_crosses_five_files_from_the_job_to_the_training_step() -> None
         ("raydetr.training.loop", {"ray", "mlflow"}),
         # In processes of Ray's that a run waits for
         ("raydetr.console", {"ray", "torch"}),
-        ("raydetr.runs.final_errors", {"torch", "detrs", "mlflow", "matplotlib"}),
+        ("raydetr.runs.fatal_errors", {"torch", "detrs", "mlflow", "matplotlib"}),
     ],
 )
 def test_a_fresh_interpreter_loads_no_more_than_the_order_allows(module: str, absent: set[str]) -> None:

@@ -95,7 +95,7 @@ def test_noised_queries(name: str, prefix: str) -> None:
     draws = goldens.draws(golden, prefix)
     assert draws is not None
     noised = denoising(targets, draws)
-    assert (noised.num_slots, noised.num_groups) == (case["pad_size"], case["num_dn_group"])
+    assert (noised.num_queries, noised.num_groups) == (case["pad_size"], case["num_dn_group"])
     assert torch.equal(noised.labels, golden.tensor(f"{prefix}known_labels"))
     torch.testing.assert_close(
         noised.content, golden.tensor(f"{prefix}input_query_label"), rtol=0, atol=1e-12

@@ -21,7 +21,7 @@ HALF = RunProgress(
 )
 
 
-def test_time_left_counts_from_the_first_step_of_the_attempt() -> None:
+def test_time_left_counts_from_the_first_step_of_this_process() -> None:
     assert HALF.seconds_left == 60.0 / 30 * 50
     assert replace(HALF, step=20).seconds_left is None
 

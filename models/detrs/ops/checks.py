@@ -11,7 +11,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_levels(value: Tensor, shapes: Shapes) -> None:
-    """Raise unless `value` is [N, S, M, D] and the areas of `shapes` sum up to S."""
+    """Raise ValueError unless `value` is [N, S, M, D] and the areas of `shapes` sum up to S."""
     if value.dim() != 4:
         raise ValueError(f"value: found shape {list(value.shape)}, expected [N, S, M, D]")
     if len(shapes) == 0 or any(len(shape) != 2 or min(shape) < 1 for shape in shapes):
@@ -22,7 +22,7 @@ def check_levels(value: Tensor, shapes: Shapes) -> None:
 
 
 def check_samples(value: Tensor, shapes: Shapes, samples: dict[str, Tensor]) -> None:
-    """Raise unless the first of `samples` is [N, Q, M, L, P, 2] and the second [N, Q, M, L, P]."""
+    """Raise ValueError unless the first of `samples` is [N, Q, M, L, P, 2] and the second [N, Q, M, L, P]."""
     (first, locations), (second, weights) = samples.items()
     if locations.dim() != 6:
         raise ValueError(f"{first}: found shape {list(locations.shape)}, expected [N, Q, M, L, P, 2]")
@@ -35,7 +35,7 @@ def check_samples(value: Tensor, shapes: Shapes, samples: dict[str, Tensor]) -> 
 
 
 def check_reference(reference: Tensor, offsets: Tensor) -> None:
-    """Raise unless `reference` is [N, Q, L, 2 or 4]."""
+    """Raise ValueError unless `reference` is [N, Q, L, 2 or 4]."""
     expected = [offsets.shape[0], offsets.shape[1], offsets.shape[3]]
     if list(reference.shape) not in ([*expected, 2], [*expected, 4]):
         raise ValueError(
@@ -44,7 +44,7 @@ def check_reference(reference: Tensor, offsets: Tensor) -> None:
 
 
 def check_dtypes_and_devices(value: Tensor, others: dict[str, Tensor]) -> None:
-    """Raise unless the dtypes are supported and all tensors are on one device, float64 for all or none."""
+    """Raise ValueError unless the dtypes are supported and all tensors are on one device, float64 for all or none."""
     for name, tensor in {"value": value, **others}.items():
         if tensor.dtype not in DTYPES:
             expected = ", ".join(str(dtype) for dtype in DTYPES)

@@ -84,7 +84,7 @@ def build_deformable_detr(config: DeformableDetrConfig) -> Model:
     regress = box_head(config.hidden_dim)
     queries: nn.Module = LearnedQueries(config.num_queries, config.hidden_dim)
     if config.two_stage:
-        # The heads of the encoder start as copies of those of the decoder.
+        # The heads of the encoder start as copies of those of the decoder
         proposals = Proposals(config.hidden_dim, clones(classify, 1)[0], clones(regress, 1)[0], size=0.05)
         queries = EncoderProposals(config.num_queries, config.hidden_dim, proposals, config.proposal_score)
     detector = Detector(
@@ -138,7 +138,7 @@ def _decoder(config: DeformableDetrConfig, classify: nn.Module, regress: nn.Modu
     num_pairs = config.num_decoder_layers if config.refinement else 1
     box_heads = clones(regress, num_pairs)
     if not config.two_stage:
-        # Initial boxes have a size of sigmoid(-2); in two-stage, sizes come from the proposals.
+        # Initial boxes have a size of sigmoid(-2); in two-stage, sizes come from the proposals
         last = list(box_heads[0].parameters())[-1]
         last.data[2:] = -2.0
     return Decoder(

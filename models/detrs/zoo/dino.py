@@ -87,7 +87,7 @@ def build_dino(config: DinoConfig) -> Model:
     require_sizes(config)
     require_loss(config.loss, "focal", "mal")
     classify, regress = class_head(config.hidden_dim, num_classes), box_head(config.hidden_dim)
-    # The heads of the encoder start as copies of those of the decoder.
+    # The heads of the encoder start as copies of those of the decoder
     proposals = Proposals(
         config.hidden_dim, copy.deepcopy(classify), copy.deepcopy(regress), config.proposal_size
     )

@@ -24,11 +24,11 @@ class Options:
 
     recipe: str | None = None
     config: Path | None = None
-    short_side: int | None = None  # Pixels
-    max_side: int | None = None  # Pixels
+    short_side: int | None = None  # pixels
+    max_side: int | None = None  # pixels
     json: Path | None = None
     html: Path | None = None
-    workers: int | None = None  # Processes; None: one per CPU
+    workers: int | None = None  # processes; None: one per core
 
 
 def run(data: list[str], options: Options) -> tuple[str, bool]:

@@ -1,4 +1,7 @@
-"""Define the commands of `raydetr`; each calls one function of the library."""
+"""Define the commands of `raydetr`; each calls one function of the library.
+
+Their docstrings are the help texts.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from typing import Annotated
 import typer
 
 from raydetr import config as configuration
-from raydetr import recipes as recipe_book
+from raydetr import recipes
 from raydetr.cli.shards import shards_app
 from raydetr.config import ConfigError, RunConfig
 from raydetr.console import print_status, progress_bar
@@ -64,12 +67,12 @@ def synthetic_data(
         typer.echo(shlex.join(["raydetr", "shards", "write", *options]))
 
 
-@app.command()
-def recipes() -> None:
+@app.command("recipes")
+def list_recipes() -> None:
     """List the recipes, one line each."""
-    width = max(len(recipe.__name__) for recipe in recipe_book.RECIPES)
-    for recipe in recipe_book.RECIPES:
-        typer.echo(f"{recipe.__name__:{width}}  {recipe_book.summary(recipe)}")
+    width = max(len(recipe.__name__) for recipe in recipes.RECIPES)
+    for recipe in recipes.RECIPES:
+        typer.echo(f"{recipe.__name__:{width}}  {recipes.summary(recipe)}")
 
 
 @app.command("config")
@@ -139,7 +142,7 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files and folders of images.")],
     out: Annotated[Path, typer.Option(help="Output folder; must be empty or new.")],
     score_threshold: Annotated[float, typer.Option(help="Draw boxes with at least this score.")] = 0.3,
-    recursive: Annotated[bool, typer.Option("--recursive", help="Look into folders of folders.")] = False,
+    recursive: Annotated[bool, typer.Option("--recursive", help="Search subfolders too.")] = False,
 ) -> None:
     """Detect objects in images; write images with boxes and a COCO-format results JSON."""
     from raydetr.inference.predict import predict as run_prediction
@@ -167,15 +170,13 @@ def import_checkpoint(
     annotations: Annotated[
         Path | None, typer.Option(help="COCO JSON file with its categories; default: COCO's.")
     ] = None,
-    ema: Annotated[
-        bool, typer.Option("--ema", help="Take the averaged weights of the file (ema_model).")
-    ] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="Take the EMA weights of the file (ema_model).")] = False,
 ) -> None:
     """Convert an official checkpoint to evaluate it, predict with it, or fine-tune it."""
     from raydetr.training.import_checkpoint import import_checkpoint as run_import
 
     out = out or Path(file.stem)
-    found = run_import(file, model, out, annotations, averaged=ema)
+    found = run_import(file, model, out, annotations, ema=ema)
     for note in found.notes:
         typer.echo(f"note: {note}")
     typer.echo(
@@ -201,7 +202,7 @@ def overfit(
     from raydetr.runs.overfit import OVERFIT_DECIDES
     from raydetr.runs.overfit import overfit as run_overfit
 
-    _refuse(arguments or [], OVERFIT_DECIDES, "on overfitting, which decides it")
+    _refuse(arguments or [], OVERFIT_DECIDES, "on overfitting, which sets it")
     chosen = read_config(arguments or [], config)
     outcome = run_overfit(chosen, data, num_images=images, num_steps=steps, long_side=long_side, out=out)
     typer.echo(outcome.to_text())
@@ -228,7 +229,7 @@ def doctor(
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the result as a page with images.")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that read; default: one per CPU.")
+        int | None, typer.Option(min=1, help="Processes that read; default: one per core.")
     ] = None,
 ) -> None:
     """Examine data, or this machine, before training; exit code 1 means that training must not start."""
@@ -267,7 +268,7 @@ def compare(
         list[str], typer.Argument(metavar="RUN", help="Run folders, run names or MLflow run ids.")
     ],
     uri: Annotated[
-        str | None, typer.Option(help="MLflow tracking URI; default: that of the folder, or sqlite in runs/.")
+        str | None, typer.Option(help="MLflow tracking URI; default: that of the folder, or SQLite in runs/.")
     ] = None,
 ) -> None:
     """Compare runs: AP by size and class, and differences of their configurations."""
@@ -287,12 +288,12 @@ def read_config(arguments: list[str], config_file: Path | None) -> RunConfig:
         raise ConfigError(f"a recipe ({named[0]}) and --config {config_file} are given: keep one")
     if not named and config_file is None:
         raise ConfigError("name a recipe first (see `raydetr recipes`), or give --config FILE")
-    chosen = recipe_book.find(named[0]) if config_file is None else configuration.from_yaml(config_file)
+    chosen = recipes.find(named[0]) if config_file is None else configuration.from_yaml(config_file)
     return configuration.override(chosen, configuration.parse_assignments(arguments[len(named) :]))
 
 
 def _refuse(arguments: list[str], prefixes: tuple[str, ...], where: str) -> None:
-    """Refuse overrides of settings that have no effect.
+    """Check that no override is of a setting that has no effect.
 
     Raises:
         ConfigError: the arguments contain one.
@@ -304,10 +305,10 @@ def _refuse(arguments: list[str], prefixes: tuple[str, ...], where: str) -> None
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends in one clear line, not in a traceback."""
+    """Run the command line; print a user's mistake as one line, without a traceback."""
     # `ray job stop` and schedulers send SIGTERM: exit as after Ctrl-C, with the MLflow run closed
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # The shell leaves the ~ of --out=~/runs to the program
+    # The shell does not expand the ~ of --out=~/runs
     arguments = [re.sub("^(--[a-z-]+=)?~/", rf"\g<1>{Path.home()}/", argument) for argument in sys.argv[1:]]
     try:
         app(arguments)
@@ -319,7 +320,7 @@ def main() -> None:
 
 
 def _is_meant_for_users(error: Exception) -> bool:
-    """Return whether this project's own code raised the error: one from inside a library is a bug of ours."""
+    """Return whether this project's own code raised the error. One from inside a library is a bug."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -81,7 +81,7 @@ def shards_write(
             )
     except KeyboardInterrupt:
         typer.echo(
-            f"stopped; finished shards are in {folder}: run the same command again to resume", err=True
+            f"stopped; finished shards are in {folder}: run the same command again to continue", err=True
         )
         raise
     typer.echo(_summary("wrote", folder, manifest))

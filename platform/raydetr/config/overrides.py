@@ -23,7 +23,7 @@ from raydetr.user_files import parse_yaml, read_text
 
 _VARIANTS = tuple(kind.architecture for kind in get_args(ModelConfig))  # values of `model.architecture`
 # Mappings with arbitrary keys, which can be set one by one or together
-_FREE = ("data.remote.options.",)
+_MAPPINGS = ("data.remote.options.",)
 
 
 class ConfigError(ValueError):
@@ -57,7 +57,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def override(config: RunConfig, assignments: Mapping[str, Any]) -> RunConfig:
-    """Return a copy of `config` with the values at some dotted paths replaced.
+    """Return a copy of `config` with other values at some dotted paths.
 
     Raises:
         ConfigError: a path does not exist (the message has the nearest one), or a value is not valid.
@@ -111,7 +111,7 @@ def from_yaml(path: Path) -> RunConfig:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean X?` with the known word most similar to `word`, or an empty string."""
+    """Return "; did you mean X?" with the known word most similar to `word`; an empty string if none is similar."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -134,13 +134,13 @@ def _assign(values: dict[str, Any], path: str, value: Any) -> None:
     node: Any = values
     *parents, leaf = path.split(".")
     for depth, key in enumerate([*parents, leaf]):
-        if isinstance(node, dict) and f"{'.'.join(parents[:depth])}.".startswith(_FREE):
+        if isinstance(node, dict) and f"{'.'.join(parents[:depth])}.".startswith(_MAPPINGS):
             node.setdefault(key, {} if depth < len(parents) else None)
         if not isinstance(node, dict) or key not in node:
             raise ConfigError(f"{path}: no such setting{nearest(path, _all_paths(values))}")
         if key is not leaf:
             node = node[key]
-    if isinstance(node[leaf], dict) and not f"{path}.".startswith(_FREE):
+    if isinstance(node[leaf], dict) and not f"{path}.".startswith(_MAPPINGS):
         raise ConfigError(f"{path} is a section: set one of {', '.join(sorted(node[leaf]))} below it")
     node[leaf] = value
 
@@ -174,6 +174,9 @@ def absolute_paths(config: RunConfig, base: Path) -> RunConfig:
     """Return the configuration with every setting that names a file or folder made absolute, starting from `base`.
 
     The types of the settings determine which these are (`raydetr.config.paths`).
+
+    Raises:
+        ConfigError: a setting that must be a file or folder is a URL.
     """
     values = flatten(to_dict(config))
     rules = {path: rule for path, kind in _settings(RunConfig) if (rule := path_rule(kind))}

@@ -19,7 +19,7 @@ from detrs.backbone import PathOrUrl
 REMOTE = ("s3", "gs", "az", "http", "https")
 SQLITE = "sqlite:///"
 
-# (value, base folder) -> absolute value
+# Function of (value, base folder) that returns the absolute value
 MakeAbsolute: TypeAlias = Callable[[str, Path], str]
 
 
@@ -59,7 +59,7 @@ def local_folder(location: str | Path) -> Path:
 
 
 def absolute(location: str, base: Path) -> str:
-    """Make a location independent of the working directory: resolve a folder against `base`; keep a URL."""
+    """Resolve a folder against `base`; keep a URL."""
     return location if is_remote(location) else str(base / local_folder(location).expanduser())
 
 
@@ -75,7 +75,7 @@ def absolute_file(path: str, base: Path) -> str:
         ValueError: it is a URL.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path):  # a Path has only one of the slashes
-        raise ValueError(f"{path}: is a URL; this must be a file or folder that all nodes see")
+        raise ValueError(f"{path}: is a URL; this must be a file or folder on storage that all nodes mount")
     return str(base / Path(path).expanduser())
 
 

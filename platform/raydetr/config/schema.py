@@ -31,7 +31,7 @@ class Section(BaseModel):
         return [name for name in names if getattr(self, name) != fields[name].default]
 
 
-# Setting of TransformConfig -> the setting without which it has no effect
+# Settings of TransformConfig, each with the setting without which it has no effect
 REQUIRES = {
     "max_side": "short_sides",
     "crop_short_sides": "crop_probability",
@@ -55,14 +55,14 @@ AUGMENTATION = (
 
 
 class TransformConfig(Section):
-    """How an image is augmented and resized before it is batched.
+    """Augmentation and resize of an image before it is batched.
 
-    The official training of all five papers flips half of the images. It crops half of them: they are resized to a
-    short side of 400, 500 or 600, and a window with sides of 384 to 600 pixels is cut out.
+    The official training of all five papers flips half of the images. It crops half of them: it resizes them to a
+    short side of 400, 500 or 600, and cuts out a window with sides of 384 to 600 pixels.
     """
 
     short_sides: tuple[PositiveInt, ...] = ()  # pixels; one is drawn; empty: keep the size
-    # Draw a short side per image, as the official code does, or one for all images of a step. With "step" a crop keeps
+    # Draw a short side per image, as the official code does, or one for all images of a step. With "step", a crop keeps
     # the image's aspect ratio: images of the same aspect ratio have the same size and no padding.
     scale_per: ScalePer = "image"
     max_side: PositiveInt = 1333  # pixels; limit of the long side when `short_sides` is given
@@ -75,9 +75,8 @@ class TransformConfig(Section):
     lsj_min_scale: float = Field(default=0.1, gt=0)  # the image is resized to fit lsj_size times a factor
     lsj_max_scale: float = Field(default=2.0, gt=0)  # that is drawn from lsj_min_scale to lsj_max_scale
     mosaic_probability: float = Field(default=0.0, ge=0.0, le=1.0)  # of combining four images into one
-    brightness: float = Field(
-        default=0.0, ge=0.0
-    )  # the factor is drawn from 1 - brightness to 1 + brightness
+    # The factor is drawn from 1 - brightness to 1 + brightness
+    brightness: float = Field(default=0.0, ge=0.0)
     contrast: float = Field(default=0.0, ge=0.0)  # likewise
     saturation: float = Field(default=0.0, ge=0.0)  # likewise
     hue: float = Field(default=0.0, ge=0.0, le=0.5)  # largest shift, as a fraction of the color circle
@@ -108,13 +107,13 @@ class TransformConfig(Section):
 
 
 class RemoteConfig(Section):
-    """How shards at s3://, gs://, az:// and http(s):// are read (docs/data/remote.md)."""
+    """Access to shards at s3://, gs://, az:// and http(s):// (docs/data/remote.md)."""
 
     # Passed to obstore, e.g. {endpoint: http://minio:9000}; no credentials, because settings are logged
     options: dict[str, Any] = {}
     connect_timeout: float = Field(default=10.0, gt=0)  # seconds until a connection must be established
     read_timeout: float = Field(default=30.0, gt=0)  # seconds without data before a request is repeated
-    retry_seconds: float = Field(default=600.0, ge=0)  # of an outage, after which the run stops
+    retry_seconds: float = Field(default=600.0, ge=0)  # length of an outage after which the run stops
     max_requests: PositiveInt = 16  # concurrent requests of a process
     cache_dir: Path | None = None  # folder on the local disk of each node, for data read from remote shards
     cache_gb: float | None = Field(default=None, gt=0)  # size of the cache, never exceeded
@@ -129,7 +128,7 @@ class RemoteConfig(Section):
 
 
 class DataConfig(Section):
-    """Which shards are read, and how they are batched."""
+    """The shards, and how they are batched."""
 
     train: Location  # a folder of shards, or its s3://, gs://, az://, http(s):// or file:// URL
     val: Location
@@ -184,7 +183,7 @@ class DataConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW, its schedule, gradient clipping and the moving average of the weights."""
+    """AdamW, its schedule, gradient clipping and the EMA of the weights."""
 
     epochs: PositiveInt
     lr: float = Field(gt=0)
@@ -197,11 +196,10 @@ class OptimConfig(Section):
     lr_drop_epochs: tuple[PositiveInt, ...] = ()  # "step": lr is multiplied by 0.1 after each of these
     min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)  # "cosine": lr of the last step over lr
     clip_max_norm: float | None = Field(default=0.1, gt=0)  # None: no clipping
-    ema_decay: float | None = Field(default=None, gt=0, lt=1)  # None: no moving average
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)  # None: no EMA
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the model; losses and boxes are always float32
-    activation_checkpointing: bool = (
-        False  # compute activations again in the backward pass: slower, less memory
-    )
+    # Compute activations again in the backward pass: slower, less memory
+    activation_checkpointing: bool = False
     max_skipped_steps: int = Field(default=10, ge=0)  # steps with NaN or infinity before a run stops
 
     @model_validator(mode="after")
@@ -216,26 +214,26 @@ class OptimConfig(Section):
 
 
 class InitConfig(Section):
-    """Which weights a run starts from."""
+    """The weights that a run starts from."""
 
     # A checkpoint of a run, or the output of `raydetr import-checkpoint`; None: random weights
     checkpoint: Path | None = None
 
 
 class EvaluationConfig(Section):
-    """When the validation split is evaluated."""
+    """The schedule of evaluations on the validation split."""
 
     every_epochs: PositiveInt = 1  # the last epoch is always evaluated
 
 
 class ClusterConfig(Section):
-    """Where the run is executed."""
+    """The Ray cluster, and the workers of the run."""
 
     address: str | None = None  # None: the cluster of this job, or else a new one on this machine
     num_workers: PositiveInt = 1
     use_gpu: bool = False
     cpus_per_worker: PositiveInt = 1
-    max_failures: int = Field(default=3, ge=-1)  # restarts of the worker group; -1: unlimited
+    max_failures: int = Field(default=3, ge=-1)  # restarts of the workers; -1: unlimited
     bf16_gradients: bool = False  # send gradients in bfloat16: half the bytes, rounded before they are summed
 
     @model_validator(mode="after")
@@ -246,14 +244,14 @@ class ClusterConfig(Section):
 
 
 class StorageConfig(Section):
-    """Where runs are stored: with more than one node, on storage that all nodes mount."""
+    """The storage of runs: with more than one node, it must be mounted by all nodes."""
 
     path: Path = Path("runs")
     keep_checkpoints: PositiveInt = 2
 
 
 class TrackingConfig(Section):
-    """Where and how often the run is logged in MLflow."""
+    """The MLflow server or database, and the interval between logged steps."""
 
     uri: TrackingUri | None = None  # None: sqlite in `storage.path`
     experiment: str = "raydetr"

@@ -1,4 +1,4 @@
-"""Handle corrupt samples: one policy per run, a log of those encountered, and a budget.
+"""Handle corrupt samples: one policy per run, a log of those encountered, and a limit to their number.
 
 A sample is corrupt when `Shards.read` or its decoding refuses it, twice. Its substitute depends only on the sample
 order and on which samples are corrupt, never on ranks, workers or batches.
@@ -23,9 +23,9 @@ from raydetr.shards.reader import ShardError, Shards
 from raydetr.shards.validation import RawSample
 
 T = TypeVar("T")
-Action = Literal["substituted", "masked", "not evaluated"]
+Action = Literal["substituted", "masked", "not predicted"]
 
-MAX_TRIES = 64  # candidates for a substitute; where that many are corrupt, more would not help
+MAX_TRIES = 64  # candidates for a substitute; if that many are corrupt, more would not help
 
 log = logging.getLogger(__name__)
 
@@ -53,21 +53,22 @@ def apply_policy(
     make: Callable[[int, RawSample], T],
     fallbacks: Iterable[int],
 ) -> tuple[T | None, CorruptSample | None]:
-    """Read a sample that could not be made once more; replace or mask it if that fails too.
+    """Read a sample that was corrupt once more; replace or mask it if it still is.
 
     Args:
         policy: "raise"; "substitute" takes the first valid one of `fallbacks`; "mask" takes none.
         shards: the data set of the sample.
         index: of the sample.
         position: G of the sample.
-        make: makes the final sample of this position from an index and the raw sample; raises ShardError.
-        fallbacks: indices of samples that may replace it, best first.
+        make: builds the sample of this position from an index and the raw sample; raises ShardError.
+        fallbacks: indices of samples that may replace it, in order of preference.
 
     Returns:
         the sample, or None if it is masked; and the row for the log, or None if the second read succeeded.
 
     Raises:
         ShardError: the policy is "raise", or the first MAX_TRIES fallbacks are all corrupt.
+        RemoteError: a server cannot be reached.
     """
     try:
         sample = make(index, shards.reread(index))
@@ -99,10 +100,10 @@ def _substitute(
 
 
 def earlier_samples(order: SampleOrder, position: int) -> Iterator[int]:
-    """Yield the other samples of the position's epoch, backwards from it and around the epoch's beginning."""
-    epoch, place = divmod(position, order.num_samples)
+    """Yield the other samples of the position's epoch, backwards from it; the epoch's last follows its first."""
+    epoch, index = divmod(position, order.num_samples)
     for back in range(1, order.num_samples):
-        earlier = (place - back) % order.num_samples
+        earlier = (index - back) % order.num_samples
         yield int(order.samples(epoch * order.num_samples + earlier, 1)[0])
 
 
@@ -115,7 +116,7 @@ class TooManyCorruptError(ValueError):
 
 
 class CorruptSampleLog:
-    """All corrupt samples that a run encountered, in order. Every worker holds the same rows."""
+    """All corrupt samples that a run encountered, in order. Every worker has the same rows."""
 
     def __init__(self, rows: Iterable[CorruptSample] = ()) -> None:
         self.rows = list(rows)
@@ -153,23 +154,23 @@ class CorruptSampleLog:
             with (folder / CORRUPT_LOG).open("a") as file:
                 file.writelines(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
 
-    def check(self, budget: int, folder: Path) -> None:
-        """Raise unless at most `budget` different samples are corrupt.
+    def check(self, limit: int, folder: Path) -> None:
+        """Check that at most `limit` different samples are corrupt; `folder` is that of the run.
 
         Raises:
             TooManyCorruptError: more are.
         """
-        if self.num_samples <= budget:
+        if self.num_samples <= limit:
             return
         first = list({(row.shard, row.key): str(row) for row in self.rows}.values())[:MAX_LISTED]
         listing = "".join(f"\n  {row}" for row in first)
         raise TooManyCorruptError(
-            f"{self.num_samples} samples are corrupt, and data.max_corrupt allows {budget}; "
+            f"{self.num_samples} samples are corrupt, and data.max_corrupt allows {limit}; "
             f"{folder / CORRUPT_LOG} lists them, the first are:{listing}\n"
             "Copy these shards again, or write them again, and resume; or allow more with data.max_corrupt."
         )
 
 
 def default_max_corrupt(num_samples: int) -> int:
-    """Return the budget of a run without `data.max_corrupt`: 1% of the samples, at least ten."""
+    """Return the limit of a run without `data.max_corrupt`: 1% of the samples, at least ten."""
     return max(num_samples // 100, 10)

@@ -157,7 +157,7 @@ def _index(ground_truth: Mapping[str, Any], annotations: list[dict[str, Any]]) -
 def _class_table(ground_truth: Mapping[str, Any], evaluation: Any) -> tuple[ClassAp, ...]:
     names = {category["id"]: category["name"] for category in ground_truth["categories"]}
     objects = Counter(a["category_id"] for a in ground_truth["annotations"] if not a.get("iscrowd", 0))
-    # [threshold, recall, category]: objects of any area, 100 detections per image
+    # Objects of any area, 100 detections per image: [threshold, recall, category]
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     return tuple(
         ClassAp(

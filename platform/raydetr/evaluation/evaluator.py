@@ -1,6 +1,6 @@
 """Evaluate a detector on a split, on one or many ranks, and convert detections to and from COCO results.
 
-Does not use Ray.
+The only communication between ranks is the `all_gather` that is passed in: there is no Ray here.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def drop_blank_batches(
     """Replace blank batches by None, and append the corrupt samples of all batches to `corrupt`."""
     for batch in batches:
         if batch is not None:
-            corrupt.extend(replace(row, action="not evaluated") for row in batch.corrupt)
+            corrupt.extend(replace(row, action="not predicted") for row in batch.corrupt)
         yield None if batch is None or batch.is_blank else batch
 
 
@@ -79,7 +79,7 @@ def evaluate(
     all_gather: AllGather = single_process,
     device: torch.device | None = None,
 ) -> list[dict[str, Any]]:
-    """Run a detector over batches and return the COCO results of all ranks, as far as `all_gather` returns them.
+    """Run a detector over batches, and return the COCO results that `all_gather` returns: those of all ranks.
 
     Args:
         detector: put into eval mode during the pass, and restored afterwards.
@@ -88,6 +88,9 @@ def evaluate(
         label_map: maps labels to category_ids.
         all_gather: called once on every rank at the end, with that rank's results.
         device: of the detector; None: that of its parameters.
+
+    Raises:
+        ShardError, LoaderError, RemoteError: from `batches`.
     """
     device = device or next(detector.parameters()).device
     with _eval_mode(detector), torch.inference_mode():

@@ -17,7 +17,7 @@ class GroundTruth:
     """The COCO ground truth of a split."""
 
     coco: dict[str, Any]
-    num_unreadable: int  # images whose record, and so their annotations, cannot be read
+    num_unreadable_records: int  # images whose record, and so their annotations, cannot be read
 
 
 def ground_truth(shards: Shards, policy: OnCorrupt) -> GroundTruth:
@@ -40,14 +40,14 @@ def ground_truth(shards: Shards, policy: OnCorrupt) -> GroundTruth:
     return GroundTruth(coco, sum(annotations is None for _, annotations in records))
 
 
-def evaluation_warnings(num_unpredicted: int, num_unreadable: int) -> list[str]:
+def evaluation_warnings(num_unpredicted: int, num_unreadable_records: int) -> list[str]:
     """Describe the effect of corrupt images on AP, one line per effect."""
     lines = []
     if num_unpredicted:
         lines.append(f"{num_unpredicted} corrupt validation images have no predictions: AP may be too low")
-    if num_unreadable:
+    if num_unreadable_records:
         lines.append(
-            f"the annotations of {num_unreadable} of them cannot be read: their objects do not count as missed"
+            f"the annotations of {num_unreadable_records} of them cannot be read: their objects do not count as missed"
         )
     return lines
 

@@ -27,7 +27,7 @@ from raydetr.training.checkpoint import LoadedModel, load_for_inference, read_me
 from raydetr.user_files import read_file
 from raydetr.visualization.boxes import coco_boxes, draw_boxes
 
-# Of the images that are taken from a folder; a file that is named is read whatever its suffix
+# Of the images that are read from a folder; a file that is named itself is read whatever its suffix
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif",
 )  # fmt: skip
@@ -35,12 +35,12 @@ MAX_LISTED = 5
 
 
 @dataclass(frozen=True)
-class Predictions:
-    """What was predicted, and what was not."""
+class PredictResult:
+    """The detections in a set of images, and the files without."""
 
     results: list[dict[str, Any]]  # COCO results
     failed: list[str]  # files that cannot be read, with the reasons
-    notes: list[str]  # about files that were left out, and orientations
+    notes: list[str]  # about omitted files, and orientations
 
 
 def predict(
@@ -52,8 +52,8 @@ def predict(
     score_threshold: float = 0.3,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
-) -> Predictions:
-    """Detect objects, write annotated images and results into `out`, and return the COCO results.
+) -> PredictResult:
+    """Detect objects, and write annotated images and COCO results into `out`.
 
     A file that cannot be read does not stop the others.
 
@@ -61,14 +61,15 @@ def predict(
         checkpoint: a checkpoint folder.
         images: files of any format that Pillow reads, and folders of such files.
         out: the folder to write; new or empty.
-        recursive: look for images in folders of folders too.
+        recursive: search subfolders too.
         score_threshold: boxes with a lower score are not drawn.
         device: None: the GPU if there is one.
         progress: called with (images done, total images).
 
     Raises:
-        ValueError: no images, no image that can be read, an output folder that is not empty, or a checkpoint that
-            cannot be used; the message names it.
+        CheckpointError: the checkpoint cannot be used.
+        ValueError: no images, no image that can be read, or an output folder that is not empty; the message names it.
+        OSError: the output folder cannot be written.
     """
     if not 0 <= score_threshold <= 1:
         raise ValueError(f"score_threshold is {score_threshold}: scores lie between 0 and 1")
@@ -90,7 +91,7 @@ def predict(
             except ImageError as error:
                 failed.append(f"{file}: {error}")
                 continue
-            # Under the 91-class convention some labels have no category
+            # With data.label_map=category_id, some labels have no category
             found = [r for r in detect(loaded, image, image_id, device) if r["category_id"] in names]
             annotated = draw_boxes(image, coco_boxes(found, names, score_threshold))
             annotated.save(folder / f"{image_id:05d}-{file.stem}.jpg", quality=92, subsampling=0)
@@ -109,14 +110,14 @@ def predict(
             f"the EXIF orientation of {_listing(rotated, 'images')} is not applied, as in training: boxes refer to the "
             "stored pixels"
         )
-    return Predictions(results, failed, notes)
+    return PredictResult(results, failed, notes)
 
 
 def find_images(paths: Sequence[Path], *, recursive: bool = False) -> tuple[list[Path], list[str]]:
     """List the image files among files and folders, in order and each once; those of a folder sorted by name.
 
     Returns:
-        the files, and notes about what is left out.
+        the files, and notes about omitted ones.
 
     Raises:
         ValueError: a path does not exist, or there is no image.
@@ -137,9 +138,9 @@ def find_images(paths: Sequence[Path], *, recursive: bool = False) -> tuple[list
                 found.append(file)
             else:
                 others.append(file)
-    notes = [f"left out {_listing(others, 'files')}: hidden, or not named like images"] if others else []
+    notes = [f"omitted {_listing(others, 'files')}: hidden, or not named like images"] if others else []
     if folders:
-        notes.append(f"left out {_listing(folders, 'folders')}: --recursive looks into them")
+        notes.append(f"omitted {_listing(folders, 'folders')}: --recursive searches them")
     if not found:
         raise ValueError(
             "; ".join([f"no images found in {', '.join(map(str, paths)) or 'no paths'}", *notes])

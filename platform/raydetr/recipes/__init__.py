@@ -1,6 +1,6 @@
 """Define recipes: functions that return a complete RunConfig. A variant calls its parent and overrides fields.
 
-`raydetr recipes` prints the first line of a recipe's docstring, which therefore describes the training rather than the
+`raydetr recipes` prints the first line of a recipe's docstring, which therefore describes the training, not the
 function; the other lines have its cost and command. `raydetr train NAME` trains a recipe; docs/recipes.md lists the
 settings to fill in.
 """

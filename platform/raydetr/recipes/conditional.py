@@ -10,7 +10,7 @@ from raydetr.recipes.coco import official_optim, official_run
 def conditional_detr_r50_50ep() -> RunConfig:
     """Conditional DETR, ResNet-50, 50 epochs on COCO (Meng et al. 2021); official AP 41.0.
 
-    The rate drops after 40 epochs; 16 images per batch. Cost: 90 GFLOPs per image, about 240 V100 hours.
+    The learning rate drops after 40 epochs; 16 images per batch. Cost: 90 GFLOPs per image, about 240 V100 hours.
     Command: `raydetr train conditional_detr_r50_50ep`.
     """
     optim = official_optim(epochs=50, lr_drop_epoch=40, lr=1e-4, lr_backbone=1e-5, lr_sampling=1e-4)

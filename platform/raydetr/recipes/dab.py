@@ -10,7 +10,7 @@ from raydetr.recipes.coco import official_optim, official_run
 def dab_detr_r50_50ep() -> RunConfig:
     """DAB-DETR, ResNet-50, 50 epochs on COCO (Liu et al. 2022); official AP 42.2.
 
-    The rate drops after 40 epochs; 16 images per batch. Cost: 94 GFLOPs per image; an epoch takes
+    The learning rate drops after 40 epochs; 16 images per batch. Cost: 94 GFLOPs per image; an epoch takes
     as long as Conditional DETR's (about 5 V100 hours). Command: `raydetr train dab_detr_r50_50ep`.
     """
     optim = official_optim(epochs=50, lr_drop_epoch=40, lr=1e-4, lr_backbone=1e-5, lr_sampling=1e-4)

@@ -10,7 +10,7 @@ from raydetr.recipes.coco import official_optim, official_run
 def deformable_detr_r50_50ep() -> RunConfig:
     """Deformable DETR, four scales, ResNet-50, 50 epochs on COCO (Zhu et al. 2021); official AP 44.5.
 
-    The rate drops after 40 epochs; sampling offsets and reference points have a tenth of it; 32 images per
+    The learning rate drops after 40 epochs; sampling offsets and reference points have a tenth of it; 32 images per
     batch. The paper has AP 43.8. Cost: 173 GFLOPs per image, about 325 V100 hours.
     Command: `raydetr train deformable_detr_r50_50ep`.
     """

@@ -10,8 +10,8 @@ from raydetr.recipes.coco import official_optim, official_run
 def detr_r50_500ep() -> RunConfig:
     """DETR, ResNet-50, 500 epochs on COCO (Carion et al. 2020); official AP 42.0.
 
-    The rate drops after 400 epochs; 64 images per batch, as in the paper. Cost: 86 GFLOPs per image, about 2000
-    V100 hours. Command: `raydetr train detr_r50_500ep`.
+    The learning rate drops after 400 epochs; 64 images per batch, as in the paper.
+    Cost: 86 GFLOPs per image, about 2000 V100 hours. Command: `raydetr train detr_r50_500ep`.
     """
     optim = official_optim(epochs=500, lr_drop_epoch=400, lr=1e-4, lr_backbone=1e-5, lr_sampling=1e-4)
     return official_run("detr_r50_500ep", DetrConfig(), optim, batch_size=64)
@@ -20,7 +20,7 @@ def detr_r50_500ep() -> RunConfig:
 def detr_r50_150ep() -> RunConfig:
     """DETR, ResNet-50, 150 epochs on COCO (Carion et al. 2020); official AP 39.5.
 
-    The official short schedule, on one machine: the rate drops after 100 epochs, 16 images per batch. Cost: 86
+    The official short schedule, on one machine: the learning rate drops after 100 epochs, 16 images per batch. Cost: 86
     GFLOPs per image, about 580 V100 hours (3 days on 8). Command: `raydetr train detr_r50_150ep`.
     """
     changes = {"optim.epochs": 150, "optim.lr_drop_epochs": [100], "data.batch_size": 16}

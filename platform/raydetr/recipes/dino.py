@@ -1,7 +1,7 @@
 """DINO: the official schedules (Zhang et al., ICLR 2023, arXiv:2203.03605; AP of the official models).
 
-All have a rate of 1e-4, 1e-5 in the backbone, and 16 images per batch. The rate drops after 11 of 12, 20 of 24 or 30 of
-36 epochs.
+All have a learning rate of 1e-4, 1e-5 in the backbone, and 16 images per batch. It drops after 11 of 12, 20 of 24
+or 30 of 36 epochs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from raydetr.recipes.coco import official_optim, official_run
 def dino_r50_4scale_12ep() -> RunConfig:
     """DINO, 4 scales, ResNet-50, 12 epochs on COCO (Zhang et al. 2022); official AP 49.0.
 
-    Sampling offsets have the full rate, unlike in Deformable DETR. Cost: 279 GFLOPs per image.
+    Sampling offsets have the full learning rate, unlike in Deformable DETR. Cost: 279 GFLOPs per image.
     Command: `raydetr train dino_r50_4scale_12ep`.
     """
     optim = official_optim(epochs=12, lr_drop_epoch=11, lr=1e-4, lr_backbone=1e-5, lr_sampling=1e-4)

@@ -1,10 +1,10 @@
 """Fine-tune on your own data, from official weights or from a checkpoint of a run.
 
 These recipes start from the checkpoint (`init.checkpoint`) that `raydetr import-checkpoint` writes with the command
-in their docstrings. Rows of the class heads are taken for classes of the same name, all other weights are kept. Rates
-are half of the official ones, with a short warm-up for the new heads and a cosine decay; a moving average reduces the
-noise of training on few images. Batch norm stays frozen. The batch is for one GPU; with a larger one, scale the rates
-in proportion. All images of a step have the same scale (`scale_per=step`), which reduces padding.
+in their docstrings. Rows of the class heads are taken for classes of the same name; all other weights are kept.
+Learning rates are half of the official ones, with a short warm-up for the new heads and a cosine decay; the EMA reduces
+the noise of training on few images. Batch norm stays frozen. The batch is for one GPU; with a larger one, scale the
+learning rates in proportion. All images of a step have the same scale (`scale_per=step`), which reduces padding.
 """
 
 from __future__ import annotations

@@ -30,12 +30,12 @@ class _Run:
 
 
 def compare(runs: Sequence[str], uri: str | None = None, *, plain: bool = False) -> str:
-    """Return tables with one column per run; the best value of each row is marked with a star.
+    """Return tables with one column per run; an asterisk marks the best value of each row.
 
     Args:
         runs: folders of runs, names of runs, or MLflow run ids.
         uri: the tracking URI; None: that of the run's folder, and for a name or id the database in `runs/`.
-        plain: without colors and lines, and as wide as needed; otherwise for this terminal.
+        plain: without colors and lines, and as wide as needed; otherwise as wide as the terminal.
 
     Raises:
         ValueError: a name is unknown, or several runs have it.
@@ -56,7 +56,7 @@ def compare(runs: Sequence[str], uri: str | None = None, *, plain: bool = False)
 
 
 def _fetch(name: str, uri: str | None) -> tuple[str, mlflow_run.TrackedRun]:
-    """Return the tracking URI of a run, and the run; a folder names both, unless `uri` is given."""
+    """Return the tracking URI of a run, and the run; both are taken from its folder, unless `uri` is given."""
     folder = Path(name).expanduser()
     if (folder / "mlflow_run_id").is_file() and (folder / "config.yaml").is_file():
         uri = uri or mlflow_run.tracking_uri(from_yaml(folder / "config.yaml"))

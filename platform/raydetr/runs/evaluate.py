@@ -21,7 +21,7 @@ from raydetr.shards.reader import Shards, open_shards
 from raydetr.training.checkpoint import load_for_inference, read_meta, run_config
 from raydetr.training.world import World
 
-# What an evaluation takes of the configuration; a dot at the end: all settings of the section
+# Settings of the configuration that an evaluation uses; a dot at the end: all settings of the section
 SETTINGS = (
     "data.val",
     "data.val_transform.",
@@ -46,7 +46,7 @@ def evaluate_checkpoint(
     Corrupt images are treated as in the run (`data.on_corrupt`), and printed on standard error.
 
     Args:
-        checkpoint: folder of a run, or what `raydetr import-checkpoint` wrote.
+        checkpoint: a checkpoint folder, of a run or of `raydetr import-checkpoint`.
         overrides: of the run's configuration, such as other shards (`data.val`) or fewer workers.
         local: evaluate in this process, without Ray.
 
@@ -54,6 +54,9 @@ def evaluate_checkpoint(
         CheckpointError: the checkpoint cannot be used.
         ConfigError: an override has no effect on an evaluation, or the shards have other categories.
         ShardError: an image is corrupt, and `data.on_corrupt` is "raise".
+        OSError, ValueError: the shards cannot be used, or a prediction is not finite.
+        LaunchError: the evaluation failed on Ray.
+        LoaderError: a loader process died; with `local` only.
     """
     checkpoint = checkpoint.expanduser().resolve()
     config = _configure(checkpoint, overrides or {})
@@ -71,13 +74,20 @@ def evaluate_checkpoint(
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     truth = ground_truth(shards, config.data.on_corrupt)
-    for line in (*map(str, corrupt), *evaluation_warnings(len(corrupt), truth.num_unreadable)):
+    for line in (*map(str, corrupt), *evaluation_warnings(len(corrupt), truth.num_unreadable_records)):
         print_status(f"warning: {line}")
     return coco_ap(truth.coco, results)
 
 
 def evaluate_share(config: RunConfig, checkpoint: Path, world: World) -> Results:
-    """Evaluate this process's share; return the COCO results of the whole split, and its corrupt images."""
+    """Evaluate this process's share of the split; return the COCO results and corrupt images of the complete split.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used.
+        ShardError: an image is corrupt, and `data.on_corrupt` is "raise".
+        OSError, ValueError: the shards cannot be used.
+        LoaderError: a loader process died.
+    """
     loaded, data = load_for_inference(checkpoint, world.device), config.data
     batches = evaluation_batches(
         _open(data, sizes_known=True),
@@ -114,10 +124,10 @@ def _open(data: DataConfig, *, sizes_known: bool = False) -> Shards:
 
 
 def _check_categories(checkpoint: Path, shards: Shards) -> None:
-    ours = {category["id"]: category["name"] for category in read_meta(checkpoint).categories}
-    theirs = {category["id"]: category["name"] for category in shards.manifest.categories}
-    if ours != theirs:
-        different = sorted(set(ours.items()) ^ set(theirs.items()))[:5]
+    trained = {category["id"]: category["name"] for category in read_meta(checkpoint).categories}
+    found = {category["id"]: category["name"] for category in shards.manifest.categories}
+    if trained != found:
+        different = sorted(set(trained.items()) ^ set(found.items()))[:5]
         raise ConfigError(
             f"{shards.location} has other categories than the checkpoint {checkpoint}, for example {different}: "
             "evaluate on shards with the categories it was trained on"

@@ -1,4 +1,4 @@
-"""Run in this process, without Ray: for debugging, small data and laptops."""
+"""Run in this process, without Ray: for debugging and small data."""
 
 from __future__ import annotations
 
@@ -35,16 +35,20 @@ def train_locally(run: Run, attempt: str) -> dict[str, Any]:
     """Train in this process; return the last metrics with `checkpoint`, its path.
 
     Checkpoints go to `run.folder`/`attempt`.
+
+    Raises:
+        ConfigError: `cluster.use_gpu` is set, and there is no GPU.
+        ValueError, OSError, FloatingPointError, RuntimeError: see `run_session`.
     """
     world = local_world(run.config.cluster)
     with Display() as display:
-        host = _LocalHost(run.folder / attempt, run.config.storage.keep_checkpoints, display)
-        run_session(run, world, host)
-    assert host.last is not None
-    return host.last
+        reporter = _LocalReporter(run.folder / attempt, run.config.storage.keep_checkpoints, display)
+        run_session(run, world, reporter)
+    assert reporter.last is not None
+    return reporter.last
 
 
-class _LocalHost:
+class _LocalReporter:
     """Keeps checkpoints in a folder of the run and shows progress at once."""
 
     def __init__(self, folder: Path, keep_checkpoints: int, display: Display) -> None:

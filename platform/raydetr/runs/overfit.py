@@ -14,7 +14,7 @@ from raydetr.config import RunConfig, from_dict, to_dict
 from raydetr.config.paths import is_remote
 from raydetr.runs import run
 
-# Settings that `overfit` decides
+# Settings that `overfit` sets itself
 OVERFIT_DECIDES = (
     "cluster.", "data.num_loader_workers", "data.batch_size", "data.limit_images", "data.train_transform.",
     "data.val_transform.", "optim.epochs", "evaluation.every_epochs",
@@ -23,7 +23,7 @@ OVERFIT_DECIDES = (
 
 @dataclass(frozen=True)
 class OverfitResult:
-    """AP on the training images; `seconds` is the wall time including start-up."""
+    """AP on the training images; `seconds` is the wall time, with start-up."""
 
     AP: float
     AP50: float
@@ -34,8 +34,8 @@ class OverfitResult:
     run: str  # folder
 
     def to_text(self) -> str:
-        """Return the numbers and the verdict."""
-        verdict = (
+        """Return the numbers and what they mean."""
+        conclusion = (
             "the model has learned these images: data, labels and settings fit together"
             if self.AP50 >= 0.8
             else "the model has not learned these images: look at the predictions; are the ground-truth boxes on the "
@@ -43,7 +43,7 @@ class OverfitResult:
         )
         return (
             f"{self.images} images, {self.steps} steps, {self.seconds:.0f} s: AP {self.AP:.3f}, AP50 {self.AP50:.3f}\n"
-            f"{verdict}\npredictions  {self.predictions}\nrun          {self.run}"
+            f"{conclusion}\npredictions  {self.predictions}\nrun          {self.run}"
         )
 
 
@@ -62,6 +62,12 @@ def overfit(
         num_steps: number of optimizer steps.
         long_side: pixels; long side of the resized images.
         out: folder for the results.
+
+    Raises:
+        ValueError: none of the images has an object, or the configuration or the shards cannot be used.
+        OSError: the shards cannot be read, or `out` cannot be written.
+        FloatingPointError: more steps than `optim.max_skipped_steps` were not finite.
+        TrackingError: MLflow cannot be reached at the start.
     """
     result = run.start(_few_images(config, data, num_images, num_steps, long_side), local=True, warn=False)
     if "AP" not in result.metrics:

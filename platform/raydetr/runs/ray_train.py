@@ -22,28 +22,28 @@ from ray.train.torch import TorchTrainer
 
 from raydetr.config import ClusterConfig
 from raydetr.console import Display, ProgressActor, RunProgress, print_status
-from raydetr.runs.final_errors import FinalError, StopAtFinalErrors
+from raydetr.runs.fatal_errors import FatalError, StopAtFatalErrors
 from raydetr.runs.session import Run, run_session
 from raydetr.training import checkpoint
 from raydetr.training.world import World
 
 POLL_SECONDS = 0.5  # between two readings of the progress
-WAITING_SECONDS = 60.0  # without a first step, before a line says what the run waits for
+WAITING_SECONDS = 60.0  # without a first step, before a line names what the run waits for
 
-# Ray reads these when it starts its processes; a value that the user has set stays
+# Ray reads these when it starts its processes. A value that the user has set is kept.
 SETTINGS = {
-    "RAY_AUTH_MODE": "disabled",  # else a token in the home folder decides, and other clusters refuse us
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for this poll: 2 s by default
+    "RAY_AUTH_MODE": "disabled",  # with a token in the home folder, other clusters would refuse the connection
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for this poll; 2 s by default
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints would appear twice
     "RAY_raylet_start_wait_time_s": "120",  # 30 s are too few on a busy machine
 }
 
 
 class LaunchError(RuntimeError):
-    """A run that could not be carried out on the cluster; the message says why."""
+    """A run failed on the cluster, or could not start there; the message has the reason."""
 
 
-# --- the driver's side ---
+# --- In the driver ---
 
 
 def train_on_ray(run: Run, attempt: str, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
@@ -52,7 +52,9 @@ def train_on_ray(run: Run, attempt: str, callbacks: Sequence[Any] = ()) -> dict[
     Checkpoints go to `run.folder`/`attempt`.
 
     Raises:
-        LaunchError: the cluster cannot hold the workers, or the training failed for good.
+        LaunchError: the workers do not fit on the cluster, or failed for good: at a fatal error, or after
+            `cluster.max_failures` restarts.
+        ConnectionError: no cluster answers at `cluster.address`.
     """
     cluster = run.config.cluster
     with connected(cluster) as address:
@@ -66,15 +68,16 @@ def train_on_ray(run: Run, attempt: str, callbacks: Sequence[Any] = ()) -> dict[
 
 
 def run_on_workers(work: Callable[[World], Any], cluster: ClusterConfig, scratch: Path) -> Any:
-    """Call `work` on every Ray Train worker; return what it returned on rank 0.
+    """Call `work` on every Ray Train worker; return its result on rank 0.
 
     Args:
-        work: is sent to the workers.
-        cluster: how many workers, and what each has.
-        scratch: a folder that all nodes see, for Ray's own files.
+        work: a picklable function.
+        cluster: the number of workers and their resources.
+        scratch: a folder on storage that all nodes mount, for Ray's own files.
 
     Raises:
-        LaunchError: the cluster cannot hold the workers, or one of them failed.
+        LaunchError: the workers do not fit on the cluster, or one of them failed.
+        ConnectionError: no cluster answers at `cluster.address`.
     """
     with connected(cluster) as address:
         check_resources(cluster, address)
@@ -85,24 +88,24 @@ def run_on_workers(work: Callable[[World], Any], cluster: ClusterConfig, scratch
 
 
 def build_trainer(run: Run, attempt: str, progress: Any, callbacks: Sequence[Any] = ()) -> TorchTrainer:
-    """Return the Ray Train run that trains `run`; its workers report to the actor `progress`."""
+    """Return the Ray Train trainer of `run`; its workers send their progress to the actor `progress`."""
     cluster, storage = run.config.cluster, run.config.storage
-    with_ours: list[Any] = [*callbacks, StopAtFinalErrors()]
+    all_callbacks: list[Any] = [*callbacks, StopAtFatalErrors()]
     run_config = ray.train.RunConfig(
         name=attempt,
         storage_path=str(run.folder),
         failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
         checkpoint_config=ray.train.CheckpointConfig(num_to_keep=storage.keep_checkpoints),
-        callbacks=with_ours,
+        callbacks=all_callbacks,
     )
     return _trainer(partial(_train, run, progress), cluster, run_config)
 
 
 def fit(trainer: TorchTrainer) -> ray.train.Result:
-    """Run to the end.
+    """Train to the end.
 
     Raises:
-        LaunchError: the workers failed for good; the message is that of the first failure.
+        LaunchError: the workers failed for good; the message is that of the worker with the lowest rank.
     """
     try:
         result = trainer.fit()
@@ -115,16 +118,22 @@ def fit(trainer: TorchTrainer) -> ray.train.Result:
 
 @contextmanager
 def connected(cluster: ClusterConfig) -> Iterator[str]:
-    """Connect to a Ray cluster: the one at `cluster.address`, that of the job we are in, or a new local one."""
+    """Connect to a Ray cluster; yield its address, or "existing" if this process is already connected.
+
+    The cluster is that of `cluster.address`, that of the job that this process belongs to, or a new local one.
+
+    Raises:
+        ConnectionError: no cluster answers at the address.
+    """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    if ray.is_initialized():  # a search, or a caller, holds the connection
+    if ray.is_initialized():  # by a search, or by the caller
         yield "existing"
         return
     address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
     ray.init(
         address=address,
-        include_dashboard=True,  # on loopback; without it stopped trials leak their resources
+        include_dashboard=True,  # on loopback; without it, stopped trials leak their resources
         log_to_driver=False,
         runtime_env=_runtime_env(),
         logging_level=logging.WARNING,
@@ -136,7 +145,7 @@ def connected(cluster: ClusterConfig) -> Iterator[str]:
 
 
 def check_resources(cluster: ClusterConfig, address: str) -> None:
-    """Refuse what a local cluster, which never grows, would wait for forever.
+    """Check that the workers fit on a local cluster. It does not autoscale: Ray would wait for resources forever.
 
     Raises:
         LaunchError: the workers need more CPUs or GPUs than the machine has.
@@ -150,7 +159,7 @@ def check_resources(cluster: ClusterConfig, address: str) -> None:
     ):
         if need > have.get(name, 0):
             raise LaunchError(
-                f"cluster.num_workers={cluster.num_workers} with cluster.{setting} needs {need} {name}s, this "
+                f"cluster.num_workers={cluster.num_workers} with cluster.{setting} needs {need} {name}s, and this "
                 f"machine has {have.get(name, 0):.0f}: lower them, or set cluster.address to a larger cluster"
             )
 
@@ -165,7 +174,10 @@ def _new_progress_actor() -> Any:
 
 
 def _runtime_env() -> dict[str, Any]:
-    """Return what lets workers import the packages from a job's working directory where they are not installed."""
+    """Return a runtime environment with which workers import the packages from a job's working directory.
+
+    Empty if this process is no job, or the packages are installed.
+    """
     in_job = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
     if not in_job or "PYTHONPATH" in in_job or not Path("platform/raydetr").exists():
         return {}
@@ -186,10 +198,10 @@ def _trainer(
 
 
 def _root_cause(error: BaseException) -> str:
-    """Return the message of the first failing worker, without the tracebacks of Ray's own layers."""
-    final = getattr(error, "controller_failure", None)
-    if isinstance(final, FinalError):
-        return str(final)
+    """Return the message of the failed worker with the lowest rank, without the tracebacks of Ray's own layers."""
+    fatal = getattr(error, "controller_failure", None)
+    if isinstance(fatal, FatalError):
+        return str(fatal)
     failures = getattr(error, "worker_failures", None)
     if not failures:
         return str(error)
@@ -198,14 +210,14 @@ def _root_cause(error: BaseException) -> str:
 
 
 def _waiting(cluster: ClusterConfig) -> str:
-    """Return why nothing has happened yet, as far as it can be seen from here."""
+    """Describe which resources the run needs, and which the cluster has."""
     have = _resources()
     need = (
         f"{cluster.num_workers} workers with {cluster.cpus_per_worker} CPUs" + " and 1 GPU" * cluster.use_gpu
     )
     return (
         f"waiting for {need} each; the cluster has {have.get('CPU', 0):.0f} CPUs and {have.get('GPU', 0):.0f} "
-        "GPUs in all (more, if it grows); `ray status` says what is free"
+        "GPUs in all (more if it autoscales); `ray status` shows which are free"
     )
 
 
@@ -233,39 +245,39 @@ def _polling(actor: Any, display: Display, cluster: ClusterConfig) -> Iterator[N
         thread.join()
 
 
-# --- the workers' side ---
+# --- In the workers ---
 
 
 def _train(run: Run, progress: Any) -> None:
     """Train as one worker."""
     _check_storage(run.folder)
-    run_session(_continued(run), _world(run.config.cluster.cpus_per_worker), _RayHost(progress))
+    run_session(_continued(run), _world(run.config.cluster.cpus_per_worker), _RayReporter(progress))
 
 
 def _work(work: Callable[[World], Any], result: Any, cpus: int) -> None:
-    """Call `work` as one worker; rank 0 sends what it returned to the actor `result`."""
+    """Call `work` as one worker; rank 0 sends the result to the actor `result`."""
     world = _world(cpus)
     value = work(world)
     if world.is_main:
         ray.get(result.update.remote(value))
 
 
-class _RayHost:
+class _RayReporter:
     """Publishes through `ray.train.report`, which every worker must call equally often."""
 
     def __init__(self, progress_actor: Any) -> None:
         self._progress_actor = progress_actor
 
     def publish(self, name: str, metrics: Mapping[str, Any], write: checkpoint.Writer | None) -> None:
-        # The name is a function of the epoch: an epoch that is trained again after a failure overwrites its first try
+        # The name is a function of the epoch: an epoch that is trained again after a failure overwrites its checkpoint
         with tempfile.TemporaryDirectory(prefix="raydetr-") as temporary:
             kept = None
             if write is not None:
-                # Ray copies the files in no promised order: where it keeps them, meta.json does not come last, and only
-                # the size and the checksum in it tell a complete checkpoint
+                # Ray guarantees no order of the copied files: in the copy, meta.json is not always written last, and
+                # only the size and the checksum in it show that a checkpoint is complete.
                 write(Path(temporary))
                 kept = ray.train.Checkpoint.from_directory(temporary)
-            group = ray.util.get_current_placement_group()  # a search frees it if it stops this run
+            group = ray.util.get_current_placement_group()  # a search removes it if it stops this run
             assert group is not None
             reported = {**metrics, "placement_group": group.id.hex()}
             ray.train.report(reported, checkpoint=kept, checkpoint_dir_name=name)
@@ -290,6 +302,6 @@ def _check_storage(folder: Path) -> None:
     if not (folder / "config.yaml").exists():
         node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         raise FileNotFoundError(
-            f"{folder} (storage.path) is not seen from node {node}: "
+            f"{folder} (storage.path) does not exist on node {node}: "
             "with more than one node, storage.path must be on storage that all nodes mount"
         )

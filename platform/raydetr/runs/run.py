@@ -1,4 +1,4 @@
-"""Start and resume a run, from the driver's side: check, make its folder and its MLflow run, train, summarize."""
+"""Start and resume a run, in the driver: check, create its folder and its MLflow run, train, summarize."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _FIXED = ("recipe", "init.", "model.backbone.weights", "storage.path", "tracking
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run leaves."""
+    """Result of a finished run."""
 
     name: str
     folder: Path
@@ -59,7 +59,9 @@ class RunResult:
         """Return the AP table, the run's artifacts, and the next commands."""
         metrics, checkpoint = self.metrics, shlex.quote(str(self.checkpoint))
         table = ApTable.from_dict(metrics["table"])
-        notes = evaluation_warnings(metrics.get("unpredicted_images", 0), metrics.get("lost_annotations", 0))
+        notes = evaluation_warnings(
+            metrics.get("unpredicted_images", 0), metrics.get("unreadable_records", 0)
+        )
         if metrics.get("corrupt_samples"):
             notes.append(
                 f"{metrics['corrupt_samples']} samples were corrupt; {self.folder / CORRUPT_LOG} lists them"
@@ -102,12 +104,14 @@ def start(
         name: of the run; None: a new one. A search names its trials.
         parent_run_id: of the search's MLflow run.
         callbacks: of the search, for Ray Train.
-        warn: print what is odd in the data.
+        warn: print warnings about the data.
 
     Raises:
         ConfigError: the configuration contradicts itself or the data.
-        FileNotFoundError, ValueError: the shards cannot be used.
-        LaunchError: the cluster could not carry it out.
+        CheckpointError: `init.checkpoint` cannot be used.
+        OSError, ValueError: the shards cannot be used.
+        TrackingError: MLflow cannot be reached before the first step.
+        LaunchError: the run failed on Ray; with `local`, the errors of `run_session` instead.
     """
     config, (train, val) = resolve(config)
     if warn:
@@ -129,8 +133,12 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
     """Continue the run in `folder` from its newest complete checkpoint, in the same MLflow run.
 
     Raises:
-        ConfigError: `folder` is no run.
+        ConfigError: `folder` is no run, the run has trained all its epochs, an override has no effect on a resumed
+            run, or the configuration contradicts itself or the data.
         CheckpointError: the run has no complete checkpoint, or the overrides do not fit it.
+        OSError, ValueError: the shards cannot be used.
+        TrackingError: MLflow cannot be reached before the first step.
+        LaunchError: the run failed on Ray; with `local`, the errors of `run_session` instead.
     """
     folder = folder.expanduser().absolute()  # Ray and the workers have working directories of their own
     if not (folder / "config.yaml").exists():
@@ -147,7 +155,7 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
     epochs = config.optim.epochs
     if checkpoint.check_compatible(last, config, train).position >= epochs * train.num_samples:
         raise ConfigError(
-            f"{folder}: has trained all {epochs} epochs already; set optim.epochs higher to continue, "
+            f"{folder}: has already trained all {epochs} epochs; set optim.epochs higher to continue, "
             "or start a new run"
         )
     run_id = (folder / "mlflow_run_id").read_text()
@@ -166,21 +174,22 @@ def print_warnings(config: RunConfig, train: Shards, val: Shards) -> None:
 
 
 def new_name(prefix: str) -> str:
-    """Return a name that no other run has."""
+    """Return a name that no other run has: `prefix`, time (UTC) and four random digits."""
     return f"{prefix}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
 
 
 def resolve(config: RunConfig) -> tuple[RunConfig, tuple[Shards, Shards]]:
-    """Make paths absolute, set what the data decides, and check for contradictions.
+    """Make paths absolute, set the number of classes if it is not given, and check for contradictions.
 
     Returns:
-        The resolved configuration, and the training and validation shards, which a driver opens only here.
+        the resolved configuration, and the training and validation shards, which the driver opens only here.
 
     Raises:
         ConfigError: the classes differ between the splits or from `model.num_classes`, the batch cannot be divided
-            among the workers, or the precision does not go with the device.
+            among the workers, or the device does not support the precision.
+        OSError, ValueError: the shards cannot be used.
     """
-    # In a Ray job the working directory is a copy that is deleted afterwards
+    # In a Ray job, the working directory is a copy that is deleted afterwards
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     config = absolute_paths(config, Path.home() / "raydetr" if in_job else Path.cwd())
     write_missing_synthetic(config.data)
@@ -247,7 +256,7 @@ def _execute(run: Run, local: bool, callbacks: Sequence[Any] = ()) -> RunResult:
 
 
 def _finish(uri: str, run_id: str, status: mlflow_run.Status, last: Path | None = None) -> None:
-    """End the MLflow run; a server that is down then must not take the result of the training with it."""
+    """End the MLflow run. A server that cannot be reached is a warning: the training has its result."""
     try:
         if last is not None:
             meta = dataclasses.asdict(checkpoint.read_meta(last))
@@ -260,7 +269,7 @@ def _finish(uri: str, run_id: str, status: mlflow_run.Status, last: Path | None 
 
 
 def _log_description(uri: str, run_id: str, config: RunConfig, splits: tuple[Shards, Shards]) -> None:
-    """Log what is known before the first step: settings, data, environment."""
+    """Log settings, data and environment."""
     mlflow_run.log_params(uri, run_id, flatten(to_dict(config)))
     for context, shards in zip(("training", "validation"), splits, strict=True):
         mlflow_run.log_dataset(
@@ -280,7 +289,7 @@ def _log_description(uri: str, run_id: str, config: RunConfig, splits: tuple[Sha
 
 
 def _ui_command(uri: str) -> str:
-    """Return what shows the runs at a tracking URI: `make ui` for the default one, else a command of MLflow's."""
+    """Return the command that shows the runs at a tracking URI: `make ui` for the default one."""
     if uri == mlflow_run.default_uri(Path("runs")) and Path("Makefile").exists():
         return "make ui"
     if uri.startswith(("http://", "https://")):

@@ -1,7 +1,7 @@
-"""Run one process's part of a run: the training loop with its checkpoints, metrics, images and progress.
+"""Run the training loop in one process of a run, with its checkpoints, metrics, images and progress.
 
-What differs between Ray Train and a single local process is passed as a `Host`: how a checkpoint is published, and how
-progress is shown. There is no Ray here.
+There is no Ray here. Checkpoints and progress go to a `Reporter`, of which there is one for Ray Train and one for a
+single local process.
 """
 
 from __future__ import annotations
@@ -46,25 +46,34 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """What every worker of a run gets, beside its rank."""
+    """A run, as all its workers get it."""
 
     config: RunConfig  # resolved: paths are absolute
-    folder: Path  # of the run, on storage that all workers see
+    folder: Path  # on storage that all nodes mount
     mlflow_run_id: str
     resume_from: Path | None = None  # checkpoint folder
 
 
-class Host(Protocol):
-    """What runs the session: Ray Train or a local process."""
+class Reporter(Protocol):
+    """Takes the checkpoints and the progress of a session: for Ray Train, or in a local process."""
 
     def publish(self, name: str, metrics: Mapping[str, Any], write: checkpoint.Writer | None) -> None:
-        """Keep a checkpoint (`write` writes it into a folder; None on all ranks but 0)."""
+        """Publish the metrics of an evaluation, and keep its checkpoint. All ranks call it.
+
+        Args:
+            name: of the checkpoint's folder.
+            metrics: plain values.
+            write: writes the checkpoint into a folder; None on all ranks but 0.
+
+        Raises:
+            OSError, RuntimeError: the checkpoint cannot be written.
+        """
 
     def show(self, progress: RunProgress) -> None:
-        """Show how far the run is."""
+        """Show the progress of the run, without waiting for anything."""
 
 
-def run_session(run: Run, world: World, host: Host) -> None:
+def run_session(run: Run, world: World, reporter: Reporter) -> None:
     """Train and evaluate to the end, as one of `world.size` processes.
 
     Raises:
@@ -72,11 +81,15 @@ def run_session(run: Run, world: World, host: Host) -> None:
         FloatingPointError: more steps than `optim.max_skipped_steps` were not finite.
         ShardError: a sample is corrupt, and `data.on_corrupt` is "raise".
         TooManyCorruptError: more samples are corrupt than `data.max_corrupt` allows.
+        RemoteError: a server of shards cannot be reached.
+        LoaderError: a loader process died.
+        ValueError: the shards or the model cannot be used.
+        OSError, RuntimeError: a checkpoint cannot be written, or another worker died.
     """
     config = run.config
     train_shards, val_shards = open_splits(config.data, sizes_known=True)
     torch.manual_seed(config.seed)  # the initial weights are the same on every worker
-    # All weights come from a checkpoint: the file of the backbone's, which this machine may lack, is not read
+    # A checkpoint has all weights: the file of the backbone's weights, which this machine may lack, is not read
     has_weights = run.resume_from is not None or config.init.checkpoint is not None
     backbone = replace(config.model.backbone, weights=None) if has_weights else config.model.backbone
     model = zoo.build(replace(config.model, backbone=backbone))
@@ -85,7 +98,7 @@ def run_session(run: Run, world: World, host: Host) -> None:
     training = Training(config, model, train_shards.num_samples, world)
     if run.resume_from is not None:
         checkpoint.restore(run.resume_from, training, train_shards)
-    session = _Session(run, training, train_shards, val_shards, host)
+    session = _Session(run, training, train_shards, val_shards, reporter)
     try:
         session.run()
     finally:
@@ -94,10 +107,10 @@ def run_session(run: Run, world: World, host: Host) -> None:
 
 class _Session:
     def __init__(
-        self, run: Run, training: Training, train_shards: Shards, val_shards: Shards, host: Host
+        self, run: Run, training: Training, train_shards: Shards, val_shards: Shards, reporter: Reporter
     ) -> None:
         self.config, self.folder = run.config, run.folder
-        self.training, self.host = training, host
+        self.training, self.reporter = training, reporter
         self.train_shards, self.val_shards = train_shards, val_shards
         self.is_main = training.world.is_main
         if self.is_main:
@@ -121,7 +134,7 @@ class _Session:
                     self._on_evaluation(report)
 
     def close(self) -> None:
-        """Send what is left to MLflow. A server that is down does not undo a training that is done."""
+        """Send the remaining values to MLflow. If it cannot be reached, log an error: the training is complete."""
         if self.tracker is not None:
             try:
                 self.tracker.close()
@@ -148,10 +161,10 @@ class _Session:
             self._show("training")
 
     def _on_skipped(self, report: StepReport, skipped: SkippedStep) -> None:
-        """Keep what is needed to find the cause; stop the run, on every worker, after too many such steps."""
+        """Write a skipped step to disk, to find its cause; stop the run, on every worker, after too many of them."""
         training = self.training
         skipped.dump(self.folder, training.world.rank)
-        training.world.all_gather(None)  # all dumps are complete before any worker stops
+        training.world.all_gather(None)  # no worker stops before all dumps are complete
         self.warning = f"skipped {skipped.describe(self.folder)}"
         if self.is_main:
             self._log(report.step, report.position, {"skipped_steps": training.skipped_steps})
@@ -177,7 +190,7 @@ class _Session:
         limit = self.config.data.max_corrupt
         limit = default_max_corrupt(training.num_samples) if limit is None else limit
         if corrupt_log.num_samples > limit:
-            training.world.all_gather(None)  # the file is complete before any worker stops
+            training.world.all_gather(None)  # no worker stops before the file is complete
             corrupt_log.check(limit, self.folder)
 
     def _on_evaluation(self, report: EvaluationReport) -> None:
@@ -188,12 +201,12 @@ class _Session:
         metrics["corrupt_samples"] = self.training.corrupt_log.num_samples
         if self.is_main:
             truth = ground_truth(self.val_shards, self.config.data.on_corrupt)
-            metrics["lost_annotations"] = truth.num_unreadable
+            metrics["unreadable_records"] = truth.num_unreadable_records
             metrics |= self._record(coco_ap(truth.coco, report.results), report)
         metrics["skipped_steps"] = self.training.skipped_steps
         metrics["peak_rss_mb"] = max(self.training.world.all_gather(_peak_rss_mb()))
         metrics["train_seconds"] = time.perf_counter() - self.began
-        self.host.publish(f"epoch-{report.epoch:04d}", metrics, self._writer(report, metrics))
+        self.reporter.publish(f"epoch-{report.epoch:04d}", metrics, self._writer(report, metrics))
 
     def _record(self, table: ApTable, report: EvaluationReport) -> dict[str, Any]:
         """Log an evaluation, on rank 0; return its numbers."""
@@ -217,9 +230,7 @@ class _Session:
                 precision=self.history.curves("AP", "epoch"),
             ).savefig(curves)
             draw_grid(_annotated_images(self.val_shards, results), score_threshold=SCORE_THRESHOLD).save(grid)
-        except (
-            Exception
-        ) as error:  # whatever it is: images must not end a run before its checkpoint is written
+        except Exception as error:  # of any type: images must not end a run before its checkpoint is written
             log.error("no curves or images of this evaluation: %s: %s", type(error).__name__, error)
             return
         for file in (curves, grid):
@@ -237,7 +248,7 @@ class _Session:
 
     def _show(self, phase: str) -> None:
         training = self.training
-        self.host.show(
+        self.reporter.show(
             RunProgress(
                 step=training.step,
                 total_steps=training.total_steps,
@@ -267,7 +278,7 @@ def _annotated_images(shards: Shards, results: Sequence[dict[str, Any]]) -> list
         try:
             sample = shards.read(index)
             image = decode_image(sample.image)
-        except (ShardError, ImageError):  # reported by the evaluation that was just done
+        except (ShardError, ImageError):  # the evaluation has reported it
             continue
         images.append(
             AnnotatedImage(

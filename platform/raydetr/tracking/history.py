@@ -12,9 +12,10 @@ class History:
     """Rows {"step", "position", metric: value, ...} in chronological order."""
 
     def __init__(self, path: Path, position: int, is_writer: bool) -> None:
-        """Read the rows up to `position`; drop those that an interrupted attempt logged after it.
+        """Read the rows up to `position`; drop those after it.
 
-        The run trains these steps again from its checkpoint, and would otherwise have them twice.
+        An interrupted process may have logged rows after its last checkpoint. The run trains these steps again, and
+        would otherwise have them twice.
         """
         self._path, self._is_writer = path, is_writer
         lines = path.read_text().splitlines() if path.exists() else []

@@ -68,7 +68,7 @@ class TrackedRun:
     artifacts: tuple[str, ...]
 
 
-# --- writing ---
+# --- Writing ---
 
 
 def default_uri(storage_path: Path) -> str:
@@ -92,6 +92,9 @@ def create_run(
     """Create a run, and the database and the experiment if they are missing; return the id of the run.
 
     Call it in the driver only: two processes that create the same database at the same time can fail.
+
+    Raises:
+        TrackingError: MLflow cannot be reached, or refuses.
     """
     parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
     with _tracking_errors(uri, f"create the run {run_name}"):
@@ -102,13 +105,21 @@ def create_run(
 
 
 def reopen_run(uri: str, run_id: str) -> None:
-    """Set a run back to RUNNING: a resumed training continues in the same MLflow run."""
+    """Set a run back to RUNNING: a resumed training continues in the same MLflow run.
+
+    Raises:
+        TrackingError: MLflow cannot be reached, or has no such run.
+    """
     with _tracking_errors(uri, f"reopen the run {run_id}"):
         connect(uri).update_run(run_id, status="RUNNING")
 
 
 def finish_run(uri: str, run_id: str, status: Status) -> None:
-    """Set the final status and the end time."""
+    """Set the final status and the end time.
+
+    Raises:
+        TrackingError: MLflow cannot be reached, or has no such run.
+    """
     with _tracking_errors(uri, f"finish the run {run_id}"):
         connect(uri).set_terminated(run_id, status=status)
 
@@ -118,6 +129,9 @@ def log_params(uri: str, run_id: str, params: Mapping[str, Any]) -> dict[str, tu
 
     MLflow does not allow a param to change. If a resumed run has other values, the first ones stay, and the tag
     `raydetr.changed_on_resume` lists the changes.
+
+    Raises:
+        TrackingError: MLflow cannot be reached, or has no such run.
     """
     texts = {path: _param_text(value) for path, value in params.items()}
     with _tracking_errors(uri, f"log the params of run {run_id}"):
@@ -134,7 +148,11 @@ def log_params(uri: str, run_id: str, params: Mapping[str, Any]) -> dict[str, tu
 
 
 def set_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
-    """Set tags of a run; existing tags are replaced."""
+    """Set tags of a run; existing tags are replaced.
+
+    Raises:
+        TrackingError: MLflow cannot be reached, or has no such run.
+    """
     with _tracking_errors(uri, f"set tags of run {run_id}"):
         for name, value in tags.items():
             connect(uri).set_tag(run_id, name, value[:_TAG_LENGTH])
@@ -157,6 +175,9 @@ def log_dataset(
         source: folder or URL of the shards.
         context: "training" or "validation".
         profile: numbers that describe the dataset, such as num_images.
+
+    Raises:
+        TrackingError: MLflow cannot be reached, or has no such run.
     """
     dataset = Dataset(
         name=name,
@@ -171,12 +192,16 @@ def log_dataset(
 
 
 def log_text(uri: str, run_id: str, text: str, file: str) -> None:
-    """Store a text as the artifact `file`, a path within the run's artifacts."""
+    """Store a text as the artifact `file`, a path within the run's artifacts.
+
+    Raises:
+        TrackingError: MLflow cannot be reached, or has no such run.
+    """
     with _tracking_errors(uri, f"store {file} of run {run_id}"):
         store_file(connect(uri), run_id, file, text.encode())
 
 
-# --- reading ---
+# --- Reading ---
 
 
 def fetch_run(uri: str, run_id_or_name: str) -> TrackedRun:
@@ -212,11 +237,16 @@ def fetch_artifact(uri: str, run_id: str, file: str) -> bytes:
         return Path(_connect_to_read(uri).download_artifacts(run_id, file, folder)).read_bytes()
 
 
-# --- helpers ---
+# --- Helpers ---
 
 
 def connect(uri: str) -> MlflowClient:
-    """Return a client that writes; create the folder of a SQLite database (MLflow creates the database)."""
+    """Return a client that writes; create the folder of a SQLite database (MLflow creates the database).
+
+    Raises:
+        OSError: the folder cannot be created.
+        MlflowException: the URI is not valid.
+    """
     file = sqlite_file(uri)
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -254,7 +284,7 @@ def _experiment_id(client: MlflowClient, uri: str, experiment: str) -> str:
     if found is not None:
         return str(found.experiment_id)
     file = sqlite_file(uri)
-    # Next to the database: MLflow would put the artifacts into the current working directory
+    # By default, MLflow would put the artifacts into the current working directory
     artifacts = (file.absolute().parent / "mlflow-artifacts").as_uri() if file else None
     try:
         return str(client.create_experiment(experiment, artifact_location=artifacts))
@@ -276,7 +306,11 @@ def metric_name(name: str) -> str:
 
 
 def store_file(client: MlflowClient, run_id: str, file: str, content: bytes) -> None:
-    """Store bytes as the artifact `file`, a path within the run's artifacts."""
+    """Store bytes as the artifact `file`, a path within the run's artifacts.
+
+    Raises:
+        OSError, MlflowException: MLflow cannot be reached, or refuses.
+    """
     path = PurePosixPath(file)
     folder = str(path.parent) if path.parent.name else None
     with tempfile.TemporaryDirectory(prefix="raydetr-") as temporary:
@@ -289,7 +323,7 @@ def _find_run(client: MlflowClient, uri: str, run_id_or_name: str) -> Run:
     if re.fullmatch("[0-9a-f]{32}", run_id_or_name):
         return client.get_run(run_id_or_name)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    quote = '"' if "'" in run_id_or_name else "'"  # the one that is not in the name
+    quote = '"' if "'" in run_id_or_name else "'"  # whichever is not in the name
     named = f"attributes.run_name = {quote}{run_id_or_name}{quote}"
     found = client.search_runs(experiments, named, ViewType.ACTIVE_ONLY)
     if len(found) == 1:
@@ -315,5 +349,5 @@ def _walk(client: MlflowClient, run_id: str, folder: str | None) -> Iterator[str
 
 
 def _restore_infinity(value: float) -> float:
-    # MLflow's database stores an infinity as the largest finite number
+    # MLflow's database stores infinity as the largest finite number
     return math.copysign(math.inf, value) if abs(value) >= 1.79e308 else value

@@ -22,7 +22,7 @@ class Tracker:
     """Logs to one run. No call waits for MLflow, except `flush` and `close`.
 
     Values and files go into a buffer in memory, which a thread sends every `interval_s` seconds. If sending fails, they
-    stay in the buffer for the next attempt. A value can be sent twice: MLflow ignores a point that it already has
+    stay in the buffer and are sent again. A value can be sent twice: MLflow ignores a point that it already has
     (same key, step, timestamp and value).
     """
 
@@ -49,7 +49,11 @@ class Tracker:
             self._metrics += rows
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
-        """Store a copy of a (small) file in `folder`, with its current content."""
+        """Store a copy of a (small) file in `folder`, with its current content.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
         self.log_bytes(path.read_bytes(), str(PurePosixPath(folder) / path.name))
 
     def log_text(self, text: str, file: str) -> None:
@@ -119,7 +123,7 @@ class Tracker:
     def _send_metrics(self, client: MlflowClient) -> None:
         while batch := self._metrics[:METRICS_PER_BATCH]:
             client.log_batch(self.run_id, metrics=batch)
-            # Removed only after MLflow has them. Other threads only append, so that the first ones are still these
+            # Removed only after MLflow has them. Other threads only append, so the first ones are still these.
             with self._changed:
                 del self._metrics[: len(batch)]
 

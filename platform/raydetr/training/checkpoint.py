@@ -58,7 +58,7 @@ _META = TypeAdapter(Meta)
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its trained weights (the moving average if there is one), in eval mode."""
+    """A model with its trained weights (the EMA if there is one), in eval mode."""
 
     config: RunConfig
     model: zoo.Model
@@ -66,7 +66,11 @@ class LoadedModel:
 
 
 def save(folder: Path, training: Training, shards: Shards, epoch: int, metrics: Mapping[str, float]) -> None:
-    """Write the state of `training`, trained on `shards`, into `folder`, which is new or empty."""
+    """Write the state of `training`, trained on `shards`, into `folder`, which is new or empty.
+
+    Raises:
+        OSError, RuntimeError: the files cannot be written; torch raises RuntimeError for a full disk.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     ema = training.ema
     state = {
@@ -77,7 +81,7 @@ def save(folder: Path, training: Training, shards: Shards, epoch: int, metrics: 
         "scaler": training.scaler.state_dict(),
         "skipped_steps": training.skipped_steps,
         "corrupt_samples": training.corrupt_log.to_dicts(),
-        # Schedule, data order and random draws are functions of these two: no generator states are needed
+        # Schedule, order and random draws are functions of these two: no generator states are needed
         "position": training.position,
         "seed": training.config.seed,
     }
@@ -94,10 +98,14 @@ def save(folder: Path, training: Training, shards: Shards, epoch: int, metrics: 
 
 
 def write(folder: Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-    """Write `state` and its description into `folder`; `meta` has the fields of Meta without size and checksum."""
-    # The order is the commit: the state first, then meta.json under its final name. A process that is killed in
-    # between leaves a folder without meta.json, which is no checkpoint. The size and the checksum detect what the
-    # order cannot: a state that was cut off or changed later, for example by an incomplete copy
+    """Write `state` and its description into `folder`; `meta` has the fields of Meta without size and checksum.
+
+    Raises:
+        OSError, RuntimeError: the files cannot be written; torch raises RuntimeError for a full disk.
+    """
+    # The order makes the write atomic: the state first, then meta.json under its final name. A process that is killed
+    # in between leaves a folder without meta.json, which is no checkpoint. The size and the checksum detect what the
+    # order cannot: a state that was truncated or changed later, for example by an incomplete copy.
     path = folder / "state.pt"
     torch.save(state, path)
     complete = Meta(**meta, state_bytes=path.stat().st_size, state_crc32=_crc32(path))
@@ -137,14 +145,14 @@ def read_meta(folder: Path) -> Meta:
 
 
 def check_compatible(folder: Path, config: RunConfig, shards: Shards) -> Meta:
-    """Verify that a run of `config` on `shards` can resume from a checkpoint; return its description.
+    """Check that a run of `config` on `shards` can resume from a checkpoint; return its description.
 
     Raises:
         CheckpointError: it is corrupt, or was made by another model, with other settings, or on other data.
     """
     meta = read_meta(folder)
-    theirs = run_config(folder, meta)
-    differences = model_differences(theirs, config, ignored=("backbone.weights",))
+    source = run_config(folder, meta)
+    differences = model_differences(source, config, ignored=("backbone.weights",))
     if differences:
         raise CheckpointError(f"{folder}: made by another model: {', '.join(differences)}")
     if meta.fingerprint != shards.fingerprint:
@@ -158,9 +166,9 @@ def check_compatible(folder: Path, config: RunConfig, shards: Shards) -> Meta:
             f"this program has version {ORDER_VERSION} and would repeat some samples and omit others. Start a new run "
             f"from its weights (init.checkpoint={folder}), or resume it with the program that made it."
         )
-    if theirs.seed != config.seed:
-        raise CheckpointError(f"{folder}: made with seed {theirs.seed}, the run has {config.seed}")
-    before, now = theirs.optim.ema_decay, config.optim.ema_decay
+    if source.seed != config.seed:
+        raise CheckpointError(f"{folder}: made with seed {source.seed}, the run has {config.seed}")
+    before, now = source.optim.ema_decay, config.optim.ema_decay
     if (before is None) != (now is None):
         raise CheckpointError(f"{folder}: optim.ema_decay was {before}, the run has {now}")
     return meta
@@ -178,13 +186,19 @@ def run_config(folder: Path, meta: Meta) -> RunConfig:
         raise CheckpointError(f"{folder}: its configuration is not one of this version: {error}") from None
 
 
-def model_differences(theirs: RunConfig, ours: RunConfig, ignored: tuple[str, ...] = ()) -> list[str]:
-    """Return a phrase for each setting of the model that differs; `ignored` are prefixes of setting names."""
-    there, here = (flatten(to_dict(config)["model"]) for config in (theirs, ours))
+def model_differences(source: RunConfig, config: RunConfig, ignored: tuple[str, ...] = ()) -> list[str]:
+    """Return a phrase for each setting of the model that differs between a checkpoint and a run.
+
+    Args:
+        source: configuration of the checkpoint.
+        config: of the run.
+        ignored: prefixes of the names of settings that may differ.
+    """
+    before, now = (flatten(to_dict(each)["model"]) for each in (source, config))
     return [
-        f"model.{name} is {there.get(name)!r} there and {here.get(name)!r} here"
-        for name in dict.fromkeys([*there, *here])
-        if there.get(name) != here.get(name) and not name.startswith(ignored)
+        f"model.{name} is {before.get(name)!r} in the checkpoint and {now.get(name)!r} in the run"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name) and not name.startswith(ignored)
     ]
 
 
@@ -240,7 +254,7 @@ def newest_complete(folders: Iterable[Path]) -> tuple[Path | None, list[str]]:
 
 
 def _load_state(folder: Path, device: torch.device) -> dict[str, Any]:
-    # weights_only: unpickling anything else could run code from the file
+    # Only weights: unpickling anything else could run code from the file
     state: dict[str, Any] = torch.load(folder / "state.pt", map_location=device, weights_only=True)
     return state
 

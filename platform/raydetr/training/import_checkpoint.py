@@ -64,7 +64,7 @@ class ImportedCheckpoint:
 
 
 def import_checkpoint(
-    file: Path, model: str, out: Path, annotations: Path | None = None, *, averaged: bool = False
+    file: Path, model: str, out: Path, annotations: Path | None = None, *, ema: bool = False
 ) -> ImportedCheckpoint:
     """Convert an official checkpoint into a checkpoint folder.
 
@@ -74,17 +74,19 @@ def import_checkpoint(
             (`dino`), of whose recipes the one that fits is chosen.
         out: the folder to write; new or empty.
         annotations: a COCO JSON file with the categories that the model was trained on; None: COCO's 80.
-        averaged: take the averaged weights (`ema_model`) of the file.
+        ema: take the EMA weights (`ema_model`) of the file.
 
     Raises:
         ValueError: the file is not a checkpoint, or not of this model (the message names what was found), has weights
-            that are not numbers, the name of the model is unknown, or the categories do not fit its number of classes.
+            that are NaN or infinite, the name of the model is unknown, or the categories do not fit its number of
+            classes.
+        OSError: `out` cannot be written.
     """
     candidates = _candidates(model)
     content = read_official(file)
-    if averaged and content.averaged is None:
-        raise ValueError(f"{file}: has no averaged weights (ema_model): omit --ema")
-    official = content.weights if content.averaged is None or not averaged else content.averaged
+    if ema and content.ema is None:
+        raise ValueError(f"{file}: has no EMA weights (ema_model): omit --ema")
+    official = content.weights if content.ema is None or not ema else content.ema
     require_finite(official, file)
     architecture = recognize_architecture(official)
     expected = candidates[0].model.architecture
@@ -113,23 +115,21 @@ def import_checkpoint(
         _num_classes(config.model),
         num_parameters,
         categories,
-        _notes(content, averaged),
+        _notes(content, ema),
     )
 
 
-def _notes(content: OfficialFile, averaged: bool) -> list[str]:
+def _notes(content: OfficialFile, ema: bool) -> list[str]:
     notes = []
-    if content.averaged is not None and not averaged:
-        notes.append(
-            "the file also has averaged weights (ema_model), which are usually better: --ema takes them"
-        )
+    if content.ema is not None and not ema:
+        notes.append("the file also has EMA weights (ema_model), which are usually better: --ema takes them")
     if content.omitted:
         notes.append(f"objects of {', '.join(content.omitted)} in the file were not loaded")
     return notes
 
 
 def _candidates(model: str) -> list[RunConfig]:
-    """Return the recipes that a name can mean, one per different model."""
+    """Return the recipes that a name can stand for, one per different model."""
     known: dict[str, list[RunConfig]] = {}
     official = [recipe for recipe in recipes.RECIPES if _is_official(recipe.__name__)]
     for config in (recipe() for recipe in official):
@@ -147,7 +147,7 @@ def _find_match(
 ) -> tuple[RunConfig, dict[str, Tensor]]:
     """Return the one candidate that the file's parameters fit, with its number of classes, and the state dict."""
     matches: list[tuple[RunConfig, dict[str, Tensor]]] = []
-    misfits: list[str] = []
+    mismatches: list[str] = []
     for candidate in candidates:
         own = _meta_state(candidate.model, 1)
         num_classes = _count_classes(candidate.model, own, official)
@@ -156,9 +156,9 @@ def _find_match(
             state = from_official(config.model, official, _meta_state(config.model, num_classes))
             matches.append((config, state))
         except ValueError as error:
-            misfits.append(f"{_without_epochs(candidate.recipe)}: {error}")
+            mismatches.append(f"{_without_epochs(candidate.recipe)}: {error}")
     if not matches:
-        raise ValueError(f"{file}: {_found(official)}, but {'; '.join(misfits)}")
+        raise ValueError(f"{file}: {_found(official)}, but {'; '.join(mismatches)}")
     names = [_without_epochs(config.recipe) for config, _ in matches]
     if len(matches) > 1:
         raise ValueError(
@@ -186,16 +186,15 @@ def _meta_state(model: ModelConfig, num_classes: int) -> dict[str, Tensor]:
 
 
 def _categories(file: Path, num_classes: int, annotations: Path | None) -> tuple[list[dict[str, Any]], str]:
-    """Return the categories, and the label map: how the model numbers them."""
+    """Return the categories, and the kind of the label map of the model."""
     categories = COCO_CATEGORIES if annotations is None else read_categories(annotations)
     last = max(category["id"] for category in categories)
     if num_classes == last + 1:
         return categories, "category_id"
     if num_classes == len(categories):
         return categories, "contiguous"
-    if (
-        annotations is not None and num_classes > last + 1
-    ):  # unused outputs at the end, as in the official code
+    # The official code may have unused outputs at the end
+    if annotations is not None and num_classes > last + 1:
         return categories, "category_id"
     source = "COCO has" if annotations is None else f"{annotations} has"
     remedy = (

@@ -1,7 +1,7 @@
 """Initialize the weights of a new run: from a checkpoint (`init.checkpoint`), or at random.
 
 Weights that do not depend on the classes are kept. The rows of the class heads are those of the classes with the same
-names; classes without a namesake in the checkpoint keep their new rows.
+names; classes that the checkpoint does not have keep their new rows.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _IGNORED = (
 )
 
 
-def summarize(config: RunConfig, here: LabelMap) -> list[str]:
+def summarize(config: RunConfig, label_map: LabelMap) -> list[str]:
     """Return lines about the initial weights of a new run, to print before it starts.
 
     Args:
         config: of the run, resolved.
-        here: labels of the run.
+        label_map: of the run.
 
     Raises:
         CheckpointError: `init.checkpoint` is not a complete checkpoint.
@@ -65,37 +65,37 @@ def summarize(config: RunConfig, here: LabelMap) -> list[str]:
             "weights: omit one of them"
         )
     meta = read_meta(config.init.checkpoint)
-    theirs = run_config(config.init.checkpoint, meta)
-    check_shapes(theirs, config)
+    source = run_config(config.init.checkpoint, meta)
+    check_shapes(source, config)
     lines = [f"starting from {config.init.checkpoint}"]
-    differences = model_differences(theirs, config, ignored=_IGNORED)
+    differences = model_differences(source, config, ignored=_IGNORED)
     if differences:
         lines.append(f"note: its model has other settings: {', '.join(differences)}")
-    there = make_label_map(meta.categories, theirs.data.label_map)
-    return lines + _describe_rows(there, here)
+    return lines + _describe_rows(make_label_map(meta.categories, source.data.label_map), label_map)
 
 
-def _describe_rows(there: LabelMap, here: LabelMap) -> list[str]:
+def _describe_rows(source: LabelMap, label_map: LabelMap) -> list[str]:
     """Return a table of the classes whose weights are taken from a checkpoint."""
-    rows = matching_labels(there, here)
-    names = {label: name for label, name in enumerate(here.names) if name != UNUSED}
+    rows = matching_labels(source, label_map)
+    names = {label: name for label, name in enumerate(label_map.names) if name != UNUSED}
     if list(rows.items()) == [(label, label) for label in names]:
         return [f"classes: all {len(names)} are taken from it, with the same labels"]
     lines = [f"classes: {len(rows)} of {len(names)} are taken from it, by name; the others start at random"]
-    lines += [f"  {'label':>5}  {'label there':>11}  class"]
-    table = [f"  {label:>5}  {rows.get(label, 'new'):>11}  {name}" for label, name in names.items()]
+    lines += [f"  {'label':>5}  {'in the checkpoint':>17}  class"]
+    table = [f"  {label:>5}  {rows.get(label, 'new'):>17}  {name}" for label, name in names.items()]
     more = [f"  and {len(table) - MAX_ROWS} more"] if len(table) > MAX_ROWS else []
     return lines + table[:MAX_ROWS] + more
 
 
-def matching_labels(there: LabelMap, here: LabelMap) -> dict[int, int]:
-    """Return label here -> label there, for each class whose name is in both."""
-    labels = {name: label for label, name in enumerate(there.names)}
-    return {label: labels[name] for label, name in enumerate(here.names) if name in labels and name != UNUSED}
+def matching_labels(source: LabelMap, label_map: LabelMap) -> dict[int, int]:
+    """Return the label in `source` of each label of `label_map` whose name is in both."""
+    labels = {name: label for label, name in enumerate(source.names)}
+    names = enumerate(label_map.names)
+    return {label: labels[name] for label, name in names if name in labels and name != UNUSED}
 
 
-def load(detector: nn.Module, config: RunConfig, here: LabelMap) -> None:
-    """Load the weights of `init.checkpoint`, if there is one, into a new detector of a run with the label map `here`.
+def load(detector: nn.Module, config: RunConfig, label_map: LabelMap) -> None:
+    """Load the weights of `init.checkpoint`, if it is set, into the new detector of a run with this label map.
 
     Raises:
         CheckpointError: it is not a complete checkpoint.
@@ -107,7 +107,7 @@ def load(detector: nn.Module, config: RunConfig, here: LabelMap) -> None:
     loaded = load_for_inference(folder)
     check_shapes(loaded.config, config)
     weights = loaded.model.detector.state_dict()
-    rows = matching_labels(loaded.label_map, here)
+    rows = matching_labels(loaded.label_map, label_map)
     sizes = loaded.config.model.num_classes, config.model.num_classes
     for name, own in detector.state_dict().items():
         if CLASS_DEPENDENT.fullmatch(name):
@@ -116,38 +116,42 @@ def load(detector: nn.Module, config: RunConfig, here: LabelMap) -> None:
 
 
 def _take_rows(
-    theirs: Tensor, ours: Tensor, rows: Mapping[int, int], num_theirs: int | None, num_ours: int | None
+    given: Tensor, own: Tensor, rows: Mapping[int, int], num_given: int | None, num_own: int | None
 ) -> Tensor:
-    """Return `ours` with the rows of `theirs`, by label, and with those that follow the classes ("no object")."""
-    assert num_theirs is not None
-    assert num_ours is not None
-    taken = ours.clone()
-    taken[list(rows)] = theirs[list(rows.values())]
-    taken[num_ours:] = theirs[num_theirs:]
+    """Return `own` with the rows of `given`, by label, and with those that follow the classes ("no object")."""
+    assert num_given is not None
+    assert num_own is not None
+    taken = own.clone()
+    taken[list(rows)] = given[list(rows.values())]
+    taken[num_own:] = given[num_given:]
     return taken
 
 
-def check_shapes(start: RunConfig, config: RunConfig) -> None:
-    """Verify that the weights of a checkpoint fit the model of a run, except for the number of classes.
+def check_shapes(source: RunConfig, config: RunConfig) -> None:
+    """Check that the weights of a checkpoint fit the model of a run, except for the number of classes.
+
+    Args:
+        source: configuration of the checkpoint.
+        config: of the run.
 
     Raises:
         ConfigError: they do not, or the checkpoint is of another architecture.
     """
-    theirs, ours = start.model, config.model
-    if theirs.architecture != ours.architecture:
+    start, model = source.model, config.model
+    if start.architecture != model.architecture:
         raise ConfigError(
-            f"init.checkpoint {config.init.checkpoint}: holds weights of {theirs.architecture}, and the run trains "
-            f"{ours.architecture}: use a recipe of {theirs.architecture}, or another checkpoint"
+            f"init.checkpoint {config.init.checkpoint}: holds weights of {start.architecture}, and the run trains "
+            f"{model.architecture}: use a recipe of {start.architecture}, or another checkpoint"
         )
-    there, here = _shapes(theirs), _shapes(ours)
-    different = [name for name in here if name in there and here[name] != there[name]]
-    wrong = sorted(here.keys() ^ there.keys()) + [
-        name for name in different if not CLASS_DEPENDENT.fullmatch(name) or here[name][1:] != there[name][1:]
+    given, own = _shapes(start), _shapes(model)
+    different = [name for name in own if name in given and own[name] != given[name]]
+    wrong = sorted(own.keys() ^ given.keys()) + [
+        name for name in different if not CLASS_DEPENDENT.fullmatch(name) or own[name][1:] != given[name][1:]
     ]
     if wrong:
         raise ConfigError(
-            f"init.checkpoint {config.init.checkpoint}: weights of another {ours.architecture} model: "
-            f"{', '.join(model_differences(start, config))} (first parameter that differs: {wrong[0]})"
+            f"init.checkpoint {config.init.checkpoint}: weights of another {model.architecture} model: "
+            f"{', '.join(model_differences(source, config))} (first parameter that differs: {wrong[0]})"
         )
 
 

@@ -1,8 +1,8 @@
-"""Train and evaluate as one process of several. There is no Ray here.
+"""Train and evaluate in one of the processes of a run. There is no Ray here.
 
 Read `train` first: it is the complete loop. A `Training` is the state that the loop advances, and what a checkpoint
-holds. The position (samples consumed by the optimizer, over all epochs and workers) is the only clock: step, epoch,
-learning rate, data order and random draws are functions of it.
+holds. Step, epoch, learning rate, order and random draws are functions of the position, the number of samples that the
+optimizer has consumed over all epochs and workers.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class EvaluationReport:
 
 
 class Training:
-    """Model, moving average, optimizer and position of a run, in one process."""
+    """Model, EMA, optimizer and position of a run, in one process."""
 
     def __init__(self, config: RunConfig, model: Model, num_samples: int, world: World) -> None:
         self.config, self.model, self.world, self.num_samples = config, model, world, num_samples
@@ -78,7 +78,7 @@ class Training:
         self.replica = _replicate(self.detector, config.cluster, world)
         self.batch_norms = BatchNormSnapshot(self.detector)
         self.synchronizes_norms = world.size > 1
-        # Small gradients underflow in float16: the scaler multiplies the loss, as far as the gradient does not overflow
+        # Small gradients underflow in float16: the scaler multiplies the loss by the largest factor without overflow
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16")
         self.position = 0
         self.skipped_steps = 0  # because of NaN or infinity
@@ -87,7 +87,7 @@ class Training:
 
     @property
     def weights(self) -> nn.Module:
-        """The model that is evaluated: the moving average if there is one."""
+        """The model that is evaluated: the EMA if there is one."""
         return self.detector if self.ema is None else self.ema.model
 
     @property
@@ -123,6 +123,9 @@ class Training:
 
         Args:
             micro_batches: the share, in as many batches on every worker; their gradients are accumulated.
+
+        Raises:
+            RuntimeError: another worker died, so that a collective failed; or the device is out of memory.
         """
         set_learning_rates(self.optimizer, lr_factor(self.config.optim, self.step, self.total_steps))
         # One collective for all counts, which overlaps with the forward pass where the model does not need them
@@ -166,7 +169,7 @@ class Training:
         if norms is not None:
             norms.restore()
         totals = counts.wait()
-        # NaN instead of an error: a worker that raised here would leave the others waiting for its gradient
+        # Returns NaN instead of raising: the other workers would wait forever for the gradient of this one
         loss = compute_loss(
             self.criterion,
             outputs,
@@ -179,7 +182,14 @@ class Training:
         return StepLoss(loss.total.detach(), loss.terms, loss.error)
 
     def evaluate(self, shards: Shards) -> list[dict[str, Any]]:
-        """Evaluate `weights` on this worker's share of a split; return the COCO results of the complete split."""
+        """Evaluate `weights` on this worker's share of a split; return the COCO results of the complete split.
+
+        Raises:
+            ShardError: an image is corrupt, and `data.on_corrupt` is "raise".
+            RemoteError: a server of shards cannot be reached.
+            LoaderError: a loader process died.
+            RuntimeError: another worker died, so that a collective failed; or the device is out of memory.
+        """
         data = self.config.data
         batches = evaluation_batches(
             shards,
@@ -232,7 +242,7 @@ class Training:
         batch, terms = batches[number], losses[number].terms
         causes = self._causes(batch, reasons[number])
         self.skipped_steps += bool(causes)
-        # Without causes the gradient overflowed: lower the scale. Other problems do not depend on the scale: keep it
+        # Without causes, the gradient overflowed: lower the scale. Other problems do not depend on the scale: keep it.
         self.scaler.update(self.scaler.get_scale() if causes else None)
         seed = self.random_seed(batch.positions[0] if batch.positions else batch.position)
         return SkippedStep(self.step + 1, seed, causes, batch, terms)
@@ -267,7 +277,14 @@ class Training:
 def train(
     training: Training, train_shards: Shards, val_shards: Shards
 ) -> Iterator[StepReport | EvaluationReport]:
-    """Train from the current position to the end; yield a report for every step and every evaluation."""
+    """Train from the current position to the end; yield a report for every step and every evaluation.
+
+    Raises:
+        ShardError: a sample is corrupt, and `data.on_corrupt` is "raise".
+        RemoteError: a server of shards cannot be reached.
+        LoaderError: a loader process died.
+        RuntimeError: another worker died, so that a collective failed; or the device is out of memory.
+    """
     config, world = training.config, training.world
     if training.step >= training.total_steps:
         return

@@ -1,7 +1,7 @@
-"""Skip steps with NaN or infinity: all workers skip together, and each bad batch is written to disk.
+"""Skip steps with NaN or infinity: all workers skip together, and the batch of each cause is written to disk.
 
-A worker that raised an error in the middle of a step would leave the others waiting forever in the all-reduce of the
-gradient. It therefore finishes the step with a loss of NaN. The NaN reaches every rank through the gradient, which all
+If one worker raised an error in the middle of a step, the others would wait forever in the all-reduce of the gradient.
+It therefore finishes the step with a loss of NaN. The NaN reaches every rank through the gradient, which all
 ranks receive anyway, so that a step without problems needs no additional collective.
 """
 
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from detrs.criterion import Losses
-from detrs.matcher import NotFiniteError
+from detrs.matcher import NonFiniteError
 from detrs.structures import Outputs, Targets
 from raydetr.data.batch import Batch
 
@@ -42,7 +42,7 @@ class StepLoss:
 
 @dataclass(frozen=True)
 class NonFiniteCause:
-    """Why a step was skipped, as one worker saw it."""
+    """The reason why a step was skipped, on one worker."""
 
     rank: int
     reason: str
@@ -68,10 +68,14 @@ class SkippedStep:
 
     def folder(self, run: Path, rank: int) -> Path:
         """Return the folder in which `rank` writes its part of the step."""
-        return run / "bad-steps" / f"step-{self.step:06d}-rank-{rank}"
+        return run / "skipped-steps" / f"step-{self.step:06d}-rank-{rank}"
 
     def dump(self, run: Path, rank: int) -> None:
-        """Write this worker's batch, as the model saw it, if this worker is one of the causes."""
+        """Write this worker's batch, as the model got it, if this worker is one of the causes.
+
+        Raises:
+            OSError: the files cannot be written.
+        """
         for cause in self.causes:
             if cause.rank == rank:
                 _dump(self.folder(run, rank), self, cause)
@@ -113,7 +117,7 @@ def compute_loss(
     *,
     is_blank: bool = False,
 ) -> StepLoss:
-    """Apply the criterion; return a loss of NaN where it raises NotFiniteError or is infinite.
+    """Apply the criterion; return a loss of NaN where it raises NonFiniteError or is infinite.
 
     An infinite loss can have a finite gradient, a loss of NaN cannot: the gradient shows every problem. The loss of a
     blank batch is 0, and so is its gradient: a worker without images still takes part in the step, because the other
@@ -121,9 +125,9 @@ def compute_loss(
     """
     try:
         losses = criterion(outputs, targets, num_boxes, class_weight)
-    except NotFiniteError as error:
+    except NonFiniteError as error:
         return StepLoss(_nan_loss(outputs), {}, str(error))
-    # A product instead of a branch, which would make the host wait for the device
+    # A product instead of a branch: a branch would make the host wait for the device
     factor = torch.where(losses.total.detach().isfinite(), 0.0 if is_blank else 1.0, math.nan)
     terms = {name: term * 0.0 for name, term in losses.terms.items()} if is_blank else losses.terms
     return StepLoss(losses.total * factor, terms)

@@ -1,4 +1,4 @@
-"""Update the weights: AdamW with its parameter groups, the learning rate schedule, the moving average."""
+"""Update the weights: AdamW with its parameter groups, the learning rate schedule, the EMA."""
 
 from __future__ import annotations
 
@@ -70,15 +70,16 @@ def _weight_decay(parameter: nn.Parameter, optim: OptimConfig) -> float:
 class Ema:
     """Exponential moving average of a model's floating-point parameters and buffers.
 
-    The decay ramps up, min(decay, (1 + n) / (10 + n)) after n updates, so that a short run soon forgets its random
-    initial weights. The model's tensors must not be replaced afterwards, for example by moving it to another device.
+    The decay ramps up, min(decay, (1 + n) / (10 + n)) after n updates, so that the random initial weights have little
+    influence in a short run. The model's tensors must not be replaced afterwards, for example by moving the model to
+    another device.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.num_updates = 0
-        # Collected once: walking the modules at each step costs more than the arithmetic
+        # Collected once: listing the tensors at each step takes longer than the arithmetic
         pairs = list(zip(_tensors(self.model), _tensors(model), strict=True))
         floating = [pair for pair in pairs if pair[0].is_floating_point()]
         self._averaged, self._current = ([pair[side] for pair in floating] for side in (0, 1))
@@ -86,7 +87,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Average in the model's current parameters and buffers."""
+        """Include the model's current parameters and buffers in the average."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         torch._foreach_lerp_(self._averaged, self._current, 1 - decay)
         for averaged, current in self._counters:  # integers, of batch norm: an average has no meaning

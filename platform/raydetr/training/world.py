@@ -13,7 +13,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
-    """One process of `size`. With size 1 no process group is needed and nothing is communicated."""
+    """One process of `size`. With size 1, no process group is needed and nothing is communicated.
+
+    All collectives raise RuntimeError if another process died.
+    """
 
     rank: int
     size: int
@@ -21,7 +24,7 @@ class World:
 
     @classmethod
     def single_process(cls, device: torch.device | None = None) -> World:
-        """Return a world of one process: for debugging, tests and small data."""
+        """Return a world of one process."""
         return cls(0, 1, device or torch.device("cpu"))
 
     @property

@@ -1,4 +1,4 @@
-"""Follow the trials of a search in the driver: print their progress, and finish their MLflow runs."""
+"""Track the trials of a search in the driver: print their progress, and finish their MLflow runs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from raydetr.tracking import mlflow_run
 from raydetr.tracking.tracker import Tracker
 from raydetr.tune import cluster
 from raydetr.tune.result import Status, Trial
-from raydetr.tune.trial import Study, to_python, trial_number
+from raydetr.tune.trial import SearchContext, to_python, trial_number
 
 log = logging.getLogger(__name__)
 
-# A trial that was stopped early is not a finished run, in MLflow's UI either
+# A trial that was stopped early is not a finished run in MLflow either
 MLFLOW_STATUS: dict[Status, mlflow_run.Status] = {
     "finished": "FINISHED",
     "stopped by ASHA": "KILLED",
@@ -35,10 +35,10 @@ ENDED_TAG = "raydetr.ended"
 
 
 class SearchCallback(tune.Callback):
-    """Holds the trials so far, by number. Ray Tune calls it in the driver's process."""
+    """Records the trials so far, by number. Ray Tune calls it in the driver."""
 
-    def __init__(self, study: Study) -> None:
-        self._study, config = study, study.config
+    def __init__(self, context: SearchContext) -> None:
+        self._context, config = context, context.config
         self._epochs, self._batch_size = config.optim.epochs, config.data.batch_size
         self._uri, self._experiment = mlflow_run.tracking_uri(config), config.tracking.experiment
         self._positions: dict[int, int] = {}  # of the last evaluation
@@ -52,9 +52,9 @@ class SearchCallback(tune.Callback):
         return sum(trial.status not in ("running", "interrupted") for trial in self.trials.values())
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Add a trial that gets its process."""
+        """Add a trial whose process starts."""
         number = trial_number(trial.trial_id)
-        self.trials[number] = Trial(number, self._study.trial_name(number), to_python(trial.config))
+        self.trials[number] = Trial(number, self._context.trial_name(number), to_python(trial.config))
         print_status(f"trial {number}  starts  {_overrides(self.trials[number])}")
 
     def on_trial_result(
@@ -132,10 +132,10 @@ class SearchCallback(tune.Callback):
 
     def _find_or_create_mlflow_run(self, trial: Trial) -> str:
         """Return the id of the trial's MLflow run; create one if the trial failed before it did."""
-        file = self._study.trial_folder(trial.number) / "mlflow_run_id"
+        file = self._context.trial_folder(trial.number) / "mlflow_run_id"
         if file.exists():
             return file.read_text()
-        parent = self._study.parent_run_id
+        parent = self._context.parent_run_id
         run_id = mlflow_run.create_run(self._uri, self._experiment, trial.name, parent_run_id=parent)
         mlflow_run.log_params(self._uri, run_id, trial.overrides)
         return run_id
@@ -176,5 +176,5 @@ def _cause(error_file: Path) -> str:
     error = pickle.loads(error_file.read_bytes())
     inner = getattr(error, "cause", None) or error
     lines = str(inner).strip().splitlines() or [type(inner).__name__]
-    # A RayTaskError starts with the traceback, and ends with the message
+    # A RayTaskError starts with the traceback and ends with the message
     return lines[-1].strip() if isinstance(inner, RayTaskError) else lines[0]

@@ -35,7 +35,7 @@ class LeakedResource:
 
 
 def check_dashboard() -> None:
-    """Raise LaunchError on a cluster without a dashboard, where every stopped trial would keep its CPUs and GPUs.
+    """Check that the cluster has a dashboard. Without it, every stopped trial would keep its CPUs and GPUs.
 
     Ray Train learns from the dashboard that the controller of a stopped trial has exited, and only then releases the
     resources of its workers.
@@ -87,7 +87,11 @@ def count_fitting_trials(nodes: list[Mapping[str, float]], cluster: ClusterConfi
 
 
 def list_leaked_resources(job_id: str) -> list[LeakedResource]:
-    """Return the actors and placement groups of a job that still exist, without Ray's own services."""
+    """Return the actors and placement groups of a job that still exist, without Ray's own services.
+
+    Raises:
+        RayStateApiException, ConnectionError: the dashboard does not answer.
+    """
     actors = list_actors(
         _address(), filters=[("job_id", "=", job_id), ("state", "!=", "DEAD")], limit=STATE_LIMIT, detail=True
     )
@@ -111,9 +115,12 @@ def list_leaked_resources(job_id: str) -> list[LeakedResource]:
 
 
 def release_leaked_resources(job_id: str, before: list[LeakedResource]) -> list[LeakedResource]:
-    """Wait for the end of everything that the job has created since `before`; return what has leaked.
+    """Wait until all resources that the job has created since `before` have ended; return those that have leaked.
 
     Leaked placement groups are removed, so that they hold no CPUs and GPUs.
+
+    Raises:
+        RayStateApiException, ConnectionError: the dashboard does not answer.
     """
     deadline = time.monotonic() + CLEANUP_TIMEOUT_SECONDS
     while leaked := [resource for resource in list_leaked_resources(job_id) if resource not in before]:

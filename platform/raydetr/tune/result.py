@@ -114,10 +114,10 @@ def train_command(config: RunConfig, overrides: Mapping[str, Any], config_file: 
         recipe = flatten(to_dict(recipes.find(config.recipe)))
     except ConfigError:
         return _command(["--config", str(config_file)], overrides)
-    ours = flatten(to_dict(config))
-    if recipe.keys() != ours.keys():  # not the recipe's model, to which overrides cannot change it
+    settings = flatten(to_dict(config))
+    if recipe.keys() != settings.keys():  # not the recipe's model, to which overrides cannot change it
         return _command(["--config", str(config_file)], overrides)
-    changed = {path: value for path, value in ours.items() if value != recipe[path]}
+    changed = {path: value for path, value in settings.items() if value != recipe[path]}
     return _command([config.recipe], changed | dict(overrides))
 
 

@@ -28,13 +28,13 @@ from raydetr.tune.callback import SearchCallback
 from raydetr.tune.cluster import LeakedResource
 from raydetr.tune.result import SearchResult, best_trial, rank_trials, train_command, trials_as_json
 from raydetr.tune.space import Distribution, Space
-from raydetr.tune.trial import Study, run_trial
+from raydetr.tune.trial import SearchContext, run_trial
 
 # The process of a trial only waits for its workers. It takes a fraction of a resource of the head that nothing else
 # uses: with one CPU per trial, two trials on two CPUs would wait for their workers forever.
 TRIAL_RESOURCES = {"node:__internal_head__": 0.001}
 
-# Ray reads these in this process. Values that the user has set are kept
+# Ray reads these in this process. A value that the user has set is kept.
 SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has the results
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # AP is undefined if the data has no boxes
@@ -60,7 +60,9 @@ def search(
     `max_concurrent` is lowered to the number of trials that fit on the cluster at once.
 
     Raises:
-        ConfigError, ValueError: the configuration or the shards cannot be used.
+        ConfigError, OSError, ValueError: the configuration or the shards cannot be used.
+        TrackingError: MLflow cannot be reached.
+        ConnectionError: no Ray cluster answers at `cluster.address`.
         LaunchError: not even one trial fits on the cluster, or it has no dashboard.
         SearchError: no trial was evaluated.
         KeyboardInterrupt: Ctrl-C; the trials are stopped, and their results so far are in the folder.
@@ -73,15 +75,15 @@ def search(
         cluster.check_dashboard()
         num_concurrent = cluster.limit_concurrency(resolved.cluster, max_concurrent)
         if num_concurrent < max_concurrent:
-            print_status(f"the cluster holds {num_concurrent} trials at once, not {max_concurrent}")
-        study = _create_study(config, resolved, space)
-        callback = SearchCallback(study)
+            print_status(f"{num_concurrent} trials fit on the cluster at once, not {max_concurrent}")
+        context = _create_context(config, resolved, space)
+        callback = SearchCallback(context)
         before = cluster.list_leaked_resources(_job_id())
         try:
             asha = _asha(resolved, grace_epochs, reduction_factor)
-            _run_trials(study, space, callback, asha, num_trials, num_concurrent)
+            _run_trials(context, space, callback, asha, num_trials, num_concurrent)
         finally:
-            result = _finish(config, study, callback, num_trials, before)
+            result = _finish(config, context, callback, num_trials, before)
     if callback.num_ended < num_trials:  # Tune returns normally after Ctrl-C
         print_status(result.to_text())
         raise KeyboardInterrupt
@@ -112,7 +114,7 @@ def _asha(config: RunConfig, grace_epochs: int, reduction_factor: int) -> _Asha:
     )
 
 
-def _create_study(config: RunConfig, resolved: RunConfig, space: Space) -> Study:
+def _create_context(config: RunConfig, resolved: RunConfig, space: Space) -> SearchContext:
     """Create the folder and the MLflow run of the search, and log its configuration and space."""
     name = run.new_name(f"tune-{config.recipe}")
     folder = resolved.storage.path / name
@@ -130,24 +132,29 @@ def _create_study(config: RunConfig, resolved: RunConfig, space: Space) -> Study
     mlflow_run.log_text(uri, parent, to_yaml(config), "config.yaml")
     print_status(f"search {folder}\nMLflow {uri}, run {parent}")
     inside = override(resolved, {"storage.path": str(folder), "tracking.uri": uri})
-    return Study(inside, name, parent)
+    return SearchContext(inside, name, parent)
 
 
 def _run_trials(
-    study: Study, space: Space, callback: SearchCallback, asha: _Asha, num_trials: int, max_concurrent: int
+    context: SearchContext,
+    space: Space,
+    callback: SearchCallback,
+    asha: _Asha,
+    num_trials: int,
+    max_concurrent: int,
 ) -> None:
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(run_trial, study=study), TRIAL_RESOURCES),
+        tune.with_resources(tune.with_parameters(run_trial, context=context), TRIAL_RESOURCES),
         param_space={path: _domain(distribution) for path, distribution in space.distributions.items()},
         tune_config=tune.TuneConfig(
             metric="AP",
             mode="max",
             scheduler=asha,
-            search_alg=BasicVariantGenerator(max_concurrent=max_concurrent, random_state=study.config.seed),
+            search_alg=BasicVariantGenerator(max_concurrent=max_concurrent, random_state=context.config.seed),
             num_samples=num_trials,
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=str(study.config.storage.path), callbacks=[callback], verbose=0
+            name="tune", storage_path=str(context.config.storage.path), callbacks=[callback], verbose=0
         ),
     )
     # SearchCallback and the table of trials already report Tune's messages and the errors of trials
@@ -156,7 +163,7 @@ def _run_trials(
 
 
 def _domain(distribution: Distribution) -> Any:
-    """Return Ray Tune's equivalent of a distribution. Tune's `randint` excludes the upper end, ours includes it."""
+    """Return Ray Tune's equivalent of a distribution. Tune's `randint` excludes the upper end."""
     values = distribution.values
     match distribution.kind:
         case "uniform":
@@ -170,19 +177,23 @@ def _domain(distribution: Distribution) -> Any:
 
 
 def _finish(
-    config: RunConfig, study: Study, callback: SearchCallback, num_trials: int, before: list[LeakedResource]
+    config: RunConfig,
+    context: SearchContext,
+    callback: SearchCallback,
+    num_trials: int,
+    before: list[LeakedResource],
 ) -> SearchResult:
     """Release the cluster, finish the MLflow runs of the trials, and write the result."""
     leaked = cluster.release_leaked_resources(_job_id(), before)
     callback.finalize()
     trials = rank_trials(list(callback.trials.values()))
-    folder = study.config.storage.path
+    folder = context.config.storage.path
     best = best_trial(trials)
     result = SearchResult(
-        name=study.name,
+        name=context.name,
         folder=folder,
-        tracking_uri=tracking_uri(study.config),
-        mlflow_run_id=study.parent_run_id,
+        tracking_uri=tracking_uri(context.config),
+        mlflow_run_id=context.parent_run_id,
         epochs=config.optim.epochs,
         trials=trials,
         command=train_command(config, best.overrides, folder / "config.yaml") if best else None,

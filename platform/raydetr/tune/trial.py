@@ -15,8 +15,8 @@ from raydetr.runs import run
 
 
 @dataclass(frozen=True)
-class Study:
-    """Settings that all trials of a search have in common."""
+class SearchContext:
+    """Configuration and names that all trials of a search have in common."""
 
     config: RunConfig  # resolved; its storage.path is the folder of the search
     name: str
@@ -36,18 +36,19 @@ def trial_number(trial_id: str) -> int:
     return int(trial_id.rpartition("_")[2]) + 1
 
 
-def run_trial(drawn: Mapping[str, Any], study: Study) -> None:
+def run_trial(drawn: Mapping[str, Any], context: SearchContext) -> None:
     """Train with the values that were drawn for this trial. Ray Tune calls it in a separate process.
 
     Raises:
-        ConfigError, ValueError: the values contradict each other or the data.
+        ConfigError, OSError, ValueError: the values contradict each other or the data, or the shards cannot be used.
+        TrackingError: MLflow cannot be reached before the first step.
         LaunchError: the workers failed.
     """
     number = trial_number(tune.get_context().get_trial_id())
     run.start(
-        override(study.config, to_python(drawn)),
-        name=study.trial_name(number),
-        parent_run_id=study.parent_run_id,
+        override(context.config, to_python(drawn)),
+        name=context.trial_name(number),
+        parent_run_id=context.parent_run_id,
         warn=False,
         callbacks=[TuneReportCallback()],  # type: ignore[no-untyped-call]
     )

@@ -25,7 +25,7 @@ PANEL_SIDE = 480  # pixels of the long side of a grid's panel
 MAX_OVERLAP = 0.05  # fraction of a caption that others may cover; if every place is worse, it is omitted
 MANY_BOXES = 12  # boxes above which captions are smaller
 
-_BLACK, _WHITE, _PAPER, _INK = (0, 0, 0), (255, 255, 255), (250, 250, 250), (30, 30, 30)
+_BLACK, _WHITE, _BACKGROUND, _FOREGROUND = (0, 0, 0), (255, 255, 255), (250, 250, 250), (30, 30, 30)
 _GAP = 10
 
 
@@ -116,7 +116,7 @@ def draw_contact_sheet(
 
 
 def color_of(category_id: int) -> Color:
-    """Return the color of a category: hues far apart for neighboring ids, in three strengths."""
+    """Return the color of a category: neighboring ids have very different hues, in three saturations."""
     hue = category_id * 0.61803398875 % 1.0
     saturation, value = ((0.85, 1.0), (0.55, 1.0), (1.0, 0.75))[category_id // 7 % 3]
     red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
@@ -153,7 +153,7 @@ def _outline(
     draw: ImageDraw.ImageDraw, rectangle: Rectangle, color: Color, thickness: int, *, dashed: bool
 ) -> None:
     left, top, right, bottom = rectangle
-    # A dark line beneath keeps a box visible on a background of its own color
+    # A dark line below keeps a box visible on a background of its own color
     draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=_BLACK, width=thickness + 2)
     if not dashed:
         draw.rectangle(rectangle, outline=color, width=thickness)
@@ -181,7 +181,7 @@ def _draw_caption(
 def _free_place(
     box: Rectangle, size: tuple[int, int], canvas: tuple[int, int], taken: Sequence[Rectangle]
 ) -> Rectangle | None:
-    """Return a place for a caption: at the box, inside the canvas, off the places taken; None if there is none."""
+    """Return a place for a caption: at the box, inside the canvas, apart from the others; None if there is none."""
     left, top, right, bottom = box
     width, height = size
     corners = [
@@ -252,7 +252,7 @@ def _scaled(image: Image.Image, long_side: int) -> Image.Image:
 
 def _stacked(images: Sequence[Image.Image], gap: int) -> Image.Image:
     height = sum(image.height for image in images) + gap * (len(images) - 1)
-    page = Image.new("RGB", (max(image.width for image in images), height), _PAPER)
+    page = Image.new("RGB", (max(image.width for image in images), height), _BACKGROUND)
     top = 0
     for image in images:
         page.paste(image, (0, top))
@@ -262,7 +262,7 @@ def _stacked(images: Sequence[Image.Image], gap: int) -> Image.Image:
 
 def _beside(images: Sequence[Image.Image], gap: int) -> Image.Image:
     width = sum(image.width for image in images) + gap * (len(images) - 1)
-    page = Image.new("RGB", (width, max(image.height for image in images)), _PAPER)
+    page = Image.new("RGB", (width, max(image.height for image in images)), _BACKGROUND)
     left = 0
     for image in images:
         page.paste(image, (left, 0))
@@ -271,15 +271,17 @@ def _beside(images: Sequence[Image.Image], gap: int) -> Image.Image:
 
 
 def _framed(image: Image.Image) -> Image.Image:
-    page = Image.new("RGB", (image.width + 2 * _GAP, image.height + 2 * _GAP), _PAPER)
+    page = Image.new("RGB", (image.width + 2 * _GAP, image.height + 2 * _GAP), _BACKGROUND)
     page.paste(image, (_GAP, _GAP))
     return page
 
 
 def _text_image(text: str, size: int) -> Image.Image:
     text, font = _printable(text), _font(size)
-    page = Image.new("RGB", _text_size(text, font), _PAPER)
-    ImageDraw.Draw(page).text((page.width / 2, page.height / 2), text, fill=_INK, font=font, anchor="mm")
+    page = Image.new("RGB", _text_size(text, font), _BACKGROUND)
+    ImageDraw.Draw(page).text(
+        (page.width / 2, page.height / 2), text, fill=_FOREGROUND, font=font, anchor="mm"
+    )
     return page
 
 
@@ -289,12 +291,12 @@ def _text_size(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int]:
 
 
 def _printable(text: str) -> str:
-    """Replace line breaks and other control characters, which end Pillow's text layout in an error."""
+    """Replace line breaks and other control characters, for which Pillow's text layout raises an error."""
     unprintable = {letter for letter in text if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp")}
     return "".join("\N{REPLACEMENT CHARACTER}" if letter in unprintable else letter for letter in text)
 
 
 @lru_cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    # matplotlib ships a font that covers most alphabets
+    # This font of matplotlib covers most alphabets
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)

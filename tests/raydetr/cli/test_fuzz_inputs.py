@@ -33,7 +33,7 @@ optim.schedule: {choice: [step, cosine]}
 
 
 def spoil(content: bytes, rng: np.random.Generator) -> bytes:
-    """Replace a word, repeat a line, or damage bytes."""
+    """Replace a word, repeat a line, or corrupt bytes."""
     start = int(rng.integers(max(len(content), 1)))
     match rng.integers(5):
         case 0:

@@ -75,7 +75,7 @@ def test_labels_without_a_category_are_omitted(photos: Path, tmp_path: Path) -> 
 def test_files_are_listed_in_order_and_once(photos: Path) -> None:
     found, notes = find_images([photos / "b.jpg", photos])
     assert [file.name for file in found] == ["b.jpg", "a.png"]
-    assert notes == ["left out 1 files (notes.txt): hidden, or not named like images"]
+    assert notes == ["omitted 1 files (notes.txt): hidden, or not named like images"]
 
 
 def test_what_is_left_out_is_told(photos: Path) -> None:
@@ -86,8 +86,8 @@ def test_what_is_left_out_is_told(photos: Path) -> None:
     found, notes = find_images([photos])
     assert [file.name for file in found] == ["a.png", "b.jpg"]
     assert notes == [
-        "left out 2 files (._b.jpg, notes.txt): hidden, or not named like images",
-        "left out 1 folders (deep): --recursive looks into them",
+        "omitted 2 files (._b.jpg, notes.txt): hidden, or not named like images",
+        "omitted 1 folders (deep): --recursive searches them",
     ]
     found, notes = find_images([photos], recursive=True)
     assert [file.name for file in found] == ["a.png", "b.jpg", "c.jpg", "d.png"]

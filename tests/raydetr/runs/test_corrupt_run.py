@@ -221,7 +221,7 @@ def expected_rows(config: RunConfig, action: str) -> list[tuple[Any, ...]]:
     for epoch in range(config.optim.epochs):
         order = make_order(train, config.seed).order(epoch).tolist()
         rows += sorted((epoch * 48 + order.index(i), str(train.path), train.key(i), action) for i in CORRUPT)
-        rows += [((epoch + 1) * 48, str(val.path), val.key(i), "not evaluated") for i in CORRUPT_VAL]
+        rows += [((epoch + 1) * 48, str(val.path), val.key(i), "not predicted") for i in CORRUPT_VAL]
     return rows
 
 
@@ -284,28 +284,28 @@ def test_a_resumed_run_keeps_the_corrupt_log(corrupt_run: RunConfig) -> None:
     assert state_of(resumed.checkpoint) == CorruptSampleLog.from_dicts(rows_of(unbroken.folder)).rows
 
 
-@pytest.mark.parametrize(("budget", "last"), [(0, 1), (3, 4)])
-def test_too_many_stop_the_run(corrupt_run: RunConfig, budget: int, last: int) -> None:
-    config = with_policy(corrupt_run, "mask", **{"data.max_corrupt": budget})
+@pytest.mark.parametrize(("limit", "last"), [(0, 1), (3, 4)])
+def test_too_many_stop_the_run(corrupt_run: RunConfig, limit: int, last: int) -> None:
+    config = with_policy(corrupt_run, "mask", **{"data.max_corrupt": limit})
     with pytest.raises(TooManyCorruptError) as caught:
         run.start(config, local=True)
     (folder,) = config.storage.path.glob("quickstart-*")
     rows = rows_of(folder)
-    assert len({row["key"] for row in rows}) > budget
+    assert len({row["key"] for row in rows}) > limit
     message = str(caught.value)
-    assert f"and data.max_corrupt allows {budget}; {folder}/corrupt_samples.jsonl lists them" in message
+    assert f"and data.max_corrupt allows {limit}; {folder}/corrupt_samples.jsonl lists them" in message
     assert all(f"{row['shard']}: sample {row['key']} at byte {row['offset']}" in message for row in rows)
     assert "Copy these shards again" in message
     assert mlflow_run.fetch_run(mlflow_run.default_uri(config.storage.path), folder.name).status == "FAILED"
     assert len(rows) >= last
 
 
-def test_a_budget_without_effect_is_refused(corrupt_run: RunConfig) -> None:
+def test_a_limit_without_effect_is_refused(corrupt_run: RunConfig) -> None:
     with pytest.raises(ConfigError, match="data: max_corrupt 3 has no effect with on_corrupt=raise"):
         override(corrupt_run, {"data.max_corrupt": 3})
 
 
-def test_lost_annotations_are_reported(corrupt_run: RunConfig) -> None:
+def test_unreadable_records_are_reported(corrupt_run: RunConfig) -> None:
     shards = open_splits(corrupt_run.data)[1]
     row = shards.samples[7]
     path = shards.path / f"shard-{row['shard']:05d}.tar"
@@ -314,5 +314,5 @@ def test_lost_annotations_are_reported(corrupt_run: RunConfig) -> None:
     content[begin : begin + int(row["json_length"])] = bytes(int(row["json_length"]))
     path.write_bytes(content)
     result = run.start(with_policy(corrupt_run, "mask", **{"optim.epochs": 1}), local=True)
-    assert (result.metrics["unpredicted_images"], result.metrics["lost_annotations"]) == (3, 1)
+    assert (result.metrics["unpredicted_images"], result.metrics["unreadable_records"]) == (3, 1)
     assert "the annotations of 1 of them cannot be read" in result.to_text()

@@ -1,4 +1,4 @@
-"""Steps with NaN or infinity: skipped by all workers, written to disk, counted, up to a budget."""
+"""Steps with NaN or infinity: skipped by all workers, written to disk, counted, up to a limit."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_all_workers_skip_what_one_cannot_use(small_run: RunConfig, tmp_path: Pa
     assert ranks == [(2, [1]), (3, [0, 1])]
     assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
     assert all(weight.isfinite().all() for weight in first["weights"])
-    kept = sorted(path.name for path in (tmp_path / "bad-steps").iterdir())
+    kept = sorted(path.name for path in (tmp_path / "skipped-steps").iterdir())
     assert kept == ["step-000002-rank-1", "step-000003-rank-0", "step-000003-rank-1"]
 
 
@@ -205,7 +205,7 @@ def test_a_run_writes_the_batch_counts_the_step_and_continues(
     rows = [json.loads(line) for line in (result.folder / "history.jsonl").read_text().splitlines()]
     assert [row["skipped_steps"] for row in rows if "skipped_steps" in row] == [1, 2]
     assert "warning: skipped step 2: rank 0: a target box of image" in capsys.readouterr().err
-    check_dump(result.folder / "bad-steps" / "step-000002-rank-0", tiny_run)
+    check_dump(result.folder / "skipped-steps" / "step-000002-rank-0", tiny_run)
 
 
 def check_dump(folder: Path, config: RunConfig) -> None:
@@ -226,22 +226,22 @@ def check_dump(folder: Path, config: RunConfig) -> None:
         np.testing.assert_array_equal(pixels, batch.pixels[i, :, :height, :width].permute(1, 2, 0).numpy())
 
 
-@pytest.mark.parametrize(("budget", "last_step"), [(0, 2), (1, 4)])
-def test_beyond_the_budget_the_run_stops_and_names_the_dump(
-    tiny_run: RunConfig, nan_positions: set[int], budget: int, last_step: int
+@pytest.mark.parametrize(("limit", "last_step"), [(0, 2), (1, 4)])
+def test_beyond_the_limit_the_run_stops_and_names_the_dump(
+    tiny_run: RunConfig, nan_positions: set[int], limit: int, last_step: int
 ) -> None:
     nan_positions |= {8, 24, 40}
-    config = override(tiny_run, {"optim.max_skipped_steps": budget})
+    config = override(tiny_run, {"optim.max_skipped_steps": limit})
     with pytest.raises(FloatingPointError) as caught:
         run.start(config, local=True)
     (folder,) = config.storage.path.glob("quickstart-*")
-    dump = folder / "bad-steps" / f"step-{last_step:06d}-rank-0"
+    dump = folder / "skipped-steps" / f"step-{last_step:06d}-rank-0"
     ids = [image["image_id"] for image in json.loads((dump / "step.json").read_text())["images"]]
     assert f"step {last_step}: " in str(caught.value)
     assert f"images {', '.join(map(str, ids))}" in str(caught.value)
     assert str(dump) in str(caught.value)
-    assert f"optim.max_skipped_steps is {budget}" in str(caught.value)
-    assert len(list((folder / "bad-steps").iterdir())) == budget + 1
+    assert f"optim.max_skipped_steps is {limit}" in str(caught.value)
+    assert len(list((folder / "skipped-steps").iterdir())) == limit + 1
     assert mlflow_run.fetch_run(mlflow_run.default_uri(config.storage.path), folder.name).status == "FAILED"
 
 

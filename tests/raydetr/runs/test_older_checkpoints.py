@@ -52,7 +52,9 @@ def test_weights_that_lie_elsewhere_now_do_not_matter(short_run: RunResult) -> N
 
 
 def test_another_model_is_refused_with_what_differs(short_run: RunResult) -> None:
-    with pytest.raises(CheckpointError, match=r"another model: model\.num_queries is 25 there and 30 here"):
+    with pytest.raises(
+        CheckpointError, match=r"another model: model\.num_queries is 25 in the checkpoint and 30 in the run"
+    ):
         run.resume(short_run.folder, overrides={"optim.epochs": 2, "model.num_queries": 30}, local=True)
 
 

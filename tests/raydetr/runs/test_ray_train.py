@@ -182,7 +182,7 @@ def test_too_many_corrupt_samples_stop_all_workers_with_a_complete_log(
 
 
 def test_workers_that_a_local_cluster_cannot_hold_are_refused(cluster: Cluster) -> None:
-    with pytest.raises(ray_train.LaunchError, match=r"num_workers=9 .* needs 9 CPUs, this machine has 4"):
+    with pytest.raises(ray_train.LaunchError, match=r"num_workers=9 .* needs 9 CPUs, and this machine has 4"):
         ray_train.check_resources(ClusterConfig(num_workers=9), "local")
     ray_train.check_resources(ClusterConfig(num_workers=9), "ray://elsewhere")  # it may grow
 

@@ -233,14 +233,14 @@ def test_averaged_weights_are_mentioned_and_taken(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "official.pth")
     plain = import_checkpoint(tmp_path / "official.pth", "detr_r50", tmp_path / "plain")
     assert "--ema takes them" in plain.notes[0]
-    averaged = import_checkpoint(tmp_path / "official.pth", "detr_r50", tmp_path / "averaged", averaged=True)
+    averaged = import_checkpoint(tmp_path / "official.pth", "detr_r50", tmp_path / "averaged", ema=True)
     assert averaged.notes == []
     for folder, expected in (("plain", 0), ("averaged", 1)):
         state = torch.load(tmp_path / folder / "state.pt", weights_only=True)["model"]
         assert all((value == expected).all() for value in state.values())
     torch.save({"model": raw}, tmp_path / "official.pth")
-    with pytest.raises(ValueError, match=r"has no averaged weights \(ema_model\): omit --ema"):
-        import_checkpoint(tmp_path / "official.pth", "detr_r50", tmp_path / "none", averaged=True)
+    with pytest.raises(ValueError, match=r"has no EMA weights \(ema_model\): omit --ema"):
+        import_checkpoint(tmp_path / "official.pth", "detr_r50", tmp_path / "none", ema=True)
 
 
 def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:

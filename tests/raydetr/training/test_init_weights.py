@@ -160,9 +160,21 @@ def test_without_a_checkpoint_nothing_is_changed_or_reported(tiny_run: RunConfig
     ("name", "changes", "words"),
     [
         ("detr", {}, ["holds weights of detr", "the run trains dino"]),
-        ("dino", {"num_queries": 11}, ["another dino model", "num_queries is 11 there and 10 here"]),
-        ("dino", {"num_encoder_layers": 2}, ["num_encoder_layers is 2 there and 1 here", "encoder.layers.1"]),
-        ("dino", {"num_classes": 3, "hidden_dim": 64}, ["hidden_dim is 64 there and 32 here"]),
+        (
+            "dino",
+            {"num_queries": 11},
+            ["another dino model", "num_queries is 11 in the checkpoint and 10 in the run"],
+        ),
+        (
+            "dino",
+            {"num_encoder_layers": 2},
+            ["num_encoder_layers is 2 in the checkpoint and 1 in the run", "encoder.layers.1"],
+        ),
+        (
+            "dino",
+            {"num_classes": 3, "hidden_dim": 64},
+            ["hidden_dim is 64 in the checkpoint and 32 in the run"],
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_before_the_run_starts(
@@ -197,7 +209,7 @@ def test_settings_that_change_the_meaning_of_weights_are_reported(
     heads = replace(old, num_heads=2)
     lines = init_weights.summarize(with_model(tiny_run, heads, tmp_path / "old"), NOWHERE)
     (line,) = (line for line in lines if "other settings" in line)
-    assert "num_heads is 4 there and 2 here" in line
+    assert "num_heads is 4 in the checkpoint and 2 in the run" in line
     assert "dropout" not in line
 
 

@@ -98,7 +98,7 @@ def test_a_search_stops_bad_trials_reports_failed_ones_and_leaks_nothing(
     assert trials[3]["status"] == "failed"
     assert "model.num_classes is 7" in trials[3]["cause"]
     assert (trials[4]["status"], trials[4]["epoch"]) == ("stopped by ASHA", 1)
-    assert "the cluster holds 2 trials at once, not 5" in errors
+    assert "2 trials fit on the cluster at once, not 5" in errors
     assert re.search(r"trial 1  epoch 2/2  AP 0\.\d{3}  AP50 0\.\d{3}  optim.lr=0.004", errors)
 
     text = (folder / "trials.txt").read_text().strip()
