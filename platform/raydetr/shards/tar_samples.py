@@ -33,12 +33,15 @@ class TarSample:
     @property
     def end(self) -> int:
         """Offset of the byte after the last member and its padding."""
-        return max(padded_end(member) for member in self.members.values())
+        last = max(self.members.values(), key=lambda member: member.offset)
+        return last.offset_data + -(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
-
-def padded_end(member: tarfile.TarInfo) -> int:
-    """Return the offset of the byte after a member's content and padding."""
-    return member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    def place(self) -> tuple[int, ...]:
+        """Return the fields of SAMPLE_DTYPE from `offset` to `json_length`, for an image and its record."""
+        # webdataset sorts the members by extension, so the json is between `jpg` and `png`
+        members = [self.members[extension] for extension in sorted(self.members, key="json".__eq__)]
+        parts = [value for member in members for value in (member.offset_data - self.begin, member.size)]
+        return (self.begin, self.end - self.begin, *parts)
 
 
 def tar_samples(path: Path) -> Iterator[TarSample]:

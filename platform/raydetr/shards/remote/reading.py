@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import cached_property, partial
@@ -39,7 +39,7 @@ def merge(spans: Sequence[Span], gap: int) -> list[tuple[int, int, list[Span]]]:
 
 
 class RemoteFolder:
-    """A `Folder` on a server."""
+    """A folder on a server, like `LocalFolder`."""
 
     def __init__(self, location: str, config: RemoteConfig) -> None:
         self.location, self.store = location, Store(location, config)
@@ -48,22 +48,11 @@ class RemoteFolder:
         """Read a complete small file, downloaded once per node."""
         return read_shared(self.store, name, again=again)
 
-    def check_sizes(self, sizes: Mapping[str, int]) -> list[str]:
-        """Compare files with their expected sizes by one listing; on a web server, by a request for each file."""
+    def sizes(self, names: Sequence[str]) -> dict[str, int]:
+        """Return the sizes in bytes of those files that exist, by one listing or a request for each file."""
         found = self.store.sizes()
-        if found is None:
-            found = self._sizes(list(sizes))
-        return [
-            f"{name} has {found[name]} bytes instead of {size}" if name in found else f"{name} is missing"
-            for name, size in sizes.items()
-            if found.get(name) != size
-        ]
-
-    def explain_missing_manifest(self) -> str:
-        """Return a message: why there is no manifest, and the remedy."""
-        return "no shards found there (no manifest.json); copy a folder of shards to it"
-
-    def _sizes(self, names: Sequence[str]) -> dict[str, int]:
+        if found is not None:
+            return found
         threads = BackgroundThreads(self.store.config.max_requests, "sizes")
         futures = {name: threads.submit(self.store.info, name) for name in names}
         found = {}
@@ -71,6 +60,14 @@ class RemoteFolder:
             with suppress(FileNotFoundError):
                 found[name] = future.result().size
         return found
+
+    def files(self, manifest: Manifest, samples: Samples) -> RemoteFiles:
+        """Return the shards of a manifest and an index to read from."""
+        return RemoteFiles(self.store, manifest, samples)
+
+    def explain_missing_manifest(self) -> str:
+        """Return a message: why there is no manifest, and the remedy."""
+        return "no shards found there (no manifest.json); copy a folder of shards to it"
 
 
 class RemoteFiles:
