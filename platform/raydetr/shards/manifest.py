@@ -132,7 +132,7 @@ class Manifest:
 
     @staticmethod
     def parse(content: bytes) -> Manifest:
-        """Parse the content of a `manifest.json`; `validation.check_manifest` checks what its types do not say.
+        """Parse the content of a `manifest.json`, with no checks but those of its fields' types.
 
         Raises:
             ValueError: it is corrupt, or has another format version.

@@ -32,7 +32,7 @@ from raydetr.shards.validation import (
     InvalidDataError,
     RawSample,
     check_index,
-    check_manifest,
+    parse_manifest,
     parse_sample,
 )
 from raydetr.store.retry import RemoteError
@@ -48,7 +48,7 @@ def load_header(folder: Folder) -> tuple[Manifest, Samples]:
         ValueError: a file is missing or corrupt, or they belong to different shards.
     """
     try:
-        manifest = _load(folder, MANIFEST, _parse_manifest)
+        manifest = _load(folder, MANIFEST, parse_manifest)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder.location}: {folder.explain_missing_manifest()}") from None
     try:
@@ -89,18 +89,9 @@ def _load(folder: Folder, name: str, parse: Callable[[bytes], T]) -> T:
             raise
         except OSError as error:
             raise ValueError(f"{where}: cannot be read ({error}): write the shards again") from None
-        except (InvalidDataError, MemoryError) as error:
+        except (ValueError, MemoryError) as error:
             reason = str(error)
     raise ValueError(f"{where}: {reason}: write the shards again")
-
-
-def _parse_manifest(content: bytes) -> Manifest:
-    try:
-        manifest = Manifest.parse(content)
-    except ValueError as error:
-        raise InvalidDataError(str(error)) from None
-    check_manifest(manifest)
-    return manifest
 
 
 def _parse_index(content: bytes, manifest: Manifest) -> Samples:
@@ -291,9 +282,9 @@ def open_shards(
         RemoteError: a server cannot be reached, or rejects the request.
     """
     location = check_location(str(location))
-    folder: Folder = LocalFolder(location)
-    if is_remote(location):
-        folder = RemoteFolder(location, remote or RemoteConfig())
+    folder = (
+        RemoteFolder(location, remote or RemoteConfig()) if is_remote(location) else LocalFolder(location)
+    )
     manifest, samples = load_header(folder)
     if isinstance(folder, LocalFolder) or not sizes_known:
         check_sizes(folder, manifest)

@@ -108,12 +108,13 @@ def parse_content(text: bytes) -> Records:
     return content["image"], content["annotations"]
 
 
-def check_manifest(manifest: Manifest) -> None:
-    """Verify those parts of a manifest that reading relies on, beyond their types.
+def parse_manifest(content: bytes) -> Manifest:
+    """Parse the content of a `manifest.json`, and verify what reading relies on beyond the types of its fields.
 
     Raises:
-        InvalidDataError: a part is invalid; the message names it.
+        ValueError: a part is invalid; the message names it.
     """
+    manifest = Manifest.parse(content)
     names = [shard.name for shard in manifest.shards]
     if not names:
         raise InvalidDataError("it has no shards")
@@ -125,6 +126,7 @@ def check_manifest(manifest: Manifest) -> None:
     check_categories(manifest.categories)
     if not {"name", "sha256"} <= set(manifest.source):
         raise InvalidDataError(f"source is {manifest.source!r:.80}, without name or sha256")
+    return manifest
 
 
 def check_categories(categories: Sequence[Any]) -> None:

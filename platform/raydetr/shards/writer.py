@@ -44,6 +44,11 @@ from raydetr.shards.tar_samples import TarSample, tar_samples
 from raydetr.store.output_folder import publish, resumable_folder, write_atomically
 
 SKIPPED = "skipped_images.txt"
+UNUSUAL = {
+    "rotated": "images have an EXIF orientation, which is not applied: boxes refer to stored pixels",
+    "dark": "images have 16 bits per pixel and use at most 12 of them: they are nearly black, at most "
+    f"{MAX_DARK} of 255, until their pixels are multiplied by 16",
+}
 MAX_LISTED = 100  # each image has to be repaired by itself
 
 OnCorruptImage = Literal["raise", "skip"]
@@ -77,8 +82,7 @@ class Counts:
 
     usable_objects: Counter[str] = field(default_factory=Counter)  # per category id
     unusual_objects: Counter[str] = field(default_factory=Counter)  # per kind
-    num_rotated: int = 0  # images with an EXIF orientation that rotates or flips them
-    num_dark: int = 0  # images with 16 bits per pixel, of which at most 12 are used
+    unusual_images: Counter[str] = field(default_factory=Counter)  # per kind
     skipped: list[str] = field(default_factory=list)  # corrupt images, with the reasons
 
 
@@ -182,8 +186,7 @@ def _write_tar(task: ShardTask, texts: list[bytes], path: Path, advance: Advance
                     is_skipped = isinstance(error, ImageError) and task.on_corrupt == "skip"
                     (counts.skipped if is_skipped else packed.problems).append(str(error))
                     continue
-                counts.num_rotated += header.is_rotated
-                counts.num_dark += header.is_dark
+                counts.unusual_images.update(rotated=int(header.is_rotated), dark=int(header.is_dark))
                 width, height = header.size
                 counts.usable_objects.update(map(str, usable_boxes(objects, width, height)[1]))
                 for item in objects:
@@ -330,6 +333,12 @@ def _finish(source: Source, folder: Path, packed: list[PackedShard], samples_per
         part["shard"] = number
     samples = np.concatenate(parts)
     np.savez(folder / INDEX, samples=samples)
+    unusual_images = _total(shard.unusual_images for shard in counts)
+    notices = dataset.notices + [f"{count} {UNUSUAL[kind]}" for kind, count in unusual_images.items()]
+    skipped = [line for shard in counts for line in shard.skipped]
+    if skipped:
+        notices.append(f"{len(skipped)} images are missing or corrupt and were skipped: {SKIPPED} lists them")
+        (folder / SKIPPED).write_text("".join(f"{line}\n" for line in skipped))
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         fingerprint=data_fingerprint(samples, dataset.categories),
@@ -343,39 +352,16 @@ def _finish(source: Source, folder: Path, packed: list[PackedShard], samples_per
         label_maps=label_maps([category["id"] for category in dataset.categories]),
         source={"name": source.name, "sha256": dataset.sha256},
         header=dataset.header,
-        notices=dataset.notices + _image_notices(counts),
+        notices=notices,
     )
     manifest.save(folder)
     names = [file.name for file in manifest.shards]
-    skipped = [line for shard in counts for line in shard.skipped]
-    if skipped:
-        (folder / SKIPPED).write_text("".join(f"{line}\n" for line in skipped))
-        names.append(SKIPPED)
-    publish(folder, [*names, INDEX, MANIFEST])
+    publish(folder, [*names, *([SKIPPED] if skipped else []), INDEX, MANIFEST])
     return manifest
 
 
 def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return dict(sorted(sum(map(Counter, counts), Counter[str]()).items()))
-
-
-def _image_notices(counts: list[Counts]) -> list[str]:
-    lines = (
-        (
-            sum(shard.num_rotated for shard in counts),
-            "images have an EXIF orientation, which is not applied: boxes refer to stored pixels",
-        ),
-        (
-            sum(shard.num_dark for shard in counts),
-            "images have 16 bits per pixel and use at most 12 of them: they are nearly black, at most "
-            f"{MAX_DARK} of 255, until their pixels are multiplied by 16",
-        ),
-        (
-            sum(len(shard.skipped) for shard in counts),
-            f"images are missing or corrupt and were skipped: {SKIPPED} lists them",
-        ),
-    )
-    return [f"{count} {text}" for count, text in lines if count]
 
 
 def _describe_reuse(num_found: int, num_reused: int) -> str:
