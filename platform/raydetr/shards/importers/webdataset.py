@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,10 +34,26 @@ class _Found:
     ignored: Counter[str] = field(default_factory=Counter)  # extensions of other members
     num_without_area: int = 0
 
-    @property
-    def labels(self) -> Counter[int | str]:
-        """Number of objects per label."""
-        return Counter(item["label"] for items in self.objects for item in items)
+    def add(self, path: Path, sample: TarSample, content: Any, record_format: RecordFormat) -> None:
+        """Add the records of a sample in a tar, given the content of its JSON.
+
+        Raises:
+            InvalidDataError, ImageError: they cannot be used.
+        """
+        fields, objects = unpack(content, record_format)
+        extension = _image_extension(sample)
+        member = sample.members[extension]
+        file = ImageFile(path, member.offset_data, member.size, sample.key)
+        width, height = _stated_size(fields) or read_header(io.BytesIO(file.read())).size
+        self.images.append({"file_name": sample.key, **fields, "width": width, "height": height})
+        self.files.append(file)
+        self.ignored.update(set(sample.members) - {"json", extension})
+        self.num_without_area += sum("area" not in item for item in objects)
+        objects = [{"area": item["bbox"][2] * item["bbox"][3], "iscrowd": 0, **item} for item in objects]
+        self.objects.append(objects)
+        for number, item in enumerate(objects):
+            for problem in annotation_problems({**item, "id": 1, "image_id": 1, "category_id": 1}):
+                self.problems.add(f"{file}: object {number}: {problem}")
 
 
 def webdataset_source(
@@ -68,18 +83,20 @@ def webdataset_source(
     total, done = sum(path.stat().st_size for path in paths), 0
     for path in paths:
         with found.problems.collect(path), open_file(path) as file:
-            for sample in _whole_samples(path):
+            for sample in tar_samples(path):
                 with found.problems.collect(f"{path}: sample {sample.key}"):
-                    _add_sample(found, path, file, sample, record_format, digest)
+                    found.add(path, sample, _read_record(file, sample), record_format)
+                    digest.update(f"{sample.key} {found.files[-1].size}\n".encode())
                 if progress:
                     progress(done + sample.end, total)
         done += path.stat().st_size
-    chosen = categories_of(found.labels, known, found.problems)
+    labels = Counter(item["label"] for items in found.objects for item in items)
+    chosen = _categories_of(labels, known, found.problems)
     found.problems.raise_if_any()
     return _make_source(found, chosen, pattern, digest.hexdigest(), named=known is not None)
 
 
-def categories_of(found: Counter[int | str], known: list[Record] | None, problems: Problems) -> list[Record]:
+def _categories_of(found: Counter[int | str], known: list[Record] | None, problems: Problems) -> list[Record]:
     """Return the category records, sorted by id, to which the labels refer by id or name.
 
     Args:
@@ -133,7 +150,6 @@ def _first_format(paths: list[Path], box_format: BoxFormat | None) -> RecordForm
         try:
             with open_file(path) as file:
                 for sample in tar_samples(path):
-                    _members(sample)
                     record_format = find_format(_read_record(file, sample), box_format)
                     if record_format is not None:
                         return record_format
@@ -144,50 +160,7 @@ def _first_format(paths: list[Path], box_format: BoxFormat | None) -> RecordForm
     raise ValueError(f"{paths[0]}: no record has any object, so there is nothing to train on")
 
 
-def _whole_samples(path: Path) -> Iterator[TarSample]:
-    """Yield the samples of a tar.
-
-    Raises:
-        InvalidDataError: there are none, or the members of one are not consecutive.
-    """
-    seen = set[str]()
-    for sample in tar_samples(path):
-        if sample.key in seen:
-            raise InvalidDataError(
-                f"sample {sample.key}: its members are not consecutive: sort them, for example with tar --sort=name"
-            )
-        seen.add(sample.key)
-        yield sample
-    if not seen:
-        raise InvalidDataError("holds no samples")
-
-
-def _add_sample(
-    found: _Found, path: Path, file: BinaryIO, sample: TarSample, record_format: RecordFormat, digest: Any
-) -> None:
-    """Add the records of a sample.
-
-    Raises:
-        InvalidDataError, ImageError: they cannot be used.
-    """
-    extension = _members(sample)
-    image = sample.members[extension]
-    fields, objects = unpack(_read_record(file, sample), record_format)
-    place = ImageFile(path, image.offset_data, image.size, sample.key)
-    width, height = _stated_size(fields) or read_header(io.BytesIO(place.read())).size
-    digest.update(f"{sample.key} {image.size}\n".encode())
-    found.images.append({"file_name": sample.key, **fields, "width": width, "height": height})
-    found.files.append(place)
-    found.ignored.update(set(sample.members) - {"json", extension})
-    found.num_without_area += sum("area" not in item for item in objects)
-    objects = [{"area": item["bbox"][2] * item["bbox"][3], "iscrowd": 0, **item} for item in objects]
-    found.objects.append(objects)
-    for number, item in enumerate(objects):
-        for problem in annotation_problems({**item, "id": 1, "image_id": 1, "category_id": 1}):
-            found.problems.add(f"{path}: sample {sample.key}: object {number}: {problem}")
-
-
-def _members(sample: TarSample) -> str:
+def _image_extension(sample: TarSample) -> str:
     """Return the extension of a sample's image.
 
     Raises:
@@ -203,6 +176,12 @@ def _members(sample: TarSample) -> str:
 
 
 def _read_record(file: BinaryIO, sample: TarSample) -> Any:
+    """Return the content of a sample's JSON.
+
+    Raises:
+        InvalidDataError: it is not JSON, or the sample has other members than needed.
+    """
+    _image_extension(sample)
     member = sample.members["json"]
     file.seek(member.offset_data)
     try:
