@@ -315,10 +315,10 @@ def _notices(images: dict[int, Record], annotations: dict[int, list[Record]]) ->
             for kind in unusual_kinds(record, images[image_id]["width"], images[image_id]["height"]):
                 found[kind].append(record["id"])
     empty = [image_id for image_id in images if image_id not in annotations]
-    lines = [f"{len(ids)} {UNUSUAL[kind]} (annotations {_first(ids)})" for kind, ids in found.items() if ids]
+    lines = [f"{len(ids)} {UNUSUAL[kind]} (annotations {listing(ids)})" for kind, ids in found.items() if ids]
     if empty:
         text = "images without annotations: kept, training sees them as background"
-        lines.insert(0, f"{len(empty)} {text} (images {_first(empty)})")
+        lines.insert(0, f"{len(empty)} {text} (images {listing(empty)})")
     num_clamped, num_objects = len(found["clamped"]), sum(map(len, annotations.values()))
     if num_clamped > SUSPICIOUS_SHARE * num_objects:
         lines.append(
@@ -343,13 +343,14 @@ def _repeated_files(images: Iterable[Record]) -> list[str]:
         return []
     name, numbers = next(iter(repeated.items()))
     return [
-        f"{len(repeated)} files are named by several images, such as {name} (images {_first(numbers)}): each copy is "
+        f"{len(repeated)} files are named by several images, such as {name} (images {listing(numbers)}): each copy is "
         "trained on with its own annotations only; give each file one image with all of its annotations"
     ]
 
 
-def _first(ids: list[int]) -> str:
-    return ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
+def listing(numbers: Sequence[int]) -> str:
+    """Return the first five numbers, separated by commas."""
+    return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
 
 
 def _found(record: Record, key: str) -> str:

@@ -14,7 +14,7 @@ from raydetr.shards.reader import Shards
 from raydetr.shards.validation import InvalidDataError, parse_content
 
 PERCENTILES = (0, 5, 50, 95, 100)
-SIZES = ("width", "height", "annotations", "bytes")
+COLUMNS = {"width": "width", "height": "height", "annotations": "num_annotations", "bytes": "length"}
 
 
 def describe(shards: Shards, progress: Progress | None = None) -> dict[str, Any]:
@@ -31,7 +31,6 @@ def describe(shards: Shards, progress: Progress | None = None) -> dict[str, Any]
     """
     manifest, samples = shards.manifest, shards.samples
     counts = None if is_remote(shards.location) else _count_categories(shards, progress)
-    columns = (samples["width"], samples["height"], samples["num_annotations"], samples["length"])
     return {
         "location": shards.location,
         "fingerprint": manifest.fingerprint,
@@ -51,7 +50,7 @@ def describe(shards: Shards, progress: Progress | None = None) -> dict[str, Any]
             }
             for category in manifest.categories
         ],
-        "percentiles": {name: _percentiles(column) for name, column in zip(SIZES, columns, strict=True)},
+        "percentiles": {name: _percentiles(samples[column]) for name, column in COLUMNS.items()},
         "notices": manifest.notices,
     }
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from raydetr.shards.coco import annotation_problems
+from raydetr.shards.coco import annotation_problems, listing
 from raydetr.shards.manifest import SAMPLE_DTYPE, Manifest, Samples
 from raydetr.user_files import parse_json
 
@@ -164,7 +164,7 @@ def check_index(samples: Samples, manifest: Manifest) -> None:
     num_annotations = int(samples["num_annotations"].sum(dtype=np.int64))
     if counts != stated or len(samples) != manifest.num_samples:
         raise InvalidDataError(
-            f"it has {_listing(counts)} samples in the shards, the manifest has {_listing(stated)}"
+            f"it has {listing(counts)} samples in the shards, the manifest has {listing(stated)}"
         )
     if num_annotations != manifest.num_annotations:
         raise InvalidDataError(
@@ -212,7 +212,3 @@ def _check_annotation(number: int, annotation: Any, image_id: int, category_ids:
         raise InvalidDataError(
             f"annotation {number} of its record has another image or category: {annotation!r:.200}"
         )
-
-
-def _listing(counts: Sequence[int]) -> str:
-    return ", ".join(map(str, counts[:5])) + (", ..." if len(counts) > 5 else "")

@@ -11,7 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from raydetr.shards.coco import Problems, Record, check_records
-from raydetr.shards.source import Source, files_in
+from raydetr.shards.source import ImageFile, Source
 from raydetr.user_files import read_file, read_text
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -59,7 +59,8 @@ def voc_source(folder: Path, split: str, *, zero_based: bool = False) -> Source:
             continue
         digest.update(f"{name}\n".encode() + path.read_bytes())
         with problems.collect(path):
-            file_name = _choose(files[name], trees[name])
+            named = trees[name].findtext("filename", "").strip()
+            file_name = named if named in files[name] else files[name][0]
             images.append({"id": image_id, "file_name": file_name, **_size(trees[name])})
             for element in trees[name].findall("object"):
                 record = _annotation(element, numbers, zero_based=zero_based)
@@ -79,7 +80,8 @@ def voc_source(folder: Path, split: str, *, zero_based: bool = False) -> Source:
             f"{len(ambiguous)} names belong to several images ({', '.join(files[ambiguous[0]])}): the one that "
             "<filename> of the annotation names is used, else the first"
         )
-    return Source(dataset, files_in(folder / "JPEGImages", dataset.images), f"{folder.name} [{split}]")
+    paths = [ImageFile(folder / "JPEGImages" / image["file_name"]) for image in dataset.images]
+    return Source(dataset, paths, f"{folder.name} [{split}]")
 
 
 def _image_files(folder: Path) -> dict[str, list[str]]:
@@ -89,11 +91,6 @@ def _image_files(folder: Path) -> dict[str, list[str]]:
         if path.suffix.lower() in SUFFIXES:
             files.setdefault(path.stem, []).append(path.name)
     return files
-
-
-def _choose(candidates: list[str], tree: ElementTree.Element) -> str:
-    named = tree.findtext("filename", "").strip()
-    return named if named in candidates else candidates[0]
 
 
 def _read_split(folder: Path, split: str, problems: Problems) -> list[str]:

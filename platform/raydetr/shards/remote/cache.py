@@ -82,18 +82,16 @@ class NodeCache:
                 return path.read_bytes()
             if not self._reserve(size):
                 return None
-            kept = False
             try:
                 content = download()
                 temporary.write_bytes(content)
                 temporary.rename(path)
-                kept = True
-            finally:
-                if not kept:
-                    temporary.unlink(missing_ok=True)
-                    with locked(self._root / "lock"):
-                        self._add(-size)
-                        self.is_full = False  # another thread may have found no room because of this chunk
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                with locked(self._root / "lock"):
+                    self._add(-size)
+                    self.is_full = False  # another thread may have found no room because of this chunk
+                raise
         return content
 
     def drop(self, number: int) -> None:
@@ -139,13 +137,10 @@ def _remove_unused(root: Path, missing: int) -> None:
     for users in sorted(root.glob("*/users"), key=lambda users: users.stat().st_mtime):
         if missing <= 0:
             return
-        descriptor = os.open(users, os.O_RDWR)
-        try:
-            if _try_lock(descriptor):
+        with users.open("r+b") as file:
+            if _try_lock(file.fileno()):
                 missing -= _used(users.parent)
                 shutil.rmtree(users.parent)
-        finally:
-            os.close(descriptor)
 
 
 def _used(folder: Path) -> int:
@@ -156,11 +151,9 @@ def _used(folder: Path) -> int:
 
 
 def _write_used(folder: Path, num_bytes: int) -> None:
-    descriptor = os.open(folder / "used", os.O_CREAT | os.O_WRONLY, 0o644)
-    try:
-        os.pwrite(descriptor, b"%020d" % num_bytes, 0)  # one system call: cannot be interrupted halfway
-    finally:
-        os.close(descriptor)
+    (folder / "used").touch()
+    with (folder / "used").open("r+b", buffering=0) as file:
+        file.write(b"%020d" % num_bytes)  # one system call: cannot be interrupted halfway
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -175,9 +168,6 @@ def _try_lock(descriptor: int) -> bool:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock of a file, which is created if missing; wait for it if necessary."""
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
