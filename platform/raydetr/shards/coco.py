@@ -34,7 +34,6 @@ class Problems:
         self.source, self.kind, self.limit = source, kind, limit
         self.count = 0
         self.messages: list[str] = []
-        self.remedy = ""  # a last line, for all of them
 
     def add(self, message: str) -> None:
         """Add one problem; `message` names the field, the value found and the remedy."""
@@ -56,16 +55,13 @@ class Problems:
         except (OSError, ValueError) as error:
             self.add(f"{where}: {error}")
 
-    def raise_if_any(self) -> None:
-        """Raise a ValueError that lists the problems, if there are any."""
-        if not self.count:
-            return
-        lines = [f"{self.source}: {self.count} {self.kind}{'' if self.count == 1 else 's'}", *self.messages]
-        if self.count > self.limit:
-            lines.append(f"and {self.count - self.limit} more")
-        if self.remedy:
-            lines.append(self.remedy)
-        raise ValueError("\n  ".join(lines))
+    def raise_if_any(self, remedy: str = "") -> None:
+        """Raise a ValueError that lists the problems, if there are any; `remedy` is a last line, for all of them."""
+        if self.count:
+            more = f"and {self.count - self.limit} more" if self.count > self.limit else ""
+            plural = "" if self.count == 1 else "s"
+            first = f"{self.source}: {self.count} {self.kind}{plural}"
+            raise ValueError("\n  ".join(filter(None, [first, *self.messages, more, remedy])))
 
 
 @dataclass(frozen=True)

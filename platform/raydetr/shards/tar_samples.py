@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import struct
 import tarfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -108,8 +107,7 @@ def export_indexes(folder: Path, names: list[str], kind: IndexFormat) -> list[Pa
         ValueError: a shard is corrupt, or has names that the format cannot represent.
         OSError: an index cannot be written.
     """
-    make: Callable[[list[TarSample]], bytes] = _dali if kind == "dali" else _energon
-    suffix = ".idx" if kind == "dali" else ".tar.idx"
+    make, suffix = (_dali, ".idx") if kind == "dali" else (_energon, ".tar.idx")
     paths = []
     for name in names:
         path = folder / name

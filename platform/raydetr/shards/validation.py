@@ -72,10 +72,9 @@ def parse_record(row: np.void, text: bytes, category_ids: Container[int]) -> Rec
     Raises:
         InvalidDataError: it does not match the row, or is not COCO's.
     """
-    image_id, width, height, count = (int(row[n]) for n in ("image_id", "width", "height", "num_annotations"))
     record, annotations = parse_content(text)
-    expected = {"id": image_id, "width": width, "height": height}
-    for name, value in expected.items():
+    image_id, count = int(row["image_id"]), int(row["num_annotations"])
+    for name, value in (("id", image_id), ("width", int(row["width"])), ("height", int(row["height"]))):
         if record.get(name) != value:
             raise InvalidDataError(
                 f"its record has the {name} {record.get(name)!r:.40}, the index has {value}"

@@ -59,16 +59,11 @@ class ShardTask:
     """The content of one shard to write."""
 
     number: int
-    folder: Path  # output folder
+    path: Path  # of the tar file
     records: list[Record]
     annotations: list[list[Record]]  # per image
     files: list[ImageFile]
     on_corrupt: OnCorruptImage
-
-    @property
-    def path(self) -> Path:
-        """Path of the tar file."""
-        return self.folder / f"shard-{self.number:05d}.tar"
 
     @property
     def record_path(self) -> Path:
@@ -305,7 +300,8 @@ def _tasks(
         part = slice(start, start + samples_per_shard)
         records = source.dataset.images[part]
         annotations = [source.dataset.annotations.get(record["id"], []) for record in records]
-        tasks.append(ShardTask(number, folder, records, annotations, source.files[part], on_corrupt))
+        path = folder / f"shard-{number:05d}.tar"
+        tasks.append(ShardTask(number, path, records, annotations, source.files[part], on_corrupt))
     return tasks
 
 
@@ -315,12 +311,11 @@ def _raise_problems(packed: list[PackedShard], source: Source, folder: Path) -> 
     for problem in (problem for shard in packed for problem in shard.problems):
         problems.add(problem)
     finished = sum(shard.file is not None for shard in packed)
-    if problems.count and finished:
-        problems.remedy = (
-            f"the other {finished} shards are finished and stay in {folder}: repair these files, or omit the corrupt "
-            "ones with --on-corrupt skip, and run the same command again"
-        )
-    problems.raise_if_any()
+    remedy = (
+        f"the other {finished} shards are finished and stay in {folder}: repair these files, or omit the corrupt "
+        "ones with --on-corrupt skip, and run the same command again"
+    )
+    problems.raise_if_any(remedy if finished else "")
     if not finished:
         raise ValueError(f"{source.name}: every image is corrupt, such as {packed[0].counts.skipped[0]}")
 

@@ -103,21 +103,19 @@ def _read_split(folder: Path, split: str, problems: Problems) -> list[str]:
     if not path.is_file():
         known = sorted(file.stem for file in path.parent.glob("*.txt"))
         raise ValueError(f"{path}: there is no such split; there are {', '.join(known[:10]) or 'none'}")
-    names = []
-    try:
-        lines = read_text(path).splitlines()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as a list of names ({error})") from None
-    for number, line in enumerate(lines, 1):
-        words = line.split()
-        if len(words) > 1:
-            problems.add(
-                f"{path}, line {number}: is {line!r:.40}: a split has one name per line (is this the list of a class?)"
-            )
-        names += words[:1]
+    names: list[str] = []
+    with problems.collect(f"{path}: cannot be read as a list of names"):
+        for number, line in enumerate(read_text(path).splitlines(), 1):
+            words = line.split()
+            if len(words) > 1:
+                problems.add(
+                    f"{path}, line {number}: is {line!r:.40}: a split has one name per line (is this the list of a "
+                    "class?)"
+                )
+            names += words[:1]
     if len(set(names)) != len(names):
         problems.add(f"{path}: names {len(names) - len(set(names))} images twice: remove them")
-    if not names:
+    if not names and not problems.count:
         problems.add(f"{path}: names no images")
     return sorted(names)
 

@@ -126,21 +126,20 @@ def _categories_of(found: Counter[int | str], known: list[Record] | None, proble
 
 def _expand(pattern: str) -> list[Path]:
     folder = Path(pattern)
+    paths: list[Path] = []
     if folder.is_dir():
         paths = sorted(folder.glob("*.tar"))
         if not paths:
             packed = [path.name for kind in ("*.tar.*", "*.tgz") for path in sorted(folder.glob(kind))]
             hint = f" ({packed[0]}: unpack it to a plain tar)" if packed else ""
             raise ValueError(f"{pattern}: holds no *.tar{hint}")
-        return paths
-    paths = []
-    for path in map(Path, braceexpand.braceexpand(pattern)):
-        is_wildcard = "*" in path.name or "?" in path.name
-        found = sorted(path.parent.glob(path.name)) if is_wildcard else [path]
-        missing = [file for file in found or [path] if not file.is_file()]
-        if missing:
-            raise ValueError(f"{missing[0]}: there is no such file")
-        paths += found
+    else:
+        for path in map(Path, braceexpand.braceexpand(pattern)):
+            is_wildcard = "*" in path.name or "?" in path.name
+            paths += (sorted(path.parent.glob(path.name)) if is_wildcard else []) or [path]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path}: there is no such file")
     return paths
 
 

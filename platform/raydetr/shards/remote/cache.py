@@ -1,4 +1,4 @@
-"""Keep chunks of remote shards on a node's local disk, shared by all its processes.
+"""Keep on a node's local disk what all its processes read from a server: chunks of shards, manifests and indexes.
 
     lock                    locked exclusively while a `used` changes or a data set is removed
     FINGERPRINT/users       locked shared by every process that reads these shards
@@ -6,6 +6,7 @@
     FINGERPRINT/N           the chunk whose first sample is N
     FINGERPRINT/N.PID.tmp   being written
     FINGERPRINT/lock-NN     held while a chunk is downloaded, so that no other process downloads it too
+    headers/                manifests and indexes; without a cache folder, in the folder for temporary files
 
 Nothing is evicted while it is used: each sample is read once per epoch in a new order, so any set of chunks with a
 share s of the bytes serves a share s of the reads, and replacing one chunk by another gains nothing.
@@ -14,13 +15,25 @@ share s of the bytes serves a share s of the reads, and replacing one chunk by a
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import logging
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from raydetr.store.output_folder import write_atomically
+from raydetr.store.retry import RemoteError
+from raydetr.store.store import Store
+
+KEPT_SECONDS = 7 * 24 * 3600  # of manifests and indexes that nobody reads
 NUM_LOCKS = 256  # locks of chunks: of two with the same lock, one waits for the other's download
+
+
+log = logging.getLogger(__name__)
 
 
 class NodeCache:
@@ -171,3 +184,50 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def read_shared(store: Store, name: str, *, again: bool = False) -> bytes:
+    """Read a file of a remote folder, from this node's copy if the server still has the same version.
+
+    Copies are in `data.remote.cache_dir`, or in the folder for temporary files.
+
+    Args:
+        store: the remote folder.
+        name: the file.
+        again: download it although there is a copy, which may be corrupt.
+
+    Raises:
+        FileNotFoundError, RemoteError: as `Store.read`.
+    """
+    info = store.info(name)
+    if not info.version:  # a copy could be outdated
+        return store.read(name)
+    key = hashlib.sha256(f"{store.name(name)} {info.size} {info.version}".encode()).hexdigest()[:32]
+    try:
+        folder = _folder(store.config.cache_dir)
+        with locked(folder / "lock"):
+            copy = folder / key
+            if again or not copy.is_file():
+                _remove_old(folder)
+                write_atomically(copy, store.read(name))
+            os.utime(copy)
+            return copy.read_bytes()
+    except (RemoteError, FileNotFoundError):
+        raise
+    except OSError as error:
+        log.warning("%s is not shared by the processes of this node: %s", store.name(name), error)
+        return store.read(name)
+
+
+def _folder(cache_dir: Path | None) -> Path:
+    folder = (cache_dir or Path(tempfile.gettempdir()) / f"raydetr-{os.getuid()}") / "headers"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user")
+    return folder
+
+
+def _remove_old(folder: Path) -> None:
+    for copy in folder.iterdir():
+        if copy.name != "lock" and copy.stat().st_mtime < time.time() - KEPT_SECONDS:
+            copy.unlink()
