@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 from webdataset.writer import TarWriter
@@ -40,7 +40,7 @@ from raydetr.shards.manifest import (
     sample_key,
 )
 from raydetr.shards.source import ImageFile, Source, coco_source
-from raydetr.shards.tar_samples import TarSample, tar_samples
+from raydetr.shards.tar_samples import tar_samples
 from raydetr.store.output_folder import publish, resumable_folder, write_atomically
 
 SKIPPED = "skipped_images.txt"
@@ -119,19 +119,17 @@ def pack_shard(task: ShardTask, advance: Advance) -> PackedShard:
 
 def index_shard(path: Path, number: int) -> Samples:
     """Build the index rows of a finished tar file from its bytes on disk; `number` is that of the shard."""
+    rows = []
     with path.open("rb") as file:
-        rows = [_index_row(file, number, sample) for sample in tar_samples(path)]
+        for sample in tar_samples(path):
+            begin, length, _, _, json_at, json_length = place = sample.place()
+            file.seek(begin)
+            raw = file.read(length)
+            content = json.loads(raw[json_at : json_at + json_length])
+            image, count = content["image"], len(content["annotations"])
+            sizes = (image["width"], image["height"], count)
+            rows.append((number, *place, *sizes, image["id"], zlib.crc32(raw)))
     return np.array(rows, dtype=SAMPLE_DTYPE)
-
-
-def _index_row(file: BinaryIO, number: int, sample: TarSample) -> tuple[int, ...]:
-    begin, length, _, _, json_at, json_length = place = sample.place()
-    file.seek(begin)
-    raw = file.read(length)
-    content = json.loads(raw[json_at : json_at + json_length])
-    image = content["image"]
-    count = len(content["annotations"])
-    return (number, *place, image["width"], image["height"], count, image["id"], zlib.crc32(raw))
 
 
 def _sample_text(record: Record, annotations: list[Record]) -> bytes:

@@ -198,11 +198,8 @@ def _class_names(path: Path, values: dict[str, Any]) -> dict[int, str]:
     names = values.get("names")
     if isinstance(names, list):
         names = dict(enumerate(names))
-    if (
-        not isinstance(names, dict)
-        or not names
-        or sorted(map(str, names)) != sorted(map(str, range(len(names))))
-    ):
+    is_numbered = isinstance(names, dict) and set(map(str, names)) == set(map(str, range(len(names))))
+    if not names or not is_numbered:
         raise ValueError(
             f"{path}: names is {values.get('names')!r:.60}: it must be the list of class names, "
             "or numbers from 0 with names"
