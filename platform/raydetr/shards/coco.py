@@ -110,7 +110,7 @@ def check_records(data: Record, source: object, sha256: str) -> CocoDataset:
     for key, remedy in (("images", "there is nothing to write"), ("categories", "name the classes")):
         if not data[key]:
             problems.add(f'"{key}" is an empty list: {remedy}')
-    categories = _by_id(data["categories"], "categories", CATEGORY, problems)
+    categories = checked_categories(data["categories"], problems)
     images = _by_id(data["images"], "images", IMAGE, problems)
     annotations = _by_id(data["annotations"], "annotations", ANNOTATION, problems)
     valid = list(annotations.values())
@@ -149,7 +149,7 @@ def read_categories(path: Path) -> list[Record]:
     if isinstance(records, list) and all(isinstance(name, str) for name in records):
         records = [{"id": number, "name": name} for number, name in enumerate(records)]
     problems = Problems(path, "problem")
-    found = _by_id(records, "categories", CATEGORY, problems) if isinstance(records, list) else {}
+    found = checked_categories(records, problems) if isinstance(records, list) else {}
     names = {record["name"] for record in found.values() if not problems.count}
     if not found or len(names) < len(found):
         raise ValueError(
@@ -157,6 +157,11 @@ def read_categories(path: Path) -> list[Record]:
             "list of names is needed"
         )
     return [found[number] for number in sorted(found)]
+
+
+def checked_categories(records: list[Any], problems: Problems) -> dict[int, Record]:
+    """Check COCO's category records; return those with a valid id by id, in their order."""
+    return _by_id(records, "categories", CATEGORY, problems)
 
 
 def usable_boxes(

@@ -47,16 +47,8 @@ def load_header(folder: Folder) -> tuple[Manifest, Samples]:
     Raises:
         ValueError: a file is missing or corrupt, or they belong to different shards.
     """
-    try:
-        manifest = _load(folder, MANIFEST, parse_manifest)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{folder.location}: {folder.explain_missing_manifest()}") from None
-    try:
-        return manifest, _load(folder, INDEX, lambda content: _parse_index(content, manifest))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ValueError(
-            f"{folder.location}/{INDEX}: cannot be read ({error}): write the shards again"
-        ) from None
+    manifest = _load(folder, MANIFEST, parse_manifest)
+    return manifest, _load(folder, INDEX, lambda content: _parse_index(content, manifest))
 
 
 def check_sizes(folder: Folder, manifest: Manifest) -> None:
@@ -85,9 +77,11 @@ def _load(folder: Folder, name: str, parse: Callable[[bytes], T]) -> T:
     for again in (False, True):
         try:
             return parse(folder.read(name, again=again))
-        except (RemoteError, FileNotFoundError, NotADirectoryError):
+        except RemoteError:
             raise
         except OSError as error:
+            if name == MANIFEST and isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise ValueError(f"{folder.location}: {folder.explain_missing_manifest()}") from None
             raise ValueError(f"{where}: cannot be read ({error}): write the shards again") from None
         except (ValueError, MemoryError) as error:
             reason = str(error)

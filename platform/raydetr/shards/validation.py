@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from raydetr.shards.coco import annotation_problems, listing
+from raydetr.shards.coco import Problems, annotation_problems, checked_categories, listing
 from raydetr.shards.manifest import SAMPLE_DTYPE, Manifest, Samples
 from raydetr.user_files import parse_json
 
 TAR_BLOCK = 512
 
-Records = tuple[dict[str, Any], list[dict[str, Any]]]  # COCO's records of an image and of its objects
+Records = tuple[dict[str, Any], list[dict[str, Any]]]  # COCO's record of the image, and its annotations
 
 
 class InvalidDataError(ValueError):
@@ -66,9 +66,6 @@ def parse_sample(row: np.void, key: str, raw: bytes, category_ids: Container[int
 def parse_record(row: np.void, text: bytes, category_ids: Container[int]) -> Records:
     """Parse a sample's JSON member and verify it against its row in the index.
 
-    Returns:
-        COCO's record of the image, and its annotations.
-
     Raises:
         InvalidDataError: it does not match the row, or is not COCO's.
     """
@@ -88,9 +85,6 @@ def parse_record(row: np.void, text: bytes, category_ids: Container[int]) -> Rec
 
 def parse_content(text: bytes) -> Records:
     """Parse a sample's JSON member without comparing it with the index.
-
-    Returns:
-        COCO's record of the image, and its annotations.
 
     Raises:
         InvalidDataError: it is not JSON, or has another structure.
@@ -136,14 +130,12 @@ def check_categories(categories: Sequence[Any]) -> None:
     """
     if not isinstance(categories, list) or not categories:
         raise InvalidDataError("it has no categories")
-    for category in categories:
-        if not isinstance(category, dict) or not isinstance(category.get("name"), str):
-            raise InvalidDataError(f"the category {category!r:.80} has no name")
-        if type(category.get("id")) is not int or not 0 <= category["id"] < 2**63:
-            raise InvalidDataError(f"the category {category!r:.80} has no id")
-    ids = [category["id"] for category in categories]
-    if ids != sorted(set(ids)):
-        raise InvalidDataError("the ids of its categories are not sorted and unique")
+    problems = Problems("the categories", "problem")
+    ids = list(checked_categories(categories, problems))
+    if problems.count:
+        raise InvalidDataError(problems.messages[0])
+    if ids != sorted(ids):
+        raise InvalidDataError("its categories are not sorted by their ids")
 
 
 def check_index(samples: Samples, manifest: Manifest) -> None:

@@ -60,9 +60,9 @@ class ShardTask:
 
     number: int
     path: Path  # of the tar file
-    records: list[Record]
-    annotations: list[list[Record]]  # per image
-    files: list[ImageFile]
+    samples: list[
+        tuple[ImageFile, Record, list[Record]]
+    ]  # each with the records of the image and its objects
     on_corrupt: OnCorruptImage
 
     @property
@@ -98,7 +98,7 @@ def pack_shard(task: ShardTask, advance: Advance) -> PackedShard:
     Raises:
         OSError: it cannot be written.
     """
-    texts = [_sample_text(*pair) for pair in zip(task.records, task.annotations, strict=True)]
+    texts = [_sample_text(record, objects) for _, record, objects in task.samples]
     digest = _input_digest(task, texts)
     finished = _finished_shard(task, digest)
     if finished is not None:
@@ -145,7 +145,7 @@ def _sample_text(record: Record, annotations: list[Record]) -> bytes:
 def _input_digest(task: ShardTask, texts: list[bytes]) -> str:
     """Hash all that the shard's bytes depend on; image files by size and modification time."""
     digest = hashlib.sha256(f"{FORMAT_VERSION} {len(texts)}\n".encode())
-    for file, text in zip(task.files, texts, strict=True):
+    for (file, _, _), text in zip(task.samples, texts, strict=True):
         digest.update(f"{len(text)} {file.state()}\n".encode() + text)
     return digest.hexdigest()
 
@@ -169,9 +169,7 @@ def _write_tar(task: ShardTask, texts: list[bytes], path: Path, advance: Advance
     counts = packed.counts
     with path.open("wb") as file:
         with TarWriter(file, mtime=0, encoder=False) as writer:
-            for image, record, objects, text in zip(
-                task.files, task.records, task.annotations, texts, strict=True
-            ):
+            for (image, record, objects), text in zip(task.samples, texts, strict=True):
                 advance(1)
                 try:
                     content, header = _read_image(image, record)
@@ -215,7 +213,7 @@ def _read_image(file: ImageFile, record: Record) -> tuple[bytes, ImageHeader]:
 def _shard_file(task: ShardTask, counts: Counts) -> ShardFile:
     with task.path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    num_samples = len(task.records) - len(counts.skipped)
+    num_samples = len(task.samples) - len(counts.skipped)
     return ShardFile(task.path.name, num_samples, task.path.stat().st_size, digest)
 
 
@@ -293,14 +291,13 @@ def write_source(
 def _tasks(
     source: Source, folder: Path, samples_per_shard: int, on_corrupt: OnCorruptImage
 ) -> list[ShardTask]:
-    tasks = []
-    for number, start in enumerate(range(0, len(source.files), samples_per_shard)):
-        part = slice(start, start + samples_per_shard)
-        records = source.dataset.images[part]
-        annotations = [source.dataset.annotations.get(record["id"], []) for record in records]
-        path = folder / f"shard-{number:05d}.tar"
-        tasks.append(ShardTask(number, path, records, annotations, source.files[part], on_corrupt))
-    return tasks
+    images = zip(source.files, source.dataset.images, strict=True)
+    samples = [(file, image, source.dataset.annotations.get(image["id"], [])) for file, image in images]
+    parts = [samples[at : at + samples_per_shard] for at in range(0, len(samples), samples_per_shard)]
+    return [
+        ShardTask(number, folder / f"shard-{number:05d}.tar", part, on_corrupt)
+        for number, part in enumerate(parts)
+    ]
 
 
 def _raise_problems(packed: list[PackedShard], source: Source, folder: Path) -> None:

@@ -97,12 +97,9 @@ def webdataset_source(
 
 
 def _categories_of(found: Counter[int | str], known: list[Record] | None, problems: Problems) -> list[Record]:
-    """Return the category records, sorted by id, to which the labels refer by id or name.
+    """Return the category records, sorted by id, to which labels refer by id or name, given their numbers of objects.
 
-    Args:
-        found: number of objects per label.
-        known: the categories of a file; None: number the labels that occur, in alphabetical order from 1.
-        problems: collects the labels without a category.
+    Without `known` records of a file, they are the labels that occur, names in alphabetical order from 1.
     """
     if known is not None:
         usable = {value for record in known for value in (record["id"], record["name"])}

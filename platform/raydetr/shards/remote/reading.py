@@ -118,13 +118,7 @@ class Chunks:
 
 
 class RemoteFiles:
-    """The `ShardFiles` of a remote folder.
-
-    Args:
-        store: the folder.
-        manifest: its manifest.
-        samples: its index.
-    """
+    """The `ShardFiles` of a remote folder with this manifest and index."""
 
     def __init__(self, store: Store, manifest: Manifest, samples: Samples) -> None:
         self._arguments = (store, manifest, samples)
