@@ -225,16 +225,21 @@ class Shards:
             raw: bytes | OSError = read(*self.span(index))
         except OSError as error:
             raw = error
-        return self._check(index, raw)
+        return self.check(index, raw)
 
     def _checked(self, index: int, raw: bytes | OSError) -> RawSample | ShardError:
         try:
-            return self._check(index, raw)
+            return self.check(index, raw)
         except ShardError as error:
             return error
 
-    def _check(self, index: int, raw: bytes | OSError) -> RawSample:
-        """Verify the bytes that were read for a sample, or raise the error instead of them, and parse them."""
+    def check(self, index: int, raw: bytes | OSError) -> RawSample:
+        """Verify the bytes that were read for a sample, or the error instead of them, and parse them.
+
+        Raises:
+            ShardError: they do not match the index, or could not be read.
+            RemoteError: the server failed.
+        """
         if isinstance(raw, RemoteError):
             raise raw  # the server failed; no sample is corrupt
         if isinstance(raw, OSError):
