@@ -255,7 +255,7 @@ def save_index(folder: Path, rows: Samples, *, in_manifest: Literal["nothing", "
     np.savez(folder / "index.npz", samples=rows)
     if in_manifest == "nothing":
         return
-    manifest = Manifest.load(folder)
+    manifest = Manifest.parse((folder / "manifest.json").read_bytes())
     manifest = dataclasses.replace(manifest, fingerprint=data_fingerprint(rows, manifest.categories))
     if in_manifest == "fingerprint":
         manifest.save(folder)

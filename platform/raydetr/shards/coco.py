@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,6 @@ class Problems:
         self.source, self.kind, self.limit = source, kind, limit
         self.count = 0
         self.messages: list[str] = []
-        self.remedy = ""  # a last line, for all of them
 
     def add(self, message: str) -> None:
         """Add one problem; `message` names the field, the value found and the remedy."""
@@ -41,20 +41,27 @@ class Problems:
         if self.count <= self.limit:
             self.messages.append(message)
 
-    def add_many(self, messages: list[str], count: int) -> None:
-        """Add `count` problems, given the messages of the first of them (or all)."""
-        self.messages += messages[: max(0, self.limit - len(self.messages))]
-        self.count += count
+    def add_all(self, part: Problems) -> None:
+        """Add the problems of a part of the source; its name comes before each message."""
+        self.count += part.count
+        self.messages += [f"{part.source}: {message}" for message in part.messages]
+        del self.messages[self.limit :]
 
-    def raise_if_any(self) -> None:
-        """Raise a ValueError that lists the problems, if there are any."""
+    @contextmanager
+    def collect(self, where: object) -> Iterator[None]:
+        """Add the error that ends the block, if one does, and go on; `where` comes before its message."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self.add(f"{where}: {error}")
+
+    def raise_if_any(self, remedy: str = "") -> None:
+        """Raise a ValueError that lists the problems, if there are any; `remedy` is a last line, for all of them."""
         if self.count:
-            more = [f"and {self.count - self.limit} more"] if self.count > self.limit else []
-            lines = [*self.messages, *more, *([self.remedy] if self.remedy else [])]
-            listing = "".join(f"\n  {line}" for line in lines)
-            raise ValueError(
-                f"{self.source}: {self.count} {self.kind}{'' if self.count == 1 else 's'}{listing}"
-            )
+            more = f"and {self.count - self.limit} more" if self.count > self.limit else ""
+            plural = "" if self.count == 1 else "s"
+            first = f"{self.source}: {self.count} {self.kind}{plural}"
+            raise ValueError("\n  ".join(filter(None, [first, *self.messages, more, remedy])))
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,11 @@ def load_coco(path: Path) -> CocoDataset:
         ValueError: the file is missing, is not JSON, or violates COCO's format; the message counts all problems and
             lists the first ten with field, value and remedy.
     """
-    data, sha256 = _read_json(path)
+    data, sha256 = _read_json(path, "a COCO annotation file")
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"{path}: holds a {type(data).__name__}, not an object with images, annotations and categories"
+        )
     return check_records(data, path, sha256)
 
 
@@ -99,13 +110,17 @@ def check_records(data: Record, source: object, sha256: str) -> CocoDataset:
     for key, remedy in (("images", "there is nothing to write"), ("categories", "name the classes")):
         if not data[key]:
             problems.add(f'"{key}" is an empty list: {remedy}')
-    categories = _by_id(data["categories"], "categories", _check_category, problems)
-    images = _by_id(data["images"], "images", _check_image, problems)
-    annotations = _by_id(data["annotations"], "annotations", _check_annotation, problems)
+    categories = checked_categories(data["categories"], problems)
+    images = _by_id(data["images"], "images", IMAGE, problems)
+    annotations = _by_id(data["annotations"], "annotations", ANNOTATION, problems)
+    valid = list(annotations.values())
+    if problems.count:
+        valid = [annotation for annotation in valid if not annotation_problems(annotation)]
     names, notices = _clean_names(categories.values())
-    _check_names(names, annotations.values(), problems)
-    _check_pixels(annotations.values(), problems)
-    _check_references(annotations.values(), images, categories, problems)
+    _check_names(names, valid, problems)
+    _check_pixels(valid, problems)
+    _check_references(annotations.values(), "image_id", images, "images", problems)
+    _check_references(annotations.values(), "category_id", categories, "categories", problems)
     problems.raise_if_any()
     by_image: dict[int, list[Record]] = {}
     for annotation in annotations.values():
@@ -129,26 +144,24 @@ def read_categories(path: Path) -> list[Record]:
     Raises:
         ValueError: it holds no categories.
     """
-    try:
-        data = parse_json(read_file(path))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
+    data, _ = _read_json(path, "a JSON file of categories")
     records: Any = data.get("categories") if isinstance(data, dict) else data
-    if isinstance(records, list) and records and all(isinstance(name, str) for name in records):
+    if isinstance(records, list) and all(isinstance(name, str) for name in records):
         records = [{"id": number, "name": name} for number, name in enumerate(records)]
-    records = records if isinstance(records, list) else []
-    valid = (
-        bool(records)
-        and all(isinstance(record, dict) for record in records)
-        and all(type(record.get("id")) is int and record["id"] >= 0 for record in records)
-        and all(isinstance(record.get("name"), str) for record in records)
-    )
-    if not valid or any(len({record[key] for record in records}) < len(records) for key in ("id", "name")):
+    problems = Problems(path, "problem")
+    found = checked_categories(records, problems) if isinstance(records, list) else {}
+    names = {record["name"] for record in found.values() if not problems.count}
+    if not found or len(names) < len(found):
         raise ValueError(
             f"{path}: holds no categories: a COCO file, a list of objects with id and name (each used once), or a "
             "list of names is needed"
         )
-    return sorted(records, key=lambda record: int(record["id"]))
+    return [found[number] for number in sorted(found)]
+
+
+def checked_categories(records: list[Any], problems: Problems) -> dict[int, Record]:
+    """Check COCO's category records; return those with a valid id by id, in their order."""
+    return _by_id(records, "categories", CATEGORY, problems)
 
 
 def usable_boxes(
@@ -176,24 +189,19 @@ def usable_boxes(
     return np.array(boxes, dtype=np.float64).reshape(-1, 4), category_ids
 
 
-def _read_json(path: Path) -> tuple[Record, str]:
+def _read_json(path: Path, wanted: str) -> tuple[Any, str]:
+    """Return the content of a JSON file and its sha256; `wanted` is what the user should have named."""
     try:
         content = read_file(path)
+        return parse_json(content), hashlib.sha256(content).hexdigest()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}): name a COCO annotation file") from None
-    try:
-        data = parse_json(content)
+        raise ValueError(f"{path}: cannot be read ({error.strerror}): name {wanted}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error}): name a COCO annotation file") from None
-    if not isinstance(data, dict):
-        raise ValueError(
-            f"{path}: holds a {type(data).__name__}, not an object with images, annotations and categories"
-        )
-    return data, hashlib.sha256(content).hexdigest()
+        raise ValueError(f"{path}: is not JSON ({error}): name {wanted}") from None
 
 
 def _by_id(
-    records: list[Any], section: str, check: Callable[[Record, str, Problems], None], problems: Problems
+    records: list[Any], section: str, checks: Sequence[Check], problems: Problems
 ) -> dict[int, Record]:
     """Check each record of a section; return those with a valid id by id, in file order."""
     found: dict[int, Record] = {}
@@ -202,41 +210,22 @@ def _by_id(
         if not isinstance(record, dict):
             problems.add(f"{where} is {record!r:.60}: it must be an object")
         elif not _is_int(record.get("id")):
-            problems.add(f"{where}: id {_found(record, 'id')}: it must be a whole number")
+            problems.add(f"{where}: id {_found(record, 'id')}: {WHOLE}")
         elif record["id"] in found:
             problems.add(f"{where}: id {record['id']} is used before: give each of the {section} its own id")
         else:
             found[record["id"]] = record
-            check(record, f"{where} (id {record['id']})", problems)
+            for problem in _record_problems(record, checks):
+                problems.add(f"{where} (id {record['id']}): {problem}")
     return found
 
 
-def _check_category(record: Record, where: str, problems: Problems) -> None:
-    name = record.get("name")
-    if not isinstance(name, str) or not name.strip():
-        problems.add(f"{where}: name {_found(record, 'name')}: it must be text")
-    elif not _is_plain_text(name.strip()):
-        problems.add(f"{where}: name {_found(record, 'name')}: remove its control characters")
-    if record["id"] < 0:
-        problems.add(f"{where}: the id must not be negative: number the categories from 0 or 1")
-
-
-def _check_image(record: Record, where: str, problems: Problems) -> None:
-    name = record.get("file_name")
-    if not isinstance(name, str) or not name:
-        problems.add(f"{where}: file_name {_found(record, 'file_name')}: it must be the path of the image")
-    elif not _is_plain_text(name):
-        problems.add(f"{where}: file_name {_found(record, 'file_name')}: it must not have control characters")
-    for key in ("width", "height"):
-        if not _is_int(record.get(key)) or not 0 < record[key] < MAX_COORDINATE:
-            problems.add(
-                f"{where}: {key} {_found(record, key)}: it must be a positive whole number of pixels"
-            )
-
-
-def _check_annotation(record: Record, where: str, problems: Problems) -> None:
-    for problem in annotation_problems(record):
-        problems.add(f"{where}: {problem}")
+def _record_problems(record: Record, checks: Sequence[Check]) -> list[str]:
+    return [
+        f"{key} {_found(record, key)}: {remedy}"
+        for key, is_valid, remedy in checks
+        if not is_valid(record.get(key, DEFAULTS.get(key)))
+    ]
 
 
 def annotation_problems(record: Record) -> list[str]:
@@ -244,41 +233,7 @@ def annotation_problems(record: Record) -> list[str]:
 
     The writer and the reader of shards both use this, so that one accepts what the other does.
     """
-    if _is_annotation(record):
-        return []
-    found = []
-    for key in ("id", "image_id", "category_id"):
-        if not _is_int(record.get(key)):
-            found.append(f"{key} {_found(record, key)}: it must be a whole number")
-    if not _is_flag(record.get("iscrowd", 0)):
-        found.append(f"iscrowd {_found(record, 'iscrowd')}: it must be 0 or 1")
-    if not _is_area(record.get("area")):
-        found.append(
-            f"area {_found(record, 'area')}: COCO AP needs the area of the object's mask "
-            "(without masks: the width times the height of the box)"
-        )
-    box: Any = record.get("bbox")
-    if not _is_box(box):
-        found.append(
-            f"bbox {_found(record, 'bbox')}: it must be [x, y, width, height], four finite numbers of pixels"
-        )
-    elif box[2] < 0 or box[3] < 0:
-        found.append(f"bbox is {box}: width and height must not be negative (is it [x1, y1, x2, y2]?)")
-    return found
-
-
-def _is_annotation(record: Record) -> bool:
-    box: Any = record.get("bbox")
-    return (
-        _is_box(box)
-        and box[2] >= 0
-        and box[3] >= 0
-        and _is_area(record.get("area"))
-        and _is_flag(record.get("iscrowd", 0))
-        and _is_int(record.get("id"))
-        and _is_int(record.get("image_id"))
-        and _is_int(record.get("category_id"))
-    )
+    return _record_problems(record, ANNOTATION)
 
 
 def _clean_names(categories: Iterable[Record]) -> tuple[dict[int, str], list[str]]:
@@ -289,25 +244,22 @@ def _clean_names(categories: Iterable[Record]) -> tuple[dict[int, str], list[str
     return {number: name.strip() for number, name in names.items()}, notices
 
 
-def _check_names(names: dict[int, str], annotations: Iterable[Record], problems: Problems) -> None:
+def _check_names(names: dict[int, str], annotations: list[Record], problems: Problems) -> None:
     counts = Counter(names.values())
     if len(counts) == len(names):
         return
-    used = Counter(annotation.get("category_id") for annotation in annotations if _is_annotation(annotation))
+    used = Counter(annotation["category_id"] for annotation in annotations)
     for name in (name for name, count in counts.items() if count > 1):
-        found = ", ".join(
-            f"{number} ({used[number] or 'no'} annotations)"
-            for number, other in names.items()
-            if other == name
-        )
+        ids = [number for number, other in names.items() if other == name]
+        found = ", ".join(f"{number} ({used[number] or 'no'} annotations)" for number in ids)
         problems.add(
             f"categories: several are named {name!r:.60}, with the ids {found}: give each its own name, or remove "
             "one that has no annotations"
         )
 
 
-def _check_pixels(annotations: Iterable[Record], problems: Problems) -> None:
-    boxes = [annotation["bbox"] for annotation in annotations if _is_annotation(annotation)]
+def _check_pixels(annotations: list[Record], problems: Problems) -> None:
+    boxes = [annotation["bbox"] for annotation in annotations]
     if boxes and 0 < max(max(x + w, y + h) for x, y, w, h in boxes) <= 1:
         problems.add(
             "annotations: no box reaches beyond the first pixel: boxes must be in pixels, not normalized to the image"
@@ -315,22 +267,15 @@ def _check_pixels(annotations: Iterable[Record], problems: Problems) -> None:
 
 
 def _check_references(
-    annotations: Iterable[Record],
-    images: dict[int, Record],
-    categories: dict[int, Record],
-    problems: Problems,
+    annotations: Iterable[Record], key: str, known: dict[int, Record], section: str, problems: Problems
 ) -> None:
     for annotation in annotations:
-        for key, known, section in (
-            ("image_id", images, "images"),
-            ("category_id", categories, "categories"),
-        ):
-            value = annotation.get(key)
-            if _is_int(value) and value not in known:
-                problems.add(
-                    f"annotations (id {annotation['id']}): {key} {value} is not in {section}: add it there, "
-                    "or remove the annotation"
-                )
+        value = annotation.get(key)
+        if _is_int(value) and value not in known:
+            problems.add(
+                f"annotations (id {annotation['id']}): {key} {value} is not in {section}: add it there, "
+                "or remove the annotation"
+            )
 
 
 UNUSUAL = {
@@ -371,22 +316,17 @@ def _notices(images: dict[int, Record], annotations: dict[int, list[Record]]) ->
             for kind in unusual_kinds(record, images[image_id]["width"], images[image_id]["height"]):
                 found[kind].append(record["id"])
     empty = [image_id for image_id in images if image_id not in annotations]
-    lines = [f"{len(ids)} {UNUSUAL[kind]} (annotations {_first(ids)})" for kind, ids in found.items() if ids]
+    lines = [f"{len(ids)} {UNUSUAL[kind]} (annotations {listing(ids)})" for kind, ids in found.items() if ids]
     if empty:
         text = "images without annotations: kept, training sees them as background"
-        lines.insert(0, f"{len(empty)} {text} (images {_first(empty)})")
-    lines += look_like_corners(len(found["clamped"]), sum(map(len, annotations.values())))
+        lines.insert(0, f"{len(empty)} {text} (images {listing(empty)})")
+    num_clamped, num_objects = len(found["clamped"]), sum(map(len, annotations.values()))
+    if num_clamped > SUSPICIOUS_SHARE * num_objects:
+        lines.append(
+            f"{num_clamped} of {num_objects} boxes reach out of their image, as boxes [x1, y1, x2, y2] do when they "
+            "are read as [x, y, width, height]: check one of them"
+        )
     return lines + _repeated_files(images.values())
-
-
-def look_like_corners(num_clamped: int, num_objects: int) -> list[str]:
-    """Return a notice if so many boxes reach out of their image that they are probably corners."""
-    if num_clamped <= SUSPICIOUS_SHARE * num_objects:
-        return []
-    return [
-        f"{num_clamped} of {num_objects} boxes reach out of their image, as boxes [x1, y1, x2, y2] do when they are "
-        "read as [x, y, width, height]: check one of them"
-    ]
 
 
 def is_wrong_area(area: float, width: float, height: float) -> bool:
@@ -404,40 +344,75 @@ def _repeated_files(images: Iterable[Record]) -> list[str]:
         return []
     name, numbers = next(iter(repeated.items()))
     return [
-        f"{len(repeated)} files are named by several images, such as {name} (images {_first(numbers)}): each copy is "
+        f"{len(repeated)} files are named by several images, such as {name} (images {listing(numbers)}): each copy is "
         "trained on with its own annotations only; give each file one image with all of its annotations"
     ]
 
 
-def _first(ids: list[int]) -> str:
-    return ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
+def listing(numbers: Sequence[int]) -> str:
+    """Return the first five numbers, separated by commas."""
+    return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
 
 
 def _found(record: Record, key: str) -> str:
     return f"is {record[key]!r:.60}" if key in record else "is missing"
 
 
-def is_coordinate(value: object) -> bool:
-    """Return whether a value is a number of pixels."""
-    return type(value) in (int, float) and -MAX_COORDINATE < value < MAX_COORDINATE  # type: ignore[operator]
-
-
-def _is_box(value: Any) -> bool:
-    return type(value) is list and len(value) == 4 and all(map(is_coordinate, value))
-
-
-def _is_area(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < float(MAX_COORDINATE) ** 2
-
-
-def _is_flag(value: object) -> bool:
-    return type(value) is int and value in (0, 1)
-
-
-def _is_int(value: object) -> bool:
+def _is_int(value: Any) -> bool:
     return type(value) is int and abs(value) < 2**63
 
 
-def _is_plain_text(text: str) -> bool:
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def is_box(value: Any) -> bool:
+    """Return whether a value is a list of four numbers of pixels."""
+    return (
+        type(value) is list
+        and len(value) == 4
+        and all(_is_number(number) and -MAX_COORDINATE < number < MAX_COORDINATE for number in value)
+    )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_plain(value: Any) -> bool:
     """Return whether a text has no control characters, line breaks or halves of characters."""
-    return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
+    return not isinstance(value, str) or not any(
+        unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in value
+    )
+
+
+# The fields of COCO's records: name, whether a value is valid, and the remedy if it is not
+Check = tuple[str, Callable[[Any], bool], str]
+WHOLE = "it must be a whole number"
+PIXELS = "it must be a positive whole number of pixels"
+DEFAULTS = {"iscrowd": 0}  # of fields that may be missing
+CATEGORY: list[Check] = [
+    ("name", _is_text, "it must be text"),
+    ("name", lambda name: not _is_text(name) or _is_plain(name.strip()), "remove its control characters"),
+    ("id", lambda number: number >= 0, "the id must not be negative: number the categories from 0 or 1"),
+]
+IMAGE: list[Check] = [
+    ("file_name", lambda name: isinstance(name, str) and name != "", "it must be the path of the image"),
+    ("file_name", _is_plain, "it must not have control characters"),
+    *((key, lambda size: _is_int(size) and 0 < size < MAX_COORDINATE, PIXELS) for key in ("width", "height")),
+]
+ANNOTATION: list[Check] = [
+    *((key, _is_int, WHOLE) for key in ("id", "image_id", "category_id")),
+    ("iscrowd", lambda flag: type(flag) is int and flag in (0, 1), "it must be 0 or 1"),
+    (
+        "area",
+        lambda area: _is_number(area) and 0 <= area < float(MAX_COORDINATE) ** 2,
+        "COCO AP needs the area of the object's mask (without masks: the width times the height of the box)",
+    ),
+    ("bbox", is_box, "it must be [x, y, width, height], four finite numbers of pixels"),
+    (
+        "bbox",
+        lambda box: not is_box(box) or (box[2] >= 0 and box[3] >= 0),
+        "width and height must not be negative (is it [x1, y1, x2, y2]?)",
+    ),
+]

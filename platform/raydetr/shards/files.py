@@ -1,14 +1,15 @@
-"""Define how the bytes of shards are read (`ShardFiles`, `Folder`), and read them from a local folder."""
+"""Define how the bytes of shards are read (`ShardFiles`), and read them from a local folder."""
 
 from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from raydetr.config.paths import local_folder
+from raydetr.shards.manifest import Manifest, Samples
 from raydetr.store.output_folder import PARTIAL
 
 MAX_OPEN_FILES = 64
@@ -35,24 +36,6 @@ class ShardFiles(Protocol):
 
     def start(self, spans: Sequence[Span]) -> Callable[[], list[bytes | OSError]]:
         """Start reading several spans together; return a function that waits for the results."""
-
-
-class Folder(Protocol):
-    """A folder that should hold shards; not validated yet."""
-
-    def read(self, name: str, *, again: bool = False) -> bytes:
-        """Read a complete small file; `again` after it was found corrupt.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            OSError: it cannot be read.
-        """
-
-    def check_sizes(self, sizes: Mapping[str, int]) -> list[str]:
-        """Compare files with their expected sizes; return messages about (at least the first) differences."""
-
-    def explain_missing_manifest(self) -> str:
-        """Return a message: why there is no manifest, and the remedy."""
 
 
 class LocalFiles:
@@ -99,26 +82,28 @@ class LocalFiles:
 
 
 class LocalFolder:
-    """A folder in this machine's file system."""
+    """A folder in this machine's file system that should hold shards; not validated yet."""
 
     def __init__(self, location: str | Path) -> None:
         self.path = local_folder(location)
         self.location = str(self.path)
 
     def read(self, name: str, *, again: bool = False) -> bytes:
-        """Read a complete small file."""
+        """Read a complete small file; `again` after it was found corrupt.
+
+        Raises:
+            FileNotFoundError, NotADirectoryError: there is no such file.
+            OSError: it cannot be read.
+        """
         return (self.path / name).read_bytes()
 
-    def check_sizes(self, sizes: Mapping[str, int]) -> list[str]:
-        """Compare files with their expected sizes; return messages about all differences."""
-        problems = []
-        for name, size in sizes.items():
-            file = self.path / name
-            if not file.is_file():
-                problems.append(f"{name} is missing")
-            elif file.stat().st_size != size:
-                problems.append(f"{name} has {file.stat().st_size} bytes instead of {size}")
-        return problems
+    def sizes(self, names: Sequence[str]) -> dict[str, int]:
+        """Return the sizes in bytes of those files that exist."""
+        return {name: (self.path / name).stat().st_size for name in names if (self.path / name).is_file()}
+
+    def files(self, manifest: Manifest, samples: Samples) -> LocalFiles:
+        """Return the shards of a manifest, and of an index that local files do not need, to read from."""
+        return LocalFiles([self.path / shard.name for shard in manifest.shards])
 
     def explain_missing_manifest(self) -> str:
         """Return a message: why there is no manifest, and the remedy."""

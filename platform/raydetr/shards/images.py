@@ -147,19 +147,16 @@ def _decode_jpeg(content: bytes) -> Pixels:
 
 
 def _has_hole(content: bytes) -> bool:
-    """Return whether the scan of a JPEG has a long run of zero bytes that cannot be image data.
+    """Return whether the only scan of a JPEG has a long run of zero bytes that cannot be image data.
 
     A lost block of a disk reads as zeros, and a decoder may take them for coefficients without a warning. Zeros are
     the shortest Huffman code again and again. If it means "end of block", as in the tables of flat images, they are
-    data; if it means a coefficient, whole blocks would consist of the same one.
+    data; if it means an AC coefficient of a component, whole blocks would consist of the same one (ITU-T T.81, B.2).
     """
     # First, because most images have none, and the start of the scan is slow to find
     last = content.rfind(bytes(MAX_ZEROS))
-    return last >= 0 and last >= content.rfind(b"\xff\xda") and _zeros_are_coefficients(content)
-
-
-def _zeros_are_coefficients(content: bytes) -> bool:
-    """Return whether zeros in the only scan of a JPEG are AC coefficients of a component (ITU-T T.81, B.2)."""
+    if last < 0 or last < content.rfind(b"\xff\xda"):
+        return False
     at, num_components = len(JPEG_START), 0
     symbols: list[int] = []
     while at + 10 < len(content):

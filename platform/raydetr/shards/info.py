@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from raydetr.shards.reader import Shards
 from raydetr.shards.validation import InvalidDataError, parse_content
 
 PERCENTILES = (0, 5, 50, 95, 100)
-SIZES = ("width", "height", "annotations", "bytes")
+COLUMNS = {"width": "width", "height": "height", "annotations": "num_annotations", "bytes": "length"}
 
 
 def describe(shards: Shards, progress: Progress | None = None) -> dict[str, Any]:
@@ -30,8 +29,7 @@ def describe(shards: Shards, progress: Progress | None = None) -> dict[str, Any]
         ShardError: a record cannot be read.
     """
     manifest, samples = shards.manifest, shards.samples
-    counts = None if is_remote(shards.location) else _count_categories(shards, progress)
-    columns = (samples["width"], samples["height"], samples["num_annotations"], samples["length"])
+    counts = {} if is_remote(shards.location) else _count_categories(shards, progress)
     return {
         "location": shards.location,
         "fingerprint": manifest.fingerprint,
@@ -44,14 +42,10 @@ def describe(shards: Shards, progress: Progress | None = None) -> dict[str, Any]
         "source": manifest.source,
         "usable_objects": manifest.num_usable,
         "categories": [
-            {
-                "id": category["id"],
-                "name": category["name"],
-                "annotations": None if counts is None else counts[category["id"]],
-            }
+            {"id": category["id"], "name": category["name"], "annotations": counts.get(category["id"])}
             for category in manifest.categories
         ],
-        "percentiles": {name: _percentiles(column) for name, column in zip(SIZES, columns, strict=True)},
+        "percentiles": {name: _percentiles(samples[column]) for name, column in COLUMNS.items()},
         "notices": manifest.notices,
     }
 
@@ -79,14 +73,15 @@ def to_text(info: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"note: {notice}" for notice in info["notices"])])
 
 
-def _count_categories(shards: Shards, progress: Progress | None) -> Counter[int]:
-    counts: Counter[int] = Counter()
+def _count_categories(shards: Shards, progress: Progress | None) -> dict[int, int]:
+    """Return the number of annotations of each category."""
+    counts = dict.fromkeys(shards.category_ids, 0)
     for index, row in enumerate(shards.samples):
         start = int(row["offset"]) + int(row["json_offset"])
         try:
             text = shards.files.read(int(row["shard"]), start, int(row["json_length"]))
-            _, annotations = parse_content(text)
-            counts.update(annotation["category_id"] for annotation in annotations)
+            for annotation in parse_content(text)[1]:
+                counts[annotation["category_id"]] += 1
         except (OSError, InvalidDataError, KeyError, TypeError) as error:
             shards.raise_corrupt(index, str(error))
         if progress:

@@ -8,10 +8,11 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from raydetr.config import LabelMapKind
 from raydetr.user_files import parse_json
@@ -43,15 +44,18 @@ SAMPLE_DTYPE = np.dtype(
 )
 
 Samples = npt.NDArray[np.void]  # [n] of SAMPLE_DTYPE
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 
 
 @dataclass(frozen=True)
 class ShardFile:
     """One tar file."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     name: str
-    num_samples: int
-    size: int  # bytes
+    num_samples: Count
+    size: Count  # bytes
     sha256: str
 
 
@@ -98,15 +102,17 @@ def make_label_map(categories: list[dict[str, Any]], kind: LabelMapKind) -> Labe
 class Manifest:
     """Everything about the shards except the rows of the index."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     format_version: int
     fingerprint: str  # changes with any byte of any sample, their order, and the categories
-    num_samples: int
-    num_annotations: int
+    num_samples: Count
+    num_annotations: Count
     usable_objects: dict[
-        str, int
-    ]  # category id -> objects that train: no crowds, with an area inside their image
-    unusual_objects: dict[str, int]  # kind (`coco.UNUSUAL`) -> objects
-    samples_per_shard: int
+        str, Count
+    ]  # category id -> objects that train: no crowds, with an area in their image
+    unusual_objects: dict[str, Count]  # kind (`coco.UNUSUAL`) -> objects
+    samples_per_shard: Count
     shards: list[ShardFile]
     categories: list[dict[str, Any]]  # COCO's records, sorted by id
     label_maps: dict[str, dict[str, int]]  # kind -> {category id: label}
@@ -121,41 +127,32 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json`."""
-        (folder / MANIFEST).write_bytes(self.to_json())
-
-    def to_json(self) -> bytes:
-        """Return the content of `manifest.json`."""
-        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False).encode() + b"\n"
-
-    @staticmethod
-    def load(folder: Path) -> Manifest:
-        """Read `manifest.json`.
-
-        Raises:
-            ValueError: it cannot be read, or has another format version.
-        """
-        path = folder / MANIFEST
-        try:
-            return Manifest.parse(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: {error}: write the shards again") from None
+        content = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False)
+        (folder / MANIFEST).write_text(f"{content}\n")
 
     @staticmethod
     def parse(content: bytes) -> Manifest:
-        """Parse the content of a `manifest.json`.
+        """Parse the content of a `manifest.json`, with no checks but those of its fields' types.
 
         Raises:
             ValueError: it is corrupt, or has another format version.
         """
         try:
             values = parse_json(content)
-            version = values["format_version"]
-            if version != FORMAT_VERSION:
+            version = values.get("format_version") if isinstance(values, dict) else None
+            if version is not None and version != FORMAT_VERSION:
                 raise ValueError(f"format_version is {version!r:.40}, this program reads {FORMAT_VERSION}")
-            shards = [ShardFile(**shard) for shard in values.pop("shards")]
-            return Manifest(shards=shards, **values)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return _MANIFEST.validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            found = f"{field}: {first['msg']}, found {first['input']!r:.80}"
+            raise ValueError(f"is not a manifest of shards ({found})") from None
+        except ValueError as error:
             raise ValueError(f"is not a manifest of shards ({error})") from None
+
+
+_MANIFEST = TypeAdapter(Manifest)
 
 
 def sample_key(image_id: int) -> str:

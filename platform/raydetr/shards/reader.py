@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import struct
-import zipfile
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +15,7 @@ import numpy as np
 
 from raydetr.config import LabelMapKind, RemoteConfig
 from raydetr.config.paths import check_location, is_remote, local_folder
-from raydetr.shards.files import Folder, LocalFiles, LocalFolder, ShardFiles, Span
+from raydetr.shards.files import LocalFolder, ShardFiles, Span
 from raydetr.shards.manifest import (
     INDEX,
     MANIFEST,
@@ -30,91 +27,75 @@ from raydetr.shards.manifest import (
     make_label_map,
     sample_key,
 )
-from raydetr.shards.remote.reading import RemoteFiles, RemoteFolder
+from raydetr.shards.remote.reading import RemoteFolder
 from raydetr.shards.validation import (
     InvalidDataError,
     RawSample,
     check_index,
-    check_manifest,
+    parse_manifest,
     parse_sample,
 )
 from raydetr.store.retry import RemoteError
 
 T = TypeVar("T")
-MISSING = (FileNotFoundError, NotADirectoryError)
-
-# What numpy and zipfile raise for a corrupt npz; a corrupt size may request more memory than there is.
-UNREADABLE_INDEX = (
-    OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, SyntaxError, EOFError, RuntimeError,
-    NotImplementedError, MemoryError, OverflowError, struct.error, zlib.error, zipfile.BadZipFile,
-)  # fmt: skip
+Folder = LocalFolder | RemoteFolder
 
 
-def load_header(folder: Folder, location: str, *, reads: int) -> tuple[Manifest, Samples]:
+def load_header(folder: Folder) -> tuple[Manifest, Samples]:
     """Read the manifest and the index of a folder of shards, and verify that they belong together.
-
-    Args:
-        folder: the folder to read from.
-        location: its location, for messages.
-        reads: how often to read an invalid file; more than once if it may have been corrupted in transfer.
 
     Raises:
         ValueError: a file is missing or corrupt, or they belong to different shards.
     """
-    try:
-        manifest = _load(folder, MANIFEST, _parse_manifest, location, reads)
-    except MISSING:
-        raise ValueError(f"{location}: {folder.explain_missing_manifest()}") from None
-    return manifest, _load(folder, INDEX, lambda content: _parse_index(content, manifest), location, reads)
+    manifest = _load(folder, MANIFEST, parse_manifest)
+    return manifest, _load(folder, INDEX, lambda content: _parse_index(content, manifest))
 
 
-def check_sizes(folder: Folder, location: str, manifest: Manifest) -> None:
+def check_sizes(folder: Folder, manifest: Manifest) -> None:
     """Verify that every shard exists and has the size in the manifest.
 
     Raises:
         ValueError: a shard does not; the message lists up to ten.
     """
-    problems = folder.check_sizes({shard.name: shard.size for shard in manifest.shards})
+    found = folder.sizes([shard.name for shard in manifest.shards])
+    problems = [
+        f"{shard.name} has {found[shard.name]} bytes instead of {shard.size}"
+        if shard.name in found
+        else f"{shard.name} is missing"
+        for shard in manifest.shards
+        if found.get(shard.name) != shard.size
+    ]
     if problems:
-        listing = "; ".join(problems[:10]) + (
-            f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        )
-        raise ValueError(f"{location}: {listing}: copy these shards again, or write the shards again")
+        more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
+        listing = "; ".join([*problems[:10], *more])
+        raise ValueError(f"{folder.location}: {listing}: copy these shards again, or write the shards again")
 
 
-def _load(folder: Folder, name: str, parse: Callable[[bytes], T], location: str, reads: int) -> T:
-    invalid: Exception | None = None
-    for number in range(reads):
+def _load(folder: Folder, name: str, parse: Callable[[bytes], T]) -> T:
+    """Read and parse a file, a second time if the first result is corrupt, as it may be after a transfer."""
+    where = f"{folder.location}/{name}"
+    for again in (False, True):
         try:
-            return parse(folder.read(name, again=number > 0))
-        except (InvalidDataError, MemoryError) as error:
-            invalid = error
+            return parse(folder.read(name, again=again))
+        except RemoteError:
+            raise
         except OSError as error:
-            if isinstance(error, RemoteError) or (name == MANIFEST and isinstance(error, MISSING)):
-                raise
-            raise ValueError(f"{location}/{name}: cannot be read ({error}): write the shards again") from None
-    raise ValueError(f"{location}/{name}: {invalid}: write the shards again")
-
-
-def _parse_manifest(content: bytes) -> Manifest:
-    try:
-        manifest = Manifest.parse(content)
-    except ValueError as error:
-        raise InvalidDataError(str(error)) from None
-    check_manifest(manifest)
-    return manifest
+            if name == MANIFEST and isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise ValueError(f"{folder.location}: {folder.explain_missing_manifest()}") from None
+            raise ValueError(f"{where}: cannot be read ({error}): write the shards again") from None
+        except (ValueError, MemoryError) as error:
+            reason = str(error)
+    raise ValueError(f"{where}: {reason}: write the shards again")
 
 
 def _parse_index(content: bytes, manifest: Manifest) -> Samples:
     try:
         with np.load(io.BytesIO(content)) as arrays:
             samples: Samples = arrays["samples"]
-    except UNREADABLE_INDEX as error:
+    except Exception as error:  # numpy and zipfile raise any error, MemoryError included, for a corrupt npz
         raise InvalidDataError(f"cannot be read ({error})") from None
-    if (
-        samples.dtype != SAMPLE_DTYPE
-        or data_fingerprint(samples, manifest.categories) != manifest.fingerprint
-    ):
+    is_ours = samples.dtype == SAMPLE_DTYPE
+    if not is_ours or data_fingerprint(samples, manifest.categories) != manifest.fingerprint:
         raise InvalidDataError("is not the index of this manifest")
     check_index(samples, manifest)
     return samples
@@ -182,11 +163,7 @@ class Shards:
         Raises:
             ShardError: it cannot be read, or does not match the index.
         """
-        try:
-            raw = self.files.read(*self.span(index))
-        except OSError as error:
-            self._raise_unreadable(index, error)
-        return self.check(index, raw)
+        return self._read_by(self.files.read, index)
 
     def reread(self, index: int) -> RawSample:
         """Read one sample again, from its origin and not from a cached copy that may be corrupt.
@@ -194,11 +171,7 @@ class Shards:
         Raises:
             ShardError: as `read`.
         """
-        try:
-            raw = self.files.reread(*self.span(index))
-        except OSError as error:
-            self._raise_unreadable(index, error)
-        return self.check(index, raw)
+        return self._read_by(self.files.reread, index)
 
     def read_many(self, indices: Sequence[int]) -> list[RawSample | ShardError]:
         """Read samples, remote ones in few requests. A corrupt sample is returned as its error.
@@ -229,17 +202,6 @@ class Shards:
         row = self.samples[index]
         return int(row["shard"]), int(row["offset"]), int(row["length"])
 
-    def check(self, index: int, raw: bytes) -> RawSample:
-        """Verify the bytes that were read for a sample, and parse them.
-
-        Raises:
-            ShardError: they do not match the index.
-        """
-        try:
-            return parse_sample(self.samples[index], self.key(index), raw, self.category_ids)
-        except InvalidDataError as error:
-            self.raise_corrupt(index, str(error))
-
     def key(self, index: int) -> str:
         """Return the WebDataset key of one sample."""
         return sample_key(self.samples["image_id"][index])
@@ -258,18 +220,34 @@ class Shards:
             "categories": self.manifest.categories,
         }
 
+    def _read_by(self, read: Callable[[int, int, int], bytes], index: int) -> RawSample:
+        try:
+            raw: bytes | OSError = read(*self.span(index))
+        except OSError as error:
+            raw = error
+        return self.check(index, raw)
+
     def _checked(self, index: int, raw: bytes | OSError) -> RawSample | ShardError:
         try:
-            if isinstance(raw, OSError):
-                self._raise_unreadable(index, raw)
             return self.check(index, raw)
         except ShardError as error:
             return error
 
-    def _raise_unreadable(self, index: int, error: OSError) -> NoReturn:
-        if isinstance(error, RemoteError):
-            raise error  # the server failed; no sample is corrupt
-        self.raise_corrupt(index, f"it cannot be read ({error})")
+    def check(self, index: int, raw: bytes | OSError) -> RawSample:
+        """Verify the bytes that were read for a sample, or the error instead of them, and parse them.
+
+        Raises:
+            ShardError: they do not match the index, or could not be read.
+            RemoteError: the server failed.
+        """
+        if isinstance(raw, RemoteError):
+            raise raw  # the server failed; no sample is corrupt
+        if isinstance(raw, OSError):
+            self.raise_corrupt(index, f"it cannot be read ({raw})")
+        try:
+            return parse_sample(self.samples[index], self.key(index), raw, self.category_ids)
+        except InvalidDataError as error:
+            self.raise_corrupt(index, str(error))
 
     def raise_corrupt(self, index: int, reason: str) -> NoReturn:
         """Raise a ShardError that names shard and key of a sample."""
@@ -306,14 +284,11 @@ def open_shards(
     folder = (
         RemoteFolder(location, remote or RemoteConfig()) if is_remote(location) else LocalFolder(location)
     )
-    manifest, samples = load_header(folder, folder.location, reads=2 if is_remote(location) else 1)
+    manifest, samples = load_header(folder)
     if isinstance(folder, LocalFolder) or not sizes_known:
-        check_sizes(folder, folder.location, manifest)
-    if isinstance(folder, LocalFolder):
-        files: ShardFiles = LocalFiles([folder.path / shard.name for shard in manifest.shards])
-    else:
-        files = RemoteFiles(folder.store, manifest, samples)
+        check_sizes(folder, manifest)
     labels = make_label_map(manifest.categories, label_map)
+    files = folder.files(manifest, samples)
     return Shards(folder.location, manifest, samples, labels, manifest.fingerprint, files)
 
 
@@ -325,10 +300,8 @@ def check_same_categories(train: Shards, val: Shards) -> None:
     """
     here, there = train.label_map, val.label_map
     if here != there:
-        differing = set(zip(here.category_ids, here.names, strict=True)) ^ set(
-            zip(there.category_ids, there.names, strict=True)
-        )
+        pairs = [set(zip(labels.category_ids, labels.names, strict=True)) for labels in (here, there)]
         raise ValueError(
-            f"{train.location} and {val.location} have different categories (id and name: {sorted(differing)[:5]}): "
-            "write both from annotation files with the same categories"
+            f"{train.location} and {val.location} have different categories (id and name: "
+            f"{sorted(pairs[0] ^ pairs[1])[:5]}): write both from annotation files with the same categories"
         )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from raydetr.shards.coco import CocoDataset, Record, load_coco
+from raydetr.shards.coco import CocoDataset, load_coco
 from raydetr.user_files import open_file
 
 
@@ -50,11 +49,6 @@ class Source:
     name: str  # name of the annotation source, for the manifest
 
 
-def files_in(folder: Path, images: Iterable[Record]) -> list[ImageFile]:
-    """Return the files of images whose names are relative to a folder."""
-    return [ImageFile(folder / image["file_name"]) for image in images]
-
-
 def coco_source(images: Path, annotations: Path) -> Source:
     """Read a COCO data set from an instances JSON and the folder of its images.
 
@@ -64,4 +58,5 @@ def coco_source(images: Path, annotations: Path) -> Source:
     if not images.is_dir():
         raise ValueError(f"{images}: there is no such folder of images")
     dataset = load_coco(annotations)
-    return Source(dataset, files_in(images, dataset.images), annotations.name)
+    files = [ImageFile(images / image["file_name"]) for image in dataset.images]
+    return Source(dataset, files, annotations.name)

@@ -82,24 +82,32 @@ def write_synthetic_data(
         OSError: writing failed; nothing is left behind.
     """
     variant = HARD if hard else ORDINARY
-    counts = dict(zip(SPLITS, (num_train, num_val), strict=True))
+    categories = [{"id": label, "name": name} for label, name in enumerate(variant.class_names, 1)]
+    done, total = 0, num_train + num_val
     with atomic_folder(out, last="annotations") as folder:
         (folder / "annotations").mkdir()
-        done = 0
-        for split, count in counts.items():
+        for split, count in zip(SPLITS, (num_train, num_val), strict=True):
             (folder / split).mkdir()
-            images, annotations = [], []
+            images: list[Any] = []
+            annotations: list[Any] = []
             for index in range(count):
                 image, shapes = draw_image(variant, seed, split, index)
                 file_name = f"{index:06d}.jpg"
                 image.save(folder / split / file_name, quality=85)
                 images.append({"id": index + 1, "file_name": file_name, "width": SIDE, "height": SIDE})
-                annotations += [_annotation(shape, index + 1) for shape in shapes]
+                for shape in shapes:
+                    record = {"id": len(annotations) + 1, "image_id": index + 1, **_annotation(shape)}
+                    annotations.append(record)
                 done += 1
                 if progress:
-                    progress(done, sum(counts.values()))
-            path = folder / "annotations" / f"instances_{split}.json"
-            path.write_text(json.dumps(_coco(variant, images, annotations)))
+                    progress(done, total)
+            content = {
+                "info": {"description": "raydetr synthetic data: procedural shapes"},
+                "images": images,
+                "annotations": annotations,
+                "categories": categories,
+            }
+            (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
 
 
 def draw_image(variant: Variant, seed: int, split: str, index: int) -> tuple[Image.Image, list[Shape]]:
@@ -235,25 +243,13 @@ def _rgb(hue: float, saturation: float, value: float) -> FloatArray:
     return np.array(colorsys.hsv_to_rgb(hue % 1.0, saturation, value), np.float32) * 255
 
 
-def _annotation(shape: Shape, image_id: int) -> dict[str, object]:
-    """Return the COCO annotation; its box encloses the object inside the image, including hidden parts."""
+def _annotation(shape: Shape) -> dict[str, object]:
+    """Return fields of the COCO annotation; its box encloses the object inside the image, including hidden parts."""
     columns, rows = np.flatnonzero(shape.mask.any(0)), np.flatnonzero(shape.mask.any(1))
     x, y = int(columns[0]), int(rows[0])
     return {
-        "image_id": image_id,
         "category_id": shape.label + 1,
         "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
         "area": int(shape.mask.sum()),
         "iscrowd": 0,
-    }
-
-
-def _coco(variant: Variant, images: list[dict[str, object]], annotations: list[dict[str, object]]) -> object:
-    numbered = [{"id": index, **annotation} for index, annotation in enumerate(annotations, start=1)]
-    categories = [{"id": label + 1, "name": name} for label, name in enumerate(variant.class_names)]
-    return {
-        "info": {"description": "raydetr synthetic data: procedural shapes"},
-        "images": images,
-        "annotations": numbered,
-        "categories": categories,
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import struct
 import tarfile
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -33,42 +32,48 @@ class TarSample:
     @property
     def end(self) -> int:
         """Offset of the byte after the last member and its padding."""
-        return max(padded_end(member) for member in self.members.values())
+        last = max(self.members.values(), key=lambda member: member.offset)
+        return last.offset_data + -(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+    def place(self) -> tuple[int, ...]:
+        """Return the fields of SAMPLE_DTYPE from `offset` to `json_length`, for an image and its record."""
+        # webdataset sorts the members by extension, so the json is between `jpg` and `png`
+        members = [self.members[extension] for extension in sorted(self.members, key="json".__eq__)]
+        parts = [value for member in members for value in (member.offset_data - self.begin, member.size)]
+        return (self.begin, self.end - self.begin, *parts)
 
 
-def padded_end(member: tarfile.TarInfo) -> int:
-    """Return the offset of the byte after a member's content and padding."""
-    return member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-
-
-def tar_samples(path: Path) -> Iterator[TarSample]:
-    """Yield the samples of a tar; folders, links and names without an extension are omitted.
+def tar_samples(path: Path) -> list[TarSample]:
+    """Return the samples of a tar; folders, links and names without an extension are omitted.
 
     Raises:
-        InvalidDataError: it is not a plain tar, is corrupt or truncated, or a sample has two members with the same
-            extension.
+        InvalidDataError: it is not a plain tar, is corrupt or truncated, or holds no samples; or the members of a
+            sample are not consecutive, or two have the same extension.
         OSError: it cannot be read.
     """
-    current: TarSample | None = None
+    samples: dict[str, TarSample] = {}
+    last = ""
     try:
         with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 parts = MEMBER_NAME.fullmatch(member.name) if member.isreg() else None
                 if parts is None:
                     continue
-                if current is None or parts[1] != current.key:
-                    if current is not None:
-                        yield current
-                    current = TarSample(parts[1])
-                extension = parts[2].lower()
-                if extension in current.members:
-                    raise InvalidDataError(f"sample {current.key} has two members .{extension}")
-                current.members[extension] = member
+                key, extension = parts[1], parts[2].lower()
+                if key != last and key in samples:
+                    raise InvalidDataError(
+                        f"sample {key}: its members are not consecutive: sort them, for example with tar --sort=name"
+                    )
+                members = samples.setdefault(key, TarSample(key)).members
+                if extension in members:
+                    raise InvalidDataError(f"sample {key} has two members .{extension}")
+                members[extension], last = member, key
             _check_end(file, tar.offset)
     except (tarfile.TarError, EOFError) as error:
         raise InvalidDataError(f"is not a plain tar, or corrupt ({error})") from None
-    if current is not None:
-        yield current
+    if not samples:
+        raise InvalidDataError("holds no samples")
+    return list(samples.values())
 
 
 def _check_end(file: BinaryIO, end: int) -> None:
@@ -102,13 +107,12 @@ def export_indexes(folder: Path, names: list[str], kind: IndexFormat) -> list[Pa
         ValueError: a shard is corrupt, or has names that the format cannot represent.
         OSError: an index cannot be written.
     """
-    make: Callable[[list[TarSample]], bytes] = _dali if kind == "dali" else _energon
-    suffix = ".idx" if kind == "dali" else ".tar.idx"
+    make, suffix = (_dali, ".idx") if kind == "dali" else (_energon, ".tar.idx")
     paths = []
     for name in names:
         path = folder / name
         try:
-            content = make(list(tar_samples(path)))
+            content = make(tar_samples(path))
         except (OSError, InvalidDataError) as error:
             raise ValueError(f"{path}: {error}: copy the shard again, or write the shards again") from None
         paths.append(path.with_name(path.stem + suffix))
@@ -132,5 +136,5 @@ def _dali(samples: list[TarSample]) -> bytes:
 
 
 def _energon(samples: list[TarSample]) -> bytes:
-    offsets = [sample.begin for sample in samples] + [samples[-1].end if samples else 0]
+    offsets = [*(sample.begin for sample in samples), samples[-1].end]
     return struct.pack(f"<{len(offsets)}Q", *offsets)

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from raydetr.shards.coco import annotation_problems
+from raydetr.shards.coco import Problems, annotation_problems, checked_categories, listing
 from raydetr.shards.manifest import SAMPLE_DTYPE, Manifest, Samples
 from raydetr.user_files import parse_json
 
 TAR_BLOCK = 512
 
-Records = tuple[dict[str, Any], list[dict[str, Any]]]  # COCO's records of an image and of its objects
+Records = tuple[dict[str, Any], list[dict[str, Any]]]  # COCO's record of the image, and its annotations
 
 
 class InvalidDataError(ValueError):
@@ -66,16 +66,12 @@ def parse_sample(row: np.void, key: str, raw: bytes, category_ids: Container[int
 def parse_record(row: np.void, text: bytes, category_ids: Container[int]) -> Records:
     """Parse a sample's JSON member and verify it against its row in the index.
 
-    Returns:
-        COCO's record of the image, and its annotations.
-
     Raises:
         InvalidDataError: it does not match the row, or is not COCO's.
     """
-    image_id, width, height, count = (int(row[n]) for n in ("image_id", "width", "height", "num_annotations"))
     record, annotations = parse_content(text)
-    expected = {"id": image_id, "width": width, "height": height}
-    for name, value in expected.items():
+    image_id, count = int(row["image_id"]), int(row["num_annotations"])
+    for name, value in (("id", image_id), ("width", int(row["width"])), ("height", int(row["height"]))):
         if record.get(name) != value:
             raise InvalidDataError(
                 f"its record has the {name} {record.get(name)!r:.40}, the index has {value}"
@@ -89,9 +85,6 @@ def parse_record(row: np.void, text: bytes, category_ids: Container[int]) -> Rec
 
 def parse_content(text: bytes) -> Records:
     """Parse a sample's JSON member without comparing it with the index.
-
-    Returns:
-        COCO's record of the image, and its annotations.
 
     Raises:
         InvalidDataError: it is not JSON, or has another structure.
@@ -108,52 +101,41 @@ def parse_content(text: bytes) -> Records:
     return content["image"], content["annotations"]
 
 
-def check_manifest(manifest: Manifest) -> None:
-    """Verify the types of those parts of a manifest that reading relies on.
+def parse_manifest(content: bytes) -> Manifest:
+    """Parse the content of a `manifest.json`, and verify what reading relies on beyond the types of its fields.
 
     Raises:
-        InvalidDataError: a part is invalid; the message names it.
+        ValueError: a part is invalid; the message names it.
     """
-    if not isinstance(manifest.shards, list) or not manifest.shards:
+    manifest = Manifest.parse(content)
+    names = [shard.name for shard in manifest.shards]
+    if not names:
         raise InvalidDataError("it has no shards")
-    for shard in manifest.shards:
-        name = shard.name
-        if not isinstance(name, str) or name != PurePath(name).name or not name.isprintable():
+    for name in names:
+        if name != PurePath(name).name or not name.isprintable():
             raise InvalidDataError(f"{name!r:.80} is not a valid file name of a shard")
-        if not isinstance(shard.sha256, str):
-            raise InvalidDataError(f"sha256 of {name} is {shard.sha256!r:.40}")
-        for what, number in (("size", shard.size), ("num_samples", shard.num_samples)):
-            if not _is_count(number):
-                raise InvalidDataError(f"{what} of {name} is {number!r:.40}")
-    if len({shard.name for shard in manifest.shards}) < len(manifest.shards):
+    if len(set(names)) < len(names):
         raise InvalidDataError("it names a shard twice")
-    for what, number in (
-        ("num_samples", manifest.num_samples),
-        ("num_annotations", manifest.num_annotations),
-        ("samples_per_shard", manifest.samples_per_shard),
-    ):
-        if not _is_count(number):
-            raise InvalidDataError(f"{what} is {number!r:.40}")
     check_categories(manifest.categories)
-    for what, counts in (
-        ("usable_objects", manifest.usable_objects),
-        ("unusual_objects", manifest.unusual_objects),
-    ):
-        if not isinstance(counts, dict) or not all(map(_is_count, counts.values())):
-            raise InvalidDataError(f"{what} is {counts!r:.80}")
-    for what, value, kinds in (
-        ("header", manifest.header, (dict, object)),
-        ("source", manifest.source, (dict, str)),
-        ("notices", manifest.notices, (list, str)),
-    ):
-        kind, content = kinds
-        values = value.values() if isinstance(value, dict) else value
-        if not isinstance(value, kind) or not all(isinstance(item, content) for item in values):
-            raise InvalidDataError(f"{what} is {value!r:.80}")
     if not {"name", "sha256"} <= set(manifest.source):
         raise InvalidDataError(f"source is {manifest.source!r:.80}, without name or sha256")
-    if not isinstance(manifest.fingerprint, str):
-        raise InvalidDataError(f"fingerprint is {manifest.fingerprint!r:.40}")
+    return manifest
+
+
+def check_categories(categories: Sequence[Any]) -> None:
+    """Verify that these are COCO's category records, sorted by their ids.
+
+    Raises:
+        InvalidDataError: they are not.
+    """
+    if not isinstance(categories, list) or not categories:
+        raise InvalidDataError("it has no categories")
+    problems = Problems("the categories", "problem")
+    ids = list(checked_categories(categories, problems))
+    if problems.count:
+        raise InvalidDataError(problems.messages[0])
+    if ids != sorted(ids):
+        raise InvalidDataError("its categories are not sorted by their ids")
 
 
 def check_index(samples: Samples, manifest: Manifest) -> None:
@@ -173,7 +155,7 @@ def check_index(samples: Samples, manifest: Manifest) -> None:
     num_annotations = int(samples["num_annotations"].sum(dtype=np.int64))
     if counts != stated or len(samples) != manifest.num_samples:
         raise InvalidDataError(
-            f"it has {_listing(counts)} samples in the shards, the manifest has {_listing(stated)}"
+            f"it has {listing(counts)} samples in the shards, the manifest has {listing(stated)}"
         )
     if num_annotations != manifest.num_annotations:
         raise InvalidDataError(
@@ -202,20 +184,13 @@ def check_index(samples: Samples, manifest: Manifest) -> None:
 
 
 def member_at(raw: bytes, content_at: int) -> tuple[str, int | None]:
-    """Return key and size of a tar member, from the header block before its content."""
+    """Return key and size of a tar member in no folder, from the header block before its content."""
     header = raw[content_at - TAR_BLOCK : content_at]
     try:
         size = int(header[124:136].rstrip(b" \0"), 8)
     except ValueError:
         size = None
-    folder, slash, name = _member_name(header).rpartition(b"/")
-    key = folder + slash + name.partition(b".")[0]
-    return key.decode(errors="replace"), size
-
-
-def _member_name(header: bytes) -> bytes:
-    name, prefix = (header[span].partition(b"\0")[0] for span in (slice(100), slice(345, 500)))
-    return prefix + b"/" + name if prefix and header[257:263] == b"ustar\0" else name
+    return header[:100].partition(b".")[0].decode(errors="replace"), size
 
 
 def _check_annotation(number: int, annotation: Any, image_id: int, category_ids: Container[int]) -> None:
@@ -228,30 +203,3 @@ def _check_annotation(number: int, annotation: Any, image_id: int, category_ids:
         raise InvalidDataError(
             f"annotation {number} of its record has another image or category: {annotation!r:.200}"
         )
-
-
-def check_categories(categories: Sequence[Any]) -> None:
-    """Verify that these are COCO's category records, sorted by their ids.
-
-    Raises:
-        InvalidDataError: they are not.
-    """
-    if not isinstance(categories, list) or not categories:
-        raise InvalidDataError("it has no categories")
-    ids = []
-    for category in categories:
-        if not isinstance(category, dict) or not isinstance(category.get("name"), str):
-            raise InvalidDataError(f"the category {category!r:.80} has no name")
-        if not _is_count(category.get("id")):
-            raise InvalidDataError(f"the category {category!r:.80} has no id")
-        ids.append(category["id"])
-    if len(set(ids)) != len(ids) or ids != sorted(ids):
-        raise InvalidDataError("the ids of its categories are not sorted and unique")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
-def _listing(counts: Sequence[int]) -> str:
-    return ", ".join(map(str, counts[:5])) + (", ..." if len(counts) > 5 else "")

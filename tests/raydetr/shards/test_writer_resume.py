@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 
 from made_coco import folder_bytes, write_json
 from raydetr.shards.reader import Shards, open_shards
@@ -228,6 +229,39 @@ def test_corrupt_leftovers_are_rewritten(
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
+    assert "1 of its finished shards were reused, 1 (" in write_again(coco, out)[0]
+    assert folder_bytes(out) == folder_bytes(shards.path)
+
+
+def test_resumed_run_repeats_the_notices_about_images_in_finished_shards(
+    coco: tuple[Path, Path], tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(coco[0], images)
+    for number, record in enumerate(json.loads(coco[1].read_text())["images"][:2]):
+        size = (record["width"], record["height"])
+        if number == 0:  # 12 of 16 bits
+            Image.new("I;16", size, 3000).save(images / record["file_name"], "PNG")
+        else:
+            exif = Image.Exif()
+            exif[0x0112] = 6
+            Image.new("RGB", size).save(images / record["file_name"], "JPEG", exif=exif)
+    write_shards(images, coco[1], tmp_path / "fresh", samples_per_shard=15)
+    notices = " ".join(open_shards(tmp_path / "fresh").manifest.notices)
+    assert "1 images have 16 bits per pixel and use at most 12 of them" in notices
+    assert "1 images have an EXIF orientation" in notices
+    out = interrupted_run((images, coco[1]), tmp_path)
+    assert "2 of its finished shards were reused" in write_again((images, coco[1]), out)[0]
+    assert folder_bytes(out) == folder_bytes(tmp_path / "fresh")
+
+
+def test_records_of_another_version_are_discarded(
+    coco: tuple[Path, Path], shards: Shards, tmp_path: Path
+) -> None:
+    out = interrupted_run(coco, tmp_path)
+    record = out / ".partial" / "shard-00001.tar.json"
+    state = json.loads(record.read_text())
+    record.write_text(json.dumps({"input": state["input"], "shard": state["shard"], **state["counts"]}))
     assert "1 of its finished shards were reused, 1 (" in write_again(coco, out)[0]
     assert folder_bytes(out) == folder_bytes(shards.path)
 

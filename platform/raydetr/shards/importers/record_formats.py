@@ -7,10 +7,11 @@ and label, under "annotations" or "objects". `arrays`: one list of boxes and one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from raydetr.shards.coco import Record, is_coordinate
+from raydetr.shards.coco import Record, is_box
 from raydetr.shards.validation import InvalidDataError
 
 BoxFormat = Literal["xywh", "xyxy"]  # x, y, width, height, or both corners, in pixels
@@ -49,25 +50,29 @@ def find_format(content: Any, box_format: BoxFormat | None) -> RecordFormat | No
         raise InvalidDataError(
             f"the record is a {type(content).__name__}, not an object with boxes and labels"
         )
+    kind: Literal["coco", "objects", "arrays"] = "arrays"
     name = next((name for name in LISTS if isinstance(content.get(name), list)), None)
-    if name is not None:
-        objects = content[name]
-        if not objects:
-            return None
-        is_coco = name == "annotations" and isinstance(content.get("image"), dict)
-        kind: Literal["coco", "objects"] = "coco" if is_coco else "objects"
-        first = objects[0]
-        if not isinstance(first, dict):
-            raise InvalidDataError(f"{name}[0] is {first!r:.60}, not an object with a box and a label")
-        boxes, labels = _fields(first, f"{name}[0]")
-        # A list of objects with `bbox` is COCO's convention, where it is x, y, width, height.
-        return RecordFormat(kind, name, boxes, labels, _box_format(box_format, boxes, default="xywh"))
-    name = "objects" if isinstance(content.get("objects"), dict) else ""
-    arrays = content[name] if name else content
-    boxes, labels = _fields(arrays, name or "the record")
-    if not arrays[boxes]:
+    if name is None:
+        name = "objects" if isinstance(content.get("objects"), dict) else ""
+        where, first = name or "the record", content[name] if name else content
+    elif not content[name]:
         return None
-    return RecordFormat("arrays", name, boxes, labels, _box_format(box_format, boxes, default=None))
+    else:
+        kind = "coco" if name == "annotations" and isinstance(content.get("image"), dict) else "objects"
+        where, first = f"{name}[0]", content[name][0]
+    if not isinstance(first, dict):
+        raise InvalidDataError(f"{where} is {first!r:.60}, not an object with a box and a label")
+    boxes = _known_field(first, BOXES, where, "boxes")
+    labels = _known_field(first, [label for label in LABELS if label != boxes], where, "labels")
+    if kind == "arrays" and not first[boxes]:
+        return None
+    # A list of objects with `bbox` is COCO's convention, where it is x, y, width, height
+    if box_format is None and (kind == "arrays" or boxes != "bbox"):
+        raise InvalidDataError(
+            f"the boxes are in {boxes!r}, and may be [x, y, width, height] or [x1, y1, x2, y2]: "
+            "specify --boxes xywh or --boxes xyxy"
+        )
+    return RecordFormat(kind, name, boxes, labels, box_format or "xywh")
 
 
 def unpack(content: Any, record_format: RecordFormat) -> tuple[Record, list[Record]]:
@@ -78,93 +83,70 @@ def unpack(content: Any, record_format: RecordFormat) -> tuple[Record, list[Reco
     """
     if not isinstance(content, dict):
         raise InvalidDataError(f"the record is a {type(content).__name__}, not an object")
-    holder = content.get(record_format.objects) if record_format.objects else content
-    if holder is None:
-        raise InvalidDataError(
-            f"the record has no {record_format.objects!r}; its fields are {_names(content)}"
-        )
+    name = record_format.objects
+    needed = [name] if name else []
+    taken = needed or [record_format.boxes, record_format.labels, *OPTIONAL_ARRAYS]
+    image: Any = {field: value for field, value in content.items() if field not in taken}
     if record_format.kind == "coco":
+        needed.append("image")
         image = content.get("image")
-        if not isinstance(image, dict):
-            raise InvalidDataError(f"the record has no object 'image'; its fields are {_names(content)}")
-    else:
-        taken = (
-            (record_format.objects,)
-            if record_format.objects
-            else (record_format.boxes, record_format.labels, "area", "iscrowd")
-        )
-        image = {name: value for name, value in content.items() if name not in taken}
-    objects = _rows(holder, record_format) if record_format.kind == "arrays" else holder
+    for field in needed:
+        if content.get(field) is None:
+            raise InvalidDataError(f"the record has no {field!r}; its fields are {_names(content)}")
+    if not isinstance(image, dict):
+        raise InvalidDataError(f"image is {image!r:.60}, not an object")
+    objects = content[name] if name else content
+    if record_format.kind == "arrays":
+        objects = _rows(objects, record_format)
     if not isinstance(objects, list):
-        raise InvalidDataError(f"{record_format.objects} is {objects!r:.60}, not a list")
-    return image, [_object(number, item, record_format) for number, item in enumerate(objects)]
+        raise InvalidDataError(f"{name} is {objects!r:.60}, not a list")
+    return image, [_object(f"object {number}", item, record_format) for number, item in enumerate(objects)]
 
 
-def _fields(holder: Record, where: str) -> tuple[str, str]:
-    boxes = next((name for name in BOXES if name in holder), None)
-    labels = next((name for name in LABELS if name in holder and name != boxes), None)
-    if boxes is None or labels is None:
-        raise InvalidDataError(
-            f"{where} has no {'boxes' if boxes is None else 'labels'}; its fields are {_names(holder)}, and known are "
-            f"{', '.join(BOXES if boxes is None else LABELS)}"
-        )
-    return boxes, labels
-
-
-def _box_format(given: BoxFormat | None, boxes: str, default: BoxFormat | None) -> BoxFormat:
-    if given is None and (default is None or boxes != "bbox"):
-        raise InvalidDataError(
-            f"the boxes are in {boxes!r}, and may be [x, y, width, height] or [x1, y1, x2, y2]: "
-            "specify --boxes xywh or --boxes xyxy"
-        )
-    return given or default or "xywh"
+def _known_field(holder: Record, known: Sequence[str], where: str, what: str) -> str:
+    for name in known:
+        if name in holder:
+            return name
+    raise InvalidDataError(
+        f"{where} has no {what}; its fields are {_names(holder)}, and known are {', '.join(known)}"
+    )
 
 
 def _rows(holder: Any, record_format: RecordFormat) -> list[Record]:
     """Convert lists of boxes and labels to a list of objects."""
     if not isinstance(holder, dict):
         raise InvalidDataError(f"{record_format.objects} is {holder!r:.60}, not an object with lists")
-    columns: dict[str, list[Any]] = {}
-    for name in (record_format.boxes, record_format.labels, *OPTIONAL_ARRAYS):
-        values = holder.get(name)
-        if values is None and name in OPTIONAL_ARRAYS:
-            continue
+    optional = [name for name in OPTIONAL_ARRAYS if holder.get(name) is not None]
+    columns: dict[str, Any] = {
+        name: holder.get(name) for name in (record_format.boxes, record_format.labels, *optional)
+    }
+    for name, values in columns.items():
         if not isinstance(values, list):
             raise InvalidDataError(f"{name} is {values!r:.60}, not a list; the fields are {_names(holder)}")
-        columns[name] = values
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
         raise InvalidDataError(f"its lists have different lengths: {lengths}")
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _object(number: int, item: Any, record_format: RecordFormat) -> Record:
+def _object(where: str, item: Any, record_format: RecordFormat) -> Record:
     if not isinstance(item, dict):
-        raise InvalidDataError(f"object {number} is {item!r:.60}")
-    label = item.get(record_format.labels)
-    if not isinstance(label, int | str) or isinstance(label, bool):
+        raise InvalidDataError(f"{where} is {item!r:.60}")
+    fields = dict(item)
+    label, box = fields.pop(record_format.labels, None), fields.pop(record_format.boxes, None)
+    if type(label) not in (int, str):
         raise InvalidDataError(
-            f"object {number}: {record_format.labels} is {label!r:.60}, neither a whole number nor a name"
+            f"{where}: {record_format.labels} is {label!r:.60}, neither a whole number nor a name"
         )
-    others = {
-        name: value for name, value in item.items() if name not in (record_format.boxes, record_format.labels)
-    }
-    return {**others, "bbox": _xywh(number, item.get(record_format.boxes), record_format), "label": label}
-
-
-def _xywh(number: int, value: Any, record_format: RecordFormat) -> list[float]:
-    if not isinstance(value, list) or len(value) != 4 or not all(map(is_coordinate, value)):
-        raise InvalidDataError(
-            f"object {number}: {record_format.boxes} is {value!r:.60}, not four numbers of pixels"
-        )
-    box: list[float] = value
+    if not is_box(box):
+        raise InvalidDataError(f"{where}: {record_format.boxes} is {box!r:.60}, not four numbers of pixels")
     if record_format.box_format == "xyxy":
         box = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
     if box[2] < 0 or box[3] < 0:
         raise InvalidDataError(
-            f"object {number}: {record_format.boxes}, read as {record_format.box_format}, has a negative size: {box}"
+            f"{where}: {record_format.boxes}, read as {record_format.box_format}, has a negative size: {box}"
         )
-    return box
+    return {**fields, "bbox": box, "label": label}
 
 
 def _names(record: Record) -> str:

@@ -8,23 +8,14 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
-from typing import NamedTuple
 from xml.etree import ElementTree
 
 from raydetr.shards.coco import Problems, Record, check_records
-from raydetr.shards.source import Source, files_in
+from raydetr.shards.source import ImageFile, Source
 from raydetr.user_files import read_file, read_text
 
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
 SUFFIXES = (".jpg", ".jpeg", ".png")
-
-
-class _Box(NamedTuple):
-    """A box as written in the XML."""
-
-    xmin: float
-    ymin: float
-    xmax: float
-    ymax: float
 
 
 def voc_source(folder: Path, split: str, *, zero_based: bool = False) -> Source:
@@ -49,28 +40,33 @@ def voc_source(folder: Path, split: str, *, zero_based: bool = False) -> Source:
     problems.raise_if_any()
     trees = _read_annotations(folder / "Annotations", problems)
     files = _image_files(folder / "JPEGImages")
-    categories = _categories(trees)
-    numbers = {category["name"]: category["id"] for category in categories}
+    elements = [element for tree in trees.values() for element in tree.findall("object")]
+    class_names = sorted({element.findtext("name", "").strip() for element in elements} - {""})
+    numbers = {name: number for number, name in enumerate(class_names, 1)}
     images: list[Record] = []
     annotations: list[Record] = []
     digest = hashlib.sha256()
     for image_id, name in enumerate(names, 1):
         path = folder / "Annotations" / f"{name}.xml"
-        if name not in files or not path.is_file():
-            problems.add(_missing(folder, name, path, in_files=name in files))
+        if name not in files:
+            problems.add(
+                f"{folder / 'JPEGImages' / name}.jpg: there is no such image (.jpg, .jpeg, .png): add it, or remove "
+                "it from the split"
+            )
+        elif not path.is_file():
+            problems.add(f"{path}: there is no such file: add it, or remove the image from the split")
+        if name not in files or name not in trees:
             continue
-        if name not in trees:
-            continue  # already reported: not valid XML
         digest.update(f"{name}\n".encode() + path.read_bytes())
-        try:
-            file_name = _choose(files[name], trees[name])
+        with problems.collect(path):
+            named = trees[name].findtext("filename", "").strip()
+            file_name = named if named in files[name] else files[name][0]
             images.append({"id": image_id, "file_name": file_name, **_size(trees[name])})
             for element in trees[name].findall("object"):
                 record = _annotation(element, numbers, zero_based=zero_based)
                 annotations.append({"id": len(annotations) + 1, "image_id": image_id, **record})
-        except ValueError as error:
-            problems.add(f"{path}: {error}")
     problems.raise_if_any()
+    categories = [{"id": number, "name": name} for name, number in numbers.items()]
     data = {"images": images, "annotations": annotations, "categories": categories}
     dataset = check_records(data, folder, digest.hexdigest())
     num_difficult = sum(annotation["iscrowd"] for annotation in annotations)
@@ -84,7 +80,8 @@ def voc_source(folder: Path, split: str, *, zero_based: bool = False) -> Source:
             f"{len(ambiguous)} names belong to several images ({', '.join(files[ambiguous[0]])}): the one that "
             "<filename> of the annotation names is used, else the first"
         )
-    return Source(dataset, files_in(folder / "JPEGImages", dataset.images), f"{folder.name} [{split}]")
+    paths = [ImageFile(folder / "JPEGImages" / image["file_name"]) for image in dataset.images]
+    return Source(dataset, paths, f"{folder.name} [{split}]")
 
 
 def _image_files(folder: Path) -> dict[str, list[str]]:
@@ -94,11 +91,6 @@ def _image_files(folder: Path) -> dict[str, list[str]]:
         if path.suffix.lower() in SUFFIXES:
             files.setdefault(path.stem, []).append(path.name)
     return files
-
-
-def _choose(candidates: list[str], tree: ElementTree.Element) -> str:
-    named = tree.findtext("filename", "").strip()
-    return named if named in candidates else candidates[0]
 
 
 def _read_split(folder: Path, split: str, problems: Problems) -> list[str]:
@@ -111,21 +103,19 @@ def _read_split(folder: Path, split: str, problems: Problems) -> list[str]:
     if not path.is_file():
         known = sorted(file.stem for file in path.parent.glob("*.txt"))
         raise ValueError(f"{path}: there is no such split; there are {', '.join(known[:10]) or 'none'}")
-    names = []
-    try:
-        lines = read_text(path).splitlines()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as a list of names ({error})") from None
-    for number, line in enumerate(lines, 1):
-        words = line.split()
-        if len(words) > 1:
-            problems.add(
-                f"{path}, line {number}: is {line!r:.40}: a split has one name per line (is this the list of a class?)"
-            )
-        names += words[:1]
+    names: list[str] = []
+    with problems.collect(f"{path}: cannot be read as a list of names"):
+        for number, line in enumerate(read_text(path).splitlines(), 1):
+            words = line.split()
+            if len(words) > 1:
+                problems.add(
+                    f"{path}, line {number}: is {line!r:.40}: a split has one name per line (is this the list of a "
+                    "class?)"
+                )
+            names += words[:1]
     if len(set(names)) != len(names):
         problems.add(f"{path}: names {len(names) - len(set(names))} images twice: remove them")
-    if not names:
+    if not names and not problems.count:
         problems.add(f"{path}: names no images")
     return sorted(names)
 
@@ -140,23 +130,9 @@ def _read_annotations(folder: Path, problems: Problems) -> dict[str, ElementTree
             OSError,
             ValueError,
             LookupError,
-        ) as error:  # LookupError: of an encoding
+        ) as error:  # the last: of an encoding
             problems.add(f"{path}: is not XML ({error}): replace or remove the file")
     return trees
-
-
-def _categories(trees: dict[str, ElementTree.Element]) -> list[Record]:
-    texts = (
-        element.findtext("name", "").strip() for tree in trees.values() for element in tree.findall("object")
-    )
-    return [{"id": number, "name": name} for number, name in enumerate(sorted(set(texts) - {""}), 1)]
-
-
-def _missing(folder: Path, name: str, annotation: Path, *, in_files: bool) -> str:
-    if not in_files:
-        image = folder / "JPEGImages" / name
-        return f"{image}.jpg: there is no such image (.jpg, .jpeg, .png): add it, or remove it from the split"
-    return f"{annotation}: there is no such file: add it, or remove the image from the split"
 
 
 def _size(tree: ElementTree.Element) -> Record:
@@ -173,15 +149,15 @@ def _annotation(element: ElementTree.Element, numbers: dict[str, int], *, zero_b
     name = element.findtext("name", "").strip()
     if not name:
         raise ValueError("an object has no name: add it")
-    box = _read_box(element, name)
+    box = [_coordinate(element, name, key) for key in CORNERS]
     first = 0 if zero_based else 1
-    if min(box.xmin, box.ymin) < first and not zero_based:
+    if min(box[:2]) < first and not zero_based:
         raise ValueError(
-            f"{name}: the box begins at {box.xmin:g}, {box.ymin:g}, but Pascal VOC counts pixels from 1: correct it, "
+            f"{name}: the box begins at {box[0]:g}, {box[1]:g}, but Pascal VOC counts pixels from 1: correct it, "
             "or use --zero-based if the tool that wrote it counts from 0 with an exclusive end"
         )
-    x, y = box.xmin - first, box.ymin - first
-    width, height = box.xmax - x, box.ymax - y
+    x, y = box[0] - first, box[1] - first
+    width, height = box[2] - x, box[3] - y
     if width < 0 or height < 0:
         raise ValueError(f"{name}: the box ends before it begins: {', '.join(f'{value:g}' for value in box)}")
     difficult = element.findtext("difficult", "0").strip()
@@ -195,15 +171,12 @@ def _annotation(element: ElementTree.Element, numbers: dict[str, int], *, zero_b
     }
 
 
-def _read_box(element: ElementTree.Element, name: str) -> _Box:
-    values = []
-    for key in _Box._fields:
-        text = element.findtext(f"bndbox/{key}", "").strip()
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            raise ValueError(f"{name}: bndbox/{key} is {text!r}: it must be a number of pixels")
-        values.append(value)
-    return _Box(*values)
+def _coordinate(element: ElementTree.Element, name: str, key: str) -> float:
+    text = element.findtext(f"bndbox/{key}", "").strip()
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: bndbox/{key} is {text!r}: it must be a number of pixels")
+    return value

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,7 +13,7 @@ import braceexpand
 
 from raydetr.process_pool import Progress
 from raydetr.shards.coco import Problems, Record, annotation_problems, check_records, read_categories
-from raydetr.shards.images import ImageError, read_header
+from raydetr.shards.images import read_header
 from raydetr.shards.importers.record_formats import BoxFormat, RecordFormat, find_format, unpack
 from raydetr.shards.source import ImageFile, Source
 from raydetr.shards.tar_samples import TarSample, tar_samples
@@ -31,16 +30,30 @@ class _Found:
     problems: Problems
     images: list[Record] = field(default_factory=list)
     files: list[ImageFile] = field(default_factory=list)
-    objects: list[list[Record]] = field(
-        default_factory=list
-    )  # per image: `bbox` (xywh), `label` and other fields
+    objects: list[list[Record]] = field(default_factory=list)  # per image; with `label` in place of the ids
     ignored: Counter[str] = field(default_factory=Counter)  # extensions of other members
     num_without_area: int = 0
 
-    @property
-    def labels(self) -> Counter[int | str]:
-        """Number of objects per label."""
-        return Counter(item["label"] for items in self.objects for item in items)
+    def add(self, path: Path, sample: TarSample, content: Any, record_format: RecordFormat) -> None:
+        """Add the records of a sample in a tar, given the content of its JSON.
+
+        Raises:
+            InvalidDataError, ImageError: they cannot be used.
+        """
+        fields, objects = unpack(content, record_format)
+        extension = _image_extension(sample)
+        member = sample.members[extension]
+        file = ImageFile(path, member.offset_data, member.size, sample.key)
+        width, height = _stated_size(fields) or read_header(io.BytesIO(file.read())).size
+        self.images.append({"file_name": sample.key, **fields, "width": width, "height": height})
+        self.files.append(file)
+        self.ignored.update(set(sample.members) - {"json", extension})
+        self.num_without_area += sum("area" not in item for item in objects)
+        objects = [{"area": item["bbox"][2] * item["bbox"][3], "iscrowd": 0, **item} for item in objects]
+        self.objects.append(objects)
+        for number, item in enumerate(objects):
+            for problem in annotation_problems({**item, "id": 1, "image_id": 1, "category_id": 1}):
+                self.problems.add(f"{file}: object {number}: {problem}")
 
 
 def webdataset_source(
@@ -69,27 +82,24 @@ def webdataset_source(
     found = _Found(Problems(pattern, "problem"))
     total, done = sum(path.stat().st_size for path in paths), 0
     for path in paths:
-        try:
-            with open_file(path) as file:
-                for sample in _whole_samples(path):
-                    _add_sample(found, path, file, sample, record_format, digest)
-                    if progress:
-                        progress(done + sample.end, total)
-        except (OSError, InvalidDataError) as error:
-            found.problems.add(f"{path}: {error}")
+        with found.problems.collect(path), open_file(path) as file:
+            for sample in tar_samples(path):
+                with found.problems.collect(f"{path}: sample {sample.key}"):
+                    found.add(path, sample, _read_record(file, sample), record_format)
+                    digest.update(f"{sample.key} {found.files[-1].size}\n".encode())
+                if progress:
+                    progress(done + sample.end, total)
         done += path.stat().st_size
-    chosen = categories_of(found.labels, known, found.problems)
+    labels = Counter(item["label"] for items in found.objects for item in items)
+    chosen = _categories_of(labels, known, found.problems)
     found.problems.raise_if_any()
     return _make_source(found, chosen, pattern, digest.hexdigest(), named=known is not None)
 
 
-def categories_of(found: Counter[int | str], known: list[Record] | None, problems: Problems) -> list[Record]:
-    """Return the category records, sorted by id, to which the labels refer by id or name.
+def _categories_of(found: Counter[int | str], known: list[Record] | None, problems: Problems) -> list[Record]:
+    """Return the category records, sorted by id, to which labels refer by id or name, given their numbers of objects.
 
-    Args:
-        found: number of objects per label.
-        known: the categories of a file; None: number the labels that occur, in alphabetical order from 1.
-        problems: collects the labels without a category.
+    Without `known` records of a file, they are the labels that occur, names in alphabetical order from 1.
     """
     if known is not None:
         usable = {value for record in known for value in (record["id"], record["name"])}
@@ -112,27 +122,22 @@ def categories_of(found: Counter[int | str], known: list[Record] | None, problem
 
 
 def _expand(pattern: str) -> list[Path]:
-    if Path(pattern).is_dir():
-        paths = sorted(Path(pattern).glob("*.tar"))
-        packed = [path.name for kind in ("*.tar.*", "*.tgz") for path in sorted(Path(pattern).glob(kind))]
+    folder = Path(pattern)
+    paths: list[Path] = []
+    if folder.is_dir():
+        paths = sorted(folder.glob("*.tar"))
         if not paths:
+            packed = [path.name for kind in ("*.tar.*", "*.tgz") for path in sorted(folder.glob(kind))]
             hint = f" ({packed[0]}: unpack it to a plain tar)" if packed else ""
             raise ValueError(f"{pattern}: holds no *.tar{hint}")
     else:
-        paths = [path for name in braceexpand.braceexpand(pattern) for path in _matching(Path(name))]
+        for path in map(Path, braceexpand.braceexpand(pattern)):
+            is_wildcard = "*" in path.name or "?" in path.name
+            paths += (sorted(path.parent.glob(path.name)) if is_wildcard else []) or [path]
     for path in paths:
         if not path.is_file():
             raise ValueError(f"{path}: there is no such file")
     return paths
-
-
-def _matching(path: Path) -> list[Path]:
-    if "*" not in path.name and "?" not in path.name:
-        return [path]
-    found = sorted(path.parent.glob(path.name))
-    if not found:
-        raise ValueError(f"{path}: there are no such files")
-    return found
 
 
 def _first_format(paths: list[Path], box_format: BoxFormat | None) -> RecordFormat:
@@ -141,7 +146,6 @@ def _first_format(paths: list[Path], box_format: BoxFormat | None) -> RecordForm
         try:
             with open_file(path) as file:
                 for sample in tar_samples(path):
-                    _members(sample)
                     record_format = find_format(_read_record(file, sample), box_format)
                     if record_format is not None:
                         return record_format
@@ -152,49 +156,7 @@ def _first_format(paths: list[Path], box_format: BoxFormat | None) -> RecordForm
     raise ValueError(f"{paths[0]}: no record has any object, so there is nothing to train on")
 
 
-def _whole_samples(path: Path) -> Iterator[TarSample]:
-    """Yield the samples of a tar.
-
-    Raises:
-        InvalidDataError: there are none, or the members of one are not consecutive.
-    """
-    seen = set[str]()
-    for sample in tar_samples(path):
-        if sample.key in seen:
-            raise InvalidDataError(
-                f"sample {sample.key}: its members are not consecutive: sort them, for example with tar --sort=name"
-            )
-        seen.add(sample.key)
-        yield sample
-    if not seen:
-        raise InvalidDataError("holds no samples")
-
-
-def _add_sample(
-    found: _Found, path: Path, file: BinaryIO, sample: TarSample, record_format: RecordFormat, digest: Any
-) -> None:
-    try:
-        image = sample.members[_members(sample)]
-        fields, objects = unpack(_read_record(file, sample), record_format)
-        place = ImageFile(path, image.offset_data, image.size, sample.key)
-        size = _stated_size(fields) or read_header(io.BytesIO(place.read())).size
-    except (InvalidDataError, ImageError) as error:
-        found.problems.add(f"{path}: sample {sample.key}: {error}")
-        return
-    digest.update(f"{sample.key} {image.size}\n".encode())
-    found.images.append({"file_name": sample.key, **fields, "width": size[0], "height": size[1]})
-    found.files.append(place)
-    found.objects.append(objects)
-    found.ignored.update(set(sample.members) - {"json", _members(sample)})
-    for number, item in enumerate(objects):
-        found.num_without_area += "area" not in item
-        box = item["bbox"]
-        record = {"area": box[2] * box[3], "iscrowd": 0, **item, "id": 1, "image_id": 1, "category_id": 1}
-        for problem in annotation_problems(record):
-            found.problems.add(f"{path}: sample {sample.key}: object {number}: {problem}")
-
-
-def _members(sample: TarSample) -> str:
+def _image_extension(sample: TarSample) -> str:
     """Return the extension of a sample's image.
 
     Raises:
@@ -210,6 +172,12 @@ def _members(sample: TarSample) -> str:
 
 
 def _read_record(file: BinaryIO, sample: TarSample) -> Any:
+    """Return the content of a sample's JSON.
+
+    Raises:
+        InvalidDataError: it is not JSON, or the sample has other members than needed.
+    """
+    _image_extension(sample)
     member = sample.members["json"]
     file.seek(member.offset_data)
     try:
@@ -233,34 +201,32 @@ def _make_source(
     found: _Found, categories: list[Record], pattern: str, sha256: str, *, named: bool
 ) -> Source:
     """Assign ids, and validate the records like those of a COCO file."""
-    own_ids = [image.get("id", image.get("image_id")) for image in found.images]
-    keeps_images = _usable_ids(own_ids)
+    image_ids = [image.get("id", image.get("image_id")) for image in found.images]
+    keeps_images = _usable_ids(image_ids)
+    if not keeps_images:
+        image_ids = list(range(1, len(image_ids) + 1))
     keeps_objects = _usable_ids([item.get("id") for items in found.objects for item in items])
     ids = {record["name"]: record["id"] for record in categories}
-    images: list[Record] = []
     annotations: list[Record] = []
-    for number, (image, items) in enumerate(zip(found.images, found.objects, strict=True)):
-        image_id = own_ids[number] if keeps_images else number + 1
-        images.append({**image, "id": image_id})
+    for image_id, items in zip(image_ids, found.objects, strict=True):
         for item in items:
             label = item.pop("label")
-            area = item["bbox"][2] * item["bbox"][3]
             new_id = {} if keeps_objects else {"id": len(annotations) + 1}
             category_id = ids[label] if isinstance(label, str) else label
-            fields = {"image_id": image_id, "category_id": category_id, **new_id}
-            annotations.append({"area": area, "iscrowd": 0, **item, **fields})
+            annotations.append({**item, "image_id": image_id, "category_id": category_id, **new_id})
+    images = [{**image, "id": image_id} for image, image_id in zip(found.images, image_ids, strict=True)]
     data = {"images": images, "annotations": annotations, "categories": categories}
     dataset = check_records(data, pattern, sha256)
-    for extension, count in sorted(found.ignored.items()):
-        dataset.notices.append(f"{count} members .{extension} are ignored")
+    notices = [
+        f"{count} members .{extension} are ignored" for extension, count in sorted(found.ignored.items())
+    ]
     if found.num_without_area:
-        dataset.notices.append(f"{found.num_without_area} objects have no area: that of their box is used")
+        notices.append(f"{found.num_without_area} objects have no area: that of their box is used")
     if not keeps_images:
-        dataset.notices.append("the records have no unique integer image ids: images are numbered from 1")
+        notices.append("the records have no unique integer image ids: images are numbered from 1")
     if not named and all(name == str(number) for name, number in ids.items()):
-        dataset.notices.append(
-            "the categories have no names but their numbers (--categories FILE provides them)"
-        )
+        notices.append("the categories have no names but their numbers (--categories FILE provides them)")
+    dataset.notices.extend(notices)
     return Source(dataset, found.files, Path(pattern).name)
 
 

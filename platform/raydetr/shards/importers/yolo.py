@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +21,80 @@ MIN_POLYGON_NUMBERS = 7  # the class and three points
 TOLERANCE = 0.01  # normalized; coordinates further outside [0, 1] are an error
 
 
-@dataclass
-class Labels:
-    """Collects the objects of all images."""
+# The extensions that Ultralytics accepts; images that are neither JPEG nor PNG are rejected when they are packed.
+IMAGE_EXTENSIONS = frozenset(
+    ["bmp", "dng", "heic", "jpeg", "jpg", "mpo", "pfm", "png", "tif", "tiff", "webp"]
+)
 
-    problems: Problems
-    num_classes: int
-    annotations: list[Record] = field(default_factory=list)
-    num_mixed: int = 0  # files with boxes and polygons
 
-    def add(self, file: Path, text: str, image_id: int, width: int, height: int) -> None:
-        """Add the objects of one image, `width` x `height` pixels, from the text of its label file."""
-        lengths = set()
-        for number, line in enumerate(text.splitlines(), 1):
-            words = line.split()
-            if not words:
+def yolo_source(path: Path, split: str) -> Source:
+    """Read one split of a YOLO data set.
+
+    Images are numbered from 1 in the order of their paths; category ids are YOLO's class numbers.
+
+    Args:
+        path: path of `data.yaml`.
+        split: key of the split in it: train, val or test.
+
+    Raises:
+        ValueError: files are missing or invalid; the first ten problems are listed with file, line, value and remedy.
+    """
+    root, entries, names = _read_layout(path, split)
+    problems = Problems(path, "problem")
+    files = _image_files(root, entries, problems)
+    problems.raise_if_any()
+    digest = hashlib.sha256(read_file(path))
+    images: list[Record] = []
+    annotations: list[Record] = []
+    label_files: set[Path] = set()
+    num_mixed = 0  # label files with boxes and polygons
+    for image_id, file in enumerate(files, 1):
+        name = os.path.relpath(file, root)
+        label_file = _label_file(file)
+        text = _read_labels(label_file, problems)
+        digest.update(f"{name}\n{text}\n".encode())
+        with problems.collect(file):
+            width, height = _read_size(file)
+            images.append({"id": image_id, "file_name": name, "width": width, "height": height})
+            if text is None:
                 continue
-            where = f"{file}, line {number}"
-            lengths.add(len(words) == BOX_NUMBERS)
-            try:
-                category_id, values = _parse_line(words, self.num_classes)
-            except ValueError as error:
-                self.problems.add(f"{where}: {error}")
-                continue
-            geometry = _box(values, width, height) if len(values) == 4 else _polygon(values, width, height)
-            self.annotations.append(
-                {
-                    "id": len(self.annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": category_id,
-                    **geometry,
-                    "iscrowd": 0,
-                }
-            )
-        self.num_mixed += len(lengths) == 2
+            label_files.add(label_file)
+            objects = _objects(label_file, text, (width, height), len(names), problems)
+            num_mixed += len({"segmentation" in item for item in objects}) == 2
+            for item in objects:
+                number = len(annotations) + 1
+                annotations.append({"id": number, "image_id": image_id, **item, "iscrowd": 0})
+    problems.raise_if_any()
+    if not label_files:
+        raise ValueError(
+            f"{path}: none of its {len(files)} images of {split!r} has labels ({_label_file(files[0])} and so on): "
+            "put them there, in a folder `labels` next to `images`"
+        )
+    categories = [{"id": number, "name": name} for number, name in names.items()]
+    data = {"images": images, "annotations": annotations, "categories": categories}
+    dataset = check_records(data, path, digest.hexdigest())
+    if num_mixed:
+        dataset.notices.append(
+            f"{num_mixed} label files hold boxes and polygons: lines of 5 numbers are read as boxes"
+        )
+    unused = _unused_files(label_files)
+    if unused:
+        dataset.notices.append(f"{len(unused)} label files match no image of the split ({unused[0]} ...)")
+    return Source(dataset, [ImageFile(file) for file in files], f"{path.name} [{split}]")
+
+
+def _objects(
+    file: Path, text: str, size: tuple[int, int], num_classes: int, problems: Problems
+) -> list[Record]:
+    """Return category and geometry of the objects in a label file, of an image of this width and height in pixels."""
+    objects = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            with problems.collect(f"{file}, line {number}"):
+                category_id, values = _parse_line(line.split(), num_classes)
+                geometry = _box(values, *size) if len(values) == 4 else _polygon(values, *size)
+                objects.append({"category_id": category_id, **geometry})
+    return objects
 
 
 def _parse_line(words: list[str], num_classes: int) -> tuple[int, list[float]]:
@@ -95,78 +133,12 @@ def _box(values: list[float], width: int, height: int) -> Record:
 
 def _polygon(values: list[float], width: int, height: int) -> Record:
     xs, ys = [x * width for x in values[::2]], [y * height for y in values[1::2]]
-    following = [*range(1, len(xs)), 0]
-    double_area = sum(xs[i] * ys[j] - xs[j] * ys[i] for i, j in enumerate(following))
+    double_area = sum(xs[i - 1] * ys[i] - xs[i] * ys[i - 1] for i in range(len(xs)))
     return {
         "bbox": [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)],
         "area": abs(double_area) / 2,
         "segmentation": [[value for point in zip(xs, ys, strict=True) for value in point]],
     }
-
-
-# The extensions that Ultralytics accepts; images that are neither JPEG nor PNG are rejected when they are packed.
-IMAGE_EXTENSIONS = frozenset(
-    ["bmp", "dng", "heic", "jpeg", "jpg", "mpo", "pfm", "png", "tif", "tiff", "webp"]
-)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """The content of `data.yaml`."""
-
-    path: Path
-    root: Path
-    entries: list[str]  # of the split: folders, or text files with one path per line
-    names: dict[int, str]
-
-
-def yolo_source(path: Path, split: str) -> Source:
-    """Read one split of a YOLO data set.
-
-    Images are numbered from 1 in the order of their paths; category ids are YOLO's class numbers.
-
-    Args:
-        path: path of `data.yaml`.
-        split: key of the split in it: train, val or test.
-
-    Raises:
-        ValueError: files are missing or invalid; the first ten problems are listed with file, line, value and remedy.
-    """
-    layout = _read_layout(path, split)
-    problems = Problems(path, "problem")
-    files = _image_files(layout, problems)
-    problems.raise_if_any()
-    labels = Labels(problems, len(layout.names))
-    digest = hashlib.sha256(read_file(path))
-    images: list[Record] = []
-    paths: list[Path] = []
-    label_files: set[Path] = set()
-    for image_id, file in enumerate(files, 1):
-        name = os.path.relpath(file, layout.root)
-        label_file = _label_file(file)
-        text = _read_labels(label_file, problems)
-        digest.update(f"{name}\n{text}\n".encode())
-        try:
-            width, height = _read_size(file)
-        except ValueError as error:
-            problems.add(f"{file}: {error}")
-            continue
-        paths.append(file)
-        images.append({"id": image_id, "file_name": name, "width": width, "height": height})
-        if text is not None:
-            label_files.add(label_file)
-            labels.add(label_file, text, image_id, width, height)
-    problems.raise_if_any()
-    if not label_files:
-        raise ValueError(
-            f"{path}: none of its {len(files)} images of {split!r} has labels ({_label_file(files[0])} and so on): "
-            "put them there, in a folder `labels` next to `images`"
-        )
-    categories = [{"id": number, "name": name} for number, name in layout.names.items()]
-    data = {"images": images, "annotations": labels.annotations, "categories": categories}
-    dataset = check_records(data, path, digest.hexdigest())
-    dataset.notices.extend(_notices(labels, label_files))
-    return Source(dataset, [ImageFile(file) for file in paths], f"{path.name} [{split}]")
 
 
 def _read_size(path: Path) -> tuple[int, int]:
@@ -189,7 +161,8 @@ def _read_size(path: Path) -> tuple[int, int]:
     return header.size
 
 
-def _read_layout(path: Path, split: str) -> _Layout:
+def _read_layout(path: Path, split: str) -> tuple[Path, list[str], dict[int, str]]:
+    """Read `data.yaml`: the root of its paths, the folders or lists of images of the split, and the class names."""
     try:
         values = parse_yaml(read_text(path))
     except OSError as error:
@@ -208,7 +181,7 @@ def _read_layout(path: Path, split: str) -> _Layout:
             f"{path}: {split} is {values.get(split)!r:.60}: it must be a folder, a text file or a list of them "
             f"(the file has {', '.join(found) or 'no splits'})"
         )
-    return _Layout(path, _root(path, values), entries, _class_names(path, values))
+    return _root(path, values), entries, _class_names(path, values)
 
 
 def _root(path: Path, values: dict[str, Any]) -> Path:
@@ -225,11 +198,8 @@ def _class_names(path: Path, values: dict[str, Any]) -> dict[int, str]:
     names = values.get("names")
     if isinstance(names, list):
         names = dict(enumerate(names))
-    if (
-        not isinstance(names, dict)
-        or not names
-        or sorted(map(str, names)) != sorted(map(str, range(len(names))))
-    ):
+    is_numbered = isinstance(names, dict) and set(map(str, names)) == set(map(str, range(len(names))))
+    if not names or not is_numbered:
         raise ValueError(
             f"{path}: names is {values.get('names')!r:.60}: it must be the list of class names, "
             "or numbers from 0 with names"
@@ -241,22 +211,22 @@ def _class_names(path: Path, values: dict[str, Any]) -> dict[int, str]:
     return {int(number): str(names[number]) for number in sorted(names, key=int)}
 
 
-def _image_files(layout: _Layout, problems: Problems) -> list[Path]:
+def _image_files(root: Path, entries: list[str], problems: Problems) -> list[Path]:
     """Return all images of the split, sorted by path."""
     files: set[Path] = set()
-    for entry in layout.entries:
-        place = layout.root / entry
+    for entry in entries:
+        place = root / entry
         if not place.exists() and entry.startswith("../"):
-            place = layout.root / entry[3:]  # as Ultralytics does, because Roboflow writes ../train/images
+            place = root / entry[3:]  # as Ultralytics does, because Roboflow writes ../train/images
         if place.is_dir():
-            files |= {Path(os.path.normpath(file)) for file in place.rglob("*") if _is_image(file)}
+            files |= {file for file in place.rglob("*") if _is_image(file)}
         elif place.is_file():
-            files |= _listed_files(place, layout.root, problems)
+            files |= _listed_files(place, root, problems)
         else:
             problems.add(f"there is no {place}: correct `path` or the split's entry {entry!r}")
     if not files and not problems.count:
-        problems.add(f"there are no images in {', '.join(layout.entries)} (of {layout.root})")
-    return sorted(files)
+        problems.add(f"there are no images in {', '.join(entries)} (of {root})")
+    return sorted({Path(os.path.normpath(file)) for file in files})
 
 
 def _is_image(file: Path) -> bool:
@@ -266,20 +236,14 @@ def _is_image(file: Path) -> bool:
 def _listed_files(listing: Path, root: Path, problems: Problems) -> set[Path]:
     """Return the images in a text file; its paths are relative to its own folder, or to the data set's."""
     found = set()
-    try:
-        lines = read_text(listing).splitlines()
-    except (OSError, ValueError) as error:
-        problems.add(f"{listing}: cannot be read as a list of images ({error})")
-        return set()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        candidates = [listing.parent / line.strip(), root / line.strip()]
-        existing = [file for file in candidates if file.is_file()]
-        if existing:
-            found.add(Path(os.path.normpath(existing[0])))
-        else:
-            problems.add(f"{listing}, line {number}: there is no file {line.strip()!r}: correct or remove it")
+    with problems.collect(f"{listing}: cannot be read as a list of images"):
+        for number, line in enumerate(read_text(listing).splitlines(), 1):
+            name = line.strip()
+            existing = [file for file in (listing.parent / name, root / name) if file.is_file()]
+            if existing:
+                found.add(existing[0])
+            elif name:
+                problems.add(f"{listing}, line {number}: there is no file {name!r}: correct or remove it")
     return found
 
 
@@ -302,17 +266,7 @@ def _read_labels(file: Path, problems: Problems) -> str | None:
         return None
 
 
-def _notices(labels: Labels, label_files: Iterable[Path]) -> list[str]:
-    used = set(label_files)
-    unused = sorted(
-        file for folder in {file.parent for file in used} for file in folder.glob("*.txt") if file not in used
-    )
-    unused = [file for file in unused if file.name != "classes.txt"]
-    notices = []
-    if labels.num_mixed:
-        notices.append(
-            f"{labels.num_mixed} label files hold boxes and polygons: lines of 5 numbers are read as boxes"
-        )
-    if unused:
-        notices.append(f"{len(unused)} label files match no image of the split ({unused[0]} ...)")
-    return notices
+def _unused_files(label_files: set[Path]) -> list[Path]:
+    """Return the other label files in the folders of these."""
+    found = {file for folder in {file.parent for file in label_files} for file in folder.glob("*.txt")}
+    return sorted(file for file in found - label_files if file.name != "classes.txt")

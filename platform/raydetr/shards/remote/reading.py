@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property, partial
+
+import numpy as np
 
 from raydetr.config import RemoteConfig
 from raydetr.shards.files import Span
-from raydetr.shards.manifest import Manifest, Samples
+from raydetr.shards.manifest import CHUNK_SIZE, Manifest, Samples
 from raydetr.shards.remote.cache import NodeCache
-from raydetr.shards.remote.chunks import Chunk, Chunks
 from raydetr.shards.remote.shared import read_shared
 from raydetr.store.background import BackgroundThreads
 from raydetr.store.retry import RemoteError
@@ -39,7 +42,7 @@ def merge(spans: Sequence[Span], gap: int) -> list[tuple[int, int, list[Span]]]:
 
 
 class RemoteFolder:
-    """A `Folder` on a server."""
+    """A folder on a server, like `LocalFolder`."""
 
     def __init__(self, location: str, config: RemoteConfig) -> None:
         self.location, self.store = location, Store(location, config)
@@ -48,22 +51,11 @@ class RemoteFolder:
         """Read a complete small file, downloaded once per node."""
         return read_shared(self.store, name, again=again)
 
-    def check_sizes(self, sizes: Mapping[str, int]) -> list[str]:
-        """Compare files with their expected sizes by one listing; on a web server, by a request for each file."""
+    def sizes(self, names: Sequence[str]) -> dict[str, int]:
+        """Return the sizes in bytes of those files that exist, by one listing or a request for each file."""
         found = self.store.sizes()
-        if found is None:
-            found = self._sizes(list(sizes))
-        return [
-            f"{name} has {found[name]} bytes instead of {size}" if name in found else f"{name} is missing"
-            for name, size in sizes.items()
-            if found.get(name) != size
-        ]
-
-    def explain_missing_manifest(self) -> str:
-        """Return a message: why there is no manifest, and the remedy."""
-        return "no shards found there (no manifest.json); copy a folder of shards to it"
-
-    def _sizes(self, names: Sequence[str]) -> dict[str, int]:
+        if found is not None:
+            return found
         threads = BackgroundThreads(self.store.config.max_requests, "sizes")
         futures = {name: threads.submit(self.store.info, name) for name in names}
         found = {}
@@ -72,15 +64,62 @@ class RemoteFolder:
                 found[name] = future.result().size
         return found
 
+    def files(self, manifest: Manifest, samples: Samples) -> RemoteFiles:
+        """Return the shards of a manifest and an index to read from."""
+        return RemoteFiles(self.store, manifest, samples)
+
+    def explain_missing_manifest(self) -> str:
+        """Return a message: why there is no manifest, and the remedy."""
+        return "no shards found there (no manifest.json); copy a folder of shards to it"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """`CHUNK_SIZE` consecutive samples of a shard, the unit of the node cache: their range. Equal for all of them.
+
+    The unit is not the shard, because the training order shuffles chunks: a rank reads all samples of a chunk within
+    one epoch, but only its own chunks of a shard. With 8 nodes, caching complete shards would download 8 times what a
+    node needs.
+    """
+
+    shard: int
+    start: int  # bytes, in the shard
+    stop: int
+    first: int  # index of its first sample
+
+
+class Chunks:
+    """The chunks of shards with the index `samples`."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+        number = np.ascontiguousarray(samples["shard"])
+        # Sample of each shard
+        self._firsts = np.searchsorted(number, np.arange(int(number.max(initial=0)) + 2))
+
+    def find(self, span: Span) -> Chunk:
+        """Return the chunk that holds a sample or a part of it."""
+        row = self._row(span)
+        first = int(self._firsts[span[0]])
+        first += (row - first) // CHUNK_SIZE * CHUNK_SIZE
+        rows = self._samples[first : min(first + CHUNK_SIZE, int(self._firsts[span[0] + 1]))]
+        stop = int(rows["offset"][-1]) + int(rows["length"][-1])
+        return Chunk(span[0], int(rows["offset"][0]), stop, first)
+
+    def is_intact(self, span: Span, content: bytes) -> bool:
+        """Check the crc32 of a sample; of a part of one, only the length."""
+        sample = self._samples[self._row(span)]
+        if len(content) != span[2]:
+            return False
+        return span[1:] != (sample["offset"], sample["length"]) or zlib.crc32(content) == sample["crc32"]
+
+    def _row(self, span: Span) -> int:
+        first, last = self._firsts[span[0]], self._firsts[span[0] + 1]
+        return int(first + np.searchsorted(self._samples["offset"][first:last], span[1], side="right") - 1)
+
 
 class RemoteFiles:
-    """The `ShardFiles` of a remote folder.
-
-    Args:
-        store: the folder.
-        manifest: its manifest.
-        samples: its index.
-    """
+    """The `ShardFiles` of a remote folder with this manifest and index."""
 
     def __init__(self, store: Store, manifest: Manifest, samples: Samples) -> None:
         self._arguments = (store, manifest, samples)
@@ -154,7 +193,7 @@ class RemoteFiles:
     def _read_chunk(self, cache: NodeCache, chunk: Chunk, spans: Sequence[Span]) -> Found:
         download = partial(self._fetch, chunk.shard, chunk.start, chunk.stop)
         try:
-            content = cache.fill(chunk.first, chunk.size, download)
+            content = cache.fill(chunk.first, chunk.stop - chunk.start, download)
         except RemoteError:
             raise
         except OSError as error:
