@@ -155,7 +155,7 @@ class CorruptSampleLog:
     def _append(self, folder: Path, rows: Sequence[CorruptSample]) -> None:
         if rows:
             with (folder / CORRUPT_LOG).open("a") as file:
-                file.writelines(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
+                file.writelines(json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n" for row in rows)
 
     def check(self, budget: int, folder: Path) -> None:
         """Raise unless at most `budget` different samples are corrupt.

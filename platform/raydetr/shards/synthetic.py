@@ -99,7 +99,7 @@ def write_synthetic_data(
                 if progress:
                     progress(done, sum(counts.values()))
             path = folder / "annotations" / f"instances_{split}.json"
-            path.write_text(json.dumps(_coco(variant, images, annotations)))
+            path.write_text(json.dumps(_coco(variant, images, annotations), allow_nan=False))
 
 
 def draw_image(variant: Variant, seed: int, split: str, index: int) -> tuple[Image.Image, list[Shape]]:

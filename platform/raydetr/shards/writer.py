@@ -115,7 +115,7 @@ def pack_shard(task: ShardTask, advance: Advance) -> PackedShard:
     shard = _shard_file(task, len(texts) - len(packed.skipped))
     counts = {name: getattr(packed, name) for name in COUNTS}
     state = {"input": digest, "shard": dataclasses.asdict(shard), **counts}
-    write_atomically(task.record_path, json.dumps(state).encode())
+    write_atomically(task.record_path, json.dumps(state, allow_nan=False).encode())
     return dataclasses.replace(packed, file=shard, samples=index_shard(task.path, task.number))
 
 
