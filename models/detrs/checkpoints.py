@@ -28,7 +28,7 @@ from detrs.zoo import (
 )
 
 # Raised by torch.load for files that are truncated or not checkpoints
-_UNREADABLE = (
+UNREADABLE = (
     pickle.UnpicklingError,
     OSError,
     RuntimeError,
@@ -190,7 +190,7 @@ class OfficialFile:
         Raises:
             ValueError: there is none, or it is not a state dict.
         """
-        return _state_dict(self.ema_model, self.path, "under 'ema_model'")
+        return to_state_dict(self.ema_model, self.path, "under 'ema_model'")
 
 
 class _Omitted:
@@ -221,18 +221,18 @@ def read_official(path: str | Path) -> OfficialFile:
             stand_ins = [(type(name.rpartition(".")[2], (_Omitted,), {}), name) for name in omitted]
             with torch.serialization.safe_globals(stand_ins):
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         if omitted:
             raise ValueError(
                 f"{path}: cannot be read without running code ({', '.join(map(_shown, omitted))}): save its weights "
                 "alone, as {'model': state_dict}"
             ) from None
         raise ValueError(
-            f"{path}: cannot be read as a checkpoint of tensors and plain arguments ({_reason(error)}): is it a .pth "
-            "file, and is the download complete?"
+            f"{path}: cannot be read as a checkpoint of tensors and plain arguments ({unreadable_because(error)}): "
+            "is it a .pth file, and is the download complete?"
         ) from None
     top = content if isinstance(content, Mapping) else {}
-    weights = _state_dict(top.get("model", content), path, "at the top level or under 'model'")
+    weights = to_state_dict(top.get("model", content), path, "at the top level or under 'model'")
     return OfficialFile(path, weights, omitted, top.get("ema_model"))
 
 
@@ -248,7 +248,7 @@ def _unsafe_classes(path: Path) -> set[str]:
     return set().union(*found) - _weights_only_unpickler._get_allowed_globals().keys()
 
 
-def _reason(error: BaseException) -> str:
+def unreadable_because(error: BaseException) -> str:
     """Return the first line of a message of torch, without colors and addresses in memory."""
     if isinstance(error, EOFError):
         return "it ends too early"
@@ -256,7 +256,12 @@ def _reason(error: BaseException) -> str:
     return _shown(lines[0]) if lines else type(error).__name__
 
 
-def _state_dict(state: Any, path: str | Path, place: str) -> dict[str, Tensor]:
+def to_state_dict(state: Any, path: str | Path, place: str) -> dict[str, Tensor]:
+    """Verify that what was found at a place of a file is a state dict of plain tensors; omit the prefix "module.".
+
+    Raises:
+        ValueError: it is not; the message has the path, the place and the first wrong name.
+    """
     if not isinstance(state, Mapping) or not state:
         found = "it is empty" if isinstance(state, Mapping) else f"found {type(state).__name__}"
         raise ValueError(f"{path}: no state dict in this file {place}: {found}")
