@@ -10,7 +10,7 @@ import pickle
 import re
 import struct
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,7 +218,9 @@ def read_official(path: str | Path) -> OfficialFile:
     try:
         with warnings.catch_warnings(action="ignore"):  # about other versions of the format
             omitted = sorted(_unsafe_classes(path))
-            stand_ins = [(type(name.rpartition(".")[2], (_Omitted,), {}), name) for name in omitted]
+            stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+                (type(name.rpartition(".")[2], (_Omitted,), {}), name) for name in omitted
+            ]
             with torch.serialization.safe_globals(stand_ins):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
@@ -245,7 +247,8 @@ def _unsafe_classes(path: Path) -> set[str]:
         # the checkpoint, and then the values of the tensors
         file.seek(0)
         found = [_weights_only_unpickler.get_globals_in_pkl(file) for _ in range(4)]
-    return set().union(*found) - _weights_only_unpickler._get_allowed_globals().keys()
+    allowed: set[str] = set(_weights_only_unpickler._get_allowed_globals())
+    return set[str]().union(*found) - allowed
 
 
 def unreadable_because(error: BaseException) -> str:
