@@ -35,6 +35,7 @@ def main() -> None:
                 "mlflow_run_id": result.mlflow_run_id,
             },
             indent=1,
+            allow_nan=False,
         )
     )
     print(result.to_text())

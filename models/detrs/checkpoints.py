@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+import struct
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, _weights_only_unpickler, nn
 
 from detrs.zoo import (
     ConditionalDetrConfig,
@@ -26,7 +28,7 @@ from detrs.zoo import (
 )
 
 # Raised by torch.load for files that are truncated or not checkpoints
-_UNREADABLE = (
+UNREADABLE = (
     pickle.UnpicklingError,
     OSError,
     RuntimeError,
@@ -35,7 +37,22 @@ _UNREADABLE = (
     ValueError,
     AttributeError,
     TypeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+    RecursionError,
+    struct.error,
 )
+
+# What a weight can be: of the other types none can be computed with on every device
+_TYPES = (
+    torch.float32, torch.float16, torch.bfloat16, torch.float64,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+)  # fmt: skip
+MAX_VALUES = (
+    2**31
+)  # of a state dict; the largest official one has 2e8. A few bytes in a file can declare any number
+MAX_NAME = 200  # characters of a parameter's name
 
 Rules = dict[str, tuple[str, ...]]  # {0}, {1}: the pattern's groups
 
@@ -162,9 +179,18 @@ def recognize_architecture(official: Iterable[str]) -> str | None:
 class OfficialFile:
     """The weights in an official checkpoint file."""
 
+    path: Path
     weights: dict[str, Tensor]
-    ema: dict[str, Tensor] | None  # the exponential moving average, `ema_model`
     omitted: list[str]  # classes whose objects were not loaded, because they could run code
+    ema_model: Any  # as it is in the file; None if it is not
+
+    def ema_weights(self) -> dict[str, Tensor]:
+        """Return the exponential moving average of the weights.
+
+        Raises:
+            ValueError: there is none, or it is not a state dict.
+        """
+        return to_state_dict(self.ema_model, self.path, "under 'ema_model'")
 
 
 class _Omitted:
@@ -185,38 +211,92 @@ def read_official(path: str | Path) -> OfficialFile:
     Raises:
         ValueError: there is no such file, it is not a valid checkpoint, or there is no state dict in it.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise ValueError(f"{path}: no such file; give the path of an official checkpoint")
     omitted: list[str] = []
     try:
-        omitted = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        with torch.serialization.safe_globals([(_Omitted, name) for name in omitted]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error) or type(error).__name__).splitlines()[0]
+        with warnings.catch_warnings(action="ignore"):  # about other versions of the format
+            omitted = sorted(_unsafe_classes(path))
+            stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+                (type(name.rpartition(".")[2], (_Omitted,), {}), name) for name in omitted
+            ]
+            with torch.serialization.safe_globals(stand_ins):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
         if omitted:
-            raise ValueError(f"{path}: cannot be read without running code ({', '.join(omitted)})") from None
+            raise ValueError(
+                f"{path}: cannot be read without running code ({', '.join(map(_shown, omitted))}): save its weights "
+                "alone, as {'model': state_dict}"
+            ) from None
         raise ValueError(
-            f"{path}: cannot be read as a checkpoint of tensors and plain arguments ({reason}): is it a .pth file, and "
-            "is the download complete?"
+            f"{path}: cannot be read as a checkpoint of tensors and plain arguments ({unreadable_because(error)}): "
+            "is it a .pth file, and is the download complete?"
         ) from None
-    content = content if isinstance(content, Mapping) else {}
-    ema = content.get("ema_model")
-    return OfficialFile(
-        _state_dict(content.get("model", content), path, "at the top level or under 'model'"),
-        None if ema is None else _state_dict(ema, path, "under 'ema_model'"),
-        omitted,
-    )
+    top = content if isinstance(content, Mapping) else {}
+    weights = to_state_dict(top.get("model", content), path, "at the top level or under 'model'")
+    return OfficialFile(path, weights, omitted, top.get("ema_model"))
 
 
-def _state_dict(state: Any, path: str | Path, place: str) -> dict[str, Tensor]:
-    others = (
-        [] if not isinstance(state, Mapping) else [k for k, v in state.items() if not isinstance(v, Tensor)]
+def _unsafe_classes(path: Path) -> set[str]:
+    """Return the classes and functions in a checkpoint that `torch.load` refuses to use, by their full names."""
+    with path.open("rb") as file:
+        if file.read(4) == b"PK\3\4":
+            return set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        # The format before torch 1.6, of many official files: pickles of a magic number, a version, the byte order and
+        # the checkpoint, and then the values of the tensors
+        file.seek(0)
+        found = [_weights_only_unpickler.get_globals_in_pkl(file) for _ in range(4)]
+    allowed: set[str] = set(_weights_only_unpickler._get_allowed_globals())
+    return set[str]().union(*found) - allowed
+
+
+def unreadable_because(error: BaseException) -> str:
+    """Return the first line of a message of torch, without colors and addresses in memory."""
+    if isinstance(error, EOFError):
+        return "it ends too early"
+    lines = re.sub(r"\x1b\[[0-9;]*m| at 0x[0-9a-f]+", "", str(error)).strip().splitlines()
+    return _shown(lines[0]) if lines else type(error).__name__
+
+
+def to_state_dict(state: Any, path: str | Path, place: str) -> dict[str, Tensor]:
+    """Verify that what was found at a place of a file is a state dict of plain tensors; omit the prefix "module.".
+
+    Raises:
+        ValueError: it is not; the message has the path, the place and the first wrong name.
+    """
+    if not isinstance(state, Mapping) or not state:
+        found = "it is empty" if isinstance(state, Mapping) else f"found {type(state).__name__}"
+        raise ValueError(f"{path}: no state dict in this file {place}: {found}")
+    for name, value in state.items():
+        if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+            raise ValueError(
+                f"{path}: no state dict in this file {place}: {name!r:.60} is no parameter's name"
+            )
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{path}: no state dict in this file {place}: {name!r} is {type(value).__name__}"
+            )
+        if value.layout != torch.strided or value.dtype not in _TYPES or value.is_nested or value.is_meta:
+            raise ValueError(
+                f"{path}: {name} is no plain tensor of numbers (type {value.dtype}, layout {value.layout}, device "
+                f"{value.device}): save the weights as float32"
+            )
+    num_values = sum(value.numel() for value in state.values())
+    if num_values > MAX_VALUES:
+        raise ValueError(f"{path}: {num_values:,} values are more than any of these models has")
+    weights = {name.removeprefix("module."): value.detach() for name, value in state.items()}
+    if len(weights) < len(state):
+        twice = next(name for name in weights if {name, f"module.{name}"} <= state.keys())
+        raise ValueError(f"{path}: {twice} occurs twice, with and without 'module.'")
+    return weights
+
+
+def _shown(text: str) -> str:
+    """Return text of a file as a part of a sentence."""
+    return "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[:MAX_NAME]
     )
-    if not isinstance(state, Mapping) or not state or others:
-        found = f": {others[0]!r:.60} is {type(state[others[0]]).__name__.strip('_')}" if others else ""
-        raise ValueError(f"{path}: no state dict in this file {place}{found}")
-    return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def require_finite(weights: Mapping[str, Tensor], source: object) -> None:
@@ -314,7 +394,8 @@ def from_official(
     """Convert from an official state dict; `own` is the state dict of the model, for names and shapes.
 
     Raises:
-        ValueError: names are missing or unexpected, shapes differ, or the values under the names of one tensor differ.
+        ValueError: names are missing or unexpected, shapes differ, weights are integers, or the values under the names
+            of one tensor differ.
     """
     names = official_names(config, own)
     expected = {name: ours for ours, group in names.items() for name in group}
@@ -325,6 +406,15 @@ def from_official(
         raise ValueError(
             f"not a checkpoint of this {config.architecture} model: missing {_some(missing)}; "
             f"unexpected {_some(unexpected)}; other shape {_some(shapes)}"
+        )
+    integers = sorted(
+        name
+        for name in common
+        if own[expected[name]].is_floating_point() and not official[name].is_floating_point()
+    )
+    if integers:
+        raise ValueError(
+            f"integers in place of fractions: {_some(integers)}: save the weights as float32, not quantized"
         )
     for ours, group in names.items():
         for other in group[1:]:

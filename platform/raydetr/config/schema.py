@@ -7,10 +7,21 @@ The sections are frozen models without behavior, which other packages use direct
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    NonNegativeFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from detrs.zoo import ModelConfig
 from raydetr.config.paths import Location, TrackingUri, is_remote
@@ -23,7 +34,7 @@ LabelMapKind = Literal["contiguous", "category_id"]
 class Section(BaseModel):
     """A part of the configuration: immutable, and strict about keys and types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     def non_default(self, names: tuple[str, ...]) -> list[str]:
         """Return the settings among `names` that differ from their default."""
@@ -110,7 +121,7 @@ class RemoteConfig(Section):
     """Access to shards at s3://, gs://, az:// and http(s):// (docs/data/remote.md)."""
 
     # Passed to obstore, e.g. {endpoint: http://minio:9000}; no credentials, because settings are logged
-    options: dict[str, Any] = {}
+    options: dict[str, JsonValue] = {}
     connect_timeout: float = Field(default=10.0, gt=0)  # seconds until a connection must be established
     read_timeout: float = Field(default=30.0, gt=0)  # seconds without data before a request is repeated
     retry_seconds: float = Field(default=600.0, ge=0)  # length of an outage after which the run stops
@@ -271,3 +282,16 @@ class RunConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("model")
+    @classmethod
+    def _check_finite(cls, model: ModelConfig) -> ModelConfig:
+        """Verify what the sections verify of their own numbers; the model's settings are plain dataclasses."""
+        values = dataclasses.asdict(model)
+        for name, value in {
+            **values,
+            **{f"loss.{name}": value for name, value in values["loss"].items()},
+        }.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}: give a finite number")
+        return model

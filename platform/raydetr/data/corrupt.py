@@ -152,7 +152,7 @@ class CorruptSampleLog:
     def _append(self, folder: Path, rows: Sequence[CorruptSample]) -> None:
         if rows:
             with (folder / CORRUPT_LOG).open("a") as file:
-                file.writelines(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
+                file.writelines(json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n" for row in rows)
 
     def check(self, limit: int, folder: Path) -> None:
         """Check that at most `limit` different samples are corrupt; `folder` is that of the run.

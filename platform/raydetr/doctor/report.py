@@ -14,6 +14,7 @@ import jinja2
 import numpy as np
 import numpy.typing as npt
 
+from raydetr.console import print_status
 from raydetr.doctor.checks import SMALL, TINY, small_per_class
 from raydetr.doctor.findings import LEVELS, Finding, Place, TrainingTarget, counted
 from raydetr.doctor.scan import ScannedSplit, is_box, read_unchecked
@@ -252,7 +253,7 @@ def _gallery(scanned: ScannedSplit) -> Iterator[Place]:
 
 
 def _picture(report: Report, place: Place, is_pair: bool) -> str | None:
-    """Return the image with the boxes of the place as a data URL; None where it cannot be read."""
+    """Return the image with the boxes of the place as a data URL; None where it cannot be read or drawn."""
     shards = next(one.split.shards for one in report.scanned if one.name == place.split)
     raw = read_unchecked(shards, place.sample)
     if raw is None:
@@ -268,5 +269,11 @@ def _picture(report: Report, place: Place, is_pair: bool) -> str | None:
     names = {category["id"]: category["name"] for category in shards.manifest.categories}
     boxes = coco_boxes([record for record in records if is_box(record.get("bbox"))], names)
     buffer = io.BytesIO()
-    draw_boxes(image, boxes, IMAGE_SIDE).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    try:
+        draw_boxes(image, boxes, IMAGE_SIDE).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    except Exception as error:  # whatever it is: a picture must not take the findings with it
+        print_status(
+            f"warning: no picture of sample {place.sample} of {place.split}: {type(error).__name__}: {error}"
+        )
+        return None
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

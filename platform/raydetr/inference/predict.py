@@ -32,6 +32,7 @@ SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif",
 )  # fmt: skip
 MAX_LISTED = 5
+MAX_STEM = 60  # characters
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,11 @@ def predict(
                 continue
             # With data.label_map=category_id, some labels have no category
             found = [r for r in detect(loaded, image, image_id, device) if r["category_id"] in names]
-            annotated = draw_boxes(image, coco_boxes(found, names, score_threshold))
-            annotated.save(folder / f"{image_id:05d}-{file.stem}.jpg", quality=92, subsampling=0)
+            try:
+                annotated = draw_boxes(image, coco_boxes(found, names, score_threshold))
+                annotated.save(folder / _name(image_id, file), quality=92, subsampling=0)
+            except Exception as error:  # whatever it is: a picture must not take the results with it
+                notes.append(f"no picture of {file}: {type(error).__name__}: {error}")
             results += found
             rotated += [file] if is_rotated else []
             records.append(
@@ -146,6 +150,11 @@ def find_images(paths: Sequence[Path], *, recursive: bool = False) -> tuple[list
             "; ".join([f"no images found in {', '.join(map(str, paths)) or 'no paths'}", *notes])
         )
     return list(dict.fromkeys(found)), notes
+
+
+def _name(image_id: int, file: Path) -> str:
+    # A part of the name: with the number it would be longer than file systems allow
+    return f"{image_id:05d}-{file.stem[:MAX_STEM]}.jpg"
 
 
 def _listing(files: Sequence[Path], kind: str) -> str:

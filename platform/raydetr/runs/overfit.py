@@ -13,6 +13,7 @@ import torch
 from raydetr.config import RunConfig, from_dict, to_dict
 from raydetr.config.paths import is_remote
 from raydetr.runs import run
+from raydetr.runs.session import PREDICTIONS
 
 # Settings that `overfit` sets itself
 OVERFIT_DECIDES = (
@@ -30,7 +31,7 @@ class OverfitResult:
     seconds: float
     images: int
     steps: int
-    predictions: str  # image grid with true and predicted boxes
+    predictions: str | None  # image grid with true and predicted boxes; None: it could not be drawn
     run: str  # folder
 
     def to_text(self) -> str:
@@ -43,7 +44,7 @@ class OverfitResult:
         )
         return (
             f"{self.images} images, {self.steps} steps, {self.seconds:.0f} s: AP {self.AP:.3f}, AP50 {self.AP50:.3f}\n"
-            f"{conclusion}\npredictions  {self.predictions}\nrun          {self.run}"
+            f"{conclusion}\npredictions  {self.predictions or '-'}\nrun          {self.run}"
         )
 
 
@@ -76,15 +77,18 @@ def overfit(
             "is evaluated, so AP is undefined: take more images (--images)"
         )
     out.mkdir(parents=True, exist_ok=True)
-    grid = out / "overfit.png"
-    shutil.copyfile(result.folder / "predictions.png", grid)
+    drawn, grid = result.folder / PREDICTIONS, out / "overfit.png"
+    if drawn.exists():
+        shutil.copyfile(drawn, grid)
+    else:  # it could not be drawn, which a warning has told
+        grid.unlink(missing_ok=True)
     overfit_result = OverfitResult(
         AP=result.metrics["AP"],
         AP50=result.metrics["AP50"],
         seconds=round(result.seconds, 1),
         images=num_images,
         steps=num_steps,
-        predictions=str(grid),
+        predictions=str(grid) if drawn.exists() else None,
         run=str(result.folder),
     )
     (out / "overfit.json").write_text(json.dumps(asdict(overfit_result), indent=1, allow_nan=False))

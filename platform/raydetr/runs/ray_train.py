@@ -226,13 +226,18 @@ def _polling(actor: Any, display: Display, cluster: ClusterConfig) -> Iterator[N
     """Show the latest progress from a thread, while the caller waits for the training."""
     done = threading.Event()
 
+    def show_latest() -> bool:
+        progress = ray.get(actor.read.remote())
+        if progress is not None:
+            display.show(progress)
+        return progress is not None
+
     def poll() -> None:
         wait_until = time.monotonic() + WAITING_SECONDS
         while not done.wait(POLL_SECONDS):
-            progress = ray.get(actor.read.remote())
-            if progress is not None:
-                display.show(progress)
-            elif time.monotonic() > wait_until:
+            if show_latest():
+                continue
+            if time.monotonic() > wait_until:
                 wait_until += WAITING_SECONDS
                 print_status(_waiting(cluster))
 
@@ -243,6 +248,7 @@ def _polling(actor: Any, display: Display, cluster: ClusterConfig) -> Iterator[N
     finally:
         done.set()
         thread.join()
+    show_latest()  # with a warning of the last moment
 
 
 # --- In the workers ---

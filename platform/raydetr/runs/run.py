@@ -9,9 +9,11 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from raydetr.environment import describe_environment
 from raydetr.evaluation.coco_metrics import ApTable
 from raydetr.evaluation.ground_truth import evaluation_warnings
 from raydetr.runs.local import train_locally
-from raydetr.runs.session import Run
+from raydetr.runs.session import PICTURES, Run
 from raydetr.shards.reader import Shards
 from raydetr.tracking import mlflow_run
 from raydetr.training import checkpoint, init_weights
@@ -76,7 +78,7 @@ peak memory {metrics["peak_rss_mb"]:.0f} MB per worker
 run         {self.folder}
 checkpoint  {self.checkpoint}
 MLflow      {self.tracking_uri}, run {self.mlflow_run_id}
-artifacts   {self.folder / "predictions.png"}, {self.folder / "curves.png"}
+artifacts   {", ".join(str(self.folder / name) for name in PICTURES if (self.folder / name).exists()) or "-"}
 
 next:{activate}
   {_ui_command(self.tracking_uri)}  # see the run in the browser
@@ -121,11 +123,11 @@ def start(
     name = name or new_name(config.recipe)
     folder = config.storage.path / name
     folder.mkdir(parents=True)
+    config, run_id = create_mlflow_run(config, name, parent_run_id=parent_run_id)
     (folder / "config.yaml").write_text(to_yaml(config))
-    uri = mlflow_run.tracking_uri(config)
-    run_id = mlflow_run.create_run(uri, config.tracking.experiment, name, parent_run_id=parent_run_id)
     (folder / "mlflow_run_id").write_text(run_id)
-    _log_description(uri, run_id, config, (train, val))
+    with tracking_warnings():
+        _log_description(mlflow_run.tracking_uri(config), run_id, config, (train, val))
     return _execute(Run(config, folder, run_id), local, callbacks)
 
 
@@ -160,9 +162,10 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
         )
     run_id = (folder / "mlflow_run_id").read_text()
     uri = mlflow_run.tracking_uri(config)
-    mlflow_run.reopen_run(uri, run_id)
-    for path, (old, new) in mlflow_run.log_params(uri, run_id, flatten(to_dict(config))).items():
-        print_status(f"changed for the resumed run: {path} from {old} to {new}")
+    with tracking_warnings():
+        mlflow_run.reopen_run(uri, run_id)
+        for path, (old, new) in mlflow_run.log_params(uri, run_id, flatten(to_dict(config))).items():
+            print_status(f"changed for the resumed run: {path} from {old} to {new}")
     (folder / "config.yaml").write_text(to_yaml(config))
     return _execute(Run(config, folder, run_id, last), local)
 
@@ -171,6 +174,47 @@ def print_warnings(config: RunConfig, train: Shards, val: Shards) -> None:
     """Print the warnings of the quick part of `raydetr doctor` about the data of a resolved configuration."""
     for line in examine.quick_warnings(train, val, TrainingTarget.from_config(config)):
         print_status(f"warning: {line}")
+
+
+def create_mlflow_run(
+    config: RunConfig,
+    name: str,
+    *,
+    parent_run_id: str | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> tuple[RunConfig, str]:
+    """Create an MLflow run where `tracking.uri` says, or in `storage.path` with a warning if that fails.
+
+    Returns:
+        The configuration, whose `tracking.uri` is where the run is, and the id of the run.
+
+    Raises:
+        TrackingError: no run can be created in `storage.path` either.
+    """
+    new = partial(
+        mlflow_run.create_run,
+        experiment=config.tracking.experiment,
+        run_name=name,
+        parent_run_id=parent_run_id,
+        tags=tags,
+    )
+    own = mlflow_run.default_uri(config.storage.path)
+    try:
+        return config, new(mlflow_run.tracking_uri(config))
+    except mlflow_run.TrackingError as error:
+        if mlflow_run.tracking_uri(config) == own:
+            raise
+        print_status(f"warning: {error}; this run is logged in {own}")
+    return override(config, {"tracking.uri": None}), new(own)
+
+
+@contextmanager
+def tracking_warnings() -> Iterator[None]:
+    """Print an error of MLflow as a warning: what only describes a run must not end it."""
+    try:
+        yield
+    except mlflow_run.TrackingError as error:
+        print_status(f"warning: {error}; the run's folder has its configuration, metrics and checkpoints")
 
 
 def new_name(prefix: str) -> str:
@@ -257,15 +301,15 @@ def _execute(run: Run, local: bool, callbacks: Sequence[Any] = ()) -> RunResult:
 
 def _finish(uri: str, run_id: str, status: mlflow_run.Status, last: Path | None = None) -> None:
     """End the MLflow run. A server that cannot be reached is a warning: the training has its result."""
-    try:
+    with tracking_warnings():
         if last is not None:
             meta = dataclasses.asdict(checkpoint.read_meta(last))
             fields = ("epoch", "position", "fingerprint", "state_crc32")
             reference = {"path": str(last)} | {name: meta[name] for name in fields}
-            mlflow_run.log_text(uri, run_id, json.dumps(reference, indent=1), "checkpoint.json")
+            mlflow_run.log_text(
+                uri, run_id, json.dumps(reference, indent=1, allow_nan=False), "checkpoint.json"
+            )
         mlflow_run.finish_run(uri, run_id, status)
-    except mlflow_run.TrackingError as error:
-        print_status(f"warning: {error}; the run's folder holds its checkpoints and metrics")
 
 
 def _log_description(uri: str, run_id: str, config: RunConfig, splits: tuple[Shards, Shards]) -> None:
@@ -285,7 +329,8 @@ def _log_description(uri: str, run_id: str, config: RunConfig, splits: tuple[Sha
             },
         )
     mlflow_run.log_text(uri, run_id, to_yaml(config), "config.yaml")
-    mlflow_run.log_text(uri, run_id, json.dumps(describe_environment(), indent=1), "environment.json")
+    environment = json.dumps(describe_environment(), indent=1, allow_nan=False)
+    mlflow_run.log_text(uri, run_id, environment, "environment.json")
 
 
 def _ui_command(uri: str) -> str:

@@ -7,11 +7,10 @@ single local process.
 from __future__ import annotations
 
 import json
-import logging
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,11 +36,11 @@ from raydetr.training.world import World
 from raydetr.visualization.boxes import AnnotatedImage, coco_boxes, draw_grid
 from raydetr.visualization.curves import learning_curves
 
+CURVES, PREDICTIONS = "curves.png", "predictions.png"
+PICTURES = PREDICTIONS, CURVES  # in the folder of a run, of its last evaluation
 NUM_IMAGES = 8  # in predictions.png
 SCORE_THRESHOLD = 0.3  # of the boxes that are drawn
 SHOW_SECONDS = 0.5  # between two updates of the progress
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -124,6 +123,8 @@ class _Session:
         self.loss: float | None = None
         self.ap: float | None = self.history.last_ap()
         self.warning: str | None = None
+        self.tracking_problem: str | None = None
+        self.phase = "training"
 
     def run(self) -> None:
         for report in train(self.training, self.train_shards, self.val_shards):
@@ -139,7 +140,8 @@ class _Session:
             try:
                 self.tracker.close()
             except TrackingError as error:
-                log.error("%s; history.jsonl in %s has the metrics", error, self.folder)
+                self.warning = f"{error}; history.jsonl in {self.folder} has the metrics"
+                self._show(self.phase)
 
     def _on_step(self, report: StepReport) -> None:
         self.images_per_second = report.images_per_second
@@ -163,9 +165,13 @@ class _Session:
     def _on_skipped(self, report: StepReport, skipped: SkippedStep) -> None:
         """Write a skipped step to disk, to find its cause; stop the run, on every worker, after too many of them."""
         training = self.training
-        skipped.dump(self.folder, training.world.rank)
-        training.world.all_gather(None)  # no worker stops before all dumps are complete
-        self.warning = f"skipped {skipped.describe(self.folder)}"
+        try:
+            skipped.dump(self.folder, training.world.rank)
+            problem = ""
+        except Exception as error:  # whatever it is: a copy of the batch must not end a run
+            problem = f". Not all of it could be written: {type(error).__name__}: {error}"
+        training.world.all_gather(None)  # all dumps are complete before any worker stops
+        self.warning = f"skipped {skipped.describe(self.folder)}{problem}"
         if self.is_main:
             self._log(report.step, report.position, {"skipped_steps": training.skipped_steps})
             self._show("training")
@@ -222,19 +228,24 @@ class _Session:
 
     def _log_images(self, tracker: Tracker, results: Sequence[dict[str, Any]]) -> None:
         """Write the learning curves, and a grid of validation images with their true and predicted boxes."""
-        curves, grid = self.folder / "curves.png", self.folder / "predictions.png"
-        try:
-            learning_curves(
-                losses=self.history.curves("loss", "step"),
-                rates=self.history.curves("lr/", "step"),
-                precision=self.history.curves("AP", "epoch"),
-            ).savefig(curves)
-            draw_grid(_annotated_images(self.val_shards, results), score_threshold=SCORE_THRESHOLD).save(grid)
-        except Exception as error:  # of any type: images must not end a run before its checkpoint is written
-            log.error("no curves or images of this evaluation: %s: %s", type(error).__name__, error)
-            return
-        for file in (curves, grid):
-            tracker.log_artifact(file)
+        draw: dict[str, Callable[[Path], None]] = {
+            CURVES: self._draw_curves,
+            PREDICTIONS: lambda path: _draw_predictions(path, self.val_shards, results),
+        }
+        for name in draw:
+            try:
+                draw[name](self.folder / name)
+                tracker.log_artifact(self.folder / name)
+            except Exception as error:  # whatever it is: images must not end a run
+                (self.folder / name).unlink(missing_ok=True)  # an older one would be taken for this one
+                self.warning = f"no {name} of this evaluation: {type(error).__name__}: {error}"
+
+    def _draw_curves(self, path: Path) -> None:
+        learning_curves(
+            losses=self.history.curves("loss", "step"),
+            rates=self.history.curves("lr/", "step"),
+            precision=self.history.curves("AP", "epoch"),
+        ).savefig(path)
 
     def _log(self, step: int, position: int, metrics: Mapping[str, float]) -> None:
         assert self.tracker is not None
@@ -247,7 +258,10 @@ class _Session:
         return lambda folder: checkpoint.save(folder, self.training, self.train_shards, report.epoch, metrics)
 
     def _show(self, phase: str) -> None:
-        training = self.training
+        training, self.phase = self.training, phase
+        problem = None if self.tracker is None else self.tracker.problem
+        if problem is not None and problem != self.tracking_problem:
+            self.tracking_problem = self.warning = problem
         self.reporter.show(
             RunProgress(
                 step=training.step,
@@ -264,6 +278,10 @@ class _Session:
                 warning=self.warning,
             )
         )
+
+
+def _draw_predictions(path: Path, shards: Shards, results: Sequence[dict[str, Any]]) -> None:
+    draw_grid(_annotated_images(shards, results), score_threshold=SCORE_THRESHOLD).save(path)
 
 
 def _annotated_images(shards: Shards, results: Sequence[dict[str, Any]]) -> list[AnnotatedImage]:

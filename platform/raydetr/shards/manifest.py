@@ -171,5 +171,5 @@ def label_maps(category_ids: list[int]) -> dict[str, dict[str, int]]:
 def data_fingerprint(samples: Samples, categories: list[dict[str, Any]]) -> str:
     """Return a hash that is equal for equal samples (by size and crc32), order, shards and categories."""
     digest = hashlib.sha256(samples.tobytes())
-    digest.update(json.dumps(categories, sort_keys=True).encode())
+    digest.update(json.dumps(categories, sort_keys=True, allow_nan=False).encode())
     return digest.hexdigest()[:16]

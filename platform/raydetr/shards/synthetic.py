@@ -107,7 +107,8 @@ def write_synthetic_data(
                 "annotations": annotations,
                 "categories": categories,
             }
-            (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+            path = folder / "annotations" / f"instances_{split}.json"
+            path.write_text(json.dumps(content, allow_nan=False))
 
 
 def draw_image(variant: Variant, seed: int, split: str, index: int) -> tuple[Image.Image, list[Shape]]:

@@ -113,7 +113,7 @@ def pack_shard(task: ShardTask, advance: Advance) -> PackedShard:
     packed.file = _shard_file(task, packed.counts)
     packed.samples = index_shard(task.path, task.number)
     state = {"input": digest, "shard": asdict(packed.file), "counts": vars(packed.counts)}
-    write_atomically(task.record_path, json.dumps(state).encode())
+    write_atomically(task.record_path, json.dumps(state, allow_nan=False).encode())
     return packed
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 
 class History:
-    """Rows {"step", "position", metric: value, ...} in chronological order."""
+    """Rows {"step", "position", metric: value, ...} in chronological order; a value that is no number is None."""
 
     def __init__(self, path: Path, position: int, is_writer: bool) -> None:
         """Read the rows up to `position`; drop those after it.
@@ -22,15 +23,16 @@ class History:
         rows = [row for line in lines if (row := _parse(line)) is not None]
         self.rows: list[dict[str, Any]] = [row for row in rows if row["position"] <= position]
         if is_writer:
-            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            path.write_text("".join(_format(row) for row in self.rows))
 
     def append(self, step: int, position: int, metrics: Mapping[str, float]) -> None:
         """Append a row, also to the file."""
         assert self._is_writer
-        row = {"step": step, "position": position, **metrics}
+        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        row = {"step": step, "position": position, **numbers}
         self.rows.append(row)
         with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(_format(row))
 
     def last_ap(self) -> float | None:
         """Return the AP of the last evaluation; None before the first."""
@@ -42,9 +44,13 @@ class History:
         curves: dict[str, list[tuple[float, float]]] = {}
         for row in self.rows:
             for name, value in row.items():
-                if name.startswith(prefix) and over in row:
+                if name.startswith(prefix) and over in row and value is not None:
                     curves.setdefault(name, []).append((row[over], value))
         return curves
+
+
+def _format(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 def _parse(line: str) -> dict[str, Any] | None:

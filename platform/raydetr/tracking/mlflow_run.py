@@ -184,7 +184,7 @@ def log_dataset(
         digest=fingerprint[:_DIGEST_LENGTH],
         source_type="local",
         source=json.dumps({"uri": source}),
-        profile=json.dumps({"fingerprint": fingerprint, **profile}),
+        profile=json.dumps({"fingerprint": fingerprint, **profile}, allow_nan=False),
     )
     with _tracking_errors(uri, f"log the dataset {name} of run {run_id}"):
         tags = [InputTag("mlflow.data.context", context)]
@@ -213,7 +213,10 @@ def fetch_run(uri: str, run_id_or_name: str) -> TrackedRun:
     """
     with _tracking_errors(uri, f"read the run {run_id_or_name}"):
         client = _connect_to_read(uri)
-        run = _find_run(client, uri, run_id_or_name)
+        found = _find_runs(client, run_id_or_name)
+        latest = [] if found else _latest_runs(client)
+    run = _only(found, latest, uri, run_id_or_name)
+    with _tracking_errors(uri, f"read the run {run_id_or_name}"):
         return TrackedRun(
             run_id=run.info.run_id,
             name=run.info.run_name or "",
@@ -267,10 +270,16 @@ def _connect_to_read(uri: str) -> MlflowClient:
 
 @contextmanager
 def _tracking_errors(uri: str, action: str) -> Iterator[None]:
-    """Raise errors of MLflow as TrackingError, with the action that failed."""
+    """Raise errors of MLflow as TrackingError, with the action that failed.
+
+    MLflow lets the errors of its libraries through: of the database, of a client of the artifact store that is missing
+    or has no credentials.
+    """
     try:
         yield
-    except (MlflowException, OSError) as error:
+    except TrackingError:
+        raise
+    except Exception as error:
         raise TrackingError(f"could not {action} in MLflow at {uri}: {first_line(error)}") from error
 
 
@@ -319,13 +328,25 @@ def store_file(client: MlflowClient, run_id: str, file: str, content: bytes) -> 
         client.log_artifact(run_id, str(local), folder)
 
 
-def _find_run(client: MlflowClient, uri: str, run_id_or_name: str) -> Run:
+def _find_runs(client: MlflowClient, run_id_or_name: str) -> list[Run]:
     if re.fullmatch("[0-9a-f]{32}", run_id_or_name):
-        return client.get_run(run_id_or_name)
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        return [client.get_run(run_id_or_name)]
     quote = '"' if "'" in run_id_or_name else "'"  # whichever is not in the name
     named = f"attributes.run_name = {quote}{run_id_or_name}{quote}"
-    found = client.search_runs(experiments, named, ViewType.ACTIVE_ONLY)
+    return list(client.search_runs(_experiments(client), named, ViewType.ACTIVE_ONLY))
+
+
+def _latest_runs(client: MlflowClient) -> list[Run]:
+    return list(
+        client.search_runs(_experiments(client), max_results=5, order_by=["attributes.start_time DESC"])
+    )
+
+
+def _experiments(client: MlflowClient) -> list[str]:
+    return [experiment.experiment_id for experiment in client.search_experiments()]
+
+
+def _only(found: list[Run], latest: list[Run], uri: str, run_id_or_name: str) -> Run:
     if len(found) == 1:
         return found[0]
     if found:
@@ -333,7 +354,6 @@ def _find_run(client: MlflowClient, uri: str, run_id_or_name: str) -> Run:
         raise ValueError(
             f"{len(found)} runs in {uri} are named {run_id_or_name!r}; give the id of one: {ids}"
         )
-    latest = client.search_runs(experiments, max_results=5, order_by=["attributes.start_time DESC"])
     names = ", ".join(run.info.run_name or run.info.run_id for run in latest)
     raise ValueError(
         f"no run in {uri} has the name or id {run_id_or_name!r}; the latest are: {names or 'none'}"

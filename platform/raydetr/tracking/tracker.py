@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -12,8 +11,6 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from raydetr.tracking.mlflow_run import TrackingError, connect, first_line, metric_name, store_file
-
-log = logging.getLogger(__name__)
 
 METRICS_PER_BATCH = 1000  # MLflow's limit
 
@@ -39,6 +36,12 @@ class Tracker:
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="mlflow-tracker", daemon=True)
         self._thread.start()
+
+    @property
+    def problem(self) -> str | None:
+        """What keeps values from MLflow at the moment; None if nothing does."""
+        error = self._error
+        return None if error is None else f"MLflow at {self.uri}: {first_line(error)}; will retry"
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Log values at a step. Values need not be finite."""
@@ -136,8 +139,6 @@ class Tracker:
 
     def _report(self, error: Exception | None) -> None:
         with self._changed:
-            if error and not self._error:  # once per outage
-                log.warning("MLflow at %s: %s; will retry", self.uri, first_line(error))
             self._error = error
             self._num_failures += error is not None
             self._changed.notify_all()

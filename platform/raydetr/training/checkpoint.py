@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from detrs import zoo
-from detrs.checkpoints import require_finite
+from detrs.checkpoints import UNREADABLE, require_finite, to_state_dict, unreadable_because
 from raydetr.config import ConfigError, RunConfig, flatten, from_dict, to_dict
 from raydetr.data.corrupt import CorruptSampleLog
 from raydetr.data.order import ORDER_VERSION
@@ -236,7 +236,8 @@ def load_for_inference(folder: Path, device: torch.device | None = None) -> Load
     backbone = replace(config.model.backbone, weights=None)
     model = zoo.build(replace(config.model, backbone=backbone))
     state = _load_state(folder, device)
-    _load_weights(model.detector, state["ema"] or state["model"], folder)
+    averaged = state.get("ema")
+    _load_weights(model.detector, state["model"] if averaged is None else averaged, folder)
     model.detector.to(device).eval()
     return LoadedModel(config, model, make_label_map(meta.categories, config.data.label_map))
 
@@ -254,20 +255,31 @@ def newest_complete(folders: Iterable[Path]) -> tuple[Path | None, list[str]]:
 
 
 def _load_state(folder: Path, device: torch.device) -> dict[str, Any]:
-    # Only weights: unpickling anything else could run code from the file
-    state: dict[str, Any] = torch.load(folder / "state.pt", map_location=device, weights_only=True)
+    path = folder / "state.pt"
+    try:
+        # weights_only: unpickling anything else could run code from the file
+        state = torch.load(path, map_location=device, weights_only=True)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
+        raise CheckpointError(
+            f"{path}: not the state of a checkpoint ({unreadable_because(error)})"
+        ) from None
+    if not isinstance(state, dict) or "model" not in state:
+        raise CheckpointError(f"{path}: not the state of a checkpoint: it has no 'model'")
     return state
 
 
-def _load_weights(detector: nn.Module, weights: Mapping[str, Any], folder: Path) -> None:
+def _load_weights(detector: nn.Module, weights: Any, folder: Path) -> None:
     try:
-        require_finite(weights, folder)
-        detector.load_state_dict(weights)
+        state = to_state_dict(weights, folder, "under 'model' or 'ema'")
+        require_finite(state, folder)
+        detector.load_state_dict(state)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
     except RuntimeError as error:
         raise CheckpointError(
-            f"{folder}: the weights do not fit the model of its configuration: {error}"
+            f"{folder}: the weights do not fit the model of its configuration: {' '.join(str(error).split())[:500]}"
         ) from None
 
 

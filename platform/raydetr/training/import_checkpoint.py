@@ -84,9 +84,9 @@ def import_checkpoint(
     """
     candidates = _candidates(model)
     content = read_official(file)
-    if ema and content.ema is None:
+    if ema and content.ema_model is None:
         raise ValueError(f"{file}: has no EMA weights (ema_model): omit --ema")
-    official = content.weights if content.ema is None or not ema else content.ema
+    official = content.ema_weights() if ema else content.weights
     require_finite(official, file)
     architecture = recognize_architecture(official)
     expected = candidates[0].model.architecture
@@ -121,7 +121,7 @@ def import_checkpoint(
 
 def _notes(content: OfficialFile, ema: bool) -> list[str]:
     notes = []
-    if content.ema is not None and not ema:
+    if content.ema_model is not None and not ema:
         notes.append("the file also has EMA weights (ema_model), which are usually better: --ema takes them")
     if content.omitted:
         notes.append(f"objects of {', '.join(content.omitted)} in the file were not loaded")
@@ -172,8 +172,9 @@ def _count_classes(model: ModelConfig, own: Mapping[str, Tensor], official: Mapp
     """Return the number of classes of the file's class head; 91 (COCO's ids) if it has no such parameter."""
     head = next(name for name in own if re.fullmatch(r"decoder\.class_heads\.0\.(.*\.)?weight", name))
     given = official.get(official_names(model, own)[head][0])
-    rows = 91 if given is None else len(given) - isinstance(model, DetrConfig)  # minus DETR's "no object"
-    return max(1, rows)
+    if given is None or not given.shape:
+        return 91
+    return max(1, given.shape[0] - isinstance(model, DetrConfig))  # minus DETR's "no object"
 
 
 def _meta_state(model: ModelConfig, num_classes: int) -> dict[str, Tensor]:

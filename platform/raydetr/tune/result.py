@@ -102,7 +102,7 @@ def trial_table(trials: Sequence[Trial], epochs: int) -> str:
 
 def trials_as_json(trials: Sequence[Trial]) -> str:
     """Format the trials as JSON, with all digits."""
-    return json.dumps([asdict(trial) for trial in trials], indent=1)
+    return json.dumps([asdict(trial) for trial in trials], indent=1, allow_nan=False)
 
 
 def train_command(config: RunConfig, overrides: Mapping[str, Any], config_file: Path) -> str:

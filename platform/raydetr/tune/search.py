@@ -121,15 +121,16 @@ def _create_context(config: RunConfig, resolved: RunConfig, space: Space) -> Sea
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / "space.yaml").write_text(space.text)
+    resolved, parent = run.create_mlflow_run(resolved, name, tags={"raydetr.kind": "search"})
     uri = tracking_uri(resolved)
-    parent = mlflow_run.create_run(uri, resolved.tracking.experiment, name, tags={"raydetr.kind": "search"})
     searched = {f"search.{path}": f"{d.kind} {list(d.values)}" for path, d in space.distributions.items()}
     fixed = {
         path: value for path, value in flatten(to_dict(resolved)).items() if path not in space.distributions
     }
-    mlflow_run.log_params(uri, parent, fixed | searched)
-    mlflow_run.log_text(uri, parent, space.text, "space.yaml")
-    mlflow_run.log_text(uri, parent, to_yaml(config), "config.yaml")
+    with run.tracking_warnings():
+        mlflow_run.log_params(uri, parent, fixed | searched)
+        mlflow_run.log_text(uri, parent, space.text, "space.yaml")
+        mlflow_run.log_text(uri, parent, to_yaml(config), "config.yaml")
     print_status(f"search {folder}\nMLflow {uri}, run {parent}")
     inside = override(resolved, {"storage.path": str(folder), "tracking.uri": uri})
     return SearchContext(inside, name, parent)
@@ -199,19 +200,18 @@ def _finish(
         command=train_command(config, best.overrides, folder / "config.yaml") if best else None,
         leaked=tuple(leaked),
     )
-    _write_result(result, is_complete=callback.num_ended == num_trials)
+    (folder / "trials.txt").write_text(result.to_text() + "\n")
+    (folder / "trials.json").write_text(trials_as_json(trials) + "\n")
+    with run.tracking_warnings():
+        _log_result(result, is_complete=callback.num_ended == num_trials)
     return result
 
 
-def _write_result(result: SearchResult, *, is_complete: bool) -> None:
-    """Write the result into the folder and the MLflow run of the search, and finish that run."""
+def _log_result(result: SearchResult, *, is_complete: bool) -> None:
+    """Log the result in the MLflow run of the search, and finish that run."""
     uri, parent, best = result.tracking_uri, result.mlflow_run_id, result.best
-    for file, text in (
-        ("trials.txt", result.to_text()),
-        ("trials.json", trials_as_json(result.trials)),
-    ):
-        (result.folder / file).write_text(text + "\n")
-        mlflow_run.log_text(uri, parent, text, file)
+    mlflow_run.log_text(uri, parent, result.to_text(), "trials.txt")
+    mlflow_run.log_text(uri, parent, trials_as_json(result.trials), "trials.json")
     if best is not None:
         assert result.command is not None
         mlflow_run.log_params(uri, parent, {f"best.{path}": value for path, value in best.overrides.items()})

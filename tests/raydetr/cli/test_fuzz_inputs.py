@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from command_line import CommandLine
+from detrs import zoo
 from raydetr import recipes
-from raydetr.config import ConfigError, to_yaml
+from raydetr.config import ConfigError, flatten, override, to_dict, to_yaml
 from raydetr.inference.predict import predict
+from raydetr.shards.manifest import make_label_map
+from raydetr.training import init_weights
+from raydetr.training.checkpoint import CheckpointError, load_for_inference
 from raydetr.tune.space import read_space
-from small_checkpoint import write_checkpoint
+from small_checkpoint import CATEGORIES, write_checkpoint
 
 NUM_CASES = 150  # of each kind
+NUM_OVERRIDES = 60
 TOKENS = [
     "NaN", ".inf", "1e999", "-1", "0", "0.5", "true", "null", '"x"', "[]", "{}", "[[[[", "&a [*a]",
     "!!python/object:os.system", "9" * 20, "9" * 400, "9" * 5000, "\x07", "\u2028", "'", "[" * 5000,
@@ -78,6 +86,100 @@ def test_configuration_files(raydetr: CommandLine, tmp_path: Path) -> None:
         seen["accepted" if result.code == 0 else "refused"] += 1
     assert seen["accepted"] >= 1
     assert seen["refused"] > NUM_CASES / 4
+
+
+def test_overrides(raydetr: CommandLine) -> None:
+    """Of every setting of a recipe, and of settings that do not exist."""
+    paths = [
+        *flatten(to_dict(recipes.quickstart())),
+        "optim",
+        "data.remote.options",
+        "model.num_quries",
+        "",
+        ".",
+        "a..b",
+    ]
+    words = [
+        *TOKENS,
+        "1e-4",
+        "x",
+        "{a: .nan}",
+        "[1, .inf]",
+        "=",
+        "",
+        "!!binary x",
+        "\ud800",
+        "cosine",
+        "s3://a/b",
+    ]
+    seen = Counter[str]()
+    for number in range(NUM_OVERRIDES):
+        rng = np.random.default_rng(number)
+        path, word = paths[rng.integers(len(paths))], words[rng.integers(len(words))]
+        argument = str(spoil(f"{path}={word}".encode(errors="replace"), rng), errors="replace")
+        result = raydetr("config", "quickstart", f"{path}={word}" if number % 2 else argument)
+        assert result.code == 0 or result.err.startswith(("error: ", "Usage: ")), (
+            number,
+            path,
+            word,
+            result.err,
+        )
+        assert len(result.err) < 12_000, (number, path, word)
+        seen["accepted" if result.code == 0 else "refused"] += 1
+    assert seen["accepted"] >= 5
+    assert seen["refused"] > NUM_OVERRIDES / 4
+
+
+def test_checkpoints_to_start_from(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "healthy")
+    here = make_label_map(CATEGORIES, "contiguous")
+    config = override(
+        recipes.quickstart(), {"model.num_classes": 3, "init.checkpoint": str(tmp_path / "checkpoint")}
+    )
+    detector = zoo.build(config.model).detector
+    seen = Counter[str]()
+    for number in range(NUM_CASES):
+        rng = np.random.default_rng(number)
+        folder = tmp_path / "checkpoint"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "healthy", folder)
+        chosen = folder / ("state.pt" if number % 3 == 0 else "meta.json")
+        chosen.write_bytes(spoil(chosen.read_bytes(), rng))
+        if number % 6 == 0:  # as if it had been written like this
+            meta = json.loads((folder / "meta.json").read_text())
+            content = chosen.read_bytes()
+            meta |= {"state_bytes": len(content), "state_crc32": zlib.crc32(content)}
+            (folder / "meta.json").write_text(json.dumps(meta))
+
+        def use() -> None:
+            init_weights.summarize(config, here)
+            init_weights.load(detector, config, here)
+
+        seen[count(use, ValueError)] += 1
+    assert seen["accepted"] >= 1
+    assert seen["refused"] > NUM_CASES / 4
+
+
+ODD_STATES = {
+    "list": [], "text": "x", "empty": {}, "no weights": {"model": None, "ema": None},
+    "number": {"model": 3, "ema": None},
+    "keys": {"model": {3: torch.zeros(2)}, "ema": None}, "values": {"model": {"a": 3}, "ema": None},
+    "complex": {"model": {"a": torch.zeros(2, dtype=torch.complex64)}, "ema": None},
+    "no device": {"model": {"a": torch.zeros(2, device="meta")}, "ema": None},
+    "ema": {"model": {}, "ema": 3}, "object": {"model": Path("x"), "ema": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD_STATES)
+def test_states_that_hold_something_else(kind: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    torch.save(ODD_STATES[kind], folder / "state.pt")
+    content = (folder / "state.pt").read_bytes()
+    meta = json.loads((folder / "meta.json").read_text())
+    meta |= {"state_bytes": len(content), "state_crc32": zlib.crc32(content)}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(CheckpointError, match=rf"^{folder}"):
+        load_for_inference(folder)
 
 
 def test_search_spaces(tmp_path: Path) -> None:

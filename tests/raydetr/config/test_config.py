@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,20 @@ def test_a_config_is_frozen() -> None:
 def test_settings_that_contradict_themselves(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         override(recipes.quickstart(), changes)
+
+
+def test_numbers_are_finite() -> None:
+    """A checkpoint could not be written, because JSON has no other numbers."""
+    config = recipes.find("dino_r50_4scale_12ep")
+    paths = [path for path, value in flatten(to_dict(config)).items() if isinstance(value, float)]
+    assert len(paths) > 40
+    for path in [*paths, "optim.ema_decay"]:
+        for value in (math.inf, -math.inf, math.nan):
+            with pytest.raises(ConfigError, match=r"finite number|greater than|less than"):
+                override(config, {path: value})
+    remote = {"data.train": "s3://a/b", "data.remote.options": {"a": math.nan}}
+    with pytest.raises(ConfigError, match=r"data\.remote\.options\.a.*finite number"):
+        override(config, remote)
 
 
 @pytest.mark.parametrize(
