@@ -33,8 +33,8 @@ class BatchCounts:
 
     @property
     def num_queries(self) -> Tensor:
-        """Queries of all images, over the number of workers."""
-        return self.by_worker[:, 2].mean()
+        """Queries of all images, at least 1 over all workers, over the number of workers."""
+        return self.by_worker[:, 2].sum().clamp(min=1) / len(self.by_worker)
 
     @property
     def num_corrupt(self) -> Tensor:

@@ -166,8 +166,6 @@ class Training:
         norms = BatchNormSnapshot(self.detector) if batch.is_blank and not self.synchronizes_norms else None
         with self._autocast():
             outputs = self.replica(images, targets, draws, max_targets)
-        if norms is not None:
-            norms.restore()
         totals = counts.wait()
         # Returns NaN instead of raising: the other workers would wait forever for the gradient of this one
         loss = compute_loss(
@@ -179,6 +177,8 @@ class Training:
             is_blank=batch.is_blank,
         )
         torch.autograd.backward(self.scaler.scale(loss.total))
+        if norms is not None:
+            norms.restore()
         return StepLoss(loss.total.detach(), loss.terms, loss.error)
 
     def evaluate(self, shards: Shards) -> list[dict[str, Any]]:

@@ -115,9 +115,14 @@ def test_the_gradient_is_that_of_the_batch_without_the_image(corrupt_run: RunCon
     found = gradients(make_training(config), masked)
     # Computed here, without the loop
     training = make_training(config)
-    torch.manual_seed(training.random_seed)
+    torch.manual_seed(training.random_seed(expected.positions[0]))
     images, targets = to_model(expected, "cpu")
-    losses = training.criterion(training.detector(images, targets), targets, float(len(targets.labels)))
+    draws = None
+    if training.detector.denoising is not None:
+        seeds = [training.random_seed(position) for position in expected.positions]
+        draws = training.detector.denoising.draw_by_image(targets.counts, max(targets.counts), seeds)
+    outputs = training.detector(images, targets, draws)
+    losses = training.criterion(outputs, targets, float(len(targets.labels)))
     losses.total.backward()
     for key, parameter in training.detector.named_parameters():
         assert torch.equal(found[key], parameter.grad), key
@@ -139,7 +144,8 @@ def collate_with_blank(batch: Batch, blank: Batch) -> Batch:
     size = torch.tensor([[height, width]])
     return Batch(
         pixels, torch.cat([batch.sizes, size]), batch.labels, batch.boxes, (*batch.counts, 0),
-        torch.cat([batch.image_ids, blank.image_ids]), torch.cat([batch.original_sizes, size]), batch.position,
+        torch.cat([batch.image_ids, blank.image_ids]), torch.cat([batch.original_sizes, size]),
+        (*batch.positions, batch.position), batch.position,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
+from torch import nn
 
 import small_models
 from detrs import zoo
@@ -40,14 +41,16 @@ def add_nan_to_boxes(batch: Batch) -> Batch:
     return dataclasses.replace(batch, boxes=boxes)
 
 
-def add_nan_to_pixels(batch: Batch) -> Batch:
-    """Put NaN into an image, which reaches the batch norms."""
-    pixels = batch.pixels.float()
-    pixels[1, :, :4, :4] = torch.nan
-    return dataclasses.replace(batch, pixels=pixels)
+def add_nan_to_pixels(training: Training) -> None:
+    """Add NaN to the first image of the next step: images are uint8, but normalized ones need not be finite."""
 
+    def add(backbone: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        hook.remove()
+        pixels = inputs[0].clone()
+        pixels[0, 0, 5, 5] = torch.nan
+        return (pixels,)
 
-ADD_NAN = {"boxes": add_nan_to_boxes, "pixels": add_nan_to_pixels}
+    hook = training.detector.backbone.register_forward_pre_hook(add)
 
 
 def make_training(config: RunConfig, world: World | None = None) -> Training:
@@ -85,13 +88,15 @@ def small_run(tiny_run: RunConfig) -> RunConfig:
     return override(tiny_run, {"model.num_classes": 4})
 
 
-@pytest.mark.parametrize("kind", ADD_NAN)
+@pytest.mark.parametrize("kind", ["boxes", "pixels"])
 def test_a_skipped_step_moves_the_position_and_nothing_else(small_run: RunConfig, kind: str) -> None:
     training, batches = make_training(small_run), batches_of(small_run)
     assert isinstance(training.train_step(next(batches)), dict)
     before = state_of(training)
     batch = next(batches)
-    skipped = training.train_step(ADD_NAN[kind](batch))
+    if kind == "pixels":
+        add_nan_to_pixels(training)
+    skipped = training.train_step(add_nan_to_boxes(batch) if kind == "boxes" else batch)
     assert isinstance(skipped, SkippedStep)
     assert same(state_of(training), before)
     assert (training.step, training.position, training.skipped_steps) == (2, 16, 1)
@@ -127,7 +132,7 @@ def test_nan_reaches_every_gradient(name: str, counts: tuple[int, ...]) -> None:
 def test_an_infinite_loss_with_a_finite_gradient_gives_a_gradient_of_nan() -> None:
     weight = torch.ones(3, requires_grad=True)
 
-    def criterion(outputs: Outputs, targets: Targets, num_boxes: torch.Tensor) -> Losses:
+    def criterion(outputs: Outputs, targets: Targets, num_boxes: torch.Tensor, _: None) -> Losses:
         total = weight.sum() + torch.inf
         return Losses(total, {"loss_ce": total.detach(), "loss_bbox": torch.tensor(1.0)})
 
@@ -149,10 +154,11 @@ def two_processes(rank: int, size: int, values: dict[str, Any], folder: str) -> 
         causes: list[list[Any]] = []
         for step in range(4):
             batch = next(batches)
-            add_nan = {(1, 1): add_nan_to_boxes, (2, 0): add_nan_to_pixels, (2, 1): add_nan_to_boxes}.get(
-                (step, rank)
+            if (step, rank) == (2, 0):
+                add_nan_to_pixels(training)
+            outcome = training.train_step(
+                add_nan_to_boxes(batch) if (step, rank) in ((1, 1), (2, 1)) else batch
             )
-            outcome = training.train_step(batch if add_nan is None else add_nan(batch))
             if isinstance(outcome, SkippedStep):
                 outcome.dump(Path(folder), rank)
                 causes.append([outcome.step, *((c.rank, c.reason, c.image_ids) for c in outcome.causes)])
@@ -215,7 +221,7 @@ def check_dump(folder: Path, config: RunConfig) -> None:
     batch = next(batches)
     record = json.loads((folder / "step.json").read_text())
     assert (record["step"], record["rank"], record["position"]) == (2, 0, batch.position)
-    assert record["random_seed"] == hash((config.seed, 8, 0))
+    assert record["random_seed"] == hash((config.seed, 8)) & (2**63 - 1)
     assert [image["image_id"] for image in record["images"]] == batch.image_ids.tolist()
     boxes = np.array([box for image in record["images"] for box in image["boxes_cxcywh"]], float)
     np.testing.assert_array_equal(boxes, add_nan_to_boxes(batch).boxes.double().numpy())
