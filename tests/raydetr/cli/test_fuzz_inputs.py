@@ -28,7 +28,7 @@ from small_checkpoint import CATEGORIES, write_checkpoint
 
 NUM_CASES = 150  # of each kind
 NUM_OVERRIDES = 60
-NUM_STARTS = 30  # each that is accepted builds a model
+NUM_STARTS = 48  # each that is accepted builds a model
 TOKENS = [
     "NaN", ".inf", "1e999", "-1", "0", "0.5", "true", "null", '"x"', "[]", "{}", "[[[[", "&a [*a]",
     "!!python/object:os.system", "9" * 20, "9" * 400, "9" * 5000, "\x07", "\u2028", "'", "[" * 5000,
@@ -145,7 +145,8 @@ def test_checkpoints_to_start_from(tmp_path: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(tmp_path / "healthy", folder)
         chosen = folder / ("state.pt" if number % 3 == 0 else "meta.json")
-        chosen.write_bytes(spoil(chosen.read_bytes(), rng))
+        if number > 0:  # the first is healthy
+            chosen.write_bytes(spoil(chosen.read_bytes(), rng))
         if number % 6 == 0:  # as if it had been written like this
             meta = json.loads((folder / "meta.json").read_text())
             content = chosen.read_bytes()
