@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Literal, Self, TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -78,14 +78,16 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class ProgressActor:
-    """Holds the latest value that rank 0 sent to the driver. As a Ray actor it has a process of its own.
+class RunActor:
+    """Stands between the driver of a run and its workers. As a Ray actor it has a process of its own.
 
-    That process imports this module only, so the module must not load torch.
+    It holds the latest value that rank 0 sent, and what the driver wants. That process imports this module only, so the
+    module must not load torch.
     """
 
     def __init__(self) -> None:
         self._latest: Any = None
+        self._wish: Literal["stop", "abort"] | None = None
 
     def update(self, value: Any) -> None:
         """Replace the value."""
@@ -94,6 +96,18 @@ class ProgressActor:
     def read(self) -> Any:
         """Return the latest value; None before the first."""
         return self._latest
+
+    def request_stop(self) -> None:
+        """Ask the workers to stop after a step."""
+        self._wish = self._wish or "stop"
+
+    def request_abort(self) -> None:
+        """Ask the workers to write down where they are, and to end at once."""
+        self._wish = "abort"
+
+    def wish(self) -> str | None:
+        """Return "stop", "abort", or None."""
+        return self._wish
 
 
 class Display:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +19,7 @@ from raydetr import recipes
 from raydetr.cli.shards import shards_app
 from raydetr.config import ConfigError, RunConfig
 from raydetr.console import print_status, progress_bar
+from raydetr.runs.signals import RunStopped
 from raydetr.store.output_folder import check_out_file
 
 app = typer.Typer(
@@ -39,6 +39,12 @@ RecipeAndOverrides = Annotated[
     ),
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Configuration file, instead of a recipe.")]
+# Settings of a cluster that have no effect in one process
+LOCAL_IGNORES = (
+    "cluster.num_workers", "cluster.address", "cluster.max_failures", "cluster.min_workers", "cluster.wait_minutes",
+    "cluster.stall_minutes", "cluster.bf16_gradients",
+)  # fmt: skip
+
 Local = Annotated[bool, typer.Option("--local", help="Run in this process, without Ray: for debugging.")]
 
 
@@ -88,6 +94,9 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="Resume the run in this folder; overrides may follow.")
     ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run, and of its folder; default: a new one.")
+    ] = None,
     local: Local = False,
 ) -> None:
     """Train a detector on Ray Train workers, evaluate it, and log everything to MLflow."""
@@ -96,11 +105,13 @@ def train(
     if local:
         _refuse(
             arguments or [],
-            ("cluster.num_workers", "cluster.address", "cluster.max_failures"),
+            LOCAL_IGNORES,
             "with --local",
         )
     if resume is None:
-        result = run.start(read_config(arguments or [], config), local=local)
+        result = run.start(read_config(arguments or [], config), local=local, name=name)
+    elif name is not None:
+        raise ConfigError("--resume continues the run in its folder: omit --name")
     elif config is not None:
         raise ConfigError("--resume takes the run's own configuration: omit --config")
     else:
@@ -306,12 +317,13 @@ def _refuse(arguments: list[str], prefixes: tuple[str, ...], where: str) -> None
 
 def main() -> None:
     """Run the command line; print a user's mistake as one line, without a traceback."""
-    # `ray job stop` and schedulers send SIGTERM: exit as after Ctrl-C, with the MLflow run closed
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # The shell does not expand the ~ of --out=~/runs
     arguments = [re.sub("^(--[a-z-]+=)?~/", rf"\g<1>{Path.home()}/", argument) for argument in sys.argv[1:]]
     try:
         app(arguments)
+    except RunStopped as stopped:
+        print_status(str(stopped))
+        sys.exit(stopped.code)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         if not _is_meant_for_users(error):
             raise

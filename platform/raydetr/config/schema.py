@@ -244,13 +244,27 @@ class ClusterConfig(Section):
     num_workers: PositiveInt = 1
     use_gpu: bool = False
     cpus_per_worker: PositiveInt = 1
-    max_failures: int = Field(default=3, ge=-1)  # restarts of the workers; -1: unlimited
+    max_failures: int = Field(default=3, ge=-1)  # of the workers, without progress in between; -1: unlimited
+    min_workers: PositiveInt | None = (
+        None  # while nodes are missing; None: num_workers, however long it takes
+    )
+    wait_minutes: float = Field(
+        default=10.0, ge=0
+    )  # for missing nodes, before the run goes on with fewer workers
+    stall_minutes: float = Field(
+        default=60.0, gt=0
+    )  # without progress, after which the workers are started again
     bf16_gradients: bool = False  # send gradients in bfloat16: half the bytes, rounded before they are summed
 
     @model_validator(mode="after")
     def _check_effects(self) -> Self:
         if self.bf16_gradients and self.num_workers == 1:
             raise ValueError("bf16_gradients has no effect with num_workers 1: omit it")
+        if self.min_workers is not None and self.min_workers >= self.num_workers:
+            raise ValueError(
+                f"min_workers {self.min_workers} has no effect with num_workers {self.num_workers}: give fewer, or "
+                "omit it"
+            )
         return self
 
 
@@ -258,7 +272,13 @@ class StorageConfig(Section):
     """The storage of runs: with more than one node, it must be mounted by all nodes."""
 
     path: Path = Path("runs")
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: PositiveInt = 2  # the newest ones; the one with the best AP is kept beside them
+    checkpoint_minutes: float | None = Field(
+        default=10.0, gt=0
+    )  # None: at evaluations, and every checkpoint_steps
+    checkpoint_steps: PositiveInt | None = None  # None: at evaluations, and every checkpoint_minutes
+    # A run whose checkpoints cannot be written goes on, and tries again, for this long; then it stops
+    max_minutes_without_checkpoint: float = Field(default=60.0, gt=0)
 
 
 class TrackingConfig(Section):

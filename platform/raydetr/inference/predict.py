@@ -23,7 +23,7 @@ from raydetr.evaluation.evaluator import to_coco_results
 from raydetr.process_pool import Progress
 from raydetr.shards.images import ImageError, decode_image, is_rotated
 from raydetr.store.output_folder import atomic_folder
-from raydetr.training.checkpoint import LoadedModel, load_for_inference, read_meta
+from raydetr.training.checkpoint import LoadedModel, find, load_for_inference, read_meta
 from raydetr.user_files import read_file
 from raydetr.visualization.boxes import coco_boxes, draw_boxes
 
@@ -59,7 +59,7 @@ def predict(
     A file that cannot be read does not stop the others.
 
     Args:
-        checkpoint: a checkpoint folder.
+        checkpoint: a run (its best checkpoint), RUN/last, or the folder of a checkpoint.
         images: files of any format that Pillow reads, and folders of such files.
         out: the folder to write; new or empty.
         recursive: search subfolders too.
@@ -81,6 +81,7 @@ def predict(
     failed: list[str] = []
     rotated: list[Path] = []
     with atomic_folder(out, last="results.json") as folder:
+        checkpoint = find(checkpoint)
         loaded = load_for_inference(checkpoint, device)
         categories = read_meta(checkpoint).categories
         names = {category["id"]: category["name"] for category in categories}

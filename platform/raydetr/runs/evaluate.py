@@ -18,7 +18,7 @@ from raydetr.evaluation.evaluator import drop_blank_batches, evaluate
 from raydetr.evaluation.ground_truth import evaluation_warnings, ground_truth
 from raydetr.runs.local import local_world
 from raydetr.shards.reader import Shards, open_shards
-from raydetr.training.checkpoint import load_for_inference, read_meta, run_config
+from raydetr.training.checkpoint import find, load_for_inference, read_meta, run_config
 from raydetr.training.world import World
 
 # Settings of the configuration that an evaluation uses; a dot at the end: all settings of the section
@@ -46,7 +46,7 @@ def evaluate_checkpoint(
     Corrupt images are treated as in the run (`data.on_corrupt`), and printed on standard error.
 
     Args:
-        checkpoint: a checkpoint folder, of a run or of `raydetr import-checkpoint`.
+        checkpoint: a run (its best checkpoint), RUN/last, or the folder of a checkpoint.
         overrides: of the run's configuration, such as other shards (`data.val`) or fewer workers.
         local: evaluate in this process, without Ray.
 
@@ -58,7 +58,7 @@ def evaluate_checkpoint(
         LaunchError: the evaluation failed on Ray.
         LoaderError: a loader process died; with `local` only.
     """
-    checkpoint = checkpoint.expanduser().resolve()
+    checkpoint = find(checkpoint, lambda message: print_status(f"skipped: {message}"))
     config = _configure(checkpoint, overrides or {})
     shards = _open(config.data)
     _check_categories(checkpoint, shards)

@@ -5,6 +5,7 @@ Ray Train's controller imports this module, so it loads neither models nor MLflo
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import ray.train
@@ -31,5 +32,6 @@ class StopAtFatalErrors(ray.train.UserCallback):
             FatalError: one of them is fatal.
         """
         for rank, error in sorted(worker_exceptions.items()):
-            if isinstance(error, FATAL):
+            # A disk or a file server that failed to read a sample may work again
+            if isinstance(error, FATAL) and getattr(error, "errno", None) != errno.EIO:
                 raise FatalError(f"worker {rank}: {error}")

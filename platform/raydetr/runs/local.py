@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ import torch
 from raydetr.config import ClusterConfig, ConfigError
 from raydetr.console import Display, RunProgress
 from raydetr.runs.session import Run, run_session
-from raydetr.training import checkpoint
 from raydetr.training.world import World
 
 
@@ -31,10 +29,8 @@ def local_world(cluster: ClusterConfig) -> World:
     return World.single_process(torch.device("cuda" if cluster.use_gpu else "cpu"))
 
 
-def train_locally(run: Run, attempt: str) -> dict[str, Any]:
-    """Train in this process; return the last metrics with `checkpoint`, its path.
-
-    Checkpoints go to `run.folder`/`attempt`.
+def train_locally(run: Run, should_stop: Callable[[], bool]) -> None:
+    """Train in this process, to the end or until `should_stop`.
 
     Raises:
         ConfigError: `cluster.use_gpu` is set, and there is no GPU.
@@ -42,25 +38,18 @@ def train_locally(run: Run, attempt: str) -> dict[str, Any]:
     """
     world = local_world(run.config.cluster)
     with Display() as display:
-        reporter = _LocalReporter(run.folder / attempt, run.config.storage.keep_checkpoints, display)
-        run_session(run, world, reporter)
-    assert reporter.last is not None
-    return reporter.last
+        run_session(run, world, _LocalReporter(display, should_stop))
 
 
+@dataclass(frozen=True)
 class _LocalReporter:
-    """Keeps checkpoints in a folder of the run and shows progress at once."""
+    """Shows progress at once."""
 
-    def __init__(self, folder: Path, keep_checkpoints: int, display: Display) -> None:
-        self._folder, self._keep, self._display = folder, keep_checkpoints, display
-        self.last: dict[str, Any] | None = None
+    display: Display
+    should_stop: Callable[[], bool]
 
-    def publish(self, name: str, metrics: Mapping[str, Any], write: checkpoint.Writer | None) -> None:
-        assert write is not None
-        write(self._folder / name)
-        for old in sorted(self._folder.iterdir())[: -self._keep]:
-            shutil.rmtree(old)
-        self.last = {**metrics, "checkpoint": str(self._folder / name)}
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """Do nothing: the run's folder has the metrics."""
 
     def show(self, progress: RunProgress) -> None:
-        self._display.show(progress)
+        self.display.show(progress)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import logging
+import math
 import os
-import tempfile
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,17 +20,24 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.autoscaler.sdk import request_resources
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raydetr.config import ClusterConfig
-from raydetr.console import Display, ProgressActor, RunProgress, print_status
+from raydetr.config import ClusterConfig, override
+from raydetr.console import Display, RunActor, RunProgress, print_status
 from raydetr.runs.fatal_errors import FatalError, StopAtFatalErrors
 from raydetr.runs.session import Run, run_session
+from raydetr.runs.signals import StopSignals
+from raydetr.tracking.events import EventLog
 from raydetr.training import checkpoint
 from raydetr.training.world import World
 
 POLL_SECONDS = 0.5  # between two readings of the progress
-WAITING_SECONDS = 60.0  # without a first step, before a line names what the run waits for
+WAITING_SECONDS = 30.0  # between two lines about what the run waits for
+LOOK_SECONDS = 10.0  # between two looks for nodes that have joined
+RAY_FILES = ".ray"  # folder of the run, for Ray Train's own files
+STACKS = "stacks"  # folder of the run
 
 # Ray reads these when it starts its processes. A value that the user has set is kept.
 SETTINGS = {
@@ -40,31 +49,234 @@ SETTINGS = {
 
 
 class LaunchError(RuntimeError):
-    """A run failed on the cluster, or could not start there; the message has the reason."""
+    """A run failed on the cluster, or could not start there; the message has the reason.
+
+    With `is_fatal`, the same would happen again: in the data or the settings is an error.
+    """
+
+    def __init__(self, message: str, *, is_fatal: bool = False) -> None:
+        super().__init__(message)
+        self.is_fatal = is_fatal
 
 
 # --- In the driver ---
 
 
-def train_on_ray(run: Run, attempt: str, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
-    """Train on Ray Train workers; return the last reported metrics with `checkpoint`, its path.
+def train_on_ray(run: Run, callbacks: Sequence[Any], stop: StopSignals, log: EventLog) -> None:
+    """Train on Ray Train workers, to the end or until `stop`; start the workers again when some of them fail.
 
-    Checkpoints go to `run.folder`/`attempt`.
+    Every start continues from the newest valid checkpoint of the run. While nodes are missing for longer than
+    `cluster.wait_minutes`, it goes on with fewer workers, at least `cluster.min_workers`.
 
     Raises:
-        LaunchError: the workers do not fit on the cluster, or failed for good: at a fatal error, or after
-            `cluster.max_failures` restarts.
+        LaunchError: the workers do not fit on the cluster, or failed for good: at a fatal error, or at more than
+            `cluster.max_failures` failures without progress between them.
         ConnectionError: no cluster answers at `cluster.address`.
     """
     cluster = run.config.cluster
-    with connected(cluster) as address:
+    with connected(cluster) as address, Display() as display:
+        stop.install()  # Ray has replaced the handlers
         check_resources(cluster, address)
-        progress = _new_progress_actor()
-        trainer = build_trainer(run, attempt, progress, callbacks)
-        with Display() as display, _polling(progress, display, cluster):
-            result = fit(trainer)
-        kept = result.checkpoint
-        return {**(result.metrics or {}), "checkpoint": None if kept is None else str(kept.path)}
+        failures = Failures(cluster.max_failures, log)
+        num_workers = cluster.num_workers
+        while not stop.is_set():
+            last = checkpoint.newest_valid(run.folder, lambda message: print_status(f"skipped: {message}"))
+            workers = override(run.config, {"cluster.num_workers": num_workers, **_single(num_workers)})
+            start = Start(
+                dataclasses.replace(run, config=workers, resume_from=last or run.resume_from), failures.number
+            )
+            try:
+                if start.fit(callbacks, display, stop, log, wanted=cluster.num_workers):
+                    return
+            except LaunchError as error:
+                if stop.is_set():
+                    return
+                position = checkpoint.position_of(checkpoint.newest_valid(run.folder, lambda message: None))
+                failures.add(error, max(start.position, position))
+            num_workers = wait_for_nodes(cluster, address, stop, log)
+
+
+def _single(num_workers: int) -> dict[str, Any]:
+    """Return the settings that have no effect on a single worker."""
+    return {"cluster.bf16_gradients": False} if num_workers == 1 else {}
+
+
+class Failures:
+    """Counts failures since the last progress, and decides whether the workers are started again."""
+
+    def __init__(self, limit: int, log: EventLog) -> None:
+        self._limit, self._log = limit, log
+        self._since_progress: list[str] = []
+        self._position = -1
+        self.number = 0  # of all failures
+
+    def add(self, error: LaunchError, position: int) -> None:
+        """Log a failure of the workers, which had reached a position.
+
+        Raises:
+            LaunchError: the workers are not started again.
+        """
+        if position > self._position:
+            self._since_progress = []
+        self._position = max(position, self._position)
+        self._since_progress.append(str(error))
+        self.number += 1
+        if error.is_fatal:
+            raise error
+        count = len(self._since_progress)
+        if 0 <= self._limit < count:
+            listed = "".join(f"\n  {number}. {line}" for number, line in enumerate(self._since_progress, 1))
+            raise LaunchError(
+                f"the workers failed {count} times without progress in between (cluster.max_failures="
+                f"{self._limit}):{listed}"
+            )
+        self._log.append("restart", reason=str(error), failures_since_progress=count, position=position)
+        most = f" of {self._limit}" if self._limit >= 0 else ""
+        print_status(f"{error}; starting them again ({count}{most} without progress)")
+
+
+class Start:
+    """One start of the workers of a run."""
+
+    def __init__(self, run: Run, number: int) -> None:
+        self._run, self._number = run, number
+        self.position = -1  # reached, as far as the driver knows
+
+    def fit(
+        self, callbacks: Sequence[Any], display: Display, stop: StopSignals, log: EventLog, *, wanted: int
+    ) -> bool:
+        """Train; return False if the workers stopped so that they can be started again as the `wanted` number.
+
+        Raises:
+            LaunchError: the workers failed.
+        """
+        cluster = self._run.config.cluster
+        actor = _new_run_actor()
+        scratch = self._run.folder / RAY_FILES
+        trainer = build_trainer(self._run, f"start-{self._number:03d}", scratch, actor, callbacks)
+        failed: list[BaseException] = []
+
+        def fit_trainer() -> None:
+            try:
+                fit(trainer)
+            except BaseException as error:  # raised again by the caller
+                failed.append(error)
+
+        # In a thread, where Ray Train does not replace the handlers of signals
+        thread = threading.Thread(target=fit_trainer, name="ray-train", daemon=True)
+        thread.start()
+        watch = Watch(cluster, log)
+        grows = False
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            progress = ray.get(actor.read.remote())
+            self._show(progress, display)
+            watch.look(progress, actor)
+            grows = grows or (progress is not None and watch.can_grow(cluster.num_workers, wanted))
+            if stop.is_set() or grows:
+                actor.request_stop.remote()
+        self._show(ray.get(actor.read.remote()), display)  # with a warning of the last moment
+        shutil.rmtree(scratch, ignore_errors=True)
+        if failed:
+            raise watch.explain(failed[0])
+        return not grows or stop.is_set() or self._is_complete()
+
+    def _show(self, progress: RunProgress | None, display: Display) -> None:
+        if progress is not None:
+            self.position = max(self.position, progress.step * self._run.config.data.batch_size)
+            display.show(progress)
+
+    def _is_complete(self) -> bool:
+        last = checkpoint.newest_valid(self._run.folder, lambda message: None)
+        return last is not None and checkpoint.is_complete(last, self._run.config)
+
+
+class Watch:
+    """Watches the workers of one start from the driver: for progress, and for nodes that join."""
+
+    def __init__(self, cluster: ClusterConfig, log: EventLog) -> None:
+        self._cluster, self._log = cluster, log
+        self._wait_until = time.monotonic() + WAITING_SECONDS
+        self._look_until = time.monotonic() + LOOK_SECONDS
+        self._latest: RunProgress | None = None
+        self._moved_at: float | None = None
+        self._stalled: str | None = None
+
+    def look(self, progress: RunProgress | None, actor: Any) -> None:
+        """Take the latest progress into account; end workers that make none for `cluster.stall_minutes`."""
+        now = time.monotonic()
+        if progress is None:
+            if now > self._wait_until:
+                self._wait_until += WAITING_SECONDS
+                print_status(_waiting(self._cluster))
+            return
+        if progress != self._latest:
+            self._latest, self._moved_at = progress, now
+            return
+        minutes = self._cluster.stall_minutes
+        if self._stalled is None and self._moved_at is not None and now - self._moved_at > 60 * minutes:
+            self._stalled = (
+                f"no progress for {minutes:g} minutes (cluster.stall_minutes), at step {progress.step}"
+            )
+            self._log.append("stalled", reason=self._stalled)
+            print_status(f"{self._stalled}: the stacks of all workers go to {STACKS} in the run's folder")
+            actor.request_abort.remote()
+
+    def can_grow(self, num_workers: int, wanted: int) -> bool:
+        """Return whether the nodes of the cluster can hold the wanted number of workers, which are fewer now."""
+        now = time.monotonic()
+        if num_workers >= wanted or now < self._look_until:
+            return False
+        self._look_until = now + LOOK_SECONDS
+        if _num_fitting(self._cluster) < wanted:
+            return False
+        self._log.append("layout", workers=wanted, reason="nodes have joined")
+        print_status(f"nodes have joined: going on with {wanted} workers after this step")
+        return True
+
+    def explain(self, error: BaseException) -> BaseException:
+        """Return the error of the workers, or why they were ended."""
+        return error if self._stalled is None else LaunchError(self._stalled)
+
+
+def wait_for_nodes(cluster: ClusterConfig, address: str, stop: StopSignals, log: EventLog) -> int:
+    """Wait until the nodes of the cluster can hold the workers; return how many to start.
+
+    After `cluster.wait_minutes` fewer than `cluster.num_workers` are enough, at least `cluster.min_workers`.
+    """
+    began, told_at = time.monotonic(), -math.inf
+    wanted, least = cluster.num_workers, cluster.min_workers or cluster.num_workers
+    bundle = {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if cluster.use_gpu else {})
+    try:
+        while not stop.is_set():
+            fitting, waited = _num_fitting(cluster), time.monotonic() - began
+            if fitting >= wanted:
+                return wanted
+            if fitting >= least and waited > 60 * cluster.wait_minutes:
+                log.append(
+                    "layout", workers=fitting, reason=f"{wanted} do not fit after {waited / 60:.0f} minutes"
+                )
+                print_status(f"going on with {fitting} of {wanted} workers, until nodes join")
+                return fitting
+            if time.monotonic() - told_at > WAITING_SECONDS:
+                told_at = time.monotonic()
+                log.append("waiting", reason=_waiting(cluster))
+                print_status(_waiting(cluster))
+                request_resources(bundles=[bundle] * wanted)  # an autoscaler starts nodes
+            time.sleep(POLL_SECONDS)
+    finally:
+        if told_at > -math.inf:
+            request_resources(bundles=[])
+    return wanted
+
+
+def _num_fitting(cluster: ClusterConfig) -> int:
+    """Return how many workers the nodes that live can hold, when they are free."""
+    alive: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes = [node["Resources"] for node in alive if node["Alive"]]
+    by_cpu = (int(node.get("CPU", 0)) // cluster.cpus_per_worker for node in nodes)
+    by_gpu = (int(node.get("GPU", 0)) for node in nodes)
+    return sum(min(pair) if cluster.use_gpu else pair[0] for pair in zip(by_cpu, by_gpu, strict=True))
 
 
 def run_on_workers(work: Callable[[World], Any], cluster: ClusterConfig, scratch: Path) -> Any:
@@ -81,24 +293,28 @@ def run_on_workers(work: Callable[[World], Any], cluster: ClusterConfig, scratch
     """
     with connected(cluster) as address:
         check_resources(cluster, address)
-        result = _new_progress_actor()
+        result = _new_run_actor()
         run_config = ray.train.RunConfig(name=scratch.name, storage_path=str(scratch.parent))
         fit(_trainer(partial(_work, work, result, cluster.cpus_per_worker), cluster, run_config))
         return ray.get(result.read.remote())
 
 
-def build_trainer(run: Run, attempt: str, progress: Any, callbacks: Sequence[Any] = ()) -> TorchTrainer:
-    """Return the Ray Train trainer of `run`; its workers send their progress to the actor `progress`."""
-    cluster, storage = run.config.cluster, run.config.storage
+def build_trainer(
+    run: Run, name: str, scratch: Path, actor: Any, callbacks: Sequence[Any] = ()
+) -> TorchTrainer:
+    """Return the Ray Train trainer of one start of `run`; its workers talk to the driver through `actor`.
+
+    Ray Train itself starts no workers again: it counts failures over the whole run, says nothing about them, and knows
+    nothing of the run's checkpoints.
+    """
     all_callbacks: list[Any] = [*callbacks, StopAtFatalErrors()]
     run_config = ray.train.RunConfig(
-        name=attempt,
-        storage_path=str(run.folder),
-        failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-        checkpoint_config=ray.train.CheckpointConfig(num_to_keep=storage.keep_checkpoints),
+        name=name,
+        storage_path=str(scratch),
+        failure_config=ray.train.FailureConfig(max_failures=0),
         callbacks=all_callbacks,
     )
-    return _trainer(partial(_train, run, progress), cluster, run_config)
+    return _trainer(partial(_train, run, actor), run.config.cluster, run_config)
 
 
 def fit(trainer: TorchTrainer) -> ray.train.Result:
@@ -110,7 +326,8 @@ def fit(trainer: TorchTrainer) -> ray.train.Result:
     try:
         result = trainer.fit()
     except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
-        raise LaunchError(f"the workers failed: {_root_cause(error)}") from error
+        is_fatal = isinstance(getattr(error, "controller_failure", None), FatalError)
+        raise LaunchError(f"the workers failed: {_root_cause(error)}", is_fatal=is_fatal) from error
     if result.error is not None:
         raise LaunchError(f"the workers failed: {_root_cause(result.error)}") from result.error
     return result
@@ -169,8 +386,11 @@ def _resources() -> dict[str, float]:
     return resources
 
 
-def _new_progress_actor() -> Any:
-    return ray.remote(num_cpus=0)(ProgressActor).remote()
+def _new_run_actor() -> Any:
+    # On the node of the driver: no other node's loss can take it
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
+    return ray.remote(**options)(RunActor).remote()
 
 
 def _runtime_env() -> dict[str, Any]:
@@ -221,43 +441,14 @@ def _waiting(cluster: ClusterConfig) -> str:
     )
 
 
-@contextmanager
-def _polling(actor: Any, display: Display, cluster: ClusterConfig) -> Iterator[None]:
-    """Show the latest progress from a thread, while the caller waits for the training."""
-    done = threading.Event()
-
-    def show_latest() -> bool:
-        progress = ray.get(actor.read.remote())
-        if progress is not None:
-            display.show(progress)
-        return progress is not None
-
-    def poll() -> None:
-        wait_until = time.monotonic() + WAITING_SECONDS
-        while not done.wait(POLL_SECONDS):
-            if show_latest():
-                continue
-            if time.monotonic() > wait_until:
-                wait_until += WAITING_SECONDS
-                print_status(_waiting(cluster))
-
-    thread = threading.Thread(target=poll, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-    show_latest()  # with a warning of the last moment
-
-
 # --- In the workers ---
 
 
-def _train(run: Run, progress: Any) -> None:
+def _train(run: Run, actor: Any) -> None:
     """Train as one worker."""
     _check_storage(run.folder)
-    run_session(_continued(run), _world(run.config.cluster.cpus_per_worker), _RayReporter(progress))
+    world = _world(run.config.cluster.cpus_per_worker)
+    run_session(run, world, _RayReporter(actor, run.folder / STACKS / f"rank-{world.rank}.txt"))
 
 
 def _work(work: Callable[[World], Any], result: Any, cpus: int) -> None:
@@ -269,39 +460,45 @@ def _work(work: Callable[[World], Any], result: Any, cpus: int) -> None:
 
 
 class _RayReporter:
-    """Publishes through `ray.train.report`, which every worker must call equally often."""
+    """Talks to the driver through an actor, and asks it from a thread for what the driver wants."""
 
-    def __init__(self, progress_actor: Any) -> None:
-        self._progress_actor = progress_actor
+    def __init__(self, actor: Any, stacks: Path) -> None:
+        self._actor, self._stacks = actor, stacks
+        self._is_stopping = False
+        threading.Thread(target=self._listen, name="driver", daemon=True).start()
 
-    def publish(self, name: str, metrics: Mapping[str, Any], write: checkpoint.Writer | None) -> None:
-        # The name is a function of the epoch: an epoch that is trained again after a failure overwrites its checkpoint
-        with tempfile.TemporaryDirectory(prefix="raydetr-") as temporary:
-            kept = None
-            if write is not None:
-                # Ray guarantees no order of the copied files: in the copy, meta.json is not always written last, and
-                # only the size and the checksum in it show that a checkpoint is complete.
-                write(Path(temporary))
-                kept = ray.train.Checkpoint.from_directory(temporary)
-            group = ray.util.get_current_placement_group()  # a search removes it if it stops this run
-            assert group is not None
-            reported = {**metrics, "placement_group": group.id.hex()}
-            ray.train.report(reported, checkpoint=kept, checkpoint_dir_name=name)
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """Report to Ray Train, from which a search gets the metrics."""
+        group = ray.util.get_current_placement_group()  # a search removes it if it stops this run
+        assert group is not None
+        ray.train.report({**metrics, "placement_group": group.id.hex()})
 
     def show(self, progress: RunProgress) -> None:
-        self._progress_actor.update.remote(progress)  # not waited for
+        self._actor.update.remote(progress)  # not waited for
+
+    def should_stop(self) -> bool:
+        return self._is_stopping
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                wish = ray.get(self._actor.wish.remote())
+            except ray.exceptions.RayError:  # the driver has ended, and Ray ends this worker
+                return
+            self._is_stopping = wish == "stop"
+            if wish == "abort":
+                # The main thread may wait in a collective for ever: only the process can end
+                self._stacks.parent.mkdir(exist_ok=True)
+                with self._stacks.open("a") as file:
+                    faulthandler.dump_traceback(file, all_threads=True)
+                os._exit(1)
+            time.sleep(POLL_SECONDS)
 
 
 def _world(cpus: int) -> World:
     torch.set_num_threads(cpus)
     context = ray.train.get_context()
     return World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-
-
-def _continued(run: Run) -> Run:
-    """Return the run with the last reported checkpoint: after a failure Ray Train starts the workers again."""
-    last = ray.train.get_checkpoint()
-    return run if last is None else dataclasses.replace(run, resume_from=Path(last.path))
 
 
 def _check_storage(folder: Path) -> None:

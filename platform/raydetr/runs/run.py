@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,10 +36,13 @@ from raydetr.doctor.findings import TrainingTarget
 from raydetr.environment import describe_environment
 from raydetr.evaluation.coco_metrics import ApTable
 from raydetr.evaluation.ground_truth import evaluation_warnings
+from raydetr.runs.lease import Lease, LeaseError
 from raydetr.runs.local import train_locally
 from raydetr.runs.session import PICTURES, Run
+from raydetr.runs.signals import RunStopped, StopSignals
 from raydetr.shards.reader import Shards
 from raydetr.tracking import mlflow_run
+from raydetr.tracking.events import EventLog
 from raydetr.training import checkpoint, init_weights
 
 # Settings of a run that a resume cannot change
@@ -59,7 +63,8 @@ class RunResult:
 
     def to_text(self) -> str:
         """Return the AP table, the run's artifacts, and the next commands."""
-        metrics, checkpoint = self.metrics, shlex.quote(str(self.checkpoint))
+        metrics, folder = self.metrics, shlex.quote(str(self.folder))
+        best = self._best()
         table = ApTable.from_dict(metrics["table"])
         notes = evaluation_warnings(
             metrics.get("unpredicted_images", 0), metrics.get("unreadable_records", 0)
@@ -76,17 +81,23 @@ class RunResult:
 peak memory {metrics["peak_rss_mb"]:.0f} MB per worker
 
 run         {self.folder}
-checkpoint  {self.checkpoint}
+checkpoints {self.folder / checkpoint.LAST} ({self.checkpoint.name}), {self.folder / checkpoint.BEST} ({best})
 MLflow      {self.tracking_uri}, run {self.mlflow_run_id}
 artifacts   {", ".join(str(self.folder / name) for name in PICTURES if (self.folder / name).exists()) or "-"}
 
 next:{activate}
   {_ui_command(self.tracking_uri)}  # see the run in the browser
-  raydetr predict {checkpoint} IMAGES --out predictions
-  raydetr evaluate {checkpoint}
-  raydetr compare {shlex.quote(str(self.folder))} OTHER_RUN
+  raydetr predict {folder}/best IMAGES --out predictions
+  raydetr evaluate {folder}/best
+  raydetr compare {folder} OTHER_RUN
   raydetr train RECIPE optim.lr=2e-4  # change a setting; `raydetr config RECIPE` prints all
 """
+
+    def _best(self) -> str:
+        folder = checkpoint.best(self.folder)
+        if folder is None:
+            return "-"
+        return f"{folder.name}, AP {checkpoint.read_metrics(folder)['AP']:.3f}"
 
 
 def start(
@@ -122,6 +133,7 @@ def start(
         print_status(line)
     name = name or new_name(config.recipe)
     folder = config.storage.path / name
+    _check_new(folder, config)
     folder.mkdir(parents=True)
     config, run_id = create_mlflow_run(config, name, parent_run_id=parent_run_id)
     (folder / "config.yaml").write_text(to_yaml(config))
@@ -149,15 +161,13 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
         if path.startswith(_FIXED):
             raise ConfigError(f"{path} has no effect on a run that is resumed: omit it, or start a new run")
     config, (train, _) = resolve(override(from_yaml(folder / "config.yaml"), overrides or {}))
-    last, errors = checkpoint.newest_complete(path.parent for path in folder.glob("*/*/meta.json"))
-    for error in errors:
-        print_status(f"skipped: {error}")
+    last = checkpoint.newest_valid(folder, lambda message: print_status(f"skipped: {message}"))
     if last is None:
         raise checkpoint.CheckpointError(f"{folder}: no complete checkpoint to resume from; start a new run")
-    epochs = config.optim.epochs
-    if checkpoint.check_compatible(last, config, train).position >= epochs * train.num_samples:
+    checkpoint.check_compatible(last, config, train)
+    if checkpoint.is_complete(last, config):
         raise ConfigError(
-            f"{folder}: has already trained all {epochs} epochs; set optim.epochs higher to continue, "
+            f"{folder}: has already trained all {config.optim.epochs} epochs; set optim.epochs higher to continue, "
             "or start a new run"
         )
     run_id = (folder / "mlflow_run_id").read_text()
@@ -168,6 +178,28 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
             print_status(f"changed for the resumed run: {path} from {old} to {new}")
     (folder / "config.yaml").write_text(to_yaml(config))
     return _execute(Run(config, folder, run_id, last), local)
+
+
+def _check_new(folder: Path, config: RunConfig) -> None:
+    """Check that there is no run with this name.
+
+    Raises:
+        ConfigError: there is one, or the name is not that of a folder.
+    """
+    if folder.parent != config.storage.path or folder.name.startswith("."):
+        raise ConfigError(
+            f"the name {folder.name!r} is not the name of a folder: use letters, digits, - and _"
+        )
+    if not folder.exists():
+        return
+    last = checkpoint.newest_valid(folder, lambda message: None)
+    if last is not None and checkpoint.is_complete(last, config):
+        raise ConfigError(
+            f"{folder}: this run is finished; give another --name, or `raydetr evaluate {folder}`"
+        )
+    raise ConfigError(
+        f"{folder} exists: continue it with `raydetr train --resume {folder}`, or give another --name"
+    )
 
 
 def print_warnings(config: RunConfig, train: Shards, val: Shards) -> None:
@@ -236,6 +268,10 @@ def resolve(config: RunConfig) -> tuple[RunConfig, tuple[Shards, Shards]]:
     # In a Ray job, the working directory is a copy that is deleted afterwards
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     config = absolute_paths(config, Path.home() / "raydetr" if in_job else Path.cwd())
+    if (
+        config.init.checkpoint is not None
+    ):  # a run in place of a checkpoint; its best one may change until it is read
+        config = override(config, {"init.checkpoint": str(checkpoint.find(config.init.checkpoint))})
     write_missing_synthetic(config.data)
     train, val = open_splits(config.data)
     examine.check_may_train(train, val)
@@ -279,24 +315,46 @@ def _check_layout(config: RunConfig) -> None:
 def _execute(run: Run, local: bool, callbacks: Sequence[Any] = ()) -> RunResult:
     began = time.perf_counter()
     uri, run_id = mlflow_run.tracking_uri(run.config), run.mlflow_run_id
-    attempt = f"attempt-{1 + sum(1 for _ in run.folder.glob('attempt-*')):02d}"
+    log = EventLog(run.folder)
     try:
-        if local:
-            metrics = train_locally(run, attempt)
-        else:
-            from raydetr.runs.ray_train import train_on_ray  # Ray takes seconds to import
+        with Lease(run.folder), StopSignals() as stop:
+            if local:
+                train_locally(run, stop.is_set)
+            else:
+                from raydetr.runs.ray_train import train_on_ray  # Ray takes seconds to import
 
-            metrics = train_on_ray(run, attempt, callbacks)
-    except KeyboardInterrupt:
+                train_on_ray(run, callbacks, stop, log)
+            last = checkpoint.newest_valid(run.folder, lambda message: print_status(f"skipped: {message}"))
+            if stop.signal is not None and (last is None or not checkpoint.is_complete(last, run.config)):
+                raise _stopped(run, last, stop.signal)
+        assert last is not None
+    except LeaseError:
+        raise
+    except (KeyboardInterrupt, RunStopped) as error:
+        log.append("stopped", reason=str(error) or "interrupted")
         _finish(uri, run_id, "KILLED")
         raise
-    except BaseException:
+    except BaseException as error:
+        log.append("failed", reason=f"{type(error).__name__}: {error}")
         _finish(uri, run_id, "FAILED")
         raise
-    last = Path(metrics["checkpoint"])
+    metrics = checkpoint.read_metrics(last)
+    log.append("finished", position=checkpoint.position_of(last), AP=metrics.get("AP"))
     _finish(uri, run_id, "FINISHED", last)
     seconds = time.perf_counter() - began
     return RunResult(run.folder.name, run.folder, run_id, uri, last, metrics, seconds)
+
+
+def _stopped(run: Run, last: Path | None, number: signal.Signals) -> RunStopped:
+    """Return what tells the user that a run was stopped, and how to go on."""
+    if last is None:
+        where = "before its first checkpoint: start it again"
+    else:
+        where = (
+            f"at position {checkpoint.position_of(last)}: continue with `raydetr train --resume "
+            f"{shlex.quote(str(run.folder))}`"
+        )
+    return RunStopped(f"{run.folder.name} was stopped by {number.name} {where}", 128 + number)
 
 
 def _finish(uri: str, run_id: str, status: mlflow_run.Status, last: Path | None = None) -> None:

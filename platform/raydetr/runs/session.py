@@ -26,10 +26,11 @@ from raydetr.evaluation.coco_metrics import AP_FILE, ApTable, coco_ap
 from raydetr.evaluation.ground_truth import ground_truth
 from raydetr.shards.images import ImageError, decode_image
 from raydetr.shards.reader import ShardError, Shards
-from raydetr.tracking.history import History
+from raydetr.tracking.events import EVENTS, EventLog, Metrics, read_events
 from raydetr.tracking.mlflow_run import TrackingError, tracking_uri
 from raydetr.tracking.tracker import Tracker
 from raydetr.training import checkpoint, init_weights
+from raydetr.training.checkpoint_writer import CheckpointWriter, Written
 from raydetr.training.loop import EvaluationReport, StepReport, Training, train
 from raydetr.training.nonfinite import SkippedStep
 from raydetr.training.world import World
@@ -41,6 +42,7 @@ PICTURES = PREDICTIONS, CURVES  # in the folder of a run, of its last evaluation
 NUM_IMAGES = 8  # in predictions.png
 SCORE_THRESHOLD = 0.3  # of the boxes that are drawn
 SHOW_SECONDS = 0.5  # between two updates of the progress
+EVALUATION_WAITS = 60.0  # seconds, for the checkpoint before it
 
 
 @dataclass(frozen=True)
@@ -54,36 +56,31 @@ class Run:
 
 
 class Reporter(Protocol):
-    """Takes the checkpoints and the progress of a session: for Ray Train, or in a local process."""
+    """Connects a session with its driver: through Ray Train, or in a local process."""
 
-    def publish(self, name: str, metrics: Mapping[str, Any], write: checkpoint.Writer | None) -> None:
-        """Publish the metrics of an evaluation, and keep its checkpoint. All ranks call it.
-
-        Args:
-            name: of the checkpoint's folder.
-            metrics: plain values.
-            write: writes the checkpoint into a folder; None on all ranks but 0.
-
-        Raises:
-            OSError, RuntimeError: the checkpoint cannot be written.
-        """
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """Report the metrics of an evaluation, plain values. All ranks call it."""
 
     def show(self, progress: RunProgress) -> None:
         """Show the progress of the run, without waiting for anything."""
 
+    def should_stop(self) -> bool:
+        """Return whether the driver was asked to stop the run, without waiting for anything."""
+
 
 def run_session(run: Run, world: World, reporter: Reporter) -> None:
-    """Train and evaluate to the end, as one of `world.size` processes.
+    """Train and evaluate to the end, or until the run is to stop, as one of `world.size` processes.
 
     Raises:
         CheckpointError: `resume_from` or `init.checkpoint` cannot be used.
         FloatingPointError: more steps than `optim.max_skipped_steps` were not finite.
         ShardError: a sample is corrupt, and `data.on_corrupt` is "raise".
         TooManyCorruptError: more samples are corrupt than `data.max_corrupt` allows.
+        StorageError: no checkpoint could be written for `storage.max_minutes_without_checkpoint`.
         RemoteError: a server of shards cannot be reached.
         LoaderError: a loader process died.
         ValueError: the shards or the model cannot be used.
-        OSError, RuntimeError: a checkpoint cannot be written, or another worker died.
+        RuntimeError: another worker died.
     """
     config = run.config
     train_shards, val_shards = open_splits(config.data, sizes_known=True)
@@ -97,6 +94,7 @@ def run_session(run: Run, world: World, reporter: Reporter) -> None:
     training = Training(config, model, train_shards.num_samples, world)
     if run.resume_from is not None:
         checkpoint.restore(run.resume_from, training, train_shards)
+    training.should_stop = reporter.should_stop
     session = _Session(run, training, train_shards, val_shards, reporter)
     try:
         session.run()
@@ -115,16 +113,27 @@ class _Session:
         if self.is_main:
             training.corrupt_log.write(self.folder)
         self.tracker = Tracker(tracking_uri(run.config), run.mlflow_run_id) if self.is_main else None
-        self.history = History(self.folder / "history.jsonl", training.position, self.is_main)
+        self.writer = (
+            CheckpointWriter(run.folder, run.config.storage, self._on_written) if self.is_main else None
+        )
+        self.events = EventLog(run.folder)
+        self.metrics = Metrics(read_events(run.folder) if self.is_main else ())
+        self.earlier_seconds = self.metrics.seconds
         self.first_step = training.step
         self.began = time.perf_counter()
         self.shown_at = -1.0
         self.images_per_second = 0.0
         self.loss: float | None = None
-        self.ap: float | None = self.history.last_ap()
         self.warning: str | None = None
-        self.tracking_problem: str | None = None
+        self.checkpoint_problem: str | None = None
+        self.shown_problems: dict[
+            str, str
+        ] = {}  # the last of tracking, events and checkpoints: each is shown once
         self.phase = "training"
+        if self.is_main:
+            kind = "started" if run.resume_from is None else "resumed"
+            self._add_event(kind, step=training.step, position=training.position, workers=training.world.size)
+        self.ap: float | None = self.metrics.last_ap()
 
     def run(self) -> None:
         for report in train(self.training, self.train_shards, self.val_shards):
@@ -133,14 +142,19 @@ class _Session:
                     self._on_step(report)
                 case EvaluationReport():
                     self._on_evaluation(report)
+        if self.writer is not None:
+            self._show("writing the checkpoint")
+            self.writer.finish()
 
     def close(self) -> None:
-        """Send the remaining values to MLflow. If it cannot be reached, log an error: the training is complete."""
+        """Send the remaining values to MLflow. If it cannot be reached, show a warning: the training is complete."""
+        if self.writer is not None:
+            self.writer.close()
         if self.tracker is not None:
             try:
                 self.tracker.close()
             except TrackingError as error:
-                self.warning = f"{error}; history.jsonl in {self.folder} has the metrics"
+                self.warning = f"{error}; {self.folder / EVENTS} has the metrics"
                 self._show(self.phase)
 
     def _on_step(self, report: StepReport) -> None:
@@ -157,10 +171,35 @@ class _Session:
             self.loss = report.terms["loss"]
             metrics = {**report.terms, "images_per_second": report.images_per_second}
             self._log(report.step, report.position, metrics)
+        self._save_checkpoint(report)
         now = time.perf_counter()
         if now - self.shown_at > SHOW_SECONDS:
             self.shown_at = now
             self._show("training")
+
+    def _save_checkpoint(self, report: StepReport) -> None:
+        assert self.writer is not None
+        self.writer.check()
+        is_stopping = self.training.is_stopping
+        if report.is_evaluated or is_stopping or self.writer.is_due(report.step):
+            self.writer.save(self.training, self.train_shards)
+        if report.is_evaluated and not is_stopping:
+            # On the disk before an evaluation begins, which can take long, or fail. If it cannot be written, the
+            # evaluation is not kept waiting.
+            self.writer.wait(EVALUATION_WAITS)
+
+    def _on_written(self, written: Written) -> None:
+        """Log what became of a checkpoint; called in the writer's thread."""
+        fields = {"position": written.position, "seconds": round(written.seconds, 3)}
+        if written.error is None:
+            self.checkpoint_problem = None
+            self.events.append("checkpoint", **fields, bytes=written.num_bytes)
+        else:
+            self.events.append("checkpoint_failed", **fields, error=written.error)
+            self.checkpoint_problem = (
+                f"the checkpoint at position {written.position} cannot be written ({written.error}); training goes on, "
+                "and it is tried again"
+            )
 
     def _on_skipped(self, report: StepReport, skipped: SkippedStep) -> None:
         """Write a skipped step to disk, to find its cause; stop the run, on every worker, after too many of them."""
@@ -192,6 +231,8 @@ class _Session:
             f"corrupt: {found[0]}{more}; {corrupt_log.num_samples} so far, all in {self.folder / CORRUPT_LOG}"
         )
         if self.is_main:
+            for row in found:
+                self._add_event("corrupt", position=report.position, sample=str(row))
             self._log(training.step, report.position, {"corrupt_samples": corrupt_log.num_samples})
         limit = self.config.data.max_corrupt
         limit = default_max_corrupt(training.num_samples) if limit is None else limit
@@ -211,15 +252,17 @@ class _Session:
             metrics |= self._record(coco_ap(truth.coco, report.results), report)
         metrics["skipped_steps"] = self.training.skipped_steps
         metrics["peak_rss_mb"] = max(self.training.world.all_gather(_peak_rss_mb()))
-        metrics["train_seconds"] = time.perf_counter() - self.began
-        self.reporter.publish(f"epoch-{report.epoch:04d}", metrics, self._writer(report, metrics))
+        metrics["train_seconds"] = self.earlier_seconds + time.perf_counter() - self.began
+        if self.writer is not None:
+            self.writer.record(report.position, metrics)
+        self.reporter.report(metrics)
 
     def _record(self, table: ApTable, report: EvaluationReport) -> dict[str, Any]:
         """Log an evaluation, on rank 0; return its numbers."""
         assert self.tracker is not None
         numbers = {name: value for name, value in table.numbers.items() if value >= 0}  # -1: undefined
         self.ap = numbers.get("AP")
-        self._log(self.training.step, report.position, {**numbers, "epoch": report.epoch})
+        self._log(self.training.step, report.position, {**numbers, "epoch": report.epoch}, "evaluation")
         self.tracker.log_text(json.dumps(table.to_dict(), indent=1, allow_nan=False), AP_FILE)
         self.tracker.log_text(table.to_markdown(), str(Path(AP_FILE).with_suffix(".md")))
         self._log_images(self.tracker, report.results)
@@ -242,26 +285,29 @@ class _Session:
 
     def _draw_curves(self, path: Path) -> None:
         learning_curves(
-            losses=self.history.curves("loss", "step"),
-            rates=self.history.curves("lr/", "step"),
-            precision=self.history.curves("AP", "epoch"),
+            losses=self.metrics.curves("loss", "step"),
+            rates=self.metrics.curves("lr/", "step"),
+            precision=self.metrics.curves("AP", "epoch"),
         ).savefig(path)
 
-    def _log(self, step: int, position: int, metrics: Mapping[str, float]) -> None:
+    def _log(self, step: int, position: int, metrics: Mapping[str, float], kind: str = "step") -> None:
         assert self.tracker is not None
         self.tracker.log_metrics(step, metrics)
-        self.history.append(step, position, metrics)
+        self._add_event(kind, step=step, position=position, metrics=dict(metrics))
 
-    def _writer(self, report: EvaluationReport, metrics: Mapping[str, Any]) -> checkpoint.Writer | None:
-        if not self.is_main:
-            return None
-        return lambda folder: checkpoint.save(folder, self.training, self.train_shards, report.epoch, metrics)
+    def _add_event(self, kind: str, **fields: Any) -> None:
+        self.metrics.add(self.events.append(kind, **fields))
 
     def _show(self, phase: str) -> None:
         training, self.phase = self.training, phase
-        problem = None if self.tracker is None else self.tracker.problem
-        if problem is not None and problem != self.tracking_problem:
-            self.tracking_problem = self.warning = problem
+        problems = {
+            "tracking": None if self.tracker is None else self.tracker.problem,
+            "events": self.events.problem,
+            "checkpoint": self.checkpoint_problem,
+        }
+        for name, problem in problems.items():
+            if problem is not None and problem != self.shown_problems.get(name):
+                self.shown_problems[name] = self.warning = problem
         self.reporter.show(
             RunProgress(
                 step=training.step,

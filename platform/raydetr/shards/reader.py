@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -104,6 +105,17 @@ def _parse_index(content: bytes, manifest: Manifest) -> Samples:
 READ_BATCH_SIZE = 32  # samples that `read_in_order` reads together
 
 
+# The file server of a mount went away, or came back: the same read works later
+DISCONNECTED = (
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTUNREACH,
+    errno.EHOSTDOWN,
+    errno.ENOTCONN,
+    errno.ESHUTDOWN,
+)
+
+
 class ShardError(ValueError):
     """A corrupt sample: it does not match the index; the message names shard, key and the problem."""
 
@@ -111,6 +123,7 @@ class ShardError(ValueError):
     key = ""
     offset = 0  # bytes, of the sample in the shard
     reason = ""  # the problem, in short
+    errno: int | None = None  # of the system's error, if the sample could not be read
 
 
 @dataclass(frozen=True)
@@ -239,25 +252,28 @@ class Shards:
         Raises:
             ShardError: they do not match the index, or could not be read.
             RemoteError: the server failed.
+            OSError: the file server of a mount was away.
         """
         if isinstance(raw, RemoteError):
             raise raw  # the server failed; no sample is corrupt
         if isinstance(raw, OSError):
-            self.raise_corrupt(index, f"it cannot be read ({raw})")
+            if raw.errno in DISCONNECTED:
+                raise raw  # nor is one if the file server was away
+            self.raise_corrupt(index, f"it cannot be read ({raw})", raw.errno)
         try:
             return parse_sample(self.samples[index], self.key(index), raw, self.category_ids)
         except InvalidDataError as error:
             self.raise_corrupt(index, str(error))
 
-    def raise_corrupt(self, index: int, reason: str) -> NoReturn:
-        """Raise a ShardError that names shard and key of a sample."""
+    def raise_corrupt(self, index: int, reason: str, code: int | None = None) -> NoReturn:
+        """Raise a ShardError that names shard and key of a sample; `code` is the errno if it could not be read."""
         row = self.samples[index]
         shard, key, offset = self.files.names[row["shard"]], self.key(index), int(row["offset"])
         error = ShardError(
             f"{shard}: sample {key} at byte {offset} is corrupt: "
             f"{reason}; copy the shard again, or write the shards again"
         )
-        error.shard, error.key, error.offset, error.reason = shard, key, offset, reason
+        error.shard, error.key, error.offset, error.reason, error.errno = shard, key, offset, reason, code
         raise error
 
 

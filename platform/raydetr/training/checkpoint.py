@@ -1,22 +1,28 @@
 """Write and read checkpoints: folders with `state.pt` (the state) and `meta.json` (its description).
 
 `meta.json` is written last, by a rename, and has the size and checksum of `state.pt`: an interrupted write or an
-incomplete copy is never taken for a complete checkpoint. Nothing is flushed to the disk: after a power failure the
-checksum is wrong, and the checkpoint before it is used.
+incomplete copy is never taken for a complete checkpoint.
+
+The checkpoints of a run are in `checkpoints/POSITION/` of its folder. After an evaluation at its position, a checkpoint
+also has `metrics.json`. `find` accepts a run in place of a checkpoint.
 """
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from detrs import zoo
 from detrs.checkpoints import UNREADABLE, require_finite, to_state_dict, unreadable_because
@@ -26,11 +32,16 @@ from raydetr.data.order import ORDER_VERSION
 from raydetr.shards.manifest import LabelMap, make_label_map
 from raydetr.shards.reader import Shards
 from raydetr.shards.validation import check_categories
+from raydetr.store.output_folder import write_atomically
 from raydetr.training.loop import Training
 from raydetr.user_files import read_file
 
-FORMAT = 1
-Writer = Callable[[Path], None]  # writes a checkpoint into a given folder
+FORMAT = 2
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.json"
+BEST, LAST = "best", "last"  # names that stand for a checkpoint of a run: RUN/best
+
+State = dict[str, Any]
 
 
 class CheckpointError(ValueError):
@@ -44,9 +55,8 @@ class Meta:
     config: dict[str, Any]
     categories: list[dict[str, Any]]  # COCO categories of the training data
     fingerprint: str  # of the training data
-    epoch: int
+    epoch: int  # completed epochs
     position: int
-    metrics: dict[str, Any]  # AP, ... and the table by class
     state_bytes: int
     state_crc32: int
     format: int = FORMAT
@@ -65,13 +75,12 @@ class LoadedModel:
     label_map: LabelMap
 
 
-def save(folder: Path, training: Training, shards: Shards, epoch: int, metrics: Mapping[str, float]) -> None:
-    """Write the state of `training`, trained on `shards`, into `folder`, which is new or empty.
+def capture(training: Training, shards: Shards) -> tuple[State, dict[str, Any]]:
+    """Copy the state of `training`, trained on `shards`, to the memory of the host.
 
-    Raises:
-        OSError, RuntimeError: the files cannot be written; torch raises RuntimeError for a full disk.
+    Returns:
+        The arguments `state` and `meta` of `write`. Training may continue before they are written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     ema = training.ema
     state = {
         "model": training.detector.state_dict(),
@@ -89,29 +98,116 @@ def save(folder: Path, training: Training, shards: Shards, epoch: int, metrics: 
         "config": to_dict(training.config),
         "categories": shards.manifest.categories,
         "fingerprint": shards.fingerprint,
-        "epoch": epoch,
+        "epoch": min(training.position // training.num_samples, training.config.optim.epochs),
         "position": training.position,
-        "metrics": dict(metrics),
         "order": ORDER_VERSION,
     }
-    write(folder, state, meta)
+    copied: State = tree_map(lambda x: x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x, state)
+    return copied, meta
 
 
 def write(folder: Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-    """Write `state` and its description into `folder`; `meta` has the fields of Meta without size and checksum.
+    """Write `state` and its description into `folder`, and verify them; `meta` has the fields of Meta without size and
+    checksum.
 
     Raises:
-        OSError, RuntimeError: the files cannot be written; torch raises RuntimeError for a full disk.
+        OSError: the files cannot be written, or differ when they are read again.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     # The order makes the write atomic: the state first, then meta.json under its final name. A process that is killed
     # in between leaves a folder without meta.json, which is no checkpoint. The size and the checksum detect what the
     # order cannot: a state that was truncated or changed later, for example by an incomplete copy.
+    (folder / "meta.json").unlink(missing_ok=True)
+    content = io.BytesIO()
+    torch.save(state, content)
+    complete = Meta(**meta, state_bytes=content.tell(), state_crc32=zlib.crc32(content.getbuffer()))
     path = folder / "state.pt"
-    torch.save(state, path)
-    complete = Meta(**meta, state_bytes=path.stat().st_size, state_crc32=_crc32(path))
-    partial = folder / "meta.json.partial"
-    partial.write_text(json.dumps(asdict(complete), indent=1, allow_nan=False))
-    partial.rename(folder / "meta.json")
+    with path.open("wb") as file:
+        file.write(content.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    if _crc32(path) != complete.state_crc32:
+        raise OSError(
+            errno.EIO, f"{path}: differs from what was written: the disk or its connection is faulty"
+        )
+    write_atomically(folder / "meta.json", json.dumps(asdict(complete), indent=1, allow_nan=False).encode())
+
+
+def folder_of(run: Path, position: int) -> Path:
+    """Return the folder of the checkpoint of a run at a position."""
+    return run / CHECKPOINTS / f"{position:012d}"
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Return the folders of a run's checkpoints, the newest first. They may have been damaged later."""
+    found = (path.parent for path in (run / CHECKPOINTS).glob("*/meta.json"))
+    return sorted((path for path in found if path.name.isdecimal()), reverse=True)
+
+
+def newest_valid(run: Path, on_damaged: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint of a run whose files are as they were written; None if there is none.
+
+    Restarts, resumes and other commands choose by this function.
+
+    Args:
+        run: folder of the run.
+        on_damaged: is called with a message for each newer checkpoint that is damaged.
+    """
+    for folder in complete_checkpoints(run):
+        try:
+            read_meta(folder)
+        except CheckpointError as error:
+            on_damaged(str(error))
+        else:
+            return folder
+    return None
+
+
+def position_of(folder: Path | None) -> int:
+    """Return the position of a checkpoint of a run; -1 for None."""
+    return -1 if folder is None else int(folder.name)
+
+
+def is_complete(folder: Path, config: RunConfig) -> bool:
+    """Return whether a checkpoint is the last of a run with this configuration, with its evaluation."""
+    return read_meta(folder).epoch >= config.optim.epochs and bool(read_metrics(folder))
+
+
+def best(run: Path) -> Path | None:
+    """Return the checkpoint of a run with the highest AP, of equal ones the newest; None without an evaluation."""
+    scored = [(read_metrics(folder).get("AP", -1.0), folder) for folder in complete_checkpoints(run)]
+    return max((pair for pair in scored if pair[0] >= 0), default=(0.0, None))[1]
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """Return the metrics of the evaluation at a checkpoint; empty without one."""
+    try:
+        metrics: dict[str, Any] = json.loads((folder / METRICS).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return metrics
+
+
+def find(path: Path, on_damaged: Callable[[str], None] = lambda message: None) -> Path:
+    """Return the folder of a checkpoint that a user names.
+
+    Args:
+        path: a checkpoint; RUN/best or RUN/last; or RUN, which means its best one, or without an evaluation its last.
+        on_damaged: see `newest_valid`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = path.expanduser().absolute()
+    name, run = (path.name, path.parent) if path.name in (BEST, LAST) else (BEST, path)
+    if (path / "meta.json").exists() or not (run / "config.yaml").exists():
+        return path
+    found = best(run) if name == BEST else None
+    found = found or (newest_valid(run, on_damaged) if name == LAST or run == path else None)
+    if found is None:
+        missing = "evaluated" if name == BEST and run != path else "complete"
+        raise CheckpointError(f"{run}: this run has no {missing} checkpoint")
+    return found
 
 
 def read_meta(folder: Path) -> Meta:
@@ -126,7 +222,7 @@ def read_meta(folder: Path) -> Meta:
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: no checkpoint (meta.json is missing: writing was "
-            "interrupted, or this is not a checkpoint folder, such as RUN/attempt-01/epoch-0003)"
+            "interrupted, or this is not a checkpoint folder, such as RUN/best or RUN/checkpoints/000000004800)"
         ) from None
     except (OSError, ValueError) as error:
         reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3]) or error
@@ -211,7 +307,7 @@ def restore(folder: Path, training: Training, shards: Shards) -> Meta:
     meta = check_compatible(folder, training.config, shards)
     state = _load_state(folder, training.world.device)
     _load_weights(training.detector, state["model"], folder)
-    training.optimizer.load_state_dict(state["optimizer"])
+    _load_optimizer(training, state["optimizer"], folder)
     if training.ema is not None:
         training.ema.model.load_state_dict(state["ema"])
         training.ema.num_updates = state["ema_updates"]
@@ -220,6 +316,7 @@ def restore(folder: Path, training: Training, shards: Shards) -> Meta:
     training.skipped_steps = state["skipped_steps"]
     training.corrupt_log = CorruptSampleLog.from_dicts(state["corrupt_samples"])
     training.position = state["position"]
+    training.lacks_evaluation = training.is_at_evaluation() and not read_metrics(folder)
     return meta
 
 
@@ -242,18 +339,6 @@ def load_for_inference(folder: Path, device: torch.device | None = None) -> Load
     return LoadedModel(config, model, make_label_map(meta.categories, config.data.label_map))
 
 
-def newest_complete(folders: Iterable[Path]) -> tuple[Path | None, list[str]]:
-    """Return the complete checkpoint with the highest position, and one message for each unusable checkpoint."""
-    complete: list[tuple[int, Path]] = []
-    errors: list[str] = []
-    for folder in folders:
-        try:
-            complete.append((read_meta(folder).position, folder))
-        except CheckpointError as error:
-            errors.append(str(error))
-    return (max(complete)[1] if complete else None), errors
-
-
 def _load_state(folder: Path, device: torch.device) -> dict[str, Any]:
     path = folder / "state.pt"
     try:
@@ -268,6 +353,23 @@ def _load_state(folder: Path, device: torch.device) -> dict[str, Any]:
     if not isinstance(state, dict) or "model" not in state:
         raise CheckpointError(f"{path}: not the state of a checkpoint: it has no 'model'")
     return state
+
+
+def _load_optimizer(training: Training, state: dict[str, Any], folder: Path) -> None:
+    """Load the moments of the optimizer; rates and weight decay are those of the run's configuration."""
+    settings = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in training.optimizer.param_groups
+    ]
+    try:
+        training.optimizer.load_state_dict(state)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{folder}: its optimizer groups the parameters in another way ({error}): optim.decay_norms_and_biases and "
+            "model.backbone.num_frozen_stages cannot change when a run is resumed"
+        ) from None
+    for group, setting in zip(training.optimizer.param_groups, settings, strict=True):
+        group.update(setting)
 
 
 def _load_weights(detector: nn.Module, weights: Any, folder: Path) -> None:

@@ -19,7 +19,7 @@ class BatchCounts:
     Gradients are averaged over the workers, so that these means make the gradient that of one process with all images.
     """
 
-    by_worker: Tensor  # [workers, 5]
+    by_worker: Tensor  # [workers, 6]
 
     @property
     def num_boxes(self) -> Tensor:
@@ -41,6 +41,11 @@ class BatchCounts:
         """Corrupt samples of all workers."""
         return self.by_worker[:, 3].sum()
 
+    @property
+    def num_stopping(self) -> Tensor:
+        """Workers that were asked to stop after this step."""
+        return self.by_worker[:, 5].sum()
+
     def max_targets(self) -> int:
         """Return the number of targets of the image with the most; this waits for the device."""
         return int(self.by_worker[:, 4].max())
@@ -53,13 +58,16 @@ class PendingCounts:
     gathered: PendingGather
 
     @staticmethod
-    def start(micro_batches: Sequence[Batch], num_queries: int, world: World) -> PendingCounts:
+    def start(
+        micro_batches: Sequence[Batch], num_queries: int, world: World, *, is_stopping: bool = False
+    ) -> PendingCounts:
         """Count this worker's targets, and start to gather the counts of all.
 
         Args:
             micro_batches: this worker's share of the global batch.
             num_queries: of the model, per image.
             world: the workers.
+            is_stopping: this worker was asked to stop.
         """
         counts = [count for batch in micro_batches if not batch.is_blank for count in batch.counts]
         row = (
@@ -68,6 +76,7 @@ class PendingCounts:
             num_queries * len(counts),
             sum(len(batch.corrupt) for batch in micro_batches),
             max(counts, default=0),
+            is_stopping,
         )
         # float64, because the numbers of a large world exceed what float32 counts exactly
         return PendingCounts(

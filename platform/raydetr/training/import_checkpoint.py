@@ -104,7 +104,6 @@ def import_checkpoint(
         "fingerprint": "",  # matches no data: a run can start from its weights, but not resume it
         "epoch": 0,
         "position": 0,
-        "metrics": {},
     }
     with atomic_folder(out, last="meta.json") as folder:
         write(folder, {"model": state, "ema": None}, meta)

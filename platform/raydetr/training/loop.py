@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -48,6 +48,7 @@ class StepReport:
     images_per_second: float
     skipped: SkippedStep | None = None
     corrupt: tuple[CorruptSample, ...] = ()  # of all workers
+    is_evaluated: bool = False  # an evaluation follows
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,10 @@ class Training:
         # Small gradients underflow in float16: the scaler multiplies the loss by the largest factor without overflow
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16")
         self.position = 0
+        self.should_stop: Callable[[], bool] = lambda: False  # asked before every step, on every worker
+        self.is_stopping = False  # a worker was asked to stop; the same on every worker
+        # A process was killed after it had written the checkpoint of this position, and before it had evaluated it
+        self.lacks_evaluation = False
         self.skipped_steps = 0  # because of NaN or infinity
         self.corrupt_log = CorruptSampleLog()  # all corrupt samples so far
         self.corrupt: tuple[CorruptSample, ...] = ()  # in the last step or evaluation, of all workers
@@ -110,6 +115,13 @@ class Training:
         epoch = min(self.position // self.num_samples, self.config.optim.epochs)
         return epoch if epoch > 0 and self.step == self.steps_until(epoch) else None
 
+    def is_at_evaluation(self) -> bool:
+        """Return whether the model is to be evaluated at this position."""
+        epoch, config = self.finished_epoch(), self.config
+        if epoch is None:
+            return False
+        return epoch % config.evaluation.every_epochs == 0 or epoch == config.optim.epochs
+
     def random_seed(self, position: int) -> int:
         """Return the seed of what is drawn for the sample at a position, on any rank and after any resume."""
         # A tuple of integers has the same hash in every process, unlike text. Generators take 64 bits without a sign
@@ -129,7 +141,9 @@ class Training:
         """
         set_learning_rates(self.optimizer, lr_factor(self.config.optim, self.step, self.total_steps))
         # One collective for all counts, which overlaps with the forward pass where the model does not need them
-        counts = PendingCounts.start(micro_batches, self.config.model.num_queries, self.world)
+        counts = PendingCounts.start(
+            micro_batches, self.config.model.num_queries, self.world, is_stopping=self.should_stop()
+        )
         self.batch_norms.save()  # the forward pass updates them, but the step may be skipped
         losses = []
         for batch in micro_batches:
@@ -139,8 +153,10 @@ class Training:
         self.scaler.unscale_(self.optimizer)
         norm = self._clip()  # of the averaged gradient: the same on every worker, so all decide alike
         outcome: dict[str, Tensor] | SkippedStep
-        # One copy to the host instead of two, because each waits for the device
-        is_finite, is_corrupt = torch.stack((torch.isfinite(norm), counts.wait().num_corrupt > 0)).tolist()
+        totals = counts.wait()
+        # One copy to the host instead of three, because each waits for the device
+        flags = torch.stack((torch.isfinite(norm), totals.num_corrupt > 0, totals.num_stopping > 0))
+        is_finite, is_corrupt, self.is_stopping = flags.tolist()
         if is_finite:
             self._update()
             outcome = {**_sum_terms(losses), "grad_norm": norm}
@@ -286,6 +302,8 @@ def train(
         RuntimeError: another worker died, so that a collective failed; or the device is out of memory.
     """
     config, world = training.config, training.world
+    if training.lacks_evaluation:
+        yield _evaluate(training, val_shards)
     if training.step >= training.total_steps:
         return
     layout = Layout(config.data.batch_size, world.size, config.data.micro_batch_size)
@@ -308,18 +326,25 @@ def train(
         rate, began = config.data.batch_size / (now - began), now
         is_logged = training.step % config.tracking.log_every_steps == 0
         means = training.mean_terms(outcome) if is_logged and not isinstance(outcome, SkippedStep) else None
-        yield StepReport(training.step, training.position, means, rate, skipped, training.corrupt)
-        epoch = training.finished_epoch()
-        if epoch is not None and _is_evaluated(epoch, config):
-            results = training.evaluate(val_shards)
-            yield EvaluationReport(epoch, training.position, results, training.corrupt)
+        is_evaluated = training.is_at_evaluation()
+        yield StepReport(
+            training.step, training.position, means, rate, skipped, training.corrupt, is_evaluated
+        )
+        if training.is_stopping:
+            return
+        if is_evaluated:
+            yield _evaluate(training, val_shards)
             began = time.perf_counter()
         if training.step >= training.total_steps:
             return
 
 
-def _is_evaluated(epoch: int, config: RunConfig) -> bool:
-    return epoch % config.evaluation.every_epochs == 0 or epoch == config.optim.epochs
+def _evaluate(training: Training, val_shards: Shards) -> EvaluationReport:
+    epoch = training.finished_epoch()
+    assert epoch is not None
+    results = training.evaluate(val_shards)
+    training.lacks_evaluation = False
+    return EvaluationReport(epoch, training.position, results, training.corrupt)
 
 
 def _sum_terms(losses: Sequence[StepLoss]) -> dict[str, Tensor]:

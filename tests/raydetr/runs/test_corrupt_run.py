@@ -281,7 +281,7 @@ def test_a_resumed_run_keeps_the_corrupt_log(corrupt_run: RunConfig) -> None:
     config = with_policy(corrupt_run, "substitute")
     unbroken = run.start(config, local=True)
     corrupt_log = (unbroken.folder / "corrupt_samples.jsonl").read_text()
-    shutil.rmtree(unbroken.folder / "attempt-01" / "epoch-0002")
+    shutil.rmtree(unbroken.checkpoint)
     with (unbroken.folder / "corrupt_samples.jsonl").open("a") as file:
         file.write('{"cut o')  # as after a kill
     resumed = run.resume(unbroken.folder, local=True)

@@ -29,6 +29,7 @@ from raydetr.data.stream import train_batches
 from raydetr.data.transforms.transform import Transform
 from raydetr.runs import run
 from raydetr.tracking import mlflow_run
+from raydetr.tracking.events import Metrics, read_events
 from raydetr.training import checkpoint, loop
 from raydetr.training.loop import Training
 from raydetr.training.nonfinite import SkippedStep, compute_loss
@@ -208,7 +209,7 @@ def test_a_run_writes_the_batch_counts_the_step_and_continues(
     tracked = fetch_history(result.tracking_uri, result.mlflow_run_id)
     assert tracked["skipped_steps"] == [(2, 1.0), (6, 2.0)]
     assert [step for step, _ in tracked["loss"]] == [4, 8, 10, 12]
-    rows = [json.loads(line) for line in (result.folder / "history.jsonl").read_text().splitlines()]
+    rows = Metrics(read_events(result.folder)).rows
     assert [row["skipped_steps"] for row in rows if "skipped_steps" in row] == [1, 2]
     assert "warning: skipped step 2: rank 0: a target box of image" in capsys.readouterr().err
     check_dump(result.folder / "skipped-steps" / "step-000002-rank-0", tiny_run)
@@ -257,8 +258,7 @@ def test_a_resumed_run_with_skipped_steps_ends_in_the_same_bits(
     nan_positions |= {8, 56}  # one in each epoch
     config = override(tiny_run, {"optim.epochs": 2})
     unbroken, broken = run.start(config, local=True), run.start(config, local=True)
-    last = broken.folder / "attempt-01" / "epoch-0002"
-    last.rename(broken.folder / "gone")
+    broken.checkpoint.rename(broken.folder / "gone")
     resumed = run.resume(broken.folder, local=True)
     states = [torch.load(r.checkpoint / "state.pt", weights_only=True) for r in (resumed, unbroken)]
     assert [state["skipped_steps"] for state in states] == [2, 2]

@@ -16,8 +16,21 @@ from raydetr.runs import run
 from raydetr.runs.evaluate import evaluate_checkpoint
 from raydetr.shards.writer import write_shards
 from raydetr.tracking import mlflow_run
+from raydetr.tracking.events import Metrics, read_events
 from raydetr.training import checkpoint
 from raydetr.training.checkpoint import CheckpointError
+
+
+EPOCH = 48  # samples
+
+
+def at(run_folder: Path, epoch: int) -> Path:
+    """The folder of the checkpoint after an epoch of the tiny data."""
+    return checkpoint.folder_of(run_folder, epoch * EPOCH)
+
+
+def positions(run_folder: Path) -> list[int]:
+    return sorted(int(folder.name) for folder in (run_folder / "checkpoints").iterdir())
 
 
 def state_of(folder: Path) -> dict:
@@ -36,7 +49,7 @@ def assert_same_state(first: Path, second: Path) -> None:
 def test_a_run_leaves_checkpoints_metrics_and_artifacts(tiny_run: RunConfig) -> None:
     result = run.start(override(tiny_run, {"optim.epochs": 2}), local=True)
     assert from_yaml(result.folder / "config.yaml").model.num_classes == 4  # filled in from the data
-    assert [p.name for p in sorted((result.folder / "attempt-01").iterdir())] == ["epoch-0001", "epoch-0002"]
+    assert positions(result.folder) == [48, 96]
     tracked = mlflow_run.fetch_run(result.tracking_uri, result.mlflow_run_id)
     assert tracked.status == "FINISHED"
     assert tracked.params["optim.lr"] == "0.004"
@@ -76,19 +89,19 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tiny_run: R
 def test_a_resumed_run_ends_in_the_same_bits_as_an_unbroken_one(tiny_run: RunConfig) -> None:
     unbroken = run.start(tiny_run, local=True)
     broken = run.start(tiny_run, local=True)
-    for late in ("epoch-0003", "epoch-0004"):
-        shutil.rmtree(broken.folder / "attempt-01" / late)
-    # A checkpoint that was cut off while it was written is skipped
-    cut = broken.folder / "attempt-01" / "epoch-0003"
-    shutil.copytree(broken.folder / "attempt-01" / "epoch-0002", cut)
+    for late in (3, 4):
+        shutil.rmtree(at(broken.folder, late))
+    # A checkpoint that was damaged after it was written is skipped
+    cut = at(broken.folder, 3)
+    shutil.copytree(at(broken.folder, 2), cut)
     with (cut / "state.pt").open("r+b") as file:
         file.truncate(1000)
     resumed = run.resume(broken.folder, local=True)
     assert resumed.mlflow_run_id == broken.mlflow_run_id
-    assert [p.name for p in sorted((broken.folder / "attempt-02").iterdir())] == ["epoch-0003", "epoch-0004"]
+    assert positions(broken.folder) == [48, 96, 144, 192]
     assert_same_state(resumed.checkpoint, unbroken.checkpoint)
     assert resumed.metrics["AP"] == unbroken.metrics["AP"]
-    rows = [json.loads(line) for line in (resumed.folder / "history.jsonl").read_text().splitlines()]
+    rows = Metrics(read_events(resumed.folder)).rows
     assert [row["step"] for row in rows if "loss" in row] == list(range(2, 25, 2))
 
 
@@ -97,9 +110,7 @@ def test_epochs_that_the_batch_size_does_not_divide_end_and_so_does_the_run(tiny
     result = run.start(config, local=True)
     meta = checkpoint.read_meta(result.checkpoint)
     assert (meta.epoch, meta.position) == (3, 40)  # 3 * 13 = 39 samples need 5 steps of 8
-    assert [p.name for p in sorted((result.folder / "attempt-01").iterdir())] == [
-        "epoch-0001", "epoch-0002", "epoch-0003",
-    ]  # fmt: skip
+    assert positions(result.folder) == [16, 32, 40]
 
 
 def test_a_run_with_fewer_images_than_a_batch_ends_with_an_evaluation(tiny_run: RunConfig) -> None:
@@ -111,9 +122,20 @@ def test_a_run_with_fewer_images_than_a_batch_ends_with_an_evaluation(tiny_run: 
     assert checkpoint.read_meta(result.checkpoint).position == 16
 
 
-def test_only_the_newest_checkpoints_are_kept(tiny_run: RunConfig) -> None:
-    result = run.start(override(tiny_run, {"optim.epochs": 3, "storage.keep_checkpoints": 1}), local=True)
-    assert [p.name for p in (result.folder / "attempt-01").iterdir()] == ["epoch-0003"]
+def test_the_newest_checkpoints_and_the_best_are_kept(tiny_run: RunConfig) -> None:
+    kept_all = run.start(tiny_run, local=True)
+    scores = {epoch: checkpoint.read_metrics(at(kept_all.folder, epoch))["AP"] for epoch in (1, 2, 3, 4)}
+    config = override(tiny_run, {"storage.keep_checkpoints": 1, "optim.epochs": 4})
+    result = run.start(config, local=True)
+    best = max(scores, key=lambda epoch: (scores[epoch], epoch))
+    assert positions(result.folder) == sorted({EPOCH * best, 4 * EPOCH})
+    assert checkpoint.best(result.folder) == at(result.folder, best)
+    # RUN, RUN/best and RUN/last stand for a checkpoint in every command
+    assert (
+        checkpoint.find(result.folder) == checkpoint.find(result.folder / "best") == at(result.folder, best)
+    )
+    assert checkpoint.find(result.folder / "last") == at(result.folder, 4) == result.checkpoint
+    assert evaluate_checkpoint(result.folder / "best", None, local=True)["AP"] == scores[best]
 
 
 def test_more_epochs_of_a_finished_run_continue_from_its_end(tiny_run: RunConfig) -> None:
@@ -146,7 +168,7 @@ def test_resume_refuses_other_data_another_model_and_no_run(
         ConfigError, match=r"not the folder of a run, storage.path/NAME \(config\.yaml is missing\)"
     ):
         run.resume(tmp_path, local=True)
-    shutil.rmtree(done.folder / "attempt-01")
+    shutil.rmtree(done.folder / "checkpoints")
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         run.resume(done.folder, local=True)
 
@@ -164,7 +186,8 @@ def test_resume_refuses_a_checkpoint_of_another_order(tiny_run: RunConfig) -> No
         run.resume(done.folder, overrides={"optim.epochs": 2}, local=True)
     meta = {**meta, "order": ORDER_VERSION}
     description.write_text(json.dumps(meta))
-    assert run.resume(done.folder, overrides={"optim.epochs": 2}, local=True).checkpoint.name == "epoch-0002"
+    resumed = run.resume(done.folder, overrides={"optim.epochs": 2}, local=True)
+    assert resumed.checkpoint == at(done.folder, 2)
 
 
 def test_num_classes_that_contradicts_the_data_is_refused(tiny_run: RunConfig) -> None:

@@ -1,0 +1,186 @@
+"""Write the checkpoints of a run in the background, and keep the newest ones and the best."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raydetr.config import StorageConfig
+from raydetr.shards.reader import Shards
+from raydetr.store.output_folder import write_atomically
+from raydetr.training import checkpoint
+from raydetr.training.loop import Training
+
+FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds between two tries; the pause doubles
+
+
+class StorageError(RuntimeError):
+    """No checkpoint could be written for longer than the run allows; the message has the folder and the reason."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of a checkpoint: it was written in `seconds`, or could not be, because of `error`."""
+
+    position: int
+    seconds: float
+    num_bytes: int = 0
+    error: str | None = None
+
+
+@dataclass
+class _Waiting:
+    """A checkpoint to write. A newer one replaces it, unless it is being written."""
+
+    position: int
+    state: Mapping[str, Any] | None  # None: it is written, only its metrics are not
+    meta: Mapping[str, Any]
+    metrics: Mapping[str, Any] | None = None
+
+
+class CheckpointWriter:
+    """Writes checkpoints of one run, in rank 0. Training waits only while the state is copied to the host.
+
+    Writing is tried again until it works. If it does not for `storage.max_minutes_without_checkpoint`, `check` raises.
+
+    Args:
+        run: folder of the run.
+        storage: when to write, and what to keep.
+        report: is called, in a thread, with what became of each checkpoint.
+    """
+
+    def __init__(self, run: Path, storage: StorageConfig, report: Callable[[Written], None]) -> None:
+        self._run, self._storage, self._report = run, storage, report
+        self._saved_at = self._written_at = time.monotonic()
+        self._saved_step: int | None = None
+        self._problem: str | None = None
+        self._changed = threading.Condition()
+        self._waiting: _Waiting | None = None
+        self._is_writing = self._is_closed = False
+        self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
+        self._thread.start()
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a checkpoint is to be written after this step because of its number or the time."""
+        minutes, steps = self._storage.checkpoint_minutes, self._storage.checkpoint_steps
+        by_time = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        return by_time or (steps is not None and step % steps == 0)
+
+    def save(self, training: Training, shards: Shards) -> None:
+        """Copy the state of `training`, and write it in the background."""
+        state, meta = checkpoint.capture(training, shards)
+        self._saved_at = time.monotonic()
+        with self._changed:
+            self._waiting = _Waiting(training.position, state, meta)
+            self._changed.notify_all()
+
+    def record(self, position: int, metrics: Mapping[str, Any]) -> None:
+        """Write the metrics of the evaluation at a position beside its checkpoint, in the background."""
+        with self._changed:
+            if self._waiting is None or self._waiting.position != position:
+                self._waiting = _Waiting(position, None, {})
+            self._waiting.metrics = metrics
+            self._changed.notify_all()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until everything is written, at most `seconds`; return whether it is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._waiting is None and not self._is_writing, seconds)
+
+    def check(self) -> None:
+        """Raise if no checkpoint could be written for too long.
+
+        Raises:
+            StorageError: so it is.
+        """
+        limit = self._storage.max_minutes_without_checkpoint
+        if self._problem is not None and time.monotonic() - self._written_at > 60 * limit:
+            raise StorageError(
+                f"no checkpoint could be written for {limit:g} minutes (storage.max_minutes_without_checkpoint): "
+                f"{self._problem}"
+            )
+
+    def finish(self) -> None:
+        """Wait until everything is written.
+
+        Raises:
+            StorageError: it cannot be, see `check`.
+        """
+        while not self.wait(1.0):
+            self.check()
+
+    def close(self) -> None:
+        """End the thread, without waiting for it."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        pause = FIRST_PAUSE
+        while (waiting := self._take()) is not None:
+            began = time.monotonic()
+            try:
+                num_bytes = self._write(waiting)
+            except (
+                Exception
+            ) as error:  # of any type: whatever prevents it, training goes on and it is tried again
+                self._problem = f"{type(error).__name__}: {error}"
+                self._report(Written(waiting.position, time.monotonic() - began, error=self._problem))
+                self._put_back(waiting, pause)
+                pause = min(2 * pause, MAX_PAUSE)
+                continue
+            pause, self._problem, self._written_at = FIRST_PAUSE, None, time.monotonic()
+            if waiting.state is not None:
+                self._report(Written(waiting.position, time.monotonic() - began, num_bytes))
+            with self._changed:
+                self._is_writing = False
+                self._changed.notify_all()
+
+    def _take(self) -> _Waiting | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting is not None or self._is_closed)
+            if self._is_closed:
+                return None
+            taken, self._waiting, self._is_writing = self._waiting, None, True
+            return taken
+
+    def _put_back(self, waiting: _Waiting, pause: float) -> None:
+        """Try again after a pause, unless a newer one is waiting by then."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed, pause)
+            newer = self._waiting
+            if newer is None:
+                self._waiting = waiting
+            elif (
+                newer.position == waiting.position and newer.state is None
+            ):  # its metrics came in the meantime
+                self._waiting = _Waiting(waiting.position, waiting.state, waiting.meta, newer.metrics)
+            self._is_writing = False
+            self._changed.notify_all()
+
+    def _write(self, waiting: _Waiting) -> int:
+        folder = checkpoint.folder_of(self._run, waiting.position)
+        num_bytes = 0
+        if waiting.state is not None:
+            (folder / checkpoint.METRICS).unlink(missing_ok=True)
+            checkpoint.write(folder, waiting.state, waiting.meta)
+            num_bytes = (folder / "state.pt").stat().st_size
+        if waiting.metrics is not None and (folder / "meta.json").exists():
+            text = json.dumps(waiting.metrics, indent=1, allow_nan=False)
+            write_atomically(folder / checkpoint.METRICS, text.encode())
+        self._remove_old(folder)
+        return num_bytes
+
+    def _remove_old(self, newest: Path) -> None:
+        kept = {newest, *checkpoint.complete_checkpoints(self._run)[: self._storage.keep_checkpoints]}
+        best = checkpoint.best(self._run)
+        for folder in (self._run / checkpoint.CHECKPOINTS).iterdir():
+            if folder not in kept and folder != best:
+                (folder / "meta.json").unlink(missing_ok=True)  # first: from now on it is not a checkpoint
+                shutil.rmtree(folder)
