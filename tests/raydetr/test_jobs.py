@@ -13,7 +13,7 @@ import pytest
 from ray_head import RayHead, ray_head
 from raydetr.shards.synthetic import write_synthetic_data
 from raydetr.shards.writer import write_shards
-from raydetr.training.checkpoint import read_meta
+from raydetr.training.checkpoint import read_meta, read_metrics
 
 pytestmark = pytest.mark.xdist_group("ray_head")
 
@@ -58,7 +58,7 @@ def test_a_submitted_job_trains_evaluates_and_leaves_a_checkpoint_and_an_mlflow_
         runs = connection.execute("select name, status from runs").fetchall()
         values = connection.execute("select value from metrics where key = 'AP'").fetchall()
     assert runs == [(folder.name, "FINISHED")]
-    assert values == [(checkpoint.metrics["AP"],)]
+    assert values == [(read_metrics(meta.parent)["AP"],)]
 
 
 @pytest.mark.timeout(600)

@@ -34,10 +34,9 @@ def write_checkpoint(folder: Path, label_map: str = "contiguous") -> Path:
         "fingerprint": "f",
         "epoch": 1,
         "position": 16,
-        "metrics": {},
         "state_bytes": len(content),
         "state_crc32": zlib.crc32(content),
-        "format": 1,
+        "format": 2,
     }
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder

@@ -16,6 +16,7 @@ from raydetr import recipes
 from raydetr.cli import main as cli
 from raydetr.config import from_yaml, override
 from raydetr.shards.writer import write_shards
+from raydetr.tracking.events import read_events
 
 
 @pytest.fixture
@@ -126,13 +127,12 @@ def test_from_synthetic_data_to_predictions(raydetr, tmp_path: Path) -> None:
         "mlflow ui --backend-store-uri sqlite:///",
     ):
         assert word in trained.out
-    (checkpoint,) = tmp_path.glob("runs/quickstart-*/attempt-01/epoch-0001")
+    (run,) = tmp_path.glob("runs/quickstart-*")
+    checkpoint = run / "best"
     evaluated = raydetr("evaluate", checkpoint, "--local", "--out", "ap.json")
     assert evaluated.code == 0
-    history = [
-        json.loads(line) for line in (checkpoint.parents[1] / "history.jsonl").read_text().splitlines()
-    ]
-    assert json.loads((tmp_path / "ap.json").read_text())["AP"] == history[-1]["AP"]
+    (evaluation,) = [event for event in read_events(run) if event["kind"] == "evaluation"]
+    assert json.loads((tmp_path / "ap.json").read_text())["AP"] == evaluation["metrics"]["AP"]
     predicted = raydetr("predict", checkpoint, "my shapes/val", "--out", "predictions")
     assert predicted.code == 0
     results = json.loads((tmp_path / "predictions" / "results.json").read_text())
@@ -141,7 +141,7 @@ def test_from_synthetic_data_to_predictions(raydetr, tmp_path: Path) -> None:
     assert (
         raydetr("predict", checkpoint, "my shapes/val", "--out", "predictions").code == 1
     )  # The folder is not empty
-    compared = raydetr("compare", checkpoint.parents[1].name, checkpoint.parents[1].name)
+    compared = raydetr("compare", run.name, run.name)
     assert compared.code == 0
     assert "AP50" in compared.out
 
@@ -158,8 +158,8 @@ def test_a_checkpoint_is_refused_on_data_with_other_categories(raydetr, tmp_path
         "data.batch_size=8", "optim.epochs=1",
     )  # fmt: skip
     assert trained.code == 0
-    (checkpoint,) = tmp_path.glob("runs/quickstart-*/attempt-01/epoch-0001")
-    refused = raydetr("evaluate", checkpoint, "--data", "hard/shards", "--local")
+    (run,) = tmp_path.glob("runs/quickstart-*")
+    refused = raydetr("evaluate", run / "last", "--data", "hard/shards", "--local")
     assert refused.code == 1
     assert "other categories" in refused.err
 

@@ -315,7 +315,7 @@ def test_fp16_overflow_lowers_the_scale_without_a_cause_and_the_scale_is_checkpo
     assert training.train_step(add_nan_to_boxes(batch)).causes
     assert (training.scaler.get_scale(), training.skipped_steps) == (scale, 1)
     shards = open_splits(config.data)[0]
-    checkpoint.save(tmp_path / "saved", training, shards, 1, {})
+    checkpoint.write(tmp_path / "saved", *checkpoint.capture(training, shards))
     resumed = make_training(config)
     checkpoint.restore(tmp_path / "saved", resumed, shards)
     assert (resumed.scaler.get_scale(), resumed.skipped_steps) == (scale, 1)

@@ -27,6 +27,7 @@ from raydetr.runs import ray_train, run
 from raydetr.runs.evaluate import evaluate_checkpoint
 from raydetr.shards.reader import open_shards
 from raydetr.tracking import mlflow_run
+from raydetr.training import checkpoint
 
 pytestmark = [
     pytest.mark.xdist_group("ray"),
@@ -96,7 +97,7 @@ def test_a_run_with_a_killed_worker_ends_in_the_same_bits(cluster: Cluster, two_
     """Also with loader processes, which only the workers of the killed run have."""
     unbroken = run.start(override(two_workers, {"optim.epochs": 6}))
     killed: list[int] = []
-    first_epoch = Path(two_workers.storage.path) / "hit" / "attempt-01" / "epoch-0001"
+    first_epoch = checkpoint.folder_of(two_workers.storage.path / "hit", 48)
     killer = threading.Thread(target=kill_a_worker_after, args=(cluster, first_epoch, killed))
     killer.start()
     hit = run.start(override(two_workers, {"optim.epochs": 6, "data.num_loader_workers": 1}), name="hit")

@@ -51,7 +51,7 @@ def test_resumes_to_the_identical_loss(name: str, tiny_run: RunConfig, tmp_path:
     torch.manual_seed(0)
     unbroken = new_training(config)
     losses(unbroken, 2)
-    checkpoint.save(tmp_path / "saved", unbroken, shards, 1, {})
+    checkpoint.write(tmp_path / "saved", *checkpoint.capture(unbroken, shards))
     torch.manual_seed(1)
     resumed = new_training(config)
     checkpoint.restore(tmp_path / "saved", resumed, shards)

@@ -20,7 +20,6 @@ from raydetr.tracking.events import Metrics, read_events
 from raydetr.training import checkpoint
 from raydetr.training.checkpoint import CheckpointError
 
-
 EPOCH = 48  # samples
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import json
-import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from raydetr.inference.predict import predict
 from raydetr.runs import run, session
 from raydetr.runs.overfit import overfit
 from raydetr.tracking import mlflow_run
-from raydetr.tracking.history import History
+from raydetr.tracking.events import Metrics, read_events
 from raydetr.training import nonfinite
 from raydetr.training.checkpoint import read_meta
 from small_checkpoint import write_checkpoint
@@ -128,7 +127,7 @@ def test_a_server_that_answers_500_later(
     for action in ("log the params", "finish the run"):
         assert f"warning: could not {action}" in err or "could not store checkpoint.json" in err
     assert f"warning: MLflow at {creates_only.uri}: " in err or "did not reach MLflow" in err
-    rows = [json.loads(line) for line in (result.folder / "history.jsonl").read_text().splitlines()]
+    rows = Metrics(read_events(result.folder)).rows
     assert any("AP" in row for row in rows)
 
 
@@ -230,14 +229,3 @@ def test_predictions_without_pictures(tmp_path: Path, monkeypatch: pytest.Monkey
     predicted = predict(checkpoint, [tmp_path / "a.jpg"], tmp_path / "out", device="cpu")
     assert json.loads((tmp_path / "out/results.json").read_text()) == predicted.results != []
     assert predicted.notes == [f"no picture of {tmp_path}/a.jpg: RuntimeError: raqm_layout() failed."]
-
-
-def test_values_that_are_no_numbers_are_valid_json_in_the_history(tmp_path: Path) -> None:
-    history = History(tmp_path / "history.jsonl", 0, is_writer=True)
-    history.append(1, 8, {"loss": math.nan, "grad_norm": math.inf, "AP": 0.5})
-    (line,) = (tmp_path / "history.jsonl").read_text().splitlines()
-    assert json.loads(line, parse_constant=pytest.fail) == {
-        "step": 1, "position": 8, "loss": None, "grad_norm": None, "AP": 0.5,
-    }  # fmt: skip
-    again = History(tmp_path / "history.jsonl", 8, is_writer=True)
-    assert again.curves("", "step") == {"step": [(1, 1)], "position": [(1, 8)], "AP": [(1, 0.5)]}
