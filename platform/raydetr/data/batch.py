@@ -48,9 +48,9 @@ class Batch:
     counts: tuple[int, ...]
     image_ids: Int64[Tensor, " b"]
     original_sizes: Int64[Tensor, "b 2"]  # (height, width) before the transform
-    positions: tuple[int, ...]  # G of each sample, counted over the run
-    position: int  # of the first sample of the global batch
+    position: int  # of the first sample of the global batch, counted over the run
     corrupt: tuple[CorruptSample, ...] = ()  # samples of this batch that were substituted or masked
+    positions: tuple[int, ...] = ()  # G of each sample of a training, counted over the run
     is_blank: bool = False  # all samples were masked; holds one black image, which must not be trained on
 
 

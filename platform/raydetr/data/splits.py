@@ -34,6 +34,10 @@ def write_missing_synthetic(data: DataConfig) -> None:
     """Generate the synthetic data that `data.synthetic` selects, and its shards, where they are missing.
 
     The JPEGs and annotations go into a folder `coco` beside the training shards.
+
+    Raises:
+        ValueError: the shards are to be at a URL, or are not there completely.
+        OSError: the files cannot be written.
     """
     if data.synthetic is None:
         return

@@ -105,6 +105,7 @@ def parse_manifest(content: bytes) -> Manifest:
     """Parse the content of a `manifest.json`, and verify what reading relies on beyond the types of its fields.
 
     Raises:
+        InvalidDataError: a shard's name is not valid, or occurs twice.
         ValueError: a part is invalid; the message names it.
     """
     manifest = Manifest.parse(content)

@@ -145,7 +145,7 @@ def collate_with_blank(batch: Batch, blank: Batch) -> Batch:
     return Batch(
         pixels, torch.cat([batch.sizes, size]), batch.labels, batch.boxes, (*batch.counts, 0),
         torch.cat([batch.image_ids, blank.image_ids]), torch.cat([batch.original_sizes, size]),
-        (*batch.positions, batch.position), batch.position,
+        batch.position, positions=(*batch.positions, batch.position),
     )  # fmt: skip
 
 
