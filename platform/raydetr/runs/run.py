@@ -131,7 +131,7 @@ def start(
         print_warnings(config, train, val)
     for line in init_weights.summarize(config, train.label_map):
         print_status(line)
-    name = name or new_name(config.recipe)
+    name = new_name(config.recipe) if name is None else name
     folder = config.storage.path / name
     _check_new(folder, config)
     folder.mkdir(parents=True)

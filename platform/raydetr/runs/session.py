@@ -192,7 +192,6 @@ class _Session:
         """Log what became of a checkpoint; called in the writer's thread."""
         fields = {"position": written.position, "seconds": round(written.seconds, 3)}
         if written.error is None:
-            self.checkpoint_problem = None
             self.events.append("checkpoint", **fields, bytes=written.num_bytes)
         else:
             self.events.append("checkpoint_failed", **fields, error=written.error)

@@ -1,0 +1,324 @@
+"""Runs in one process that are killed, stopped, cannot write, or are driven twice."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from raydetr.config import ConfigError, RunConfig, override, to_yaml
+from raydetr.runs import lease as lease_module
+from raydetr.runs import run
+from raydetr.runs.lease import Lease, LeaseError
+from raydetr.runs.signals import RunStopped
+from raydetr.tracking.events import Metrics, read_events
+from raydetr.training import checkpoint, checkpoint_writer
+from raydetr.training.checkpoint_writer import StorageError
+
+EPOCH = 48  # samples
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(folder) if event["kind"] == kind]
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    """Bit for bit: weights, EMA, optimizer, position."""
+    a, b = (
+        torch.utils._pytree.tree_flatten(torch.load(folder / "state.pt", weights_only=True))
+        for folder in (first, second)
+    )
+    assert a[1] == b[1]
+    for left, right in zip(a[0], b[0], strict=True):
+        same = torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+        assert same, (left, right)
+
+
+def command(config: RunConfig, name: str, tmp_path: Path) -> list[str]:
+    """A command that trains in one process; a step of it takes at least 0.1 s."""
+    file = tmp_path / f"{name}.yaml"
+    file.write_text(to_yaml(config))
+    code = (
+        "import sys, time\n"
+        "from raydetr.training.loop import Training\n"
+        "step = Training.train_step\n"
+        "Training.train_step = lambda self, *batches: (time.sleep(0.1), step(self, *batches))[1]\n"
+        "from raydetr.cli.main import main\n"
+        f"sys.argv = ['raydetr', 'train', '--config', {str(file)!r}, '--name', {name!r}, '--local']\n"
+        "main()\n"
+    )
+    return [sys.executable, "-c", code]
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def by_steps(tiny_run: RunConfig) -> RunConfig:
+    """Two epochs of 6 steps, with a checkpoint every two steps."""
+    return override(tiny_run, {"optim.epochs": 2, "storage.checkpoint_steps": 2})
+
+
+@pytest.fixture
+def unbroken(by_steps: RunConfig) -> run.RunResult:
+    return run.start(by_steps, local=True, name="unbroken")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_a_killed_or_stopped_process_goes_on_in_the_middle_of_an_epoch(
+    number: signal.Signals, code: int, by_steps: RunConfig, unbroken: run.RunResult, tmp_path: Path
+) -> None:
+    folder = by_steps.storage.path / "hit"
+    process = subprocess.Popen(
+        command(by_steps, "hit", tmp_path), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    # In the middle of the second epoch
+    wait_until(lambda: [p for p in checkpoint.complete_checkpoints(folder) if int(p.name) > EPOCH], process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    last = checkpoint.newest_valid(folder, pytest.fail)
+    assert last is not None
+    assert EPOCH < int(last.name) < 2 * EPOCH
+    if number != signal.SIGKILL:
+        assert f"{number.name}: stopping after this step, with a checkpoint" in err
+        assert f"hit was stopped by {number.name} at position {int(last.name)}: continue with" in err
+        assert f"raydetr train --resume {folder}" in " ".join(err.split())
+        assert "Traceback" not in err
+        assert [event["reason"] for event in events(folder, "stopped")]
+        assert not (folder / lease_module.LEASE).exists()
+    with pytest.raises(ConfigError, match=r"hit exists: continue it with `raydetr train --resume"):
+        run.start(by_steps, local=True, name="hit")
+    resumed = run.resume(folder, local=True)
+    assert_same_state(resumed.checkpoint, unbroken.checkpoint)
+    assert resumed.metrics["AP"] == unbroken.metrics["AP"]
+    steps = [row["step"] for row in Metrics(read_events(folder)).rows if "loss" in row]
+    assert steps == [row["step"] for row in Metrics(read_events(unbroken.folder)).rows if "loss" in row]
+    assert [event["position"] for event in events(folder, "resumed")] == [int(last.name)]
+    with pytest.raises(ConfigError, match="this run is finished"):
+        run.start(by_steps, local=True, name="hit")
+
+
+def test_a_run_that_was_killed_while_it_evaluated_evaluates_again(
+    by_steps: RunConfig, unbroken: run.RunResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raydetr.training import loop
+
+    def die(*args: object, **keywords: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "evaluation_batches", die)
+        with pytest.raises(KeyboardInterrupt):
+            run.start(override(by_steps, {"storage.checkpoint_steps": None}), local=True, name="hit")
+    folder = by_steps.storage.path / "hit"
+    assert [int(path.name) for path in checkpoint.complete_checkpoints(folder)] == [
+        EPOCH
+    ]  # before the evaluation
+    resumed = run.resume(folder, local=True)
+    assert_same_state(resumed.checkpoint, unbroken.checkpoint)
+    scores = [event["metrics"]["AP"] for event in events(folder, "evaluation")]
+    assert scores == [event["metrics"]["AP"] for event in events(unbroken.folder, "evaluation")]
+
+
+def test_a_changed_learning_rate_and_weight_decay_take_effect_on_a_resumed_run(tiny_run: RunConfig) -> None:
+    first = run.start(override(tiny_run, {"optim.epochs": 1}), local=True)
+    changed = {"optim.epochs": 2, "optim.lr": 1e-4, "optim.lr_backbone": 1e-5, "optim.weight_decay": 0.5}
+    resumed = run.resume(first.folder, overrides=changed, local=True)
+    groups = torch.load(resumed.checkpoint / "state.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert {(group["name"], group["base_lr"]) for group in groups} == {
+        ("backbone", 1e-5), ("rest", 1e-4), ("sampling", tiny_run.optim.lr_sampling),
+    }  # fmt: skip
+    assert {group["weight_decay"] for group in groups} <= {0.5, 0.0}
+    rates = [
+        row["lr/rest"] for row in Metrics(read_events(first.folder)).rows if row["step"] > 6 and "loss" in row
+    ]
+    assert rates
+    assert max(rates) <= 1e-4
+
+
+def test_what_groups_the_parameters_in_another_way_is_refused(tiny_run: RunConfig) -> None:
+    first = run.start(override(tiny_run, {"optim.epochs": 1}), local=True)
+    other = not tiny_run.optim.decay_norms_and_biases
+    with pytest.raises(checkpoint.CheckpointError, match=r"optim\.decay_norms_and_biases .* cannot change"):
+        run.resume(
+            first.folder, overrides={"optim.epochs": 2, "optim.decay_norms_and_biases": other}, local=True
+        )
+
+
+# --- Storage that fails ---
+
+
+class FullDisk:
+    """Writing of checkpoints fails with ENOSPC until `num_left` tries are done."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, num_left: int) -> None:
+        self.num_left, write = num_left, checkpoint.write
+
+        def try_to_write(folder: Path, *content: Any) -> None:
+            if self.num_left > 0:
+                self.num_left -= 1
+                raise OSError(errno.ENOSPC, f"No space left on device: {folder}")
+            write(folder, *content)
+
+        monkeypatch.setattr(checkpoint, "write", try_to_write)
+        monkeypatch.setattr(checkpoint_writer, "FIRST_PAUSE", 0.05)
+
+
+def test_a_full_disk_does_not_end_a_run(
+    by_steps: RunConfig,
+    unbroken: run.RunResult,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    FullDisk(monkeypatch, 3)
+    result = run.start(by_steps, local=True, name="full")
+    assert_same_state(result.checkpoint, unbroken.checkpoint)
+    failed = events(result.folder, "checkpoint_failed")
+    assert len(failed) == 3
+    assert all("No space left on device" in event["error"] for event in failed)
+    err = " ".join(capsys.readouterr().err.split())
+    assert "cannot be written (OSError: [Errno 28] No space left on device" in err
+    assert "training goes on, and it is tried again" in err
+
+
+def test_a_run_without_checkpoints_stops_at_its_limit(
+    by_steps: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FullDisk(monkeypatch, 10**6)
+    limited = override(by_steps, {"storage.max_minutes_without_checkpoint": 0.02})
+    with pytest.raises(
+        StorageError, match=r"no checkpoint could be written for 0\.02 minutes .*No space left"
+    ):
+        run.start(limited, local=True, name="full")
+    assert len(events(by_steps.storage.path / "full", "failed")) == 1
+
+
+def test_a_disk_that_changes_what_it_stores_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_crc32", lambda path: 1)
+    with pytest.raises(OSError, match=r"state\.pt: differs from what was written"):
+        checkpoint.write(
+            tmp_path, {"model": {}},
+            {"config": {}, "categories": [], "fingerprint": "", "epoch": 0, "position": 0},
+        )  # fmt: skip
+    assert not (tmp_path / "meta.json").exists()
+
+
+def test_training_waits_for_the_copy_of_the_state_only(
+    tiny_run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A storage that takes a second per checkpoint does not delay the steps, and the last checkpoint is waited for."""
+    write = checkpoint.write
+
+    def slow(folder: Path, *content: Any) -> None:
+        time.sleep(1.0)
+        write(folder, *content)
+
+    monkeypatch.setattr(checkpoint, "write", slow)
+    result = run.start(
+        override(tiny_run, {"optim.epochs": 1, "storage.checkpoint_steps": 1, "data.batch_size": 2}),
+        local=True,
+    )
+    assert checkpoint.is_complete(
+        result.checkpoint,
+        tiny_run.model_copy(update={"optim": tiny_run.optim.model_copy(update={"epochs": 1})}),
+    )
+    assert len(events(result.folder, "checkpoint")) < 24  # newer ones replaced those that were waiting
+    kinds = [event["kind"] for event in read_events(result.folder)]
+    assert kinds[: kinds.index("checkpoint")].count("step") >= 2  # steps went on while the first was written
+
+
+# --- Two drivers ---
+
+
+def test_a_second_driver_is_refused_and_a_dead_one_replaced(tmp_path: Path) -> None:
+    with Lease(tmp_path):
+        with pytest.raises(LeaseError, match=rf"process {os.getpid()} on .* is driving this run"):
+            Lease(tmp_path).__enter__()
+        held = json.loads((tmp_path / "lease.json").read_text())
+        assert held["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+    # A process that was killed, whose id now belongs to another
+    (tmp_path / "lease.json").write_text(json.dumps({**held, "started": held["started"] - 5}))
+    with Lease(tmp_path):
+        assert json.loads((tmp_path / "lease.json").read_text())["token"] != held["token"]
+    # A process of another machine: by the time of its last beat
+    elsewhere = {**held, "host": "elsewhere"}
+    (tmp_path / "lease.json").write_text(json.dumps(elsewhere))
+    with pytest.raises(LeaseError, match="on elsewhere is driving this run"):
+        Lease(tmp_path).__enter__()
+    long_ago = time.time() - lease_module.DEAD_SECONDS - 1
+    os.utime(tmp_path / "lease.json", (long_ago, long_ago))
+    with Lease(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def take_lease(folder: str) -> None:
+    try:
+        with Lease(Path(folder)):
+            (Path(folder) / f"got-{os.getpid()}").touch()
+            time.sleep(2)
+    except LeaseError:
+        (Path(folder) / f"refused-{os.getpid()}").touch()
+
+
+def test_of_several_drivers_that_replace_a_dead_one_one_drives(tmp_path: Path) -> None:
+    import multiprocessing
+
+    held = {"host": os.uname().nodename, "pid": 2**22, "started": 1.0, "token": "dead"}
+    assert not psutil.pid_exists(2**22)
+    (tmp_path / "lease.json").write_text(json.dumps(held))
+    context = multiprocessing.get_context("fork")
+    drivers = [context.Process(target=take_lease, args=(str(tmp_path),)) for _ in range(6)]
+    for driver in drivers:
+        driver.start()
+    for driver in drivers:
+        driver.join(30)
+    assert len(list(tmp_path.glob("got-*"))) == 1
+    assert len(list(tmp_path.glob("refused-*"))) == 5
+
+
+@pytest.mark.timeout(200)
+def test_resuming_a_run_that_is_going_on_is_refused(by_steps: RunConfig, tmp_path: Path) -> None:
+    folder = by_steps.storage.path / "busy"
+    process = subprocess.Popen(
+        command(override(by_steps, {"optim.epochs": 50}), "busy", tmp_path),
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        wait_until(lambda: checkpoint.complete_checkpoints(folder), process)
+        with pytest.raises(LeaseError, match=f"process {process.pid} on"):
+            run.resume(folder, local=True)
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_names_that_are_not_those_of_a_folder_are_refused(tiny_run: RunConfig) -> None:
+    for name in ("a/b", "..", "../x", ".hidden", ""):
+        with pytest.raises(ConfigError, match="is not the name of a folder"):
+            run.start(tiny_run, local=True, name=name)
+    assert issubclass(RunStopped, Exception)
