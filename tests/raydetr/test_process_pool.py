@@ -14,7 +14,8 @@ from PIL import Image
 from made_coco import write_json
 from made_tasks import failing, process_of
 from raydetr.process_pool import run_tasks
-from raydetr.shards.writer import write_shards
+from raydetr.shards.source import coco_source
+from raydetr.shards.writer import write_source
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -60,7 +61,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
         data = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}
         annotations = write_json(tmp_path / "a.json", data)
         tracemalloc.start()
-        write_shards(tmp_path, annotations, tmp_path / f"out{len(peaks)}", samples_per_shard=20)
+        write_source(coco_source(tmp_path, annotations), tmp_path / f"out{len(peaks)}", samples_per_shard=20)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[2] < peaks[1] + 300_000

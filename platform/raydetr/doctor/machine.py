@@ -23,10 +23,7 @@ GIB = 2**30
 # --- Hardware, as the operating system describes it ---
 
 # Flags of /proc/cpuinfo that each set of the operator's kernels needs (csrc/cpu/deform_attn.cpp)
-INSTRUCTION_SETS = {
-    "avx512": {"avx512f", "avx512dq", "avx512vl", "avx512bw"},
-    "avx2": {"avx2", "fma"},
-}
+INSTRUCTION_SETS = {"avx512": {"avx512f", "avx512dq", "avx512vl", "avx512bw"}, "avx2": {"avx2", "fma"}}
 MAX_CGROUP_LIMIT = 2**60  # cgroup v1 has no word for "no limit", only larger numbers
 
 

@@ -55,9 +55,8 @@ def split_statistics(scanned: ScannedSplit) -> Statistics:
         "empty_images": int((per_image == 0).sum()),  # Without an object
         "objects": int(usable.sum()),
         "crowds": int(is_crowd.sum()),  # Annotations of crowds
-        "unusable_boxes": int(
-            (~usable & ~is_crowd).sum()
-        ),  # No box, without area in the image, of no category
+        # No box, without area in the image, of no category
+        "unusable_boxes": int((~usable & ~is_crowd).sum()),
         "objects_per_image": percentiles(per_image, {"p50": 50, "p90": 90, "p99": 99, "max": 100}),
         # With each label map; None: not possible
         "classes": {"contiguous": num_classes, "category_id": highest + 1 if highest <= MAX_LABEL else None},

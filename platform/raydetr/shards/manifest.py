@@ -108,9 +108,7 @@ class Manifest:
     fingerprint: str  # changes with any byte of any sample, their order, and the categories
     num_samples: Count
     num_annotations: Count
-    usable_objects: dict[
-        str, Count
-    ]  # category id -> objects that train: no crowds, with an area in their image
+    usable_objects: dict[str, Count]  # category id -> objects that train: no crowds, with area in the image
     unusual_objects: dict[str, Count]  # kind (`coco.UNUSUAL`) -> objects
     samples_per_shard: Count
     shards: list[ShardFile]

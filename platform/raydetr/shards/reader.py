@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -41,22 +42,20 @@ T = TypeVar("T")
 Folder = LocalFolder | RemoteFolder
 
 
-def load_header(folder: Folder) -> tuple[Manifest, Samples]:
-    """Read the manifest and the index of a folder of shards, and verify that they belong together.
+def load_shards(folder: Folder, label_map: LabelMapKind = "contiguous") -> Shards:
+    """Read manifest and index of a folder, and verify that they belong together; the shards may be missing.
 
     Raises:
         ValueError: a file is missing or corrupt, or they belong to different shards.
     """
     manifest = _load(folder, MANIFEST, parse_manifest)
-    return manifest, _load(folder, INDEX, lambda content: _parse_index(content, manifest))
+    samples = _load(folder, INDEX, lambda content: _parse_index(content, manifest))
+    labels, files = make_label_map(manifest.categories, label_map), folder.files(manifest, samples)
+    return Shards(folder.location, manifest, samples, labels, manifest.fingerprint, files)
 
 
-def check_sizes(folder: Folder, manifest: Manifest) -> None:
-    """Verify that every shard exists and has the size in the manifest.
-
-    Raises:
-        ValueError: a shard does not; the message lists up to ten.
-    """
+def _check_sizes(folder: Folder, manifest: Manifest) -> None:
+    """Verify that every shard exists and has the size in the manifest."""
     found = folder.sizes([shard.name for shard in manifest.shards])
     problems = [
         f"{shard.name} has {found[shard.name]} bytes instead of {shard.size}"
@@ -179,23 +178,29 @@ class Shards:
         Raises:
             RemoteError: a server cannot be reached, or rejects the request.
         """
-        return self.start(indices)()
+        return self._start(indices)()
 
-    def start(self, indices: Sequence[int]) -> Callable[[], list[RawSample | ShardError]]:
-        """Start reading samples like `read_many`, remote ones in the background; the returned function waits."""
+    def _start(self, indices: Sequence[int]) -> Callable[[], list[RawSample | ShardError]]:
+        """Start reading samples, remote ones in the background; the returned function waits."""
         wait = self.files.start([self.span(index) for index in indices])
         return lambda: [self._checked(index, raw) for index, raw in zip(indices, wait(), strict=True)]
 
-    def read_in_order(self, indices: Sequence[int]) -> Iterator[RawSample | ShardError]:
-        """Yield any number of samples, like `read_many`; the next remote ones are fetched in the meantime."""
-        batches = [indices[at : at + READ_BATCH_SIZE] for at in range(0, len(indices), READ_BATCH_SIZE)]
+    def read_batches(
+        self, batches: Iterable[Sequence[int]], ahead: int = 2
+    ) -> Iterator[list[RawSample | ShardError]]:
+        """Yield batches like `read_many`; the next `ahead` ones, if remote, are fetched in the meantime."""
         started = deque[Callable[[], list[RawSample | ShardError]]]()
         for batch in batches:
-            started.append(self.start(batch))
-            if len(started) > 2:
-                yield from started.popleft()()
+            started.append(self._start(batch))
+            if len(started) > ahead:
+                yield started.popleft()()
         for wait in started:
-            yield from wait()
+            yield wait()
+
+    def read_in_order(self, indices: Sequence[int]) -> Iterator[RawSample | ShardError]:
+        """Yield any number of samples, like `read_many`; the next remote ones are fetched in the meantime."""
+        starts = range(0, len(indices), READ_BATCH_SIZE)
+        return chain.from_iterable(self.read_batches(indices[at : at + READ_BATCH_SIZE] for at in starts))
 
     def span(self, index: int) -> Span:
         """Return shard number, offset and length of a sample."""
@@ -225,21 +230,16 @@ class Shards:
             raw: bytes | OSError = read(*self.span(index))
         except OSError as error:
             raw = error
-        return self.check(index, raw)
+        return self._check(index, raw)
 
     def _checked(self, index: int, raw: bytes | OSError) -> RawSample | ShardError:
         try:
-            return self.check(index, raw)
+            return self._check(index, raw)
         except ShardError as error:
             return error
 
-    def check(self, index: int, raw: bytes | OSError) -> RawSample:
-        """Verify the bytes that were read for a sample, or the error instead of them, and parse them.
-
-        Raises:
-            ShardError: they do not match the index, or could not be read.
-            RemoteError: the server failed.
-        """
+    def _check(self, index: int, raw: bytes | OSError) -> RawSample:
+        """Verify the bytes that were read for a sample, or the error instead of them, and parse them."""
         if isinstance(raw, RemoteError):
             raise raw  # the server failed; no sample is corrupt
         if isinstance(raw, OSError):
@@ -271,7 +271,7 @@ def open_shards(
     """Open a folder of shards after verifying manifest, index, and the size of every shard.
 
     Args:
-        location: folder with the output of `write_shards`, or its s3://, gs://, az://, http(s):// or file:// URL.
+        location: folder with the output of `write_source`, or its s3://, gs://, az://, http(s):// or file:// URL.
         label_map: how category ids become labels (see `make_label_map`).
         remote: how to read a remote folder; None uses the default settings.
         sizes_known: skip checking the sizes of remote shards, because another process of the run did it.
@@ -284,12 +284,10 @@ def open_shards(
     folder = (
         RemoteFolder(location, remote or RemoteConfig()) if is_remote(location) else LocalFolder(location)
     )
-    manifest, samples = load_header(folder)
+    shards = load_shards(folder, label_map)
     if isinstance(folder, LocalFolder) or not sizes_known:
-        check_sizes(folder, manifest)
-    labels = make_label_map(manifest.categories, label_map)
-    files = folder.files(manifest, samples)
-    return Shards(folder.location, manifest, samples, labels, manifest.fingerprint, files)
+        _check_sizes(folder, shards.manifest)
+    return shards
 
 
 def check_same_categories(train: Shards, val: Shards) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from contextlib import closing
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from raydetr.process_pool import Advance, Progress, run_tasks
 from raydetr.shards.coco import Problems
 from raydetr.shards.files import LocalFolder
 from raydetr.shards.images import check_image
-from raydetr.shards.manifest import MANIFEST, Manifest, label_maps, make_label_map
-from raydetr.shards.reader import ShardError, Shards, load_header
+from raydetr.shards.manifest import MANIFEST, Manifest, label_maps
+from raydetr.shards.reader import ShardError, Shards, load_shards
 from raydetr.shards.tar_samples import tar_samples
 from raydetr.shards.validation import InvalidDataError
 
@@ -33,16 +33,12 @@ def check_shards(folder: Path, *, workers: int = 1, progress: Progress | None = 
     Raises:
         ValueError: there are problems; the message counts them and lists the first ten with shard and key.
     """
-    local = LocalFolder(folder)
-    manifest, samples = load_header(local)
+    shards = load_shards(LocalFolder(folder))
+    manifest, total = shards.manifest, shards.num_samples
     problems = Problems(folder, "problem")
     _check_folder(folder, manifest, problems)
-    labels = make_label_map(manifest.categories, "contiguous")
-    files = local.files(manifest, samples)
-    shards = Shards(str(folder), manifest, samples, labels, manifest.fingerprint, files)
-    bounds = np.searchsorted(samples["shard"], np.arange(len(manifest.shards) + 1))
-    parts = [dataclasses.replace(shards, samples=samples[begin:end]) for begin, end in pairwise(bounds)]
-    total = manifest.num_samples
+    bounds = np.searchsorted(shards.samples["shard"], np.arange(len(manifest.shards) + 1))
+    parts = [replace(shards, samples=shards.samples[begin:end]) for begin, end in pairwise(bounds)]
     advance = (lambda done: progress(done, total)) if progress else None
     ids: list[int] = []
     with closing(

@@ -39,7 +39,7 @@ from raydetr.shards.manifest import (
     label_maps,
     sample_key,
 )
-from raydetr.shards.source import ImageFile, Source, coco_source
+from raydetr.shards.source import ImageFile, Source
 from raydetr.shards.tar_samples import tar_samples
 from raydetr.store.output_folder import publish, resumable_folder, write_atomically
 
@@ -60,9 +60,7 @@ class ShardTask:
 
     number: int
     path: Path  # of the tar file
-    samples: list[
-        tuple[ImageFile, Record, list[Record]]
-    ]  # each with the records of the image and its objects
+    samples: list[tuple[ImageFile, Record, list[Record]]]  # image, its record and those of its objects
     on_corrupt: OnCorruptImage
 
     @property
@@ -215,30 +213,6 @@ def _shard_file(task: ShardTask, counts: Counts) -> ShardFile:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     num_samples = len(task.samples) - len(counts.skipped)
     return ShardFile(task.path.name, num_samples, task.path.stat().st_size, digest)
-
-
-def write_shards(
-    images: Path,
-    annotations: Path,
-    out: Path,
-    *,
-    samples_per_shard: int = 1000,
-    workers: int = 1,
-    progress: Progress | None = None,
-) -> Manifest:
-    """Write a COCO data set as shards, in the order of its annotation file: see `write_source`.
-
-    Args:
-        images: folder of the image files.
-        annotations: COCO instances JSON.
-        out, samples_per_shard, workers, progress: as for `write_source`.
-
-    Raises:
-        ValueError: as `write_source`, or the annotations are invalid (the first problems are listed).
-        OSError: as `write_source`.
-    """
-    source = coco_source(images, annotations)
-    return write_source(source, out, samples_per_shard=samples_per_shard, workers=workers, progress=progress)
 
 
 def write_source(

@@ -49,9 +49,8 @@ def load(source: Source, num_workers: int) -> Iterator[Batch | None]:
         in_order=True,
     )
     receiver = Receiver(ring)
-    with closing(
-        _messages(loader)
-    ) as messages:  # ends the processes now; a held traceback would keep them running
+    # Closing ends the processes now; a held traceback would keep them running
+    with closing(_messages(loader)) as messages:
         for message in messages:
             if isinstance(message, Failure):
                 raise message.error()
@@ -76,9 +75,8 @@ class _SenderDataset(IterableDataset[Message | Failure | None]):
     def __iter__(self) -> Iterator[Message | Failure | None]:
         info = get_worker_info()
         assert info is not None
-        os.environ.update(
-            self.environment
-        )  # a fork server has that of its start, perhaps without credentials
+        # A fork server has that of its start, perhaps without credentials
+        os.environ.update(self.environment)
         sender = Sender(self.ring, info.id)
         try:
             for batch in self.source(info.id, info.num_workers, sender.canvas):
