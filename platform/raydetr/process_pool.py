@@ -49,7 +49,8 @@ def run_tasks(
     tasks: Iterable[Task],
     *,
     workers: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
+    total: int = 0,
 ) -> Generator[Result]:
     """Yield `function(task, advance)` for each task, in order; close the iterator to stop early.
 
@@ -59,15 +60,17 @@ def run_tasks(
         function: a module-level function, so that another process can import it.
         tasks: the picklable arguments of the calls.
         workers: number of processes; 1 runs all tasks in this process.
-        progress: called with the number of units done so far.
+        progress: called with (units done, total).
+        total: number of units, for `progress`.
 
     Raises:
         RuntimeError: a worker process died.
     """
     assert workers >= 1, workers
+    report = (lambda done: progress(done, total)) if progress else None
     if workers == 1:
-        return _run_here(function, tasks, progress)
-    return _run_in_processes(function, tasks, workers, progress)
+        return _run_here(function, tasks, report)
+    return _run_in_processes(function, tasks, workers, report)
 
 
 def _run_here(

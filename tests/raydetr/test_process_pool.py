@@ -27,9 +27,13 @@ def test_results_come_in_order_and_tasks_are_created_lazily(workers: int) -> Non
             created.append(task)
             yield task
 
+    def progress(done: int, total: int) -> None:
+        assert total == 20
+        seen.append(done)
+
     seen: list[int] = []
     processes = set()
-    results = run_tasks(process_of, tasks(), workers=workers, progress=seen.append)
+    results = run_tasks(process_of, tasks(), workers=workers, progress=progress, total=20)
     for number, (task, process) in enumerate(results):
         assert task == number
         assert len(created) <= number + 1 + 2 * workers

@@ -16,6 +16,7 @@ import torch
 from packaging.requirements import Requirement
 
 from detrs.ops import NativeStatus, native_status
+from raydetr.console import table
 from raydetr.environment import cpu_name
 
 GIB = 2**30
@@ -133,12 +134,11 @@ class EnvironmentReport:
 
     def to_text(self) -> str:
         """Format aligned lines, each remedy below its subject."""
-        width = max(len(line.subject) for line in self.lines)
-        text = []
+        rows = []
         for line in self.lines:
-            text.append(f"{line.state:<5}  {line.subject:<{width}}  {line.found}")
-            text += [f"{'':<5}  {'':<{width}}  -> {line.remedy}"] if line.remedy else []
-        return "\n".join(text)
+            rows.append((f"{line.state:<5}", line.subject, line.found))
+            rows += [("", "", f"-> {line.remedy}")] if line.remedy else []
+        return table(rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

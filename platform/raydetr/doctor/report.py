@@ -14,7 +14,7 @@ import jinja2
 import numpy as np
 import numpy.typing as npt
 
-from raydetr.console import print_status
+from raydetr.console import print_status, table
 from raydetr.doctor.checks import SMALL, TINY, small_per_class
 from raydetr.doctor.findings import LEVELS, Finding, Place, TrainingTarget, counted
 from raydetr.doctor.scan import ScannedSplit, is_box, read_unchecked
@@ -131,7 +131,7 @@ class Report:
 
     def to_text(self) -> str:
         """Format a table of statistics, the findings and the verdict."""
-        parts = [_table(self.summary())] if self.statistics else []
+        parts = [table(self.summary(), right=True)] if self.statistics else []
         parts += [_finding_text(finding) for finding in self.findings]
         return "\n\n".join([*parts, self.verdict()])
 
@@ -188,16 +188,6 @@ def _percent(fraction: float | None) -> str:
 
 
 # --- Text ---
-
-
-def _table(rows: list[list[str]]) -> str:
-    """Format rows as lines, with the first column aligned left and the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def _finding_text(finding: Finding) -> str:

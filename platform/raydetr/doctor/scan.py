@@ -133,8 +133,8 @@ def scan(shards: Shards, *, progress: Progress | None = None, num_processes: int
         (start, replace(shards, samples=shards.samples[start : start + CHUNK]))
         for start in range(0, total, CHUNK)
     )
-    report = (lambda done: progress(done, total)) if progress else None
-    with closing(run_tasks(_scan_slice, tasks, workers=num_processes, progress=report)) as results:
+    running = run_tasks(_scan_slice, tasks, workers=num_processes, progress=progress, total=total)
+    with closing(running) as results:
         scanned = list(results)
     return ScanResult(
         np.concatenate([result.images for result in scanned]),

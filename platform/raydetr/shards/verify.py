@@ -34,16 +34,15 @@ def check_shards(folder: Path, *, workers: int = 1, progress: Progress | None = 
         ValueError: there are problems; the message counts them and lists the first ten with shard and key.
     """
     shards = load_shards(LocalFolder(folder))
-    manifest, total = shards.manifest, shards.num_samples
+    manifest = shards.manifest
     problems = Problems(folder, "problem")
     _check_folder(folder, manifest, problems)
     bounds = np.searchsorted(shards.samples["shard"], np.arange(len(manifest.shards) + 1))
     parts = [replace(shards, samples=shards.samples[begin:end]) for begin, end in pairwise(bounds)]
-    advance = (lambda done: progress(done, total)) if progress else None
     ids: list[int] = []
-    with closing(
-        run_tasks(check_shard, enumerate(parts), workers=min(workers, len(parts)), progress=advance)
-    ) as results:
+    workers, total = min(workers, len(parts)), shards.num_samples
+    checked = run_tasks(check_shard, enumerate(parts), workers=workers, progress=progress, total=total)
+    with closing(checked) as results:
         for found, annotation_ids in results:
             problems.add_all(found)
             ids += annotation_ids

@@ -247,13 +247,12 @@ def write_source(
     for name, value in (("samples_per_shard", samples_per_shard), ("workers", workers)):
         if value < 1:
             raise ValueError(f"{name} is {value}: it must be at least 1")
-    total = len(source.files)
-    advance = (lambda done: progress(done, total)) if progress else None
     with resumable_folder(out) as folder:
         num_found = len(list(folder.glob("*.tar.json")))
         tasks = _tasks(source, folder, samples_per_shard, on_corrupt)
+        workers, total = min(workers, len(tasks)), len(source.files)
         with closing(
-            run_tasks(pack_shard, tasks, workers=min(workers, len(tasks)), progress=advance)
+            run_tasks(pack_shard, tasks, workers=workers, progress=progress, total=total)
         ) as results:
             packed = list(results)
         if num_found and notify:
