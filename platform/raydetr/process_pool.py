@@ -136,12 +136,17 @@ def _start(counter: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _SHARED.counter, _SHARED.stop = counter, stop
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+    exit_with_parent()
 
 
-def exit_with_parent() -> None:
-    """Wait until the parent process ends, then end this one. Run it in a thread of the child."""
+def exit_with_parent(*_: object) -> None:
+    """End this process when its parent ends, from a thread that waits for that."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
+    sentinel = parent.sentinel
+
+    def wait_and_exit() -> None:
+        connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait_and_exit, daemon=True).start()

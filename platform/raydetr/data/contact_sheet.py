@@ -8,11 +8,10 @@ from PIL import Image
 
 from raydetr import recipes
 from raydetr.config import from_yaml, override, parse_assignments
-from raydetr.data.samples import load_sample
+from raydetr.data.samples import decode, load_sample
 from raydetr.data.stream import make_order
 from raydetr.data.transforms.transform import Transform
 from raydetr.process_pool import Progress
-from raydetr.shards.images import ImageError, decode_image
 from raydetr.shards.reader import Shards
 from raydetr.visualization.boxes import AnnotatedImage, Box, coco_boxes, draw_contact_sheet
 
@@ -45,7 +44,9 @@ def contact_sheet(
     images = []
     for position, index in enumerate(indices):
         if transform is None:
-            image, boxes = _packed(shards, index, names)
+            raw = shards.read(index)
+            image = Image.fromarray(decode(shards, index, raw).pixels)
+            boxes = coco_boxes(raw.annotations, names)
         else:
             image, boxes = _augmented(shards, index, position, transform, seed, names)
         size = f"{image.width}x{image.height}    {len(boxes)} {'box' if len(boxes) == 1 else 'boxes'}"
@@ -68,14 +69,6 @@ def training_transform(recipe_or_file: str, overrides: list[str]) -> Transform:
     is_file = recipe_or_file.endswith((".yaml", ".yml"))
     config = from_yaml(Path(recipe_or_file)) if is_file else recipes.find(recipe_or_file)
     return Transform(override(config, parse_assignments(overrides)).data.train_transform)
-
-
-def _packed(shards: Shards, index: int, names: dict[int, str]) -> tuple[Image.Image, tuple[Box, ...]]:
-    raw = shards.read(index)
-    try:
-        return decode_image(raw.image), coco_boxes(raw.annotations, names)
-    except ImageError as error:
-        shards.raise_corrupt(index, f"its image cannot be decoded ({error})")
 
 
 def _augmented(

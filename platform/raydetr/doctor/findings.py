@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,12 +71,6 @@ class Finding:
 def counted(count: int, singular: str, plural: str | None = None) -> str:
     """Format a count with its noun: `1 image`, `1,204 images`."""
     return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
-
-
-def listed(words: Sequence[object], most: int = 8) -> str:
-    """Format a list, shortened: `a, b, c and 4 more`."""
-    shown = ", ".join(map(str, words[:most]))
-    return f"{shown} and {len(words) - most} more" if len(words) > most else shown
 
 
 # --- The training that the data is examined for ---

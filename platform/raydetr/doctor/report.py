@@ -17,7 +17,7 @@ import numpy.typing as npt
 from raydetr.console import print_status, table
 from raydetr.doctor.checks import SMALL, TINY, small_per_class
 from raydetr.doctor.findings import LEVELS, Finding, Place, TrainingTarget, counted
-from raydetr.doctor.scan import ScannedSplit, is_box, read_unchecked
+from raydetr.doctor.scan import ScannedSplit, is_valid_box, read_unchecked
 from raydetr.shards.images import ImageError, decode_image
 from raydetr.shards.manifest import MAX_LABEL
 from raydetr.visualization.boxes import coco_boxes, draw_boxes
@@ -256,7 +256,7 @@ def _picture(report: Report, place: Place, is_pair: bool) -> str | None:
     if place.annotations or is_pair:
         records = [records[number] for number in place.annotations]
     names = {category["id"]: category["name"] for category in shards.manifest.categories}
-    boxes = coco_boxes([record for record in records if is_box(record.get("bbox"))], names)
+    boxes = coco_boxes([record for record in records if is_valid_box(record.get("bbox"))], names)
     buffer = io.BytesIO()
     try:
         draw_boxes(image, boxes, IMAGE_SIDE).save(buffer, "JPEG", quality=JPEG_QUALITY)

@@ -83,7 +83,7 @@ def _count_categories(shards: Shards, progress: Progress | None) -> dict[int, in
             for annotation in parse_content(text)[1]:
                 counts[annotation["category_id"]] += 1
         except (OSError, InvalidDataError, KeyError, TypeError) as error:
-            shards.raise_corrupt(index, str(error))
+            raise shards.corrupt(index, str(error)) from None
         if progress:
             progress(index + 1, shards.num_samples)
     return counts

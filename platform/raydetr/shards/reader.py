@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from raydetr.config import LabelMapKind, RemoteConfig
 from raydetr.config.paths import check_location, is_remote, local_folder
+from raydetr.shards.coco import listed
 from raydetr.shards.files import LocalFolder, ShardFiles, Span
 from raydetr.shards.manifest import (
     INDEX,
@@ -65,9 +66,8 @@ def _check_sizes(folder: Folder, manifest: Manifest) -> None:
         if found.get(shard.name) != shard.size
     ]
     if problems:
-        more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
-        listing = "; ".join([*problems[:10], *more])
-        raise ValueError(f"{folder.location}: {listing}: copy these shards again, or write the shards again")
+        remedy = "copy these shards again, or write the shards again"
+        raise ValueError(f"{folder.location}: {listed(problems, 10)}: {remedy}")
 
 
 def _load(folder: Folder, name: str, parse: Callable[[bytes], T]) -> T:
@@ -183,7 +183,7 @@ class Shards:
     def _start(self, indices: Sequence[int]) -> Callable[[], list[RawSample | ShardError]]:
         """Start reading samples, remote ones in the background; the returned function waits."""
         wait = self.files.start([self.span(index) for index in indices])
-        return lambda: [self._checked(index, raw) for index, raw in zip(indices, wait(), strict=True)]
+        return lambda: [self._check(index, raw) for index, raw in zip(indices, wait(), strict=True)]
 
     def read_batches(
         self, batches: Iterable[Sequence[int]], ahead: int = 2
@@ -230,27 +230,24 @@ class Shards:
             raw: bytes | OSError = read(*self.span(index))
         except OSError as error:
             raw = error
-        return self._check(index, raw)
+        sample = self._check(index, raw)
+        if isinstance(sample, ShardError):
+            raise sample
+        return sample
 
-    def _checked(self, index: int, raw: bytes | OSError) -> RawSample | ShardError:
-        try:
-            return self._check(index, raw)
-        except ShardError as error:
-            return error
-
-    def _check(self, index: int, raw: bytes | OSError) -> RawSample:
+    def _check(self, index: int, raw: bytes | OSError) -> RawSample | ShardError:
         """Verify the bytes that were read for a sample, or the error instead of them, and parse them."""
         if isinstance(raw, RemoteError):
             raise raw  # the server failed; no sample is corrupt
         if isinstance(raw, OSError):
-            self.raise_corrupt(index, f"it cannot be read ({raw})")
+            return self.corrupt(index, f"it cannot be read ({raw})")
         try:
             return parse_sample(self.samples[index], self.key(index), raw, self.category_ids)
         except InvalidDataError as error:
-            self.raise_corrupt(index, str(error))
+            return self.corrupt(index, str(error))
 
-    def raise_corrupt(self, index: int, reason: str) -> NoReturn:
-        """Raise a ShardError that names shard and key of a sample."""
+    def corrupt(self, index: int, reason: str) -> ShardError:
+        """Return the error about a corrupt sample, which names its shard and key."""
         row = self.samples[index]
         shard, key, offset = self.files.names[row["shard"]], self.key(index), int(row["offset"])
         error = ShardError(
@@ -258,7 +255,7 @@ class Shards:
             f"{reason}; copy the shard again, or write the shards again"
         )
         error.shard, error.key, error.offset, error.reason = shard, key, offset, reason
-        raise error
+        return error
 
 
 def open_shards(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from raydetr.shards.coco import Problems, annotation_problems, checked_categories, listing
+from raydetr.shards.coco import Problems, annotation_problems, checked_categories, listed
 from raydetr.shards.manifest import SAMPLE_DTYPE, Manifest, Samples
 from raydetr.user_files import parse_json
 
@@ -155,7 +155,7 @@ def check_index(samples: Samples, manifest: Manifest) -> None:
     num_annotations = int(samples["num_annotations"].sum(dtype=np.int64))
     if counts != stated or len(samples) != manifest.num_samples:
         raise InvalidDataError(
-            f"it has {listing(counts)} samples in the shards, the manifest has {listing(stated)}"
+            f"it has {listed(counts)} samples in the shards, the manifest has {listed(stated)}"
         )
     if num_annotations != manifest.num_annotations:
         raise InvalidDataError(

@@ -43,7 +43,7 @@ def load(source: Source, num_workers: int) -> Iterator[Batch | None]:
         _SenderDataset(source, ring),
         batch_size=None,
         num_workers=num_workers,
-        worker_init_fn=_watch_parent,
+        worker_init_fn=exit_with_parent,  # also before it gets work, when the DataLoader's watchdog waits forever
         generator=torch.Generator(),  # otherwise the DataLoader draws its seed from the global generator
         multiprocessing_context=_start_method(),
         in_order=True,
@@ -83,11 +83,6 @@ class _SenderDataset(IterableDataset[Message | Failure | None]):
                 yield None if batch is None else sender.message(batch)
         except Exception as error:
             yield Failure.of(error, info.id)
-
-
-def _watch_parent(worker: int) -> None:
-    """End this loader with its parent, even before it gets work; the DataLoader's own watchdog then waits forever."""
-    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _start_method() -> BaseContext | None:
