@@ -38,9 +38,8 @@ def contact_sheet(
     """
     num_images = min(num_images, shards.num_samples)
     indices = make_order(shards, seed).samples(0, num_images).tolist()
-    names = {
-        category["id"]: f"{category['id']} {category['name']}" for category in shards.manifest.categories
-    }
+    categories = shards.manifest.categories
+    names = {category["id"]: f"{category['id']} {category['name']}" for category in categories}
     images = []
     for position, index in enumerate(indices):
         if transform is None:
@@ -76,8 +75,7 @@ def _augmented(
 ) -> tuple[Image.Image, tuple[Box, ...]]:
     short_side = transform.step_short_side(seed, start=0)  # as if the sheet were one global batch
     sample = load_sample(shards, index, transform, seed=seed, position=position, short_side=short_side)
-    category_ids = {label: category_id for category_id, label in shards.label_map.labels.items()}
-    boxes = []
-    for label, corners in zip(sample.labels.tolist(), sample.boxes_xyxy.tolist(), strict=True):
-        boxes.append(Box(category_ids[label], names[category_ids[label]], tuple(corners)))
-    return Image.fromarray(sample.image.pixels()), tuple(boxes)
+    category_ids = [shards.label_map.category_ids[label] for label in sample.labels]
+    corners = map(tuple, sample.boxes_xyxy.tolist())
+    boxes = tuple(Box(number, names[number], box) for number, box in zip(category_ids, corners, strict=True))
+    return Image.fromarray(sample.image.pixels()), boxes

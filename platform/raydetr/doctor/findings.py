@@ -44,10 +44,8 @@ class Example:
     detail: str = ""
 
     def __str__(self) -> str:
-        if len(self.places) == 1:
-            where = str(self.places[0])
-        else:
-            where = " and ".join(f"{place.split} {place}" for place in self.places)
+        names = [f"{place.split} {place}" for place in self.places]
+        where = " and ".join(names) if len(names) > 1 else str(self.places[0])
         return f"{where}: {self.detail}" if self.detail else where
 
 

@@ -30,13 +30,7 @@ from raydetr.shards.manifest import (
     sample_key,
 )
 from raydetr.shards.remote.reading import RemoteFolder
-from raydetr.shards.validation import (
-    InvalidDataError,
-    RawSample,
-    check_index,
-    parse_manifest,
-    parse_sample,
-)
+from raydetr.shards.validation import InvalidDataError, RawSample, check_index, parse_manifest, parse_sample
 from raydetr.store.retry import RemoteError
 
 T = TypeVar("T")
@@ -165,11 +159,7 @@ class Shards:
         return self._read_by(self.files.read, index)
 
     def reread(self, index: int) -> RawSample:
-        """Read one sample again, from its origin and not from a cached copy that may be corrupt.
-
-        Raises:
-            ShardError: as `read`.
-        """
+        """Read one sample like `read`, from its origin and not from a cached copy that may be corrupt."""
         return self._read_by(self.files.reread, index)
 
     def read_many(self, indices: Sequence[int]) -> list[RawSample | ShardError]:

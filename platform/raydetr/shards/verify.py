@@ -66,7 +66,9 @@ def check_shard(part: Part, advance: Advance) -> tuple[Problems, list[int]]:
     _check_members(path, part, problems)
     for index in range(shards.num_samples):
         try:
-            annotation_ids += _check_sample(shards, index)
+            raw, row = shards.read(index), shards.samples[index]
+            annotation_ids += [annotation["id"] for annotation in raw.annotations]
+            check_image(raw.image, (int(row["width"]), int(row["height"])))
         except ShardError as error:
             problems.add(f"sample {error.key} at byte {error.offset}: {error.reason}")
         except ValueError as error:
@@ -117,11 +119,3 @@ def _check_members(path: Path, part: Part, problems: Problems) -> None:
         return
     if index < shards.num_samples:
         problems.add(f"sample {shards.key(index)} is in the index but not in the tar")
-
-
-def _check_sample(shards: Shards, index: int) -> list[int]:
-    """Check a sample; return the ids of its annotations."""
-    raw = shards.read(index)
-    row = shards.samples[index]
-    check_image(raw.image, (int(row["width"]), int(row["height"])))
-    return [annotation["id"] for annotation in raw.annotations]

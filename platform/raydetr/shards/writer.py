@@ -255,8 +255,11 @@ def write_source(
             run_tasks(pack_shard, tasks, workers=workers, progress=progress, total=total)
         ) as results:
             packed = list(results)
+        num_reused = sum(shard.reused for shard in packed)
         if num_found and notify:
-            notify(_describe_reuse(num_found, sum(shard.reused for shard in packed)))
+            discarded = f", {num_found - num_reused} (corrupt, or with other input) were discarded"
+            text = f"an earlier run did not finish: {num_reused} of its finished shards were reused"
+            notify(text + (discarded if num_reused < num_found else ""))
         _raise_problems(packed, source, folder)
         return _finish(source, folder, packed, samples_per_shard)
 
@@ -325,10 +328,3 @@ def _finish(source: Source, folder: Path, packed: list[PackedShard], samples_per
 
 def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return dict(sorted(sum(map(Counter, counts), Counter[str]()).items()))
-
-
-def _describe_reuse(num_found: int, num_reused: int) -> str:
-    line = f"an earlier run did not finish: {num_reused} of its finished shards were reused"
-    if num_reused < num_found:
-        line += f", {num_found - num_reused} (corrupt, or with other input) were discarded"
-    return line

@@ -81,23 +81,19 @@ class Ring:
         num_workers: number of loader processes.
         num_slots: of each process.
         slot_bytes: a multiple of the page size; larger batches are sent inside the message.
-        duplicate: descriptor of the memory of another process's ring, as it is pickled; None: a new ring.
+        memory: descriptor of the memory of another process's ring, as it is pickled; None: a new ring.
 
     Raises:
         LoaderError: the memory cannot be mapped.
     """
 
     def __init__(
-        self,
-        num_workers: int,
-        num_slots: int = NUM_SLOTS,
-        slot_bytes: int = SLOT_BYTES,
-        duplicate: Any = None,
+        self, num_workers: int, num_slots: int = NUM_SLOTS, slot_bytes: int = SLOT_BYTES, memory: Any = None
     ) -> None:
         self.num_workers, self.num_slots, self.slot_bytes = num_workers, num_slots, slot_bytes
         num_bytes = num_workers * (mmap.PAGESIZE + num_slots * slot_bytes)
         try:
-            self._descriptor = _anonymous_file(num_bytes) if duplicate is None else duplicate.detach()
+            self._descriptor = _anonymous_file(num_bytes) if memory is None else memory.detach()
             self._memory = mmap.mmap(self._descriptor, num_bytes)
         except OSError as error:
             raise LoaderError(

@@ -20,7 +20,6 @@ BOX_NUMBERS = 5
 MIN_POLYGON_NUMBERS = 7  # the class and three points
 TOLERANCE = 0.01  # normalized; coordinates further outside [0, 1] are an error
 
-
 # The extensions that Ultralytics accepts; images that are neither JPEG nor PNG are rejected when they are packed.
 IMAGE_EXTENSIONS = frozenset(
     ["bmp", "dng", "heic", "jpeg", "jpg", "mpo", "pfm", "png", "tif", "tiff", "webp"]
