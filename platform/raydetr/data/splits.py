@@ -35,6 +35,9 @@ def write_missing_synthetic(data: DataConfig) -> None:
     """Generate the synthetic data that `data.synthetic` selects, and its shards, where they are missing.
 
     The JPEGs and annotations go into a folder `coco` beside the training shards.
+
+    Raises:
+        ValueError: the shards would be on a server.
     """
     if data.synthetic is None:
         return

@@ -106,7 +106,7 @@ def parse_manifest(content: bytes) -> Manifest:
     """Parse the content of a `manifest.json`, and verify what reading relies on.
 
     Raises:
-        ValueError: it is corrupt or has another format version; the message names the invalid part.
+        ValueError, InvalidDataError: it is corrupt or has another format version; the message names the invalid part.
     """
     try:
         values = parse_json(content)
