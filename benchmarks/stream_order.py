@@ -284,7 +284,7 @@ def padded_fraction(sizes: np.ndarray) -> float:
 
 
 def write_tiny_shards(folder: Path, num_samples: int, samples_per_shard: int = 1000) -> None:
-    """Write shards of 8x8 images, like `write_shards`, without an image file for each."""
+    """Write shards of 8x8 images, like `write_source`, without an image file for each."""
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), (200, 100, 50)).save(buffer, "JPEG")
     categories = [{"id": 1, "name": "square"}]

@@ -31,8 +31,9 @@ from raydetr.data.samples import load_sample
 from raydetr.data.transforms.transform import Transform
 from raydetr.recipes.coco import OFFICIAL_SHORT_SIDES, official_training_transform
 from raydetr.shards.reader import Shards, open_shards
+from raydetr.shards.source import coco_source
 from raydetr.shards.validation import RawSample
-from raydetr.shards.writer import write_shards
+from raydetr.shards.writer import write_source
 
 BATCH = 4
 NUM_IMAGES = 40
@@ -112,7 +113,7 @@ def _shards(folder: Path) -> Shards:
         annotations = Path(photographs, "annotations", "instances_train2017.json")
     else:
         images, annotations = _draw_images(folder / "generated")
-    write_shards(images, annotations, folder / "shards")
+    write_source(coco_source(images, annotations), folder / "shards")
     return open_shards(folder / "shards")
 
 

@@ -1,10 +1,10 @@
-"""Print to the terminal: status lines, the progress of a run, progress bars."""
+"""Print to the terminal: tables, status lines, the progress of a run, progress bars."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,6 +16,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
+
+
+def table(rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
+    """Format rows as lines with aligned columns; with `right`, all but the first are aligned right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    align = [str.ljust, *[str.rjust if right else str.ljust] * (len(widths) - 1)]
+    lines = (
+        "  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths, strict=True))
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def print_status(text: str) -> None:

@@ -49,7 +49,8 @@ def run_tasks(
     tasks: Iterable[Task],
     *,
     workers: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
+    total: int = 0,
 ) -> Generator[Result]:
     """Yield `function(task, advance)` for each task, in order; close the iterator to stop early.
 
@@ -59,15 +60,17 @@ def run_tasks(
         function: a module-level function, so that another process can import it.
         tasks: the picklable arguments of the calls.
         workers: number of processes; 1 runs all tasks in this process.
-        progress: called with the number of units done so far.
+        progress: called with (units done, total).
+        total: number of units, for `progress`.
 
     Raises:
         RuntimeError: a worker process died.
     """
     assert workers >= 1, workers
+    report = (lambda done: progress(done, total)) if progress else None
     if workers == 1:
-        return _run_here(function, tasks, progress)
-    return _run_in_processes(function, tasks, workers, progress)
+        return _run_here(function, tasks, report)
+    return _run_in_processes(function, tasks, workers, report)
 
 
 def _run_here(
@@ -133,12 +136,17 @@ def _start(counter: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _SHARED.counter, _SHARED.stop = counter, stop
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+    exit_with_parent()
 
 
-def exit_with_parent() -> None:
-    """Wait until the parent process ends, then end this one. Run it in a thread of the child."""
+def exit_with_parent(*_: object) -> None:
+    """End this process when its parent ends, from a thread that waits for that."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
+    sentinel = parent.sentinel
+
+    def wait_and_exit() -> None:
+        connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait_and_exit, daemon=True).start()

@@ -11,8 +11,9 @@ from made_coco import write_coco
 from raydetr import recipes
 from raydetr.config import RunConfig, override
 from raydetr.shards.reader import Shards, open_shards
+from raydetr.shards.source import coco_source
 from raydetr.shards.synthetic import write_synthetic_data
-from raydetr.shards.writer import write_shards
+from raydetr.shards.writer import write_source
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +26,7 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def shards(coco: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Shards:
     """Pack the same images into four shards."""
     out = tmp_path_factory.mktemp("shards") / "made"
-    write_shards(*coco, out, samples_per_shard=15)
+    write_source(coco_source(*coco), out, samples_per_shard=15)
     return open_shards(out)
 
 
@@ -46,7 +47,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_synthetic_data(root / "coco", num_train=48, num_val=21)
     for split in ("train", "val"):
         annotations = root / "coco" / "annotations" / f"instances_{split}.json"
-        write_shards(root / "coco" / split, annotations, root / split, samples_per_shard=16)
+        write_source(coco_source(root / "coco" / split, annotations), root / split, samples_per_shard=16)
     return root
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from raydetr.console import Display, RunProgress, duration, progress_bar
+from raydetr.console import Display, RunProgress, duration, progress_bar, table
 
 HALF = RunProgress(
     step=50,
@@ -31,6 +31,20 @@ def test_a_line_has_epoch_step_loss_speed_time_left_and_ap() -> None:
     for part in ("epoch 1.00/2", "step 50/100", "loss 1.500", "80 images/s", "left 1:40", "AP 0.457"):
         assert part in line
     assert "AP -" in HALF.line()
+
+
+def test_columns_of_a_table_are_aligned() -> None:
+    rows = [["name", "AP", "objects"], ["cat", "0.5", ""], ["a longer one", "-", "12"]]
+    assert table(rows).splitlines() == [
+        "name          AP   objects",
+        "cat           0.5",
+        "a longer one  -    12",
+    ]
+    assert table(rows, right=True).splitlines() == [
+        "name           AP  objects",
+        "cat           0.5",
+        "a longer one    -       12",
+    ]
 
 
 def test_durations_are_formatted() -> None:

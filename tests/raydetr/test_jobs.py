@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from ray_head import RayHead, ray_head
+from raydetr.shards.source import coco_source
 from raydetr.shards.synthetic import write_synthetic_data
-from raydetr.shards.writer import write_shards
+from raydetr.shards.writer import write_source
 from raydetr.training.checkpoint import read_meta, read_metrics
 
 pytestmark = pytest.mark.xdist_group("ray_head")
@@ -39,7 +40,7 @@ def test_a_submitted_job_trains_evaluates_and_leaves_a_checkpoint_and_an_mlflow_
     write_synthetic_data(tmp_path / "coco", num_train=32, num_val=16)
     for split in ("train", "val"):
         annotations = tmp_path / "coco" / "annotations" / f"instances_{split}.json"
-        write_shards(tmp_path / "coco" / split, annotations, tmp_path / split)
+        write_source(coco_source(tmp_path / "coco" / split, annotations), tmp_path / split)
     with ray_head(num_cpus=2) as head:
         done = submit(
             head,

@@ -14,7 +14,8 @@ from PIL import Image
 from made_coco import write_json
 from made_tasks import failing, process_of
 from raydetr.process_pool import run_tasks
-from raydetr.shards.writer import write_shards
+from raydetr.shards.source import coco_source
+from raydetr.shards.writer import write_source
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -26,9 +27,13 @@ def test_results_come_in_order_and_tasks_are_created_lazily(workers: int) -> Non
             created.append(task)
             yield task
 
+    def progress(done: int, total: int) -> None:
+        assert total == 20
+        seen.append(done)
+
     seen: list[int] = []
     processes = set()
-    results = run_tasks(process_of, tasks(), workers=workers, progress=seen.append)
+    results = run_tasks(process_of, tasks(), workers=workers, progress=progress, total=20)
     for number, (task, process) in enumerate(results):
         assert task == number
         assert len(created) <= number + 1 + 2 * workers
@@ -60,7 +65,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
         data = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}
         annotations = write_json(tmp_path / "a.json", data)
         tracemalloc.start()
-        write_shards(tmp_path, annotations, tmp_path / f"out{len(peaks)}", samples_per_shard=20)
+        write_source(coco_source(tmp_path, annotations), tmp_path / f"out{len(peaks)}", samples_per_shard=20)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[2] < peaks[1] + 300_000

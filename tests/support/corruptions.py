@@ -18,7 +18,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from raydetr.shards.manifest import Manifest, Samples, data_fingerprint
+from raydetr.shards.manifest import Samples, data_fingerprint
+from raydetr.shards.validation import parse_manifest
 
 Corruption = Callable[[Path, np.random.Generator], object]
 JUNK: list[Any] = [
@@ -255,7 +256,7 @@ def save_index(folder: Path, rows: Samples, *, in_manifest: Literal["nothing", "
     np.savez(folder / "index.npz", samples=rows)
     if in_manifest == "nothing":
         return
-    manifest = Manifest.parse((folder / "manifest.json").read_bytes())
+    manifest = parse_manifest((folder / "manifest.json").read_bytes())
     manifest = dataclasses.replace(manifest, fingerprint=data_fingerprint(rows, manifest.categories))
     if in_manifest == "fingerprint":
         manifest.save(folder)

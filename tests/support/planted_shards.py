@@ -20,7 +20,8 @@ from PIL import Image
 from made_coco import write_coco
 from raydetr.shards.coco import annotation_problems, unusual_kinds, usable_boxes
 from raydetr.shards.manifest import INDEX, MANIFEST, SAMPLE_DTYPE, Manifest, ShardFile, data_fingerprint
-from raydetr.shards.writer import write_shards
+from raydetr.shards.source import coco_source
+from raydetr.shards.writer import write_source
 
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
 WIDTH, HEIGHT = 64, 48
@@ -122,7 +123,7 @@ def save_manifest(split: Split, samples: np.ndarray, out: Path, size: int) -> No
 @lru_cache
 def _template() -> Manifest:
     with tempfile.TemporaryDirectory() as folder:
-        return write_shards(*write_coco(Path(folder), 1), Path(folder) / "shards")
+        return write_source(coco_source(*write_coco(Path(folder), 1)), Path(folder) / "shards")
 
 
 def _add(tar: tarfile.TarFile, sample: Sample) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ def make_batch(pixels: np.ndarray, position: int = 0) -> Batch:
         counts=(3,) + (0,) * (size - 1),
         image_ids=torch.arange(size) + 2**40,
         original_sizes=torch.full((size, 2), 9),
+        positions=tuple(range(position, position + size)),
         position=position,
         corrupt=(CorruptSample(5, "a.tar", "000000000007", 512, "crc", "masked"),),
     )

@@ -8,11 +8,10 @@ from PIL import Image
 
 from raydetr import recipes
 from raydetr.config import from_yaml, override, parse_assignments
-from raydetr.data.samples import load_sample
+from raydetr.data.samples import decode, load_sample
 from raydetr.data.stream import make_order
 from raydetr.data.transforms.transform import Transform
 from raydetr.process_pool import Progress
-from raydetr.shards.images import ImageError, decode_image
 from raydetr.shards.reader import Shards
 from raydetr.visualization.boxes import AnnotatedImage, Box, coco_boxes, draw_contact_sheet
 
@@ -39,13 +38,14 @@ def contact_sheet(
     """
     num_images = min(num_images, shards.num_samples)
     indices = make_order(shards, seed).samples(0, num_images).tolist()
-    names = {
-        category["id"]: f"{category['id']} {category['name']}" for category in shards.manifest.categories
-    }
+    categories = shards.manifest.categories
+    names = {category["id"]: f"{category['id']} {category['name']}" for category in categories}
     images = []
     for position, index in enumerate(indices):
         if transform is None:
-            image, boxes = _packed(shards, index, names)
+            raw = shards.read(index)
+            image = Image.fromarray(decode(shards, index, raw).pixels)
+            boxes = coco_boxes(raw.annotations, names)
         else:
             image, boxes = _augmented(shards, index, position, transform, seed, names)
         size = f"{image.width}x{image.height}    {len(boxes)} {'box' if len(boxes) == 1 else 'boxes'}"
@@ -70,21 +70,12 @@ def training_transform(recipe_or_file: str, overrides: list[str]) -> Transform:
     return Transform(override(config, parse_assignments(overrides)).data.train_transform)
 
 
-def _packed(shards: Shards, index: int, names: dict[int, str]) -> tuple[Image.Image, tuple[Box, ...]]:
-    raw = shards.read(index)
-    try:
-        return decode_image(raw.image), coco_boxes(raw.annotations, names)
-    except ImageError as error:
-        shards.raise_corrupt(index, f"its image cannot be decoded ({error})")
-
-
 def _augmented(
     shards: Shards, index: int, position: int, transform: Transform, seed: int, names: dict[int, str]
 ) -> tuple[Image.Image, tuple[Box, ...]]:
     short_side = transform.step_short_side(seed, start=0)  # as if the sheet were one global batch
     sample = load_sample(shards, index, transform, seed=seed, position=position, short_side=short_side)
-    category_ids = {label: category_id for category_id, label in shards.label_map.labels.items()}
-    boxes = []
-    for label, corners in zip(sample.labels.tolist(), sample.boxes_xyxy.tolist(), strict=True):
-        boxes.append(Box(category_ids[label], names[category_ids[label]], tuple(corners)))
-    return Image.fromarray(sample.image.pixels()), tuple(boxes)
+    category_ids = [shards.label_map.category_ids[label] for label in sample.labels]
+    corners = map(tuple, sample.boxes_xyxy.tolist())
+    boxes = tuple(Box(number, names[number], box) for number, box in zip(category_ids, corners, strict=True))
+    return Image.fromarray(sample.image.pixels()), boxes

@@ -39,11 +39,11 @@ def load_sample(
         ShardError: the sample is corrupt, or another one that its mosaic needs; the message names which.
     """
     raw = shards.read(index) if raw is None else raw
-    images = [_decode(shards, index, raw)]
+    images = [decode(shards, index, raw)]
     original_size = images[0].pixels.shape[:2]
     mosaic = transform.mosaic(seed, position, index, shards.num_samples)
     if mosaic is not None:
-        images += [_decode(shards, partner, _read_partner(shards, partner)) for partner in mosaic.partners]
+        images += [decode(shards, partner, _read_partner(shards, partner)) for partner in mosaic.partners]
         images = [make_mosaic(mosaic, images)]
     pixels, boxes, labels = images[0].pixels, images[0].boxes_xyxy, images[0].labels
     image, boxes, kept = transform(pixels, boxes, seed=seed, position=position, short_side=short_side)
@@ -57,15 +57,20 @@ def _read_partner(shards: Shards, index: int) -> RawSample:
         return shards.reread(index)
 
 
-def _decode(shards: Shards, index: int, raw: RawSample) -> LabeledImage:
+def decode(shards: Shards, index: int, raw: RawSample) -> LabeledImage:
+    """Decode the image of a sample, and select the boxes that training uses.
+
+    Raises:
+        ShardError: the image is corrupt, or has another size than in the index.
+    """
     try:
         pixels = decode_pixels(raw.image)
     except ImageError as error:
-        shards.raise_corrupt(index, f"its image cannot be decoded ({error})")
+        raise shards.corrupt(index, f"its image cannot be decoded ({error})") from None
     (width, height), row = size_of(pixels), shards.samples[index]
     if (width, height) != (row["width"], row["height"]):
         expected = f"{row['width']}x{row['height']}"
-        shards.raise_corrupt(
+        raise shards.corrupt(
             index, f"its image has {width}x{height} pixels instead of the index's {expected}"
         )
     boxes, category_ids = usable_boxes(raw.annotations, width, height)

@@ -7,8 +7,9 @@ from raydetr.config.paths import is_remote, local_folder
 from raydetr.console import print_status
 from raydetr.shards.manifest import MANIFEST
 from raydetr.shards.reader import Shards, open_shards
+from raydetr.shards.source import coco_source
 from raydetr.shards.synthetic import write_synthetic_data
-from raydetr.shards.writer import write_shards
+from raydetr.shards.writer import write_source
 
 
 def open_splits(data: DataConfig, *, sizes_known: bool = False) -> tuple[Shards, Shards]:
@@ -56,4 +57,4 @@ def write_missing_synthetic(data: DataConfig) -> None:
             print_status(f"generating synthetic data in {coco}")
             write_synthetic_data(coco, hard=data.synthetic == "hard")
         print_status(f"writing shards to {out}")
-        write_shards(coco / split, coco / "annotations" / f"instances_{split}.json", out)
+        write_source(coco_source(coco / split, coco / "annotations" / f"instances_{split}.json"), out)

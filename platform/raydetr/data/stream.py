@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
+from itertools import count, tee
 from typing import cast
 
 import numpy as np
@@ -105,9 +104,7 @@ class BatchSpec:
     start: int  # position of the first sample of the global batch
     position: int  # of the first sample of this batch
     indices: list[int]  # of the samples
-    order: SampleOrder | None = (
-        None  # earlier samples replace corrupt ones; None: of an evaluation, nothing does
-    )
+    order: SampleOrder | None = None  # its earlier samples replace corrupt ones; None: in an evaluation
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +119,9 @@ class BatchBuilder:
 
     def batches(self, worker: int, num_workers: int, out: Out | None) -> Iterator[Batch | None]:
         """Yield the batches of a loader process."""
-        for spec, raws in _read_ahead(self.shards, self.specs(worker, num_workers)):
+        specs, ahead = tee(self.specs(worker, num_workers))
+        read = self.shards.read_batches((spec.indices for spec in ahead), READ_AHEAD)
+        for spec, raws in zip(specs, read, strict=True):
             # A share without samples is a blank batch in training, and none in an evaluation
             yield self._batch(spec, raws, out) if spec.indices or spec.order else None
 
@@ -172,17 +171,3 @@ def _evaluation_specs(
     for number in range(worker, num_rounds, num_workers):
         start = (number * world_size + rank) * batch_size
         yield BatchSpec(start, start, list(range(start, min(start + batch_size, num_images))))
-
-
-def _read_ahead(
-    shards: Shards, specs: Iterable[BatchSpec]
-) -> Iterator[tuple[BatchSpec, list[RawSample | ShardError]]]:
-    """Yield each batch with its raw samples, while the reads of the next READ_AHEAD batches are in flight."""
-    pending = deque[tuple[BatchSpec, Callable[[], list[RawSample | ShardError]]]]()
-    for spec in specs:
-        pending.append((spec, shards.start(spec.indices)))
-        if len(pending) > READ_AHEAD:
-            first, wait = pending.popleft()
-            yield first, wait()
-    for spec, wait in pending:
-        yield spec, wait()

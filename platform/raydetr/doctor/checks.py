@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from raydetr.doctor.findings import Example, Finding, Integers, Level, TrainingTarget, counted, listed
+from raydetr.doctor.findings import Example, Finding, Integers, Level, TrainingTarget, counted
 from raydetr.doctor.scan import Flags, ScannedSplit, Split
+from raydetr.shards.coco import listed
 from raydetr.shards.manifest import MAX_LABEL
 from raydetr.shards.reader import check_same_categories
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,10 +44,8 @@ class Example:
     detail: str = ""
 
     def __str__(self) -> str:
-        if len(self.places) == 1:
-            where = str(self.places[0])
-        else:
-            where = " and ".join(f"{place.split} {place}" for place in self.places)
+        names = [f"{place.split} {place}" for place in self.places]
+        where = " and ".join(names) if len(names) > 1 else str(self.places[0])
         return f"{where}: {self.detail}" if self.detail else where
 
 
@@ -72,12 +69,6 @@ class Finding:
 def counted(count: int, singular: str, plural: str | None = None) -> str:
     """Format a count with its noun: `1 image`, `1,204 images`."""
     return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
-
-
-def listed(words: Sequence[object], most: int = 8) -> str:
-    """Format a list, shortened: `a, b, c and 4 more`."""
-    shown = ", ".join(map(str, words[:most]))
-    return f"{shown} and {len(words) - most} more" if len(words) > most else shown
 
 
 # --- The training that the data is examined for ---

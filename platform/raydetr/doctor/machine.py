@@ -16,6 +16,7 @@ import torch
 from packaging.requirements import Requirement
 
 from detrs.ops import NativeStatus, native_status
+from raydetr.console import table
 from raydetr.environment import cpu_name
 
 GIB = 2**30
@@ -23,10 +24,7 @@ GIB = 2**30
 # --- Hardware, as the operating system describes it ---
 
 # Flags of /proc/cpuinfo that each set of the operator's kernels needs (csrc/cpu/deform_attn.cpp)
-INSTRUCTION_SETS = {
-    "avx512": {"avx512f", "avx512dq", "avx512vl", "avx512bw"},
-    "avx2": {"avx2", "fma"},
-}
+INSTRUCTION_SETS = {"avx512": {"avx512f", "avx512dq", "avx512vl", "avx512bw"}, "avx2": {"avx2", "fma"}}
 MAX_CGROUP_LIMIT = 2**60  # cgroup v1 has no word for "no limit", only larger numbers
 
 
@@ -136,12 +134,11 @@ class EnvironmentReport:
 
     def to_text(self) -> str:
         """Format aligned lines, each remedy below its subject."""
-        width = max(len(line.subject) for line in self.lines)
-        text = []
+        rows = []
         for line in self.lines:
-            text.append(f"{line.state:<5}  {line.subject:<{width}}  {line.found}")
-            text += [f"{'':<5}  {'':<{width}}  -> {line.remedy}"] if line.remedy else []
-        return "\n".join(text)
+            rows.append((f"{line.state:<5}", line.subject, line.found))
+            rows += [("", "", f"-> {line.remedy}")] if line.remedy else []
+        return table(rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

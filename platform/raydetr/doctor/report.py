@@ -14,10 +14,10 @@ import jinja2
 import numpy as np
 import numpy.typing as npt
 
-from raydetr.console import print_status
+from raydetr.console import print_status, table
 from raydetr.doctor.checks import SMALL, TINY, small_per_class
 from raydetr.doctor.findings import LEVELS, Finding, Place, TrainingTarget, counted
-from raydetr.doctor.scan import ScannedSplit, is_box, read_unchecked
+from raydetr.doctor.scan import ScannedSplit, is_valid_box, read_unchecked
 from raydetr.shards.images import ImageError, decode_image
 from raydetr.shards.manifest import MAX_LABEL
 from raydetr.visualization.boxes import coco_boxes, draw_boxes
@@ -55,9 +55,8 @@ def split_statistics(scanned: ScannedSplit) -> Statistics:
         "empty_images": int((per_image == 0).sum()),  # Without an object
         "objects": int(usable.sum()),
         "crowds": int(is_crowd.sum()),  # Annotations of crowds
-        "unusable_boxes": int(
-            (~usable & ~is_crowd).sum()
-        ),  # No box, without area in the image, of no category
+        # No box, without area in the image, of no category
+        "unusable_boxes": int((~usable & ~is_crowd).sum()),
         "objects_per_image": percentiles(per_image, {"p50": 50, "p90": 90, "p99": 99, "max": 100}),
         # With each label map; None: not possible
         "classes": {"contiguous": num_classes, "category_id": highest + 1 if highest <= MAX_LABEL else None},
@@ -132,7 +131,7 @@ class Report:
 
     def to_text(self) -> str:
         """Format a table of statistics, the findings and the verdict."""
-        parts = [_table(self.summary())] if self.statistics else []
+        parts = [table(self.summary(), right=True)] if self.statistics else []
         parts += [_finding_text(finding) for finding in self.findings]
         return "\n\n".join([*parts, self.verdict()])
 
@@ -189,16 +188,6 @@ def _percent(fraction: float | None) -> str:
 
 
 # --- Text ---
-
-
-def _table(rows: list[list[str]]) -> str:
-    """Format rows as lines, with the first column aligned left and the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def _finding_text(finding: Finding) -> str:
@@ -267,7 +256,7 @@ def _picture(report: Report, place: Place, is_pair: bool) -> str | None:
     if place.annotations or is_pair:
         records = [records[number] for number in place.annotations]
     names = {category["id"]: category["name"] for category in shards.manifest.categories}
-    boxes = coco_boxes([record for record in records if is_box(record.get("bbox"))], names)
+    boxes = coco_boxes([record for record in records if is_valid_box(record.get("bbox"))], names)
     buffer = io.BytesIO()
     try:
         draw_boxes(image, boxes, IMAGE_SIDE).save(buffer, "JPEG", quality=JPEG_QUALITY)

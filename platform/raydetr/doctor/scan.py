@@ -21,7 +21,7 @@ from PIL import Image
 
 from raydetr.doctor.findings import MAX_EXAMPLES, Example, Floats, Integers, Place, TrainingTarget
 from raydetr.process_pool import Progress, run_tasks
-from raydetr.shards.coco import is_wrong_area
+from raydetr.shards.coco import is_box, is_wrong_area
 from raydetr.shards.images import ImageError, decode_image, read_header
 from raydetr.shards.reader import ShardError, Shards
 from raydetr.shards.validation import InvalidDataError, RawSample, parse_content
@@ -71,14 +71,9 @@ def read_unchecked(shards: Shards, index: int) -> RawSample | None:
     return RawSample(shards.key(index), image, image_record, records)
 
 
-def is_box(value: object) -> bool:
+def is_valid_box(value: Any) -> bool:
     """Return whether a value is [x, y, width, height]: four finite numbers, no negative size."""
-    return (
-        isinstance(value, list)
-        and len(value) == 4
-        and all(isinstance(side, int | float) and math.isfinite(side) for side in value)
-        and min(value[2:]) >= 0
-    )
+    return is_box(value) and min(value[2:]) >= 0
 
 
 # --- Scanning, in parallel processes ---
@@ -133,8 +128,8 @@ def scan(shards: Shards, *, progress: Progress | None = None, num_processes: int
         (start, replace(shards, samples=shards.samples[start : start + CHUNK]))
         for start in range(0, total, CHUNK)
     )
-    report = (lambda done: progress(done, total)) if progress else None
-    with closing(run_tasks(_scan_slice, tasks, workers=num_processes, progress=report)) as results:
+    running = run_tasks(_scan_slice, tasks, workers=num_processes, progress=progress, total=total)
+    with closing(running) as results:
         scanned = list(results)
     return ScanResult(
         np.concatenate([result.images for result in scanned]),
@@ -177,7 +172,7 @@ def _object_row(sample: int, position: int, record: dict[str, Any]) -> tuple[Any
     category_id, box = record.get("category_id"), record.get("bbox")
     if not isinstance(category_id, int) or not 0 <= category_id < 2**63:
         category_id = -1
-    is_valid = is_box(box)
+    is_valid = is_valid_box(box)
     numbers = tuple(box) if box is not None and is_valid else (math.nan,) * 4
     is_crowd, area = bool(record.get("iscrowd", 0)), record.get("area")
     is_wrong = (

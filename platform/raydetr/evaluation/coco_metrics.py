@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from pycocotools import coco, cocoeval
 
+from raydetr.console import table
+
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 AP_FILE = "evaluation/ap.json"  # artifact of a run: `ApTable.to_dict()` of its last evaluation
 
@@ -76,7 +78,7 @@ class ApTable:
 
     def to_text(self) -> str:
         """Return two plain-text tables: the twelve metrics, then the classes."""
-        return f"{_align(self._number_rows())}\n\n{_align([_CLASS_HEADER, *self._class_rows()])}\n"
+        return f"{table(self._number_rows())}\n\n{table([_CLASS_HEADER, *self._class_rows()])}\n"
 
     def to_markdown(self) -> str:
         """Return the same two tables as Markdown."""
@@ -178,12 +180,6 @@ def _mean(precision: Any) -> float:
 
 def _format(value: float) -> str:
     return "-" if value < 0 else f"{value:.3f}"
-
-
-def _align(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def _markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

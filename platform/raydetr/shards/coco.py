@@ -83,12 +83,12 @@ def load_coco(path: Path) -> CocoDataset:
         ValueError: the file is missing, is not JSON, or violates COCO's format; the message counts all problems and
             lists the first ten with field, value and remedy.
     """
-    data, sha256 = _read_json(path, "a COCO annotation file")
+    data, content = read_document(path, parse_json, "JSON", "a COCO annotation file")
     if not isinstance(data, dict):
         raise ValueError(
             f"{path}: holds a {type(data).__name__}, not an object with images, annotations and categories"
         )
-    return check_records(data, path, sha256)
+    return check_records(data, path, hashlib.sha256(content).hexdigest())
 
 
 def check_records(data: Record, source: object, sha256: str) -> CocoDataset:
@@ -144,7 +144,7 @@ def read_categories(path: Path) -> list[Record]:
     Raises:
         ValueError: it holds no categories.
     """
-    data, _ = _read_json(path, "a JSON file of categories")
+    data, _ = read_document(path, parse_json, "JSON", "a JSON file of categories")
     records: Any = data.get("categories") if isinstance(data, dict) else data
     if isinstance(records, list) and all(isinstance(name, str) for name in records):
         records = [{"id": number, "name": name} for number, name in enumerate(records)]
@@ -189,15 +189,19 @@ def usable_boxes(
     return np.array(boxes, dtype=np.float64).reshape(-1, 4), category_ids
 
 
-def _read_json(path: Path, wanted: str) -> tuple[Any, str]:
-    """Return the content of a JSON file and its sha256; `wanted` is what the user should have named."""
+def read_document(path: Path, parse: Callable[[bytes], Any], kind: str, wanted: str) -> tuple[Any, bytes]:
+    """Return the parsed content of a file, JSON or YAML, and its bytes; the user should have named a `wanted`.
+
+    Raises:
+        ValueError: it cannot be read, or is not of this kind.
+    """
     try:
         content = read_file(path)
-        return parse_json(content), hashlib.sha256(content).hexdigest()
+        return parse(content), content
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}): name {wanted}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error}): name {wanted}") from None
+        raise ValueError(f"{path}: is not {kind} ({error}): name {wanted}") from None
 
 
 def _by_id(
@@ -316,10 +320,10 @@ def _notices(images: dict[int, Record], annotations: dict[int, list[Record]]) ->
             for kind in unusual_kinds(record, images[image_id]["width"], images[image_id]["height"]):
                 found[kind].append(record["id"])
     empty = [image_id for image_id in images if image_id not in annotations]
-    lines = [f"{len(ids)} {UNUSUAL[kind]} (annotations {listing(ids)})" for kind, ids in found.items() if ids]
+    lines = [f"{len(ids)} {UNUSUAL[kind]} (annotations {listed(ids)})" for kind, ids in found.items() if ids]
     if empty:
         text = "images without annotations: kept, training sees them as background"
-        lines.insert(0, f"{len(empty)} {text} (images {listing(empty)})")
+        lines.insert(0, f"{len(empty)} {text} (images {listed(empty)})")
     num_clamped, num_objects = len(found["clamped"]), sum(map(len, annotations.values()))
     if num_clamped > SUSPICIOUS_SHARE * num_objects:
         lines.append(
@@ -344,14 +348,15 @@ def _repeated_files(images: Iterable[Record]) -> list[str]:
         return []
     name, numbers = next(iter(repeated.items()))
     return [
-        f"{len(repeated)} files are named by several images, such as {name} (images {listing(numbers)}): each copy is "
+        f"{len(repeated)} files are named by several images, such as {name} (images {listed(numbers)}): each copy is "
         "trained on with its own annotations only; give each file one image with all of its annotations"
     ]
 
 
-def listing(numbers: Sequence[int]) -> str:
-    """Return the first five numbers, separated by commas."""
-    return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+def listed(words: Sequence[object], most: int = 8) -> str:
+    """Format a list, shortened: `a, b, c and 4 more`."""
+    shown = ", ".join(map(str, words[:most]))
+    return f"{shown} and {len(words) - most} more" if len(words) > most else shown
 
 
 def _found(record: Record, key: str) -> str:

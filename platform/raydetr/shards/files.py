@@ -20,9 +20,7 @@ Span = tuple[int, int, int]  # shard number, offset, length
 class ShardFiles(Protocol):
     """Reads byte ranges of shards. Not thread-safe; unpickled copies open their own files."""
 
-    @property
-    def names(self) -> Sequence[str]:
-        """Location of each shard, for messages."""
+    names: list[str]  # location of each shard, for messages
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
         """Read `length` bytes, or fewer at the end of the file.

@@ -31,14 +31,8 @@ MAX_ZEROS = 64
 
 # The exceptions that Pillow raises for images that cannot be decoded
 PILLOW_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    KeyError,
-    struct.error,
-    Image.DecompressionBombError,
-)
+    OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error, Image.DecompressionBombError
+)  # fmt: skip
 
 Pixels = npt.NDArray[np.uint8]  # [h, w, 3], RGB
 

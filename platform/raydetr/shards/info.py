@@ -12,7 +12,7 @@ from raydetr.process_pool import Progress
 from raydetr.shards.reader import Shards
 from raydetr.shards.validation import InvalidDataError, parse_content
 
-PERCENTILES = (0, 5, 50, 95, 100)
+PERCENTILES = {0: "min", 5: "5%", 50: "median", 95: "95%", 100: "max"}
 COLUMNS = {"width": "width", "height": "height", "annotations": "num_annotations", "bytes": "length"}
 
 
@@ -62,7 +62,7 @@ def to_text(info: dict[str, Any]) -> str:
         f"shards       {info['shards']:,} of up to {info['samples_per_shard']:,} images, "
         f"{info['bytes'] / 2**20:,.1f} MiB",
         "",
-        "per image    " + "".join(f"{_percentile_name(percentile):>12}" for percentile in PERCENTILES),
+        "per image    " + "".join(f"{name:>12}" for name in PERCENTILES.values()),
     ]
     for name, values in info["percentiles"].items():
         lines.append(f"{name:<13}" + "".join(f"{value:>12,}" for value in values.values()))
@@ -83,16 +83,11 @@ def _count_categories(shards: Shards, progress: Progress | None) -> dict[int, in
             for annotation in parse_content(text)[1]:
                 counts[annotation["category_id"]] += 1
         except (OSError, InvalidDataError, KeyError, TypeError) as error:
-            shards.raise_corrupt(index, str(error))
+            raise shards.corrupt(index, str(error)) from None
         if progress:
             progress(index + 1, shards.num_samples)
     return counts
 
 
 def _percentiles(column: npt.NDArray[Any]) -> dict[str, int]:
-    values = np.percentile(column, PERCENTILES, method="lower")
-    return {str(percentile): int(value) for percentile, value in zip(PERCENTILES, values, strict=True)}
-
-
-def _percentile_name(percentile: int) -> str:
-    return {0: "min", 50: "median", 100: "max"}.get(percentile, f"{percentile}%")
+    return {str(percent): int(np.percentile(column, percent, method="lower")) for percent in PERCENTILES}

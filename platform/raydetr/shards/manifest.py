@@ -12,10 +12,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 
 from raydetr.config import LabelMapKind
-from raydetr.user_files import parse_json
 
 MANIFEST = "manifest.json"
 INDEX = "index.npz"
@@ -108,9 +107,7 @@ class Manifest:
     fingerprint: str  # changes with any byte of any sample, their order, and the categories
     num_samples: Count
     num_annotations: Count
-    usable_objects: dict[
-        str, Count
-    ]  # category id -> objects that train: no crowds, with an area in their image
+    usable_objects: dict[str, Count]  # category id -> objects that train: no crowds, with area in the image
     unusual_objects: dict[str, Count]  # kind (`coco.UNUSUAL`) -> objects
     samples_per_shard: Count
     shards: list[ShardFile]
@@ -129,30 +126,6 @@ class Manifest:
         """Write `manifest.json`."""
         content = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False)
         (folder / MANIFEST).write_text(f"{content}\n")
-
-    @staticmethod
-    def parse(content: bytes) -> Manifest:
-        """Parse the content of a `manifest.json`, with no checks but those of its fields' types.
-
-        Raises:
-            ValueError: it is corrupt, or has another format version.
-        """
-        try:
-            values = parse_json(content)
-            version = values.get("format_version") if isinstance(values, dict) else None
-            if version is not None and version != FORMAT_VERSION:
-                raise ValueError(f"format_version is {version!r:.40}, this program reads {FORMAT_VERSION}")
-            return _MANIFEST.validate_python(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
-            found = f"{field}: {first['msg']}, found {first['input']!r:.80}"
-            raise ValueError(f"is not a manifest of shards ({found})") from None
-        except ValueError as error:
-            raise ValueError(f"is not a manifest of shards ({error})") from None
-
-
-_MANIFEST = TypeAdapter(Manifest)
 
 
 def sample_key(image_id: int) -> str:

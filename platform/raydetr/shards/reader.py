@@ -6,16 +6,18 @@ import dataclasses
 import errno
 import io
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from raydetr.config import LabelMapKind, RemoteConfig
 from raydetr.config.paths import check_location, is_remote, local_folder
+from raydetr.shards.coco import listed
 from raydetr.shards.files import LocalFolder, ShardFiles, Span
 from raydetr.shards.manifest import (
     INDEX,
@@ -29,35 +31,27 @@ from raydetr.shards.manifest import (
     sample_key,
 )
 from raydetr.shards.remote.reading import RemoteFolder
-from raydetr.shards.validation import (
-    InvalidDataError,
-    RawSample,
-    check_index,
-    parse_manifest,
-    parse_sample,
-)
+from raydetr.shards.validation import InvalidDataError, RawSample, check_index, parse_manifest, parse_sample
 from raydetr.store.retry import RemoteError
 
 T = TypeVar("T")
 Folder = LocalFolder | RemoteFolder
 
 
-def load_header(folder: Folder) -> tuple[Manifest, Samples]:
-    """Read the manifest and the index of a folder of shards, and verify that they belong together.
+def load_shards(folder: Folder, label_map: LabelMapKind = "contiguous") -> Shards:
+    """Read manifest and index of a folder, and verify that they belong together; the shards may be missing.
 
     Raises:
         ValueError: a file is missing or corrupt, or they belong to different shards.
     """
     manifest = _load(folder, MANIFEST, parse_manifest)
-    return manifest, _load(folder, INDEX, lambda content: _parse_index(content, manifest))
+    samples = _load(folder, INDEX, lambda content: _parse_index(content, manifest))
+    labels, files = make_label_map(manifest.categories, label_map), folder.files(manifest, samples)
+    return Shards(folder.location, manifest, samples, labels, manifest.fingerprint, files)
 
 
-def check_sizes(folder: Folder, manifest: Manifest) -> None:
-    """Verify that every shard exists and has the size in the manifest.
-
-    Raises:
-        ValueError: a shard does not; the message lists up to ten.
-    """
+def _check_sizes(folder: Folder, manifest: Manifest) -> None:
+    """Verify that every shard exists and has the size in the manifest."""
     found = folder.sizes([shard.name for shard in manifest.shards])
     problems = [
         f"{shard.name} has {found[shard.name]} bytes instead of {shard.size}"
@@ -67,9 +61,8 @@ def check_sizes(folder: Folder, manifest: Manifest) -> None:
         if found.get(shard.name) != shard.size
     ]
     if problems:
-        more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
-        listing = "; ".join([*problems[:10], *more])
-        raise ValueError(f"{folder.location}: {listing}: copy these shards again, or write the shards again")
+        remedy = "copy these shards again, or write the shards again"
+        raise ValueError(f"{folder.location}: {listed(problems, 10)}: {remedy}")
 
 
 def _load(folder: Folder, name: str, parse: Callable[[bytes], T]) -> T:
@@ -179,11 +172,7 @@ class Shards:
         return self._read_by(self.files.read, index)
 
     def reread(self, index: int) -> RawSample:
-        """Read one sample again, from its origin and not from a cached copy that may be corrupt.
-
-        Raises:
-            ShardError: as `read`.
-        """
+        """Read one sample like `read`, from its origin and not from a cached copy that may be corrupt."""
         return self._read_by(self.files.reread, index)
 
     def read_many(self, indices: Sequence[int]) -> list[RawSample | ShardError]:
@@ -192,23 +181,29 @@ class Shards:
         Raises:
             RemoteError: a server cannot be reached, or rejects the request.
         """
-        return self.start(indices)()
+        return self._start(indices)()
 
-    def start(self, indices: Sequence[int]) -> Callable[[], list[RawSample | ShardError]]:
-        """Start reading samples like `read_many`, remote ones in the background; the returned function waits."""
+    def _start(self, indices: Sequence[int]) -> Callable[[], list[RawSample | ShardError]]:
+        """Start reading samples, remote ones in the background; the returned function waits."""
         wait = self.files.start([self.span(index) for index in indices])
-        return lambda: [self._checked(index, raw) for index, raw in zip(indices, wait(), strict=True)]
+        return lambda: [self._check(index, raw) for index, raw in zip(indices, wait(), strict=True)]
+
+    def read_batches(
+        self, batches: Iterable[Sequence[int]], ahead: int = 2
+    ) -> Iterator[list[RawSample | ShardError]]:
+        """Yield batches like `read_many`; the next `ahead` ones, if remote, are fetched in the meantime."""
+        started = deque[Callable[[], list[RawSample | ShardError]]]()
+        for batch in batches:
+            started.append(self._start(batch))
+            if len(started) > ahead:
+                yield started.popleft()()
+        for wait in started:
+            yield wait()
 
     def read_in_order(self, indices: Sequence[int]) -> Iterator[RawSample | ShardError]:
         """Yield any number of samples, like `read_many`; the next remote ones are fetched in the meantime."""
-        batches = [indices[at : at + READ_BATCH_SIZE] for at in range(0, len(indices), READ_BATCH_SIZE)]
-        started = deque[Callable[[], list[RawSample | ShardError]]]()
-        for batch in batches:
-            started.append(self.start(batch))
-            if len(started) > 2:
-                yield from started.popleft()()
-        for wait in started:
-            yield from wait()
+        starts = range(0, len(indices), READ_BATCH_SIZE)
+        return chain.from_iterable(self.read_batches(indices[at : at + READ_BATCH_SIZE] for at in starts))
 
     def span(self, index: int) -> Span:
         """Return shard number, offset and length of a sample."""
@@ -238,35 +233,26 @@ class Shards:
             raw: bytes | OSError = read(*self.span(index))
         except OSError as error:
             raw = error
-        return self.check(index, raw)
+        sample = self._check(index, raw)
+        if isinstance(sample, ShardError):
+            raise sample
+        return sample
 
-    def _checked(self, index: int, raw: bytes | OSError) -> RawSample | ShardError:
-        try:
-            return self.check(index, raw)
-        except ShardError as error:
-            return error
-
-    def check(self, index: int, raw: bytes | OSError) -> RawSample:
-        """Verify the bytes that were read for a sample, or the error instead of them, and parse them.
-
-        Raises:
-            ShardError: they do not match the index, or could not be read.
-            RemoteError: the server failed.
-            OSError: the file server of a mount was away.
-        """
+    def _check(self, index: int, raw: bytes | OSError) -> RawSample | ShardError:
+        """Verify the bytes that were read for a sample, or the error instead of them, and parse them."""
         if isinstance(raw, RemoteError):
             raise raw  # the server failed; no sample is corrupt
         if isinstance(raw, OSError):
             if raw.errno in DISCONNECTED:
                 raise raw  # nor is one if the file server was away
-            self.raise_corrupt(index, f"it cannot be read ({raw})", raw.errno)
+            return self.corrupt(index, f"it cannot be read ({raw})", raw.errno)
         try:
             return parse_sample(self.samples[index], self.key(index), raw, self.category_ids)
         except InvalidDataError as error:
-            self.raise_corrupt(index, str(error))
+            return self.corrupt(index, str(error))
 
-    def raise_corrupt(self, index: int, reason: str, code: int | None = None) -> NoReturn:
-        """Raise a ShardError that names shard and key of a sample; `code` is the errno if it could not be read."""
+    def corrupt(self, index: int, reason: str, code: int | None = None) -> ShardError:
+        """Return the error about a corrupt sample, which names its shard and key; `code` is an errno of reading it."""
         row = self.samples[index]
         shard, key, offset = self.files.names[row["shard"]], self.key(index), int(row["offset"])
         error = ShardError(
@@ -274,7 +260,7 @@ class Shards:
             f"{reason}; copy the shard again, or write the shards again"
         )
         error.shard, error.key, error.offset, error.reason, error.errno = shard, key, offset, reason, code
-        raise error
+        return error
 
 
 def open_shards(
@@ -287,7 +273,7 @@ def open_shards(
     """Open a folder of shards after verifying manifest, index, and the size of every shard.
 
     Args:
-        location: folder with the output of `write_shards`, or its s3://, gs://, az://, http(s):// or file:// URL.
+        location: folder with the output of `write_source`, or its s3://, gs://, az://, http(s):// or file:// URL.
         label_map: how category ids become labels (see `make_label_map`).
         remote: how to read a remote folder; None uses the default settings.
         sizes_known: skip checking the sizes of remote shards, because another process of the run did it.
@@ -300,12 +286,10 @@ def open_shards(
     folder = (
         RemoteFolder(location, remote or RemoteConfig()) if is_remote(location) else LocalFolder(location)
     )
-    manifest, samples = load_header(folder)
+    shards = load_shards(folder, label_map)
     if isinstance(folder, LocalFolder) or not sizes_known:
-        check_sizes(folder, manifest)
-    labels = make_label_map(manifest.categories, label_map)
-    files = folder.files(manifest, samples)
-    return Shards(folder.location, manifest, samples, labels, manifest.fingerprint, files)
+        _check_sizes(folder, shards.manifest)
+    return shards
 
 
 def check_same_categories(train: Shards, val: Shards) -> None:

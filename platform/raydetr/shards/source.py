@@ -50,7 +50,7 @@ class Source:
 
 
 def coco_source(images: Path, annotations: Path) -> Source:
-    """Read a COCO data set from an instances JSON and the folder of its images.
+    """Read a COCO data set from the folder of its images and an instances JSON, in whose order the images are.
 
     Raises:
         ValueError: the folder is missing, or the annotations are invalid.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import colorsys
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
+from raydetr.process_pool import Progress
 from raydetr.store.output_folder import atomic_folder
 
 SIDE = 96
@@ -65,7 +65,7 @@ def write_synthetic_data(
     seed: int = 0,
     num_train: int = 2400,
     num_val: int = 500,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write `annotations/instances_{train,val}.json`, `train/` and `val/` below `out`.
 
@@ -101,14 +101,10 @@ def write_synthetic_data(
                 done += 1
                 if progress:
                     progress(done, total)
-            content = {
-                "info": {"description": "raydetr synthetic data: procedural shapes"},
-                "images": images,
-                "annotations": annotations,
-                "categories": categories,
-            }
+            info = {"description": "raydetr synthetic data: procedural shapes"}
+            records = {"images": images, "annotations": annotations, "categories": categories}
             path = folder / "annotations" / f"instances_{split}.json"
-            path.write_text(json.dumps(content, allow_nan=False))
+            path.write_text(json.dumps({"info": info, **records}, allow_nan=False))
 
 
 def draw_image(variant: Variant, seed: int, split: str, index: int) -> tuple[Image.Image, list[Shape]]:

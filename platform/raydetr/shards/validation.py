@@ -14,9 +14,10 @@ from pathlib import PurePath
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
-from raydetr.shards.coco import Problems, annotation_problems, checked_categories, listing
-from raydetr.shards.manifest import SAMPLE_DTYPE, Manifest, Samples
+from raydetr.shards.coco import Problems, annotation_problems, checked_categories, listed
+from raydetr.shards.manifest import FORMAT_VERSION, SAMPLE_DTYPE, Manifest, Samples
 from raydetr.user_files import parse_json
 
 TAR_BLOCK = 512
@@ -102,13 +103,23 @@ def parse_content(text: bytes) -> Records:
 
 
 def parse_manifest(content: bytes) -> Manifest:
-    """Parse the content of a `manifest.json`, and verify what reading relies on beyond the types of its fields.
+    """Parse the content of a `manifest.json`, and verify what reading relies on.
 
     Raises:
-        InvalidDataError: a shard's name is not valid, or occurs twice.
-        ValueError: a part is invalid; the message names it.
+        ValueError, InvalidDataError: it is corrupt or has another format version; the message names the invalid part.
     """
-    manifest = Manifest.parse(content)
+    try:
+        values = parse_json(content)
+        version = values.get("format_version") if isinstance(values, dict) else None
+        if version is not None and version != FORMAT_VERSION:
+            raise ValueError(f"format_version is {version!r:.40}, this program reads {FORMAT_VERSION}")
+        manifest = TypeAdapter(Manifest).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, found {first['input']!r:.80}"
+        raise ValueError(f"is not a manifest of shards ({found})") from None
+    except ValueError as error:
+        raise ValueError(f"is not a manifest of shards ({error})") from None
     names = [shard.name for shard in manifest.shards]
     if not names:
         raise InvalidDataError("it has no shards")
@@ -156,7 +167,7 @@ def check_index(samples: Samples, manifest: Manifest) -> None:
     num_annotations = int(samples["num_annotations"].sum(dtype=np.int64))
     if counts != stated or len(samples) != manifest.num_samples:
         raise InvalidDataError(
-            f"it has {listing(counts)} samples in the shards, the manifest has {listing(stated)}"
+            f"it has {listed(counts)} samples in the shards, the manifest has {listed(stated)}"
         )
     if num_annotations != manifest.num_annotations:
         raise InvalidDataError(

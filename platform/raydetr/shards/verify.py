@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from contextlib import closing
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from raydetr.process_pool import Advance, Progress, run_tasks
 from raydetr.shards.coco import Problems
 from raydetr.shards.files import LocalFolder
 from raydetr.shards.images import check_image
-from raydetr.shards.manifest import MANIFEST, Manifest, label_maps, make_label_map
-from raydetr.shards.reader import ShardError, Shards, load_header
+from raydetr.shards.manifest import MANIFEST, Manifest, label_maps
+from raydetr.shards.reader import ShardError, Shards, load_shards
 from raydetr.shards.tar_samples import tar_samples
 from raydetr.shards.validation import InvalidDataError
 
@@ -33,21 +33,16 @@ def check_shards(folder: Path, *, workers: int = 1, progress: Progress | None = 
     Raises:
         ValueError: there are problems; the message counts them and lists the first ten with shard and key.
     """
-    local = LocalFolder(folder)
-    manifest, samples = load_header(local)
+    shards = load_shards(LocalFolder(folder))
+    manifest = shards.manifest
     problems = Problems(folder, "problem")
     _check_folder(folder, manifest, problems)
-    labels = make_label_map(manifest.categories, "contiguous")
-    files = local.files(manifest, samples)
-    shards = Shards(str(folder), manifest, samples, labels, manifest.fingerprint, files)
-    bounds = np.searchsorted(samples["shard"], np.arange(len(manifest.shards) + 1))
-    parts = [dataclasses.replace(shards, samples=samples[begin:end]) for begin, end in pairwise(bounds)]
-    total = manifest.num_samples
-    advance = (lambda done: progress(done, total)) if progress else None
+    bounds = np.searchsorted(shards.samples["shard"], np.arange(len(manifest.shards) + 1))
+    parts = [replace(shards, samples=shards.samples[begin:end]) for begin, end in pairwise(bounds)]
     ids: list[int] = []
-    with closing(
-        run_tasks(check_shard, enumerate(parts), workers=min(workers, len(parts)), progress=advance)
-    ) as results:
+    workers, total = min(workers, len(parts)), shards.num_samples
+    checked = run_tasks(check_shard, enumerate(parts), workers=workers, progress=progress, total=total)
+    with closing(checked) as results:
         for found, annotation_ids in results:
             problems.add_all(found)
             ids += annotation_ids
@@ -71,7 +66,9 @@ def check_shard(part: Part, advance: Advance) -> tuple[Problems, list[int]]:
     _check_members(path, part, problems)
     for index in range(shards.num_samples):
         try:
-            annotation_ids += _check_sample(shards, index)
+            raw, row = shards.read(index), shards.samples[index]
+            annotation_ids += [annotation["id"] for annotation in raw.annotations]
+            check_image(raw.image, (int(row["width"]), int(row["height"])))
         except ShardError as error:
             problems.add(f"sample {error.key} at byte {error.offset}: {error.reason}")
         except ValueError as error:
@@ -122,11 +119,3 @@ def _check_members(path: Path, part: Part, problems: Problems) -> None:
         return
     if index < shards.num_samples:
         problems.add(f"sample {shards.key(index)} is in the index but not in the tar")
-
-
-def _check_sample(shards: Shards, index: int) -> list[int]:
-    """Check a sample; return the ids of its annotations."""
-    raw = shards.read(index)
-    row = shards.samples[index]
-    check_image(raw.image, (int(row["width"]), int(row["height"])))
-    return [annotation["id"] for annotation in raw.annotations]

@@ -39,7 +39,7 @@ from raydetr.shards.manifest import (
     label_maps,
     sample_key,
 )
-from raydetr.shards.source import ImageFile, Source, coco_source
+from raydetr.shards.source import ImageFile, Source
 from raydetr.shards.tar_samples import tar_samples
 from raydetr.store.output_folder import publish, resumable_folder, write_atomically
 
@@ -60,9 +60,7 @@ class ShardTask:
 
     number: int
     path: Path  # of the tar file
-    samples: list[
-        tuple[ImageFile, Record, list[Record]]
-    ]  # each with the records of the image and its objects
+    samples: list[tuple[ImageFile, Record, list[Record]]]  # image, its record and those of its objects
     on_corrupt: OnCorruptImage
 
     @property
@@ -217,30 +215,6 @@ def _shard_file(task: ShardTask, counts: Counts) -> ShardFile:
     return ShardFile(task.path.name, num_samples, task.path.stat().st_size, digest)
 
 
-def write_shards(
-    images: Path,
-    annotations: Path,
-    out: Path,
-    *,
-    samples_per_shard: int = 1000,
-    workers: int = 1,
-    progress: Progress | None = None,
-) -> Manifest:
-    """Write a COCO data set as shards, in the order of its annotation file: see `write_source`.
-
-    Args:
-        images: folder of the image files.
-        annotations: COCO instances JSON.
-        out, samples_per_shard, workers, progress: as for `write_source`.
-
-    Raises:
-        ValueError: as `write_source`, or the annotations are invalid (the first problems are listed).
-        OSError: as `write_source`.
-    """
-    source = coco_source(images, annotations)
-    return write_source(source, out, samples_per_shard=samples_per_shard, workers=workers, progress=progress)
-
-
 def write_source(
     source: Source,
     out: Path,
@@ -273,17 +247,19 @@ def write_source(
     for name, value in (("samples_per_shard", samples_per_shard), ("workers", workers)):
         if value < 1:
             raise ValueError(f"{name} is {value}: it must be at least 1")
-    total = len(source.files)
-    advance = (lambda done: progress(done, total)) if progress else None
     with resumable_folder(out) as folder:
         num_found = len(list(folder.glob("*.tar.json")))
         tasks = _tasks(source, folder, samples_per_shard, on_corrupt)
+        workers, total = min(workers, len(tasks)), len(source.files)
         with closing(
-            run_tasks(pack_shard, tasks, workers=min(workers, len(tasks)), progress=advance)
+            run_tasks(pack_shard, tasks, workers=workers, progress=progress, total=total)
         ) as results:
             packed = list(results)
+        num_reused = sum(shard.reused for shard in packed)
         if num_found and notify:
-            notify(_describe_reuse(num_found, sum(shard.reused for shard in packed)))
+            discarded = f", {num_found - num_reused} (corrupt, or with other input) were discarded"
+            text = f"an earlier run did not finish: {num_reused} of its finished shards were reused"
+            notify(text + (discarded if num_reused < num_found else ""))
         _raise_problems(packed, source, folder)
         return _finish(source, folder, packed, samples_per_shard)
 
@@ -352,10 +328,3 @@ def _finish(source: Source, folder: Path, packed: list[PackedShard], samples_per
 
 def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return dict(sorted(sum(map(Counter, counts), Counter[str]()).items()))
-
-
-def _describe_reuse(num_found: int, num_reused: int) -> str:
-    line = f"an earlier run did not finish: {num_reused} of its finished shards were reused"
-    if num_reused < num_found:
-        line += f", {num_found - num_reused} (corrupt, or with other input) were discarded"
-    return line

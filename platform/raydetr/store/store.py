@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -166,10 +167,8 @@ class Store:
 
     def delete(self, file: str) -> None:
         """Delete a file, if it is there."""
-        try:
+        with suppress(FileNotFoundError):
             self._call(file, lambda: obstore.delete(self._store, file))
-        except FileNotFoundError:
-            return
 
     def _call(self, file: str, attempt: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
         global _used_by

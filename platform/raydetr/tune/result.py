@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from raydetr import recipes
 from raydetr.config import ConfigError, RunConfig, flatten, parse_assignments, to_dict
+from raydetr.console import table
 from raydetr.tune.cluster import LeakedResource
 
 Status = Literal["running", "finished", "stopped by ASHA", "failed", "interrupted"]
@@ -94,10 +95,8 @@ def trial_table(trials: Sequence[Trial], epochs: int) -> str:
         ]
         for trial in trials
     ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in [head, *rows]]
-    lines += [f"trial {trial.number} failed: {trial.cause}" for trial in trials if trial.status == "failed"]
-    return "\n".join(lines)
+    failed = [f"trial {trial.number} failed: {trial.cause}" for trial in trials if trial.status == "failed"]
+    return "\n".join([table([head, *rows]), *failed])
 
 
 def trials_as_json(trials: Sequence[Trial]) -> str:

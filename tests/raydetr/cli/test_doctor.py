@@ -207,11 +207,12 @@ def test_photographs_have_no_false_errors(doctor, tmp_path: Path) -> None:
     folder = os.environ.get("RAYDETR_COCO_TINY")
     if not folder:
         pytest.skip("RAYDETR_COCO_TINY does not name a folder with annotations/, train2017/ and val2017/")
-    from raydetr.shards.writer import write_shards
+    from raydetr.shards.source import coco_source
+    from raydetr.shards.writer import write_source
 
     for split in ("train", "val"):
         annotations = Path(folder) / "annotations" / f"instances_{split}2017.json"
-        write_shards(Path(folder) / f"{split}2017", annotations, tmp_path / "coco" / split)
+        write_source(coco_source(Path(folder) / f"{split}2017", annotations), tmp_path / "coco" / split)
     outcome = doctor("coco/train", "coco/val", "--recipe", "dino_r50_4scale_12ep", "--json", "coco.json")
     assert outcome.code == 0
     result = json.loads((tmp_path / "coco.json").read_text())

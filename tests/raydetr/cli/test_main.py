@@ -15,7 +15,8 @@ from command_line import CommandLine
 from raydetr import recipes
 from raydetr.cli import main as cli
 from raydetr.config import from_yaml, override
-from raydetr.shards.writer import write_shards
+from raydetr.shards.source import coco_source
+from raydetr.shards.writer import write_source
 from raydetr.tracking.events import read_events
 
 
@@ -150,8 +151,9 @@ def test_a_checkpoint_is_refused_on_data_with_other_categories(raydetr, tmp_path
     raydetr("synthetic-data", "--out", "shapes", "--num-train", 8, "--num-val", 8)
     raydetr("synthetic-data", "--out", "hard", "--hard", "--num-train", 8, "--num-val", 8)
     for name in ("shapes", "hard"):
-        write_shards(
-            Path(name, "train"), Path(name, "annotations/instances_train.json"), Path(name, "shards")
+        write_source(
+            coco_source(Path(name, "train"), Path(name, "annotations/instances_train.json")),
+            Path(name, "shards"),
         )
     trained = raydetr(
         "train", "quickstart", "--local", "data.synthetic=null", "data.train=shapes/shards", "data.val=shapes/shards",
@@ -166,7 +168,9 @@ def test_a_checkpoint_is_refused_on_data_with_other_categories(raydetr, tmp_path
 
 def test_overfit_writes_its_numbers_and_image_grid(raydetr, tmp_path: Path) -> None:
     raydetr("synthetic-data", "--out", "shapes", "--num-train", 8, "--num-val", 1)
-    write_shards(Path("shapes/train"), Path("shapes/annotations/instances_train.json"), Path("shards"))
+    write_source(
+        coco_source(Path("shapes/train"), Path("shapes/annotations/instances_train.json")), Path("shards")
+    )
     outcome = raydetr(
         "overfit", "quickstart", "--data", "shards", "--images", 2, "--steps", 60, "--long-side", 96
     )
@@ -184,7 +188,7 @@ def test_eight_real_photographs_are_overfitted(raydetr, tmp_path: Path) -> None:
         pytest.skip("RAYDETR_COCO_TINY names no folder of photographs")
     photographs = Path(os.environ["RAYDETR_COCO_TINY"])
     annotations = photographs / "annotations" / "instances_train2017.json"
-    write_shards(photographs / "train2017", annotations, Path("shards"))
+    write_source(coco_source(photographs / "train2017", annotations), Path("shards"))
     assert raydetr("overfit", "quickstart", "--data", "shards", "--images", 8).code == 0
     numbers = json.loads((tmp_path / "build" / "overfit.json").read_text())
     assert numbers["AP50"] >= 0.8

@@ -17,7 +17,8 @@ from raydetr.data.contact_sheet import contact_sheet
 from raydetr.data.transforms.transform import Transform
 from raydetr.recipes import quickstart
 from raydetr.shards.reader import Shards, open_shards
-from raydetr.shards.writer import write_shards
+from raydetr.shards.source import coco_source
+from raydetr.shards.writer import write_source
 from raydetr.visualization.boxes import color_of
 
 CATEGORIES = [{"id": 3, "name": "square"}]
@@ -41,7 +42,7 @@ def painted(tmp_path_factory: pytest.TempPathFactory) -> Shards:
         )  # fmt: skip
     record = {"images": images, "annotations": annotations, "categories": CATEGORIES}
     (folder / "annotations.json").write_text(json.dumps(record))
-    write_shards(folder, folder / "annotations.json", folder / "shards")
+    write_source(coco_source(folder, folder / "annotations.json"), folder / "shards")
     return open_shards(folder / "shards")
 
 

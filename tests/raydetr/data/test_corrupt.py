@@ -22,7 +22,7 @@ from raydetr.data.stream import evaluation_batches, make_order, train_batches
 from raydetr.data.transforms.transform import Transform
 from raydetr.shards.files import LocalFiles, Span
 from raydetr.shards.reader import ShardError, Shards, open_shards
-from raydetr.shards.validation import RawSample
+from raydetr.shards.validation import InvalidDataError, RawSample
 
 SEED = 5
 TRANSFORM = Transform(TransformConfig(short_sides=(24, 32, 40), max_side=64, horizontal_flip=0.5))
@@ -213,12 +213,10 @@ def test_a_second_read_past_the_cache_suffices(shards: Shards, policy: OnCorrupt
 def test_the_search_ends_when_all_samples_are_corrupt(
     shards: Shards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Shards, index: int) -> RawSample:
-        self.raise_corrupt(index, "it is broken")
+    def broken(*_: object) -> RawSample:
+        raise InvalidDataError("it is broken")
 
-    monkeypatch.setattr(Shards, "reread", broken)
-    monkeypatch.setattr(Shards, "read", broken)
-    monkeypatch.setattr(Shards, "check", lambda self, index, raw: broken(self, index))
+    monkeypatch.setattr("raydetr.shards.reader.parse_sample", broken)
     with pytest.raises(ShardError, match=r"it is broken.*none of the 52 samples before it can replace it"):
         next(stream(shards, "substitute", 0, (1, 0, 4)))
     batch = next(stream(shards, "mask", 0, (1, 0, 4)))

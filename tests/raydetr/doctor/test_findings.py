@@ -92,6 +92,10 @@ def box_of_text(train: Split, val: Split) -> None:
     train.samples[2].annotations[0]["bbox"][2] = "9"
 
 
+def huge_box(train: Split, val: Split) -> None:
+    train.samples[2].annotations[0]["bbox"][2] = 1e300  # a number, but the reader refuses it
+
+
 def negative_box(train: Split, val: Split) -> None:
     val.samples[2].annotations[1]["bbox"][3] = -4
 
@@ -328,6 +332,7 @@ PLANTED = [
         "in 2 groups; in 2 groups their annotations differ",
     ),
     (box_of_text, "malformed-boxes", "error", 1, "image 1003 (1003.jpg): annotation 0 has the box ["),
+    (huge_box, "malformed-boxes", "error", 1, "1e+300"),
     (negative_box, "malformed-boxes", "error", 1, "val"),
     (short_box, "malformed-boxes", "error", 1, "bbox"),
     (no_box, "malformed-boxes", "error", 1, "bbox"),

@@ -19,8 +19,9 @@ from raydetr.runs import run
 from raydetr.runs.overfit import overfit
 from raydetr.shards.manifest import SAMPLE_DTYPE
 from raydetr.shards.reader import Shards, open_shards
+from raydetr.shards.source import coco_source
 from raydetr.shards.synthetic import write_synthetic_data
-from raydetr.shards.writer import write_shards
+from raydetr.shards.writer import write_source
 
 TARGET = TrainingTarget(recipe="test", num_queries=20, batch_size=8)
 
@@ -43,7 +44,7 @@ def test_synthetic_data_has_no_warnings(tmp_path: Path) -> None:
     shards = []
     for split in ("train", "val"):
         annotations = tmp_path / "coco" / "annotations" / f"instances_{split}.json"
-        write_shards(tmp_path / "coco" / split, annotations, tmp_path / split)
+        write_source(coco_source(tmp_path / "coco" / split, annotations), tmp_path / split)
         shards.append(open_shards(tmp_path / split))
     quick.check_may_train(shards[0], shards[1])
     assert quick.quick_warnings(shards[0], shards[1], TrainingTarget.from_config(recipes.quickstart())) == []

@@ -14,7 +14,8 @@ from raydetr.config import ConfigError, RunConfig, from_yaml, override
 from raydetr.data.order import ORDER_VERSION
 from raydetr.runs import run
 from raydetr.runs.evaluate import evaluate_checkpoint
-from raydetr.shards.writer import write_shards
+from raydetr.shards.source import coco_source
+from raydetr.shards.writer import write_source
 from raydetr.tracking import mlflow_run
 from raydetr.tracking.events import Metrics, read_events
 from raydetr.training import checkpoint
@@ -219,7 +220,7 @@ def test_splits_with_other_categories_are_refused(
     annotations["categories"][0]["name"] = "plate"
     renamed = tmp_path / "renamed.json"
     renamed.write_text(json.dumps(annotations))
-    write_shards(tiny_data / "coco/val", renamed, tmp_path / "val")
+    write_source(coco_source(tiny_data / "coco/val", renamed), tmp_path / "val")
     with pytest.raises(ValueError, match=r"different categories.*plate"):
         run.resolve(override(tiny_run, {"data.val": str(tmp_path / "val")}))
 

@@ -27,7 +27,8 @@ from raydetr.data.layout import Layout
 from raydetr.data.stream import train_batches
 from raydetr.data.transforms.transform import Transform
 from raydetr.shards.reader import ShardError, open_shards
-from raydetr.shards.writer import write_shards
+from raydetr.shards.source import coco_source
+from raydetr.shards.writer import write_source
 
 NUM_CORRUPTIONS = 1100
 MAX_SECONDS = 5.0  # per corruption, which takes 10 ms on an idle machine
@@ -41,7 +42,9 @@ Content = dict[int, tuple[Any, ...]]  # of each image id
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Nine samples in three shards."""
     root = tmp_path_factory.mktemp("fuzz")
-    write_shards(*write_coco(root / "coco", NUM_SAMPLES, seed=3), root / "shards", samples_per_shard=3)
+    write_source(
+        coco_source(*write_coco(root / "coco", NUM_SAMPLES, seed=3)), root / "shards", samples_per_shard=3
+    )
     return root / "shards"
 
 

@@ -18,7 +18,8 @@ from raydetr.data.samples import load_sample
 from raydetr.data.transforms.transform import Transform
 from raydetr.shards.images import ImageError, decode_pixels, read_header
 from raydetr.shards.reader import ShardError, open_shards
-from raydetr.shards.writer import write_shards
+from raydetr.shards.source import coco_source
+from raydetr.shards.writer import write_source
 
 
 def smooth(width: int = 61, height: int = 43) -> Image.Image:
@@ -233,7 +234,7 @@ def test_damaged_photographs_of_coco_are_refused_and_healthy_ones_accepted(coco_
 def test_an_image_size_that_differs_from_the_index_is_an_error(tmp_path: Path) -> None:
     """If index and bytes contradict each other, neither is trusted."""
     images, annotations = write_coco(tmp_path, 3)
-    write_shards(images, annotations, tmp_path / "shards")
+    write_source(coco_source(images, annotations), tmp_path / "shards")
     shards = open_shards(tmp_path / "shards")
     raw = shards.read(1)
     height, width, _ = decode_pixels(raw.image).shape

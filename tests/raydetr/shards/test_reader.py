@@ -14,7 +14,8 @@ from made_coco import write_json
 from made_results import average_precision
 from raydetr.shards.manifest import make_label_map
 from raydetr.shards.reader import ShardError, Shards, check_same_categories, open_shards
-from raydetr.shards.writer import write_shards
+from raydetr.shards.source import coco_source
+from raydetr.shards.writer import write_source
 
 
 def test_average_precision_from_the_shards_is_that_of_the_json(
@@ -63,7 +64,7 @@ def test_shards_can_be_pickled(shards: Shards) -> None:
 def test_categories_must_agree(coco: tuple[Path, Path], shards: Shards, tmp_path: Path) -> None:
     data = json.loads(coco[1].read_text())
     data["categories"] = [*data["categories"][:2], {"id": 90, "name": "comb"}]
-    write_shards(coco[0], write_json(tmp_path / "a.json", data), tmp_path / "other")
+    write_source(coco_source(coco[0], write_json(tmp_path / "a.json", data)), tmp_path / "other")
     check_same_categories(shards, shards)
     with pytest.raises(ValueError, match=r"different categories .*\(90, 'comb'\), \(90, 'toothbrush'\)"):
         check_same_categories(shards, open_shards(tmp_path / "other"))

@@ -22,14 +22,15 @@ from raydetr.data.stream import train_batches
 from raydetr.data.transforms.transform import Transform
 from raydetr.shards.info import describe
 from raydetr.shards.reader import Shards, open_shards
+from raydetr.shards.source import coco_source
 from raydetr.shards.verify import check_shards
-from raydetr.shards.writer import write_shards
+from raydetr.shards.writer import write_source
 
 
 @pytest.fixture(scope="module")
 def real(coco_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Shards:
     out = tmp_path_factory.mktemp("real") / "val"
-    write_shards(coco_tiny / "val2017", annotation_file(coco_tiny), out, samples_per_shard=32)
+    write_source(coco_source(coco_tiny / "val2017", annotation_file(coco_tiny)), out, samples_per_shard=32)
     return open_shards(out, label_map="category_id")
 
 

@@ -21,7 +21,8 @@ from PIL import Image, ImageOps
 from made_coco import folder_bytes, write_coco, write_json
 from raydetr.shards.images import decode_image
 from raydetr.shards.reader import Shards, open_shards
-from raydetr.shards.writer import write_shards
+from raydetr.shards.source import coco_source
+from raydetr.shards.writer import write_source
 
 
 def records_of(annotations: Path) -> list[dict[str, Any]]:
@@ -58,7 +59,7 @@ def test_our_reader_gives_the_same_samples(coco: tuple[Path, Path], shards: Shar
 
 def test_same_input_same_bytes(coco: tuple[Path, Path], shards: Shards, tmp_path: Path) -> None:
     time.sleep(0.01)  # another modification time
-    manifest = write_shards(*coco, tmp_path / "again", samples_per_shard=15)
+    manifest = write_source(coco_source(*coco), tmp_path / "again", samples_per_shard=15)
     assert folder_bytes(tmp_path / "again") == folder_bytes(shards.path)
     assert manifest == shards.manifest
 
@@ -78,15 +79,15 @@ def test_manifest_describes_the_shards(coco: tuple[Path, Path], shards: Shards) 
 
 def test_progress_and_one_shard_for_all(coco: tuple[Path, Path], tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    write_shards(*coco, tmp_path / "out", progress=lambda *counts: seen.append(counts))
+    write_source(coco_source(*coco), tmp_path / "out", progress=lambda *counts: seen.append(counts))
     assert seen == [(count, 53) for count in range(1, 54)]
     assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["shard-00000.tar"]
 
 
 def test_progress_of_several_processes_rises_to_the_total(coco: tuple[Path, Path], tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    manifest = write_shards(
-        *coco,
+    manifest = write_source(
+        coco_source(*coco),
         tmp_path / "out",
         samples_per_shard=10,
         workers=2,
@@ -101,18 +102,18 @@ def test_progress_of_several_processes_rises_to_the_total(coco: tuple[Path, Path
 def test_same_bytes_with_any_number_of_processes(
     coco: tuple[Path, Path], shards: Shards, tmp_path: Path, workers: int
 ) -> None:
-    write_shards(*coco, tmp_path / "out", samples_per_shard=15, workers=workers)
+    write_source(coco_source(*coco), tmp_path / "out", samples_per_shard=15, workers=workers)
     assert folder_bytes(tmp_path / "out") == folder_bytes(shards.path)
 
 
 def test_fingerprint_changes_with_data_and_categories_only(coco: tuple[Path, Path], tmp_path: Path) -> None:
     data = json.loads(coco[1].read_text())
-    base = write_shards(*coco, tmp_path / "base").fingerprint
+    base = write_source(coco_source(*coco), tmp_path / "base").fingerprint
     renamed = write_json(tmp_path / "renamed.json", data)
-    assert write_shards(coco[0], renamed, tmp_path / "b").fingerprint == base
+    assert write_source(coco_source(coco[0], renamed), tmp_path / "b").fingerprint == base
     data["annotations"][0]["area"] += 1
     changed = write_json(tmp_path / "changed.json", data)
-    assert write_shards(coco[0], changed, tmp_path / "c").fingerprint != base
+    assert write_source(coco_source(coco[0], changed), tmp_path / "c").fingerprint != base
 
 
 # --- invalid images
@@ -178,7 +179,7 @@ def test_bad_images_are_named(
 ) -> None:
     source = one_image(tmp_path, content, *size)
     with pytest.raises(ValueError, match=message) as caught:
-        write_shards(*source, tmp_path / "out")
+        write_source(coco_source(*source), tmp_path / "out")
     assert f"{source[0]}/a.jpg (image id 41): " in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -191,14 +192,14 @@ def test_many_bad_images_are_listed_together_in_order(tmp_path: Path, workers: i
     for name in bad:
         (images / name).write_bytes(b"")
     with pytest.raises(ValueError, match=r"annotations.json: 27 invalid images\n") as caught:
-        write_shards(images, annotations, tmp_path / "out", samples_per_shard=8, workers=workers)
+        write_source(coco_source(images, annotations), tmp_path / "out", samples_per_shard=8, workers=workers)
     listed = str(caught.value).splitlines()[1:]
     assert [line.partition(" (image id")[0] for line in listed] == [f"  {images}/{name}" for name in bad]
     assert not (tmp_path / "out").exists()
 
 
 def test_exif_orientation_is_ignored_where_the_stored_size_fits(tmp_path: Path) -> None:
-    manifest = write_shards(*one_image(tmp_path, with_orientation(6)), tmp_path / "out")
+    manifest = write_source(coco_source(*one_image(tmp_path, with_orientation(6))), tmp_path / "out")
     image = Image.open(io.BytesIO(open_shards(tmp_path / "out").read(0).image))
     assert image.size == (30, 20)
     assert ImageOps.exif_transpose(image).size == (20, 30)
@@ -240,7 +241,7 @@ UNUSUAL_IMAGES: dict[str, bytes] = {
 
 @pytest.mark.parametrize("name", UNUSUAL_IMAGES)
 def test_other_color_modes_become_rgb(tmp_path: Path, name: str) -> None:
-    write_shards(*one_image(tmp_path, UNUSUAL_IMAGES[name]), tmp_path / "out")
+    write_source(coco_source(*one_image(tmp_path, UNUSUAL_IMAGES[name])), tmp_path / "out")
     shards = open_shards(tmp_path / "out")
     with tarfile.open(tmp_path / "out" / "shard-00000.tar") as tar:
         extension = "jpg" if name in ("gray", "cmyk") else "png"
@@ -264,23 +265,23 @@ def test_folder_that_is_not_empty_is_rejected_and_kept(coco: tuple[Path, Path], 
     with pytest.raises(
         ValueError, match=r"is not empty \(it holds note.txt\): name another output folder, or remove it"
     ):
-        write_shards(*coco, tmp_path)
+        write_source(coco_source(*coco), tmp_path)
     assert folder_bytes(tmp_path) == {"note.txt": b"mine"}
 
 
 def test_other_unusable_arguments(coco: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"annotations\.json is a file, not a folder"):
-        write_shards(*coco, coco[1])
+        write_source(coco_source(*coco), coco[1])
     with pytest.raises(ValueError, match="there is no such folder of images"):
-        write_shards(tmp_path / "none", coco[1], tmp_path / "out")
+        write_source(coco_source(tmp_path / "none", coco[1]), tmp_path / "out")
     with pytest.raises(ValueError, match="samples_per_shard is 0: it must be at least 1"):
-        write_shards(*coco, tmp_path / "out", samples_per_shard=0)
+        write_source(coco_source(*coco), tmp_path / "out", samples_per_shard=0)
     assert not (tmp_path / "out").exists()
 
 
 def test_writing_into_an_existing_empty_folder(coco: tuple[Path, Path], tmp_path: Path) -> None:
     out: Callable[[], list[str]] = lambda: sorted(path.name for path in tmp_path.iterdir())  # noqa: E731
-    write_shards(*coco, tmp_path)
+    write_source(coco_source(*coco), tmp_path)
     assert out() == ["index.npz", "manifest.json", "shard-00000.tar"]
 
 
@@ -294,5 +295,5 @@ def test_writing_into_an_existing_empty_folder(coco: tuple[Path, Path], tmp_path
     ],
 )
 def test_twelve_bits_in_sixteen_are_noticed(tmp_path: Path, content: bytes, is_noticed: bool) -> None:
-    manifest = write_shards(*one_image(tmp_path, content), tmp_path / "out")
+    manifest = write_source(coco_source(*one_image(tmp_path, content)), tmp_path / "out")
     assert any("nearly black, at most 16 of 255" in notice for notice in manifest.notices) == is_noticed

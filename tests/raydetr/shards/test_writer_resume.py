@@ -21,31 +21,33 @@ from made_coco import folder_bytes, write_json
 from raydetr.shards.reader import Shards, open_shards
 from raydetr.shards.source import coco_source
 from raydetr.shards.verify import check_shards
-from raydetr.shards.writer import write_shards, write_source
+from raydetr.shards.writer import write_source
 from raydetr.store.output_folder import publish, resumable_folder
 
 LIMITED = """
 import resource, signal, sys
 from pathlib import Path
-from raydetr.shards.writer import write_shards
+from raydetr.shards.source import coco_source
+from raydetr.shards.writer import write_source
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-write_shards(*map(Path, sys.argv[1:4]), samples_per_shard=int(sys.argv[4]))
+source, out = coco_source(*map(Path, sys.argv[1:3])), Path(sys.argv[3])
+write_source(source, out, samples_per_shard=int(sys.argv[4]))
 """
 
 STOPPED = """
 import os, psutil, signal, sys
 from pathlib import Path
-from raydetr.shards.writer import write_shards
+from raydetr.shards.source import coco_source
+from raydetr.shards.writer import write_source
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
 def progress(done, total):
     if done >= 40:
         print(*(process.pid for process in psutil.Process().children(recursive=True)), flush=True)
         os.kill(os.getpid(), getattr(signal, sys.argv[4]))
 if __name__ == "__main__":
-    write_shards(
-        *map(Path, sys.argv[1:4]), samples_per_shard=15, workers=int(sys.argv[5]), progress=progress
-    )
+    source, out = coco_source(*map(Path, sys.argv[1:3])), Path(sys.argv[3])
+    write_source(source, out, samples_per_shard=15, workers=int(sys.argv[5]), progress=progress)
 """
 
 
@@ -118,7 +120,7 @@ def interrupted_run(coco: tuple[Path, Path], tmp_path: Path) -> Path:
             raise Stop
 
     with pytest.raises(Stop):
-        write_shards(*coco, tmp_path / "out", samples_per_shard=15, progress=progress)
+        write_source(coco_source(*coco), tmp_path / "out", samples_per_shard=15, progress=progress)
     assert len(list((tmp_path / "out" / ".partial").glob("*.tar"))) == 2
     return tmp_path / "out"
 
@@ -212,11 +214,11 @@ def test_shards_of_other_images_are_discarded(coco: tuple[Path, Path], tmp_path:
 
 def test_other_parameters_discard_all(coco: tuple[Path, Path], tmp_path: Path) -> None:
     out = interrupted_run(coco, tmp_path)
-    write_shards(*coco, out, samples_per_shard=20)
+    write_source(coco_source(*coco), out, samples_per_shard=20)
     assert sorted(path.name for path in out.iterdir()) == [
         "index.npz", "manifest.json", "shard-00000.tar", "shard-00001.tar", "shard-00002.tar"
     ]  # fmt: skip
-    write_shards(*coco, tmp_path / "fresh", samples_per_shard=20)
+    write_source(coco_source(*coco), tmp_path / "fresh", samples_per_shard=20)
     assert folder_bytes(out) == folder_bytes(tmp_path / "fresh")
 
 
@@ -246,7 +248,7 @@ def test_resumed_run_repeats_the_notices_about_images_in_finished_shards(
             exif = Image.Exif()
             exif[0x0112] = 6
             Image.new("RGB", size).save(images / record["file_name"], "JPEG", exif=exif)
-    write_shards(images, coco[1], tmp_path / "fresh", samples_per_shard=15)
+    write_source(coco_source(images, coco[1]), tmp_path / "fresh", samples_per_shard=15)
     notices = " ".join(open_shards(tmp_path / "fresh").manifest.notices)
     assert "1 images have 16 bits per pixel and use at most 12 of them" in notices
     assert "1 images have an EXIF orientation" in notices
@@ -285,7 +287,7 @@ def test_stop_while_renaming_into_place(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", renaming)
         with pytest.raises(KeyboardInterrupt):
-            write_shards(*coco, out, samples_per_shard=15)
+            write_source(coco_source(*coco), out, samples_per_shard=15)
     with pytest.raises(ValueError, match="did not finish: run that command again"):
         open_shards(out)
     assert write_again(coco, out) == ["an earlier run did not finish: 4 of its finished shards were reused"]
@@ -313,7 +315,7 @@ def test_stop_after_the_last_rename_leaves_a_complete_folder(tmp_path: Path) -> 
 def test_two_writers_at_once_are_an_error(coco: tuple[Path, Path], tmp_path: Path) -> None:
     with resumable_folder(tmp_path / "out") as folder:
         with pytest.raises(ValueError, match="out: another process is writing there: wait for it, or name"):
-            write_shards(*coco, tmp_path / "out")
+            write_source(coco_source(*coco), tmp_path / "out")
         assert folder.is_dir()
 
 
@@ -338,7 +340,7 @@ def test_full_disk(coco: tuple[Path, Path], shards: Shards, tmp_path: Path, work
             OSError,
             match=r"writing stopped .*No space left on device.*; free space.*resumes where it stopped",
         ) as caught:
-            write_shards(*coco, out, samples_per_shard=15, workers=workers)
+            write_source(coco_source(*coco), out, samples_per_shard=15, workers=workers)
         assert caught.value.errno == errno.ENOSPC
         assert [path.name for path in out.iterdir()] == [".partial"]
         subprocess.run(["mount", "-o", "remount,size=10m", str(tmp_path)], check=True)
@@ -354,6 +356,6 @@ def test_killed_worker_process_is_reported(coco: tuple[Path, Path], tmp_path: Pa
             process.kill()
 
     with pytest.raises(RuntimeError, match=r"a worker process died .*run again, with fewer --workers"):
-        write_shards(*coco, tmp_path / "out", samples_per_shard=5, workers=2, progress=progress)
-    write_shards(*coco, tmp_path / "out", samples_per_shard=5)
+        write_source(coco_source(*coco), tmp_path / "out", samples_per_shard=5, workers=2, progress=progress)
+    write_source(coco_source(*coco), tmp_path / "out", samples_per_shard=5)
     assert open_shards(tmp_path / "out").num_samples == 53

@@ -18,8 +18,9 @@ import pytest
 from ray_head import RayHead, ray_head
 from raydetr.cli.main import read_config
 from raydetr.config import from_yaml
+from raydetr.shards.source import coco_source
 from raydetr.shards.synthetic import write_synthetic_data
-from raydetr.shards.writer import write_shards
+from raydetr.shards.writer import write_source
 from raydetr.training.checkpoint import read_meta
 
 pytestmark = pytest.mark.xdist_group("ray_head")
@@ -41,7 +42,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_synthetic_data(folder / "coco", num_train=64, num_val=16)
     for split in ("train", "val"):
         annotations = folder / "coco" / "annotations" / f"instances_{split}.json"
-        write_shards(folder / "coco" / split, annotations, folder / split)
+        write_source(coco_source(folder / "coco" / split, annotations), folder / split)
     return folder
 
 

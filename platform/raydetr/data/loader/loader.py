@@ -43,15 +43,14 @@ def load(source: Source, num_workers: int) -> Iterator[Batch | None]:
         _SenderDataset(source, ring),
         batch_size=None,
         num_workers=num_workers,
-        worker_init_fn=_watch_parent,
+        worker_init_fn=exit_with_parent,  # also before it gets work, when the DataLoader's watchdog waits forever
         generator=torch.Generator(),  # otherwise the DataLoader draws its seed from the global generator
         multiprocessing_context=_start_method(),
         in_order=True,
     )
     receiver = Receiver(ring)
-    with closing(
-        _messages(loader)
-    ) as messages:  # ends the processes now; a held traceback would keep them running
+    # Closing ends the processes now; a held traceback would keep them running
+    with closing(_messages(loader)) as messages:
         for message in messages:
             if isinstance(message, Failure):
                 raise message.error()
@@ -76,20 +75,14 @@ class _SenderDataset(IterableDataset[Message | Failure | None]):
     def __iter__(self) -> Iterator[Message | Failure | None]:
         info = get_worker_info()
         assert info is not None
-        os.environ.update(
-            self.environment
-        )  # a fork server has that of its start, perhaps without credentials
+        # A fork server has that of its start, perhaps without credentials
+        os.environ.update(self.environment)
         sender = Sender(self.ring, info.id)
         try:
             for batch in self.source(info.id, info.num_workers, sender.canvas):
                 yield None if batch is None else sender.message(batch)
         except Exception as error:
             yield Failure.of(error, info.id)
-
-
-def _watch_parent(worker: int) -> None:
-    """End this loader with its parent, even before it gets work; the DataLoader's own watchdog then waits forever."""
-    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _start_method() -> BaseContext | None:

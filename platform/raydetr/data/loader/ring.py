@@ -81,26 +81,26 @@ class Ring:
         num_workers: number of loader processes.
         num_slots: of each process.
         slot_bytes: a multiple of the page size; larger batches are sent inside the message.
+        memory: descriptor of the memory of another process's ring, as it is pickled; None: a new ring.
 
     Raises:
         LoaderError: the memory cannot be mapped.
     """
 
-    def __init__(self, num_workers: int, num_slots: int = NUM_SLOTS, slot_bytes: int = SLOT_BYTES) -> None:
+    def __init__(
+        self, num_workers: int, num_slots: int = NUM_SLOTS, slot_bytes: int = SLOT_BYTES, memory: Any = None
+    ) -> None:
+        self.num_workers, self.num_slots, self.slot_bytes = num_workers, num_slots, slot_bytes
+        num_bytes = num_workers * (mmap.PAGESIZE + num_slots * slot_bytes)
         try:
-            descriptor = _anonymous_file(mmap.PAGESIZE * num_workers + num_workers * num_slots * slot_bytes)
-            self._attach(descriptor, num_workers, num_slots, slot_bytes)
+            self._descriptor = _anonymous_file(num_bytes) if memory is None else memory.detach()
+            self._memory = mmap.mmap(self._descriptor, num_bytes)
         except OSError as error:
             raise LoaderError(
                 f"no shared memory for the batches of {num_workers} loader processes ({error}): raise the limits "
                 "of files and of address space (ulimit -n, -v), or set data.num_loader_workers=0"
             ) from error
 
-    def _attach(self, descriptor: int, num_workers: int, num_slots: int, slot_bytes: int) -> None:
-        self._descriptor, self.num_workers, self.num_slots, self.slot_bytes = (
-            descriptor, num_workers, num_slots, slot_bytes
-        )  # fmt: skip
-        self._memory = mmap.mmap(descriptor, 0)
         assert num_slots <= mmap.PAGESIZE
         # One byte per slot, without a lock. Two processes never write the same byte at the same time: it belongs to the
         # loader until that has sent the slot, and then to the receiver until it is FREE. Bytes of other slots may be
@@ -140,7 +140,7 @@ class Ring:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A nameless file cannot be opened by another process: spawned loaders inherit a duplicate of the descriptor
-        return _attach_ring, (DupFd(self._descriptor), self.num_workers, self.num_slots, self.slot_bytes)
+        return Ring, (self.num_workers, self.num_slots, self.slot_bytes, DupFd(self._descriptor))
 
     def __del__(self) -> None:
         # Closes the descriptor only. The mapping stays as long as an array refers to it: batches outlive the ring.
@@ -245,12 +245,6 @@ class Receiver:
         # these would return pixels of the next batch
         _fence()
         self._states[divmod(slot, self.ring.num_slots)] = FREE
-
-
-def _attach_ring(duplicate: Any, num_workers: int, num_slots: int, slot_bytes: int) -> Ring:
-    ring = Ring.__new__(Ring)
-    ring._attach(duplicate.detach(), num_workers, num_slots, slot_bytes)
-    return ring
 
 
 def _fence() -> None:

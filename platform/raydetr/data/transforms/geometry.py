@@ -52,8 +52,6 @@ def size_before_crop(size: Size, short_side: int | None) -> Size:
 
 def resize(pixels: Pixels, boxes_xyxy: Boxes, size: Size) -> tuple[Pixels, Boxes]:
     """Resize (bilinear, antialiased) to `size` = (width, height)."""
-    if size == size_of(pixels):
-        return pixels, boxes_xyxy
     return resize_pixels(pixels, size), resize_boxes(boxes_xyxy, size_of(pixels), size)
 
 

@@ -31,9 +31,8 @@ class Mosaic:
 
     partners: tuple[int, int, int]  # indices of the samples that are combined with the first image
     center: tuple[float, float]  # corner common to the four images, as a fraction of width and height
-    offsets: tuple[
-        tuple[float, float], ...
-    ]  # per image, which part of it is visible: 0 left or top, 1 right or bottom
+    # Per image, which part of it is visible: 0 left or top, 1 right or bottom
+    offsets: tuple[tuple[float, float], ...]
 
     @classmethod
     def draw(cls, rng: random.Random, num_samples: int) -> Mosaic:

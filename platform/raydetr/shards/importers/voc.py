@@ -125,12 +125,8 @@ def _read_annotations(folder: Path, problems: Problems) -> dict[str, ElementTree
     for path in sorted(folder.glob("*.xml")):
         try:
             trees[path.stem] = ElementTree.fromstring(read_file(path))
-        except (
-            ElementTree.ParseError,
-            OSError,
-            ValueError,
-            LookupError,
-        ) as error:  # the last: of an encoding
+        # The last one: an unknown encoding
+        except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
             problems.add(f"{path}: is not XML ({error}): replace or remove the file")
     return trees
 

@@ -11,15 +11,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from raydetr.shards.coco import Problems, Record, check_records
+from raydetr.shards.coco import Problems, Record, check_records, read_document
 from raydetr.shards.images import ImageError, read_header
 from raydetr.shards.source import ImageFile, Source
-from raydetr.user_files import open_file, parse_yaml, read_file, read_text
+from raydetr.user_files import open_file, parse_yaml, read_text
 
 BOX_NUMBERS = 5
 MIN_POLYGON_NUMBERS = 7  # the class and three points
 TOLERANCE = 0.01  # normalized; coordinates further outside [0, 1] are an error
-
 
 # The extensions that Ultralytics accepts; images that are neither JPEG nor PNG are rejected when they are packed.
 IMAGE_EXTENSIONS = frozenset(
@@ -39,11 +38,12 @@ def yolo_source(path: Path, split: str) -> Source:
     Raises:
         ValueError: files are missing or invalid; the first ten problems are listed with file, line, value and remedy.
     """
-    root, entries, names = _read_layout(path, split)
+    values, content = read_document(path, parse_yaml, "YAML", "a YOLO data.yaml")
+    root, entries, names = _layout(path, values, split)
     problems = Problems(path, "problem")
     files = _image_files(root, entries, problems)
     problems.raise_if_any()
-    digest = hashlib.sha256(read_file(path))
+    digest = hashlib.sha256(content)
     images: list[Record] = []
     annotations: list[Record] = []
     label_files: set[Path] = set()
@@ -161,14 +161,8 @@ def _read_size(path: Path) -> tuple[int, int]:
     return header.size
 
 
-def _read_layout(path: Path, split: str) -> tuple[Path, list[str], dict[int, str]]:
-    """Read `data.yaml`: the root of its paths, the folders or lists of images of the split, and the class names."""
-    try:
-        values = parse_yaml(read_text(path))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}): name a YOLO data.yaml") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: is not YAML ({error}): name a YOLO data.yaml") from None
+def _layout(path: Path, values: Any, split: str) -> tuple[Path, list[str], dict[int, str]]:
+    """Return the root of the paths in `data.yaml`, folders or lists of the split's images, and the class names."""
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds no settings: name a YOLO data.yaml")
     if "kpt_shape" in values:

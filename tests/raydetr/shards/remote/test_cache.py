@@ -28,7 +28,8 @@ from raydetr.shards.reader import Shards, open_shards
 from raydetr.shards.remote import cache as cache_module
 from raydetr.shards.remote import reading
 from raydetr.shards.remote.cache import FULL_SECONDS, NodeCache, locked
-from raydetr.shards.writer import write_shards
+from raydetr.shards.source import coco_source
+from raydetr.shards.writer import write_source
 
 QUICK = RemoteConfig(connect_timeout=2.0, read_timeout=1.0, retry_seconds=2.0)
 
@@ -38,7 +39,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Shards:
     """320 images in two shards: ten chunks."""
     images, annotations = write_coco(tmp_path_factory.mktemp("coco"), 320)
     out = tmp_path_factory.mktemp("shards") / "many"
-    write_shards(images, annotations, out, samples_per_shard=160)
+    write_source(coco_source(images, annotations), out, samples_per_shard=160)
     return open_shards(out)
 
 

@@ -1,0 +1,256 @@
+"""Runs on a real Ray cluster of several nodes, of which parts are killed, stopped, lost and replaced."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from ray.util.state import list_actors
+
+from ray_head import free_ports
+from raydetr.config import RunConfig, override, to_yaml
+from raydetr.runs import ray_train, run
+from raydetr.tracking.events import EventLog, read_events
+from raydetr.training import checkpoint
+
+pytestmark = [
+    pytest.mark.xdist_group("ray"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning:ray"),
+    pytest.mark.timeout(400),
+]
+EPOCH = 48  # samples
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head without CPUs, and two nodes with room for one worker each."""
+    nodes = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 0,
+            "include_dashboard": True,
+            "dashboard_host": "127.0.0.1",
+            "dashboard_port": free_ports(1)[0],
+        },
+    )
+    for _ in range(2):
+        nodes.add_node(num_cpus=1)
+    ray.init(address=nodes.address, log_to_driver=False)
+    yield nodes
+    ray.shutdown()
+    nodes.shutdown()
+
+
+@pytest.fixture
+def two_workers(tiny_run: RunConfig) -> RunConfig:
+    """Eight epochs of 6 steps, with a checkpoint after each."""
+    changes = {"cluster.num_workers": 2, "optim.epochs": 8, "storage.checkpoint_steps": 3}
+    return override(tiny_run, changes)
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(folder) if event["kind"] == kind]
+
+
+def processes(cluster: Cluster, class_name: str) -> list[psutil.Process]:
+    """The running processes of this cluster's actors of a class."""
+    actors = list_actors(cluster.address, [("class_name", "=", class_name)], limit=1000, detail=True)
+    ids = {actor.pid for actor in actors if actor.state == "ALIVE"}
+    return [process for process in psutil.process_iter() if process.pid in ids]
+
+
+class Meanwhile:
+    """Does something in a thread once a run has a checkpoint at a position or a later one."""
+
+    def __init__(self, folder: Path, position: int, act: Callable[[], object]) -> None:
+        self.done = False
+        self._folder, self._position, self._act = folder, position, act
+        self._thread = threading.Thread(target=self._wait, daemon=True)
+        self._thread.start()
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline:
+            if any(
+                int(path.name) >= self._position for path in checkpoint.complete_checkpoints(self._folder)
+            ):
+                self._act()
+                self.done = True
+                return
+            time.sleep(0.02)
+
+
+def weights(result: run.RunResult) -> dict[str, torch.Tensor]:
+    return torch.load(result.checkpoint / "state.pt", weights_only=True)["model"]
+
+
+def test_a_lost_node_is_replaced_by_fewer_workers_until_one_joins(
+    cluster: Cluster,
+    two_workers: RunConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(ray_train, "LOOK_SECONDS", 1.0)
+    config = override(
+        two_workers, {"cluster.min_workers": 1, "cluster.wait_minutes": 0.05, "optim.epochs": 24}
+    )
+    folder = config.storage.path / "lost"
+    lost = Meanwhile(
+        folder, EPOCH, lambda: cluster.remove_node(cluster.list_all_nodes[-1], allow_graceful=False)
+    )
+
+    def join() -> None:
+        while not events(folder, "layout"):  # it goes on with one worker
+            time.sleep(0.1)
+        later = int(checkpoint.complete_checkpoints(folder)[0].name) + EPOCH
+        while int(checkpoint.complete_checkpoints(folder)[0].name) < later:
+            time.sleep(0.02)
+        cluster.add_node(num_cpus=1)
+
+    joined = Meanwhile(folder, EPOCH, join)
+    result = run.start(config, name="lost")
+    assert lost.done
+    assert joined.done
+    assert checkpoint.is_complete(result.checkpoint, config)
+    assert [event["workers"] for event in events(folder, "layout")] == [1, 2]
+    resumed = [(event["workers"], event["position"]) for event in events(folder, "resumed")]
+    assert [workers for workers, _ in resumed] == [1, 2]
+    assert [event["workers"] for event in events(folder, "started")] == [2]
+    (restart,) = events(folder, "restart")
+    assert restart["failures_since_progress"] == 1
+    err = " ".join(capsys.readouterr().err.split())
+    assert "starting them again (1 of 3 without progress)" in err
+    assert "waiting for 2 workers" in err
+    assert "going on with 1 of 2 workers" in err
+    assert "going on with 2 workers" in err
+    # Every sample exactly once, whatever the number of workers
+    steps = [event["position"] for event in events(folder, "step")]
+    assert steps[-1] == 24 * EPOCH
+
+
+def test_workers_that_make_no_progress_are_started_again_and_leave_their_stacks(
+    cluster: Cluster, two_workers: RunConfig
+) -> None:
+    unbroken = run.start(two_workers, name="unbroken")
+    config = override(two_workers, {"cluster.stall_minutes": 0.15})
+    folder = config.storage.path / "stalled"
+    stopped: list[int] = []
+
+    def stop_one() -> None:
+        victim = processes(cluster, "RayTrainWorker")[0]
+        stopped.append(victim.pid)
+        os.kill(victim.pid, signal.SIGSTOP)
+
+    stalled = Meanwhile(folder, EPOCH, stop_one)
+    result = run.start(config, name="stalled")
+    assert stalled.done
+    (event,) = events(folder, "stalled")
+    assert "no progress for 0.15 minutes (cluster.stall_minutes)" in event["reason"]
+    (restart,) = events(folder, "restart")
+    assert "no progress" in restart["reason"]
+    stacks = "".join(path.read_text() for path in (folder / "stacks").iterdir())
+    assert "train_step" in stacks
+    assert not psutil.pid_exists(stopped[0]) or psutil.Process(stopped[0]).status() == psutil.STATUS_ZOMBIE
+    for name, value in weights(unbroken).items():
+        assert torch.equal(value, weights(result)[name]), name
+
+
+@pytest.mark.slow
+def test_a_killed_controller_is_replaced(cluster: Cluster, two_workers: RunConfig) -> None:
+    folder = two_workers.storage.path / "hit"
+    killed = Meanwhile(folder, EPOCH, lambda: processes(cluster, "TrainController")[0].kill())
+    result = run.start(two_workers, name="hit")
+    assert killed.done
+    assert checkpoint.is_complete(result.checkpoint, two_workers)
+    assert len(events(folder, "restart")) == 1
+    assert not processes(cluster, "RayTrainWorker")
+
+
+@pytest.mark.slow
+def test_failures_without_progress_end_the_run_and_are_listed(
+    cluster: Cluster, two_workers: RunConfig
+) -> None:
+    config = override(two_workers, {"cluster.max_failures": 1, "optim.epochs": 100})
+    done = threading.Event()
+
+    def kill_all() -> None:
+        while not done.wait(0.2):
+            for worker in processes(cluster, "RayTrainWorker"):
+                worker.kill()
+
+    killer = threading.Thread(target=kill_all, daemon=True)
+    killer.start()
+    try:
+        with pytest.raises(
+            ray_train.LaunchError, match=r"failed 2 times without progress .*\n  1\. .*\n  2\. "
+        ):
+            run.start(config, name="hopeless")
+    finally:
+        done.set()
+        killer.join()
+
+
+def test_failures_are_counted_since_the_last_progress(tmp_path: Path) -> None:
+    failures = ray_train.Failures(2, EventLog(tmp_path))
+    for position in (-1, -1, 48, 48, 96, 144, 144):
+        failures.add(ray_train.LaunchError(f"at {position}"), position)
+    with pytest.raises(ray_train.LaunchError, match="failed 3 times without progress"):
+        failures.add(ray_train.LaunchError("at 144"), 144)
+    assert [event["failures_since_progress"] for event in read_events(tmp_path)] == [1, 2, 1, 2, 1, 1, 2]
+    with pytest.raises(ray_train.LaunchError, match="a data fault"):
+        ray_train.Failures(5, EventLog(tmp_path)).add(ray_train.LaunchError("a data fault", is_fatal=True), 0)
+
+
+# --- The driver ---
+
+
+def driver(config: RunConfig, name: str, tmp_path: Path, address: str) -> subprocess.Popen[str]:
+    file = tmp_path / f"{name}.yaml"
+    file.write_text(to_yaml(override(config, {"cluster.address": address})))
+    arguments = ["train", "--config", str(file), "--name", name]
+    code = f"import sys; sys.argv = ['raydetr', *{arguments!r}]; from raydetr.cli.main import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+     pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_a_stopped_or_killed_driver_leaves_a_run_that_goes_on(
+    number: signal.Signals, code: int, cluster: Cluster, two_workers: RunConfig, tmp_path: Path
+) -> None:
+    config = override(two_workers, {"optim.epochs": 100})
+    folder = config.storage.path / "hit"
+    process = driver(config, "hit", tmp_path, cluster.address)
+    signalled = Meanwhile(folder, EPOCH, lambda: process.send_signal(number))
+    _, err = process.communicate(timeout=200)
+    assert signalled.done
+    assert process.returncode == code, err
+    if number != signal.SIGKILL:
+        assert "Traceback" not in err
+        assert f"hit was stopped by {number.name} at position" in " ".join(err.split())
+    deadline = time.monotonic() + 60
+    while processes(cluster, "RayTrainWorker"):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    last = checkpoint.newest_valid(folder, pytest.fail)
+    assert last is not None
+    epochs = int(last.name) // EPOCH + 2
+    resumed = run.resume(folder, overrides={"optim.epochs": epochs})
+    unbroken = run.start(override(config, {"optim.epochs": epochs}), name="unbroken")
+    assert resumed.metrics["position"] == unbroken.metrics["position"]
