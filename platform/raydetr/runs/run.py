@@ -81,7 +81,7 @@ class RunResult:
 peak memory {metrics["peak_rss_mb"]:.0f} MB per worker
 
 run         {self.folder}
-checkpoints {self.folder / checkpoint.LAST} ({self.checkpoint.name}), {self.folder / checkpoint.BEST} ({best})
+checkpoint  {self.checkpoint} (last); best: {best}
 MLflow      {self.tracking_uri}, run {self.mlflow_run_id}
 artifacts   {", ".join(str(self.folder / name) for name in PICTURES if (self.folder / name).exists()) or "-"}
 
@@ -97,7 +97,7 @@ next:{activate}
         folder = checkpoint.best(self.folder)
         if folder is None:
             return "-"
-        return f"{folder.name}, AP {checkpoint.read_metrics(folder)['AP']:.3f}"
+        return f"{folder}, AP {checkpoint.read_metrics(folder)['AP']:.3f}"
 
 
 def start(

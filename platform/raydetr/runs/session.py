@@ -11,7 +11,7 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -244,6 +244,7 @@ class _Session:
         if report.corrupt:
             self._on_corrupt(report, report.corrupt)
         metrics["unpredicted_images"] = len(report.corrupt)
+        metrics["corrupt_rows"] = [asdict(row) for row in report.corrupt]
         metrics["corrupt_samples"] = self.training.corrupt_log.num_samples
         if self.is_main:
             truth = ground_truth(self.val_shards, self.config.data.on_corrupt)

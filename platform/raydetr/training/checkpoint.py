@@ -316,6 +316,9 @@ def restore(folder: Path, training: Training, shards: Shards) -> Meta:
     training.skipped_steps = state["skipped_steps"]
     training.corrupt_log = CorruptSampleLog.from_dicts(state["corrupt_samples"])
     training.position = state["position"]
+    # The evaluation came after the checkpoint
+    rows = read_metrics(folder).get("corrupt_rows", [])
+    training.corrupt_log.add(CorruptSampleLog.from_dicts(rows).rows, None)
     training.lacks_evaluation = training.is_at_evaluation() and not read_metrics(folder)
     return meta
 

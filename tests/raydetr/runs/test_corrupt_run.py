@@ -29,6 +29,7 @@ from raydetr.runs import run
 from raydetr.runs.evaluate import evaluate_checkpoint
 from raydetr.shards.reader import ShardError, open_shards
 from raydetr.tracking import mlflow_run
+from raydetr.training import checkpoint
 from raydetr.training.loop import Training
 from raydetr.training.world import World
 
@@ -262,9 +263,9 @@ def test_a_run_continues_and_logs_corrupt_samples(
 
 
 def state_of(folder: Path) -> list[CorruptSample]:
-    return CorruptSampleLog.from_dicts(
-        torch.load(folder / "state.pt", weights_only=True)["corrupt_samples"]
-    ).rows
+    """Those of the training, and those of the evaluation at this checkpoint."""
+    rows = torch.load(folder / "state.pt", weights_only=True)["corrupt_samples"]
+    return CorruptSampleLog.from_dicts([*rows, *checkpoint.read_metrics(folder)["corrupt_rows"]]).rows
 
 
 def test_by_default_the_first_corrupt_sample_stops_a_run(corrupt_run: RunConfig) -> None:

@@ -45,8 +45,7 @@ def cluster() -> Iterator[Cluster]:
             "dashboard_port": free_ports(1)[0],
         },
     )
-    for _ in range(2):
-        nodes.add_node(num_cpus=1)
+    nodes.workers = [nodes.add_node(num_cpus=1) for _ in range(2)]  # type: ignore[attr-defined]
     ray.init(address=nodes.address, log_to_driver=False)
     yield nodes
     ray.shutdown()
@@ -107,9 +106,7 @@ def test_a_lost_node_is_replaced_by_fewer_workers_until_one_joins(
         two_workers, {"cluster.min_workers": 1, "cluster.wait_minutes": 0.05, "optim.epochs": 24}
     )
     folder = config.storage.path / "lost"
-    lost = Meanwhile(
-        folder, EPOCH, lambda: cluster.remove_node(cluster.list_all_nodes[-1], allow_graceful=False)
-    )
+    lost = Meanwhile(folder, EPOCH, lambda: cluster.remove_node(cluster.workers[-1], allow_graceful=False))
 
     def join() -> None:
         while not events(folder, "layout"):  # it goes on with one worker

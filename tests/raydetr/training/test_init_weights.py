@@ -40,7 +40,6 @@ def checkpoint_of(
         "fingerprint": "",
         "epoch": 3,
         "position": 30,
-        "metrics": {},
     }
     folder.mkdir()
     write(folder, {"model": other if averaged else state, "ema": state if averaged else None}, description)
