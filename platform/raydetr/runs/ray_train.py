@@ -22,6 +22,7 @@ import ray.train.torch
 import torch
 from ray.autoscaler.sdk import request_resources
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydetr.config import ClusterConfig, override
@@ -35,6 +36,7 @@ from raydetr.training.world import World
 
 POLL_SECONDS = 0.5  # between two readings of the progress
 WAITING_SECONDS = 30.0  # between two lines about what the run waits for
+SETTLE_SECONDS = 3.0  # after a failure, before the nodes are counted
 LOOK_SECONDS = 10.0  # between two looks for nodes that have joined
 RAY_FILES = ".ray"  # folder of the run, for Ray Train's own files
 STACKS = "stacks"  # folder of the run
@@ -51,12 +53,13 @@ SETTINGS = {
 class LaunchError(RuntimeError):
     """A run failed on the cluster, or could not start there; the message has the reason.
 
-    With `is_fatal`, the same would happen again: in the data or the settings is an error.
+    With `is_fatal`, the same would happen again: in the data or the settings is an error. With `is_waiting`, nothing
+    has failed: the cluster had no room for the workers in time.
     """
 
-    def __init__(self, message: str, *, is_fatal: bool = False) -> None:
+    def __init__(self, message: str, *, is_fatal: bool = False, is_waiting: bool = False) -> None:
         super().__init__(message)
-        self.is_fatal = is_fatal
+        self.is_fatal, self.is_waiting = is_fatal, is_waiting
 
 
 # --- In the driver ---
@@ -91,8 +94,9 @@ def train_on_ray(run: Run, callbacks: Sequence[Any], stop: StopSignals, log: Eve
             except LaunchError as error:
                 if stop.is_set():
                     return
-                position = checkpoint.position_of(checkpoint.newest_valid(run.folder, lambda message: None))
-                failures.add(error, max(start.position, position))
+                if not error.is_waiting:
+                    last = checkpoint.newest_valid(run.folder, lambda message: None)
+                    failures.add(error, max(start.position, checkpoint.position_of(last)))
             num_workers = wait_for_nodes(cluster, address, stop, log)
 
 
@@ -178,7 +182,7 @@ class Start:
         self._show(ray.get(actor.read.remote()), display)  # with a warning of the last moment
         shutil.rmtree(scratch, ignore_errors=True)
         if failed:
-            raise watch.explain(failed[0])
+            raise watch.explain(failed[0], self._run.folder / STACKS)
         return not grows or stop.is_set() or self._is_complete()
 
     def _show(self, progress: RunProgress | None, display: Display) -> None:
@@ -234,9 +238,13 @@ class Watch:
         print_status(f"nodes have joined: going on with {wanted} workers after this step")
         return True
 
-    def explain(self, error: BaseException) -> BaseException:
-        """Return the error of the workers, or why they were ended."""
-        return error if self._stalled is None else LaunchError(self._stalled)
+    def explain(self, error: BaseException, stacks: Path) -> BaseException:
+        """Return the error of the workers, or why they were ended; log the stacks that they left."""
+        if self._stalled is None:
+            return error
+        for file in sorted(stacks.glob("*.txt")):
+            self._log.append("stack", worker=file.stem, stack=file.read_text())
+        return LaunchError(self._stalled)
 
 
 def wait_for_nodes(cluster: ClusterConfig, address: str, stop: StopSignals, log: EventLog) -> int:
@@ -244,6 +252,8 @@ def wait_for_nodes(cluster: ClusterConfig, address: str, stop: StopSignals, log:
 
     After `cluster.wait_minutes` fewer than `cluster.num_workers` are enough, at least `cluster.min_workers`.
     """
+    # The workers of a lost node fail before the cluster knows that the node is lost
+    time.sleep(SETTLE_SECONDS)
     began, told_at = time.monotonic(), -math.inf
     wanted, least = cluster.num_workers, cluster.min_workers or cluster.num_workers
     bundle = {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if cluster.use_gpu else {})
@@ -308,10 +318,11 @@ def build_trainer(
     nothing of the run's checkpoints.
     """
     all_callbacks: list[Any] = [*callbacks, StopAtFatalErrors()]
+    no_retries: dict[str, int] = {"max_failures": 0, "controller_failure_limit": 0}
     run_config = ray.train.RunConfig(
         name=name,
         storage_path=str(scratch),
-        failure_config=ray.train.FailureConfig(max_failures=0),
+        failure_config=ray.train.FailureConfig(**no_retries),
         callbacks=all_callbacks,
     )
     return _trainer(partial(_train, run, actor), run.config.cluster, run_config)
@@ -326,8 +337,12 @@ def fit(trainer: TorchTrainer) -> ray.train.Result:
     try:
         result = trainer.fit()
     except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
-        is_fatal = isinstance(getattr(error, "controller_failure", None), FatalError)
-        raise LaunchError(f"the workers failed: {_root_cause(error)}", is_fatal=is_fatal) from error
+        cause = getattr(error, "controller_failure", None)
+        raise LaunchError(
+            f"the workers failed: {_root_cause(error)}",
+            is_fatal=isinstance(cause, FatalError),
+            is_waiting=isinstance(cause, WorkerGroupStartupTimeoutError),
+        ) from error
     if result.error is not None:
         raise LaunchError(f"the workers failed: {_root_cause(result.error)}") from result.error
     return result
