@@ -318,7 +318,7 @@ def build_trainer(
     nothing of the run's checkpoints.
     """
     all_callbacks: list[Any] = [*callbacks, StopAtFatalErrors()]
-    no_retries: dict[str, int] = {"max_failures": 0, "controller_failure_limit": 0}
+    no_retries: dict[str, Any] = {"max_failures": 0, "controller_failure_limit": 0}
     run_config = ray.train.RunConfig(
         name=name,
         storage_path=str(scratch),
