@@ -25,7 +25,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raydetr.config import ClusterConfig, override
+from raydetr.config import ClusterConfig
 from raydetr.console import Display, RunActor, RunProgress, print_status
 from raydetr.runs.fatal_errors import FatalError, StopAtFatalErrors
 from raydetr.runs.session import Run, run_session
@@ -84,12 +84,10 @@ def train_on_ray(run: Run, callbacks: Sequence[Any], stop: StopSignals, log: Eve
         num_workers = cluster.num_workers
         while not stop.is_set():
             last = checkpoint.newest_valid(run.folder, lambda message: print_status(f"skipped: {message}"))
-            workers = override(run.config, {"cluster.num_workers": num_workers, **_single(num_workers)})
-            start = Start(
-                dataclasses.replace(run, config=workers, resume_from=last or run.resume_from), failures.number
-            )
+            resumed = dataclasses.replace(run, resume_from=last or run.resume_from)
+            start = Start(resumed, num_workers, failures.number)
             try:
-                if start.fit(callbacks, display, stop, log, wanted=cluster.num_workers):
+                if start.fit(callbacks, display, stop, log):
                     return
             except LaunchError as error:
                 if stop.is_set():
@@ -98,11 +96,6 @@ def train_on_ray(run: Run, callbacks: Sequence[Any], stop: StopSignals, log: Eve
                     last = checkpoint.newest_valid(run.folder, lambda message: None)
                     failures.add(error, max(start.position, checkpoint.position_of(last)))
             num_workers = wait_for_nodes(cluster, address, stop, log)
-
-
-def _single(num_workers: int) -> dict[str, Any]:
-    """Return the settings that have no effect on a single worker."""
-    return {"cluster.bf16_gradients": False} if num_workers == 1 else {}
 
 
 class Failures:
@@ -140,24 +133,24 @@ class Failures:
 
 
 class Start:
-    """One start of the workers of a run."""
+    """One start of the workers of a run; they may be fewer than `cluster.num_workers`."""
 
-    def __init__(self, run: Run, number: int) -> None:
+    def __init__(self, run: Run, num_workers: int, number: int) -> None:
         self._run, self._number = run, number
+        self._cluster = run.config.cluster.model_copy(update={"num_workers": num_workers})
         self.position = -1  # reached, as far as the driver knows
 
-    def fit(
-        self, callbacks: Sequence[Any], display: Display, stop: StopSignals, log: EventLog, *, wanted: int
-    ) -> bool:
-        """Train; return False if the workers stopped so that they can be started again as the `wanted` number.
+    def fit(self, callbacks: Sequence[Any], display: Display, stop: StopSignals, log: EventLog) -> bool:
+        """Train; return False if the workers have stopped to be started again in full number.
 
         Raises:
             LaunchError: the workers failed.
         """
-        cluster = self._run.config.cluster
+        wanted = self._run.config.cluster.num_workers
         actor = _new_run_actor()
         scratch = self._run.folder / RAY_FILES
-        trainer = build_trainer(self._run, f"start-{self._number:03d}", scratch, actor, callbacks)
+        work = partial(_train, self._run, actor)
+        trainer = build_trainer(work, self._cluster, f"start-{self._number:03d}", scratch, callbacks)
         failed: list[BaseException] = []
 
         def fit_trainer() -> None:
@@ -169,14 +162,14 @@ class Start:
         # In a thread, where Ray Train does not replace the handlers of signals
         thread = threading.Thread(target=fit_trainer, name="ray-train", daemon=True)
         thread.start()
-        watch = Watch(cluster, log)
+        watch = Watch(self._cluster, log)
         grows = False
         while thread.is_alive():
             thread.join(POLL_SECONDS)
             progress = ray.get(actor.read.remote())
             self._show(progress, display)
             watch.look(progress, actor)
-            grows = grows or (progress is not None and watch.can_grow(cluster.num_workers, wanted))
+            grows = grows or (progress is not None and watch.can_grow(self._cluster.num_workers, wanted))
             if stop.is_set() or grows:
                 actor.request_stop.remote()
         self._show(ray.get(actor.read.remote()), display)  # with a warning of the last moment
@@ -310,9 +303,9 @@ def run_on_workers(work: Callable[[World], Any], cluster: ClusterConfig, scratch
 
 
 def build_trainer(
-    run: Run, name: str, scratch: Path, actor: Any, callbacks: Sequence[Any] = ()
+    work: Callable[[], None], cluster: ClusterConfig, name: str, scratch: Path, callbacks: Sequence[Any] = ()
 ) -> TorchTrainer:
-    """Return the Ray Train trainer of one start of `run`; its workers talk to the driver through `actor`.
+    """Return the Ray Train trainer of one start of a run.
 
     Ray Train itself starts no workers again: it counts failures over the whole run, says nothing about them, and knows
     nothing of the run's checkpoints.
@@ -325,7 +318,7 @@ def build_trainer(
         failure_config=ray.train.FailureConfig(**no_retries),
         callbacks=all_callbacks,
     )
-    return _trainer(partial(_train, run, actor), run.config.cluster, run_config)
+    return _trainer(work, cluster, run_config)
 
 
 def fit(trainer: TorchTrainer) -> ray.train.Result:
