@@ -21,7 +21,6 @@ MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 BLANK_SIDE = 128  # pixels
 
-
 Canvas = npt.NDArray[np.uint8]  # [b, h, w, 3]
 
 

@@ -134,6 +134,8 @@ class _Session:
             kind = "started" if run.resume_from is None else "resumed"
             self._add_event(kind, step=training.step, position=training.position, workers=training.world.size)
         self.ap: float | None = self.metrics.last_ap()
+        if self.is_main:
+            training.on_evaluation_batch = lambda: self._show_now_and_then("evaluating")
 
     def run(self) -> None:
         for report in train(self.training, self.train_shards, self.val_shards):
@@ -172,10 +174,13 @@ class _Session:
             metrics = {**report.terms, "images_per_second": report.images_per_second}
             self._log(report.step, report.position, metrics)
         self._save_checkpoint(report)
+        self._show_now_and_then("training")
+
+    def _show_now_and_then(self, phase: str) -> None:
         now = time.perf_counter()
         if now - self.shown_at > SHOW_SECONDS:
             self.shown_at = now
-            self._show("training")
+            self._show(phase)
 
     def _save_checkpoint(self, report: StepReport) -> None:
         assert self.writer is not None

@@ -34,6 +34,9 @@ from raydetr.shards.remote.reading import RemoteFolder
 from raydetr.shards.validation import InvalidDataError, RawSample, check_index, parse_manifest, parse_sample
 from raydetr.store.retry import RemoteError
 
+# The file server of a mount went away, or came back: the same read works later
+DISCONNECTED = (errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENOTCONN)
+
 T = TypeVar("T")
 Folder = LocalFolder | RemoteFolder
 
@@ -96,17 +99,6 @@ def _parse_index(content: bytes, manifest: Manifest) -> Samples:
 
 
 READ_BATCH_SIZE = 32  # samples that `read_in_order` reads together
-
-
-# The file server of a mount went away, or came back: the same read works later
-DISCONNECTED = (
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EHOSTUNREACH,
-    errno.EHOSTDOWN,
-    errno.ENOTCONN,
-    errno.ESHUTDOWN,
-)
 
 
 class ShardError(ValueError):

@@ -83,6 +83,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16")
         self.position = 0
         self.should_stop: Callable[[], bool] = lambda: False  # asked before every step, on every worker
+        self.on_evaluation_batch: Callable[[], None] = lambda: None  # called for every batch of an evaluation
         self.is_stopping = False  # a worker was asked to stop; the same on every worker
         # A process was killed after it had written the checkpoint of this position, and before it had evaluated it
         self.lacks_evaluation = False
@@ -220,13 +221,18 @@ class Training:
         results = evaluate(
             self.weights,
             self.model.postprocess,
-            drop_blank_batches(batches, corrupt),
+            drop_blank_batches(self._ticking(batches), corrupt),
             shards.label_map,
             self.world.all_gather,
             self.world.device,
         )
         self.corrupt = self._gather_corrupt(replace(row, position=self.position) for row in corrupt)
         return results
+
+    def _ticking(self, batches: Iterable[Batch | None]) -> Iterator[Batch | None]:
+        for batch in batches:
+            self.on_evaluation_batch()
+            yield batch
 
     def mean_terms(self, terms: dict[str, Tensor]) -> dict[str, float]:
         """Return the loss terms averaged over the workers, and the learning rates."""

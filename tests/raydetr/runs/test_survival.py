@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -20,8 +21,10 @@ import torch
 from raydetr.config import ConfigError, RunConfig, override, to_yaml
 from raydetr.runs import lease as lease_module
 from raydetr.runs import run
+from raydetr.runs.fatal_errors import FatalError, StopAtFatalErrors
 from raydetr.runs.lease import Lease, LeaseError
 from raydetr.runs.signals import RunStopped
+from raydetr.shards.reader import ShardError, open_shards
 from raydetr.tracking.events import Metrics, read_events
 from raydetr.training import checkpoint, checkpoint_writer
 from raydetr.training.checkpoint_writer import StorageError
@@ -322,3 +325,41 @@ def test_names_that_are_not_those_of_a_folder_are_refused(tiny_run: RunConfig) -
         with pytest.raises(ConfigError, match="is not the name of a folder"):
             run.start(tiny_run, local=True, name=name)
     assert issubclass(RunStopped, Exception)
+
+
+# --- Storage and evaluation that take long ---
+
+
+def test_an_evaluation_shows_that_it_makes_progress(
+    tiny_run: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Otherwise a long one would be taken for a stall (cluster.stall_minutes)."""
+    monkeypatch.setattr("raydetr.runs.session.SHOW_SECONDS", 0.0)
+    run.start(override(tiny_run, {"optim.epochs": 1}), local=True)
+    assert "evaluating" in capsys.readouterr().err
+
+
+def test_a_file_server_that_went_away_is_not_a_corrupt_sample(
+    tiny_run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restart can help, whatever data.on_corrupt is; for a disk that fails to read, it is worth a try."""
+    shards = open_shards(tiny_run.data.train)
+    error = OSError(errno.ESTALE, "Stale file handle")
+
+    def read(*span: int) -> bytes:
+        raise error
+
+    monkeypatch.setattr(type(shards.files), "read", lambda self, *span: read(*span))
+    with pytest.raises(OSError, match="Stale file handle") as caught:
+        shards.read(0)
+    StopAtFatalErrors().after_exception(None, {0: caught.value})
+    error = OSError(errno.EIO, "Input/output error")
+    with pytest.raises(ShardError, match="Input/output error") as corrupt:
+        shards.read(0)
+    copied = pickle.loads(pickle.dumps(corrupt.value))  # as it reaches the controller
+    StopAtFatalErrors().after_exception(None, {0: copied})
+    error = OSError(errno.EISDIR, "Is a directory")
+    with pytest.raises(ShardError) as final:
+        shards.read(0)
+    with pytest.raises(FatalError, match=r"worker 0: .*Is a directory"):
+        StopAtFatalErrors().after_exception(None, {0: final.value})
