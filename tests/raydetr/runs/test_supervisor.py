@@ -95,6 +95,7 @@ def weights(result: run.RunResult) -> dict[str, torch.Tensor]:
     return torch.load(result.checkpoint / "state.pt", weights_only=True)["model"]
 
 
+@pytest.mark.slow
 def test_a_lost_node_is_replaced_by_fewer_workers_until_one_joins(
     cluster: Cluster,
     two_workers: RunConfig,
