@@ -68,7 +68,7 @@ def numbered(number: int, out: Out | None) -> Batch:
     pixels[...] = number % 256
     return Batch(
         torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor([shape[1:3]]), torch.tensor([number]),
-        torch.zeros(1, 4), (1,), torch.tensor([number]), torch.tensor([shape[1:3]]), (number,), number,
+        torch.zeros(1, 4), (1,), torch.tensor([number]), torch.tensor([shape[1:3]]), number,
     )  # fmt: skip
 
 
