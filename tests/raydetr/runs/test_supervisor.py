@@ -79,6 +79,10 @@ class Meanwhile:
         self._thread = threading.Thread(target=self._wait, daemon=True)
         self._thread.start()
 
+    def join(self) -> None:
+        """Wait until it is done."""
+        self._thread.join()
+
     def _wait(self) -> None:
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline:
@@ -104,23 +108,28 @@ def test_a_lost_node_is_replaced_by_fewer_workers_until_one_joins(
 ) -> None:
     monkeypatch.setattr(ray_train, "LOOK_SECONDS", 1.0)
     config = override(
-        two_workers, {"cluster.min_workers": 1, "cluster.wait_minutes": 0.05, "optim.epochs": 24}
+        two_workers,
+        {
+            "cluster.min_workers": 1,
+            "cluster.wait_minutes": 0.05,
+            "optim.epochs": 80,
+            "evaluation.every_epochs": 20,
+            "storage.checkpoint_steps": 6,
+        },
     )
     folder = config.storage.path / "lost"
-    lost = Meanwhile(folder, EPOCH, lambda: cluster.remove_node(cluster.workers[-1], allow_graceful=False))
-
-    def join() -> None:
-        while not events(folder, "layout"):  # it goes on with one worker
-            time.sleep(0.1)
-        later = int(checkpoint.complete_checkpoints(folder)[0].name) + EPOCH
-        while int(checkpoint.complete_checkpoints(folder)[0].name) < later:
-            time.sleep(0.02)
-        cluster.add_node(num_cpus=1)
-
-    joined = Meanwhile(folder, EPOCH, join)
-    result = run.start(config, name="lost")
-    assert lost.done
-    assert joined.done
+    results: list[run.RunResult] = []
+    # Nodes can be added in the main thread only
+    thread = threading.Thread(target=lambda: results.append(run.start(config, name="lost")), daemon=True)
+    thread.start()
+    Meanwhile(folder, EPOCH, lambda: None).join()
+    cluster.remove_node(cluster.workers[-1], allow_graceful=False)
+    while not events(folder, "layout"):  # it goes on with one worker
+        assert thread.is_alive()
+        time.sleep(0.1)
+    cluster.add_node(num_cpus=1)
+    thread.join(200)
+    (result,) = results
     assert checkpoint.is_complete(result.checkpoint, config)
     assert [event["workers"] for event in events(folder, "layout")] == [1, 2]
     resumed = [(event["workers"], event["position"]) for event in events(folder, "resumed")]
@@ -135,7 +144,7 @@ def test_a_lost_node_is_replaced_by_fewer_workers_until_one_joins(
     assert "going on with 2 workers" in err
     # Every sample exactly once, whatever the number of workers
     steps = [event["position"] for event in events(folder, "step")]
-    assert steps[-1] == 24 * EPOCH
+    assert steps[-1] == 80 * EPOCH
 
 
 def test_workers_that_make_no_progress_are_started_again_and_leave_their_stacks(
