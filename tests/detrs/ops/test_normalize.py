@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detrs.ops import native_status, normalize_images, normalize_images_reference
+from detrs.ops import native_status, normalize_images, normalize_images_reference, padding_mask
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 native = pytest.mark.skipif("cpu" not in native_status().devices, reason=native_status().reason)
@@ -42,6 +42,9 @@ def test_every_number_at_any_size(num_images, height, width, channels_last, seed
     assert (found.dtype, found.shape) == (torch.float32, pixels.shape)
     assert found.is_contiguous(memory_format=torch.channels_last) or found.numel() == 0
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=5e-7)
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)
+    outside = [(rows >= bottom) | (columns >= end) for bottom, end in sizes.tolist()]
+    assert padding_mask(sizes, height, width).tolist() == [mask.tolist() for mask in outside]
     assert torch.equal(found, normalize_images_reference(pixels, sizes, MEAN, STD))
 
 
