@@ -48,6 +48,8 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in SIGNALS:
+            if signal.getsignal(number) == signal.SIG_IGN:  # by `nohup`, or a shell's `&`
+                continue
             before = signal.signal(number, self._handle)
             self._before.setdefault(number, before)
 

@@ -23,7 +23,7 @@ from raydetr.runs import lease as lease_module
 from raydetr.runs import run
 from raydetr.runs.fatal_errors import FatalError, StopAtFatalErrors
 from raydetr.runs.lease import Lease, LeaseError
-from raydetr.runs.signals import RunStopped
+from raydetr.runs.signals import RunStopped, StopSignals
 from raydetr.shards.reader import ShardError, open_shards
 from raydetr.tracking.events import Metrics, read_events
 from raydetr.training import checkpoint, checkpoint_writer
@@ -166,6 +166,23 @@ def test_what_groups_the_parameters_in_another_way_is_refused(tiny_run: RunConfi
         run.resume(
             first.folder, overrides={"optim.epochs": 2, "optim.decay_norms_and_biases": other}, local=True
         )
+
+
+def test_signals_that_the_shell_ignores_stay_ignored() -> None:
+    """`nohup raydetr train ...` goes on when the terminal is closed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.is_set()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.signal == signal.SIGTERM
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # --- Storage that fails ---
