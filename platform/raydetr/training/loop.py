@@ -17,8 +17,8 @@ from itertools import islice
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from detrs.detector import Detector
@@ -372,5 +372,14 @@ def _replicate(detector: Detector, config: ClusterConfig, world: World) -> nn.Mo
     settings: dict[str, Any] = {"gradient_as_bucket_view": True, sync_buffers: False}
     replica = DistributedDataParallel(detector, **settings)
     if config.bf16_gradients:
-        replica.register_comm_hook(None, bf16_compress_hook)
+        # A lambda, because torch compares annotations, which are text in this file
+        replica.register_comm_hook(None, lambda state, bucket: _average_in_bf16(bucket.buffer()))
     return replica
+
+
+def _average_in_bf16(gradients: Tensor) -> torch.futures.Future[Tensor]:
+    """Average gradients over the workers in bfloat16, in place; torch's own hook for this is for NCCL only."""
+    rounded = gradients.to(torch.bfloat16).div_(dist.get_world_size())
+    pending = dist.all_reduce(rounded, async_op=True).get_future()
+    averaged: torch.futures.Future[Tensor] = pending.then(lambda done: gradients.copy_(done.value()[0]))
+    return averaged

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 
 import small_models
 from detrs import zoo
-from raydetr.config import RunConfig, from_dict, to_dict
+from raydetr.config import ConfigError, RunConfig, from_dict, override, to_dict
 from raydetr.data.batch import Batch, Sample, blank_batch, collate, to_model
 from raydetr.data.layout import Layout
 from raydetr.data.transforms.pixels import LazyImage
@@ -223,3 +223,40 @@ def test_every_sample_of_a_step_belongs_to_one_worker() -> None:
                 assert max(sizes) - min(sizes) <= 1
                 if micro_batch is not None:
                     assert max(len(part) for parts in shares for part in parts) <= micro_batch
+
+
+def rounding_worker(rank: int, values: dict[str, Any], folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    try:
+        world = World(rank, 2, torch.device("cpu"))
+        found = take_steps(from_dict(values), "detr", Layout(BATCH, 2), world, "frozen")
+        torch.save(found, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.timeout(200)
+def test_gradients_in_bfloat16_are_rounded_and_the_same_on_all_workers(
+    config: RunConfig, tmp_path: Path, single_process: dict[str, Any]
+) -> None:
+    cluster = config.cluster.model_copy(update={"num_workers": 2, "bf16_gradients": True})
+    config = config.model_copy(update={"cluster": cluster})
+    mp.spawn(rounding_worker, args=(to_dict(config), str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    exact = expected_steps(single_process, config, "detr")
+    assert first["losses"][0]["loss"] == pytest.approx(exact["losses"][0]["loss"], rel=1e-9)
+    for step in (1, 2):
+        assert first["losses"][step]["loss"] == pytest.approx(exact["losses"][step]["loss"], rel=0.02)
+        assert first["losses"][step]["loss"] != pytest.approx(exact["losses"][step]["loss"], rel=1e-7)
+    for key, value in first["state"].items():
+        assert torch.equal(value, second["state"][key]), key
+
+
+def test_bfloat16_gradients_of_one_worker_are_refused(tiny_run: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="bf16_gradients has no effect with num_workers 1"):
+        override(tiny_run, {"cluster.bf16_gradients": True})
+    with pytest.raises(ConfigError, match="min_workers 2 has no effect with num_workers 2"):
+        override(tiny_run, {"cluster.num_workers": 2, "cluster.min_workers": 2})
+    with pytest.raises(ConfigError, match="micro_batch_size 8 has no effect with batch_size 8"):
+        override(tiny_run, {"data.micro_batch_size": 8})
