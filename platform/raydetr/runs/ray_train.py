@@ -37,6 +37,7 @@ from raydetr.training.world import World
 POLL_SECONDS = 0.5  # between two readings of the progress
 WAITING_SECONDS = 30.0  # between two lines about what the run waits for
 SETTLE_SECONDS = 3.0  # after a failure, before the nodes are counted
+RESTART_SECONDS = "20"  # for the start of workers after a failure
 LOOK_SECONDS = 10.0  # between two looks for nodes that have joined
 RAY_FILES = ".ray"  # folder of the run, for Ray Train's own files
 STACKS = "stacks"  # folder of the run
@@ -95,6 +96,9 @@ def train_on_ray(run: Run, callbacks: Sequence[Any], stop: StopSignals, log: Eve
                 if not error.is_waiting:
                     last = checkpoint.newest_valid(run.folder, lambda message: None)
                     failures.add(error, max(start.position, checkpoint.position_of(last)))
+            # Ray notices a lost node late, and a start before that waits for its workers in vain: not for Ray's 60 s,
+            # which a first start may need to install packages
+            os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", RESTART_SECONDS)
             num_workers = wait_for_nodes(cluster, address, stop, log)
 
 
