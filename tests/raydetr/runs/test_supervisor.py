@@ -147,6 +147,7 @@ def test_a_lost_node_is_replaced_by_fewer_workers_until_one_joins(
     assert steps[-1] == 80 * EPOCH
 
 
+@pytest.mark.slow
 def test_workers_that_make_no_progress_are_started_again_and_leave_their_stacks(
     cluster: Cluster, two_workers: RunConfig
 ) -> None:
