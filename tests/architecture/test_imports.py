@@ -33,7 +33,13 @@ LIBRARIES = {
     "mlflow": ("raydetr.tracking.*",),
     "webdataset": ("raydetr.shards.*",),
     "obstore": ("raydetr.store.*",),
-    "ray": ("raydetr.runs.ray_train", "raydetr.runs.fatal_errors", "raydetr.tune.*", "jobs.*"),
+    "ray": (
+        "raydetr.runs.ray_train",
+        "raydetr.runs.ray_cluster",
+        "raydetr.runs.fatal_errors",
+        "raydetr.tune.*",
+        "jobs.*",
+    ),
 }
 IMPORT_FUNCTION = "importlib.import_module"  # stands for __import__ too
 DETRS_NEEDS = {"torch", "numpy", "scipy", "jaxtyping", "detrs"}

@@ -23,7 +23,7 @@ from raydetr.evaluation.evaluator import to_coco_results
 from raydetr.process_pool import Progress
 from raydetr.shards.images import ImageError, decode_image, is_rotated
 from raydetr.store.output_folder import atomic_folder
-from raydetr.training.checkpoint import LoadedModel, find, load_for_inference, read_meta
+from raydetr.training.checkpoint import LoadedModel, find, load_for_inference, read_description
 from raydetr.user_files import read_file
 from raydetr.visualization.boxes import coco_boxes, draw_boxes
 
@@ -83,7 +83,7 @@ def predict(
     with atomic_folder(out, last="results.json") as folder:
         checkpoint = find(checkpoint)
         loaded = load_for_inference(checkpoint, device)
-        categories = read_meta(checkpoint).categories
+        categories = read_description(checkpoint).categories
         names = {category["id"]: category["name"] for category in categories}
         for image_id, file in enumerate(files, start=1):
             if progress:

@@ -18,7 +18,7 @@ from raydetr.evaluation.evaluator import drop_blank_batches, evaluate
 from raydetr.evaluation.ground_truth import evaluation_warnings, ground_truth
 from raydetr.runs.local import local_world
 from raydetr.shards.reader import Shards, open_shards
-from raydetr.training.checkpoint import find, load_for_inference, read_meta, run_config
+from raydetr.training.checkpoint import find, load_for_inference, read_description, read_meta, run_config
 from raydetr.training.world import World
 
 # Settings of the configuration that an evaluation uses; a dot at the end: all settings of the section
@@ -124,7 +124,7 @@ def _open(data: DataConfig, *, sizes_known: bool = False) -> Shards:
 
 
 def _check_categories(checkpoint: Path, shards: Shards) -> None:
-    trained = {category["id"]: category["name"] for category in read_meta(checkpoint).categories}
+    trained = {category["id"]: category["name"] for category in read_description(checkpoint).categories}
     found = {category["id"]: category["name"] for category in shards.manifest.categories}
     if trained != found:
         different = sorted(set(trained.items()) ^ set(found.items()))[:5]

@@ -32,6 +32,12 @@ class StopAtFatalErrors(ray.train.UserCallback):
             FatalError: one of them is fatal.
         """
         for rank, error in sorted(worker_exceptions.items()):
-            # A disk or a file server that failed to read a sample may work again
-            if isinstance(error, FATAL) and getattr(error, "errno", None) != errno.EIO:
+            if is_fatal(error):
                 raise FatalError(f"worker {rank}: {error}")
+
+
+def is_fatal(error: Exception) -> bool:
+    """Return whether a retry would raise an error again; an error's own `is_fatal` decides, if it has one."""
+    # A disk or a file server that failed to read a sample may work again
+    by_type = isinstance(error, FATAL) and getattr(error, "errno", None) != errno.EIO
+    return bool(getattr(error, "is_fatal", by_type))

@@ -1,17 +1,14 @@
-"""Run workers on Ray Train: find or start a cluster, start the workers, show their progress."""
+"""Run workers on Ray Train: start them, show their progress, start them again when some fail."""
 
 from __future__ import annotations
 
 import dataclasses
 import faulthandler
-import logging
-import math
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,6 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.autoscaler.sdk import request_resources
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -28,39 +24,26 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raydetr.config import ClusterConfig
 from raydetr.console import Display, RunActor, RunProgress, print_status
 from raydetr.runs.fatal_errors import FatalError, StopAtFatalErrors
+from raydetr.runs.ray_cluster import (
+    POLL_SECONDS,
+    WAITING_SECONDS,
+    LaunchError,
+    check_resources,
+    connected,
+    missing_resources,
+    num_fitting,
+    wait_for_nodes,
+)
 from raydetr.runs.session import Run, run_session
 from raydetr.runs.signals import StopSignals
 from raydetr.tracking.events import EventLog
 from raydetr.training import checkpoint
 from raydetr.training.world import World
 
-POLL_SECONDS = 0.5  # between two readings of the progress
-WAITING_SECONDS = 30.0  # between two lines about what the run waits for
-SETTLE_SECONDS = 3.0  # after a failure, before the nodes are counted
 RESTART_SECONDS = "20"  # for the start of workers after a failure
 LOOK_SECONDS = 10.0  # between two looks for nodes that have joined
 RAY_FILES = ".ray"  # folder of the run, for Ray Train's own files
 STACKS = "stacks"  # folder of the run
-
-# Ray reads these when it starts its processes. A value that the user has set is kept.
-SETTINGS = {
-    "RAY_AUTH_MODE": "disabled",  # with a token in the home folder, other clusters would refuse the connection
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for this poll; 2 s by default
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints would appear twice
-    "RAY_raylet_start_wait_time_s": "120",  # 30 s are too few on a busy machine
-}
-
-
-class LaunchError(RuntimeError):
-    """A run failed on the cluster, or could not start there; the message has the reason.
-
-    With `is_fatal`, the same would happen again: in the data or the settings is an error. With `is_waiting`, nothing
-    has failed: the cluster had no room for the workers in time.
-    """
-
-    def __init__(self, message: str, *, is_fatal: bool = False, is_waiting: bool = False) -> None:
-        super().__init__(message)
-        self.is_fatal, self.is_waiting = is_fatal, is_waiting
 
 
 # --- In the driver ---
@@ -94,12 +77,12 @@ def train_on_ray(run: Run, callbacks: Sequence[Any], stop: StopSignals, log: Eve
                 if stop.is_set():
                     return
                 if not error.is_waiting:
-                    last = checkpoint.newest_valid(run.folder, lambda message: None)
-                    failures.add(error, max(start.position, checkpoint.position_of(last)))
+                    written = checkpoint.complete_checkpoints(run.folder)
+                    failures.add(error, max([start.position, *map(checkpoint.position_of, written)]))
             # Ray notices a lost node late, and a start before that waits for its workers in vain: not for Ray's 60 s,
             # which a first start may need to install packages
             os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", RESTART_SECONDS)
-            num_workers = wait_for_nodes(cluster, address, stop, log)
+            num_workers = wait_for_nodes(cluster, stop, log)
 
 
 class Failures:
@@ -153,6 +136,8 @@ class Start:
         wanted = self._run.config.cluster.num_workers
         actor = _new_run_actor()
         scratch = self._run.folder / RAY_FILES
+        # Ray Train would go on with the files of a start whose driver was killed
+        shutil.rmtree(scratch, ignore_errors=True)
         work = partial(_train, self._run, actor)
         trainer = build_trainer(work, self._cluster, f"start-{self._number:03d}", scratch, callbacks)
         failed: list[BaseException] = []
@@ -188,8 +173,8 @@ class Start:
             display.show(progress)
 
     def _is_complete(self) -> bool:
-        last = checkpoint.newest_valid(self._run.folder, lambda message: None)
-        return last is not None and checkpoint.is_complete(last, self._run.config)
+        written = checkpoint.complete_checkpoints(self._run.folder)
+        return bool(written) and checkpoint.is_complete(written[0], self._run.config)
 
 
 class Watch:
@@ -209,7 +194,7 @@ class Watch:
         if progress is None:
             if now > self._wait_until:
                 self._wait_until += WAITING_SECONDS
-                print_status(_waiting(self._cluster))
+                print_status(missing_resources(self._cluster))
             return
         if progress != self._latest:
             self._latest, self._moved_at = progress, now
@@ -229,7 +214,7 @@ class Watch:
         if num_workers >= wanted or now < self._look_until:
             return False
         self._look_until = now + LOOK_SECONDS
-        if _num_fitting(self._cluster) < wanted:
+        if num_fitting(self._cluster) < wanted:
             return False
         self._log.append("layout", workers=wanted, reason="nodes have joined")
         print_status(f"nodes have joined: going on with {wanted} workers after this step")
@@ -242,48 +227,6 @@ class Watch:
         for file in sorted(stacks.glob("*.txt")):
             self._log.append("stack", worker=file.stem, stack=file.read_text())
         return LaunchError(self._stalled)
-
-
-def wait_for_nodes(cluster: ClusterConfig, address: str, stop: StopSignals, log: EventLog) -> int:
-    """Wait until the nodes of the cluster can hold the workers; return how many to start.
-
-    After `cluster.wait_minutes` fewer than `cluster.num_workers` are enough, at least `cluster.min_workers`.
-    """
-    # The workers of a lost node fail before the cluster knows that the node is lost
-    time.sleep(SETTLE_SECONDS)
-    began, told_at = time.monotonic(), -math.inf
-    wanted, least = cluster.num_workers, cluster.min_workers or cluster.num_workers
-    bundle = {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if cluster.use_gpu else {})
-    try:
-        while not stop.is_set():
-            fitting, waited = _num_fitting(cluster), time.monotonic() - began
-            if fitting >= wanted:
-                return wanted
-            if fitting >= least and waited > 60 * cluster.wait_minutes:
-                log.append(
-                    "layout", workers=fitting, reason=f"{wanted} do not fit after {waited / 60:.0f} minutes"
-                )
-                print_status(f"going on with {fitting} of {wanted} workers, until nodes join")
-                return fitting
-            if time.monotonic() - told_at > WAITING_SECONDS:
-                told_at = time.monotonic()
-                log.append("waiting", reason=_waiting(cluster))
-                print_status(_waiting(cluster))
-                request_resources(bundles=[bundle] * wanted)  # an autoscaler starts nodes
-            time.sleep(POLL_SECONDS)
-    finally:
-        if told_at > -math.inf:
-            request_resources(bundles=[])
-    return wanted
-
-
-def _num_fitting(cluster: ClusterConfig) -> int:
-    """Return how many workers the nodes that live can hold, when they are free."""
-    alive: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    nodes = [node["Resources"] for node in alive if node["Alive"]]
-    by_cpu = (int(node.get("CPU", 0)) // cluster.cpus_per_worker for node in nodes)
-    by_gpu = (int(node.get("GPU", 0)) for node in nodes)
-    return sum(min(pair) if cluster.use_gpu else pair[0] for pair in zip(by_cpu, by_gpu, strict=True))
 
 
 def run_on_workers(work: Callable[[World], Any], cluster: ClusterConfig, scratch: Path) -> Any:
@@ -345,75 +288,11 @@ def fit(trainer: TorchTrainer) -> ray.train.Result:
     return result
 
 
-@contextmanager
-def connected(cluster: ClusterConfig) -> Iterator[str]:
-    """Connect to a Ray cluster; yield its address, or "existing" if this process is already connected.
-
-    The cluster is that of `cluster.address`, that of the job that this process belongs to, or a new local one.
-
-    Raises:
-        ConnectionError: no cluster answers at the address.
-    """
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
-    if ray.is_initialized():  # by a search, or by the caller
-        yield "existing"
-        return
-    address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
-    ray.init(
-        address=address,
-        include_dashboard=True,  # on loopback; without it, stopped trials leak their resources
-        log_to_driver=False,
-        runtime_env=_runtime_env(),
-        logging_level=logging.WARNING,
-    )
-    try:
-        yield address
-    finally:
-        ray.shutdown()
-
-
-def check_resources(cluster: ClusterConfig, address: str) -> None:
-    """Check that the workers fit on a local cluster. It does not autoscale: Ray would wait for resources forever.
-
-    Raises:
-        LaunchError: the workers need more CPUs or GPUs than the machine has.
-    """
-    if address != "local":
-        return
-    have = _resources()
-    for name, setting, need in (
-        ("CPU", f"cpus_per_worker={cluster.cpus_per_worker}", cluster.num_workers * cluster.cpus_per_worker),
-        ("GPU", f"use_gpu={cluster.use_gpu}", cluster.num_workers * cluster.use_gpu),
-    ):
-        if need > have.get(name, 0):
-            raise LaunchError(
-                f"cluster.num_workers={cluster.num_workers} with cluster.{setting} needs {need} {name}s, and this "
-                f"machine has {have.get(name, 0):.0f}: lower them, or set cluster.address to a larger cluster"
-            )
-
-
-def _resources() -> dict[str, float]:
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return resources
-
-
 def _new_run_actor() -> Any:
     # On the node of the driver: no other node's loss can take it
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
     return ray.remote(**options)(RunActor).remote()
-
-
-def _runtime_env() -> dict[str, Any]:
-    """Return a runtime environment with which workers import the packages from a job's working directory.
-
-    Empty if this process is no job, or the packages are installed.
-    """
-    in_job = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
-    if not in_job or "PYTHONPATH" in in_job or not Path("platform/raydetr").exists():
-        return {}
-    return {"env_vars": {"PYTHONPATH": "platform:models"}}
 
 
 def _trainer(
@@ -439,18 +318,6 @@ def _root_cause(error: BaseException) -> str:
         return str(error)
     rank, cause = sorted(failures.items())[0]
     return f"worker {rank}: {getattr(cause, 'cause', None) or cause}"
-
-
-def _waiting(cluster: ClusterConfig) -> str:
-    """Describe which resources the run needs, and which the cluster has."""
-    have = _resources()
-    need = (
-        f"{cluster.num_workers} workers with {cluster.cpus_per_worker} CPUs" + " and 1 GPU" * cluster.use_gpu
-    )
-    return (
-        f"waiting for {need} each; the cluster has {have.get('CPU', 0):.0f} CPUs and {have.get('GPU', 0):.0f} "
-        "GPUs in all (more if it autoscales); `ray status` shows which are free"
-    )
 
 
 # --- In the workers ---
@@ -501,7 +368,7 @@ class _RayReporter:
             if wish == "abort":
                 # The main thread may wait in a collective for ever: only the process can end
                 self._stacks.parent.mkdir(exist_ok=True)
-                with self._stacks.open("a") as file:
+                with self._stacks.open("w") as file:
                     faulthandler.dump_traceback(file, all_threads=True)
                 os._exit(1)
             time.sleep(POLL_SECONDS)

@@ -36,7 +36,7 @@ from raydetr.doctor.findings import TrainingTarget
 from raydetr.environment import describe_environment
 from raydetr.evaluation.coco_metrics import ApTable
 from raydetr.evaluation.ground_truth import evaluation_warnings
-from raydetr.runs.lease import Lease, LeaseError
+from raydetr.runs.lease import Lease
 from raydetr.runs.local import train_locally
 from raydetr.runs.session import PICTURES, Run
 from raydetr.runs.signals import RunStopped, StopSignals
@@ -125,6 +125,7 @@ def start(
         OSError, ValueError: the shards cannot be used.
         TrackingError: MLflow cannot be reached before the first step.
         LaunchError: the run failed on Ray; with `local`, the errors of `run_session` instead.
+        RunStopped: a signal stopped the run.
     """
     config, (train, val) = resolve(config)
     if warn:
@@ -135,12 +136,13 @@ def start(
     folder = config.storage.path / name
     _check_new(folder, config)
     folder.mkdir(parents=True)
-    config, run_id = create_mlflow_run(config, name, parent_run_id=parent_run_id)
-    (folder / "config.yaml").write_text(to_yaml(config))
-    (folder / "mlflow_run_id").write_text(run_id)
-    with tracking_warnings():
-        _log_description(mlflow_run.tracking_uri(config), run_id, config, (train, val))
-    return _execute(Run(config, folder, run_id), local, callbacks)
+    with Lease(folder):
+        config, run_id = create_mlflow_run(config, name, parent_run_id=parent_run_id)
+        (folder / "config.yaml").write_text(to_yaml(config))
+        (folder / "mlflow_run_id").write_text(run_id)
+        with tracking_warnings():
+            _log_description(mlflow_run.tracking_uri(config), run_id, config, (train, val))
+        return _execute(Run(config, folder, run_id), local, callbacks)
 
 
 def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: bool = False) -> RunResult:
@@ -153,6 +155,8 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
         OSError, ValueError: the shards cannot be used.
         TrackingError: MLflow cannot be reached before the first step.
         LaunchError: the run failed on Ray; with `local`, the errors of `run_session` instead.
+        LeaseError: another process drives the run.
+        RunStopped: a signal stopped the run.
     """
     folder = folder.expanduser().absolute()  # Ray and the workers have working directories of their own
     if not (folder / "config.yaml").exists():
@@ -161,23 +165,26 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
         if path.startswith(_FIXED):
             raise ConfigError(f"{path} has no effect on a run that is resumed: omit it, or start a new run")
     config, (train, _) = resolve(override(from_yaml(folder / "config.yaml"), overrides or {}))
-    last = checkpoint.newest_valid(folder, lambda message: print_status(f"skipped: {message}"))
-    if last is None:
-        raise checkpoint.CheckpointError(f"{folder}: no complete checkpoint to resume from; start a new run")
-    checkpoint.check_compatible(last, config, train)
-    if checkpoint.is_complete(last, config):
-        raise ConfigError(
-            f"{folder}: has already trained all {config.optim.epochs} epochs; set optim.epochs higher to continue, "
-            "or start a new run"
-        )
-    run_id = (folder / "mlflow_run_id").read_text()
-    uri = mlflow_run.tracking_uri(config)
-    with tracking_warnings():
-        mlflow_run.reopen_run(uri, run_id)
-        for path, (old, new) in mlflow_run.log_params(uri, run_id, flatten(to_dict(config))).items():
-            print_status(f"changed for the resumed run: {path} from {old} to {new}")
-    (folder / "config.yaml").write_text(to_yaml(config))
-    return _execute(Run(config, folder, run_id, last), local)
+    with Lease(folder):  # before anything of the run is changed
+        last = checkpoint.newest_valid(folder, lambda message: print_status(f"skipped: {message}"))
+        if last is None:
+            raise checkpoint.CheckpointError(
+                f"{folder}: no complete checkpoint to resume from; start a new run"
+            )
+        checkpoint.check_compatible(last, config, train)
+        if checkpoint.is_complete(last, config):
+            raise ConfigError(
+                f"{folder}: has already trained all {config.optim.epochs} epochs; set optim.epochs higher to continue, "
+                "or start a new run"
+            )
+        run_id = (folder / "mlflow_run_id").read_text()
+        uri = mlflow_run.tracking_uri(config)
+        with tracking_warnings():
+            mlflow_run.reopen_run(uri, run_id)
+            for path, (old, new) in mlflow_run.log_params(uri, run_id, flatten(to_dict(config))).items():
+                print_status(f"changed for the resumed run: {path} from {old} to {new}")
+        (folder / "config.yaml").write_text(to_yaml(config))
+        return _execute(Run(config, folder, run_id, last), local)
 
 
 def _check_new(folder: Path, config: RunConfig) -> None:
@@ -193,7 +200,9 @@ def _check_new(folder: Path, config: RunConfig) -> None:
     if not folder.exists():
         return
     last = checkpoint.newest_valid(folder, lambda message: None)
-    if last is not None and checkpoint.is_complete(last, config):
+    if last is None:
+        raise ConfigError(f"{folder} exists and has no checkpoint: remove it, or give another --name")
+    if checkpoint.is_complete(last, config):
         raise ConfigError(
             f"{folder}: this run is finished; give another --name, or `raydetr evaluate {folder}`"
         )
@@ -317,7 +326,7 @@ def _execute(run: Run, local: bool, callbacks: Sequence[Any] = ()) -> RunResult:
     uri, run_id = mlflow_run.tracking_uri(run.config), run.mlflow_run_id
     log = EventLog(run.folder)
     try:
-        with Lease(run.folder), StopSignals() as stop:
+        with StopSignals() as stop:
             if local:
                 train_locally(run, stop.is_set)
             else:
@@ -328,8 +337,6 @@ def _execute(run: Run, local: bool, callbacks: Sequence[Any] = ()) -> RunResult:
             if stop.signal is not None and (last is None or not checkpoint.is_complete(last, run.config)):
                 raise _stopped(run, last, stop.signal)
         assert last is not None
-    except LeaseError:
-        raise
     except (KeyboardInterrupt, RunStopped) as error:
         log.append("stopped", reason=str(error) or "interrupted")
         _finish(uri, run_id, "KILLED")
@@ -361,7 +368,7 @@ def _finish(uri: str, run_id: str, status: mlflow_run.Status, last: Path | None 
     """End the MLflow run. A server that cannot be reached is a warning: the training has its result."""
     with tracking_warnings():
         if last is not None:
-            meta = dataclasses.asdict(checkpoint.read_meta(last))
+            meta = dataclasses.asdict(checkpoint.read_description(last))
             fields = ("epoch", "position", "fingerprint", "state_crc32")
             reference = {"path": str(last)} | {name: meta[name] for name in fields}
             mlflow_run.log_text(

@@ -110,8 +110,6 @@ class _Session:
         self.training, self.reporter = training, reporter
         self.train_shards, self.val_shards = train_shards, val_shards
         self.is_main = training.world.is_main
-        if self.is_main:
-            training.corrupt_log.write(self.folder)
         self.tracker = Tracker(tracking_uri(run.config), run.mlflow_run_id) if self.is_main else None
         self.writer = (
             CheckpointWriter(run.folder, run.config.storage, self._on_written) if self.is_main else None
@@ -126,11 +124,12 @@ class _Session:
         self.loss: float | None = None
         self.warning: str | None = None
         self.checkpoint_problem: str | None = None
-        self.shown_problems: dict[
-            str, str
-        ] = {}  # the last of tracking, events and checkpoints: each is shown once
+        self.corrupt_log_problem: str | None = None
+        # The last problem of each kind, which was shown; each is shown once
+        self.shown_problems: dict[str, str] = {}
         self.phase = "training"
         if self.is_main:
+            self._write_corrupt_log(lambda: training.corrupt_log.write(self.folder))
             kind = "started" if run.resume_from is None else "resumed"
             self._add_event(kind, step=training.step, position=training.position, workers=training.world.size)
         self.ap: float | None = self.metrics.last_ap()
@@ -229,7 +228,7 @@ class _Session:
     def _on_corrupt(self, report: StepReport | EvaluationReport, found: tuple[CorruptSample, ...]) -> None:
         """Log corrupt samples, on every worker; stop the run, on every worker, when there are too many."""
         training, corrupt_log = self.training, self.training.corrupt_log
-        corrupt_log.add(found, self.folder if self.is_main else None)
+        self._write_corrupt_log(lambda: corrupt_log.add(found, self.folder if self.is_main else None))
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         self.warning = (
             f"corrupt: {found[0]}{more}; {corrupt_log.num_samples} so far, all in {self.folder / CORRUPT_LOG}"
@@ -243,6 +242,12 @@ class _Session:
         if corrupt_log.num_samples > limit:
             training.world.all_gather(None)  # no worker stops before the file is complete
             corrupt_log.check(limit, self.folder)
+
+    def _write_corrupt_log(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:  # a full disk, perhaps: the events and the checkpoints have the rows, too
+            self.corrupt_log_problem = f"{self.folder / CORRUPT_LOG} cannot be written: {error}"
 
     def _on_evaluation(self, report: EvaluationReport) -> None:
         metrics: dict[str, Any] = {"epoch": report.epoch, "position": report.position}
@@ -309,6 +314,7 @@ class _Session:
             "tracking": None if self.tracker is None else self.tracker.problem,
             "events": self.events.problem,
             "checkpoint": self.checkpoint_problem,
+            "corrupt samples": self.corrupt_log_problem,
         }
         for name, problem in problems.items():
             if problem is not None and problem != self.shown_problems.get(name):

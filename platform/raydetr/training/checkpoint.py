@@ -163,14 +163,14 @@ def newest_valid(run: Path, on_damaged: Callable[[str], None]) -> Path | None:
     return None
 
 
-def position_of(folder: Path | None) -> int:
-    """Return the position of a checkpoint of a run; -1 for None."""
-    return -1 if folder is None else int(folder.name)
+def position_of(folder: Path) -> int:
+    """Return the position of a checkpoint of a run."""
+    return int(folder.name)
 
 
 def is_complete(folder: Path, config: RunConfig) -> bool:
     """Return whether a checkpoint is the last of a run with this configuration, with its evaluation."""
-    return read_meta(folder).epoch >= config.optim.epochs and bool(read_metrics(folder))
+    return read_description(folder).epoch >= config.optim.epochs and bool(read_metrics(folder))
 
 
 def best(run: Path) -> Path | None:
@@ -210,11 +210,11 @@ def find(path: Path, on_damaged: Callable[[str], None] = lambda message: None) -
     return found
 
 
-def read_meta(folder: Path) -> Meta:
-    """Read the description of the checkpoint in `folder`, and verify that the checkpoint is complete.
+def read_description(folder: Path) -> Meta:
+    """Read the description of the checkpoint in `folder`, without reading its state.
 
     Raises:
-        CheckpointError: the folder holds no checkpoint of this program, or one that is incomplete or corrupt.
+        CheckpointError: the folder holds no checkpoint of this program.
     """
     try:
         meta = _META.validate_json(read_file(folder / "meta.json"), strict=True)
@@ -231,6 +231,16 @@ def read_meta(folder: Path) -> Meta:
         raise CheckpointError(
             f"{folder}: checkpoint format {meta.format}; this version reads format {FORMAT}"
         )
+    return meta
+
+
+def read_meta(folder: Path) -> Meta:
+    """Read the description of the checkpoint in `folder`, and verify its state by size and checksum.
+
+    Raises:
+        CheckpointError: the folder holds no checkpoint of this program, or one that is incomplete or corrupt.
+    """
+    meta = read_description(folder)
     state = folder / "state.pt"
     size = state.stat().st_size if state.exists() else 0
     if size != meta.state_bytes:

@@ -23,6 +23,8 @@ FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds between two tries; the pause doubl
 class StorageError(RuntimeError):
     """No checkpoint could be written for longer than the run allows; the message has the folder and the reason."""
 
+    is_fatal = True  # the run has waited for the storage already: no retry
+
 
 @dataclass(frozen=True)
 class Written:

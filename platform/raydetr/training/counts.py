@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raydetr.data.batch import Batch
-from raydetr.training.world import PendingGather, World
+from raydetr.training.world import Pending, World
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class BatchCounts:
 class PendingCounts:
     """Counts that the other workers may not have sent yet."""
 
-    gathered: PendingGather
+    gathered: Pending
 
     @staticmethod
     def start(

@@ -78,7 +78,6 @@ class Training:
         self.optimizer = build_optimizer(self.detector, config.optim)
         self.replica = _replicate(self.detector, config.cluster, world)
         self.batch_norms = BatchNormSnapshot(self.detector)
-        self.synchronizes_norms = world.size > 1
         # Small gradients underflow in float16: the scaler multiplies the loss by the largest factor without overflow
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16")
         self.position = 0
@@ -180,7 +179,8 @@ class Training:
             max_targets = counts.wait().max_targets()
             seeds = [self.random_seed(position) for position in batch.positions]
             draws = denoising.draw_by_image(batch.counts, max_targets, seeds).to(self.world.device)
-        norms = BatchNormSnapshot(self.detector) if batch.is_blank and not self.synchronizes_norms else None
+        # Synchronized statistics are the same on all workers, and stay so
+        norms = BatchNormSnapshot(self.detector) if batch.is_blank and self.world.size == 1 else None
         with self._autocast():
             outputs = self.replica(images, targets, draws, max_targets)
         totals = counts.wait()

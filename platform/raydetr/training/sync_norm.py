@@ -48,9 +48,11 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         assert norm.affine, norm
         assert norm.track_running_stats, norm
         synchronized = SyncBatchNorm2d(norm.num_features, norm.eps, norm.momentum)
-        synchronized.__dict__.update(norm.__dict__)
+        synchronized.weight, synchronized.bias = norm.weight, norm.bias
+        for name, buffer in norm.named_buffers():
+            setattr(synchronized, name, buffer)
         synchronized.group = group
-        return synchronized
+        return synchronized.train(norm.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize [b, c, h, w]."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,24 +31,18 @@ class World:
         """True in the process that writes and logs for all (rank 0)."""
         return self.rank == 0
 
-    def all_reduce_async(self, value: Tensor) -> PendingSum:
+    def all_reduce_async(self, value: Tensor) -> Pending:
         """Start to sum `value` over all processes, in place; `wait()` returns the sum."""
         handle = dist.all_reduce(value, async_op=True) if self.size > 1 else None
-        return PendingSum(value, handle)
+        return Pending(value, handle)
 
-    def all_gather_async(self, value: Tensor) -> PendingGather:
+    def all_gather_async(self, value: Tensor) -> Pending:
         """Start to gather `value`, [k], of all processes; `wait()` returns [size, k]."""
         if self.size == 1:
-            return PendingGather(value[None], None)
+            return Pending(value[None], None)
         gathered = value.new_empty(self.size, *value.shape)
         # Not the variant that takes one tensor, whose name changes with torch 2.13
-        return PendingGather(gathered, dist.all_gather(list(gathered.unbind(0)), value, async_op=True))
-
-    def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite the tensors with those of rank 0."""
-        if self.size > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+        return Pending(gathered, dist.all_gather(list(gathered.unbind(0)), value, async_op=True))
 
     def all_gather(self, value: Any) -> list[Any]:
         """Return the (picklable) values of all processes, in rank order, on every process."""
@@ -61,28 +54,14 @@ class World:
 
 
 @dataclass(frozen=True)
-class PendingGather:
-    """The values of all processes, which may not have arrived yet."""
-
-    values: Tensor
-    handle: dist.Work | None
-
-    def wait(self) -> Tensor:
-        """Wait for the other processes; return their values."""
-        if self.handle is not None:
-            self.handle.wait()
-        return self.values
-
-
-@dataclass(frozen=True)
-class PendingSum:
-    """A sum over all processes that may not be complete yet."""
+class Pending:
+    """The result of a collective that may not be complete yet."""
 
     value: Tensor
-    handle: dist.Work | None
+    handle: dist.Work | None  # None: complete
 
     def wait(self) -> Tensor:
-        """Wait for the other processes; return the sum."""
+        """Wait for the other processes; return the result."""
         if self.handle is not None:
             self.handle.wait()
         return self.value

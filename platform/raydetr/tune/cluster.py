@@ -14,7 +14,7 @@ from ray.util.state import list_actors, list_placement_groups
 from ray.util.state.exception import RayStateApiException
 
 from raydetr.config import ClusterConfig
-from raydetr.runs.ray_train import LaunchError
+from raydetr.runs.ray_cluster import LaunchError
 
 CLEANUP_TIMEOUT_SECONDS = 20.0  # for Ray's own cleanup after a search, which polls once per second
 # Ray's own actors: one for all jobs of a cluster, which holds no resources and lives as long as the cluster

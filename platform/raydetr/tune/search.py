@@ -19,7 +19,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from raydetr.config import RunConfig, flatten, override, to_dict, to_yaml
 from raydetr.console import print_status
 from raydetr.runs import run
-from raydetr.runs.ray_train import connected
+from raydetr.runs.ray_cluster import connected
 from raydetr.tracking import mlflow_run
 from raydetr.tracking.mlflow_run import tracking_uri
 from raydetr.tracking.tracker import Tracker

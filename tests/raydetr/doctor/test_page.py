@@ -53,6 +53,23 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     return examine(locations, TrainingTarget(), num_processes=1).to_html()
 
 
+def test_a_drawing_that_fails_does_not_take_the_findings_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no font")
+
+    train, val = made.healthy(30, 1), made.healthy(20, 2)
+    train.samples[7].annotations[0]["bbox"] = [50, 1, 40, 40]
+    locations = [str(made.write(train, tmp_path / "train")), str(made.write(val, tmp_path / "val"))]
+    monkeypatch.setattr("raydetr.doctor.report.draw_boxes", fail)
+    report = examine(locations, TrainingTarget(), num_processes=1)
+    assert "data:image/jpeg" not in report.to_html()
+    assert report.findings
+    assert "50, 1, 40, 40" in report.to_html()
+    assert "warning: no picture of sample 7 of train: RuntimeError: no font" in capsys.readouterr().err
+
+
 VOID_TAGS = {"img", "link", "meta"}
 
 

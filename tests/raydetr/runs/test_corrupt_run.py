@@ -262,6 +262,20 @@ def test_a_run_continues_and_logs_corrupt_samples(
     assert "2 corrupt validation images have no predictions" in capsys.readouterr().err
 
 
+def test_a_log_that_cannot_be_written_does_not_end_a_run(
+    corrupt_run: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CorruptSampleLog, "_append", fail)
+    result = run.start(with_policy(corrupt_run, "mask"), local=True)
+    assert result.metrics["corrupt_samples"] == 5
+    assert len(state_of(result.checkpoint)) == len(expected_rows(with_policy(corrupt_run, "mask"), "masked"))
+    err = " ".join(capsys.readouterr().err.split())
+    assert "corrupt_samples.jsonl cannot be written: [Errno 28] No space left on device" in err
+
+
 def state_of(folder: Path) -> list[CorruptSample]:
     """Those of the training, and those of the evaluation at this checkpoint."""
     rows = torch.load(folder / "state.pt", weights_only=True)["corrupt_samples"]

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
 import torch
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 
 from corrupt_shards import corrupt_sample
 from detrs.backbone import build_backbone
-from ray_head import NICENESS, free_ports
+from ray_nodes import ray_nodes
 from raydetr.config import ClusterConfig, ConfigError, RunConfig, override
-from raydetr.runs import ray_train, run
+from raydetr.runs import run
 from raydetr.runs.evaluate import evaluate_checkpoint
+from raydetr.runs.ray_cluster import LaunchError, check_resources
 from raydetr.shards.reader import open_shards
 from raydetr.tracking import mlflow_run
 from raydetr.training import checkpoint
@@ -38,23 +38,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Start a head without CPUs and two nodes with two each, and connect this process to it."""
-    for name, value in (ray_train.SETTINGS | NICENESS).items():
-        os.environ.setdefault(name, value)
-    nodes = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 0,
-            "include_dashboard": True,
-            "dashboard_host": "127.0.0.1",
-            "dashboard_port": free_ports(1)[0],
-        },
-    )
-    for _ in range(2):
-        nodes.add_node(num_cpus=2)
-    ray.init(address=nodes.address, log_to_driver=False)
-    yield nodes
-    ray.shutdown()
-    nodes.shutdown()
+    with ray_nodes(2, cpus=2) as nodes:
+        yield nodes
 
 
 @pytest.fixture
@@ -131,7 +116,7 @@ def test_a_failed_run_has_the_message_of_its_worker_and_is_not_retried(
         },
     )
     before = len(started_workers(cluster))
-    with pytest.raises(ray_train.LaunchError, match=r"worker \d: .*(finite|nan)"):
+    with pytest.raises(LaunchError, match=r"worker \d: .*(finite|nan)"):
         run.start(wild)
     assert len(started_workers(cluster)) - before == 2
 
@@ -149,7 +134,7 @@ def test_a_corrupt_sample_stops_the_run_at_once(
 ) -> None:
     config, samples = corrupt
     before = len(started_workers(cluster))
-    with pytest.raises(ray_train.LaunchError) as caught:
+    with pytest.raises(LaunchError) as caught:
         run.start(config)
     assert any(
         re.match(
@@ -166,9 +151,7 @@ def test_too_many_corrupt_samples_stop_all_workers_with_a_complete_log(
 ) -> None:
     config, samples = corrupt
     before = len(started_workers(cluster))
-    with pytest.raises(
-        ray_train.LaunchError, match=r"3 samples are corrupt, and data\.max_corrupt allows 2"
-    ) as caught:
+    with pytest.raises(LaunchError, match=r"3 samples are corrupt, and data\.max_corrupt allows 2") as caught:
         run.start(override(config, {"data.on_corrupt": "mask", "data.max_corrupt": 2}), name="masked")
     rows = [
         json.loads(line)
@@ -183,9 +166,9 @@ def test_too_many_corrupt_samples_stop_all_workers_with_a_complete_log(
 
 
 def test_workers_that_a_local_cluster_cannot_hold_are_refused(cluster: Cluster) -> None:
-    with pytest.raises(ray_train.LaunchError, match=r"num_workers=9 .* needs 9 CPUs, and this machine has 4"):
-        ray_train.check_resources(ClusterConfig(num_workers=9), "local")
-    ray_train.check_resources(ClusterConfig(num_workers=9), "ray://elsewhere")  # it may grow
+    with pytest.raises(LaunchError, match=r"num_workers=9 .* needs 9 CPUs, and this machine has 4"):
+        check_resources(ClusterConfig(num_workers=9), "local")
+    check_resources(ClusterConfig(num_workers=9), "ray://elsewhere")  # it may grow
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ from typing import Any
 
 import psutil
 import pytest
-import ray
 import torch
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 
-from ray_head import free_ports
+from ray_nodes import ray_nodes
 from raydetr.config import RunConfig, override, to_yaml
 from raydetr.runs import ray_train, run
+from raydetr.runs.ray_cluster import LaunchError
 from raydetr.tracking.events import EventLog, read_events
 from raydetr.training import checkpoint
 
@@ -36,20 +36,8 @@ EPOCH = 48  # samples
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """A head without CPUs, and two nodes with room for one worker each."""
-    nodes = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 0,
-            "include_dashboard": True,
-            "dashboard_host": "127.0.0.1",
-            "dashboard_port": free_ports(1)[0],
-        },
-    )
-    nodes.workers = [nodes.add_node(num_cpus=1) for _ in range(2)]  # type: ignore[attr-defined]
-    ray.init(address=nodes.address, log_to_driver=False)
-    yield nodes
-    ray.shutdown()
-    nodes.shutdown()
+    with ray_nodes(2, cpus=1) as nodes:
+        yield nodes
 
 
 @pytest.fixture
@@ -201,9 +189,7 @@ def test_failures_without_progress_end_the_run_and_are_listed(
     killer = threading.Thread(target=kill_all, daemon=True)
     killer.start()
     try:
-        with pytest.raises(
-            ray_train.LaunchError, match=r"failed 2 times without progress .*\n  1\. .*\n  2\. "
-        ):
+        with pytest.raises(LaunchError, match=r"failed 2 times without progress .*\n  1\. .*\n  2\. "):
             run.start(config, name="hopeless")
     finally:
         done.set()
@@ -213,12 +199,12 @@ def test_failures_without_progress_end_the_run_and_are_listed(
 def test_failures_are_counted_since_the_last_progress(tmp_path: Path) -> None:
     failures = ray_train.Failures(2, EventLog(tmp_path))
     for position in (-1, -1, 48, 48, 96, 144, 144):
-        failures.add(ray_train.LaunchError(f"at {position}"), position)
-    with pytest.raises(ray_train.LaunchError, match="failed 3 times without progress"):
-        failures.add(ray_train.LaunchError("at 144"), 144)
+        failures.add(LaunchError(f"at {position}"), position)
+    with pytest.raises(LaunchError, match="failed 3 times without progress"):
+        failures.add(LaunchError("at 144"), 144)
     assert [event["failures_since_progress"] for event in read_events(tmp_path)] == [1, 2, 1, 2, 1, 1, 2]
-    with pytest.raises(ray_train.LaunchError, match="a data fault"):
-        ray_train.Failures(5, EventLog(tmp_path)).add(ray_train.LaunchError("a data fault", is_fatal=True), 0)
+    with pytest.raises(LaunchError, match="a data fault"):
+        ray_train.Failures(5, EventLog(tmp_path)).add(LaunchError("a data fault", is_fatal=True), 0)
 
 
 # --- The driver ---

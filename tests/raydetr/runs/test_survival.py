@@ -85,7 +85,13 @@ def unbroken(by_steps: RunConfig) -> run.RunResult:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
+    ("number", "code"),
+    [
+        (signal.SIGKILL, -9),
+        (signal.SIGTERM, 143),
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_or_stopped_process_goes_on_in_the_middle_of_an_epoch(
     number: signal.Signals, code: int, by_steps: RunConfig, unbroken: run.RunResult, tmp_path: Path
@@ -231,6 +237,8 @@ def test_a_run_without_checkpoints_stops_at_its_limit(
     ):
         run.start(limited, local=True, name="full")
     assert len(events(by_steps.storage.path / "full", "failed")) == 1
+    with pytest.raises(FatalError, match="worker 0: full"):  # no restart of the workers
+        StopAtFatalErrors().after_exception(None, {0: StorageError("full")})
 
 
 def test_a_disk_that_changes_what_it_stores_is_noticed(
@@ -329,12 +337,20 @@ def test_resuming_a_run_that_is_going_on_is_refused(by_steps: RunConfig, tmp_pat
     )  # fmt: skip
     try:
         wait_until(lambda: checkpoint.complete_checkpoints(folder), process)
+        before = (folder / "config.yaml").read_text()
         with pytest.raises(LeaseError, match=f"process {process.pid} on"):
-            run.resume(folder, local=True)
+            run.resume(folder, overrides={"optim.lr": 0.5}, local=True)
+        assert (folder / "config.yaml").read_text() == before
         assert process.poll() is None
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_folder_without_a_checkpoint_can_be_removed(tiny_run: RunConfig) -> None:
+    (tiny_run.storage.path / "left").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="left exists and has no checkpoint: remove it"):
+        run.start(tiny_run, local=True, name="left")
 
 
 def test_names_that_are_not_those_of_a_folder_are_refused(tiny_run: RunConfig) -> None:

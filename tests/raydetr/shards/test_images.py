@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -257,3 +259,15 @@ def test_an_orientation_of_0_is_none(orientation: int, is_rotated: bool) -> None
     exif[0x0112] = orientation
     header = read_header(io.BytesIO(encoded(smooth(), "JPEG", exif=exif)))
     assert (header.orientation, header.is_rotated) == (orientation, is_rotated)
+
+
+def test_an_image_above_the_limit_is_refused_by_its_header() -> None:
+    """Without decoding it; the limit is Pillow's, and the message says what to do."""
+    small = encoded(smooth(), "PNG")
+    end = 8 + 4 + 4 + 13  # of the chunk with the size, without its checksum
+    size = small[12:16] + struct.pack(">II", 20_000, 9_000) + small[24:end]
+    content = small[:12] + size + struct.pack(">I", zlib.crc32(size)) + small[end + 4 :]
+    with pytest.raises(
+        ImageError, match="has more than 178,956,970 pixels: scale it down or cut it into tiles"
+    ):
+        read_header(io.BytesIO(content))

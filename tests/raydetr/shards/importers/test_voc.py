@@ -136,6 +136,13 @@ def test_problems_name_file_field_value_and_remedy(tmp_path: Path, text: str, me
     assert f"{tmp_path}/Annotations/a.xml: " in str(caught.value)
 
 
+def test_a_name_of_several_images_is_noticed(tmp_path: Path) -> None:
+    root = write_voc(tmp_path, {"a": an_object("dog", (1, 2, 3, 4)), "b": an_object("dog", (1, 2, 3, 4))})
+    Image.new("RGB", (50, 40), "gray").save(root / "JPEGImages" / "a.png")
+    (notice,) = [notice for notice in voc_source(root, "train").dataset.notices if "several images" in notice]
+    assert "1 names belong to several images (a.jpg, a.png)" in notice
+
+
 def test_other_problems(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no folder Annotations: name a folder in Pascal VOC's layout"):
         voc_source(tmp_path, "train")

@@ -1,0 +1,162 @@
+"""Connect to a Ray cluster, and wait until its nodes can hold the workers of a run."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.autoscaler.sdk import request_resources
+
+from raydetr.config import ClusterConfig
+from raydetr.console import print_status
+from raydetr.runs.signals import StopSignals
+from raydetr.tracking.events import EventLog
+
+POLL_SECONDS = 0.5  # between two looks at what changes
+WAITING_SECONDS = 30.0  # between two lines about what a run waits for
+SETTLE_SECONDS = 3.0  # after a failure, before the nodes are counted
+
+# Ray reads these when it starts its processes. A value that the user has set is kept.
+SETTINGS = {
+    "RAY_AUTH_MODE": "disabled",  # with a token in the home folder, other clusters would refuse the connection
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for this poll; 2 s by default
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints would appear twice
+    "RAY_raylet_start_wait_time_s": "120",  # 30 s are too few on a busy machine
+}
+
+
+class LaunchError(RuntimeError):
+    """A run failed on the cluster, or could not start there; the message has the reason.
+
+    With `is_fatal`, the same would happen again: in the data or the settings is an error. With `is_waiting`, nothing
+    has failed: the cluster had no room for the workers in time.
+    """
+
+    def __init__(self, message: str, *, is_fatal: bool = False, is_waiting: bool = False) -> None:
+        super().__init__(message)
+        self.is_fatal, self.is_waiting = is_fatal, is_waiting
+
+
+@contextmanager
+def connected(cluster: ClusterConfig) -> Iterator[str]:
+    """Connect to a Ray cluster; yield its address, or "existing" if this process is already connected.
+
+    The cluster is that of `cluster.address`, that of the job that this process belongs to, or a new local one.
+
+    Raises:
+        ConnectionError: no cluster answers at the address.
+    """
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized():  # by a search, or by the caller
+        yield "existing"
+        return
+    address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+    ray.init(
+        address=address,
+        include_dashboard=True,  # on loopback; without it, stopped trials leak their resources
+        log_to_driver=False,
+        runtime_env=_runtime_env(),
+        logging_level=logging.WARNING,
+    )
+    try:
+        yield address
+    finally:
+        ray.shutdown()
+
+
+def check_resources(cluster: ClusterConfig, address: str) -> None:
+    """Check that the workers fit on a local cluster. It does not autoscale: Ray would wait for resources forever.
+
+    Raises:
+        LaunchError: the workers need more CPUs or GPUs than the machine has.
+    """
+    if address != "local":
+        return
+    have = _resources()
+    for name, setting, need in (
+        ("CPU", f"cpus_per_worker={cluster.cpus_per_worker}", cluster.num_workers * cluster.cpus_per_worker),
+        ("GPU", f"use_gpu={cluster.use_gpu}", cluster.num_workers * cluster.use_gpu),
+    ):
+        if need > have.get(name, 0):
+            raise LaunchError(
+                f"cluster.num_workers={cluster.num_workers} with cluster.{setting} needs {need} {name}s, and this "
+                f"machine has {have.get(name, 0):.0f}: lower them, or set cluster.address to a larger cluster"
+            )
+
+
+def _resources() -> dict[str, float]:
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources
+
+
+def wait_for_nodes(cluster: ClusterConfig, stop: StopSignals, log: EventLog) -> int:
+    """Wait until the nodes of the cluster can hold the workers; return how many to start.
+
+    After `cluster.wait_minutes` fewer than `cluster.num_workers` are enough, at least `cluster.min_workers`.
+    """
+    # The workers of a lost node fail before the cluster knows that the node is lost
+    time.sleep(SETTLE_SECONDS)
+    began, told_at = time.monotonic(), -math.inf
+    wanted, least = cluster.num_workers, cluster.min_workers or cluster.num_workers
+    bundle = {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if cluster.use_gpu else {})
+    try:
+        while not stop.is_set():
+            fitting, waited = num_fitting(cluster), time.monotonic() - began
+            if fitting >= wanted:
+                return wanted
+            if fitting >= least and waited > 60 * cluster.wait_minutes:
+                log.append(
+                    "layout", workers=fitting, reason=f"{wanted} do not fit after {waited / 60:.0f} minutes"
+                )
+                print_status(f"going on with {fitting} of {wanted} workers, until nodes join")
+                return fitting
+            if time.monotonic() - told_at > WAITING_SECONDS:
+                told_at = time.monotonic()
+                log.append("waiting", reason=missing_resources(cluster))
+                print_status(missing_resources(cluster))
+                request_resources(bundles=[bundle] * wanted)  # an autoscaler starts nodes
+            time.sleep(POLL_SECONDS)
+    finally:
+        if told_at > -math.inf:
+            request_resources(bundles=[])
+    return wanted
+
+
+def num_fitting(cluster: ClusterConfig) -> int:
+    """Return how many workers the nodes that live can hold, when they are free."""
+    alive: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes = [node["Resources"] for node in alive if node["Alive"]]
+    by_cpu = (int(node.get("CPU", 0)) // cluster.cpus_per_worker for node in nodes)
+    by_gpu = (int(node.get("GPU", 0)) for node in nodes)
+    return sum(min(pair) if cluster.use_gpu else pair[0] for pair in zip(by_cpu, by_gpu, strict=True))
+
+
+def missing_resources(cluster: ClusterConfig) -> str:
+    """Describe which resources the run needs, and which the cluster has."""
+    have = _resources()
+    need = (
+        f"{cluster.num_workers} workers with {cluster.cpus_per_worker} CPUs" + " and 1 GPU" * cluster.use_gpu
+    )
+    return (
+        f"waiting for {need} each; the cluster has {have.get('CPU', 0):.0f} CPUs and {have.get('GPU', 0):.0f} "
+        "GPUs in all (more if it autoscales); `ray status` shows which are free"
+    )
+
+
+def _runtime_env() -> dict[str, Any]:
+    """Return a runtime environment with which workers import the packages from a job's working directory.
+
+    Empty if this process is no job, or the packages are installed.
+    """
+    in_job = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
+    if not in_job or "PYTHONPATH" in in_job or not Path("platform/raydetr").exists():
+        return {}
+    return {"env_vars": {"PYTHONPATH": "platform:models"}}
