@@ -139,25 +139,25 @@ def folder_of(run: Path, position: int) -> Path:
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """Return the folders of a run's checkpoints, the newest first. They may have been damaged later."""
+    """Return the folders of a run's checkpoints, the newest first. They may have been corrupted later."""
     found = (path.parent for path in (run / CHECKPOINTS).glob("*/meta.json"))
     return sorted((path for path in found if path.name.isdecimal()), reverse=True)
 
 
-def newest_valid(run: Path, on_damaged: Callable[[str], None]) -> Path | None:
+def newest_valid(run: Path, on_skipped: Callable[[str], None]) -> Path | None:
     """Return the newest checkpoint of a run whose files are as they were written; None if there is none.
 
     Restarts, resumes and other commands choose by this function.
 
     Args:
         run: folder of the run.
-        on_damaged: is called with a message for each newer checkpoint that is damaged.
+        on_skipped: is called with a message for each newer checkpoint that is corrupt.
     """
     for folder in complete_checkpoints(run):
         try:
             read_meta(folder)
         except CheckpointError as error:
-            on_damaged(str(error))
+            on_skipped(str(error))
         else:
             return folder
     return None
@@ -188,12 +188,12 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     return metrics
 
 
-def find(path: Path, on_damaged: Callable[[str], None] = lambda message: None) -> Path:
+def find(path: Path, on_skipped: Callable[[str], None] = lambda message: None) -> Path:
     """Return the folder of a checkpoint that a user names.
 
     Args:
         path: a checkpoint; RUN/best or RUN/last; or RUN, which means its best one, or without an evaluation its last.
-        on_damaged: see `newest_valid`.
+        on_skipped: see `newest_valid`.
 
     Raises:
         CheckpointError: there is none.
@@ -203,7 +203,7 @@ def find(path: Path, on_damaged: Callable[[str], None] = lambda message: None) -
     if (path / "meta.json").exists() or not (run / "config.yaml").exists():
         return path
     found = best(run) if name == BEST else None
-    found = found or (newest_valid(run, on_damaged) if name == LAST or run == path else None)
+    found = found or (newest_valid(run, on_skipped) if name == LAST or run == path else None)
     if found is None:
         missing = "evaluated" if name == BEST and run != path else "complete"
         raise CheckpointError(f"{run}: this run has no {missing} checkpoint")
