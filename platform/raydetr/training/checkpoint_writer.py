@@ -59,8 +59,8 @@ class CheckpointWriter:
 
     def __init__(self, run: Path, storage: StorageConfig, report: Callable[[Written], None]) -> None:
         self._run, self._storage, self._report = run, storage, report
-        self._saved_at = self._written_at = time.monotonic()
-        self._saved_step: int | None = None
+        self._saved_at = time.monotonic()
+        self._pending_since: float | None = None  # the first checkpoint that is not written yet
         self._problem: str | None = None
         self._changed = threading.Condition()
         self._waiting: _Waiting | None = None
@@ -79,6 +79,7 @@ class CheckpointWriter:
         state, meta = checkpoint.capture(training, shards)
         self._saved_at = time.monotonic()
         with self._changed:
+            self._pending_since = self._pending_since or self._saved_at
             self._waiting = _Waiting(training.position, state, meta)
             self._changed.notify_all()
 
@@ -96,16 +97,16 @@ class CheckpointWriter:
             return self._changed.wait_for(lambda: self._waiting is None and not self._is_writing, seconds)
 
     def check(self) -> None:
-        """Raise if no checkpoint could be written for too long.
+        """Raise if no checkpoint could be written for too long, also because the storage does not answer.
 
         Raises:
             StorageError: so it is.
         """
-        limit = self._storage.max_minutes_without_checkpoint
-        if self._problem is not None and time.monotonic() - self._written_at > 60 * limit:
+        limit, since = self._storage.max_minutes_without_checkpoint, self._pending_since
+        if since is not None and time.monotonic() - since > 60 * limit:
             raise StorageError(
                 f"no checkpoint could be written for {limit:g} minutes (storage.max_minutes_without_checkpoint): "
-                f"{self._problem}"
+                f"{self._problem or f'{self._run} does not answer'}"
             )
 
     def finish(self) -> None:
@@ -137,11 +138,12 @@ class CheckpointWriter:
                 self._put_back(waiting, pause)
                 pause = min(2 * pause, MAX_PAUSE)
                 continue
-            pause, self._problem, self._written_at = FIRST_PAUSE, None, time.monotonic()
+            pause, self._problem = FIRST_PAUSE, None
             if waiting.state is not None:
                 self._report(Written(waiting.position, time.monotonic() - began, num_bytes))
             with self._changed:
                 self._is_writing = False
+                self._pending_since = None if self._waiting is None else time.monotonic()
                 self._changed.notify_all()
 
     def _take(self) -> _Waiting | None:

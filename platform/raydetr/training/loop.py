@@ -72,9 +72,8 @@ class Training:
         self.criterion = model.criterion
         decay = config.optim.ema_decay
         self.ema = Ema(self.detector, decay) if decay is not None else None
-        synchronize_norms(
-            self.detector, world
-        )  # after the copy for the moving average, which is only evaluated
+        # After the copy for the EMA, which is only evaluated
+        synchronize_norms(self.detector, world)
         self.optimizer = build_optimizer(self.detector, config.optim)
         self.replica = _replicate(self.detector, config.cluster, world)
         self.batch_norms = BatchNormSnapshot(self.detector)

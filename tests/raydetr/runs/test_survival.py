@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -239,6 +240,22 @@ def test_a_run_without_checkpoints_stops_at_its_limit(
     assert len(events(by_steps.storage.path / "full", "failed")) == 1
     with pytest.raises(FatalError, match="worker 0: full"):  # no restart of the workers
         StopAtFatalErrors().after_exception(None, {0: StorageError("full")})
+
+
+def test_a_storage_that_does_not_answer_stops_a_run_at_its_limit(
+    by_steps: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = threading.Event()
+    monkeypatch.setattr(checkpoint, "write", lambda *arguments: answer.wait())
+    monkeypatch.setattr("raydetr.runs.session.EVALUATION_WAITS", 0.1)
+    limited = override(by_steps, {"storage.max_minutes_without_checkpoint": 0.02})
+    try:
+        with pytest.raises(
+            StorageError, match=r"no checkpoint could be written for 0\.02 .* does not answer"
+        ):
+            run.start(limited, local=True, name="hanging")
+    finally:
+        answer.set()
 
 
 def test_a_disk_that_changes_what_it_stores_is_noticed(
