@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from faulty_proxy import FaultyProxy
 from made_coco import write_coco
+from object_stores import BUCKET, CREDENTIALS, S3Server
 from raydetr import recipes
 from raydetr.config import RunConfig, override
 from raydetr.shards.reader import Shards, open_shards
 from raydetr.shards.source import coco_source
 from raydetr.shards.synthetic import write_synthetic_data
 from raydetr.shards.writer import write_source
+from raydetr.store.folders import Folder, open_folder
 
 
 @pytest.fixture(scope="session")
@@ -70,3 +74,36 @@ def tiny_run(tiny_data: Path, tmp_path: Path) -> RunConfig:
             "tracking.log_every_steps": 2,
         },
     )
+
+
+# --- Folders of runs ---
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    server = S3Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3_proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """Forward requests to the server; the environment has the address and the credentials."""
+    proxy = FaultyProxy(s3_server.address)
+    for name, value in (CREDENTIALS | {"AWS_ENDPOINT_URL": proxy.url}).items():
+        monkeypatch.setenv(name, value)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def s3_url(s3_proxy: FaultyProxy) -> str:
+    """Return the URL of a folder that no other test uses."""
+    return f"s3://{BUCKET}/{os.urandom(6).hex()}"
+
+
+@pytest.fixture(params=["disk", "s3"])
+def run_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    if request.param == "disk":
+        return tmp_path / "run"
+    return open_folder(f"{request.getfixturevalue('s3_url')}/run")

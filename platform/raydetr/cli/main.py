@@ -92,7 +92,7 @@ def train(
     arguments: RecipeAndOverrides = None,
     config: ConfigFile = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Resume the run in this folder; overrides may follow.")
+        str | None, typer.Option(help="Resume the run in this folder, or at this URL; overrides may follow.")
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the run, and of its folder; default: a new one.")
@@ -122,7 +122,7 @@ def train(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder of a run, or an imported one.")],
+    checkpoint: Annotated[str, typer.Argument(help="A run or a checkpoint: its folder or URL.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="PATH=VALUE", help="Overrides, such as cluster.num_workers=1."),
@@ -149,7 +149,7 @@ def evaluate(
 
 @app.command()
 def predict(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder of a run, or an imported one.")],
+    checkpoint: Annotated[str, typer.Argument(help="A run or a checkpoint: its folder or URL.")],
     images: Annotated[list[Path], typer.Argument(help="Image files and folders of images.")],
     out: Annotated[Path, typer.Option(help="Output folder; must be empty or new.")],
     score_threshold: Annotated[float, typer.Option(help="Draw boxes with at least this score.")] = 0.3,

@@ -97,17 +97,30 @@ def from_yaml(path: Path) -> RunConfig:
         ConfigError: the file is missing, is not a YAML mapping, or is not a valid configuration.
     """
     try:
-        values = parse_yaml(read_text(path))
+        text = read_text(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
+    return from_yaml_text(text, str(path))
+
+
+def from_yaml_text(text: str, name: str) -> RunConfig:
+    """Parse the text of a configuration file; `name` is that of the file, for messages.
+
+    Raises:
+        ConfigError: it is not a YAML mapping, or is not a valid configuration.
+    """
+    try:
+        values = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{name}: cannot be read ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{path}: contains {type(values).__name__}, not a mapping; `raydetr config` prints one"
+            f"{name}: contains {type(values).__name__}, not a mapping; `raydetr config` prints one"
         )
     try:
         return from_dict(values)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

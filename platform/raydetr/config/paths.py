@@ -41,7 +41,7 @@ def check_location(location: str) -> str:
         return location
     if scheme not in (*REMOTE, "file"):
         known = ", ".join(f"{name}://" for name in (*REMOTE, "file"))
-        raise ValueError(f"{location}: shards are not read from {scheme}://; known are folders and {known}")
+        raise ValueError(f"{location}: {scheme}:// is not supported; known are folders and {known}")
     _check_url(location, scheme)
     return location.rstrip("/") if scheme != "file" else location
 

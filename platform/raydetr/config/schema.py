@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from detrs.zoo import ModelConfig
-from raydetr.config.paths import Location, TrackingUri, is_remote
+from raydetr.config.paths import Location, TrackingUri, is_remote, scheme_of
 
 ScalePer = Literal["image", "step"]
 OnCorrupt = Literal["raise", "substitute", "mask"]
@@ -228,7 +228,7 @@ class InitConfig(Section):
     """The weights that a run starts from."""
 
     # A checkpoint of a run, or the output of `raydetr import-checkpoint`; None: random weights
-    checkpoint: Path | None = None
+    checkpoint: Location | None = None
 
 
 class EvaluationConfig(Section):
@@ -269,9 +269,9 @@ class ClusterConfig(Section):
 
 
 class StorageConfig(Section):
-    """The storage of runs: with more than one node, it must be mounted by all nodes."""
+    """The storage of runs: a folder, which with several nodes all of them must mount, or a URL."""
 
-    path: Path = Path("runs")
+    path: Location = "runs"
     keep_checkpoints: PositiveInt = 2  # the newest ones; the one with the best AP is kept beside them
     checkpoint_minutes: float | None = Field(
         default=10.0, gt=0
@@ -280,11 +280,20 @@ class StorageConfig(Section):
     # A run whose checkpoints cannot be written goes on, and tries again, for this long; then it stops
     max_minutes_without_checkpoint: float = Field(default=60.0, gt=0)
 
+    @field_validator("path")
+    @classmethod
+    def _check_writable(cls, path: str) -> str:
+        if (scheme_of(path) or "").startswith("http"):
+            raise ValueError(
+                f"{path}: runs cannot be written to a web server: give a folder, s3://, gs:// or az://"
+            )
+        return path
+
 
 class TrackingConfig(Section):
     """The MLflow server or database, and the interval between logged steps."""
 
-    uri: TrackingUri | None = None  # None: sqlite in `storage.path`
+    uri: TrackingUri | None = None  # None: sqlite in `storage.path`, or in runs/ if that is a URL
     experiment: str = "raydetr"
     log_every_steps: PositiveInt = 10
 

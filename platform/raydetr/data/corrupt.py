@@ -14,13 +14,13 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from raydetr.config import OnCorrupt
 from raydetr.data.order import SampleOrder
 from raydetr.shards.reader import ShardError, Shards
 from raydetr.shards.validation import RawSample
+from raydetr.store.folders import Folder, write_file
 
 T = TypeVar("T")
 Action = Literal["substituted", "masked", "not predicted"]
@@ -137,24 +137,20 @@ class CorruptSampleLog:
         """Restore the log from the result of `to_dicts`."""
         return CorruptSampleLog(CorruptSample(**row) for row in rows)
 
-    def write(self, folder: Path) -> None:
+    def write(self, run: Folder) -> None:
         """Write all rows to the log file in the folder of a run; without rows, remove the file."""
-        (folder / CORRUPT_LOG).unlink(missing_ok=True)
-        self._append(folder, self.rows)
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in self.to_dicts()]
+        if lines:
+            write_file(run / CORRUPT_LOG, "".join(lines).encode())
+        else:
+            (run / CORRUPT_LOG).unlink(missing_ok=True)
 
-    def add(self, rows: Sequence[CorruptSample], folder: Path | None) -> None:
-        """Add rows, and append them to the log file if `folder` is given."""
+    def add(self, rows: Sequence[CorruptSample]) -> None:
+        """Add rows."""
         self.rows += rows
         self._samples.update((row.shard, row.key) for row in rows)
-        if folder is not None:
-            self._append(folder, rows)
 
-    def _append(self, folder: Path, rows: Sequence[CorruptSample]) -> None:
-        if rows:
-            with (folder / CORRUPT_LOG).open("a") as file:
-                file.writelines(json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n" for row in rows)
-
-    def check(self, limit: int, folder: Path) -> None:
+    def check(self, limit: int, folder: Folder) -> None:
         """Check that at most `limit` different samples are corrupt; `folder` is that of the run.
 
         Raises:

@@ -45,7 +45,7 @@ class PredictResult:
 
 
 def predict(
-    checkpoint: Path,
+    location: str | Path,
     images: Sequence[Path],
     out: Path,
     *,
@@ -59,7 +59,7 @@ def predict(
     A file that cannot be read does not stop the others.
 
     Args:
-        checkpoint: a run (its best checkpoint), RUN/last, or the folder of a checkpoint.
+        location: folder or URL of a run (its best checkpoint), RUN/last, or the folder of a checkpoint.
         images: files of any format that Pillow reads, and folders of such files.
         out: the folder to write; new or empty.
         recursive: search subfolders too.
@@ -81,7 +81,7 @@ def predict(
     failed: list[str] = []
     rotated: list[Path] = []
     with atomic_folder(out, last="results.json") as folder:
-        checkpoint = find(checkpoint)
+        checkpoint = find(location)
         loaded = load_for_inference(checkpoint, device)
         categories = read_description(checkpoint).categories
         names = {category["id"]: category["name"] for category in categories}

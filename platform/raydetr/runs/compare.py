@@ -7,15 +7,15 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from raydetr.config import from_yaml
 from raydetr.evaluation.coco_metrics import AP_FILE, NAMES
+from raydetr.runs.session import read_config
+from raydetr.store.folders import open_folder
 from raydetr.tracking import mlflow_run
 
 Row = dict[str, float]  # class name -> AP
@@ -57,13 +57,13 @@ def compare(runs: Sequence[str], uri: str | None = None, *, plain: bool = False)
 
 def _fetch(name: str, uri: str | None) -> tuple[str, mlflow_run.TrackedRun]:
     """Return the tracking URI of a run, and the run; both are taken from its folder, unless `uri` is given."""
-    folder = Path(name).expanduser()
-    if (folder / "mlflow_run_id").is_file() and (folder / "config.yaml").is_file():
-        uri = uri or mlflow_run.tracking_uri(from_yaml(folder / "config.yaml"))
+    folder = open_folder(name)
+    if (folder / "mlflow_run_id").exists() and (folder / "config.yaml").exists():
+        uri = uri or mlflow_run.tracking_uri(read_config(folder))
         name = (folder / "mlflow_run_id").read_text().strip()
     elif "/" in name:
         raise ValueError(f"{name}: not the folder of a run: mlflow_run_id or config.yaml is missing")
-    uri = uri or mlflow_run.default_uri(Path("runs"))
+    uri = uri or mlflow_run.default_uri("runs")
     return uri, mlflow_run.fetch_run(uri, name)
 
 

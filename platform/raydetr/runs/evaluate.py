@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from raydetr.evaluation.evaluator import drop_blank_batches, evaluate
 from raydetr.evaluation.ground_truth import evaluation_warnings, ground_truth
 from raydetr.runs.local import local_world
 from raydetr.shards.reader import Shards, open_shards
+from raydetr.store.folders import Folder
 from raydetr.training.checkpoint import find, load_for_inference, read_description, read_meta, run_config
 from raydetr.training.world import World
 
@@ -39,14 +39,14 @@ Results = tuple[list[dict[str, Any]], list[CorruptSample]]
 
 
 def evaluate_checkpoint(
-    checkpoint: Path, overrides: Mapping[str, Any] | None = None, *, local: bool = False
+    location: str | Path, overrides: Mapping[str, Any] | None = None, *, local: bool = False
 ) -> ApTable:
     """Return the AP of a checkpoint on the validation shards of its run, on the cluster of its run.
 
     Corrupt images are treated as in the run (`data.on_corrupt`), and printed on standard error.
 
     Args:
-        checkpoint: a run (its best checkpoint), RUN/last, or the folder of a checkpoint.
+        location: folder or URL of a run (its best checkpoint), RUN/last, or the folder of a checkpoint.
         overrides: of the run's configuration, such as other shards (`data.val`) or fewer workers.
         local: evaluate in this process, without Ray.
 
@@ -58,7 +58,7 @@ def evaluate_checkpoint(
         LaunchError: the evaluation failed on Ray.
         LoaderError: a loader process died; with `local` only.
     """
-    checkpoint = find(checkpoint, lambda message: print_status(f"skipped: {message}"))
+    checkpoint = find(location, lambda message: print_status(f"skipped: {message}"))
     config = _configure(checkpoint, overrides or {})
     shards = _open(config.data)
     _check_categories(checkpoint, shards)
@@ -68,18 +68,14 @@ def evaluate_checkpoint(
     else:
         from raydetr.runs.ray_train import run_on_workers  # Ray takes seconds to import
 
-        scratch = checkpoint.parent / f"{checkpoint.name}-evaluation"
-        try:
-            results, corrupt = run_on_workers(work, config.cluster, scratch)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        results, corrupt = run_on_workers(work, config.cluster)
     truth = ground_truth(shards, config.data.on_corrupt)
     for line in (*map(str, corrupt), *evaluation_warnings(len(corrupt), truth.num_unreadable_records)):
         print_status(f"warning: {line}")
     return coco_ap(truth.coco, results)
 
 
-def evaluate_share(config: RunConfig, checkpoint: Path, world: World) -> Results:
+def evaluate_share(config: RunConfig, checkpoint: Folder, world: World) -> Results:
     """Evaluate this process's share of the split; return the COCO results and corrupt images of the complete split.
 
     Raises:
@@ -110,7 +106,7 @@ def evaluate_share(config: RunConfig, checkpoint: Path, world: World) -> Results
     return results, [row for share in world.all_gather(found) for row in share]
 
 
-def _configure(checkpoint: Path, overrides: Mapping[str, Any]) -> RunConfig:
+def _configure(checkpoint: Folder, overrides: Mapping[str, Any]) -> RunConfig:
     for path in overrides:
         if not any(path == name or (name.endswith(".") and path.startswith(name)) for name in SETTINGS):
             names = ", ".join(name + "*" if name.endswith(".") else name for name in SETTINGS)
@@ -123,7 +119,7 @@ def _open(data: DataConfig, *, sizes_known: bool = False) -> Shards:
     return open_shards(data.val, label_map=data.label_map, remote=data.remote, sizes_known=sizes_known)
 
 
-def _check_categories(checkpoint: Path, shards: Shards) -> None:
+def _check_categories(checkpoint: Folder, shards: Shards) -> None:
     trained = {category["id"]: category["name"] for category in read_description(checkpoint).categories}
     found = {category["id"]: category["name"] for category in shards.manifest.categories}
     if trained != found:

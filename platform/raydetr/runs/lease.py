@@ -1,4 +1,9 @@
-"""Refuse a second driver of a run: `lease.json` in the run's folder names the one that drives it."""
+"""Refuse a second driver of a run: the newest file in the run's folder `lease` names the one that drives it.
+
+A driver creates the next number, which only one process can do, on disks and on servers. It rewrites its file every few
+seconds. Who wants to take over a run first watches that this does not happen. A driver that was taken for dead, such as
+one that was suspended, finds the higher number and stops.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +18,13 @@ from typing import Any
 
 import psutil
 
-LEASE = "lease.json"
+from raydetr.console import print_status
+from raydetr.store.folders import Folder, create_file, with_retry_seconds, write_file
+
+LEASE = "lease"
 BEAT_SECONDS = 10.0
 DEAD_SECONDS = 60.0  # without a beat, after which the driver of another machine counts as dead
+LOOK_SECONDS = 1.0  # between two looks at the beat of another driver
 
 
 class LeaseError(RuntimeError):
@@ -23,98 +32,114 @@ class LeaseError(RuntimeError):
 
 
 class Lease:
-    """Holds a run while the block runs. A lease whose process has died is taken over.
+    """Holds a run while the block runs. The lease of a process that died is taken over.
 
-    The process of this machine is dead if there is none with its id and start time; one of another machine if the file
-    was not touched for DEAD_SECONDS.
+    A process of this machine has died if there is none with its id and start time; one of another machine if it does
+    not rewrite its file for DEAD_SECONDS, which are waited for.
 
     Args:
         run: folder of the run.
 
     Raises:
         LeaseError: (when the block is entered) another process that lives holds the run.
+        OSError: the storage cannot be used.
     """
 
-    def __init__(self, run: Path) -> None:
-        self._path = run / LEASE
+    def __init__(self, run: Folder) -> None:
+        self._run, self._folder = run, run / LEASE
         process = psutil.Process()
-        self._own = {
+        self._own: dict[str, Any] = {
             "host": socket.gethostname(),
+            "machine": _machine(),
             "pid": process.pid,
             "started": process.create_time(),
             "token": os.urandom(8).hex(),
+            "beat": 0,
         }
-        self._done = threading.Event()
+        self._number = 0
+        self._done, self._lost = threading.Event(), threading.Event()
 
     def __enter__(self) -> Lease:
-        while not self._create():
-            held = self._read()
-            if held is None:
-                continue
-            if _is_alive(held, self._path):
+        while True:
+            newest = max(self._numbers(), default=0)
+            held = self._read(newest)
+            if held is not None and self._is_alive(newest, held):
                 raise LeaseError(
-                    f"{self._path.parent}: process {held['pid']} on {held['host']} is driving this run: wait for its "
-                    f"end, or stop it; a dead one is noticed after {DEAD_SECONDS:.0f} s without {LEASE} being touched"
+                    f"{self._run}: process {held['pid']} on {held['host']} is driving this run: wait for its end, or "
+                    f"stop it; a dead one is noticed after {DEAD_SECONDS:.0f} s"
                 )
-            self._take_from(held)
-        threading.Thread(target=self._beat, name="lease", daemon=True).start()
+            if create_file(self._file(newest + 1), self._content()):
+                break
+        self._number = newest + 1
+        for number in self._numbers():  # of processes that died
+            if number < self._number:
+                self._file(number).unlink(missing_ok=True)
+        threading.Thread(target=self._keep, name="lease", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._done.set()
-        held = self._read()
-        if held is not None and held["token"] == self._own["token"]:
-            self._path.unlink(missing_ok=True)
+        self._file(self._number).unlink(missing_ok=True)
 
-    def _create(self) -> bool:
-        """Create the file; return whether it did not exist. It appears with its content, by a link."""
-        temporary = self._path.with_name(f"{LEASE}.{self._own['token']}.tmp")
-        temporary.write_text(json.dumps(self._own))
-        try:
-            os.link(temporary, self._path)
-        except FileExistsError:
-            return False
-        finally:
-            temporary.unlink()
-        return True
+    def is_lost(self) -> bool:
+        """Return whether another process has taken the run over, because this one seemed to have died."""
+        return self._lost.is_set()
 
-    def _take_from(self, dead: dict[str, Any]) -> None:
-        """Remove the lease of a dead process; of several that want to, each removes at most this one."""
-        grave = self._path.with_name(f"{LEASE}.{self._own['token']}.dead")
-        try:
-            self._path.rename(grave)
-        except FileNotFoundError:
-            return
-        taken = json.loads(grave.read_text())
-        if taken["token"] != dead["token"]:  # somebody was faster, and this is their lease
-            grave.rename(self._path)
-        else:
-            grave.unlink()
+    def _keep(self) -> None:
+        folder = with_retry_seconds(self._folder, BEAT_SECONDS)
+        while not self._done.wait(BEAT_SECONDS):
+            self._own["beat"] += 1
+            try:
+                if max(self._numbers(), default=0) > self._number:
+                    self._lost.set()
+                    return
+                write_file(folder / self._file(self._number).name, self._content())
+            except OSError:  # a hiccup of the storage; the next beat follows
+                continue
 
-    def _read(self) -> dict[str, Any] | None:
+    def _is_alive(self, number: int, held: dict[str, Any]) -> bool:
+        if held["machine"] == _machine():
+            try:
+                return bool(psutil.Process(held["pid"]).create_time() == held["started"])
+            except psutil.NoSuchProcess:
+                return False
+        print_status(
+            f"{self._run}: looking for at most {DEAD_SECONDS:.0f} s whether process {held['pid']} on {held['host']} "
+            "still drives this run"
+        )
+        until = time.monotonic() + DEAD_SECONDS
+        while time.monotonic() < until:
+            time.sleep(LOOK_SECONDS)
+            now = self._read(number)
+            if now is None:  # it has ended
+                return False
+            if now["beat"] != held["beat"]:
+                return True
+        return False
+
+    def _numbers(self) -> list[int]:
+        return [int(path.stem) for path in self._folder.glob("*.json") if path.stem.isdecimal()]
+
+    def _file(self, number: int) -> Folder:
+        return self._folder / f"{number:06d}.json"
+
+    def _read(self, number: int) -> dict[str, Any] | None:
         try:
-            held: dict[str, Any] = json.loads(self._path.read_text())
+            held: dict[str, Any] = json.loads(self._file(number).read_text())
         except FileNotFoundError:
             return None
         return held
 
-    def _beat(self) -> None:
-        while not self._done.wait(BEAT_SECONDS):
-            try:
-                os.utime(self._path)
-            except OSError:  # a hiccup of the storage; the next beat follows
-                continue
+    def _content(self) -> bytes:
+        return json.dumps(self._own).encode()
 
 
-def _is_alive(held: dict[str, Any], path: Path) -> bool:
-    if held["host"] == socket.gethostname():
-        try:
-            return bool(psutil.Process(held["pid"]).create_time() == held["started"])
-        except psutil.NoSuchProcess:
-            return False
+def _machine() -> str:
+    """Return what processes with the same process ids have in common: host, boot, and the container's namespace."""
     try:
-        return time.time() - path.stat().st_mtime < DEAD_SECONDS
-    except FileNotFoundError:
-        return False
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # not Linux
+        return socket.gethostname()

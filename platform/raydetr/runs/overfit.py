@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -78,9 +77,10 @@ def overfit(
         )
     out.mkdir(parents=True, exist_ok=True)
     drawn, grid = result.folder / PREDICTIONS, out / "overfit.png"
-    if drawn.exists():
-        shutil.copyfile(drawn, grid)
-    else:  # it could not be drawn, which a warning has told
+    is_drawn = drawn.exists()  # otherwise a warning has told why
+    if is_drawn:
+        grid.write_bytes(drawn.read_bytes())
+    else:
         grid.unlink(missing_ok=True)
     overfit_result = OverfitResult(
         AP=result.metrics["AP"],
@@ -88,7 +88,7 @@ def overfit(
         seconds=round(result.seconds, 1),
         images=num_images,
         steps=num_steps,
-        predictions=str(grid) if drawn.exists() else None,
+        predictions=str(grid) if is_drawn else None,
         run=str(result.folder),
     )
     (out / "overfit.json").write_text(json.dumps(asdict(overfit_result), indent=1, allow_nan=False))

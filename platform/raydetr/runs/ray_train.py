@@ -6,9 +6,11 @@ import dataclasses
 import faulthandler
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,13 +38,13 @@ from raydetr.runs.ray_cluster import (
 )
 from raydetr.runs.session import Run, run_session
 from raydetr.runs.signals import StopSignals
+from raydetr.store.folders import Folder, write_file
 from raydetr.tracking.events import EventLog
 from raydetr.training import checkpoint
 from raydetr.training.world import World
 
 RESTART_SECONDS = "20"  # for the start of workers after a failure
 LOOK_SECONDS = 10.0  # between two looks for nodes that have joined
-RAY_FILES = ".ray"  # folder of the run, for Ray Train's own files
 STACKS = "stacks"  # folder of the run
 
 
@@ -135,9 +137,8 @@ class Start:
         """
         wanted = self._run.config.cluster.num_workers
         actor = _new_run_actor()
-        scratch = self._run.folder / RAY_FILES
-        # Ray Train would go on with the files of a start whose driver was killed
-        shutil.rmtree(scratch, ignore_errors=True)
+        # Ray Train's own files; the name is new, because it would go on with those of an older start
+        scratch = Path(tempfile.mkdtemp(prefix="raydetr-ray-"))
         work = partial(_train, self._run, actor)
         trainer = build_trainer(work, self._cluster, f"start-{self._number:03d}", scratch, callbacks)
         failed: list[BaseException] = []
@@ -220,31 +221,31 @@ class Watch:
         print_status(f"nodes have joined: going on with {wanted} workers after this step")
         return True
 
-    def explain(self, error: BaseException, stacks: Path) -> BaseException:
+    def explain(self, error: BaseException, stacks: Folder) -> BaseException:
         """Return the error of the workers, or why they were ended; log the stacks that they left."""
         if self._stalled is None:
             return error
-        for file in sorted(stacks.glob("*.txt")):
+        files: list[Folder] = sorted(stacks.glob("*.txt"))
+        for file in files:
             self._log.append("stack", worker=file.stem, stack=file.read_text())
         return LaunchError(self._stalled)
 
 
-def run_on_workers(work: Callable[[World], Any], cluster: ClusterConfig, scratch: Path) -> Any:
+def run_on_workers(work: Callable[[World], Any], cluster: ClusterConfig) -> Any:
     """Call `work` on every Ray Train worker; return its result on rank 0.
 
     Args:
         work: a picklable function.
         cluster: the number of workers and their resources.
-        scratch: a folder on storage that all nodes mount, for Ray's own files.
 
     Raises:
         LaunchError: the workers do not fit on the cluster, or one of them failed.
         ConnectionError: no cluster answers at `cluster.address`.
     """
-    with connected(cluster) as address:
+    with connected(cluster) as address, tempfile.TemporaryDirectory(prefix="raydetr-ray-") as scratch:
         check_resources(cluster, address)
         result = _new_run_actor()
-        run_config = ray.train.RunConfig(name=scratch.name, storage_path=str(scratch.parent))
+        run_config = ray.train.RunConfig(name="work", storage_path=scratch)
         fit(_trainer(partial(_work, work, result, cluster.cpus_per_worker), cluster, run_config))
         return ray.get(result.read.remote())
 
@@ -341,7 +342,7 @@ def _work(work: Callable[[World], Any], result: Any, cpus: int) -> None:
 class _RayReporter:
     """Talks to the driver through an actor, and asks it from a thread for what the driver wants."""
 
-    def __init__(self, actor: Any, stacks: Path) -> None:
+    def __init__(self, actor: Any, stacks: Folder) -> None:
         self._actor, self._stacks = actor, stacks
         self._is_stopping = False
         threading.Thread(target=self._listen, name="driver", daemon=True).start()
@@ -367,9 +368,11 @@ class _RayReporter:
             self._is_stopping = wish == "stop"
             if wish == "abort":
                 # The main thread may wait in a collective for ever: only the process can end
-                self._stacks.parent.mkdir(exist_ok=True)
-                with self._stacks.open("w") as file:
+                with tempfile.TemporaryFile() as file:
                     faulthandler.dump_traceback(file, all_threads=True)
+                    file.seek(0)
+                    with suppress(OSError):  # the storage may be the reason
+                        write_file(self._stacks, file.read())
                 os._exit(1)
             time.sleep(POLL_SECONDS)
 
@@ -380,10 +383,10 @@ def _world(cpus: int) -> World:
     return World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 
 
-def _check_storage(folder: Path) -> None:
+def _check_storage(folder: Folder) -> None:
     if not (folder / "config.yaml").exists():
         node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         raise FileNotFoundError(
             f"{folder} (storage.path) does not exist on node {node}: "
-            "with more than one node, storage.path must be on storage that all nodes mount"
+            "with more than one node, storage.path must be on storage that all nodes mount, or a URL"
         )

@@ -23,11 +23,11 @@ from raydetr.config import (
     RunConfig,
     absolute_paths,
     flatten,
-    from_yaml,
     override,
     to_dict,
     to_yaml,
 )
+from raydetr.config.paths import is_remote
 from raydetr.console import print_status
 from raydetr.data.corrupt import CORRUPT_LOG
 from raydetr.data.splits import open_splits, write_missing_synthetic
@@ -36,11 +36,12 @@ from raydetr.doctor.findings import TrainingTarget
 from raydetr.environment import describe_environment
 from raydetr.evaluation.coco_metrics import ApTable
 from raydetr.evaluation.ground_truth import evaluation_warnings
-from raydetr.runs.lease import Lease
+from raydetr.runs.lease import Lease, LeaseError
 from raydetr.runs.local import train_locally
-from raydetr.runs.session import PICTURES, Run
+from raydetr.runs.session import PICTURES, Run, read_config
 from raydetr.runs.signals import RunStopped, StopSignals
 from raydetr.shards.reader import Shards
+from raydetr.store.folders import Folder, open_folder, write_file
 from raydetr.tracking import mlflow_run
 from raydetr.tracking.events import EventLog
 from raydetr.training import checkpoint, init_weights
@@ -54,10 +55,10 @@ class RunResult:
     """Result of a finished run."""
 
     name: str
-    folder: Path
+    folder: Folder
     mlflow_run_id: str
     tracking_uri: str
-    checkpoint: Path
+    checkpoint: Folder
     metrics: Mapping[str, Any]  # AP, AP50, ..., table, peak_rss_mb, train_seconds
     seconds: float
 
@@ -133,23 +134,26 @@ def start(
     for line in init_weights.summarize(config, train.label_map):
         print_status(line)
     name = new_name(config.recipe) if name is None else name
-    folder = config.storage.path / name
+    if name in ("", "..") or name.startswith(".") or "/" in name:
+        raise ConfigError(f"the name {name!r} is not the name of a folder: use letters, digits, - and _")
+    folder = open_folder(config.storage.path) / name
     _check_new(folder, config)
-    folder.mkdir(parents=True)
-    with Lease(folder):
+    with Lease(folder) as lease:
         config, run_id = create_mlflow_run(config, name, parent_run_id=parent_run_id)
-        (folder / "config.yaml").write_text(to_yaml(config))
-        (folder / "mlflow_run_id").write_text(run_id)
+        write_file(folder / "config.yaml", to_yaml(config).encode())
+        write_file(folder / "mlflow_run_id", run_id.encode())
         with tracking_warnings():
             _log_description(mlflow_run.tracking_uri(config), run_id, config, (train, val))
-        return _execute(Run(config, folder, run_id), local, callbacks)
+        return _execute(Run(config, folder, run_id), lease, local, callbacks)
 
 
-def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: bool = False) -> RunResult:
-    """Continue the run in `folder` from its newest complete checkpoint, in the same MLflow run.
+def resume(
+    location: str | Path, *, overrides: Mapping[str, Any] | None = None, local: bool = False
+) -> RunResult:
+    """Continue the run in a folder, or at a URL, from its newest complete checkpoint, in the same MLflow run.
 
     Raises:
-        ConfigError: `folder` is no run, the run has trained all its epochs, an override has no effect on a resumed
+        ConfigError: there is no run, the run has trained all its epochs, an override has no effect on a resumed
             run, or the configuration contradicts itself or the data.
         CheckpointError: the run has no complete checkpoint, or the overrides do not fit it.
         OSError, ValueError: the shards cannot be used.
@@ -158,14 +162,14 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
         LeaseError: another process drives the run.
         RunStopped: a signal stopped the run.
     """
-    folder = folder.expanduser().absolute()  # Ray and the workers have working directories of their own
+    folder = open_folder(location)
     if not (folder / "config.yaml").exists():
         raise ConfigError(f"{folder}: not the folder of a run, storage.path/NAME (config.yaml is missing)")
     for path in overrides or {}:
         if path.startswith(_FIXED):
             raise ConfigError(f"{path} has no effect on a run that is resumed: omit it, or start a new run")
-    config, (train, _) = resolve(override(from_yaml(folder / "config.yaml"), overrides or {}))
-    with Lease(folder):  # before anything of the run is changed
+    config, (train, _) = resolve(override(read_config(folder), overrides or {}))
+    with Lease(folder) as lease:  # before anything of the run is changed
         last = checkpoint.newest_valid(folder, lambda message: print_status(f"skipped: {message}"))
         if last is None:
             raise checkpoint.CheckpointError(
@@ -183,20 +187,16 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
             mlflow_run.reopen_run(uri, run_id)
             for path, (old, new) in mlflow_run.log_params(uri, run_id, flatten(to_dict(config))).items():
                 print_status(f"changed for the resumed run: {path} from {old} to {new}")
-        (folder / "config.yaml").write_text(to_yaml(config))
-        return _execute(Run(config, folder, run_id, last), local)
+        write_file(folder / "config.yaml", to_yaml(config).encode())
+        return _execute(Run(config, folder, run_id, last), lease, local)
 
 
-def _check_new(folder: Path, config: RunConfig) -> None:
+def _check_new(folder: Folder, config: RunConfig) -> None:
     """Check that there is no run with this name.
 
     Raises:
-        ConfigError: there is one, or the name is not that of a folder.
+        ConfigError: there is one.
     """
-    if folder.parent != config.storage.path or folder.name.startswith("."):
-        raise ConfigError(
-            f"the name {folder.name!r} is not the name of a folder: use letters, digits, - and _"
-        )
     if not folder.exists():
         return
     last = checkpoint.newest_valid(folder, lambda message: None)
@@ -246,7 +246,8 @@ def create_mlflow_run(
         if mlflow_run.tracking_uri(config) == own:
             raise
         print_status(f"warning: {error}; this run is logged in {own}")
-    return override(config, {"tracking.uri": None}), new(own)
+    uri = own if is_remote(config.storage.path) else None
+    return override(config, {"tracking.uri": uri}), new(own)
 
 
 @contextmanager
@@ -276,7 +277,10 @@ def resolve(config: RunConfig) -> tuple[RunConfig, tuple[Shards, Shards]]:
     """
     # In a Ray job, the working directory is a copy that is deleted afterwards
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    config = absolute_paths(config, Path.home() / "raydetr" if in_job else Path.cwd())
+    base = Path.home() / "raydetr" if in_job else Path.cwd()
+    config = absolute_paths(config, base)
+    if config.tracking.uri is None and is_remote(config.storage.path):
+        config = override(config, {"tracking.uri": mlflow_run.default_uri(str(base / "runs"))})
     if (
         config.init.checkpoint is not None
     ):  # a run in place of a checkpoint; its best one may change until it is read
@@ -321,12 +325,12 @@ def _check_layout(config: RunConfig) -> None:
     print_status(f"warning: {idle}: they only wait for the others; use at most {batch} workers")
 
 
-def _execute(run: Run, local: bool, callbacks: Sequence[Any] = ()) -> RunResult:
+def _execute(run: Run, lease: Lease, local: bool, callbacks: Sequence[Any] = ()) -> RunResult:
     began = time.perf_counter()
     uri, run_id = mlflow_run.tracking_uri(run.config), run.mlflow_run_id
     log = EventLog(run.folder)
     try:
-        with StopSignals() as stop:
+        with StopSignals(lease.is_lost) as stop:
             if local:
                 train_locally(run, stop.is_set)
             else:
@@ -334,25 +338,40 @@ def _execute(run: Run, local: bool, callbacks: Sequence[Any] = ()) -> RunResult:
 
                 train_on_ray(run, callbacks, stop, log)
             last = checkpoint.newest_valid(run.folder, lambda message: print_status(f"skipped: {message}"))
+            if lease.is_lost():
+                raise LeaseError(
+                    f"{run.folder}: another process has taken this run over, because this one gave no sign for a minute"
+                )
             if stop.signal is not None and (last is None or not checkpoint.is_complete(last, run.config)):
                 raise _stopped(run, last, stop.signal)
         assert last is not None
+    except LeaseError:  # the run is that of another process now
+        raise
     except (KeyboardInterrupt, RunStopped) as error:
         log.append("stopped", reason=str(error) or "interrupted")
+        _flush(log)
         _finish(uri, run_id, "KILLED")
         raise
     except BaseException as error:
         log.append("failed", reason=f"{type(error).__name__}: {error}")
+        _flush(log)
         _finish(uri, run_id, "FAILED")
         raise
     metrics = checkpoint.read_metrics(last)
     log.append("finished", position=checkpoint.position_of(last), AP=metrics.get("AP"))
+    _flush(log)
     _finish(uri, run_id, "FINISHED", last)
     seconds = time.perf_counter() - began
     return RunResult(run.folder.name, run.folder, run_id, uri, last, metrics, seconds)
 
 
-def _stopped(run: Run, last: Path | None, number: signal.Signals) -> RunStopped:
+def _flush(log: EventLog) -> None:
+    """Wait until the events are written; print a warning if they cannot be."""
+    if not log.flush():
+        print_status(f"warning: the last events of the run are lost: {log.problem}")
+
+
+def _stopped(run: Run, last: Folder | None, number: signal.Signals) -> RunStopped:
     """Return what tells the user that a run was stopped, and how to go on."""
     if last is None:
         where = "before its first checkpoint: start it again"
@@ -364,7 +383,7 @@ def _stopped(run: Run, last: Path | None, number: signal.Signals) -> RunStopped:
     return RunStopped(f"{run.folder.name} was stopped by {number.name} {where}", 128 + number)
 
 
-def _finish(uri: str, run_id: str, status: mlflow_run.Status, last: Path | None = None) -> None:
+def _finish(uri: str, run_id: str, status: mlflow_run.Status, last: Folder | None = None) -> None:
     """End the MLflow run. A server that cannot be reached is a warning: the training has its result."""
     with tracking_warnings():
         if last is not None:
@@ -400,7 +419,7 @@ def _log_description(uri: str, run_id: str, config: RunConfig, splits: tuple[Sha
 
 def _ui_command(uri: str) -> str:
     """Return the command that shows the runs at a tracking URI: `make ui` for the default one."""
-    if uri == mlflow_run.default_uri(Path("runs")) and Path("Makefile").exists():
+    if uri == mlflow_run.default_uri("runs") and Path("Makefile").exists():
         return "make ui"
     if uri.startswith(("http://", "https://")):
         return f"open {uri}"

@@ -13,12 +13,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
 
 from detrs import zoo
-from raydetr.config import RunConfig
+from raydetr.config import RunConfig, from_yaml_text
 from raydetr.console import RunProgress
 from raydetr.data.corrupt import CORRUPT_LOG, CorruptSample, default_max_corrupt
 from raydetr.data.splits import open_splits
@@ -26,6 +27,7 @@ from raydetr.evaluation.coco_metrics import AP_FILE, ApTable, coco_ap
 from raydetr.evaluation.ground_truth import ground_truth
 from raydetr.shards.images import ImageError, decode_image
 from raydetr.shards.reader import ShardError, Shards
+from raydetr.store.folders import Folder, with_retry_seconds, write_file
 from raydetr.tracking.events import EVENTS, EventLog, Metrics, read_events
 from raydetr.tracking.mlflow_run import TrackingError, tracking_uri
 from raydetr.tracking.tracker import Tracker
@@ -43,6 +45,7 @@ NUM_IMAGES = 8  # in predictions.png
 SCORE_THRESHOLD = 0.3  # of the boxes that are drawn
 SHOW_SECONDS = 0.5  # between two updates of the progress
 EVALUATION_WAITS = 60.0  # seconds, for the checkpoint before it
+QUICK_SECONDS = 5.0  # of an outage, for what is not worth more
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,20 @@ class Run:
     """A run, as all its workers get it."""
 
     config: RunConfig  # resolved: paths are absolute
-    folder: Path  # on storage that all nodes mount
+    folder: Folder  # on storage that all nodes reach
     mlflow_run_id: str
-    resume_from: Path | None = None  # checkpoint folder
+    resume_from: Folder | None = None  # checkpoint folder
+
+
+def read_config(run: Folder) -> RunConfig:
+    """Return the configuration of the run in a folder.
+
+    Raises:
+        ConfigError: it is not a valid configuration.
+        OSError: it cannot be read.
+    """
+    file = run / "config.yaml"
+    return from_yaml_text(file.read_text(), str(file))
 
 
 class Reporter(Protocol):
@@ -107,6 +121,8 @@ class _Session:
         self, run: Run, training: Training, train_shards: Shards, val_shards: Shards, reporter: Reporter
     ) -> None:
         self.config, self.folder = run.config, run.folder
+        # For what training waits for
+        self.quick_folder = with_retry_seconds(run.folder, QUICK_SECONDS)
         self.training, self.reporter = training, reporter
         self.train_shards, self.val_shards = train_shards, val_shards
         self.is_main = training.world.is_main
@@ -129,7 +145,7 @@ class _Session:
         self.shown_problems: dict[str, str] = {}
         self.phase = "training"
         if self.is_main:
-            self._write_corrupt_log(lambda: training.corrupt_log.write(self.folder))
+            self._write_corrupt_log()
             kind = "started" if run.resume_from is None else "resumed"
             self._add_event(kind, step=training.step, position=training.position, workers=training.world.size)
         self.ap: float | None = self.metrics.last_ap()
@@ -151,6 +167,9 @@ class _Session:
         """Send the remaining values to MLflow. If it cannot be reached, show a warning: the training is complete."""
         if self.writer is not None:
             self.writer.close()
+        if not self.events.flush():
+            self.warning = self.events.problem
+            self._show(self.phase)
         if self.tracker is not None:
             try:
                 self.tracker.close()
@@ -208,7 +227,7 @@ class _Session:
         """Write a skipped step to disk, to find its cause; stop the run, on every worker, after too many of them."""
         training = self.training
         try:
-            skipped.dump(self.folder, training.world.rank)
+            skipped.dump(self.quick_folder, training.world.rank)
             problem = ""
         except Exception as error:  # whatever it is: a copy of the batch must not end a run
             problem = f". Not all of it could be written: {type(error).__name__}: {error}"
@@ -228,7 +247,8 @@ class _Session:
     def _on_corrupt(self, report: StepReport | EvaluationReport, found: tuple[CorruptSample, ...]) -> None:
         """Log corrupt samples, on every worker; stop the run, on every worker, when there are too many."""
         training, corrupt_log = self.training, self.training.corrupt_log
-        self._write_corrupt_log(lambda: corrupt_log.add(found, self.folder if self.is_main else None))
+        corrupt_log.add(found)
+        self._write_corrupt_log()
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         self.warning = (
             f"corrupt: {found[0]}{more}; {corrupt_log.num_samples} so far, all in {self.folder / CORRUPT_LOG}"
@@ -243,9 +263,11 @@ class _Session:
             training.world.all_gather(None)  # no worker stops before the file is complete
             corrupt_log.check(limit, self.folder)
 
-    def _write_corrupt_log(self, write: Callable[[], None]) -> None:
+    def _write_corrupt_log(self) -> None:
+        if not self.is_main:
+            return
         try:
-            write()
+            self.training.corrupt_log.write(self.quick_folder)
         except OSError as error:  # a full disk, perhaps: the events and the checkpoints have the rows, too
             self.corrupt_log_problem = f"{self.folder / CORRUPT_LOG} cannot be written: {error}"
 
@@ -286,12 +308,18 @@ class _Session:
             PREDICTIONS: lambda path: _draw_predictions(path, self.val_shards, results),
         }
         for name in draw:
-            try:
-                draw[name](self.folder / name)
-                tracker.log_artifact(self.folder / name)
-            except Exception as error:  # whatever it is: images must not end a run
-                (self.folder / name).unlink(missing_ok=True)  # an older one would be taken for this one
-                self.warning = f"no {name} of this evaluation: {type(error).__name__}: {error}"
+            with TemporaryDirectory(prefix="raydetr-") as temporary:
+                self._log_image(tracker, Path(temporary) / name, draw[name])
+
+    def _log_image(self, tracker: Tracker, path: Path, draw: Callable[[Path], None]) -> None:
+        stored = self.quick_folder / path.name
+        try:
+            stored.unlink(missing_ok=True)  # an older one would be taken for this one
+            draw(path)
+            write_file(stored, path.read_bytes())
+            tracker.log_artifact(path)
+        except Exception as error:  # whatever it is: images must not end a run
+            self.warning = f"no {path.name} of this evaluation: {type(error).__name__}: {error}"
 
     def _draw_curves(self, path: Path) -> None:
         learning_curves(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -25,9 +26,13 @@ class StopSignals:
 
     The first signal sets `signal`, and the run stops after the current step; the second raises KeyboardInterrupt.
     Outside the main thread, which alone gets signals, it does nothing.
+
+    Args:
+        or_if: another reason to stop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, or_if: Callable[[], bool] = lambda: False) -> None:
+        self._or_if = or_if
         self.signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -55,7 +60,7 @@ class StopSignals:
 
     def is_set(self) -> bool:
         """Return whether the run is to stop."""
-        return self.signal is not None
+        return self.signal is not None or self._or_if()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:

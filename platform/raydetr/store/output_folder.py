@@ -109,7 +109,7 @@ def publish(partial: Path, names: Sequence[str]) -> None:
     fsync_path(out)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that it either has this content or is unchanged, even after a crash."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)

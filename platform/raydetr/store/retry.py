@@ -33,10 +33,16 @@ class RemoteError(OSError):
 
 
 class Retry:
-    """Makes attempts for at most `seconds` without progress. For all threads of a process."""
+    """Makes attempts for at most `seconds` without progress. For all threads of a process.
 
-    def __init__(self, seconds: float) -> None:
+    Args:
+        seconds: the length of an outage.
+        setting: its name, for messages; None: it is not a setting.
+    """
+
+    def __init__(self, seconds: float, setting: str | None) -> None:
         self._seconds = seconds
+        self._hint = "" if setting is None else f"; {setting} is how long a run waits"
         self._random = random.Random()  # jitter affects only the timing
         self._has_answered, self._next_report = False, 0.0
 
@@ -71,7 +77,7 @@ class Retry:
             if left <= 0 and failures > 1:
                 raise RemoteError(
                     f"{name}: no answer for {waited:.0f} s, in {failures} attempts ({cause}): check the server "
-                    "and the network; data.remote.retry_seconds is how long a run waits"
+                    f"and the network{self._hint}"
                 )
             longest = min(MAX_PAUSE, FIRST_PAUSE * 2.0 ** min(failures - 1, 10))
             pause = min(max(left, FIRST_PAUSE), longest * self._random.uniform(0.5, 1.0))

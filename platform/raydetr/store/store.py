@@ -1,4 +1,4 @@
-"""Read and write files in a folder, or at a URL of S3, Google, Azure or a web server, through obstore.
+"""Read and write files at a URL of S3, Google, Azure or a web server, through obstore.
 
 obstore performs one request; repeating it is up to `Retry`, which sees each failure at once and continues a broken
 response at the byte where it ended.
@@ -12,16 +12,16 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import obstore
 from obstore.exceptions import AlreadyExistsError
-from obstore.store import HTTPStore, LocalStore, ObjectStore, from_url
+from obstore.store import HTTPStore, ObjectStore, from_url
 
 from raydetr.config import RemoteConfig
-from raydetr.config.paths import is_remote, local_folder, scheme_of
+from raydetr.config.paths import check_location, scheme_of
 from raydetr.store.retry import RemoteError, Retry
 
 HTTP_HEADERS = "RAYDETR_HTTP_HEADERS"  # environment variable: {"Authorization": "Bearer ..."}
@@ -59,22 +59,30 @@ class FileInfo:
 
 
 class Store:
-    """A folder, local or at a URL. May be used by several threads, and pickled, but not used after a fork.
+    """A folder at a URL. May be used by several threads, and pickled, but not used after a fork.
+
+    Args:
+        location: the URL.
+        config: timeouts, retries, and options of obstore.
+        files_change: files may be replaced between two calls; otherwise that is an error.
 
     Raises:
-        ValueError: an option is unknown or has no effect, or is a credential.
+        ValueError: the URL is of an unknown kind, or an option is unknown or has no effect, or is a credential.
     """
 
-    def __init__(self, location: str, config: RemoteConfig) -> None:
-        self.location, self.config = location, config
-        self._scheme = scheme_of(location) if is_remote(location) else None
-        if self._scheme:
-            _check_options(self._scheme, config.options)
-        self._retry = Retry(config.retry_seconds)
+    def __init__(self, location: str, config: RemoteConfig, *, files_change: bool = False) -> None:
+        self.location, self.config, self._files_change = location, config, files_change
+        self._scheme = scheme_of(check_location(location))
+        if self._scheme not in KNOWN_OPTIONS:
+            raise ValueError(
+                f"{location}: is not a URL of {', '.join(f'{each}://' for each in KNOWN_OPTIONS)}"
+            )
+        _check_options(self._scheme, config.options)
+        self._retry = Retry(config.retry_seconds, None if files_change else "data.remote.retry_seconds")
         self._versions: dict[str, str] = {}  # of the files that were read
 
-    def __reduce__(self) -> tuple[type[Store], tuple[str, RemoteConfig]]:
-        return Store, (self.location, self.config)
+    def __reduce__(self) -> Any:
+        return partial(Store, files_change=self._files_change), (self.location, self.config)
 
     def name(self, file: str) -> str:
         """Return the location of a file, for messages."""
@@ -94,6 +102,8 @@ class Store:
             RemoteError: it cannot be read, has another size, or has changed since this process first read from it.
         """
         content, end = bytearray(), stop
+        if self._files_change:
+            self._versions.pop(file, None)
 
         def attempt() -> bytes:
             nonlocal end
@@ -140,7 +150,23 @@ class Store:
             raise RemoteError(str(error)) from None
         return {meta["path"]: meta["size"] for meta in found["objects"]}
 
-    def write(self, file: str, content: bytes) -> None:
+    def list(self, folder: str) -> dict[str, int]:
+        """Return the paths, relative to a folder in this one, of all files below it, and their sizes.
+
+        Raises:
+            RemoteError: the folder cannot be listed; a web server has no listing.
+        """
+        if self._scheme in ("http", "https"):
+            raise RemoteError(f"{self.name(folder)}: a web server does not list its files")
+        folder = "" if folder == "." else folder
+
+        def attempt() -> dict[str, int]:
+            found = obstore.list(self._store, folder or None).collect()
+            return {meta["path"].removeprefix(f"{folder}/"): meta["size"] for meta in found}
+
+        return self._call(folder, attempt)
+
+    def write(self, file: str, content: bytes | memoryview) -> None:
         """Write a file, or replace it; readers see all of it or nothing."""
         self._call(file, lambda: obstore.put(self._store, file, content))
         self._versions.pop(file, None)
@@ -213,11 +239,8 @@ class Store:
             return HTTPStore.from_url(self.location, **common)
         if self._scheme == "s3" and not options.get("skip_signature"):
             common["credential_provider"] = _aws_profile(self.location)
-        if self._scheme:  # not for http: it takes some hosts for those of a cloud
-            return from_url(self.location, config=options, **common)
-        folder = local_folder(self.location)
-        folder.mkdir(parents=True, exist_ok=True)
-        return LocalStore(folder)
+        # Not for http: it takes some hosts for those of a cloud
+        return from_url(self.location, config=options, **common)
 
 
 def _version(meta: Mapping[str, Any]) -> str:

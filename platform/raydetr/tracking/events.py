@@ -1,7 +1,8 @@
 """Record the events of a run in its folder: `events/NNNNNN.jsonl`, one segment per process that writes.
 
 The log is the record of the run: progress, curves, comparison and MLflow are made from it. Segments are only appended
-to. A line that was cut off, because its process was killed, is ignored.
+to; at a URL, where files cannot grow, they are replaced by longer ones. A line that was cut off, because its process
+was killed, is ignored.
 
 Kinds of events: `started`, `resumed` (a process trains from `position` on), `step` (metrics of a step), `evaluation`,
 `checkpoint`, `checkpoint_failed`, `corrupt`, `restart` (the workers are started again: why, and from where),
@@ -13,68 +14,127 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from raydetr.store.folders import Folder, create_file, with_retry_seconds
+
 EVENTS = "events"
+FIRST_PAUSE, MAX_PAUSE = 0.2, 30.0  # seconds between two tries to write; the pause doubles
+RETRY_SECONDS = 5.0  # of one try, at a URL
+FLUSH_SECONDS = 30.0
+REMOTE_SECONDS = 2.0  # between two writes to a URL
+SEGMENT_BYTES = 256 * 1024  # after which a process begins the next segment at a URL
 
 Event = dict[str, Any]  # "time" (seconds since 1970), "kind", and fields of the kind
 
 
 class EventLog:
-    """Appends to a segment of its own, which it creates with the first event. For all threads of a process.
+    """Appends to a segment of its own, in a thread, which begins with the first event. For all threads of a process.
 
-    If the disk is full, or the storage does not answer, events are kept in memory and written later, in order: logging
-    never ends a run. `problem` is the reason, until everything is written.
+    Logging neither waits for the storage nor ends a run: if the disk is full, or a server does not answer, events are
+    kept in memory and written later, in order. `problem` is the reason, until everything is written.
     """
 
-    def __init__(self, run: Path) -> None:
-        self._folder = run / EVENTS
-        self._path: Path | None = None
+    def __init__(self, run: Folder) -> None:
+        self._run = run
+        self._segment = _Segment(with_retry_seconds(run, RETRY_SECONDS) / EVENTS)
         self._pending: list[str] = []
-        self._lock = threading.Lock()
+        self._num_pending = 0  # with those that are being written
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._is_urgent = False
         self.problem: str | None = None
 
     def append(self, kind: str, **fields: Any) -> Event:
         """Add an event; return it. Numbers that are not finite become None, which JSON can hold."""
         event = {"time": time.time(), "kind": kind, **fields}
-        with self._lock:
+        with self._changed:
             self._pending.append(json.dumps(_finite(event), allow_nan=False) + "\n")
-            self._flush()
+            self._num_pending += 1
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="events", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
         return event
 
-    def _flush(self) -> None:
-        try:
-            path = self._path or self._create()
-            with path.open("a") as file:
-                # A write that failed halfway leaves a part of a line: end it, so that it does not swallow the next one
-                file.write(("\n" if self.problem else "") + "".join(self._pending))
-        except OSError as error:
-            self.problem = (
-                f"{self._folder}: {error.strerror or error}; events are kept in memory until it works"
-            )
-            return
-        self._pending, self.problem = [], None
+    def flush(self, seconds: float = FLUSH_SECONDS) -> bool:
+        """Wait until every event is written, at most `seconds`; return whether it is."""
+        with self._changed:
+            self._is_urgent = True
+            self._changed.notify_all()
+            is_written = self._changed.wait_for(lambda: self._num_pending == 0, seconds)
+            self._is_urgent = False
+            return is_written
 
-    def _create(self) -> Path:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        number = 1 + max((int(path.stem) for path in _segments(self._folder)), default=0)
-        while True:  # several processes may want the same number
-            path = self._folder / f"{number:06d}.jsonl"
+    def _work(self) -> None:
+        pause = FIRST_PAUSE
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending)
+                lines, self._pending = self._pending, []
             try:
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
-            except FileExistsError:
-                number += 1
-            else:
-                self._path = path
-                return path
+                self._segment.write(lines)
+            except OSError as error:
+                self.problem = f"{self._run / EVENTS}: {error}; events are kept in memory until it works"
+                with self._changed:
+                    self._pending = lines + self._pending
+                    self._changed.wait_for(lambda: self._is_urgent, pause)
+                pause = min(2 * pause, MAX_PAUSE)
+                if self._is_urgent:
+                    time.sleep(FIRST_PAUSE)
+                continue
+            pause, self.problem = FIRST_PAUSE, None
+            with self._changed:
+                self._num_pending -= len(lines)
+                self._changed.notify_all()
+                # At a URL, each write replaces the segment: some events at a time
+                self._changed.wait_for(lambda: self._is_urgent, self._segment.pause)
 
 
-def read_events(run: Path) -> list[Event]:
+class _Segment:
+    """The file that a process appends to; at a URL, where files are only replaced, a series of files."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._path: Folder | None = None
+        self._content = ""  # at a URL
+        self._has_failed = False
+        self.pause = 0.0 if isinstance(folder, Path) else REMOTE_SECONDS  # between two writes
+
+    def write(self, lines: Sequence[str]) -> None:
+        """Append lines.
+
+        Raises:
+            OSError: they cannot be written, or only in part; they are to be written again.
+        """
+        text = "".join(lines)
+        if self._path is None or len(self._content) > SEGMENT_BYTES:
+            self._path, self._content = self._create(text), text
+            return
+        if isinstance(self._path, Path):
+            # A write that failed halfway leaves a part of a line: end it, so that it does not swallow the next one
+            text = "\n" + text if self._has_failed else text
+            self._has_failed = True
+            with self._path.open("a") as file:
+                file.write(text)
+            self._has_failed = False
+        else:
+            self._path.write_bytes((self._content + text).encode())
+            self._content += text
+
+    def _create(self, text: str) -> Folder:
+        number = 1 + max((int(path.stem) for path in _segments(self._folder)), default=0)
+        # Several processes may want the same number
+        while not create_file(self._folder / f"{number:06d}.jsonl", text.encode()):
+            number += 1
+        return self._folder / f"{number:06d}.jsonl"
+
+
+def read_events(run: Folder) -> list[Event]:
     """Return the events of a run, segment after segment."""
     lines = [line for path in _segments(run / EVENTS) for line in path.read_text().splitlines()]
     return [event for line in lines if (event := _parse(line)) is not None]
@@ -123,7 +183,7 @@ class Metrics:
         return curves
 
 
-def _segments(folder: Path) -> list[Path]:
+def _segments(folder: Folder) -> list[Folder]:
     return sorted(path for path in folder.glob("*.jsonl") if path.stem.isdecimal())
 
 

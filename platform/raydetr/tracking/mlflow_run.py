@@ -33,7 +33,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Param, Run, ViewTyp
 from mlflow.exceptions import MlflowException  # noqa: E402
 
 from raydetr.config import RunConfig  # noqa: E402
-from raydetr.config.paths import SQLITE, sqlite_file  # noqa: E402
+from raydetr.config.paths import SQLITE, is_remote, local_folder, sqlite_file  # noqa: E402
 
 # Hide its messages about creating tables; warnings are still shown
 for _logger in ("mlflow.store.db.utils", "alembic"):
@@ -71,9 +71,10 @@ class TrackedRun:
 # --- Writing ---
 
 
-def default_uri(storage_path: Path) -> str:
-    """Return the URI of the SQLite database in the folder of the runs."""
-    return f"{SQLITE}{storage_path.absolute() / 'mlflow.db'}"
+def default_uri(storage_path: str | Path) -> str:
+    """Return the URI of the SQLite database in the folder of the runs; it is in `runs` if they are at a URL."""
+    folder = Path("runs") if is_remote(str(storage_path)) else local_folder(storage_path)
+    return f"{SQLITE}{folder.absolute() / 'mlflow.db'}"
 
 
 def tracking_uri(config: RunConfig) -> str:

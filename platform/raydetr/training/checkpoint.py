@@ -1,7 +1,7 @@
-"""Write and read checkpoints: folders with `state.pt` (the state) and `meta.json` (its description).
+"""Write and read checkpoints: folders, on a disk or at a URL, with `state.pt` (the state) and `meta.json`.
 
-`meta.json` is written last, by a rename, and has the size and checksum of `state.pt`: an interrupted write or an
-incomplete copy is never taken for a complete checkpoint.
+`meta.json`, the description, is written last and at once, and has the size and checksum of `state.pt`: an interrupted
+write or an incomplete copy is never taken for a complete checkpoint.
 
 The checkpoints of a run are in `checkpoints/POSITION/` of its folder. After an evaluation at its position, a checkpoint
 also has `metrics.json`. `find` accepts a run in place of a checkpoint.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-import os
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +31,7 @@ from raydetr.data.order import ORDER_VERSION
 from raydetr.shards.manifest import LabelMap, make_label_map
 from raydetr.shards.reader import Shards
 from raydetr.shards.validation import check_categories
-from raydetr.store.output_folder import write_atomically
+from raydetr.store.folders import Folder, local_file, open_folder, write_file
 from raydetr.training.loop import Training
 from raydetr.user_files import read_file
 
@@ -106,14 +105,16 @@ def capture(training: Training, shards: Shards) -> tuple[State, dict[str, Any]]:
     return copied, meta
 
 
-def write(folder: Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+def write(folder: Folder, state: Mapping[str, Any], meta: Mapping[str, Any]) -> int:
     """Write `state` and its description into `folder`, and verify them; `meta` has the fields of Meta without size and
     checksum.
+
+    Returns:
+        The size of the state in bytes.
 
     Raises:
         OSError: the files cannot be written, or differ when they are read again.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     # The order makes the write atomic: the state first, then meta.json under its final name. A process that is killed
     # in between leaves a folder without meta.json, which is no checkpoint. The size and the checksum detect what the
     # order cannot: a state that was truncated or changed later, for example by an incomplete copy.
@@ -122,29 +123,27 @@ def write(folder: Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> No
     torch.save(state, content)
     complete = Meta(**meta, state_bytes=content.tell(), state_crc32=zlib.crc32(content.getbuffer()))
     path = folder / "state.pt"
-    with path.open("wb") as file:
-        file.write(content.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
+    write_file(path, content.getbuffer())
     if _crc32(path) != complete.state_crc32:
         raise OSError(
             errno.EIO, f"{path}: differs from what was written: the disk or its connection is faulty"
         )
-    write_atomically(folder / "meta.json", json.dumps(asdict(complete), indent=1, allow_nan=False).encode())
+    write_file(folder / "meta.json", json.dumps(asdict(complete), indent=1, allow_nan=False).encode())
+    return complete.state_bytes
 
 
-def folder_of(run: Path, position: int) -> Path:
+def folder_of(run: Folder, position: int) -> Folder:
     """Return the folder of the checkpoint of a run at a position."""
     return run / CHECKPOINTS / f"{position:012d}"
 
 
-def complete_checkpoints(run: Path) -> list[Path]:
+def complete_checkpoints(run: Folder) -> list[Folder]:
     """Return the folders of a run's checkpoints, the newest first. They may have been corrupted later."""
     found = (path.parent for path in (run / CHECKPOINTS).glob("*/meta.json"))
     return sorted((path for path in found if path.name.isdecimal()), reverse=True)
 
 
-def newest_valid(run: Path, on_skipped: Callable[[str], None]) -> Path | None:
+def newest_valid(run: Folder, on_skipped: Callable[[str], None]) -> Folder | None:
     """Return the newest checkpoint of a run whose files are as they were written; None if there is none.
 
     Restarts, resumes and other commands choose by this function.
@@ -163,23 +162,23 @@ def newest_valid(run: Path, on_skipped: Callable[[str], None]) -> Path | None:
     return None
 
 
-def position_of(folder: Path) -> int:
+def position_of(folder: Folder) -> int:
     """Return the position of a checkpoint of a run."""
     return int(folder.name)
 
 
-def is_complete(folder: Path, config: RunConfig) -> bool:
+def is_complete(folder: Folder, config: RunConfig) -> bool:
     """Return whether a checkpoint is the last of a run with this configuration, with its evaluation."""
     return read_description(folder).epoch >= config.optim.epochs and bool(read_metrics(folder))
 
 
-def best(run: Path) -> Path | None:
+def best(run: Folder) -> Folder | None:
     """Return the checkpoint of a run with the highest AP, of equal ones the newest; None without an evaluation."""
     scored = [(read_metrics(folder).get("AP", -1.0), folder) for folder in complete_checkpoints(run)]
     return max((pair for pair in scored if pair[0] >= 0), default=(0.0, None))[1]
 
 
-def read_metrics(folder: Path) -> dict[str, Any]:
+def read_metrics(folder: Folder) -> dict[str, Any]:
     """Return the metrics of the evaluation at a checkpoint; empty without one."""
     try:
         metrics: dict[str, Any] = json.loads((folder / METRICS).read_text())
@@ -188,17 +187,18 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     return metrics
 
 
-def find(path: Path, on_skipped: Callable[[str], None] = lambda message: None) -> Path:
+def find(location: str | Path, on_skipped: Callable[[str], None] = lambda message: None) -> Folder:
     """Return the folder of a checkpoint that a user names.
 
     Args:
-        path: a checkpoint; RUN/best or RUN/last; or RUN, which means its best one, or without an evaluation its last.
+        location: folder or URL of a checkpoint; RUN/best or RUN/last; or RUN, which means its best one, or without an
+            evaluation its last.
         on_skipped: see `newest_valid`.
 
     Raises:
         CheckpointError: there is none.
     """
-    path = path.expanduser().absolute()
+    path = open_folder(location)
     name, run = (path.name, path.parent) if path.name in (BEST, LAST) else (BEST, path)
     if (path / "meta.json").exists() or not (run / "config.yaml").exists():
         return path
@@ -210,14 +210,16 @@ def find(path: Path, on_skipped: Callable[[str], None] = lambda message: None) -
     return found
 
 
-def read_description(folder: Path) -> Meta:
+def read_description(folder: Folder) -> Meta:
     """Read the description of the checkpoint in `folder`, without reading its state.
 
     Raises:
         CheckpointError: the folder holds no checkpoint of this program.
     """
     try:
-        meta = _META.validate_json(read_file(folder / "meta.json"), strict=True)
+        description = folder / "meta.json"
+        content = read_file(description) if isinstance(description, Path) else description.read_bytes()
+        meta = _META.validate_json(content, strict=True)
         check_categories(meta.categories)
     except FileNotFoundError:
         raise CheckpointError(
@@ -234,7 +236,7 @@ def read_description(folder: Path) -> Meta:
     return meta
 
 
-def read_meta(folder: Path) -> Meta:
+def read_meta(folder: Folder) -> Meta:
     """Read the description of the checkpoint in `folder`, and verify its state by size and checksum.
 
     Raises:
@@ -242,15 +244,22 @@ def read_meta(folder: Path) -> Meta:
     """
     meta = read_description(folder)
     state = folder / "state.pt"
-    size = state.stat().st_size if state.exists() else 0
+    try:
+        file = local_file(state)
+        size = file.stat().st_size
+        is_corrupt = size == meta.state_bytes and _crc32(file) != meta.state_crc32
+        if is_corrupt and file != state:
+            is_corrupt = _crc32(local_file(state, again=True)) != meta.state_crc32
+    except FileNotFoundError:
+        size, is_corrupt = 0, False
     if size != meta.state_bytes:
         raise CheckpointError(f"{state}: {size} bytes, expected {meta.state_bytes}: the copy is incomplete")
-    if _crc32(state) != meta.state_crc32:
+    if is_corrupt:
         raise CheckpointError(f"{state}: checksum differs from meta.json: the file is corrupt")
     return meta
 
 
-def check_compatible(folder: Path, config: RunConfig, shards: Shards) -> Meta:
+def check_compatible(folder: Folder, config: RunConfig, shards: Shards) -> Meta:
     """Check that a run of `config` on `shards` can resume from a checkpoint; return its description.
 
     Raises:
@@ -280,7 +289,7 @@ def check_compatible(folder: Path, config: RunConfig, shards: Shards) -> Meta:
     return meta
 
 
-def run_config(folder: Path, meta: Meta) -> RunConfig:
+def run_config(folder: Folder, meta: Meta) -> RunConfig:
     """Return the configuration of a checkpoint; settings that were added since then have their default.
 
     Raises:
@@ -308,7 +317,7 @@ def model_differences(source: RunConfig, config: RunConfig, ignored: tuple[str, 
     ]
 
 
-def restore(folder: Path, training: Training, shards: Shards) -> Meta:
+def restore(folder: Folder, training: Training, shards: Shards) -> Meta:
     """Load a checkpoint into `training`, which then resumes at its position.
 
     Raises:
@@ -328,12 +337,12 @@ def restore(folder: Path, training: Training, shards: Shards) -> Meta:
     training.position = state["position"]
     # The evaluation came after the checkpoint
     rows = read_metrics(folder).get("corrupt_rows", [])
-    training.corrupt_log.add(CorruptSampleLog.from_dicts(rows).rows, None)
+    training.corrupt_log.add(CorruptSampleLog.from_dicts(rows).rows)
     training.lacks_evaluation = training.is_at_evaluation() and not read_metrics(folder)
     return meta
 
 
-def load_for_inference(folder: Path, device: torch.device | None = None) -> LoadedModel:
+def load_for_inference(folder: Folder, device: torch.device | None = None) -> LoadedModel:
     """Load the trained model of a checkpoint, ready to predict.
 
     Raises:
@@ -352,11 +361,11 @@ def load_for_inference(folder: Path, device: torch.device | None = None) -> Load
     return LoadedModel(config, model, make_label_map(meta.categories, config.data.label_map))
 
 
-def _load_state(folder: Path, device: torch.device) -> dict[str, Any]:
+def _load_state(folder: Folder, device: torch.device) -> dict[str, Any]:
     path = folder / "state.pt"
     try:
         # weights_only: unpickling anything else could run code from the file
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(local_file(path), map_location=device, weights_only=True)
     except torch.cuda.OutOfMemoryError:
         raise
     except UNREADABLE as error:
@@ -368,7 +377,7 @@ def _load_state(folder: Path, device: torch.device) -> dict[str, Any]:
     return state
 
 
-def _load_optimizer(training: Training, state: dict[str, Any], folder: Path) -> None:
+def _load_optimizer(training: Training, state: dict[str, Any], folder: Folder) -> None:
     """Load the moments of the optimizer; rates and weight decay are those of the run's configuration."""
     settings = [
         {name: value for name, value in group.items() if name != "params"}
@@ -385,9 +394,9 @@ def _load_optimizer(training: Training, state: dict[str, Any], folder: Path) -> 
         group.update(setting)
 
 
-def _load_weights(detector: nn.Module, weights: Any, folder: Path) -> None:
+def _load_weights(detector: nn.Module, weights: Any, folder: Folder) -> None:
     try:
-        state = to_state_dict(weights, folder, "under 'model' or 'ema'")
+        state = to_state_dict(weights, str(folder), "under 'model' or 'ema'")
         require_finite(state, folder)
         detector.load_state_dict(state)
     except ValueError as error:
@@ -398,7 +407,9 @@ def _load_weights(detector: nn.Module, weights: Any, folder: Path) -> None:
         ) from None
 
 
-def _crc32(path: Path) -> int:
+def _crc32(path: Folder) -> int:
+    if not isinstance(path, Path):
+        return zlib.crc32(path.read_bytes())
     checksum = 0
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from raydetr.config import StorageConfig
 from raydetr.shards.reader import Shards
-from raydetr.store.output_folder import write_atomically
+from raydetr.store.folders import Folder, remove_folder, with_retry_seconds, write_file
 from raydetr.training import checkpoint
 from raydetr.training.loop import Training
 
 FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds between two tries; the pause doubles
+RETRY_SECONDS = 10.0  # of one try, at a URL
 
 
 class StorageError(RuntimeError):
@@ -57,8 +56,10 @@ class CheckpointWriter:
         report: is called, in a thread, with what became of each checkpoint.
     """
 
-    def __init__(self, run: Path, storage: StorageConfig, report: Callable[[Written], None]) -> None:
-        self._run, self._storage, self._report = run, storage, report
+    def __init__(self, run: Folder, storage: StorageConfig, report: Callable[[Written], None]) -> None:
+        # Short, because every failure is to be reported before the next try
+        self._run = with_retry_seconds(run, RETRY_SECONDS)
+        self._storage, self._report = storage, report
         self._saved_at = time.monotonic()
         self._pending_since: float | None = None  # the first checkpoint that is not written yet
         self._problem: str | None = None
@@ -173,18 +174,17 @@ class CheckpointWriter:
         num_bytes = 0
         if waiting.state is not None:
             (folder / checkpoint.METRICS).unlink(missing_ok=True)
-            checkpoint.write(folder, waiting.state, waiting.meta)
-            num_bytes = (folder / "state.pt").stat().st_size
+            num_bytes = checkpoint.write(folder, waiting.state, waiting.meta)
         if waiting.metrics is not None and (folder / "meta.json").exists():
             text = json.dumps(waiting.metrics, indent=1, allow_nan=False)
-            write_atomically(folder / checkpoint.METRICS, text.encode())
+            write_file(folder / checkpoint.METRICS, text.encode())
         self._remove_old(folder)
         return num_bytes
 
-    def _remove_old(self, newest: Path) -> None:
+    def _remove_old(self, newest: Folder) -> None:
         kept = {newest, *checkpoint.complete_checkpoints(self._run)[: self._storage.keep_checkpoints]}
         best = checkpoint.best(self._run)
         for folder in (self._run / checkpoint.CHECKPOINTS).iterdir():
             if folder not in kept and folder != best:
                 (folder / "meta.json").unlink(missing_ok=True)  # first: from now on it is not a checkpoint
-                shutil.rmtree(folder)
+                remove_folder(folder)

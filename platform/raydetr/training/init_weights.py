@@ -19,6 +19,7 @@ from detrs.zoo import ModelConfig
 from raydetr.config import ConfigError, RunConfig
 from raydetr.config.paths import scheme_of
 from raydetr.shards.manifest import UNUSED, LabelMap, make_label_map
+from raydetr.store.folders import open_folder
 from raydetr.training.checkpoint import load_for_inference, model_differences, read_meta, run_config
 
 IMAGENET = "https://download.pytorch.org/models/"
@@ -54,7 +55,8 @@ def summarize(config: RunConfig, label_map: LabelMap) -> list[str]:
     """
     if config.init.checkpoint is None:
         return _describe_backbone(config)
-    if not config.init.checkpoint.is_dir():
+    folder = open_folder(config.init.checkpoint)
+    if not folder.exists() and not (folder / "meta.json").exists():
         raise ConfigError(
             f"init.checkpoint {config.init.checkpoint}: no such folder; name a checkpoint of a run, or write one "
             "from an official file with `raydetr import-checkpoint`"
@@ -64,8 +66,8 @@ def summarize(config: RunConfig, label_map: LabelMap) -> list[str]:
             f"model.backbone.weights {config.model.backbone.weights} has no effect with init.checkpoint, which has all "
             "weights: omit one of them"
         )
-    meta = read_meta(config.init.checkpoint)
-    source = run_config(config.init.checkpoint, meta)
+    meta = read_meta(folder)
+    source = run_config(folder, meta)
     check_shapes(source, config)
     lines = [f"starting from {config.init.checkpoint}"]
     differences = model_differences(source, config, ignored=_IGNORED)
@@ -101,10 +103,9 @@ def load(detector: nn.Module, config: RunConfig, label_map: LabelMap) -> None:
         CheckpointError: it is not a complete checkpoint.
         ConfigError: its weights do not fit the model.
     """
-    folder = config.init.checkpoint
-    if folder is None:
+    if config.init.checkpoint is None:
         return
-    loaded = load_for_inference(folder)
+    loaded = load_for_inference(open_folder(config.init.checkpoint))
     check_shapes(loaded.config, config)
     weights = loaded.model.detector.state_dict()
     rows = matching_labels(loaded.label_map, label_map)

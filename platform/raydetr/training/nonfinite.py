@@ -22,6 +22,7 @@ from detrs.criterion import Losses
 from detrs.matcher import NonFiniteError
 from detrs.structures import Outputs, Targets
 from raydetr.data.batch import Batch
+from raydetr.store.folders import Folder, local_output
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,11 @@ class SkippedStep:
     batch: Batch
     terms: Mapping[str, Tensor]
 
-    def folder(self, run: Path, rank: int) -> Path:
+    def folder(self, run: Folder, rank: int) -> Folder:
         """Return the folder in which `rank` writes its part of the step."""
         return run / "skipped-steps" / f"step-{self.step:06d}-rank-{rank}"
 
-    def dump(self, run: Path, rank: int) -> None:
+    def dump(self, run: Folder, rank: int) -> None:
         """Write this worker's batch, as the model got it, if this worker is one of the causes.
 
         Raises:
@@ -78,9 +79,10 @@ class SkippedStep:
         """
         for cause in self.causes:
             if cause.rank == rank:
-                _dump(self.folder(run, rank), self, cause)
+                with local_output(self.folder(run, rank)) as folder:
+                    _dump(folder, self, cause)
 
-    def describe(self, run: Path) -> str:
+    def describe(self, run: Folder) -> str:
         """Return one sentence per cause, with the folder of its dump."""
         causes = [f"{cause} (kept in {self.folder(run, cause.rank)})" for cause in self.causes]
         return f"step {self.step}: {'. '.join(causes)}"
@@ -148,7 +150,6 @@ def _nan_loss(outputs: Outputs) -> Tensor:
 
 
 def _dump(folder: Path, skipped: SkippedStep, cause: NonFiniteCause) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     batch = skipped.batch
     ends = torch.tensor(batch.counts).cumsum(0).tolist()
     images = []

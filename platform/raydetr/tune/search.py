@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,7 +17,8 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from raydetr.config import RunConfig, flatten, override, to_dict, to_yaml
+from raydetr.config import ConfigError, RunConfig, flatten, override, to_dict, to_yaml
+from raydetr.config.paths import is_remote
 from raydetr.console import print_status
 from raydetr.runs import run
 from raydetr.runs.ray_cluster import connected
@@ -70,6 +72,10 @@ def search(
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     resolved, splits = run.resolve(config)
+    if is_remote(resolved.storage.path):
+        raise ConfigError(
+            f"storage.path {resolved.storage.path}: a search needs a folder that all nodes mount"
+        )
     run.print_warnings(resolved, *splits)
     with connected(resolved.cluster):
         cluster.check_dashboard()
@@ -117,7 +123,7 @@ def _asha(config: RunConfig, grace_epochs: int, reduction_factor: int) -> _Asha:
 def _create_context(config: RunConfig, resolved: RunConfig, space: Space) -> SearchContext:
     """Create the folder and the MLflow run of the search, and log its configuration and space."""
     name = run.new_name(f"tune-{config.recipe}")
-    folder = resolved.storage.path / name
+    folder = Path(resolved.storage.path) / name
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / "space.yaml").write_text(space.text)
@@ -155,7 +161,7 @@ def _run_trials(
             num_samples=num_trials,
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=str(context.config.storage.path), callbacks=[callback], verbose=0
+            name="tune", storage_path=context.config.storage.path, callbacks=[callback], verbose=0
         ),
     )
     # SearchCallback and the table of trials already report Tune's messages and the errors of trials
@@ -188,7 +194,7 @@ def _finish(
     leaked = cluster.release_leaked_resources(_job_id(), before)
     callback.finalize()
     trials = rank_trials(list(callback.trials.values()))
-    folder = context.config.storage.path
+    folder = Path(context.config.storage.path)
     best = best_trial(trials)
     result = SearchResult(
         name=context.name,

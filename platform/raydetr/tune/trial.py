@@ -28,7 +28,7 @@ class SearchContext:
 
     def trial_folder(self, number: int) -> Path:
         """Return the folder of a trial's run."""
-        return self.config.storage.path / self.trial_name(number)
+        return Path(self.config.storage.path) / self.trial_name(number)
 
 
 def trial_number(trial_id: str) -> int:

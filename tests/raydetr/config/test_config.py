@@ -180,9 +180,23 @@ def test_tracking_uris_are_made_absolute(changes: dict[str, Any], expected: str)
     assert config.tracking.uri == expected
 
 
-def test_a_url_is_no_folder() -> None:
-    config = override(recipes.quickstart(), {"storage.path": "s3://bucket/runs"})
+def test_runs_may_be_at_a_url_but_not_on_a_web_server() -> None:
+    config = override(recipes.quickstart(), {"storage.path": "s3://bucket/runs/"})
+    assert absolute_paths(config, Path("/base")).storage.path == "s3://bucket/runs"
     with pytest.raises(
-        ConfigError, match=r"storage.path s3:/bucket/runs: is a URL; this must be a file or folder"
+        ConfigError, match=r"storage.path: https://host/runs: runs cannot be written to a web server"
+    ):
+        override(recipes.quickstart(), {"storage.path": "https://host/runs"})
+
+
+def test_a_url_is_no_folder_for_data_of_this_machine() -> None:
+    remote = {
+        "data.remote.cache_dir": "s3://bucket/cache",
+        "data.remote.cache_gb": 1,
+        "data.train": "s3://bucket/train",
+    }
+    config = override(recipes.quickstart(), {**remote, "data.synthetic": None})
+    with pytest.raises(
+        ConfigError, match=r"cache_dir s3:/bucket/cache: is a URL; this must be a file or folder"
     ):
         absolute_paths(config, Path("/base"))

@@ -13,7 +13,7 @@ from raydetr.config.paths import absolute, check_location, is_remote, local_fold
     ("location", "message"),
     [
         (" ", "the location is empty"),
-        ("ftp://host/x", r"not read from ftp://; known are folders and s3://, gs://"),
+        ("ftp://host/x", r"ftp:// is not supported; known are folders and s3://, gs://"),
         ("s3:/bucket/x", "is not a URL: write s3://bucket/x"),
         ("https://", "has no bucket or server"),
         ("file://host/x", "a file URL has three slashes"),

@@ -173,7 +173,7 @@ def test_a_training_warns_and_overfitting_does_not(
     train = {
         "train": lambda: run.start(same, local=True),
         "overfit": lambda: overfit(
-            config, None, num_images=4, num_steps=1, long_side=64, out=config.storage.path
+            config, None, num_images=4, num_steps=1, long_side=64, out=Path(config.storage.path)
         ),
     }[kind]
     with pytest.raises(Started):

@@ -288,7 +288,7 @@ def test_by_default_the_first_corrupt_sample_stops_a_run(corrupt_run: RunConfig)
     first = next(index for index in order if index in CORRUPT)
     with pytest.raises(ShardError, match=rf"{shards.path}/shard-\d+.tar: sample {shards.key(first)} at byte"):
         run.start(corrupt_run, local=True)
-    (folder,) = corrupt_run.storage.path.glob("quickstart-*")
+    (folder,) = Path(corrupt_run.storage.path).glob("quickstart-*")
     assert not (folder / "corrupt_samples.jsonl").exists()
 
 
@@ -310,7 +310,7 @@ def test_too_many_stop_the_run(corrupt_run: RunConfig, limit: int, last: int) ->
     config = with_policy(corrupt_run, "mask", **{"data.max_corrupt": limit})
     with pytest.raises(TooManyCorruptError) as caught:
         run.start(config, local=True)
-    (folder,) = config.storage.path.glob("quickstart-*")
+    (folder,) = Path(config.storage.path).glob("quickstart-*")
     rows = rows_of(folder)
     assert len({row["key"] for row in rows}) > limit
     message = str(caught.value)

@@ -241,7 +241,7 @@ def test_beyond_the_limit_the_run_stops_and_names_the_dump(
     config = override(tiny_run, {"optim.max_skipped_steps": limit})
     with pytest.raises(FloatingPointError) as caught:
         run.start(config, local=True)
-    (folder,) = config.storage.path.glob("quickstart-*")
+    (folder,) = Path(config.storage.path).glob("quickstart-*")
     dump = folder / "skipped-steps" / f"step-{last_step:06d}-rank-0"
     ids = [image["image_id"] for image in json.loads((dump / "step.json").read_text())["images"]]
     assert f"step {last_step}: " in str(caught.value)

@@ -82,7 +82,7 @@ def test_a_run_with_a_killed_worker_ends_in_the_same_bits(cluster: Cluster, two_
     """Also with loader processes, which only the workers of the killed run have."""
     unbroken = run.start(override(two_workers, {"optim.epochs": 6}))
     killed: list[int] = []
-    first_epoch = checkpoint.folder_of(two_workers.storage.path / "hit", 48)
+    first_epoch = checkpoint.folder_of(Path(two_workers.storage.path) / "hit", 48)
     killer = threading.Thread(target=kill_a_worker_after, args=(cluster, first_epoch, killed))
     killer.start()
     hit = run.start(override(two_workers, {"optim.epochs": 6, "data.num_loader_workers": 1}), name="hit")
@@ -155,7 +155,7 @@ def test_too_many_corrupt_samples_stop_all_workers_with_a_complete_log(
         run.start(override(config, {"data.on_corrupt": "mask", "data.max_corrupt": 2}), name="masked")
     rows = [
         json.loads(line)
-        for line in (config.storage.path / "masked" / "corrupt_samples.jsonl").read_text().splitlines()
+        for line in (Path(config.storage.path) / "masked" / "corrupt_samples.jsonl").read_text().splitlines()
     ]
     assert sorted((row["shard"], row["key"]) for row in rows) == sorted(
         (str(path), key) for path, key in samples

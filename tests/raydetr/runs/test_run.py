@@ -230,5 +230,5 @@ def test_a_diverging_run_stops_with_step_images_and_remedy_and_is_marked_failed(
     with pytest.raises((FloatingPointError, ValueError), match=r"finite|NaN|nan"):
         run.start(wild, local=True)
     uri = mlflow_run.default_uri(tiny_run.storage.path)
-    (folder,) = tiny_run.storage.path.glob("quickstart-*")
+    (folder,) = Path(tiny_run.storage.path).glob("quickstart-*")
     assert mlflow_run.fetch_run(uri, folder.name).status == "FAILED"

@@ -105,7 +105,7 @@ def test_a_lost_node_is_replaced_by_fewer_workers_until_one_joins(
             "storage.checkpoint_steps": 6,
         },
     )
-    folder = config.storage.path / "lost"
+    folder = Path(config.storage.path) / "lost"
     results: list[run.RunResult] = []
     # Nodes can be added in the main thread only
     thread = threading.Thread(target=lambda: results.append(run.start(config, name="lost")), daemon=True)
@@ -141,7 +141,7 @@ def test_workers_that_make_no_progress_are_started_again_and_leave_their_stacks(
 ) -> None:
     unbroken = run.start(two_workers, name="unbroken")
     config = override(two_workers, {"cluster.stall_minutes": 0.15})
-    folder = config.storage.path / "stalled"
+    folder = Path(config.storage.path) / "stalled"
     stopped: list[int] = []
 
     def stop_one() -> None:
@@ -165,7 +165,7 @@ def test_workers_that_make_no_progress_are_started_again_and_leave_their_stacks(
 
 @pytest.mark.slow
 def test_a_killed_controller_is_replaced(cluster: Cluster, two_workers: RunConfig) -> None:
-    folder = two_workers.storage.path / "hit"
+    folder = Path(two_workers.storage.path) / "hit"
     killed = Meanwhile(folder, EPOCH, lambda: processes(cluster, "TrainController")[0].kill())
     result = run.start(two_workers, name="hit")
     assert killed.done
@@ -229,7 +229,7 @@ def test_a_stopped_or_killed_driver_leaves_a_run_that_goes_on(
     number: signal.Signals, code: int, cluster: Cluster, two_workers: RunConfig, tmp_path: Path
 ) -> None:
     config = override(two_workers, {"optim.epochs": 100})
-    folder = config.storage.path / "hit"
+    folder = Path(config.storage.path) / "hit"
     process = driver(config, "hit", tmp_path, cluster.address)
     signalled = Meanwhile(folder, EPOCH, lambda: process.send_signal(number))
     _, err = process.communicate(timeout=200)

@@ -1,4 +1,4 @@
-"""A store: the same behavior in a folder and on servers, outages that are survived, and forks that are refused."""
+"""A store: files on servers, outages that are survived, and forks that are refused."""
 
 from __future__ import annotations
 
@@ -45,18 +45,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3Server]:
-    server = S3Server()
-    yield server
-    server.close()
-
-
 @pytest.fixture
-def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+def proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
-    proxy = FaultyProxy(s3.address)
+    proxy = FaultyProxy(s3_server.address)
     yield proxy
     proxy.close()
 
@@ -65,9 +58,9 @@ def s3_store(proxy: FaultyProxy, folder: str, **options: object) -> Store:
     return Store(f"s3://bucket/{folder}", RemoteConfig(options={"endpoint": proxy.url, **options}))
 
 
-@pytest.fixture(params=["folder", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, proxy: FaultyProxy) -> Store:
-    return Store(str(tmp_path / "new"), QUICK) if request.param == "folder" else s3_store(proxy, "new")
+@pytest.fixture
+def store(proxy: FaultyProxy) -> Store:
+    return s3_store(proxy, "new")
 
 
 def test_files_are_written_read_listed_and_deleted(store: Store) -> None:

@@ -185,7 +185,7 @@ def test_weights_that_do_not_fit_are_refused_before_the_run_starts(
         run.start(config, local=True)
     for word in [str(tmp_path / "old"), *words]:
         assert word in str(caught.value)
-    assert not config.storage.path.exists()
+    assert not Path(config.storage.path).exists()
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tiny_run: RunConfig, tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+from raydetr.store.node_copies import locked
 
 NUM_LOCKS = 256  # locks of chunks: of two with the same lock, one waits for the other's download
 FULL_SECONDS = 60.0  # after finding no room, a process does not ask for some; then another run may have ended
@@ -149,11 +151,3 @@ def _try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock of a file, which is created if missing; wait for it if necessary."""
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

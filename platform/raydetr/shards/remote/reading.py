@@ -16,8 +16,8 @@ from raydetr.config import RemoteConfig
 from raydetr.shards.files import Span
 from raydetr.shards.manifest import CHUNK_SIZE, Manifest, Samples
 from raydetr.shards.remote.cache import NodeCache
-from raydetr.shards.remote.shared import read_shared
 from raydetr.store.background import BackgroundThreads
+from raydetr.store.node_copies import read_shared
 from raydetr.store.retry import RemoteError
 from raydetr.store.store import Store
 

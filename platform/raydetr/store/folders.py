@@ -1,0 +1,118 @@
+"""Work with the folder of a run or a checkpoint, on a disk or at a URL, in the same way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeAlias
+
+from raydetr.config.paths import is_remote, local_folder
+from raydetr.store.node_copies import copy_to_node
+from raydetr.store.output_folder import write_atomically
+from raydetr.store.url_path import UrlPath
+
+Folder: TypeAlias = Path | UrlPath  # or a file in one
+
+COPY_KEPT_SECONDS = 3600  # a copy of a checkpoint's state can have gigabytes
+
+
+def open_folder(location: str | Path) -> Folder:
+    """Return the folder or file at a location; a relative path starts at the working directory.
+
+    Raises:
+        ValueError: a URL is not one of a known kind.
+    """
+    text = str(location)
+    return UrlPath.parse(text) if is_remote(text) else local_folder(text).expanduser().absolute()
+
+
+def with_retry_seconds(folder: Folder, seconds: float) -> Folder:
+    """Return the same folder, whose calls raise after an outage of its server of this length."""
+    return folder if isinstance(folder, Path) else folder.with_retry_seconds(seconds)
+
+
+def write_file(path: Folder, content: bytes | memoryview) -> None:
+    """Write a file, or replace it; readers see all of it or nothing, even after a crash. Make its folder.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+    else:
+        path.write_bytes(content)
+
+
+def create_file(path: Folder, content: bytes) -> bool:
+    """Write a file that does not exist; return False if it does. Of several processes, one succeeds.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if not isinstance(path, Path):
+        try:
+            path.store.create(path.key, content)
+        except FileExistsError:
+            return False
+        return True
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A link makes it appear with its content; O_EXCL would show an empty file first
+    temporary = path.with_name(f"{path.name}.{os.urandom(8).hex()}.tmp")
+    temporary.write_bytes(content)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    return True
+
+
+def remove_folder(folder: Folder) -> None:
+    """Remove a folder with everything in it, if it is there.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=not folder.exists())
+        return
+    for key in folder.store.list(folder.key):
+        (folder / key).unlink(missing_ok=True)
+
+
+def local_file(path: Folder, *, again: bool = False) -> Path:
+    """Return a file of this machine with the content of `path`: itself, or a copy that all processes of a node share.
+
+    Args:
+        path: the file.
+        again: copy it although there is a copy.
+
+    Raises:
+        FileNotFoundError, OSError: it cannot be read.
+    """
+    if isinstance(path, Path):
+        return path
+    return copy_to_node(path.store, path.key, "states", COPY_KEPT_SECONDS, again=again)
+
+
+@contextmanager
+def local_output(folder: Folder) -> Iterator[Path]:
+    """Yield a folder of this machine to write files into, which are in `folder` after the block.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    if isinstance(folder, Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    with TemporaryDirectory(prefix="raydetr-") as name:
+        yield Path(name)
+        for path in Path(name).iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
