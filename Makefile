@@ -10,6 +10,7 @@ VENV ?= .venv
 PYTHON ?=
 ARGS ?=
 PORT ?= 5000
+KILLS ?= 20
 GOLDEN ?= tests/golden
 
 python := $(VENV)/bin/python
@@ -36,7 +37,7 @@ endif
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help quickstart test test-slow parity setup fix check bench ui clean always
+.PHONY: help quickstart test test-slow parity setup fix check bench chaos ui clean always
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +74,9 @@ bench: $(patsubst benchmarks/bench_%.py,bench-%,$(wildcard benchmarks/bench_*.py
 bench-%: export RAYDETR_COCO_TINY := $(or $(RAYDETR_COCO_TINY),$(abspath $(wildcard ../shared/coco_tiny)))
 bench-%: setup
 	$(python) benchmarks/bench_$*.py $(ARGS)
+
+chaos: setup ## kill and stop parts of a run at random, and compare it with an undisturbed one; KILLS=20
+	$(python) benchmarks/chaos.py --kills $(KILLS) $(ARGS)
 
 ui: setup ## show the runs in MLflow's web interface, on this machine only
 	@test -f runs/mlflow.db || { echo "there is no run yet (no runs/mlflow.db): run make quickstart first" >&2; exit 1; }

@@ -98,6 +98,7 @@ class RunActor:
 
     def __init__(self) -> None:
         self._latest: Any = None
+        self._nodes: set[str] = set()
         self._wish: Literal["stop", "abort"] | None = None
 
     def update(self, value: Any) -> None:
@@ -116,9 +117,14 @@ class RunActor:
         """Ask the workers to write down where they are, and to end at once."""
         self._wish = "abort"
 
-    def wish(self) -> str | None:
-        """Return "stop", "abort", or None."""
+    def wish(self, node: str) -> str | None:
+        """Return "stop", "abort", or None, to a worker on a node."""
+        self._nodes.add(node)
         return self._wish
+
+    def nodes(self) -> set[str]:
+        """Return the ids of the nodes that workers run on."""
+        return self._nodes
 
 
 class Display:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
+import ray._private.state
 from ray.autoscaler.sdk import request_resources
 
 from raydetr.config import ClusterConfig
@@ -21,7 +24,8 @@ from raydetr.tracking.events import EventLog
 
 POLL_SECONDS = 0.5  # between two looks at what changes
 WAITING_SECONDS = 30.0  # between two lines about what a run waits for
-SETTLE_SECONDS = 3.0  # after a failure, before the nodes are counted
+NOTICE_SECONDS = 20.0  # until Ray notices that a node is gone
+CONNECT_SECONDS = 1.0  # for the connection to a node
 
 # Ray reads these when it starts its processes. A value that the user has set is kept.
 SETTINGS = {
@@ -29,6 +33,7 @@ SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for this poll; 2 s by default
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints would appear twice
     "RAY_raylet_start_wait_time_s": "120",  # 30 s are too few on a busy machine
+    "RAY_health_check_period_ms": "1000",  # a lost node is noticed after five; every 3 s by default
 }
 
 
@@ -102,14 +107,16 @@ def wait_for_nodes(cluster: ClusterConfig, stop: StopSignals, log: EventLog) -> 
 
     After `cluster.wait_minutes` fewer than `cluster.num_workers` are enough, at least `cluster.min_workers`.
     """
-    # The workers of a lost node fail before the cluster knows that the node is lost
-    time.sleep(SETTLE_SECONDS)
     began, told_at = time.monotonic(), -math.inf
     wanted, least = cluster.num_workers, cluster.min_workers or cluster.num_workers
     bundle = {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if cluster.use_gpu else {})
     try:
         while not stop.is_set():
             fitting, waited = num_fitting(cluster), time.monotonic() - began
+            # The workers of a lost node fail before Ray knows that it is lost; a start before that would wait for it
+            if waited < NOTICE_SECONDS and silent_nodes():
+                time.sleep(POLL_SECONDS)
+                continue
             if fitting >= wanted:
                 return wanted
             if fitting >= least and waited > 60 * cluster.wait_minutes:
@@ -131,12 +138,39 @@ def wait_for_nodes(cluster: ClusterConfig, stop: StopSignals, log: EventLog) -> 
 
 
 def num_fitting(cluster: ClusterConfig) -> int:
-    """Return how many workers the nodes that live can hold, when they are free."""
-    alive: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    nodes = [node["Resources"] for node in alive if node["Alive"]]
+    """Return how many workers the nodes that live, and are not about to be taken away, can hold when they are free."""
+    leaving = leaving_nodes()
+    nodes = [node["Resources"] for node in _living_nodes() if node["NodeID"] not in leaving]
     by_cpu = (int(node.get("CPU", 0)) // cluster.cpus_per_worker for node in nodes)
     by_gpu = (int(node.get("GPU", 0)) for node in nodes)
     return sum(min(pair) if cluster.use_gpu else pair[0] for pair in zip(by_cpu, by_gpu, strict=True))
+
+
+def leaving_nodes() -> dict[str, float | None]:
+    """Return the ids of the nodes that are about to be taken away, and in how many seconds, if that is known."""
+    deadlines: dict[str, int] = ray._private.state.state.get_draining_nodes()
+    return {node: at / 1000 - time.time() if at else None for node, at in deadlines.items()}
+
+
+def silent_nodes() -> list[str]:
+    """Return the addresses of nodes that Ray takes for alive, and that accept no connection."""
+    addresses = [(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in _living_nodes()]
+    with ThreadPoolExecutor(max(len(addresses), 1)) as threads:
+        answers = list(threads.map(_answers, addresses))
+    return [f"{host}:{port}" for (host, port), answer in zip(addresses, answers, strict=True) if not answer]
+
+
+def _answers(address: tuple[str, int]) -> bool:
+    try:
+        with socket.create_connection(address, CONNECT_SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+def _living_nodes() -> list[dict[str, Any]]:
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node for node in nodes if node["Alive"]]
 
 
 def missing_resources(cluster: ClusterConfig) -> str:

@@ -32,6 +32,7 @@ from raydetr.runs.ray_cluster import (
     LaunchError,
     check_resources,
     connected,
+    leaving_nodes,
     missing_resources,
     num_fitting,
     wait_for_nodes,
@@ -130,7 +131,7 @@ class Start:
         self.position = -1  # reached, as far as the driver knows
 
     def fit(self, callbacks: Sequence[Any], display: Display, stop: StopSignals, log: EventLog) -> bool:
-        """Train; return False if the workers have stopped to be started again in full number.
+        """Train; return False if the workers have stopped to be started again, in full number or on other nodes.
 
         Raises:
             LaunchError: the workers failed.
@@ -153,20 +154,21 @@ class Start:
         thread = threading.Thread(target=fit_trainer, name="ray-train", daemon=True)
         thread.start()
         watch = Watch(self._cluster, log)
-        grows = False
+        moves = False
         while thread.is_alive():
             thread.join(POLL_SECONDS)
             progress = ray.get(actor.read.remote())
             self._show(progress, display)
             watch.look(progress, actor)
-            grows = grows or (progress is not None and watch.can_grow(self._cluster.num_workers, wanted))
-            if stop.is_set() or grows:
+            if progress is not None and not moves:
+                moves = watch.is_leaving(actor) or watch.can_grow(self._cluster.num_workers, wanted)
+            if stop.is_set() or moves:
                 actor.request_stop.remote()
         self._show(ray.get(actor.read.remote()), display)  # with a warning of the last moment
         shutil.rmtree(scratch, ignore_errors=True)
         if failed:
             raise watch.explain(failed[0], self._run.folder / STACKS)
-        return not grows or stop.is_set() or self._is_complete()
+        return not moves or stop.is_set() or self._is_complete()
 
     def _show(self, progress: RunProgress | None, display: Display) -> None:
         if progress is not None:
@@ -208,6 +210,20 @@ class Watch:
             self._log.append("stalled", reason=self._stalled)
             print_status(f"{self._stalled}: the stacks of all workers go to {STACKS} in the run's folder")
             actor.request_abort.remote()
+
+    def is_leaving(self, actor: Any) -> bool:
+        """Return whether a node that workers run on is about to be taken away (preempted, or drained)."""
+        leaving = leaving_nodes()
+        if not leaving:
+            return False
+        nodes = ray.get(actor.nodes.remote())
+        found = {node: seconds for node, seconds in leaving.items() if node in nodes}
+        for node, seconds in found.items():
+            when = "soon" if seconds is None else f"in {seconds:.0f} s"
+            reason = f"node {node[:12]} will be taken away {when}"
+            self._log.append("preempted", reason=reason)
+            print_status(f"{reason}: a checkpoint after this step, and on with other nodes")
+        return bool(found)
 
     def can_grow(self, num_workers: int, wanted: int) -> bool:
         """Return whether the nodes of the cluster can hold the wanted number of workers, which are fewer now."""
@@ -360,9 +376,10 @@ class _RayReporter:
         return self._is_stopping
 
     def _listen(self) -> None:
+        node = ray.get_runtime_context().get_node_id()
         while True:
             try:
-                wish = ray.get(self._actor.wish.remote())
+                wish = ray.get(self._actor.wish.remote(node))
             except ray.exceptions.RayError:  # the driver has ended, and Ray ends this worker
                 return
             self._is_stopping = wish == "stop"

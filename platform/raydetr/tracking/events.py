@@ -6,8 +6,8 @@ was killed, is ignored.
 
 Kinds of events: `started`, `resumed` (a process trains from `position` on), `step` (metrics of a step), `evaluation`,
 `checkpoint`, `checkpoint_failed`, `corrupt`, `restart` (the workers are started again: why, and from where),
-`waiting` (for resources), `layout` (another number of workers), `stalled` (no progress), `stack` (of a stalled worker),
-`finished`, `stopped`, `failed`.
+`waiting` (for resources), `preempted` (a node will be taken away), `layout` (another number of workers), `stalled` (no
+progress), `stack` (of a stalled worker), `finished`, `stopped`, `failed`.
 """
 
 from __future__ import annotations

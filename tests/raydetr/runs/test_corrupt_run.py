@@ -268,7 +268,7 @@ def test_a_log_that_cannot_be_written_does_not_end_a_run(
     def fail(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(CorruptSampleLog, "_append", fail)
+    monkeypatch.setattr(CorruptSampleLog, "write", fail)
     result = run.start(with_policy(corrupt_run, "mask"), local=True)
     assert result.metrics["corrupt_samples"] == 5
     assert len(state_of(result.checkpoint)) == len(expected_rows(with_policy(corrupt_run, "mask"), "masked"))

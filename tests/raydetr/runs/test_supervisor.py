@@ -19,9 +19,10 @@ from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 
 from ray_nodes import ray_nodes
-from raydetr.config import RunConfig, override, to_yaml
-from raydetr.runs import ray_train, run
+from raydetr.config import ClusterConfig, RunConfig, override, to_yaml
+from raydetr.runs import ray_cluster, ray_train, run
 from raydetr.runs.ray_cluster import LaunchError
+from raydetr.runs.signals import StopSignals
 from raydetr.tracking.events import EventLog, read_events
 from raydetr.training import checkpoint
 
@@ -136,6 +137,68 @@ def test_a_lost_node_is_replaced_by_fewer_workers_until_one_joins(
 
 
 @pytest.mark.slow
+def test_a_node_that_will_be_taken_away_is_left_with_a_checkpoint(
+    cluster: Cluster, two_workers: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A preemption notice, as an autoscaler gives it; a third node is there already."""
+    spare = cluster.add_node(num_cpus=1)
+    config = override(
+        two_workers, {"optim.epochs": 40, "evaluation.every_epochs": 20, "storage.checkpoint_steps": 200}
+    )
+    unbroken = run.start(config, name="unbroken")
+    folder = Path(config.storage.path) / "moved"
+    left: list[str] = []
+
+    def give_notice() -> None:
+        while not [event for event in events(folder, "step") if event["position"] >= EPOCH]:
+            time.sleep(0.05)
+        workers = list_actors(
+            cluster.address, [("class_name", "=", "RayTrainWorker")], limit=1000, detail=True
+        )
+        left.append(next(worker.node_id for worker in workers if worker.state == "ALIVE"))
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={cluster.address}"),
+                *("--node-id", left[0], "--reason", "DRAIN_NODE_REASON_PREEMPTION"),
+                *("--reason-message", "spot", "--deadline-remaining-seconds", "120"),
+            ],
+            check=True, capture_output=True,
+        )  # fmt: skip
+
+    thread = threading.Thread(target=give_notice, daemon=True)
+    thread.start()
+    result = run.start(config, name="moved")
+    thread.join()
+    assert [event["reason"][:17] for event in events(folder, "preempted")] == [f"node {left[0][:12]}"]
+    assert events(folder, "restart") == []  # nothing has failed
+    assert len(events(folder, "resumed")) == 1
+    # Not one step was trained twice: the checkpoint is that of the last step
+    positions = [event["position"] for event in events(folder, "step")]
+    assert positions == sorted(set(positions))
+    assert "a checkpoint after this step, and on with other nodes" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    for name, value in weights(unbroken).items():
+        assert torch.equal(value, weights(result)[name]), name
+    assert spare
+
+
+def test_a_node_without_an_answer_is_silent(cluster: Cluster) -> None:
+    """Ray notices after seconds that a node was killed; its port is closed at once."""
+    assert ray_cluster.silent_nodes() == []
+    cluster.remove_node(cluster.workers[-1], allow_graceful=False)
+    began, found = time.monotonic(), list[str]()
+    while not found and time.monotonic() - began < 1:
+        found = ray_cluster.silent_nodes()
+    assert len(found) <= 1
+    config = ClusterConfig(num_workers=1, wait_minutes=0.0)
+    with StopSignals() as stop:
+        assert ray_cluster.wait_for_nodes(config, stop, EventLog(Path("unused"))) == 1
+    assert ray_cluster.silent_nodes() == []
+    assert ray_cluster.num_fitting(config) == 1
+
+
+@pytest.mark.slow
 def test_workers_that_make_no_progress_are_started_again_and_leave_their_stacks(
     cluster: Cluster, two_workers: RunConfig
 ) -> None:
@@ -197,9 +260,11 @@ def test_failures_without_progress_end_the_run_and_are_listed(
 
 
 def test_failures_are_counted_since_the_last_progress(tmp_path: Path) -> None:
-    failures = ray_train.Failures(2, EventLog(tmp_path))
+    log = EventLog(tmp_path)
+    failures = ray_train.Failures(2, log)
     for position in (-1, -1, 48, 48, 96, 144, 144):
         failures.add(LaunchError(f"at {position}"), position)
+    assert log.flush()
     with pytest.raises(LaunchError, match="failed 3 times without progress"):
         failures.add(LaunchError("at 144"), 144)
     assert [event["failures_since_progress"] for event in read_events(tmp_path)] == [1, 2, 1, 2, 1, 1, 2]

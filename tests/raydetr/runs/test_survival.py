@@ -230,6 +230,7 @@ def test_a_run_without_checkpoints_stops_at_its_limit(
     by_steps: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     FullDisk(monkeypatch, 10**6)
+    monkeypatch.setattr("raydetr.runs.session.EVALUATION_WAITS", 0.1)
     limited = override(by_steps, {"storage.max_minutes_without_checkpoint": 0.02})
     with pytest.raises(
         StorageError, match=r"no checkpoint could be written for 0\.02 minutes .*No space left"

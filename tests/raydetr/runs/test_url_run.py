@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from PIL import Image
 
 from faulty_proxy import Fault, FaultyProxy
+from ray_nodes import ray_nodes
 from raydetr.config import ConfigError, RunConfig, override, to_yaml
 from raydetr.inference.predict import predict
 from raydetr.runs import run
@@ -175,3 +177,35 @@ def test_a_search_needs_a_folder(at_url: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text("optim.lr: {uniform: [0.0001, 0.001]}\n")
     with pytest.raises(ConfigError, match="a search needs a folder that all nodes mount"):
         search(at_url, read_space(tmp_path / "space.yaml", at_url), num_trials=1)
+
+
+@pytest.mark.xdist_group("ray")
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning:ray")
+@pytest.mark.timeout(400)
+def test_workers_on_ray_go_on_from_a_url_after_a_kill_and_an_outage(
+    at_url: RunConfig, s3_proxy: FaultyProxy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The nodes share no folder: state, record and lease are on the server only."""
+    config = override(at_url, {"cluster.num_workers": 2, "optim.epochs": 4})
+    folder = open_folder(config.storage.path) / "hit"
+    is_away = threading.Event()
+    s3_proxy.faults = lambda request: Fault("busy") if is_away.is_set() else None
+
+    def disturb() -> None:
+        wait_until(lambda: checkpoint.complete_checkpoints(folder))
+        workers = [each for each in psutil.process_iter() if each.name().startswith("ray::RayTrainWor")]
+        workers[0].kill()
+        is_away.set()
+        time.sleep(5)
+        is_away.clear()
+
+    with ray_nodes(2, cpus=1):  # after the environment was set
+        unbroken = run.start(config)
+        thread = threading.Thread(target=disturb)
+        thread.start()
+        result = run.start(config, name="hit")
+        thread.join()
+    assert [event["kind"] for event in read_events(result.folder)].count("restart") == 1
+    assert_same_state(result.checkpoint, unbroken.checkpoint)
+    assert result.metrics["AP"] == unbroken.metrics["AP"]
+    assert not list((folder / "lease").glob("*"))

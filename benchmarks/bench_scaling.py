@@ -1,0 +1,243 @@
+"""Measure what the platform costs: workers, the loop around a step, checkpoints, events, evaluation.
+
+    make bench-scaling
+
+Trains one model, with one thread per worker, in turns: a bare loop over `Training.train_step`, a run in this process, a
+run with one Ray Train worker and one with two. Rates are medians over the runs of a kind, without the first steps of
+each. Prints a table and writes build/bench/scaling.json, a list of {case, value, unit, target}; exits with 1 if a
+target is missed. Needs two free cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import ray
+import torch
+
+from detrs import zoo
+from raydetr import recipes
+from raydetr.config import RunConfig, override
+from raydetr.data.layout import Layout
+from raydetr.data.splits import open_splits
+from raydetr.data.stream import train_batches
+from raydetr.data.transforms.transform import Transform
+from raydetr.runs import run
+from raydetr.runs.ray_cluster import SETTINGS
+from raydetr.shards.source import coco_source
+from raydetr.shards.synthetic import write_synthetic_data
+from raydetr.shards.writer import write_source
+from raydetr.tracking.events import EventLog, read_events
+from raydetr.training import checkpoint
+from raydetr.training.loop import Training
+from raydetr.training.world import World
+
+OUT = Path("build/bench/scaling.json")
+BATCH, LOGGED = 16, 5
+WARM_UP = 10  # steps
+MIN_SCALING, MAX_OVERHEAD, MAX_WAIT = 0.85, 0.03, 0.01
+
+
+def main() -> None:
+    """Measure all cases."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=60, help="of each run")
+    arguments = parser.parse_args()
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="scaling-") as name:
+        config = configure(Path(name), arguments.steps)
+        ray.init(num_cpus=2, include_dashboard=True, log_to_driver=False)
+        try:
+            rows = measure_rates(config, arguments.rounds) + measure_costs(config, Path(name))
+        finally:
+            ray.shutdown()
+    print(f"\n{'case':<66} {'value':>10} {'unit':<10} {'target':>8}")
+    for row in rows:
+        target = "" if row["target"] is None else f"{row['target'][0]} {row['target'][1]:g}"
+        print(
+            f"{row['case']:<66} {row['value']:10.4g} {row['unit']:<10} {target:>8}{'' if is_reached(row) else ' !'}"
+        )
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps(rows, indent=1) + "\n")
+    sys.exit(0 if all(map(is_reached, rows)) else 1)
+
+
+def case(name: str, value: float, unit: str, target: tuple[str, float] | None = None) -> dict[str, Any]:
+    """Return a row of the table."""
+    return {"case": name, "value": value, "unit": unit, "target": target}
+
+
+def is_reached(row: dict[str, Any]) -> bool:
+    """Return whether a case reaches its target, if it has one."""
+    if row["target"] is None:
+        return True
+    relation, limit = row["target"]
+    return bool(row["value"] >= limit if relation == ">=" else row["value"] <= limit)
+
+
+def configure(work: Path, steps: int) -> RunConfig:
+    """Write small data; return a configuration that trains `steps` steps and evaluates at the end."""
+    write_synthetic_data(work / "coco", num_train=BATCH * 4, num_val=32)
+    for split in ("train", "val"):
+        annotations = work / "coco" / "annotations" / f"instances_{split}.json"
+        write_source(coco_source(work / "coco" / split, annotations), work / split)
+    return override(
+        recipes.quickstart(),
+        {
+            "data.train": str(work / "train"),
+            "data.val": str(work / "val"),
+            "data.synthetic": None,
+            "data.batch_size": BATCH,
+            "optim.epochs": steps // 4,
+            "evaluation.every_epochs": steps // 4,
+            "cluster.num_workers": 1,
+            "cluster.cpus_per_worker": 1,
+            "storage.path": str(work / "runs"),
+            "tracking.log_every_steps": LOGGED,
+        },
+    )
+
+
+def measure_rates(config: RunConfig, rounds: int) -> list[dict[str, Any]]:
+    """Return the rates of the bare loop and the runs, and their ratios."""
+    kinds = {
+        "bare": lambda: bare_rate(config),
+        "local": lambda: run_rate(config, local=True),
+        "one": lambda: run_rate(config, local=False),
+        "two": lambda: run_rate(override(config, {"cluster.num_workers": 2}), local=False),
+    }
+    found: dict[str, list[float]] = {name: [] for name in kinds}
+    for number in range(rounds):
+        for name, measure in kinds.items():
+            found[name].append(measure())
+        rates = ", ".join(f"{name} {values[-1]:.1f}" for name, values in found.items())
+        print(f"round {number + 1} of {rounds}: images/s: {rates}", flush=True)
+    rates = {name: median(values) for name, values in found.items()}
+    # Ratios of neighbors: the machine may become slower or faster meanwhile
+    scaling = median(two / (2 * one) for one, two in zip(found["one"], found["two"], strict=True))
+    overhead = {
+        name: median(bare / own - 1 for bare, own in zip(found["bare"], found[name], strict=True))
+        for name in ("local", "one")
+    }
+    return [
+        case("bare loop, one thread", rates["bare"], "images/s"),
+        case("run in one process", rates["local"], "images/s"),
+        case("run with one Ray Train worker", rates["one"], "images/s"),
+        case("run with two Ray Train workers", rates["two"], "images/s"),
+        case("two workers over twice one worker", scaling, "ratio", (">=", MIN_SCALING)),
+        case(
+            "overhead of a run in one process over the bare loop",
+            overhead["local"],
+            "share",
+            ("<=", MAX_OVERHEAD),
+        ),
+        case(
+            "overhead of a run with one worker over the bare loop",
+            overhead["one"],
+            "share",
+            ("<=", MAX_OVERHEAD),
+        ),
+    ]
+
+
+def bare_rate(config: RunConfig) -> float:
+    """Return the images per second of a loop with nothing but steps, with the same batches."""
+    train, _ = open_splits(config.data)
+    torch.manual_seed(config.seed)
+    model = zoo.build(override(config, {"model.num_classes": train.label_map.num_classes}).model)
+    training = Training(config, model, train.num_samples, World.single_process())
+    batches = train_batches(
+        train, seed=config.seed, position=0, layout=Layout(BATCH, 1, None), rank=0,
+        transform=Transform(config.data.train_transform), num_workers=config.data.num_loader_workers,
+        on_corrupt=config.data.on_corrupt,
+    )  # fmt: skip
+    training.detector.train()
+    times = []
+    for number, batch in enumerate(itertools.islice(batches, training.total_steps), 1):
+        training.train_step(batch)
+        if number % LOGGED == 0:
+            times.append(time.time())
+    return rate(times)
+
+
+def run_rate(config: RunConfig, *, local: bool) -> float:
+    """Return the images per second between the logged steps of a run."""
+    result = run.start(config, local=local, warn=False)
+    times = [
+        event["time"]
+        for event in read_events(result.folder)
+        if event["kind"] == "step" and "loss" in event["metrics"]
+    ]
+    return rate(times)
+
+
+def rate(times: list[float]) -> float:
+    """Return images per second from the times of every LOGGED-th step: the median of the intervals after WARM_UP."""
+    kept = times[WARM_UP // LOGGED :]
+    return BATCH * LOGGED / median(after - before for before, after in itertools.pairwise(kept))
+
+
+def measure_costs(config: RunConfig, work: Path) -> list[dict[str, Any]]:
+    """Return the costs of a checkpoint (for a model with ResNet-50), an event and an evaluation."""
+    train, val = open_splits(config.data)
+    large = recipes.find("dino_r50_4scale_12ep")
+    large = override(large, {"model.backbone.weights": None, "cluster.num_workers": 1})
+    model = zoo.build(override(large, {"model.num_classes": 91}).model)
+    training = Training(large, model, train.num_samples, World.single_process())
+    for parameter in training.detector.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    training.optimizer.step()  # creates the moments
+    captures, writes, num_bytes = [], [], 0
+    for _ in range(5):
+        began = time.perf_counter()
+        state, meta = checkpoint.capture(training, train)
+        captures.append(time.perf_counter() - began)
+        num_bytes = checkpoint.write(work / "checkpoint", state, meta)
+        writes.append(time.perf_counter() - began - captures[-1])
+    minutes = large.storage.checkpoint_minutes
+    assert minutes is not None
+    log = EventLog(work / "events-only")
+    began = time.perf_counter()
+    for number in range(2000):
+        log.append("step", step=number, position=number, metrics={"loss": 1.0, "lr": 0.1})
+    event = (time.perf_counter() - began) / 2000
+    log.flush()
+    small = Training(
+        config,
+        zoo.build(override(config, {"model.num_classes": 3}).model),
+        train.num_samples,
+        World.single_process(),
+    )
+    small.evaluate(val)
+    began = time.perf_counter()
+    small.evaluate(val)
+    evaluation = (time.perf_counter() - began) / val.num_samples
+    return [
+        case("checkpoint of DINO with ResNet-50: size", num_bytes / 2**20, "MiB"),
+        case("checkpoint: training waits, for the copy in memory", median(captures), "s"),
+        case("checkpoint: written and verified in the background", median(writes), "s"),
+        case(
+            f"checkpoint: share of {minutes:g} minutes",
+            median(captures) / (60 * minutes),
+            "share",
+            ("<=", MAX_WAIT),
+        ),
+        case("event", 1e6 * event, "us"),
+        case("evaluation of the quickstart's model, an image", 1e3 * evaluation, "ms"),
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,415 @@
+"""Disturb one run many times, and compare it with an undisturbed one.
+
+    make chaos KILLS=20
+
+A Ray cluster of a head and two nodes on this machine trains with two workers. At random steps something is killed,
+stopped, or does not answer (`DISTURBANCES`); what needs a user (a driver that died) is started again with `--resume`.
+Prints a line for each, a table, and whether both runs ended in the same weights, bit for bit; writes build/chaos.json.
+Exits with 1 if they did not, if a sample was not used exactly once, or if training did not go on within 20 s.
+
+The runs are on a small file system of their own, which is filled for "disk full"; where it cannot be mounted (it needs
+root on Linux), that disturbance is left out, with a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+from ray.cluster_utils import Cluster
+from ray.util.state import list_actors
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
+
+from mlflow_server import MlflowServer
+from ray_nodes import ray_nodes
+from raydetr import recipes
+from raydetr.config import RunConfig, override, to_yaml
+from raydetr.shards.source import coco_source
+from raydetr.shards.synthetic import write_synthetic_data
+from raydetr.shards.writer import write_source
+from raydetr.tracking.events import Event, Metrics, read_events
+from raydetr.training import checkpoint
+
+OUT = Path("build/chaos.json")
+STEPS_PER_KILL = 24
+BATCH, SAMPLES = 8, 96
+EVALUATED_EPOCHS = 3
+LIMIT_SECONDS = 20.0  # until training goes on
+OUTAGE_SECONDS = 6.0
+DISK_MB = 400
+PATIENCE_SECONDS = 180.0
+
+
+@dataclass
+class Chaos:
+    """The cluster, the driver that is disturbed, and what happened so far."""
+
+    cluster: Cluster
+    mlflow: MlflowServer
+    folder: Path  # of the run
+    command: list[str]  # that starts the run
+    random: random.Random
+    disk: Path | None  # a file system that can be filled
+    driver: subprocess.Popen[str] | None = None
+    log: Path = field(default_factory=lambda: Path(tempfile.mkdtemp()) / "driver.log")
+
+    def start(self) -> None:
+        """Start the driver; from the second time on, resume."""
+        resume = [self.command[0], "train", "--resume", str(self.folder)]
+        begin = checkpoint.complete_checkpoints(self.folder)
+        with self.log.open("a") as log:
+            self.driver = subprocess.Popen(
+                resume if begin else self.command, stdout=log, stderr=log, text=True
+            )
+
+    def workers(self, class_name: str = "RayTrainWorker") -> list[psutil.Process]:
+        """Return the processes of the cluster's actors of a class."""
+        rows = list_actors(self.cluster.address, [("class_name", "=", class_name)], limit=1000, detail=True)
+        pids = {row.pid for row in rows if row.state == "ALIVE"}
+        return [process for process in psutil.process_iter() if process.pid in pids]
+
+    def wait_for(self, condition: Callable[[], object], what: str) -> None:
+        """Wait for a condition.
+
+        Raises:
+            RuntimeError: the driver has ended, or it takes too long.
+        """
+        until = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            has_ended = self.driver is not None and self.driver.poll() is not None
+            if has_ended or time.monotonic() > until:
+                tail = self.log.read_text()[-3000:]
+                raise RuntimeError(f"{'the driver has ended' if has_ended else 'too long'}: {what}\n{tail}")
+            time.sleep(0.005)
+
+    def last_position(self) -> int:
+        """Return the position of the last step that was logged."""
+        return max(
+            (event["position"] for event in read_events(self.folder) if event["kind"] == "step"), default=0
+        )
+
+
+# --- Disturbances: each returns when the cause is gone ---
+
+
+def kill_worker(chaos: Chaos) -> None:
+    """Kill a worker at any moment."""
+    time.sleep(chaos.random.uniform(0, 0.5))
+    chaos.random.choice(chaos.workers()).kill()
+
+
+def kill_in_checkpoint(chaos: Chaos) -> None:
+    """Kill rank 0's process while a checkpoint is being written."""
+    workers = chaos.workers()
+    chaos.wait_for(lambda: list(chaos.folder.glob("checkpoints/*/*.tmp")), "no checkpoint is being written")
+    for worker in workers:
+        worker.kill()
+
+
+def kill_in_evaluation(chaos: Chaos) -> None:
+    """Kill a worker while the model is evaluated."""
+    workers = chaos.workers()
+
+    def is_evaluating() -> bool:
+        events = read_events(chaos.folder)
+        at = max((index for index, event in enumerate(events) if event["kind"] == "step"), default=0)
+        period = EVALUATED_EPOCHS * SAMPLES
+        is_evaluated = any(event["kind"] == "evaluation" for event in events[at:])
+        return bool(events[at].get("position", 1) % period == 0 and not is_evaluated)
+
+    chaos.wait_for(is_evaluating, "no evaluation")
+    time.sleep(0.1)
+    chaos.random.choice(workers).kill()
+
+
+def lose_node(chaos: Chaos) -> None:
+    """Kill all processes of a node with a worker; another node joins 3 s later."""
+    node = chaos.random.choice(chaos.cluster.workers)
+    chaos.cluster.workers.remove(node)
+    chaos.cluster.remove_node(node, allow_graceful=False)
+    time.sleep(3)
+    chaos.cluster.workers.append(chaos.cluster.add_node(num_cpus=1))
+
+
+def kill_controller(chaos: Chaos) -> None:
+    """Kill Ray Train's controller."""
+    for process in chaos.workers("TrainController"):
+        process.kill()
+
+
+def kill_driver(chaos: Chaos) -> None:
+    """Kill the driver; its run is resumed at once."""
+    assert chaos.driver is not None
+    chaos.driver.kill()
+    chaos.driver.wait()
+    chaos.start()
+
+
+def stop_driver(chaos: Chaos) -> None:
+    """Stop the driver with SIGTERM; its run is resumed."""
+    assert chaos.driver is not None
+    chaos.driver.terminate()
+    code = chaos.driver.wait(PATIENCE_SECONDS)
+    if code != 128 + signal.SIGTERM:
+        raise RuntimeError(f"exit code {code} after SIGTERM:\n{chaos.log.read_text()[-2000:]}")
+    chaos.start()
+
+
+def stop_worker(chaos: Chaos) -> None:
+    """Suspend a worker: the run makes no progress."""
+    chaos.random.choice(chaos.workers()).suspend()
+
+
+def refuse_storage(chaos: Chaos) -> None:
+    """Let the storage of checkpoints and events fail for some seconds."""
+    for name in ("checkpoints", "events"):
+        (chaos.folder / name).rename(chaos.folder / f"{name}.away")
+        (chaos.folder / name).touch()
+    time.sleep(OUTAGE_SECONDS)
+    for name in ("checkpoints", "events"):
+        (chaos.folder / name).unlink()
+        (chaos.folder / f"{name}.away").rename(chaos.folder / name)
+
+
+def fill_disk(chaos: Chaos) -> None:
+    """Fill the disk for some seconds."""
+    assert chaos.disk is not None
+    filler = chaos.disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(1 << 16)):
+                pass
+        except OSError:
+            time.sleep(OUTAGE_SECONDS)
+    filler.unlink()
+
+
+def kill_mlflow(chaos: Chaos) -> None:
+    """Kill the MLflow server, and start it again after some seconds."""
+    chaos.mlflow.kill()
+    time.sleep(OUTAGE_SECONDS)
+    chaos.mlflow.start()
+
+
+DISTURBANCES: dict[str, Callable[[Chaos], None]] = {
+    "worker": kill_worker,
+    "worker in a checkpoint": kill_in_checkpoint,
+    "worker in an evaluation": kill_in_evaluation,
+    "node, replaced": lose_node,
+    "controller": kill_controller,
+    "driver": kill_driver,
+    "driver, SIGTERM": stop_driver,
+    "worker stalls": stop_worker,
+    "storage refuses": refuse_storage,
+    "disk full": fill_disk,
+    "MLflow server": kill_mlflow,
+}
+# Training goes on meanwhile
+WITHOUT_RESTART = ("storage refuses", "disk full", "MLflow server")
+
+
+def main() -> None:
+    """Run both runs, and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--only", choices=DISTURBANCES, action="append", help="draw from these; may be repeated"
+    )
+    arguments = parser.parse_args()
+    with ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
+        disk = stack.enter_context(small_disk(work / "disk"))
+        server = MlflowServer(work)
+        server.start()
+        stack.callback(server.kill)
+        cluster = stack.enter_context(ray_nodes(2, cpus=1))
+        config = configure(work, cluster.address, server.uri, arguments.kills)
+        (work / "run.yaml").write_text(to_yaml(config))
+        program = str(Path(sys.executable).with_name("raydetr"))
+        command = [program, "train", "--config", str(work / "run.yaml"), "--name"]
+        runs = work / "disk"
+        print(f"{arguments.kills * STEPS_PER_KILL} steps without a disturbance", flush=True)
+        subprocess.run([*command, "calm"], check=True, capture_output=True)
+        chaos = Chaos(
+            cluster, server, runs / "disturbed", [*command, "disturbed"], random.Random(arguments.seed), disk
+        )
+        names = arguments.only or [name for name in DISTURBANCES if name != "disk full" or disk is not None]
+        kills = disturb(chaos, names, arguments.kills)
+        result = report(chaos.folder, runs / "calm", kills)
+    OUT.parent.mkdir(exist_ok=True)
+    OUT.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {OUT}")
+    good = result["identical"] and not result["samples_not_exactly_once"]
+    sys.exit(0 if good and result["seconds_to_training"]["max"] <= LIMIT_SECONDS else 1)
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path | None]:
+    """Mount a small file system; yield None where that is not possible."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(folder)],
+        check=False,
+        capture_output=True,
+    )
+    if mounted.returncode != 0:
+        print(f"without 'disk full': {mounted.stderr.decode().strip()}")
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def configure(work: Path, address: str, tracking_uri: str, kills: int) -> RunConfig:
+    """Write small data; return the configuration of both runs."""
+    write_synthetic_data(work / "coco", num_train=SAMPLES, num_val=24)
+    for split in ("train", "val"):
+        annotations = work / "coco" / "annotations" / f"instances_{split}.json"
+        write_source(coco_source(work / "coco" / split, annotations), work / split)
+    return override(
+        recipes.quickstart(),
+        {
+            "data.train": str(work / "train"),
+            "data.val": str(work / "val"),
+            "data.synthetic": None,
+            "data.batch_size": BATCH,
+            "data.eval_batch_size": 4,
+            "optim.epochs": max(1, kills * STEPS_PER_KILL * BATCH // SAMPLES),
+            "evaluation.every_epochs": EVALUATED_EPOCHS,
+            "cluster.address": address,
+            "cluster.num_workers": 2,
+            "cluster.stall_minutes": 0.1,
+            "storage.path": str(work / "disk"),
+            "storage.checkpoint_steps": 8,
+            "tracking.uri": tracking_uri,
+            "tracking.log_every_steps": 1,
+        },
+    )
+
+
+def disturb(chaos: Chaos, names: list[str], kills: int) -> list[dict[str, Any]]:
+    """Train, and disturb the run at random positions; return what happened each time."""
+    total = kills * STEPS_PER_KILL
+    steps = sorted(chaos.random.sample(range(STEPS_PER_KILL // 2, total - STEPS_PER_KILL // 2), kills))
+    chaos.start()
+    done = []
+    for number, step in enumerate(steps, 1):
+        chaos.wait_for(lambda step=step: chaos.last_position() >= step * BATCH, f"step {step} is not reached")
+        name = chaos.random.choice(names)
+        began, reached = time.time(), chaos.last_position()
+        DISTURBANCES[name](chaos)
+        needs_restart = name not in WITHOUT_RESTART
+        chaos.wait_for(
+            lambda since=began, r=needs_restart: goes_on(chaos.folder, since, r), f"nothing after {name}"
+        )
+        seconds = longest_pause(read_events(chaos.folder), began)
+        done.append(
+            {"kind": name, "step": step, "position": reached, "seconds_to_training": round(seconds, 1)}
+        )
+        print(f"{number:4}  step {step:5}  {name:24} training again after {seconds:5.1f} s", flush=True)
+    assert chaos.driver is not None
+    code = chaos.driver.wait(600)
+    if code != 0:
+        raise RuntimeError(f"the driver ended with {code}:\n{chaos.log.read_text()[-3000:]}")
+    return done
+
+
+def goes_on(run: Path, since: float, needs_restart: bool) -> bool:
+    """Return whether a step was trained after a time; with `needs_restart`, by workers that started after it."""
+    events = [event for event in read_events(run) if event["time"] > since]
+    starts = [event["time"] for event in events if event["kind"] in ("started", "resumed")]
+    if needs_restart and not starts:
+        return False
+    after = starts[-1] if needs_restart else since
+    return any(event["kind"] == "step" and event["time"] > after for event in events)
+
+
+def longest_pause(events: list[Event], began: float) -> float:
+    """Return the longest time without a step or an evaluation since a disturbance began."""
+    times = sorted(event["time"] for event in events if event["kind"] in ("step", "evaluation"))
+    pauses = [after - max(before, began) for before, after in itertools.pairwise(times) if after > began]
+    return max(pauses, default=0.0)
+
+
+def report(disturbed: Path, calm: Path, kills: list[dict[str, Any]]) -> dict[str, Any]:
+    """Compare both runs; print the table and return the result."""
+    events = read_events(disturbed)
+    positions = [row["position"] for row in Metrics(events).rows if "loss" in row]
+    expected = [row["position"] for row in Metrics(read_events(calm)).rows if "loss" in row]
+    wrong = len(set(positions) ^ set(expected)) + len(positions) - len(set(positions))
+    seconds = [kill["seconds_to_training"] for kill in kills]
+    result = {
+        "kills": len(kills),
+        "recoveries": len(seconds),
+        "restarts": sum(event["kind"] in ("started", "resumed") for event in events) - 1,
+        "recomputed_seconds": round(recomputed_seconds(events), 1),
+        "seconds_to_training": {"median": median(seconds), "max": max(seconds)},
+        "samples_not_exactly_once": wrong * BATCH,
+        "identical": same_weights(disturbed, calm),
+        "by_kind": {
+            name: {"number": len(own), "median": median(own), "max": max(own)}
+            for name in DISTURBANCES
+            if (own := [kill["seconds_to_training"] for kill in kills if kill["kind"] == name])
+        },
+        "each": kills,
+    }
+    print(f"\n{'disturbance':24} {'number':>6} {'median s':>9} {'max s':>7}")
+    for name, row in result["by_kind"].items():
+        print(f"{name:24} {row['number']:6} {row['median']:9.1f} {row['max']:7.1f}")
+    for name in ("kills", "recoveries", "restarts", "recomputed_seconds", "samples_not_exactly_once"):
+        print(f"{name.replace('_', ' ')}: {result[name]}")
+    print(f"identical: {'yes' if result['identical'] else 'no'}")
+    return result
+
+
+def recomputed_seconds(events: list[Event]) -> float:
+    """Return the time of the steps that were trained again after a restart."""
+    total, last = 0.0, None
+    steps: list[tuple[int, float]] = []
+    for event in sorted(events, key=lambda event: event["time"]):
+        if event["kind"] in ("started", "resumed"):
+            total += sum(seconds for position, seconds in steps if position > event["position"])
+            steps = [step for step in steps if step[0] <= event["position"]]
+            last = None
+        elif event["kind"] == "step":
+            steps.append((event["position"], 0.0 if last is None else event["time"] - last))
+            last = event["time"]
+        elif event["kind"] == "evaluation":
+            last = event["time"]
+    return total
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    """Return whether the last checkpoints of two runs have the same state, bit for bit."""
+    states = [
+        torch.utils._pytree.tree_leaves(
+            torch.load(checkpoint.complete_checkpoints(run)[0] / "state.pt", weights_only=True)
+        )
+        for run in (first, second)
+    ]
+    return len(states[0]) == len(states[1]) and all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(*states, strict=True)
+    )
+
+
+if __name__ == "__main__":
+    main()
