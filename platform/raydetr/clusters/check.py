@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raydetr.clusters import kuberay, ray_up
-from raydetr.clusters.fields import did_you_mean, join, show
+from raydetr.clusters.fields import did_you_mean, join
 from raydetr.clusters.nodes import Nodes, notices_of, problems_of
 from raydetr.config import ConfigError, RunConfig
 from raydetr.user_files import parse_yaml_documents, read_text
@@ -45,6 +45,13 @@ def check_file(file: Path, config: RunConfig | None = None) -> Report:
         ValueError: the file cannot be read, is not YAML, or is no cluster file.
     """
     documents = _read(file)
+    notices = [
+        f"{path}: {word} is to be filled in"
+        for document in documents
+        for path, text in _texts(document, _prefix(document))
+        for word in text.split()
+        if TO_FILL_IN in word
+    ]
     if len(documents) == 1 and "provider" in documents[0]:
         found = [ray_up.check(documents[0])]
         configs = [config]
@@ -52,14 +59,10 @@ def check_file(file: Path, config: RunConfig | None = None) -> Report:
         documents = _manifests(documents, file)
         found = [kuberay.check(each) for each in documents]
         configs = [config for _ in documents]
-    problems, notices, nodes = [], [], []
+    problems: list[str] = []
+    nodes = []
     for document, (lines, described), chosen in zip(documents, found, configs, strict=True):
         problems += lines
-        notices += [
-            f"{path}: {show(text)} is to be filled in"
-            for path, text in _texts(document, "")
-            if TO_FILL_IN in text
-        ]
         if chosen is None and "kind" in document:
             try:
                 chosen = kuberay.job_config(document)
@@ -83,6 +86,10 @@ def _read(file: Path) -> list[Mapping[str, Any]]:
     documents = [document for document in documents if document is not None]
     if not documents or not all(isinstance(document, Mapping) for document in documents):
         raise ValueError(f"{file}: {_NO_CLUSTER_FILE}")
+    try:
+        list(_texts(documents, ""))
+    except RecursionError:
+        raise ValueError(f"{file}: an alias (*) is inside of what it stands for") from None
     return documents
 
 
@@ -109,6 +116,12 @@ def _manifests(documents: list[Mapping[str, Any]], file: Path) -> list[Mapping[s
     if not of_ray:
         raise ValueError(f"{file}: {_NO_CLUSTER_FILE}")
     return of_ray
+
+
+def _prefix(document: Mapping[str, Any]) -> str:
+    """Return the kind of an object of a manifest that is not Ray's, with which its paths begin."""
+    is_other = "kind" in document and document["kind"] not in kuberay.KINDS
+    return str(document["kind"]) if is_other else ""
 
 
 def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:

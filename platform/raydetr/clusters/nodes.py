@@ -26,7 +26,7 @@ class NodeType:
 
     def __str__(self) -> str:
         gpus = f" and {self.gpus} GPU{'s' * (self.gpus != 1)}" if self.gpus else ""
-        return f"{self.name}: up to {self.max_nodes}, {self.cpus} CPUs{gpus} each"
+        return f"{self.name}: up to {self.max_nodes}, {self.cpus} CPU{'s' * (self.cpus != 1)}{gpus} each"
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ def problems_of(config: RunConfig, nodes: Nodes) -> list[str]:
     found = []
     capacity = nodes.capacity(cluster.cpus_per_worker, int(cluster.use_gpu))
     if capacity < cluster.num_workers:
-        each = f"{cluster.cpus_per_worker} CPUs" + " and 1 GPU" * cluster.use_gpu
+        each = f"cluster.cpus_per_worker={cluster.cpus_per_worker}" + " and 1 GPU" * cluster.use_gpu
         found.append(
             f"cluster.num_workers: {cluster.num_workers} workers with {each} each, and the nodes hold {capacity} "
-            f"({nodes}): lower it or cluster.cpus_per_worker, or allow more or larger nodes"
+            f"({nodes}): lower them, or allow more or larger nodes"
         )
     if nodes.mounts is not None and not _is_below(str(config.storage.path), nodes.mounts):
         found.append(
