@@ -44,7 +44,7 @@ def _ray_problems(cluster: Mapping[str, Any]) -> list[str]:
     except jsonschema.ValidationError as error:
         path = ".".join(str(key) for key in error.absolute_path)
         return [f"{path or 'the file'}: Ray refuses it: {error.message}"]
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, AssertionError) as error:
         return [f"Ray refuses the file: {' '.join(str(error).split())}"]
     return []
 
