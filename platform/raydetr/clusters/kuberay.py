@@ -172,9 +172,7 @@ def _token_problems(cluster: Mapping[str, Any], path: str) -> list[str]:
 def _head_problems(head: Mapping[str, Any], path: str) -> list[str]:
     found = _container_problems(head, path)
     if _cpus(head) != 0:
-        found.append(
-            f'{path}.rayStartParams.num-cpus: the head has CPUs: num-cpus: "0" keeps workers off it'
-        )
+        found.append(f'{path}.rayStartParams.num-cpus: the head has CPUs: num-cpus: "0" keeps workers off it')
     selector = _mapping(_pod(head).get("nodeSelector"))
     for label, value in _SPOT_LABELS.items():
         if selector.get(label) == value:
@@ -203,7 +201,9 @@ def _group_problems(group: Mapping[str, Any], path: str, *, autoscales: bool) ->
         found.append(f"{path}.minReplicas: {least} is more than maxReplicas, {most}")
     replicas = _int(group, "replicas", least)
     if least <= most and not least <= replicas <= most:
-        found.append(f"{path}.replicas: {replicas} is not between minReplicas, {least}, and maxReplicas, {most}")
+        found.append(
+            f"{path}.replicas: {replicas} is not between minReplicas, {least}, and maxReplicas, {most}"
+        )
     declared, limit = _declared(group, "num-gpus", "GPU"), _gpu_limit(group)
     if declared is not None and declared != limit:
         found.append(

@@ -94,9 +94,7 @@ def _resource_problems(path: str, node_type: Mapping[str, Any], cluster: Mapping
         found.append(f"{path}.resources.GPU: {declared}, and a {machine} has {gpus}: declare what it has")
     declared = _int(resources, "CPU", 0)
     if cpus is not None and declared > cpus:
-        found.append(
-            f"{path}.resources.CPU: {declared}, and a {machine} has {cpus}: declare {cpus} or fewer"
-        )
+        found.append(f"{path}.resources.CPU: {declared}, and a {machine} has {cpus}: declare {cpus} or fewer")
     scheduling = _mapping(config.get("scheduling"))
     migrates = (
         scheduling.get("onHostMaintenance", "TERMINATE" if _is_spot(config) else "MIGRATE") != "TERMINATE"

@@ -329,7 +329,9 @@ def _root_cause(error: BaseException) -> str:
 def _train(run: Run, actor: Any) -> None:
     """Train as one worker."""
     _check_storage(run.folder)
-    check_tracking(run.config.tracking.uri)  # again: the nodes of a cluster that scales from zero have joined by now
+    check_tracking(
+        run.config.tracking.uri
+    )  # again: the nodes of a cluster that scales from zero have joined by now
     world = _world(run.config.cluster.cpus_per_worker)
     run_session(run, world, _RayReporter(actor, run.folder / STACKS / f"rank-{world.rank}.txt"))
 

@@ -100,7 +100,10 @@ def test_the_entrypoint_of_a_rayjob_is_checked_without_an_option(check: CommandL
         (b"provider: {type: aws}\n---\nprovider: {type: aws}", "is no cluster file"),
         (b"apiVersion: v1\nkind: Pod", "is no cluster file"),
         (b"apiVersion: ray.io/v1alpha1\nkind: RayJob", "apiVersion: ray.io/v1alpha1 is not ray.io/v1"),
-        (b"apiVersion: ray.io/v1\nkind: RayJobs", "kind: RayJobs is neither RayJob nor RayCluster; did you mean"),
+        (
+            b"apiVersion: ray.io/v1\nkind: RayJobs",
+            "kind: RayJobs is neither RayJob nor RayCluster; did you mean",
+        ),
         (b"apiVersion: ray.io/v1\nkind: RayService", "kind: RayService is neither RayJob nor RayCluster"),
         (b"provider: {type: aws}\na: &a\n  b: *a", "an alias (*) is inside of what it stands for"),
     ],

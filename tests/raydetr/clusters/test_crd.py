@@ -69,7 +69,10 @@ def test_what_occurs_twice_is_written_once(reduced: dict[str, Any]) -> None:
 
 def test_the_fields_in_the_package_are_those_of_a_rayjob() -> None:
     known = fields.load("kuberay")
-    assert known["spec"]["rayClusterSpec"]["headGroupSpec!"]["template!"]["spec"]["containers!"][0]["name!"] == "string"
+    assert (
+        known["spec"]["rayClusterSpec"]["headGroupSpec!"]["template!"]["spec"]["containers!"][0]["name!"]
+        == "string"
+    )
     assert fields.mismatches({"spec": {}}, known, "") == []
     file = Path(fields.__file__).parent / "fields_kuberay.yaml"
     assert file.stat().st_size < 30_000

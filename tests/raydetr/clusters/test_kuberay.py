@@ -23,11 +23,19 @@ MISTAKES = [
     ("spec.shutdownAfterJobFinishes", 1, "spec.shutdownAfterJobFinishes: 1 where a boolean is expected"),
     ("spec.entrypointNumCpus", "1", "spec.entrypointNumCpus: '1' where a number is expected"),
     (f"{CLUSTER}.workerGroupSpec", [], "workerGroupSpec: no such key; did you mean workerGroupSpecs?"),
-    (f"{CLUSTER}.authOptions.mode", "tokens", "'tokens' where one of disabled, token is expected; did you mean token?"),
+    (
+        f"{CLUSTER}.authOptions.mode",
+        "tokens",
+        "'tokens' where one of disabled, token is expected; did you mean token?",
+    ),
     (f"{CLUSTER}.autoscalerOptions.version", "v3", "'v3' where one of v1, v2 is expected"),
     (f"{CLUSTER}.headGroupSpec", REMOVED, "spec.rayClusterSpec.headGroupSpec: is missing"),
     (f"{HEAD}.template", REMOVED, "headGroupSpec.template: is missing"),
-    (f"{HEAD}.rayStartParams.num-cpus", 0, "rayStartParams.num-cpus: 0 where a string is expected; put it in quotes"),
+    (
+        f"{HEAD}.rayStartParams.num-cpus",
+        0,
+        "rayStartParams.num-cpus: 0 where a string is expected; put it in quotes",
+    ),
     (f"{HEAD}.template.spec.containers", {}, "containers: {} where a list is expected"),
     (f"{HEAD}.template.spec.container", [], "did you mean containers?"),
     (f"{GROUP}.groupName", REMOVED, "workerGroupSpecs[0].groupName: is missing"),
@@ -60,17 +68,37 @@ MISTAKES = [
     (f"{GROUP}.minReplicas", 5, "minReplicas: 5 is more than maxReplicas, 4"),
     (f"{GROUP}.minReplicas", -1, "minReplicas: -1 is negative"),
     (f"{GROUP}.replicas", 9, "replicas: 9 is not between minReplicas, 0, and maxReplicas, 4"),
-    (f"{POD}.containers.0.volumeMounts.0.name", "storrage", "storrage is no volume of the pod; did you mean storage?"),
+    (
+        f"{POD}.containers.0.volumeMounts.0.name",
+        "storrage",
+        "storrage is no volume of the pod; did you mean storage?",
+    ),
     # What keeps a run from going on
     (f"{CLUSTER}.authOptions", REMOVED, "authOptions.mode: without a token any pod can run commands"),
     (f"{CLUSTER}.authOptions.mode", "disabled", "authOptions.mode: without a token any pod can run commands"),
     (f"{HEAD}.rayStartParams", {}, "the head has CPUs"),
-    (f"{HEAD}.template.spec.nodeSelector", {"cloud.google.com/gke-spot": "true"}, "the head is on a spot instance"),
-    (f"{HEAD}.template.spec.nodeSelector", {"eks.amazonaws.com/capacityType": "SPOT"}, "the head is on a spot"),
-    (f"{GROUP}.rayStartParams", {"num-gpus": "2"}, "num-gpus: 2, and the limit nvidia.com/gpu of the container is 1"),
+    (
+        f"{HEAD}.template.spec.nodeSelector",
+        {"cloud.google.com/gke-spot": "true"},
+        "the head is on a spot instance",
+    ),
+    (
+        f"{HEAD}.template.spec.nodeSelector",
+        {"eks.amazonaws.com/capacityType": "SPOT"},
+        "the head is on a spot",
+    ),
+    (
+        f"{GROUP}.rayStartParams",
+        {"num-gpus": "2"},
+        "num-gpus: 2, and the limit nvidia.com/gpu of the container is 1",
+    ),
     ("spec.entrypoint", f"{TRAIN} --or-resume", "spec.entrypoint: without --name NAME a retry"),
     ("spec.entrypoint", f"{TRAIN} --name a", "spec.entrypoint: without --or-resume a retry"),
-    ("spec.entrypoint", "raydetr train quickstart", "spec.entrypoint: without --name NAME --or-resume a retry"),
+    (
+        "spec.entrypoint",
+        "raydetr train quickstart",
+        "spec.entrypoint: without --name NAME --or-resume a retry",
+    ),
 ]
 
 
@@ -102,7 +130,10 @@ def test_replicas_have_limits_without_the_autoscaler() -> None:
     assert check(job)[0] == []
     for name in ("minReplicas", "maxReplicas"):
         change(job, f"{GROUP}.{name}", REMOVED)
-    assert [line.partition(":")[0].rpartition(".")[2] for line in check(job)[0]] == ["minReplicas", "maxReplicas"]
+    assert [line.partition(":")[0].rpartition(".")[2] for line in check(job)[0]] == [
+        "minReplicas",
+        "maxReplicas",
+    ]
 
 
 def test_null_is_absent_as_for_kubernetes() -> None:
@@ -125,7 +156,9 @@ def test_a_raycluster_has_the_same_fields() -> None:
     assert check(cluster)[0] == ["spec.entrypoint: no such key"]
 
 
-@pytest.mark.parametrize("path", ["spec", CLUSTER, HEAD, f"{HEAD}.template", f"{CLUSTER}.workerGroupSpecs", POD])
+@pytest.mark.parametrize(
+    "path", ["spec", CLUSTER, HEAD, f"{HEAD}.template", f"{CLUSTER}.workerGroupSpecs", POD]
+)
 @pytest.mark.parametrize("value", [None, [], {}, "text", 3, [{"a": [1]}], True])
 def test_a_value_of_another_kind_is_no_traceback(path: str, value: Any) -> None:
     job = load(KUBERAY)
@@ -205,7 +238,10 @@ def test_another_entrypoint_names_none(entrypoint: Any) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [("quickstrat", "spec.entrypoint: .*quickstart"), ("quickstart optim.rl=1", "spec.entrypoint: optim.rl.*optim.lr")],
+    [
+        ("quickstrat", "spec.entrypoint: .*quickstart"),
+        ("quickstart optim.rl=1", "spec.entrypoint: optim.rl.*optim.lr"),
+    ],
 )
 def test_a_mistake_in_the_entrypoint_is_an_error(arguments: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):

@@ -71,7 +71,9 @@ def test_too_many_workers_for_the_nodes() -> None:
 @pytest.mark.parametrize("path", ["runs", "/mnt/ab/runs", "/tmp/runs"])
 def test_storage_that_is_not_on_all_nodes(path: str) -> None:
     (problem,) = find(nodes(SMALL), storage__path=path)
-    assert problem == f"storage.path: {path} is on no folder that all nodes mount: set storage.path=/mnt/a/runs"
+    assert (
+        problem == f"storage.path: {path} is on no folder that all nodes mount: set storage.path=/mnt/a/runs"
+    )
     (problem,) = find(nodes(SMALL, mounts=()), storage__path=path)
     assert problem.endswith("that all nodes mount: mount one")
     assert find(nodes(SMALL, mounts=None), storage__path=path) == []  # it cannot be told

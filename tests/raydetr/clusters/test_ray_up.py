@@ -38,7 +38,11 @@ ANYWHERE = [
     (f"{HEAD}.resources", REMOVED, f"{HEAD}.resources: is missing"),
     ("worker_start_ray_commands", ["ray start --address=$RAY_HEAD_IP:6379"], "without RAY_AUTH_MODE=token"),
     ("head_start_ray_commands", [f"{START} --head"], "set --dashboard-host=127.0.0.1"),
-    ("head_start_ray_commands", [f"{START} --head --dashboard-host=0.0.0.0"], "set --dashboard-host=127.0.0.1"),
+    (
+        "head_start_ray_commands",
+        [f"{START} --head --dashboard-host=0.0.0.0"],
+        "set --dashboard-host=127.0.0.1",
+    ),
     ("head_start_ray_commands", REMOVED, "head_start_ray_commands: is missing"),
     ("setup_commands", "make", "setup_commands: 'make' where a list is expected"),
     ("file_mounts", {"~/raydetr": "."}, "file_mounts: no node has the token of the cluster"),
@@ -46,13 +50,21 @@ ANYWHERE = [
     ("docker", {"image": "a"}, "Ray refuses the file: "),
 ]
 ON_AWS = [
-    (f"{WORKER}.node_config.InstanceTyp", "g6.xlarge", "InstanceTyp: no such key; did you mean InstanceType?"),
+    (
+        f"{WORKER}.node_config.InstanceTyp",
+        "g6.xlarge",
+        "InstanceTyp: no such key; did you mean InstanceType?",
+    ),
     (f"{WORKER}.node_config.instanceType", "g6.xlarge", "did you mean InstanceType?"),
     (f"{WORKER}.node_config.InstanceMarketOptions.MarketTyp", "spot", "did you mean MarketType?"),
     (f"{WORKER}.node_config.InstanceMarketOptions.MarketType", "sopt", "'sopt' where one of spot, "),
     (f"{WORKER}.node_config.BlockDeviceMappings", [{"Ebs": {"Size": 1}}], "[0].Ebs.Size: no such key"),
     (f"{WORKER}.node_config.BlockDeviceMappings", {"Ebs": {}}, "where a list is expected"),
-    (f"{WORKER}.node_config.BlockDeviceMappings.0.Ebs.VolumeSize", "200", "'200' where an integer is expected"),
+    (
+        f"{WORKER}.node_config.BlockDeviceMappings.0.Ebs.VolumeSize",
+        "200",
+        "'200' where an integer is expected",
+    ),
     (f"{WORKER}.node_config.IamInstanceProfile", "name", "'name' where a mapping with Arn, Name is expected"),
     (f"{WORKER}.node_config.InstanceType", "m7i.2xlarge", "resources.GPU: 1, and a m7i.2xlarge has 0"),
     (f"{WORKER}.node_config.ImageId", None, "ImageId: nothing where a string is expected"),
@@ -64,7 +76,11 @@ ON_GCP = [
     (f"{WORKER}.node_config.machine_type", "g2-standard-8", "no such key; did you mean machineType?"),
     (f"{WORKER}.node_config.InstanceType", "g6.xlarge", "InstanceType: no such key"),
     (f"{WORKER}.node_config.acceleratorType", "v4-8", "acceleratorType: no such key"),
-    (f"{WORKER}.node_config.disks.0.autodelete", True, "disks[0].autodelete: no such key; did you mean autoDelete?"),
+    (
+        f"{WORKER}.node_config.disks.0.autodelete",
+        True,
+        "disks[0].autodelete: no such key; did you mean autoDelete?",
+    ),
     (f"{WORKER}.node_config.disks.0.boot", "yes", "disks[0].boot: 'yes' where a boolean is expected"),
     (f"{WORKER}.node_config.scheduling.provisioningModel", "spot", "'spot' where one of FLEX_START, "),
     (f"{WORKER}.node_config.scheduling", {}, "onHostMaintenance: machines with GPUs cannot migrate"),
@@ -72,7 +88,11 @@ ON_GCP = [
     (f"{WORKER}.node_config.serviceAccounts", [{"mail": "a"}], "serviceAccounts[0].mail: no such key"),
     (f"{WORKER}.node_config.metadata", {"items": [{"key": "a", "valeu": "b"}]}, "did you mean value?"),
     (f"{WORKER}.node_config.labels", {"team": True}, "labels.team: true where a string is expected"),
-    (f"{WORKER}.node_config.tags", ["ray"], "tags: ['ray'] where a mapping with fingerprint, items is expected"),
+    (
+        f"{WORKER}.node_config.tags",
+        ["ray"],
+        "tags: ['ray'] where a mapping with fingerprint, items is expected",
+    ),
     (f"{WORKER}.node_config.networkInterfaces", [{"subnet": "a"}], "did you mean subnetwork?"),
     (
         f"{WORKER}.node_config.guestAccelerators",

@@ -144,7 +144,9 @@ def test_the_image_has_the_version_of_ray_that_the_rayjob_names(objects: dict[st
 def test_loader_processes_have_shared_memory(objects: dict[str, Any]) -> None:
     (group,) = objects["RayJob/raydetr-train"]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     pod = group["template"]["spec"]
-    (name,) = (each["name"] for each in pod["containers"][0]["volumeMounts"] if each["mountPath"] == "/dev/shm")
+    (name,) = (
+        each["name"] for each in pod["containers"][0]["volumeMounts"] if each["mountPath"] == "/dev/shm"
+    )
     (volume,) = (each for each in pod["volumes"] if each["name"] == name)
     assert volume["emptyDir"]["medium"] == "Memory"
 
@@ -156,8 +158,12 @@ def test_the_rayjob_tracks_to_the_server_of_the_manifest(objects: dict[str, Any]
     address = f"{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
     assert config.tracking.uri == f"http://{address}"
     pod = server["spec"]["template"]
-    assert service["spec"]["selector"] == pod["metadata"]["labels"] == server["spec"]["selector"]["matchLabels"]
-    assert any(option.startswith(f"--allowed-hosts={address},") for option in pod["spec"]["containers"][0]["command"])
+    assert (
+        service["spec"]["selector"] == pod["metadata"]["labels"] == server["spec"]["selector"]["matchLabels"]
+    )
+    assert any(
+        option.startswith(f"--allowed-hosts={address},") for option in pod["spec"]["containers"][0]["command"]
+    )
     claims = {kind.partition("/")[2] for kind in objects if kind.startswith("PersistentVolumeClaim/")}
     used = {each["persistentVolumeClaim"]["claimName"] for each in pod["spec"]["volumes"]}
     assert used == claims
