@@ -12,12 +12,26 @@ AWS = ROOT / "ray_cluster.yaml"
 GCP = ROOT / "clusters/gcp.yaml"
 KUBERAY = ROOT / "clusters/kuberay.yaml"
 REMOVED = object()
+OF_ANY_KIND: tuple[Any, ...] = (None, [], {}, "text", -3, 2.5, True, [{"a": [1]}], [[]], {"name": ["a"]})
 
 
 def load(file: Path) -> dict[str, Any]:
     """Return the first document of a file."""
     content: dict[str, Any] = next(yaml.safe_load_all(file.read_text()))
     return content
+
+
+def paths(content: Any, prefix: str = "") -> list[str]:
+    """Return the dotted paths of all values."""
+    items = (
+        content.items()
+        if isinstance(content, dict)
+        else enumerate(content)
+        if isinstance(content, list)
+        else ()
+    )
+    below = [(f"{prefix}{key}", value) for key, value in items]
+    return [path for name, value in below for path in (name, *paths(value, f"{name}."))]
 
 
 def change(content: dict[str, Any], path: str, value: Any) -> None:

@@ -107,11 +107,11 @@ def _manifests(documents: list[Mapping[str, Any]], file: Path) -> list[Mapping[s
     """
     of_ray = [each for each in documents if str(each.get("apiVersion", "")).startswith("ray.io/")]
     for each in of_ray:
-        kind, version = each.get("kind"), each["apiVersion"]
+        kind, version = str(each.get("kind")), each["apiVersion"]
         if version != kuberay.API_VERSION:
             raise ValueError(f"{file}: apiVersion: {version} is not {kuberay.API_VERSION}")
         if kind not in kuberay.KINDS:
-            hint = did_you_mean(str(kind), kuberay.KINDS)
+            hint = did_you_mean(kind, kuberay.KINDS)
             raise ValueError(f"{file}: kind: {kind} is neither {' nor '.join(kuberay.KINDS)}{hint}")
     if not of_ray:
         raise ValueError(f"{file}: {_NO_CLUSTER_FILE}")
@@ -120,8 +120,8 @@ def _manifests(documents: list[Mapping[str, Any]], file: Path) -> list[Mapping[s
 
 def _prefix(document: Mapping[str, Any]) -> str:
     """Return the kind of an object of a manifest that is not Ray's, with which its paths begin."""
-    is_other = "kind" in document and document["kind"] not in kuberay.KINDS
-    return str(document["kind"]) if is_other else ""
+    kind = str(document.get("kind", ""))
+    return "" if kind in kuberay.KINDS else kind
 
 
 def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:

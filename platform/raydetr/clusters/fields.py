@@ -13,7 +13,7 @@ The known fields are YAML too (`fields_*.yaml`), where a value stands for what i
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -66,6 +66,28 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def join(path: str, key: object) -> str:
     """Return the dotted path of a key."""
     return f"{path}.{key}" if path else str(key)
+
+
+# --- Values of any kind, where another one may be expected ---
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """Return the value; an empty mapping if it is none."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def sequence(value: Any) -> Sequence[Any]:
+    """Return the value; an empty list if it is none."""
+    return value if isinstance(value, list) else []
+
+
+def integer(values: Mapping[str, Any], key: str, default: int) -> int:
+    """Return the integer of a key; the default if it is missing or no integer."""
+    value = values.get(key, default)
+    return value if isinstance(value, int) else default
+
+
+# --- Helpers of `mismatches` ---
 
 
 def _in_mapping(value: Any, known: Mapping[str, Any], path: str) -> list[str]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from raydetr import config as configuration
 from raydetr import recipes
-from raydetr.clusters import fields
+from raydetr.clusters import fields, pods
+from raydetr.clusters.fields import integer, mapping, sequence
 from raydetr.clusters.nodes import Nodes, NodeType
 from raydetr.config import ConfigError, RunConfig
 
@@ -19,8 +19,6 @@ API_VERSION = "ray.io/v1"
 RAY_WITH_TOKENS = (2, 52)
 UNLIMITED = 2**31 - 1  # KubeRay's default of maxReplicas
 
-# Volumes that pods on different nodes share; of the others, each pod has its own, or only reads it
-_SHARED_VOLUMES = ("persistentVolumeClaim", "nfs", "csi", "cephfs", "glusterfs", "azureFile")
 _SPOT_LABELS = {
     "cloud.google.com/gke-spot": "true",
     "cloud.google.com/gke-preemptible": "true",
@@ -35,7 +33,7 @@ def check(manifest: Mapping[str, Any]) -> tuple[list[str], Nodes | None]:
     kind = manifest["kind"]
     manifest = _without_nulls(manifest)
     known = fields.load("kuberay")
-    spec, path = _mapping(manifest.get("spec")), "spec"
+    spec, path = mapping(manifest.get("spec")), "spec"
     found = _metadata_problems(manifest.get("metadata"), kind)
     if kind == "RayCluster":
         # The spec of a RayCluster is the rayClusterSpec of a RayJob
@@ -44,7 +42,7 @@ def check(manifest: Mapping[str, Any]) -> tuple[list[str], Nodes | None]:
         cluster = spec
     else:
         found += fields.mismatches(manifest, known, "") + _job_problems(spec)
-        cluster, path = _mapping(spec.get("rayClusterSpec")), "spec.rayClusterSpec"
+        cluster, path = mapping(spec.get("rayClusterSpec")), "spec.rayClusterSpec"
     if not cluster:
         return found + ([] if spec else ["spec: is missing"]), None
     return found + _cluster_problems(cluster, path), _nodes(cluster)
@@ -56,16 +54,14 @@ def job_config(manifest: Mapping[str, Any]) -> RunConfig | None:
     Raises:
         ConfigError: the recipe does not exist, or an override does not fit.
     """
-    words = _training_arguments(_mapping(manifest.get("spec")).get("entrypoint"))
-    named = [word for word in words if not word.startswith("-")]
-    if "--name" in words:
-        after = words.index("--name") + 1
-        named = [
-            word
-            for place, word in enumerate(words)
-            if place not in (after - 1, after) and not word.startswith("-")
-        ]
-    if not named or "=" in named[0] or any(word.startswith(("--config", "--resume")) for word in words):
+    words = _training_arguments(mapping(manifest.get("spec")).get("entrypoint"))
+    if any(word.startswith(("--config", "--resume")) for word in words):
+        return None
+    values_of_name = [place + 1 for place, word in enumerate(words) if word == "--name"]
+    named = [
+        word for place, word in enumerate(words) if not word.startswith("-") and place not in values_of_name
+    ]
+    if not named or "=" in named[0]:
         return None
     try:
         assignments = configuration.parse_assignments(named[1:])
@@ -78,7 +74,7 @@ def job_config(manifest: Mapping[str, Any]) -> RunConfig | None:
 
 
 def _metadata_problems(metadata: Any, kind: str) -> list[str]:
-    name = _mapping(metadata).get("name")
+    name = mapping(metadata).get("name")
     longest = KINDS[kind]
     if name is None:
         return ["metadata.name: is missing: retries and commands need it"]
@@ -92,7 +88,7 @@ def _metadata_problems(metadata: Any, kind: str) -> list[str]:
 
 def _job_problems(spec: Mapping[str, Any]) -> list[str]:
     found = []
-    retries = _int(spec, "backoffLimit", 0)
+    retries = integer(spec, "backoffLimit", 0)
     if not spec.get("rayClusterSpec") and not spec.get("clusterSelector"):
         found.append("spec.rayClusterSpec: is missing, and so is clusterSelector: give one")
     modes = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
@@ -148,7 +144,7 @@ def _training_arguments(entrypoint: Any) -> list[str]:
 
 def _cluster_problems(cluster: Mapping[str, Any], path: str) -> list[str]:
     found = _token_problems(cluster, path)
-    head = _mapping(cluster.get("headGroupSpec"))
+    head = mapping(cluster.get("headGroupSpec"))
     if head:
         found += _head_problems(head, f"{path}.headGroupSpec")
     autoscales = cluster.get("enableInTreeAutoscaling") is True
@@ -158,7 +154,7 @@ def _cluster_problems(cluster: Mapping[str, Any], path: str) -> list[str]:
 
 
 def _token_problems(cluster: Mapping[str, Any], path: str) -> list[str]:
-    if _mapping(cluster.get("authOptions")).get("mode") != "token":
+    if mapping(cluster.get("authOptions")).get("mode") != "token":
         return [f"{path}.authOptions.mode: without a token any pod can run commands: set mode: token"]
     text = cluster.get("rayVersion")
     version = re.match(r"(\d+)\.(\d+)", text) if isinstance(text, str) else None
@@ -171,9 +167,9 @@ def _token_problems(cluster: Mapping[str, Any], path: str) -> list[str]:
 
 def _head_problems(head: Mapping[str, Any], path: str) -> list[str]:
     found = _container_problems(head, path)
-    if _cpus(head) != 0:
+    if pods.cpus(head) != 0:
         found.append(f'{path}.rayStartParams.num-cpus: the head has CPUs: num-cpus: "0" keeps workers off it')
-    selector = _mapping(_pod(head).get("nodeSelector"))
+    selector = mapping(pods.pod(head).get("nodeSelector"))
     for label, value in _SPOT_LABELS.items():
         if selector.get(label) == value:
             found.append(
@@ -185,7 +181,7 @@ def _head_problems(head: Mapping[str, Any], path: str) -> list[str]:
 
 def _group_problems(group: Mapping[str, Any], path: str, *, autoscales: bool) -> list[str]:
     found = _container_problems(group, path)
-    least, most = _int(group, "minReplicas", 0), _int(group, "maxReplicas", UNLIMITED)
+    least, most = integer(group, "minReplicas", 0), integer(group, "maxReplicas", UNLIMITED)
     if not autoscales:
         found += [
             f"{path}.{name}: is missing: without enableInTreeAutoscaling KubeRay requires it"
@@ -195,16 +191,16 @@ def _group_problems(group: Mapping[str, Any], path: str, *, autoscales: bool) ->
     found += [
         f"{path}.{name}: {group[name]} is negative"
         for name in ("minReplicas", "maxReplicas", "replicas")
-        if _int(group, name, 0) < 0
+        if integer(group, name, 0) < 0
     ]
     if least > most:
         found.append(f"{path}.minReplicas: {least} is more than maxReplicas, {most}")
-    replicas = _int(group, "replicas", least)
+    replicas = integer(group, "replicas", least)
     if least <= most and not least <= replicas <= most:
         found.append(
             f"{path}.replicas: {replicas} is not between minReplicas, {least}, and maxReplicas, {most}"
         )
-    declared, limit = _declared(group, "num-gpus", "GPU"), _gpu_limit(group)
+    declared, limit = pods.declared(group, "num-gpus", "GPU"), pods.gpu_limit(group)
     if declared is not None and declared != limit:
         found.append(
             f"{path}.rayStartParams.num-gpus: {declared}, and the limit nvidia.com/gpu of the container is "
@@ -214,13 +210,13 @@ def _group_problems(group: Mapping[str, Any], path: str, *, autoscales: bool) ->
 
 
 def _container_problems(group: Mapping[str, Any], path: str) -> list[str]:
-    pod = _pod(group)
+    pod = pods.pod(group)
     found = []
-    if not _list(pod.get("containers")):
+    if not sequence(pod.get("containers")):
         found.append(f"{path}.template.spec.containers: is empty: the first container is that of Ray")
-    volumes = [_mapping(volume).get("name") for volume in _list(pod.get("volumes"))]
-    for place, mount in enumerate(_list(_container(group).get("volumeMounts"))):
-        name = _mapping(mount).get("name")
+    volumes = [mapping(volume).get("name") for volume in sequence(pod.get("volumes"))]
+    for place, mount in enumerate(sequence(pods.container(group).get("volumeMounts"))):
+        name = mapping(mount).get("name")
         if isinstance(name, str) and name not in volumes:
             hint = fields.did_you_mean(name, [each for each in volumes if isinstance(each, str)])
             found.append(
@@ -230,71 +226,28 @@ def _container_problems(group: Mapping[str, Any], path: str) -> list[str]:
 
 
 def _nodes(cluster: Mapping[str, Any]) -> Nodes | None:
-    head, groups = _mapping(cluster.get("headGroupSpec")), _groups(cluster)
+    head, groups = mapping(cluster.get("headGroupSpec")), _groups(cluster)
     if not head:
         return None
     autoscales = cluster.get("enableInTreeAutoscaling") is True
     workers = tuple(
         NodeType(
             str(group.get("groupName", f"workerGroupSpecs[{place}]")),
-            cpus=_cpus(group),
-            gpus=_gpus(group),
-            max_nodes=_int(group, "maxReplicas", UNLIMITED) if autoscales else _int(group, "replicas", 0),
+            cpus=pods.cpus(group),
+            gpus=pods.gpus(group),
+            max_nodes=integer(group, "maxReplicas", UNLIMITED)
+            if autoscales
+            else integer(group, "replicas", 0),
         )
         for place, group in enumerate(groups)
     )
-    mounts = [_mounts(each) for each in (head, *groups)]
+    mounts = [pods.mounts(each) for each in (head, *groups)]
     shared = tuple(path for path in mounts[0] if all(path in others for others in mounts[1:]))
     total = sum(each.max_nodes for each in workers)
-    return Nodes(NodeType("head", _cpus(head), _gpus(head), 1), workers, total, shared)
+    return Nodes(NodeType("head", pods.cpus(head), pods.gpus(head), 1), workers, total, shared)
 
 
-def _mounts(group: Mapping[str, Any]) -> list[str]:
-    """Return the folders of a group's Ray container that are on storage which pods share."""
-    shared = {
-        volume.get("name")
-        for volume in map(_mapping, _list(_pod(group).get("volumes")))
-        if any(kind in volume for kind in _SHARED_VOLUMES)
-    }
-    mounts = map(_mapping, _list(_container(group).get("volumeMounts")))
-    return [str(mount.get("mountPath")).rstrip("/") for mount in mounts if mount.get("name") in shared]
-
-
-# --- What Ray schedules on a pod ---
-
-
-def _cpus(group: Mapping[str, Any]) -> int:
-    declared = _declared(group, "num-cpus", "CPU")
-    if declared is not None:
-        return declared
-    resources = _mapping(_container(group).get("resources"))
-    value = _mapping(resources.get("limits")).get("cpu", _mapping(resources.get("requests")).get("cpu"))
-    return _whole(value)
-
-
-def _gpus(group: Mapping[str, Any]) -> int:
-    declared = _declared(group, "num-gpus", "GPU")
-    return _gpu_limit(group) if declared is None else declared
-
-
-def _gpu_limit(group: Mapping[str, Any]) -> int:
-    limits = _mapping(_mapping(_container(group).get("resources")).get("limits"))
-    return sum(_whole(value) for name, value in limits.items() if str(name).endswith("gpu"))
-
-
-def _declared(group: Mapping[str, Any], parameter: str, resource: str) -> int | None:
-    parameters, resources = _mapping(group.get("rayStartParams")), _mapping(group.get("resources"))
-    value = parameters.get(parameter, resources.get(resource))
-    return int(value) if isinstance(value, str) and value.isdigit() else None
-
-
-def _whole(quantity: Any) -> int:
-    """Return a quantity of Kubernetes, such as 8, "8" or "7500m", rounded up as KubeRay does; 0 if it is none."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(quantity))
-    return math.ceil(float(found[1]) / (1000 if found[2] else 1)) if found else 0
-
-
-# --- Values of any kind, where another one is expected ---
+# --- Parts of the manifest ---
 
 
 def _without_nulls(value: Any) -> Any:
@@ -305,26 +258,4 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _groups(cluster: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [_mapping(group) for group in _list(cluster.get("workerGroupSpecs"))]
-
-
-def _pod(group: Mapping[str, Any]) -> Mapping[str, Any]:
-    return _mapping(_mapping(group.get("template")).get("spec"))
-
-
-def _container(group: Mapping[str, Any]) -> Mapping[str, Any]:
-    containers = _list(_pod(group).get("containers"))
-    return _mapping(containers[0]) if containers else {}
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _int(values: Mapping[str, Any], key: str, default: int) -> int:
-    value = values.get(key, default)
-    return value if isinstance(value, int) else default
+    return [mapping(group) for group in sequence(cluster.get("workerGroupSpecs"))]

@@ -13,6 +13,7 @@ import jsonschema
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from raydetr.clusters import fields, machines
+from raydetr.clusters.fields import integer, mapping, sequence
 from raydetr.clusters.nodes import Nodes, NodeType
 
 RAY_MAX_WORKERS = 2  # what Ray takes if max_workers is missing
@@ -24,7 +25,7 @@ _SPOT = "the head is a spot instance: without it the cluster is lost; remove thi
 def check(cluster: Mapping[str, Any]) -> tuple[list[str], Nodes | None]:
     """Return the problems of a cluster file, a line each, and its nodes if they can be told."""
     shape = fields.mismatches(cluster, fields.load("ray_up"), "")
-    found = shape + _provider_problems(_mapping(cluster.get("provider")), cluster)
+    found = shape + _provider_problems(mapping(cluster.get("provider")), cluster)
     found += [] if shape else _ray_problems(cluster)
     for name, node_type in _node_types(cluster).items():
         found += _node_type_problems(f"available_node_types.{name}", node_type, cluster)
@@ -69,7 +70,11 @@ def _provider_problems(provider: Mapping[str, Any], cluster: Mapping[str, Any]) 
 
 def _node_type_problems(path: str, node_type: Mapping[str, Any], cluster: Mapping[str, Any]) -> list[str]:
     found = []
-    least, most, limit = _int(node_type, "min_workers", 0), _int(node_type, "max_workers", 0), _limit(cluster)
+    least, most, limit = (
+        integer(node_type, "min_workers", 0),
+        integer(node_type, "max_workers", 0),
+        _limit(cluster),
+    )
     if most > limit:
         found.append(
             f"{path}.max_workers: {most} is out of reach: the cluster's max_workers is {limit}; raise that one"
@@ -81,21 +86,21 @@ def _node_type_problems(path: str, node_type: Mapping[str, Any], cluster: Mappin
 
 def _resource_problems(path: str, node_type: Mapping[str, Any], cluster: Mapping[str, Any]) -> list[str]:
     """Compare the declared resources with those of the machine: Ray believes the declaration."""
-    resources, config = _mapping(node_type.get("resources")), _node_config(node_type)
-    if _mapping(cluster.get("provider")).get("type") == "gcp":
+    resources, config = mapping(node_type.get("resources")), _node_config(node_type)
+    if mapping(cluster.get("provider")).get("type") == "gcp":
         machine = str(config.get("machineType", "")).rpartition("/")[2]
         cpus, gpus = machines.gcp_cpus(config), machines.gcp_gpus(config)
     else:
         machine = str(config.get("InstanceType", ""))
         cpus, gpus = machines.aws_cpus(machine), machines.aws_gpus(machine)
     found = []
-    declared = _int(resources, "GPU", 0)
+    declared = integer(resources, "GPU", 0)
     if gpus is not None and declared != gpus:
         found.append(f"{path}.resources.GPU: {declared}, and a {machine} has {gpus}: declare what it has")
-    declared = _int(resources, "CPU", 0)
+    declared = integer(resources, "CPU", 0)
     if cpus is not None and declared > cpus:
         found.append(f"{path}.resources.CPU: {declared}, and a {machine} has {cpus}: declare {cpus} or fewer")
-    scheduling = _mapping(config.get("scheduling"))
+    scheduling = mapping(config.get("scheduling"))
     migrates = (
         scheduling.get("onHostMaintenance", "TERMINATE" if _is_spot(config) else "MIGRATE") != "TERMINATE"
     )
@@ -115,7 +120,7 @@ def _head_problems(cluster: Mapping[str, Any]) -> list[str]:
         return [f"head_node_type: {name} is none of available_node_types{hint}"]
     head, path = node_types[name], f"available_node_types.{name}"
     found = []
-    if _mapping(head.get("resources")).get("CPU") != 0:
+    if mapping(head.get("resources")).get("CPU") != 0:
         found.append(f'{path}.resources.CPU: the head has CPUs: {{"CPU": 0}} keeps workers off it')
     config = _node_config(head)
     if _is_spot(config):
@@ -141,7 +146,7 @@ def _token_problems(cluster: Mapping[str, Any]) -> list[str]:
     starts = " ".join(
         _texts(cluster.get("head_start_ray_commands")) + _texts(cluster.get("worker_start_ray_commands"))
     )
-    if TOKEN_FILE in _mapping(cluster.get("file_mounts")) or "RAY_AUTH_TOKEN" in starts:
+    if TOKEN_FILE in mapping(cluster.get("file_mounts")) or "RAY_AUTH_TOKEN" in starts:
         return []
     return [f'file_mounts: no node has the token of the cluster: add "{TOKEN_FILE}": "{TOKEN_FILE}"']
 
@@ -157,9 +162,9 @@ def _nodes(cluster: Mapping[str, Any]) -> Nodes | None:
     described = {
         name: NodeType(
             name,
-            cpus=_int(_mapping(each.get("resources")), "CPU", 0),
-            gpus=_int(_mapping(each.get("resources")), "GPU", 0),
-            max_nodes=1 if name == head else min(limit, _int(each, "max_workers", limit)),
+            cpus=integer(mapping(each.get("resources")), "CPU", 0),
+            gpus=integer(mapping(each.get("resources")), "GPU", 0),
+            max_nodes=1 if name == head else min(limit, integer(each, "max_workers", limit)),
         )
         for name, each in node_types.items()
     }
@@ -185,17 +190,17 @@ def _mounted_by(command: str) -> Iterator[str]:
             yield words[-1].rstrip("/")
 
 
-# --- Values of any kind, where another one is expected ---
+# --- Parts of the file ---
 
 
 def _node_types(cluster: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    node_types = _mapping(cluster.get("available_node_types"))
-    return {str(name): _mapping(each) for name, each in node_types.items()}
+    node_types = mapping(cluster.get("available_node_types"))
+    return {str(name): mapping(each) for name, each in node_types.items()}
 
 
 def _node_config(node_type: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the node_config. Ray's examples for GCP write `scheduling` as a list of one mapping."""
-    config = _mapping(node_type.get("node_config"))
+    config = mapping(node_type.get("node_config"))
     scheduling = config.get("scheduling")
     if isinstance(scheduling, list) and len(scheduling) == 1:
         return {**config, "scheduling": scheduling[0]}
@@ -203,27 +208,18 @@ def _node_config(node_type: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _is_spot(config: Mapping[str, Any]) -> bool:
-    scheduling = _mapping(config.get("scheduling"))
+    scheduling = mapping(config.get("scheduling"))
     market = config.get("InstanceMarketOptions")
     return (
-        (market is not None and _mapping(market).get("MarketType", "spot") == "spot")
+        (market is not None and mapping(market).get("MarketType", "spot") == "spot")
         or scheduling.get("preemptible") is True
         or scheduling.get("provisioningModel") == "SPOT"
     )
 
 
 def _limit(cluster: Mapping[str, Any]) -> int:
-    return _int(cluster, "max_workers", RAY_MAX_WORKERS)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _int(values: Mapping[str, Any], key: str, default: int) -> int:
-    value = values.get(key, default)
-    return value if isinstance(value, int) else default
+    return integer(cluster, "max_workers", RAY_MAX_WORKERS)
 
 
 def _texts(value: Any) -> list[str]:
-    return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
+    return [each for each in sequence(value) if isinstance(each, str)]
