@@ -94,17 +94,22 @@ def check_resources(cluster: ClusterConfig, address: str) -> None:
             )
 
 
-def check_tracking(uri: str | None, nodes: Iterable[Mapping[str, Any]] | None = None) -> None:
+def check_tracking(uri: str | None, folder: Path, nodes: Iterable[Mapping[str, Any]] | None = None) -> None:
     """Check that the tracking is no SQLite database if the living nodes are on several machines.
+
+    A database in the folder of the run, which takes the place of a server that failed at the start, has one writer at a
+    time: the driver writes before and after rank 0.
 
     Args:
         uri: `tracking.uri`; None stands for SQLite in `storage.path`.
+        folder: that of the run.
         nodes: the nodes, as `ray.nodes()` describes them; default: those of the connected cluster.
 
     Raises:
         ConfigError: the driver and the workers would write one database from several machines.
     """
-    if uri is not None and sqlite_file(uri) is None:
+    file = None if uri is None else sqlite_file(uri)
+    if uri is not None and (file is None or file.parent == folder):
         return
     if nodes is None:
         nodes = ray.nodes()  # type: ignore[no-untyped-call]

@@ -66,7 +66,7 @@ def train_on_ray(run: Run, callbacks: Sequence[Any], stop: StopSignals, log: Eve
     with connected(cluster) as address, Display() as display:
         stop.install()  # Ray has replaced the handlers
         check_resources(cluster, address)
-        check_tracking(run.config.tracking.uri)
+        check_tracking(run.config.tracking.uri, run.folder)
         failures = Failures(cluster.max_failures, log)
         num_workers = cluster.num_workers
         while not stop.is_set():
@@ -329,9 +329,8 @@ def _root_cause(error: BaseException) -> str:
 def _train(run: Run, actor: Any) -> None:
     """Train as one worker."""
     _check_storage(run.folder)
-    check_tracking(
-        run.config.tracking.uri
-    )  # again: the nodes of a cluster that scales from zero have joined by now
+    # Again: the nodes of a cluster that scales from zero have joined by now
+    check_tracking(run.config.tracking.uri, run.folder)
     world = _world(run.config.cluster.cpus_per_worker)
     run_session(run, world, _RayReporter(actor, run.folder / STACKS / f"rank-{world.rank}.txt"))
 

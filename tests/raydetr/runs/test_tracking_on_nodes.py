@@ -33,7 +33,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning:ray"),
     pytest.mark.timeout(400),
 ]
+NOWHERE = "http://127.0.0.1:9"  # nothing listens there
 OTHER_MACHINE = "127.0.0.2"
+FOLDER = Path("/mnt/raydetr/runs/run")
 HEAD = {"NodeManagerAddress": "10.0.0.1", "NodeManagerHostname": "head", "Alive": True}
 WORKER = {"NodeManagerAddress": "10.0.0.2", "NodeManagerHostname": "worker", "Alive": True}
 
@@ -44,7 +46,7 @@ WORKER = {"NodeManagerAddress": "10.0.0.2", "NodeManagerHostname": "worker", "Al
 @pytest.mark.parametrize("uri", [None, "sqlite:////mnt/raydetr/runs/mlflow.db"])
 def test_sqlite_is_refused_on_several_machines(uri: str | None) -> None:
     with pytest.raises(ConfigError) as error:
-        check_tracking(uri, [HEAD, WORKER])
+        check_tracking(uri, FOLDER, [HEAD, WORKER])
     message = str(error.value)
     assert message.startswith(
         f"tracking.uri is {uri or 'unset, which is SQLite in storage.path'}, and the cluster"
@@ -57,19 +59,25 @@ def test_sqlite_is_refused_on_several_machines(uri: str | None) -> None:
 def test_many_machines_are_counted() -> None:
     nodes = [{**HEAD, "NodeManagerAddress": f"10.0.0.{i}"} for i in range(8)]
     with pytest.raises(ConfigError, match=r"head \(10.0.0.2\) and 5 more\. SQLite"):
-        check_tracking(None, nodes)
+        check_tracking(None, FOLDER, nodes)
 
 
 @pytest.mark.parametrize(
     "uri", ["http://10.0.0.1:5000", "https://mlflow.example.com", "databricks", "/mnt/mlruns"]
 )
 def test_another_tracking_is_not_refused(uri: str) -> None:
-    check_tracking(uri, [HEAD, WORKER])
+    check_tracking(uri, FOLDER, [HEAD, WORKER])
 
 
 @pytest.mark.parametrize("nodes", [[], [HEAD], [HEAD, HEAD], [HEAD, {**WORKER, "Alive": False}]])
 def test_sqlite_is_not_refused_on_one_machine(nodes: list[dict[str, Any]]) -> None:
-    check_tracking(None, nodes)
+    check_tracking(None, FOLDER, nodes)
+
+
+def test_a_database_of_the_run_alone_is_not_refused() -> None:
+    check_tracking(f"sqlite:///{FOLDER}/mlflow.db", FOLDER, [HEAD, WORKER])
+    with pytest.raises(ConfigError):
+        check_tracking(f"sqlite:///{FOLDER}-2/mlflow.db", FOLDER, [HEAD, WORKER])
 
 
 # --- On a cluster ---
@@ -214,5 +222,16 @@ def test_a_run_on_several_machines_is_logged_by_the_documented_server(
     uri = f"http://{own_address()}:{server.port}"
     result = run.start(override(tiny_run, {"tracking.uri": uri, "optim.epochs": 1}), name="logged")
     logged = MlflowClient(uri).get_run(result.mlflow_run_id)
+    assert logged.info.status == "FINISHED"
+    assert "AP" in " ".join(logged.data.metrics)
+
+
+def test_a_run_on_several_machines_trains_while_the_server_is_down(
+    head: Cluster, tiny_run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    head.add_node(num_cpus=1, node_ip_address=OTHER_MACHINE)
+    result = run.start(override(tiny_run, {"tracking.uri": NOWHERE, "optim.epochs": 1}), name="untracked")
+    logged = MlflowClient(mlflow_run.default_uri(result.folder)).get_run(result.mlflow_run_id)
     assert logged.info.status == "FINISHED"
     assert "AP" in " ".join(logged.data.metrics)
