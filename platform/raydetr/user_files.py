@@ -78,6 +78,20 @@ def parse_yaml(content: bytes | str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def parse_yaml_documents(content: bytes | str) -> list[Any]:
+    """Parse YAML of several documents, as `parse_yaml` does one.
+
+    Raises:
+        ValueError: the content is not such YAML.
+    """
+    try:
+        return list(yaml.load_all(content, _UniqueKeyLoader))
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))

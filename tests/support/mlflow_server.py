@@ -9,22 +9,31 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 
 class MlflowServer:
-    """`mlflow server` with one worker, its database and artifacts in `folder`."""
+    """`mlflow server` with one worker, its database and artifacts in `folder`.
 
-    def __init__(self, folder: Path) -> None:
+    Other options replace these; in them, PORT stands for the port.
+    """
+
+    def __init__(self, folder: Path, options: Sequence[str] | None = None) -> None:
         self.folder = folder
         self.port = _free_port()
+        self._options = options
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, timeout_s: float = 150.0) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        options = self._options or [
+            *("--host", "127.0.0.1", "--port", "PORT", "--workers", "1"),
+            *("--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"),
+            *("--artifacts-destination", str(self.folder / "artifacts")),
+        ]
+        command = [sys.executable, "-m", "mlflow", "server"]
+        command += [option.replace("PORT", str(self.port)) for option in options]
         environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "server.log").open("ab") as output:
             self._process = subprocess.Popen(

@@ -16,6 +16,7 @@ import typer
 
 from raydetr import config as configuration
 from raydetr import recipes
+from raydetr.cli.cluster import cluster_app
 from raydetr.cli.shards import shards_app
 from raydetr.config import ConfigError, RunConfig
 from raydetr.console import print_status, progress_bar
@@ -30,6 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(shards_app, name="shards")
+app.add_typer(cluster_app, name="cluster")
 
 RecipeAndOverrides = Annotated[
     list[str] | None,

@@ -7,7 +7,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,9 @@ import ray
 import ray._private.state
 from ray.autoscaler.sdk import request_resources
 
-from raydetr.config import ClusterConfig
+from raydetr.clusters.nodes import SQLITE_REASON
+from raydetr.config import ClusterConfig, ConfigError
+from raydetr.config.paths import sqlite_file
 from raydetr.console import print_status
 from raydetr.runs.signals import StopSignals
 from raydetr.tracking.events import EventLog
@@ -95,6 +97,36 @@ def check_resources(cluster: ClusterConfig, address: str) -> None:
                 f"cluster.num_workers={cluster.num_workers} with cluster.{setting} needs {need} {name}s, and this "
                 f"machine has {have.get(name, 0):.0f}: lower them, or set cluster.address to a larger cluster"
             )
+
+
+def check_tracking(uri: str | None, run: str, nodes: Iterable[Mapping[str, Any]] | None = None) -> None:
+    """Check that the tracking is no SQLite database if the living nodes are on several machines.
+
+    A database of the run alone, which takes the place of a server that failed at the start, has one writer at a time:
+    the driver writes before and after rank 0.
+
+    Args:
+        uri: `tracking.uri`; None stands for SQLite in `storage.path`.
+        run: its name.
+        nodes: the nodes, as `ray.nodes()` describes them; default: those of the connected cluster.
+
+    Raises:
+        ConfigError: the driver and the workers would write one database from several machines.
+    """
+    file = None if uri is None else sqlite_file(uri)
+    if uri is not None and (file is None or file.parent.name == run):
+        return
+    if nodes is None:
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    # Nodes on one machine have one address
+    machines = {node["NodeManagerAddress"]: node["NodeManagerHostname"] for node in nodes if node["Alive"]}
+    if len(machines) > 1:
+        names = ", ".join(f"{name} ({address})" for address, name in sorted(machines.items())[:3])
+        more = f" and {len(machines) - 3} more" if len(machines) > 3 else ""
+        shown = "unset, which is SQLite in storage.path" if uri is None else uri
+        raise ConfigError(
+            f"tracking.uri is {shown}, and the cluster has several nodes: {names}{more}. {SQLITE_REASON}"
+        )
 
 
 def _resources() -> dict[str, float]:

@@ -31,6 +31,7 @@ from raydetr.runs.ray_cluster import (
     WAITING_SECONDS,
     LaunchError,
     check_resources,
+    check_tracking,
     connected,
     leaving_nodes,
     missing_resources,
@@ -61,12 +62,14 @@ def train_on_ray(run: Run, callbacks: Sequence[Any], stop: StopSignals, log: Eve
     Raises:
         LaunchError: the workers do not fit on the cluster, or failed for good: at a fatal error, or at more than
             `cluster.max_failures` failures without progress between them.
+        ConfigError: `tracking.uri` is a SQLite database, and the cluster has nodes on several machines.
         ConnectionError: no cluster answers at `cluster.address`.
     """
     cluster = run.config.cluster
     with connected(cluster) as address, Display() as display:
         stop.install()  # Ray has replaced the handlers
         check_resources(cluster, address)
+        check_tracking(run.config.tracking.uri, run.folder.name)
         failures = Failures(cluster.max_failures, log)
         num_workers = cluster.num_workers
         while not stop.is_set():
@@ -343,6 +346,8 @@ def _root_cause(error: BaseException) -> str:
 def _train(run: Run, actor: Any) -> None:
     """Train as one worker."""
     _check_storage(run.folder)
+    # Again: the nodes of a cluster that scales from zero have joined by now
+    check_tracking(run.config.tracking.uri, run.folder.name)
     world = _world(run.config.cluster.cpus_per_worker)
     run_session(run, world, _RayReporter(actor, run.folder / STACKS / f"rank-{world.rank}.txt"))
 

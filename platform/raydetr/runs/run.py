@@ -224,13 +224,13 @@ def create_mlflow_run(
     parent_run_id: str | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> tuple[RunConfig, str]:
-    """Create an MLflow run where `tracking.uri` says, or in `storage.path` with a warning if that fails.
+    """Create an MLflow run where `tracking.uri` says, or in the run's folder with a warning if that fails.
 
     Returns:
         The configuration, whose `tracking.uri` is where the run is, and the id of the run.
 
     Raises:
-        TrackingError: no run can be created in `storage.path` either.
+        TrackingError: no run can be created in a database either.
     """
     new = partial(
         mlflow_run.create_run,
@@ -239,15 +239,15 @@ def create_mlflow_run(
         parent_run_id=parent_run_id,
         tags=tags,
     )
-    own = mlflow_run.default_uri(config.storage.path)
+    # A database of this run alone: driver and rank 0 write it in turn, also from several machines
+    own = mlflow_run.default_uri(config.storage.path, name)
     try:
         return config, new(mlflow_run.tracking_uri(config))
     except mlflow_run.TrackingError as error:
-        if mlflow_run.tracking_uri(config) == own:
+        if mlflow_run.tracking_uri(config) == mlflow_run.default_uri(config.storage.path):
             raise
         print_status(f"warning: {error}; this run is logged in {own}")
-    uri = own if is_remote(config.storage.path) else None
-    return override(config, {"tracking.uri": uri}), new(own)
+    return override(config, {"tracking.uri": own}), new(own)
 
 
 @contextmanager

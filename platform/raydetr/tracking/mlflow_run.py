@@ -71,10 +71,13 @@ class TrackedRun:
 # --- Writing ---
 
 
-def default_uri(storage_path: str | Path) -> str:
-    """Return the URI of the SQLite database in the folder of the runs; it is in `runs` if they are at a URL."""
+def default_uri(storage_path: str | Path, run: str = "") -> str:
+    """Return the URI of the SQLite database in the folder of the runs, or in that of one run.
+
+    If the runs are at a URL, the folder is `runs`.
+    """
     folder = Path("runs") if is_remote(str(storage_path)) else local_folder(storage_path)
-    return f"{SQLITE}{folder.absolute() / 'mlflow.db'}"
+    return f"{SQLITE}{folder.absolute() / run / 'mlflow.db'}"
 
 
 def tracking_uri(config: RunConfig) -> str:

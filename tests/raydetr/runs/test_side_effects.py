@@ -97,7 +97,7 @@ def test_a_server_that_refuses_is_replaced_by_a_database(
 ) -> None:
     result = run.start(override(short, {"tracking.uri": NOWHERE}), local=True)
     assert_is_complete(result)
-    own = mlflow_run.default_uri(short.storage.path)
+    own = mlflow_run.default_uri(result.folder)
     err = " ".join(capsys.readouterr().err.split())
     assert f"warning: could not create the run {result.name} in MLflow at {NOWHERE}" in err
     assert f"this run is logged in {own}" in err
@@ -113,7 +113,7 @@ def test_a_server_that_answers_500_from_the_beginning(short: RunConfig, broken: 
     assert broken.num_failed >= 1
     longer = run.resume(result.folder, overrides={"optim.epochs": 2}, local=True)
     assert longer.mlflow_run_id == result.mlflow_run_id
-    own = mlflow_run.default_uri(short.storage.path)
+    own = mlflow_run.default_uri(result.folder)
     assert mlflow_run.fetch_run(own, result.name).status == "FINISHED"
 
 

@@ -1,0 +1,1 @@
+"""Check cluster files: of `ray up` on AWS and GCP, and KubeRay manifests."""
