@@ -97,6 +97,12 @@ def train(
     name: Annotated[
         str | None, typer.Option(help="Name of the run, and of its folder; default: a new one.")
     ] = None,
+    or_resume: Annotated[
+        bool,
+        typer.Option(
+            "--or-resume", help="Resume the run --name if it exists, as a job that is submitted again does."
+        ),
+    ] = False,
     local: Local = False,
 ) -> None:
     """Train a detector on Ray Train workers, evaluate it, and log everything to MLflow."""
@@ -108,8 +114,11 @@ def train(
             LOCAL_IGNORES,
             "with --local",
         )
+    if or_resume and name is None:
+        raise ConfigError("--or-resume needs the name of the run: add --name NAME")
     if resume is None:
-        result = run.start(read_config(arguments or [], config), local=local, name=name)
+        chosen = read_config(arguments or [], config)
+        result = run.start(chosen, local=local, name=name, or_resume=or_resume)
     elif name is not None:
         raise ConfigError("--resume continues the run in its folder: omit --name")
     elif config is not None:

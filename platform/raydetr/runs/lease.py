@@ -13,8 +13,11 @@ from typing import Any
 
 import psutil
 
+from raydetr.console import print_status
+
 LEASE = "lease.json"
 BEAT_SECONDS = 10.0
+LOOK_SECONDS = 1.0  # between two looks at the lease of another machine
 DEAD_SECONDS = 60.0  # without a beat, after which the driver of another machine counts as dead
 
 
@@ -30,13 +33,16 @@ class Lease:
 
     Args:
         run: folder of the run.
+        waits: wait until it is known whether a process of another machine lives: at most for DEAD_SECONDS.
 
     Raises:
         LeaseError: (when the block is entered) another process that lives holds the run.
     """
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, *, waits: bool = False) -> None:
         self._path = run / LEASE
+        self._waits = waits
+        self._seen: tuple[str, float] | None = None  # the other machine's lease, at the first look
         process = psutil.Process()
         self._own = {
             "host": socket.gethostname(),
@@ -52,6 +58,8 @@ class Lease:
             if held is None:
                 continue
             if _is_alive(held, self._path):
+                if self._waits_for(held):
+                    continue
                 raise LeaseError(
                     f"{self._path.parent}: process {held['pid']} on {held['host']} is driving this run: wait for its "
                     f"end, or stop it; a dead one is noticed after {DEAD_SECONDS:.0f} s without {LEASE} being touched"
@@ -67,6 +75,23 @@ class Lease:
         held = self._read()
         if held is not None and held["token"] == self._own["token"]:
             self._path.unlink(missing_ok=True)
+
+    def _waits_for(self, held: dict[str, Any]) -> bool:
+        """Wait a moment, unless the process is known to live; return whether to look again."""
+        if not self._waits or held["host"] == socket.gethostname():
+            return False
+        try:
+            found = (str(held["token"]), self._path.stat().st_mtime)
+        except FileNotFoundError:
+            return True
+        if self._seen is None:
+            self._seen = found
+            print_status(
+                f"process {held['pid']} on {held['host']} was driving this run: waiting to see whether it lives, at "
+                f"most {DEAD_SECONDS:.0f} s"
+            )
+        time.sleep(LOOK_SECONDS)
+        return found == self._seen
 
     def _create(self) -> bool:
         """Create the file; return whether it did not exist. It appears with its content, by a link."""

@@ -42,7 +42,7 @@ from raydetr.runs.session import PICTURES, Run
 from raydetr.runs.signals import RunStopped, StopSignals
 from raydetr.shards.reader import Shards
 from raydetr.tracking import mlflow_run
-from raydetr.tracking.events import EventLog
+from raydetr.tracking.events import EventLog, read_events
 from raydetr.training import checkpoint, init_weights
 
 # Settings of a run that a resume cannot change
@@ -105,6 +105,7 @@ def start(
     *,
     local: bool = False,
     name: str | None = None,
+    or_resume: bool = False,
     parent_run_id: str | None = None,
     callbacks: Sequence[Any] = (),
     warn: bool = True,
@@ -115,12 +116,14 @@ def start(
         config: what to train.
         local: train in this process, without Ray.
         name: of the run; None: a new one. A search names its trials.
+        or_resume: a run with this name goes on, or has its result returned if it is finished.
         parent_run_id: of the search's MLflow run.
         callbacks: of the search, for Ray Train.
         warn: print warnings about the data.
 
     Raises:
-        ConfigError: the configuration contradicts itself or the data.
+        ConfigError: the configuration contradicts itself or the data, the name is taken, or the run that is to go on
+            has another configuration.
         CheckpointError: `init.checkpoint` cannot be used.
         OSError, ValueError: the shards cannot be used.
         TrackingError: MLflow cannot be reached before the first step.
@@ -134,10 +137,14 @@ def start(
         print_status(line)
     name = new_name(config.recipe) if name is None else name
     folder = config.storage.path / name
-    _check_new(folder, config)
-    folder.mkdir(parents=True)
-    with Lease(folder):
-        config, run_id = create_mlflow_run(config, name, parent_run_id=parent_run_id)
+    _check_new(folder, config, or_resume)
+    if or_resume and checkpoint.newest_valid(folder, lambda message: None) is not None:
+        return _go_on(folder, config, local)
+    folder.mkdir(parents=True, exist_ok=or_resume)
+    with Lease(folder, waits=or_resume):
+        config, run_id = _mlflow_run_of(folder, config) or create_mlflow_run(
+            config, name, parent_run_id=parent_run_id
+        )
         (folder / "config.yaml").write_text(to_yaml(config))
         (folder / "mlflow_run_id").write_text(run_id)
         with tracking_warnings():
@@ -145,8 +152,12 @@ def start(
         return _execute(Run(config, folder, run_id), local, callbacks)
 
 
-def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: bool = False) -> RunResult:
+def resume(
+    folder: Path, *, overrides: Mapping[str, Any] | None = None, local: bool = False, waits: bool = False
+) -> RunResult:
     """Continue the run in `folder` from its newest complete checkpoint, in the same MLflow run.
+
+    With `waits`, wait until it is known whether a driver on another machine lives.
 
     Raises:
         ConfigError: `folder` is no run, the run has trained all its epochs, an override has no effect on a resumed
@@ -165,7 +176,7 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
         if path.startswith(_FIXED):
             raise ConfigError(f"{path} has no effect on a run that is resumed: omit it, or start a new run")
     config, (train, _) = resolve(override(from_yaml(folder / "config.yaml"), overrides or {}))
-    with Lease(folder):  # before anything of the run is changed
+    with Lease(folder, waits=waits):  # before anything of the run is changed
         last = checkpoint.newest_valid(folder, lambda message: print_status(f"skipped: {message}"))
         if last is None:
             raise checkpoint.CheckpointError(
@@ -187,8 +198,64 @@ def resume(folder: Path, *, overrides: Mapping[str, Any] | None = None, local: b
         return _execute(Run(config, folder, run_id, last), local)
 
 
-def _check_new(folder: Path, config: RunConfig) -> None:
-    """Check that there is no run with this name.
+def _go_on(folder: Path, config: RunConfig, local: bool) -> RunResult:
+    """Continue a run that has a checkpoint, or return the result of a finished one.
+
+    Raises:
+        ConfigError: the run has another configuration.
+    """
+    stored = from_yaml(folder / "config.yaml")
+    differing = _differences(stored, config)
+    if differing:
+        changes = shlex.join(f"{path}={'null' if new is None else new}" for path, (_, new) in differing.items())
+        raise ConfigError(
+            f"{folder} is a run with other settings: "
+            + "; ".join(f"{path} is {old} there, and {new} here" for path, (old, new) in differing.items())
+            + f". Continue it with `--resume {shlex.quote(str(folder))} {changes}` instead, or give another --name"
+        )
+    last = checkpoint.newest_valid(folder, lambda message: None)
+    if last is None or not checkpoint.is_complete(last, stored):
+        return resume(folder, local=local, waits=True)
+    print_status(f"{folder}: this run is finished")
+    uri, run_id = mlflow_run.tracking_uri(stored), (folder / "mlflow_run_id").read_text()
+    metrics, events = checkpoint.read_metrics(last), read_events(folder)
+    if not any(event["kind"] == "finished" for event in events):  # its driver was killed just before
+        EventLog(folder).append("finished", position=checkpoint.position_of(last), AP=metrics.get("AP"))
+        _finish(uri, run_id, "FINISHED", last)
+    seconds = events[-1]["time"] - events[0]["time"]
+    return RunResult(folder.name, folder, run_id, uri, last, metrics, seconds)
+
+
+def _differences(stored: RunConfig, given: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the settings in which resolved configurations differ, {path: (stored, given)}, but for those that a start
+    decides: the database in place of an MLflow server that failed, the best checkpoint of a run to start from.
+    """
+    old, new = flatten(to_dict(stored)), flatten(to_dict(given))
+    decided = {"tracking.uri"} if stored.tracking.uri is None else set()
+    before, now = stored.init.checkpoint, given.init.checkpoint
+    if before is not None and now is not None and Path(before).parent == Path(now).parent:
+        decided.add("init.checkpoint")
+    return {
+        path: (old.get(path), new.get(path))
+        for path in dict.fromkeys([*old, *new])
+        if old.get(path) != new.get(path) and path not in decided
+    }
+
+
+def _mlflow_run_of(folder: Path, config: RunConfig) -> tuple[RunConfig, str] | None:
+    """Reopen the MLflow run of a run that ended before its first checkpoint; None if it has none."""
+    try:
+        run_id = (folder / "mlflow_run_id").read_text()
+        config = override(config, {"tracking.uri": from_yaml(folder / "config.yaml").tracking.uri})
+    except (FileNotFoundError, ConfigError):
+        return None
+    with tracking_warnings():
+        mlflow_run.reopen_run(mlflow_run.tracking_uri(config), run_id)
+    return config, run_id
+
+
+def _check_new(folder: Path, config: RunConfig, or_resume: bool) -> None:
+    """Check that there is no run with this name, unless it may go on.
 
     Raises:
         ConfigError: there is one, or the name is not that of a folder.
@@ -197,7 +264,7 @@ def _check_new(folder: Path, config: RunConfig) -> None:
         raise ConfigError(
             f"the name {folder.name!r} is not the name of a folder: use letters, digits, - and _"
         )
-    if not folder.exists():
+    if or_resume or not folder.exists():
         return
     last = checkpoint.newest_valid(folder, lambda message: None)
     if last is None:
