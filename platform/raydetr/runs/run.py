@@ -207,7 +207,9 @@ def _go_on(folder: Path, config: RunConfig, local: bool) -> RunResult:
     stored = from_yaml(folder / "config.yaml")
     differing = _differences(stored, config)
     if differing:
-        changes = shlex.join(f"{path}={'null' if new is None else new}" for path, (_, new) in differing.items())
+        changes = shlex.join(
+            f"{path}={'null' if new is None else new}" for path, (_, new) in differing.items()
+        )
         raise ConfigError(
             f"{folder} is a run with other settings: "
             + "; ".join(f"{path} is {old} there, and {new} here" for path, (old, new) in differing.items())
