@@ -142,7 +142,7 @@ def _submit(submission: Submission, address: str | None, detach: bool) -> None:
 def _follow(cluster: Cluster, job: str, detach: bool) -> None:
     from raydetr.submission.follow import follow, how_to_come_back
 
-    print_status(f"submitted {job}. {how_to_come_back(cluster, job)}")
+    print_status(f"submitted {job}\n{how_to_come_back(cluster, job)}")
     if not detach:
         print_status("Ctrl-C detaches from the log; the job goes on")
         raise typer.Exit(follow(cluster, job))

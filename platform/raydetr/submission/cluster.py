@@ -45,7 +45,7 @@ class Cluster:
         _check_answers(self.address)
         # Ray lets this variable win over the argument
         os.environ[VARIABLES[0]] = self.address
-        logging.getLogger("ray.dashboard").setLevel(logging.ERROR)
+        logging.getLogger("ray").setLevel(logging.ERROR)  # a line for each .gitignore
         with self.errors():
             self.client = JobSubmissionClient(self.address)
 
@@ -54,7 +54,8 @@ class Cluster:
         """Translate errors of Ray's client.
 
         Raises:
-            ClusterError: instead of them.
+            UnreachableError: no dashboard answers.
+            ClusterError: it refuses a request.
         """
         try:
             yield

@@ -39,14 +39,14 @@ def follow(cluster: Cluster, name: str) -> int:
         return asyncio.run(_Follower(cluster, name).run())
     except KeyboardInterrupt:
         sys.stdout.flush()
-        print_status(f"\ndetached: {name} goes on. {how_to_come_back(cluster, name)}")
+        print_status(f"\ndetached: {name} goes on\n{how_to_come_back(cluster, name)}")
         return DETACHED
 
 
 def how_to_come_back(cluster: Cluster, name: str) -> str:
     """Return the commands about a job that goes on."""
     at = f"{name} --address {cluster.address}"
-    return f"Its log: raydetr jobs logs {at}\nstop it: raydetr jobs stop {at}\nsee it: {cluster.address}/#/jobs/{name}"
+    return f"  log   raydetr jobs logs {at}\n  stop  raydetr jobs stop {at}\n  see   {cluster.address}/#/jobs/{name}"
 
 
 def report_end(cluster: Cluster, name: str) -> int:
@@ -93,7 +93,7 @@ class _Follower:
                     if time.monotonic() - answered > RECONNECT_SECONDS:
                         print_status(
                             f"error: {self._cluster.address} has not answered for {RECONNECT_SECONDS:.0f} s. If its "
-                            "head has died, submit again with the name of the run, which goes on. Otherwise: "
+                            "head has died, submit again with the name of the run, which goes on. Otherwise:\n"
                             f"{how_to_come_back(self._cluster, self._name)}"
                         )
                         return LOST
