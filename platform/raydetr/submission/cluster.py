@@ -19,6 +19,8 @@ from raydetr.config import nearest
 
 ADDRESS = "http://127.0.0.1:8265"
 VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray reads them in this order
+# Loggers of Ray with levels of their own; they print a line for each .gitignore and each connection
+TALKATIVE = ("ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk")
 CONNECT_SECONDS = 10.0
 
 
@@ -45,7 +47,8 @@ class Cluster:
         _check_answers(self.address)
         # Ray lets this variable win over the argument
         os.environ[VARIABLES[0]] = self.address
-        logging.getLogger("ray").setLevel(logging.ERROR)  # a line for each .gitignore
+        for name in TALKATIVE:
+            logging.getLogger(name).setLevel(logging.ERROR)
         with self.errors():
             self.client = JobSubmissionClient(self.address)
 
