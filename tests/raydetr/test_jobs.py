@@ -202,7 +202,7 @@ def test_ctrl_c_detaches_and_a_stopped_job_is_resumed_in_its_run(
     assert re.search(r"^[a-z].*  epoch 100.00/100  step 600/600  ", resumed.stdout, re.MULTILINE)
     assert [event["position"] for event in events(folder, "resumed")] == [position]
     assert mlflow_runs(tiny_run) == [("hit", "FINISHED")]
-    assert [path.name for path in tiny_run.storage.path.iterdir() if path.is_dir()] == ["hit"]
+    assert [path.parent.name for path in tiny_run.storage.path.glob("*/config.yaml")] == ["hit"]
 
     listed = raydetr(bare_head, "jobs", "list").stdout.splitlines()
     rows = {line.split()[0]: line.split()[1:3] for line in listed[1:]}
