@@ -22,6 +22,7 @@ from raydetr.config import RunConfig, to_yaml
 from raydetr.shards.source import coco_source
 from raydetr.shards.synthetic import write_synthetic_data
 from raydetr.shards.writer import write_source
+from raydetr.submission.cluster import VARIABLES, Cluster
 from raydetr.tracking.events import read_events
 from raydetr.training import checkpoint
 from raydetr.training.checkpoint import read_meta, read_metrics
@@ -213,7 +214,9 @@ def test_ctrl_c_detaches_and_a_stopped_job_is_resumed_in_its_run(
 
 
 @pytest.mark.timeout(300)
-def test_failures_are_told_in_a_sentence(bare_head: RayHead, tiny_run: RunConfig, tmp_path: Path) -> None:
+def test_failures_are_told_in_a_sentence(
+    bare_head: RayHead, tiny_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wrong = raydetr(bare_head, "submit", "train", "quickstart", "data.train=/missing", "data.synthetic=null")
     assert wrong.returncode == 1
     assert "/missing" in wrong.stdout
@@ -232,11 +235,23 @@ def test_failures_are_told_in_a_sentence(bare_head: RayHead, tiny_run: RunConfig
         refused = raydetr(bare_head, "submit", "train", *arguments)
         assert refused.returncode == 1
         assert message in " ".join(refused.stderr.split())
+    large = tmp_path / "large"
+    (large / "jobs").mkdir(parents=True)
+    (large / "jobs/train_detector.py").touch()
+    with (large / "weights.pth").open("wb") as file:
+        file.truncate(101 * 2**20)
+    too_large = raydetr(bare_head, "submit", "train", "quickstart", cwd=large)
+    assert too_large.returncode == 1
+    assert re.search(r"^ +101.0 MiB  weights.pth$", too_large.stderr, re.MULTILINE), too_large.stderr
     unknown = raydetr(bare_head, "jobs", "logs", "outsid")
     assert unknown.returncode == 1
     assert "has no job outsid; did you mean outside?" in unknown.stderr
-    for done in (wrong, outside, refused, unknown):
+    for done in (wrong, outside, refused, too_large, unknown):
         assert "Traceback" not in done.stderr
+    for name in VARIABLES:  # which Cluster sets
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert Cluster(bare_head.dashboard).resources() == "the cluster has 2 CPUs and 0 GPUs on 1 node"
 
 
 def _write(file: Path, text: str) -> Path:

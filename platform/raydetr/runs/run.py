@@ -128,6 +128,7 @@ def start(
         OSError, ValueError: the shards cannot be used.
         TrackingError: MLflow cannot be reached before the first step.
         LaunchError: the run failed on Ray; with `local`, the errors of `run_session` instead.
+        LeaseError: another process drives the run that is to go on.
         RunStopped: a signal stopped the run.
     """
     config, (train, val) = resolve(config)

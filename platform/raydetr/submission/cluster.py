@@ -108,7 +108,8 @@ class Cluster:
             nodes = list_nodes(address=self.address, filters=[("state", "=", "ALIVE")], detail=True)
         totals = [node.resources_total or {} for node in nodes]
         cpus, gpus = (sum(total.get(name, 0) for total in totals) for name in ("CPU", "GPU"))
-        return f"the cluster has {len(totals)} nodes with {cpus:.0f} CPUs and {gpus:.0f} GPUs in all"
+        nodes_word = "node" if len(totals) == 1 else "nodes"
+        return f"the cluster has {cpus:.0f} CPUs and {gpus:.0f} GPUs on {len(totals)} {nodes_word}"
 
 
 def _url(address: str | None) -> str:
