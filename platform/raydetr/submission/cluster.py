@@ -63,8 +63,9 @@ class Cluster:
         try:
             yield
         except AuthenticationError as error:
+            reason = str(error).splitlines()[0].partition(". ")[0]
             raise ClusterError(
-                f"{self.address} requires a token ({str(error).splitlines()[0]}): set RAY_AUTH_MODE=token, and "
+                f"{self.address} requires a token ({reason}): set RAY_AUTH_MODE=token, and "
                 "RAY_AUTH_TOKEN to the token of the cluster (`ray get-auth-token` on its head prints it) or "
                 "RAY_AUTH_TOKEN_PATH to its file"
             ) from None

@@ -106,6 +106,7 @@ def test_a_cluster_that_wants_a_token() -> None:
         assert done.stderr.startswith(f"error: {head.dashboard} requires a token ("), done.stderr
         assert "RAY_AUTH_MODE=token" in done.stderr
         assert len(done.stderr.splitlines()) == 1
+        assert len(done.stderr) < 400
 
 
 def _list(head: RayHead, **variables: str) -> subprocess.CompletedProcess[str]:
