@@ -301,6 +301,7 @@ def test_a_stop_waits_for_a_last_checkpoint_that_takes_longer_than_rays_three_se
         else:
             assert reached == before
             assert "was killed after 3 s without a last checkpoint" in outcomes[name], outcomes
+            assert "submit its command again: a run with a --name goes on" in outcomes[name]
             assert not events(folder, "stopped")
 
 

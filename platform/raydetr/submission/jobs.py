@@ -97,7 +97,7 @@ def resume(cluster: Cluster, name: str, folder: Path) -> str:
     """
     job = cluster.job(name)
     metadata = dict(job.metadata or {})
-    if SOURCE not in metadata or "--or-resume" not in shlex.split(job.entrypoint):
+    if not _can_resume(job):
         raise ConfigError(f"{name}: is not a run of `raydetr submit train`: submit its command again")
     if metadata[SOURCE] == "installed":
         return _send_installed(cluster, job.entrypoint, metadata)
@@ -168,9 +168,14 @@ def to_table(jobs: Sequence[JobDetails], now: float) -> str:
 
 def resume_command(cluster: Cluster, job: JobDetails) -> str:
     """Return the line that says how a job that has ended goes on."""
-    if "--or-resume" not in job.entrypoint:
-        return "a search is not resumed: submit it again"
-    return f"go on with: raydetr jobs resume {job.submission_id} --address {cluster.address}"
+    if _can_resume(job):
+        return f"go on with: raydetr jobs resume {job.submission_id} --address {cluster.address}"
+    return "submit its command again: a run with a --name goes on, a search begins anew"
+
+
+def _can_resume(job: JobDetails) -> bool:
+    """Return whether it is a run of `raydetr submit train`."""
+    return SOURCE in (job.metadata or {}) and "--or-resume" in shlex.split(job.entrypoint)
 
 
 def _send_installed(cluster: Cluster, entrypoint: str, metadata: dict[str, str]) -> str:

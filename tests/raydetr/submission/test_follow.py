@@ -19,7 +19,7 @@ def details(status: JobStatus, **values: Any) -> JobDetails:
     start = 1_700_000_000_000
     return JobDetails(
         type=JobType.SUBMISSION, submission_id="run-1", status=status, entrypoint="raydetr train --or-resume",
-        start_time=start, end_time=start + 61_000, metadata={"raydetr.run": "run"}, **values,
+        start_time=start, end_time=start + 61_000, metadata={"raydetr.run": "run", "raydetr.source": "checkout"}, **values,
     )  # fmt: skip
 
 
@@ -91,6 +91,15 @@ def test_a_new_head_that_does_not_know_the_job_is_an_error() -> None:
     cluster = MadeCluster([details(JobStatus.RUNNING), ClusterError("has no job run-1")], [["one\n"]])
     with pytest.raises(ClusterError, match="has no job run-1"):
         follow.follow(cluster, "run-1")  # type: ignore[arg-type]
+
+
+def test_a_job_of_ray_job_submit_is_submitted_again(capsys: pytest.CaptureFixture[str]) -> None:
+    stopped = details(JobStatus.STOPPED)
+    stopped.metadata = None
+    assert follow.follow(MadeCluster([stopped], [["x"]]), "run-1") == 3  # type: ignore[arg-type]
+    assert "submit its command again: a run with a --name goes on" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 @pytest.mark.parametrize(
