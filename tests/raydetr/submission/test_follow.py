@@ -19,7 +19,8 @@ def details(status: JobStatus, **values: Any) -> JobDetails:
     start = 1_700_000_000_000
     return JobDetails(
         type=JobType.SUBMISSION, submission_id="run-1", status=status, entrypoint="raydetr train --or-resume",
-        start_time=start, end_time=start + 61_000, metadata={"raydetr.run": "run", "raydetr.source": "checkout"}, **values,
+        start_time=start, end_time=start + 61_000,
+        metadata={"raydetr.run": "run", "raydetr.source": "checkout"}, **values,
     )  # fmt: skip
 
 
