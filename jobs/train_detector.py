@@ -1,10 +1,13 @@
 """Train a detector: `raydetr train` as a job to submit to a cluster.
 
-ray job submit --working-dir . -- python jobs/train_detector.py RECIPE [PATH=VALUE]...
+ray job submit --working-dir . -- python jobs/train_detector.py RECIPE [PATH=VALUE]... [--name NAME]
+
+With a name, the run goes on if the job is submitted again.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 
 from _sources import add_sources
@@ -14,5 +17,7 @@ add_sources()
 from raydetr.cli.main import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.argv[1:1] = ["train"]
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    is_named = any(argument.partition("=")[0] == "--name" for argument in sys.argv)
+    sys.argv[1:1] = ["train", "--or-resume"] if in_job and is_named else ["train"]
     main()

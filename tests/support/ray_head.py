@@ -10,9 +10,9 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +39,27 @@ class RayHead:
     address: str
     dashboard: str  # URL
     folder: Path
+    python: Path = Path(sys.executable)  # of the head and its jobs
+    variables: Mapping[str, str] = field(default_factory=dict)  # of its environment, beside ENVIRONMENT
 
     def environment(self) -> dict[str, str]:
-        """Return the environment of a client: `python` is this one, and no variable points to another cluster."""
-        inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        path = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
-        return inherited | ENVIRONMENT | {"PATH": path}
+        """Return the environment of a client: `python` is the head's, and no variable points to another cluster."""
+        others = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+        inherited = {name: value for name, value in os.environ.items() if name not in others}
+        path = os.pathsep.join([str(self.python.parent), inherited.get("PATH", os.defpath)])
+        return inherited | ENVIRONMENT | self.variables | {"PATH": path}
+
+    def get(self, path: str) -> Any:
+        """Request a path of the dashboard."""
+        token = self.variables.get("RAY_AUTH_TOKEN")
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        return urllib.request.urlopen(
+            urllib.request.Request(self.dashboard + path, headers=headers), timeout=30
+        )
 
     def living(self, resource: str) -> list[dict[str, Any]]:
         """List the actors, placement_groups or nodes of the cluster that have not ended, with the REST API."""
-        url = f"{self.dashboard}/api/v0/{resource}?limit=1000&detail=1"
-        with urllib.request.urlopen(url, timeout=30) as response:
+        with self.get(f"/api/v0/{resource}?limit=1000&detail=1") as response:
             rows: list[dict[str, Any]] = json.load(response)["data"]["result"]["result"]
         return [row for row in rows if row.get("state") not in ("DEAD", "REMOVED")]
 
@@ -59,17 +69,23 @@ class RayHead:
 
 
 @contextmanager
-def ray_head(num_cpus: int) -> Iterator[RayHead]:
-    """Start a head node with a dashboard on free loopback ports; end all its processes afterwards."""
+def ray_head(
+    num_cpus: int, python: Path = Path(sys.executable), variables: Mapping[str, str] | None = None
+) -> Iterator[RayHead]:
+    """Start a head node with a dashboard on free loopback ports; kill all its processes afterwards.
+
+    `python` and `variables` are the interpreter and environment variables of the head and its jobs.
+    """
     # It holds sockets, for which the paths of pytest's folders are too long
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         port, dashboard, agent, metrics, client, environment_agent, grpc = free_ports(7)
-        head = RayHead(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", folder)
+        url = f"http://127.0.0.1:{dashboard}"
+        head = RayHead(f"127.0.0.1:{port}", url, folder, python, variables or {})
         with (folder / "head.log").open("w") as log:
             process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
+                    *(str(python), "-m", "ray.scripts.scripts", "start", "--head", "--block"),
                     *("--node-ip-address=127.0.0.1", f"--port={port}", f"--num-cpus={num_cpus}"),
                     *(
                         "--include-dashboard=true",
@@ -83,6 +99,7 @@ def ray_head(num_cpus: int) -> Iterator[RayHead]:
                 ],
                 # Ray's own actors would ask another cluster on this machine for the state of theirs
                 env=head.environment() | {"RAY_ADDRESS": head.address},
+                cwd=folder,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -108,7 +125,7 @@ def _wait_for(head: RayHead, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"{head.dashboard}/api/version", timeout=5):
+            with head.get("/api/version"):
                 if head.living("nodes"):
                     return
         except (OSError, KeyError, TypeError):

@@ -16,9 +16,11 @@ import typer
 
 from raydetr import config as configuration
 from raydetr import recipes
+from raydetr.cli.arguments import ConfigFile, RecipeAndOverrides, SpaceFile, read_config
 from raydetr.cli.cluster import cluster_app
+from raydetr.cli.jobs import jobs_app, submit_app
 from raydetr.cli.shards import shards_app
-from raydetr.config import ConfigError, RunConfig
+from raydetr.config import ConfigError
 from raydetr.console import print_status, progress_bar
 from raydetr.runs.signals import RunStopped
 from raydetr.store.output_folder import check_out_file
@@ -32,15 +34,9 @@ app = typer.Typer(
 )
 app.add_typer(shards_app, name="shards")
 app.add_typer(cluster_app, name="cluster")
+app.add_typer(submit_app, name="submit")
+app.add_typer(jobs_app, name="jobs")
 
-RecipeAndOverrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="RECIPE [PATH=VALUE]...",
-        help="Recipe (see `raydetr recipes`), then overrides such as optim.lr=2e-4.",
-    ),
-]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="Configuration file, instead of a recipe.")]
 # Settings of a cluster that have no effect in one process
 LOCAL_IGNORES = (
     "cluster.num_workers", "cluster.address", "cluster.max_failures", "cluster.min_workers", "cluster.wait_minutes",
@@ -99,6 +95,12 @@ def train(
     name: Annotated[
         str | None, typer.Option(help="Name of the run, and of its folder; default: a new one.")
     ] = None,
+    or_resume: Annotated[
+        bool,
+        typer.Option(
+            "--or-resume", help="Resume the run --name if it exists, as a job that is submitted again does."
+        ),
+    ] = False,
     local: Local = False,
 ) -> None:
     """Train a detector on Ray Train workers, evaluate it, and log everything to MLflow."""
@@ -110,8 +112,11 @@ def train(
             LOCAL_IGNORES,
             "with --local",
         )
+    if or_resume and name is None:
+        raise ConfigError("--or-resume needs the name of the run: add --name NAME")
     if resume is None:
-        result = run.start(read_config(arguments or [], config), local=local, name=name)
+        chosen = read_config(arguments or [], config)
+        result = run.start(chosen, local=local, name=name, or_resume=or_resume)
     elif name is not None:
         raise ConfigError("--resume continues the run in its folder: omit --name")
     elif config is not None:
@@ -257,9 +262,7 @@ def doctor(
 @app.command()
 def tune(
     arguments: RecipeAndOverrides = None,
-    space: Annotated[
-        Path, typer.Option(help="YAML file of the search space: a distribution per setting.")
-    ] = Path("space.yaml"),
+    space: SpaceFile = Path("space.yaml"),
     trials: Annotated[int, typer.Option(min=1, help="Number of configurations to try.")] = 8,
     concurrent: Annotated[
         int, typer.Option(min=1, help="Maximum number of trials that run at the same time.")
@@ -288,21 +291,6 @@ def compare(
     from raydetr.runs.compare import compare as compare_runs
 
     typer.echo(compare_runs(runs, uri, plain=not sys.stdout.isatty()))
-
-
-def read_config(arguments: list[str], config_file: Path | None) -> RunConfig:
-    """Read the recipe or file that the arguments name, and apply the overrides.
-
-    Raises:
-        ConfigError: neither or both are given, or an override does not fit.
-    """
-    named = [argument for argument in arguments[:1] if "=" not in argument]
-    if named and config_file is not None:
-        raise ConfigError(f"a recipe ({named[0]}) and --config {config_file} are given: keep one")
-    if not named and config_file is None:
-        raise ConfigError("name a recipe first (see `raydetr recipes`), or give --config FILE")
-    chosen = recipes.find(named[0]) if config_file is None else configuration.from_yaml(config_file)
-    return configuration.override(chosen, configuration.parse_assignments(arguments[len(named) :]))
 
 
 def _refuse(arguments: list[str], prefixes: tuple[str, ...], where: str) -> None:

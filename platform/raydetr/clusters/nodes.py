@@ -63,7 +63,8 @@ def problems_of(config: RunConfig, nodes: Nodes) -> list[str]:
             f"cluster.num_workers: {cluster.num_workers} workers with {each} each, and the nodes hold {capacity} "
             f"({nodes}): lower them, or allow more or larger nodes"
         )
-    if nodes.mounts is not None and not _is_below(str(config.storage.path), nodes.mounts):
+    is_here = not is_remote(config.storage.path)
+    if nodes.mounts is not None and is_here and not _is_below(config.storage.path, nodes.mounts):
         found.append(
             f"storage.path: {config.storage.path} is on no folder that all nodes mount"
             + (f": set storage.path={nodes.mounts[0]}/runs" if nodes.mounts else ": mount one")

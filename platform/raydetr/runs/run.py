@@ -43,7 +43,7 @@ from raydetr.runs.signals import RunStopped, StopSignals
 from raydetr.shards.reader import Shards
 from raydetr.store.folders import Folder, open_folder, write_file
 from raydetr.tracking import mlflow_run
-from raydetr.tracking.events import EventLog
+from raydetr.tracking.events import EventLog, read_events
 from raydetr.training import checkpoint, init_weights
 
 # Settings of a run that a resume cannot change
@@ -106,6 +106,7 @@ def start(
     *,
     local: bool = False,
     name: str | None = None,
+    or_resume: bool = False,
     parent_run_id: str | None = None,
     callbacks: Sequence[Any] = (),
     warn: bool = True,
@@ -116,16 +117,19 @@ def start(
         config: what to train.
         local: train in this process, without Ray.
         name: of the run; None: a new one. A search names its trials.
+        or_resume: a run with this name goes on, or has its result returned if it is finished.
         parent_run_id: of the search's MLflow run.
         callbacks: of the search, for Ray Train.
         warn: print warnings about the data.
 
     Raises:
-        ConfigError: the configuration contradicts itself or the data.
+        ConfigError: the configuration contradicts itself or the data, the name is taken, or the run that is to go on
+            has another configuration.
         CheckpointError: `init.checkpoint` cannot be used.
         OSError, ValueError: the shards cannot be used.
         TrackingError: MLflow cannot be reached before the first step.
         LaunchError: the run failed on Ray; with `local`, the errors of `run_session` instead.
+        LeaseError: another process drives the run that is to go on.
         RunStopped: a signal stopped the run.
     """
     config, (train, val) = resolve(config)
@@ -137,9 +141,13 @@ def start(
     if name in ("", "..") or name.startswith(".") or "/" in name:
         raise ConfigError(f"the name {name!r} is not the name of a folder: use letters, digits, - and _")
     folder = open_folder(config.storage.path) / name
-    _check_new(folder, config)
+    _check_new(folder, config, or_resume)
+    if or_resume and checkpoint.newest_valid(folder, lambda message: None) is not None:
+        return _go_on(folder, config, local)
     with Lease(folder) as lease:
-        config, run_id = create_mlflow_run(config, name, parent_run_id=parent_run_id)
+        config, run_id = _mlflow_run_of(folder, config) or create_mlflow_run(
+            config, name, parent_run_id=parent_run_id
+        )
         write_file(folder / "config.yaml", to_yaml(config).encode())
         write_file(folder / "mlflow_run_id", run_id.encode())
         with tracking_warnings():
@@ -191,13 +199,74 @@ def resume(
         return _execute(Run(config, folder, run_id, last), lease, local)
 
 
-def _check_new(folder: Folder, config: RunConfig) -> None:
-    """Check that there is no run with this name.
+def _go_on(folder: Folder, config: RunConfig, local: bool) -> RunResult:
+    """Continue a run that has a checkpoint, or return the result of a finished one.
+
+    Raises:
+        ConfigError: the run has another configuration.
+    """
+    stored = read_config(folder)
+    differing = _differences(folder.name, stored, config)
+    if differing:
+        changes = shlex.join(
+            f"{path}={'null' if new is None else new}" for path, (_, new) in differing.items()
+        )
+        raise ConfigError(
+            f"{folder} is a run with other settings: "
+            + "; ".join(f"{path} is {old} there, and {new} here" for path, (old, new) in differing.items())
+            + f". Continue it with `--resume {shlex.quote(str(folder))} {changes}` instead, or give another --name"
+        )
+    last = checkpoint.newest_valid(folder, lambda message: None)
+    if last is None or not checkpoint.is_complete(last, stored):
+        return resume(str(folder), local=local)
+    print_status(f"{folder}: this run is finished")
+    uri, run_id = mlflow_run.tracking_uri(stored), (folder / "mlflow_run_id").read_text()
+    metrics, events = checkpoint.read_metrics(last), read_events(folder)
+    if not any(event["kind"] == "finished" for event in events):  # its driver was killed just before
+        log = EventLog(folder)
+        log.append("finished", position=checkpoint.position_of(last), AP=metrics.get("AP"))
+        _flush(log)
+        _finish(uri, run_id, "FINISHED", last)
+    seconds = events[-1]["time"] - events[0]["time"]
+    return RunResult(folder.name, folder, run_id, uri, last, metrics, seconds)
+
+
+def _differences(name: str, stored: RunConfig, given: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the settings in which resolved configurations differ, {path: (stored, given)}, but for those that a start
+    decides: the database in place of an MLflow server that failed, the best checkpoint of a run to start from.
+    """
+    old, new = flatten(to_dict(stored)), flatten(to_dict(given))
+    own = mlflow_run.default_uri(stored.storage.path, name)
+    decided = {"tracking.uri"} if stored.tracking.uri in (None, own) else set()
+    before, now = stored.init.checkpoint, given.init.checkpoint
+    if before is not None and now is not None and open_folder(before).parent == open_folder(now).parent:
+        decided.add("init.checkpoint")
+    return {
+        path: (old.get(path), new.get(path))
+        for path in dict.fromkeys([*old, *new])
+        if old.get(path) != new.get(path) and path not in decided
+    }
+
+
+def _mlflow_run_of(folder: Folder, config: RunConfig) -> tuple[RunConfig, str] | None:
+    """Reopen the MLflow run of a run that ended before its first checkpoint; None if it has none."""
+    try:
+        run_id = (folder / "mlflow_run_id").read_text()
+        config = override(config, {"tracking.uri": read_config(folder).tracking.uri})
+    except (FileNotFoundError, ConfigError):
+        return None
+    with tracking_warnings():
+        mlflow_run.reopen_run(mlflow_run.tracking_uri(config), run_id)
+    return config, run_id
+
+
+def _check_new(folder: Folder, config: RunConfig, or_resume: bool) -> None:
+    """Check that there is no run with this name, unless it may go on.
 
     Raises:
         ConfigError: there is one.
     """
-    if not folder.exists():
+    if or_resume or not folder.exists():
         return
     last = checkpoint.newest_valid(folder, lambda message: None)
     if last is None:

@@ -217,3 +217,9 @@ def test_overrides_without_effect_are_refused(raydetr, arguments: list[str], mes
     result = raydetr(*arguments)
     assert result.code == 1
     assert message in result.err
+
+
+def test_or_resume_needs_a_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    done = CommandLine(monkeypatch, capsys, "train")("quickstart", "--or-resume")
+    assert done.code == 1
+    assert done.err == "error: --or-resume needs the name of the run: add --name NAME"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from raydetr import recipes
-from raydetr.cli.main import read_config
+from raydetr.cli.arguments import read_config
 from raydetr.config import override
 from raydetr.tune.result import (
     SearchResult,

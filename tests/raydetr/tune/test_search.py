@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from ray_head import RayHead, ray_head
-from raydetr.cli.main import read_config
+from raydetr.cli.arguments import read_config
 from raydetr.config import from_yaml
 from raydetr.shards.source import coco_source
 from raydetr.shards.synthetic import write_synthetic_data
