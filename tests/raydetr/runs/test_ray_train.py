@@ -27,6 +27,7 @@ from raydetr.runs.evaluate import evaluate_checkpoint
 from raydetr.runs.ray_cluster import LaunchError, check_resources
 from raydetr.shards.reader import open_shards
 from raydetr.tracking import mlflow_run
+from raydetr.tracking.events import read_events
 from raydetr.training import checkpoint
 
 pytestmark = [
@@ -101,6 +102,29 @@ def test_a_run_with_a_killed_worker_ends_in_the_same_bits(cluster: Cluster, two_
     assert on_ray == locally
     assert locally["AP"] == unbroken.metrics["AP"]
     assert not train_workers(cluster)
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_with_another_number_of_workers(cluster: Cluster, two_workers: RunConfig) -> None:
+    """It is the same training: only sums are rounded in another order, by three workers of two images."""
+    config = override(
+        two_workers, {"optim.epochs": 2, "data.batch_size": 6, "optim.lr": 1e-5, "optim.lr_backbone": 1e-5}
+    )
+    unbroken = run.start(config)
+    broken = Path(config.storage.path) / "broken"
+    shutil.copytree(unbroken.folder, broken)
+    for later in checkpoint.complete_checkpoints(broken):
+        if checkpoint.position_of(later) > 48:
+            shutil.rmtree(later)
+    before = states(checkpoint.folder_of(broken, 48))
+    resumed = run.resume(broken, overrides={"cluster.num_workers": 3})
+    started = [event for event in read_events(broken) if event["kind"] in ("started", "resumed")]
+    assert [(event["workers"], event["position"]) for event in started] == [(2, 0), (3, 48)]
+    assert resumed.metrics["position"] == unbroken.metrics["position"]
+    weights, expected = states(resumed.checkpoint), states(unbroken.checkpoint)
+    moved = max(float((expected[name] - before[name]).abs().max()) for name in expected)
+    apart = max(float((expected[name] - weights[name]).abs().max()) for name in expected)
+    assert apart < 0.05 * moved, (apart, moved)
 
 
 def test_a_failed_run_has_the_message_of_its_worker_and_is_not_retried(
