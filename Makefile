@@ -88,7 +88,7 @@ ui: setup ## show the runs in MLflow's web interface, on this machine only
 
 clean: ## remove everything that was built, and build/; keep the environment, runs/ and data/
 	rm -rf build dist *.egg-info platform/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	rm -f $(operator)
+	rm -f $(operator) $(operator:.so=.sources)
 
 # The environment's clang-format, or the system's; without one, csrc/ is skipped with a message.
 clang_format = tool=$$(command -v $(VENV)/bin/clang-format || command -v clang-format) \
@@ -114,5 +114,5 @@ $(installed): pyproject.toml constraints.txt $(if_of_another_clone)
 
 # A change in csrc/ rebuilds only the operator.
 $(operator): setup.py $(operator_files) | $(installed)
-	$(python) setup.py --quiet build_ext --inplace
+	$(python) setup.py --quiet build_ext --inplace --force
 	@touch $@

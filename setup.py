@@ -18,6 +18,7 @@ import importlib.util
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -36,6 +37,7 @@ except ImportError:  # setuptools < 70.1
 
 ROOT = Path(__file__).parent.resolve()
 OBJECTS = ROOT / "build" / "csrc"
+SOURCES_OF = runpy.run_path(str(ROOT / "models/detrs/ops/sources.py"))  # an import of detrs would need torch
 
 # kernel_code.h is compiled once per instruction set; the library selects one at run time
 KERNEL_FLAGS = {
@@ -184,6 +186,12 @@ def link(compiler: list[str], nvcc: Nvcc | str, objects: list[Path], library: Pa
         # Replace the file instead of overwriting it: a running process may have the old one mapped
         shutil.copyfile(linked, library.with_suffix(".new"))
         library.with_suffix(".new").replace(library)
+    record_sources(library)
+
+
+def record_sources(library: Path) -> None:
+    """Write beside a library what it was built from: a checkout without one finds an installed one by it."""
+    library.with_suffix(SOURCES_OF["SUFFIX"]).write_text(SOURCES_OF["digest_sources"](ROOT / "csrc"))
 
 
 def output_of(command: list[str]) -> str:
@@ -218,6 +226,11 @@ class BuildOperator(build_ext):
             print(f"setup.py: building the operator without GPU kernels: {nvcc}", file=sys.stderr)
         OBJECTS.mkdir(parents=True, exist_ok=True)
         link(compiler, nvcc, compile_all(compiler, nvcc), Path(self.get_ext_fullpath(ext.name)))
+
+    def copy_extensions_to_source(self) -> None:
+        """Copy the library into the source tree, for an editable install."""
+        super().copy_extensions_to_source()
+        record_sources(ROOT / "models" / "detrs" / "ops" / "_C.so")
 
 
 class AnyPythonWheel(bdist_wheel):

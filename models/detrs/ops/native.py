@@ -6,14 +6,17 @@ autocast.
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from detrs.ops.sources import SUFFIX, digest_sources
 
 LIBRARY = Path(__file__).with_name("_C.so")
 # The autocast rules are unregistered when this object is deleted: keep it.
@@ -42,25 +45,44 @@ def native_status() -> NativeStatus:
 
 def _load() -> NativeStatus:
     """Load and register the library; warn once if that fails."""
+    library = (
+        LIBRARY if LIBRARY.exists() else find_installed(LIBRARY.parents[3] / "csrc", sys.path) or LIBRARY
+    )
     try:
-        torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except OSError as error:
-        problem = f"does not load ({error})" if LIBRARY.exists() else "does not exist"
-        reason = f"{LIBRARY} {problem}"
+        problem = f"does not load ({error})" if library.exists() else "does not exist"
+        reason = f"{library} {problem}"
         warnings.warn(
             f"deformable attention runs in pure torch, several times slower: {reason}. To get the native"
             " operator, install a C++ compiler and run `pip install --no-build-isolation -e .` again.",
             RuntimeWarning,
             stacklevel=2,
         )
-        return NativeStatus((), None, LIBRARY, reason)
+        return NativeStatus((), None, library, reason)
     _register()
     instruction_set, targets = torch.ops.detrs.instruction_set(), torch.ops.detrs.cuda_targets()
     if targets:
         reason = f"native kernels for {instruction_set}, and for GPUs: {targets}"
-        return NativeStatus(("cpu", "cuda"), instruction_set, LIBRARY, reason)
+        return NativeStatus(("cpu", "cuda"), instruction_set, library, reason)
     reason = f"native kernels for {instruction_set}; none for GPUs: {torch.ops.detrs.cuda_note()}"
-    return NativeStatus(("cpu",), instruction_set, LIBRARY, reason)
+    return NativeStatus(("cpu",), instruction_set, library, reason)
+
+
+def find_installed(sources: Path, folders: Iterable[str]) -> Path | None:
+    """Return a library that is installed in one of the folders, and was built from these sources; None without one.
+
+    A job that runs from the upload of a checkout has the sources, but no library; the cluster may have installed one.
+    """
+    if not sources.is_dir():
+        return None
+    wanted = digest_sources(sources)
+    for folder in folders:
+        library = Path(folder, "detrs", "ops", LIBRARY.name)
+        record = library.with_suffix(SUFFIX)
+        if library.is_file() and record.is_file() and record.read_text() == wanted:
+            return library
+    return None
 
 
 def has_kernels(value: Tensor) -> bool:

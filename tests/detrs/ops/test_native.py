@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -237,3 +241,31 @@ def test_autocast_changes_nothing():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(deform_attn(inputs[0], SHAPES, *inputs[1:]), expected)
         assert deform_attn(inputs[0].bfloat16(), SHAPES, *inputs[1:]).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("change", [None, "csrc/library.cpp", "csrc/cpu/new.h"])
+def test_a_checkout_without_a_library_takes_an_installed_one_of_the_same_sources(tmp_path, change):
+    """As a job does, whose upload has no library, on nodes on which the package is installed."""
+    root = Path(__file__).parents[3]
+    leave_out = shutil.ignore_patterns("_C.*", "__pycache__")
+    shutil.copytree(root / "models", tmp_path / "models", ignore=leave_out)
+    shutil.copytree(root / "csrc", tmp_path / "csrc")
+    installed = tmp_path / "site-packages" / "detrs" / "ops"
+    installed.mkdir(parents=True)
+    for name in ("_C.so", "_C.sources"):
+        shutil.copy(root / "models" / "detrs" / "ops" / name, installed)
+    if change is not None:
+        with (tmp_path / change).open("a") as file:
+            file.write("// changed\n")
+    code = f"""
+        import sys, warnings
+        warnings.simplefilter("ignore")
+        sys.path.append({str(tmp_path / "site-packages")!r})
+        from detrs.ops import native_status
+        print(native_status().library, native_status().devices)
+    """
+    done = run_python(textwrap.dedent(code), models=tmp_path / "models")
+    if change is None:
+        assert done.stdout.strip() == f"{installed / '_C.so'} {native_status().devices}", done.stderr
+    else:
+        assert done.stdout.strip() == f"{tmp_path / 'models/detrs/ops/_C.so'} ()", done.stderr
