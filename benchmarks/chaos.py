@@ -370,6 +370,7 @@ def report(disturbed: Path, calm: Path, kills: list[dict[str, Any]]) -> dict[str
             for name in DISTURBANCES
             if (own := [kill["seconds_to_training"] for kill in kills if kill["kind"] == name])
         },
+        "restart_reasons": [event["reason"] for event in events if event["kind"] == "restart"],
         "each": kills,
     }
     print(f"\n{'disturbance':24} {'number':>6} {'median s':>9} {'max s':>7}")

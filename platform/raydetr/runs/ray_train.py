@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -335,7 +336,9 @@ def _root_cause(error: BaseException) -> str:
         return str(fatal)
     failures = getattr(error, "worker_failures", None)
     if not failures:
-        return str(error)
+        # Ray's text about a dead actor begins with what happened, one about an error ends with it
+        lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() if line.strip()]
+        return lines[0] if isinstance(error, ray.exceptions.RayActorError) else lines[-1].strip()
     rank, cause = sorted(failures.items())[0]
     return f"worker {rank}: {getattr(cause, 'cause', None) or cause}"
 
