@@ -209,7 +209,7 @@ class _Session:
         if report.is_evaluated and not is_stopping:
             # On the disk before an evaluation begins, which can take long, or fail. If it cannot be written, the
             # evaluation is not kept waiting.
-            self.writer.wait(EVALUATION_WAITS)
+            self.writer.wait(EVALUATION_WAITS, or_failed=True)
 
     def _on_written(self, written: Written) -> None:
         """Log what became of a checkpoint; called in the writer's thread."""

@@ -92,10 +92,19 @@ class CheckpointWriter:
             self._waiting.metrics = metrics
             self._changed.notify_all()
 
-    def wait(self, seconds: float) -> bool:
-        """Wait until everything is written, at most `seconds`; return whether it is."""
+    def wait(self, seconds: float, *, or_failed: bool = False) -> bool:
+        """Wait until everything is written, with `or_failed` or until a try has failed; return whether it is written.
+
+        Not longer than `seconds`.
+        """
         with self._changed:
-            return self._changed.wait_for(lambda: self._waiting is None and not self._is_writing, seconds)
+            self._changed.wait_for(
+                lambda: self._is_idle() or (or_failed and self._problem is not None), seconds
+            )
+            return self._is_idle()
+
+    def _is_idle(self) -> bool:
+        return self._waiting is None and not self._is_writing
 
     def check(self) -> None:
         """Raise if no checkpoint could be written for too long, also because the storage does not answer.
@@ -131,10 +140,11 @@ class CheckpointWriter:
             began = time.monotonic()
             try:
                 num_bytes = self._write(waiting)
-            except (
-                Exception
-            ) as error:  # of any type: whatever prevents it, training goes on and it is tried again
-                self._problem = f"{type(error).__name__}: {error}"
+            # Of any type: whatever prevents it, training goes on and it is tried again
+            except Exception as error:
+                with self._changed:
+                    self._problem = f"{type(error).__name__}: {error}"
+                    self._changed.notify_all()
                 self._report(Written(waiting.position, time.monotonic() - began, error=self._problem))
                 self._put_back(waiting, pause)
                 pause = min(2 * pause, MAX_PAUSE)
