@@ -33,6 +33,7 @@ CONNECT_SECONDS = 1.0  # for the connection to a node
 SETTINGS = {
     "RAY_AUTH_MODE": "disabled",  # with a token in the home folder, other clusters would refuse the connection
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for this poll; 2 s by default
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # for workers that hang in a collective; 30 s by default
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints would appear twice
     "RAY_raylet_start_wait_time_s": "120",  # 30 s are too few on a busy machine
     "RAY_health_check_period_ms": "1000",  # a lost node is noticed after five; every 3 s by default

@@ -41,7 +41,7 @@ from raydetr.runs.ray_cluster import (
 )
 from raydetr.runs.session import Run, run_session
 from raydetr.runs.signals import StopSignals
-from raydetr.store.folders import Folder, write_file
+from raydetr.store.folders import Folder, remove_folder, write_file
 from raydetr.tracking.events import EventLog
 from raydetr.training import checkpoint
 from raydetr.training.world import World
@@ -157,7 +157,7 @@ class Start:
         # In a thread, where Ray Train does not replace the handlers of signals
         thread = threading.Thread(target=fit_trainer, name="ray-train", daemon=True)
         thread.start()
-        watch = Watch(self._cluster, log)
+        watch = Watch(self._cluster, log, self._run.folder / STACKS)
         moves = False
         while thread.is_alive():
             thread.join(POLL_SECONDS)
@@ -171,7 +171,7 @@ class Start:
         self._show(ray.get(actor.read.remote()), display)  # with a warning of the last moment
         shutil.rmtree(scratch, ignore_errors=True)
         if failed:
-            raise watch.explain(failed[0], self._run.folder / STACKS)
+            raise watch.explain(failed[0])
         return not moves or stop.is_set() or self._is_complete()
 
     def _show(self, progress: RunProgress | None, display: Display) -> None:
@@ -187,8 +187,9 @@ class Start:
 class Watch:
     """Watches the workers of one start from the driver: for progress, and for nodes that join."""
 
-    def __init__(self, cluster: ClusterConfig, log: EventLog) -> None:
-        self._cluster, self._log = cluster, log
+    def __init__(self, cluster: ClusterConfig, log: EventLog, stacks: Folder) -> None:
+        self._cluster, self._log, self._stacks = cluster, log, stacks
+        remove_folder(stacks)  # those of an earlier start
         self._wait_until = time.monotonic() + WAITING_SECONDS
         self._look_until = time.monotonic() + LOOK_SECONDS
         self._latest: RunProgress | None = None
@@ -241,11 +242,11 @@ class Watch:
         print_status(f"nodes have joined: going on with {wanted} workers after this step")
         return True
 
-    def explain(self, error: BaseException, stacks: Folder) -> BaseException:
+    def explain(self, error: BaseException) -> BaseException:
         """Return the error of the workers, or why they were ended; log the stacks that they left."""
         if self._stalled is None:
             return error
-        files: list[Folder] = sorted(stacks.glob("*.txt"))
+        files: list[Folder] = sorted(self._stacks.glob("*.txt"))
         for file in files:
             self._log.append("stack", worker=file.stem, stack=file.read_text())
         return LaunchError(self._stalled)
