@@ -2,9 +2,10 @@
 
     make bench-scaling
 
-Trains one model, with one thread per worker, in turns: a bare loop over `Training.train_step`, a run in this process, a
-run with one Ray Train worker and one with two. Rates are medians over the runs of a kind, without the first steps of
-each. Prints a table and writes build/bench/scaling.json, a list of {case, value, unit, target}; exits with 1 if a
+Trains DETR with ResNet-50, whose batch norms are frozen, and the quickstart's model, whose batch norms are trained and
+therefore synchronized in every layer. One thread per worker; in turns a bare loop over `Training.train_step`, a run in
+this process, a run with one Ray Train worker and one with two. Rates are medians over the runs of a kind, without the
+first steps of each. The targets are for the first model. Prints a table and writes build/bench/scaling.json, a list of {case, value, unit, target}; exits with 1 if a
 target is missed. Needs two free cores.
 """
 
@@ -42,8 +43,8 @@ from raydetr.training.loop import Training
 from raydetr.training.world import World
 
 OUT = Path("build/bench/scaling.json")
-BATCH, LOGGED = 16, 5
-WARM_UP = 10  # steps
+WARM_UP = 2  # intervals between logged steps
+IMAGES, EVALUATED = 64, 16
 MIN_SCALING, MAX_OVERHEAD, MAX_WAIT = 0.85, 0.03, 0.01
 
 
@@ -51,16 +52,17 @@ def main() -> None:
     """Measure all cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=60, help="of each run")
     arguments = parser.parse_args()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="scaling-") as name:
-        config = configure(Path(name), arguments.steps)
+        models = configure(Path(name))
         ray.init(num_cpus=2, include_dashboard=True, log_to_driver=False)
         try:
-            rows = measure_rates(config, arguments.rounds) + measure_costs(config, Path(name))
+            rows = measure_rates("DETR, ResNet-50", models[0], arguments.rounds, has_targets=True)
+            rows += measure_rates("quickstart", models[1], arguments.rounds, has_targets=False)
+            rows += measure_costs(models[1], Path(name))
         finally:
             ray.shutdown()
     print(f"\n{'case':<66} {'value':>10} {'unit':<10} {'target':>8}")
@@ -87,30 +89,36 @@ def is_reached(row: dict[str, Any]) -> bool:
     return bool(row["value"] >= limit if relation == ">=" else row["value"] <= limit)
 
 
-def configure(work: Path, steps: int) -> RunConfig:
-    """Write small data; return a configuration that trains `steps` steps and evaluates at the end."""
-    write_synthetic_data(work / "coco", num_train=BATCH * 4, num_val=32)
+def configure(work: Path) -> list[RunConfig]:
+    """Write small data; return the configurations of the two models, which are evaluated at the end only."""
+    write_synthetic_data(work / "coco", num_train=IMAGES, num_val=EVALUATED)
     for split in ("train", "val"):
         annotations = work / "coco" / "annotations" / f"instances_{split}.json"
         write_source(coco_source(work / "coco" / split, annotations), work / split)
-    return override(
-        recipes.quickstart(),
-        {
-            "data.train": str(work / "train"),
-            "data.val": str(work / "val"),
-            "data.synthetic": None,
-            "data.batch_size": BATCH,
-            "optim.epochs": steps // 4,
-            "evaluation.every_epochs": steps // 4,
-            "cluster.num_workers": 1,
-            "cluster.cpus_per_worker": 1,
-            "storage.path": str(work / "runs"),
-            "tracking.log_every_steps": LOGGED,
-        },
-    )
+    common = {
+        "data.train": str(work / "train"),
+        "data.val": str(work / "val"),
+        "cluster.num_workers": 1,
+        "cluster.use_gpu": False,
+        "cluster.cpus_per_worker": 1,
+        "storage.path": str(work / "runs"),
+    }
+    resnet = {
+        "data.batch_size": 8, "data.num_loader_workers": 0, "data.train_transform.short_sides": [256],
+        "data.train_transform.max_side": 256, "optim.precision": "fp32", "optim.epochs": 2, "optim.lr_drop_epochs": [],
+        "evaluation.every_epochs": 2, "tracking.log_every_steps": 2, "init.checkpoint": None,
+    }  # fmt: skip
+    small = {
+        "data.synthetic": None, "optim.epochs": 15, "evaluation.every_epochs": 15, "data.batch_size": 16,
+        "tracking.log_every_steps": 5,
+    }  # fmt: skip
+    return [
+        override(recipes.find("finetune_detr_r50"), common | resnet),
+        override(recipes.quickstart(), common | small),
+    ]
 
 
-def measure_rates(config: RunConfig, rounds: int) -> list[dict[str, Any]]:
+def measure_rates(name: str, config: RunConfig, rounds: int, *, has_targets: bool) -> list[dict[str, Any]]:
     """Return the rates of the bare loop and the runs, and their ratios."""
     kinds = {
         "bare": lambda: bare_rate(config),
@@ -118,37 +126,27 @@ def measure_rates(config: RunConfig, rounds: int) -> list[dict[str, Any]]:
         "one": lambda: run_rate(config, local=False),
         "two": lambda: run_rate(override(config, {"cluster.num_workers": 2}), local=False),
     }
-    found: dict[str, list[float]] = {name: [] for name in kinds}
+    found: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(rounds):
-        for name, measure in kinds.items():
-            found[name].append(measure())
-        rates = ", ".join(f"{name} {values[-1]:.1f}" for name, values in found.items())
-        print(f"round {number + 1} of {rounds}: images/s: {rates}", flush=True)
-    rates = {name: median(values) for name, values in found.items()}
+        for kind, measure in kinds.items():
+            found[kind].append(measure())
+        rates = ", ".join(f"{kind} {values[-1]:.2f}" for kind, values in found.items())
+        print(f"{name}, round {number + 1} of {rounds}: images/s: {rates}", flush=True)
     # Ratios of neighbors: the machine may become slower or faster meanwhile
     scaling = median(two / (2 * one) for one, two in zip(found["one"], found["two"], strict=True))
     overhead = {
-        name: median(bare / own - 1 for bare, own in zip(found["bare"], found[name], strict=True))
-        for name in ("local", "one")
+        kind: median(bare / own - 1 for bare, own in zip(found["bare"], found[kind], strict=True))
+        for kind in ("local", "one")
     }
+    at_least, at_most = ((">=", MIN_SCALING), ("<=", MAX_OVERHEAD)) if has_targets else (None, None)
     return [
-        case("bare loop, one thread", rates["bare"], "images/s"),
-        case("run in one process", rates["local"], "images/s"),
-        case("run with one Ray Train worker", rates["one"], "images/s"),
-        case("run with two Ray Train workers", rates["two"], "images/s"),
-        case("two workers over twice one worker", scaling, "ratio", (">=", MIN_SCALING)),
-        case(
-            "overhead of a run in one process over the bare loop",
-            overhead["local"],
-            "share",
-            ("<=", MAX_OVERHEAD),
-        ),
-        case(
-            "overhead of a run with one worker over the bare loop",
-            overhead["one"],
-            "share",
-            ("<=", MAX_OVERHEAD),
-        ),
+        case(f"{name}: bare loop, one thread", median(found["bare"]), "images/s"),
+        case(f"{name}: run in one process", median(found["local"]), "images/s"),
+        case(f"{name}: run with one Ray Train worker", median(found["one"]), "images/s"),
+        case(f"{name}: run with two Ray Train workers", median(found["two"]), "images/s"),
+        case(f"{name}: two workers over twice one worker", scaling, "ratio", at_least),
+        case(f"{name}: overhead of a run in one process", overhead["local"], "share", at_most),
+        case(f"{name}: overhead of a run with one worker", overhead["one"], "share", at_most),
     ]
 
 
@@ -159,7 +157,7 @@ def bare_rate(config: RunConfig) -> float:
     model = zoo.build(override(config, {"model.num_classes": train.label_map.num_classes}).model)
     training = Training(config, model, train.num_samples, World.single_process())
     batches = train_batches(
-        train, seed=config.seed, position=0, layout=Layout(BATCH, 1, None), rank=0,
+        train, seed=config.seed, position=0, layout=Layout(config.data.batch_size, 1, None), rank=0,
         transform=Transform(config.data.train_transform), num_workers=config.data.num_loader_workers,
         on_corrupt=config.data.on_corrupt,
     )  # fmt: skip
@@ -167,26 +165,22 @@ def bare_rate(config: RunConfig) -> float:
     times = []
     for number, batch in enumerate(itertools.islice(batches, training.total_steps), 1):
         training.train_step(batch)
-        if number % LOGGED == 0:
+        if number % config.tracking.log_every_steps == 0:
             times.append(time.time())
-    return rate(times)
+    return rate(config, times)
 
 
 def run_rate(config: RunConfig, *, local: bool) -> float:
     """Return the images per second between the logged steps of a run."""
     result = run.start(config, local=local, warn=False)
-    times = [
-        event["time"]
-        for event in read_events(result.folder)
-        if event["kind"] == "step" and "loss" in event["metrics"]
-    ]
-    return rate(times)
+    steps = [event for event in read_events(result.folder) if event["kind"] == "step"]
+    return rate(config, [event["time"] for event in steps if "loss" in event["metrics"]])
 
 
-def rate(times: list[float]) -> float:
-    """Return images per second from the times of every LOGGED-th step: the median of the intervals after WARM_UP."""
-    kept = times[WARM_UP // LOGGED :]
-    return BATCH * LOGGED / median(after - before for before, after in itertools.pairwise(kept))
+def rate(config: RunConfig, times: list[float]) -> float:
+    """Return images per second: the median of the intervals between logged steps, after the first ones."""
+    seconds = median(after - before for before, after in itertools.pairwise(times[WARM_UP:]))
+    return config.data.batch_size * config.tracking.log_every_steps / seconds
 
 
 def measure_costs(config: RunConfig, work: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Synchronize batch norm: its statistics are those of the images of all workers.
 
-torch's own SyncBatchNorm is for GPUs only; `SyncBatchNorm2d` is its definition in terms of two sums, for CPUs.
+torch's own SyncBatchNorm is for GPUs only; `SyncBatchNorm2d` does the same on CPUs.
 """
 
 from __future__ import annotations
@@ -61,35 +61,56 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        own = input.new_full((1,), input.numel() / input.shape[1])
-        sums = _Sum.apply(torch.cat((input.sum((0, 2, 3)), own)), self.group)  # type: ignore[no-untyped-call]
-        count = sums[-1].detach()
-        mean = sums[:-1] / count
-        # In two passes: the difference of large sums of squares would lose the digits of a small variance
-        centered = input - mean[:, None, None]
-        var = _Sum.apply(centered.square().sum((0, 2, 3)), self.group) / count  # type: ignore[no-untyped-call]
+        out: Tensor
+        out, mean, var, count = _Normalize.apply(input, self.weight, self.bias, self.eps, self.group)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             self.num_batches_tracked += 1
             momentum = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean, momentum)
             self.running_var.lerp_(var * count / (count - 1), momentum)
-        scale = self.weight * (var + self.eps).rsqrt()
-        out: Tensor = centered * scale[:, None, None] + self.bias[:, None, None]
         return out
 
 
-class _Sum(torch.autograd.Function):
-    """Sum over the workers of a group; the gradient is the sum of the workers' gradients."""
+class _Normalize(torch.autograd.Function):
+    """Normalize by the statistics of all workers: one collective forward, and one backward.
+
+    Gloo takes a millisecond or two for the smallest message, which for a small model is more than the layer.
+    """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, eps: float, group: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x = input if input.dtype == torch.float64 else input.float()
+        size = x.numel() // x.shape[1]
+        if size == 0:
+            own_var = own_mean = x.new_zeros(x.shape[1])
+        else:
+            own_var, own_mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        own = torch.cat((own_mean, own_var, x.new_full((1,), size)))
+        gathered = own.new_empty(dist.get_world_size(group), len(own))
+        # Not the variant that takes one tensor, whose name changes with torch 2.13
+        dist.all_gather(list(gathered.unbind(0)), own, group=group)
+        means, variances, counts = torch.split(gathered, [x.shape[1], x.shape[1], 1], 1)
+        count = counts.sum()
+        # Chan, Golub and LeVeque 1979: the variance of a union, without the difference of large sums of squares
+        mean = (counts * means).sum(0) / count
+        var = (counts * (variances + (means - mean).square())).sum(0) / count
+        ctx.save_for_backward(input, weight, mean, (var + eps).rsqrt(), count)
         ctx.group = group
-        total = value.clone()
-        dist.all_reduce(total, group=group)
-        return total
+        out = nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps).to(input.dtype)
+        ctx.mark_non_differentiable(mean, var, count)
+        return out, mean, var, count
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        total = gradient.contiguous().clone()
+    def backward(ctx: Any, grad_out: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mean, inverse, count = ctx.saved_tensors
+        gradient = grad_out.to(mean.dtype)
+        normalized = (input - mean[:, None, None]) * inverse[:, None, None]
+        # Of this worker: those of weight and bias are averaged with all others
+        own = torch.stack(((gradient * normalized).sum((0, 2, 3)), gradient.sum((0, 2, 3))))
+        total = own.clone()
         dist.all_reduce(total, group=ctx.group)
-        return total, None
+        of_weight, of_bias = (total / count)[:, :, None, None]
+        grad_input = (weight * inverse)[:, None, None] * (gradient - of_bias - normalized * of_weight)
+        return grad_input.to(input.dtype), own[0], own[1], None, None
