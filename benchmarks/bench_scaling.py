@@ -5,8 +5,8 @@
 Trains DETR with ResNet-50, whose batch norms are frozen, and the quickstart's model, whose batch norms are trained and
 therefore synchronized in every layer. One thread per worker; in turns a bare loop over `Training.train_step`, a run in
 this process, a run with one Ray Train worker and one with two. Rates are medians over the runs of a kind, without the
-first steps of each. The targets are for the first model. Prints a table and writes build/bench/scaling.json, a list of {case, value, unit, target}; exits with 1 if a
-target is missed. Needs two free cores.
+first steps of each. The targets are for the first model. Prints a table and writes build/bench/scaling.json, a list of
+{case, value, unit, target}; exits with 1 if a target is missed. Needs two free cores.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def configure(work: Path) -> list[RunConfig]:
     }
     resnet = {
         "data.batch_size": 8, "data.num_loader_workers": 0, "data.train_transform.short_sides": [256],
-        "data.train_transform.max_side": 256, "optim.precision": "fp32", "optim.epochs": 2, "optim.lr_drop_epochs": [],
+        "data.train_transform.max_side": 256, "data.train_transform.scale_per": "image", "optim.precision": "fp32", "optim.epochs": 2, "optim.lr_drop_epochs": [],
         "evaluation.every_epochs": 2, "tracking.log_every_steps": 2, "init.checkpoint": None,
     }  # fmt: skip
     small = {
