@@ -104,9 +104,10 @@ def configure(work: Path) -> list[RunConfig]:
         "storage.path": str(work / "runs"),
     }
     resnet = {
-        "data.batch_size": 8, "data.num_loader_workers": 0, "data.train_transform.short_sides": [256],
-        "data.train_transform.max_side": 256, "data.train_transform.scale_per": "image", "optim.precision": "fp32", "optim.epochs": 2, "optim.lr_drop_epochs": [],
-        "evaluation.every_epochs": 2, "tracking.log_every_steps": 2, "init.checkpoint": None,
+        "data.batch_size": 16, "data.num_loader_workers": 0, "data.train_transform.scale_per": "image",
+        "data.train_transform.short_sides": [256], "data.train_transform.max_side": 256, "optim.precision": "fp32",
+        "optim.epochs": 2, "optim.lr_drop_epochs": [], "evaluation.every_epochs": 2, "tracking.log_every_steps": 1,
+        "init.checkpoint": None,
     }  # fmt: skip
     small = {
         "data.synthetic": None, "optim.epochs": 15, "evaluation.every_epochs": 15, "data.batch_size": 16,
