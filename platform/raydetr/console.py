@@ -98,7 +98,7 @@ class RunActor:
 
     def __init__(self) -> None:
         self._latest: Any = None
-        self._nodes: set[str] = set()
+        self._processes: set[tuple[str, int]] = set()
         self._wish: Literal["stop", "abort"] | None = None
 
     def update(self, value: Any) -> None:
@@ -117,14 +117,14 @@ class RunActor:
         """Ask the workers to write down where they are, and to end at once."""
         self._wish = "abort"
 
-    def wish(self, node: str) -> str | None:
-        """Return "stop", "abort", or None, to a worker on a node."""
-        self._nodes.add(node)
+    def wish(self, node: str, pid: int) -> str | None:
+        """Return "stop", "abort", or None, to a worker, a process on a node."""
+        self._processes.add((node, pid))
         return self._wish
 
-    def nodes(self) -> set[str]:
-        """Return the ids of the nodes that workers run on."""
-        return self._nodes
+    def processes(self) -> set[tuple[str, int]]:
+        """Return node and process id of each worker."""
+        return self._processes
 
 
 class Display:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import math
 import os
 import re
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -47,6 +49,7 @@ from raydetr.training import checkpoint
 from raydetr.training.world import World
 
 RESTART_SECONDS = "20"  # for the start of workers after a failure
+ABORT_SECONDS = 1.0  # for stalled workers to write down where they are
 LOOK_SECONDS = 10.0  # between two looks for nodes that have joined
 STACKS = "stacks"  # folder of the run
 
@@ -195,6 +198,7 @@ class Watch:
         self._latest: RunProgress | None = None
         self._moved_at: float | None = None
         self._stalled: str | None = None
+        self._kill_at = math.inf
 
     def look(self, progress: RunProgress | None, actor: Any) -> None:
         """Take the latest progress into account; end workers that make none for `cluster.stall_minutes`."""
@@ -204,6 +208,9 @@ class Watch:
                 self._wait_until += WAITING_SECONDS
                 print_status(missing_resources(self._cluster))
             return
+        if now > self._kill_at:
+            self._kill_at = math.inf
+            _kill(ray.get(actor.processes.remote()))
         if progress != self._latest:
             self._latest, self._moved_at = progress, now
             return
@@ -215,13 +222,14 @@ class Watch:
             self._log.append("stalled", reason=self._stalled)
             print_status(f"{self._stalled}: the stacks of all workers go to {STACKS} in the run's folder")
             actor.request_abort.remote()
+            self._kill_at = now + ABORT_SECONDS
 
     def is_leaving(self, actor: Any) -> bool:
         """Return whether a node that workers run on is about to be taken away (preempted, or drained)."""
         leaving = leaving_nodes()
         if not leaving:
             return False
-        nodes = ray.get(actor.nodes.remote())
+        nodes = {node for node, _ in ray.get(actor.processes.remote())}
         found = {node: seconds for node, seconds in leaving.items() if node in nodes}
         for node, seconds in found.items():
             when = "soon" if seconds is None else f"in {seconds:.0f} s"
@@ -310,6 +318,14 @@ def fit(trainer: TorchTrainer) -> ray.train.Result:
     return result
 
 
+def _kill(processes: set[tuple[str, int]]) -> None:
+    """Kill workers that could not end themselves, such as stopped ones; Ray would ask them first, for 5 s each time."""
+    for node, pid in processes:
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": there, "max_retries": 0}
+        ray.remote(**options)(os.kill).remote(pid, signal.SIGKILL)  # not waited for: most have ended
+
+
 def _new_run_actor() -> Any:
     # On the node of the driver: no other node's loss can take it
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -388,7 +404,7 @@ class _RayReporter:
         node = ray.get_runtime_context().get_node_id()
         while True:
             try:
-                wish = ray.get(self._actor.wish.remote(node))
+                wish = ray.get(self._actor.wish.remote(node, os.getpid()))
             except ray.exceptions.RayError:  # the driver has ended, and Ray ends this worker
                 return
             self._is_stopping = wish == "stop"
