@@ -8,10 +8,12 @@ one that was suspended, finds the higher number and stops.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +22,8 @@ import psutil
 
 from raydetr.console import print_status
 from raydetr.store.folders import Folder, create_file, with_retry_seconds, write_file
+
+log = logging.getLogger(__name__)
 
 LEASE = "lease"
 BEAT_SECONDS = 10.0
@@ -46,7 +50,7 @@ class Lease:
     """
 
     def __init__(self, run: Folder) -> None:
-        self._run, self._folder = run, run / LEASE
+        self._run, self._folder = run, with_retry_seconds(run, BEAT_SECONDS) / LEASE
         process = psutil.Process()
         self._own: dict[str, Any] = {
             "host": socket.gethostname(),
@@ -58,6 +62,7 @@ class Lease:
         }
         self._number = 0
         self._done, self._lost = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
     def __enter__(self) -> Lease:
         while True:
@@ -74,30 +79,33 @@ class Lease:
         for number in self._numbers():  # of processes that died
             if number < self._number:
                 self._file(number).unlink(missing_ok=True)
-        threading.Thread(target=self._keep, name="lease", daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._done.set()
-        self._file(self._number).unlink(missing_ok=True)
+        self._thread.join(BEAT_SECONDS)  # a beat that is under way would write the file again
+        with suppress(
+            OSError
+        ):  # the storage is away: the result of the run counts; others wait for DEAD_SECONDS
+            self._file(self._number).unlink(missing_ok=True)
 
     def is_lost(self) -> bool:
         """Return whether another process has taken the run over, because this one seemed to have died."""
         return self._lost.is_set()
 
     def _keep(self) -> None:
-        folder = with_retry_seconds(self._folder, BEAT_SECONDS)
         while not self._done.wait(BEAT_SECONDS):
             self._own["beat"] += 1
             try:
                 if max(self._numbers(), default=0) > self._number:
                     self._lost.set()
                     return
-                write_file(folder / self._file(self._number).name, self._content())
-            except OSError:  # a hiccup of the storage; the next beat follows
-                continue
+                write_file(self._file(self._number), self._content())
+            except Exception as error:  # a hiccup of the storage, of any type; the next beat follows
+                log.warning("%s: no sign of life could be written: %s", self._run, error)
 
     def _is_alive(self, number: int, held: dict[str, Any]) -> bool:
         if held["machine"] == _machine():
@@ -112,11 +120,14 @@ class Lease:
         until = time.monotonic() + DEAD_SECONDS
         while time.monotonic() < until:
             time.sleep(LOOK_SECONDS)
+            began = time.monotonic()
             now = self._read(number)
             if now is None:  # it has ended
                 return False
             if now["beat"] != held["beat"]:
                 return True
+            # The other one could not reach the storage either, while this one waited for it
+            until += time.monotonic() - began
         return False
 
     def _numbers(self) -> list[int]:
@@ -128,7 +139,7 @@ class Lease:
     def _read(self, number: int) -> dict[str, Any] | None:
         try:
             held: dict[str, Any] = json.loads(self._file(number).read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # incomplete: its process or machine died while it wrote
             return None
         return held
 

@@ -342,6 +342,7 @@ class _Session:
             "tracking": None if self.tracker is None else self.tracker.problem,
             "events": self.events.problem,
             "checkpoint": self.checkpoint_problem,
+            "older checkpoints": None if self.writer is None else self.writer.cleanup_problem,
             "corrupt samples": self.corrupt_log_problem,
         }
         for name, problem in problems.items():

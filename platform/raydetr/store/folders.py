@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TypeAlias
 
 from raydetr.config.paths import is_remote, local_folder
 from raydetr.store.node_copies import copy_to_node
-from raydetr.store.output_folder import write_atomically
+from raydetr.store.output_folder import fsync_path, write_atomically
+from raydetr.store.retry import RemoteError
 from raydetr.store.url_path import UrlPath
 
 Folder: TypeAlias = Path | UrlPath  # or a file in one
 
+# Of mounted buckets and Windows shares, which have no hard links
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP)
 COPY_KEPT_SECONDS = 3600  # a copy of a checkpoint's state can have gigabytes
 
 
@@ -42,8 +46,9 @@ def write_file(path: Folder, content: bytes | memoryview) -> None:
         OSError: it cannot be written.
     """
     if isinstance(path, Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
+        with _named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, content)
     else:
         path.write_bytes(content)
 
@@ -60,17 +65,44 @@ def create_file(path: Folder, content: bytes) -> bool:
         except FileExistsError:
             return False
         return True
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A link makes it appear with its content; O_EXCL would show an empty file first
-    temporary = path.with_name(f"{path.name}.{os.urandom(8).hex()}.tmp")
-    temporary.write_bytes(content)
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A link makes it appear with its content; O_EXCL shows an empty file first
+        temporary = path.with_name(f"{path.name}.{os.urandom(8).hex()}.tmp")
+        temporary.write_bytes(content)
+        fsync_path(temporary)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            return _create_without_link(path, content)
+        finally:
+            temporary.unlink()
+    return True
+
+
+def _create_without_link(path: Path, content: bytes) -> bool:
     try:
-        os.link(temporary, path)
+        with path.open("xb") as file:
+            file.write(content)
     except FileExistsError:
         return False
-    finally:
-        temporary.unlink()
     return True
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Raise an error of the file system as one that names the file and what to do."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "free space, or check permissions and the mount"
+        raise OSError(
+            error.errno, f"{path}: cannot be written ({error.strerror or error}): {remedy}"
+        ) from error
 
 
 def remove_folder(folder: Folder) -> None:
@@ -98,7 +130,15 @@ def local_file(path: Folder, *, again: bool = False) -> Path:
     """
     if isinstance(path, Path):
         return path
-    return copy_to_node(path.store, path.key, "states", COPY_KEPT_SECONDS, again=again)
+    try:
+        return copy_to_node(path.store, path.key, "states", COPY_KEPT_SECONDS, again=again)
+    except (FileNotFoundError, RemoteError):
+        raise
+    except OSError as error:
+        folder, cause = tempfile.gettempdir(), error.strerror or error
+        raise OSError(
+            error.errno, f"{path}: cannot be copied to {folder} ({cause}): free space there, or set TMPDIR"
+        ) from error
 
 
 @contextmanager
@@ -112,7 +152,7 @@ def local_output(folder: Folder) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
         return
-    with TemporaryDirectory(prefix="raydetr-") as name:
+    with tempfile.TemporaryDirectory(prefix="raydetr-") as name:
         yield Path(name)
         for path in Path(name).iterdir():
             (folder / path.name).write_bytes(path.read_bytes())

@@ -8,7 +8,10 @@ from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
 from raydetr.config import RemoteConfig
+from raydetr.config.paths import check_location
 from raydetr.store.store import Store
+
+MIN_TIMEOUT = 5.0  # seconds without an answer, which a busy server may need
 
 
 class UrlPath:
@@ -23,16 +26,26 @@ class UrlPath:
         self.store, self._key = store, PurePosixPath(key)
 
     @classmethod
-    def parse(cls, url: str, retry_seconds: float = RemoteConfig().retry_seconds) -> UrlPath:
-        """Return the path of a URL such as s3://bucket/folder; its calls raise after an outage of this length."""
+    def parse(cls, url: str) -> UrlPath:
+        """Return the path of a URL such as s3://bucket/folder.
+
+        Raises:
+            ValueError: the URL is of an unknown kind, or has a query.
+        """
+        check_location(url)
         parts = urlsplit(url)
-        config = RemoteConfig(retry_seconds=retry_seconds)
-        store = Store(f"{parts.scheme}://{parts.netloc}", config, files_change=True)
+        store = Store(f"{parts.scheme}://{parts.netloc}", RemoteConfig(), files_change=True)
         return cls(store, parts.path.strip("/"))
 
     def with_retry_seconds(self, seconds: float) -> UrlPath:
-        """Return the same path, whose calls raise after an outage of this length."""
-        return UrlPath.parse(str(self), seconds)
+        """Return the same path, whose calls raise after an outage of this length, also if a server does not answer."""
+        default = RemoteConfig()
+        config = RemoteConfig(
+            retry_seconds=seconds,
+            connect_timeout=min(seconds, default.connect_timeout),
+            read_timeout=min(max(seconds, MIN_TIMEOUT), default.read_timeout),
+        )
+        return UrlPath(Store(self.store.location, config, files_change=True), self.key)
 
     @property
     def key(self) -> str:

@@ -78,7 +78,7 @@ class EventLog:
                 lines, self._pending = self._pending, []
             try:
                 self._segment.write(lines)
-            except OSError as error:
+            except Exception as error:  # of any type: what is not written must not be lost
                 self.problem = f"{self._run / EVENTS}: {error}; events are kept in memory until it works"
                 with self._changed:
                     self._pending = lines + self._pending
@@ -137,7 +137,8 @@ class _Segment:
 def read_events(run: Folder) -> list[Event]:
     """Return the events of a run, segment after segment."""
     lines = [line for path in _segments(run / EVENTS) for line in path.read_text().splitlines()]
-    return [event for line in lines if (event := _parse(line)) is not None]
+    # A write that failed halfway was repeated: the same line, with the same time
+    return [event for line in dict.fromkeys(lines) if (event := _parse(line)) is not None]
 
 
 class Metrics:

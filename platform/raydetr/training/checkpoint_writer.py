@@ -35,14 +35,13 @@ class Written:
     error: str | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Waiting:
     """A checkpoint to write. A newer one replaces it, unless it is being written."""
 
     position: int
-    state: Mapping[str, Any] | None  # None: it is written, only its metrics are not
+    state: Mapping[str, Any]
     meta: Mapping[str, Any]
-    metrics: Mapping[str, Any] | None = None
 
 
 class CheckpointWriter:
@@ -61,10 +60,12 @@ class CheckpointWriter:
         self._run = with_retry_seconds(run, RETRY_SECONDS)
         self._storage, self._report = storage, report
         self._saved_at = time.monotonic()
-        self._pending_since: float | None = None  # the first checkpoint that is not written yet
+        self._pending_since: float | None = None  # the first checkpoint or metrics that are not written yet
         self._problem: str | None = None
+        self.cleanup_problem: str | None = None  # why an older checkpoint is still there
         self._changed = threading.Condition()
         self._waiting: _Waiting | None = None
+        self._metrics: dict[int, Mapping[str, Any]] = {}  # by position, to write beside its checkpoint
         self._is_writing = self._is_closed = False
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
         self._thread.start()
@@ -87,9 +88,8 @@ class CheckpointWriter:
     def record(self, position: int, metrics: Mapping[str, Any]) -> None:
         """Write the metrics of the evaluation at a position beside its checkpoint, in the background."""
         with self._changed:
-            if self._waiting is None or self._waiting.position != position:
-                self._waiting = _Waiting(position, None, {})
-            self._waiting.metrics = metrics
+            self._pending_since = self._pending_since or time.monotonic()
+            self._metrics[position] = metrics
             self._changed.notify_all()
 
     def wait(self, seconds: float, *, or_failed: bool = False) -> bool:
@@ -102,9 +102,6 @@ class CheckpointWriter:
                 lambda: self._is_idle() or (or_failed and self._problem is not None), seconds
             )
             return self._is_idle()
-
-    def _is_idle(self) -> bool:
-        return self._waiting is None and not self._is_writing
 
     def check(self) -> None:
         """Raise if no checkpoint could be written for too long, also because the storage does not answer.
@@ -134,67 +131,80 @@ class CheckpointWriter:
             self._is_closed = True
             self._changed.notify_all()
 
+    def _is_idle(self) -> bool:
+        return self._waiting is None and not self._metrics and not self._is_writing
+
     def _work(self) -> None:
         pause = FIRST_PAUSE
-        while (waiting := self._take()) is not None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._metrics or self._is_closed)
+                if self._is_closed:
+                    return
+                waiting, self._waiting, self._is_writing = self._waiting, None, True
+                metrics = dict(self._metrics)
             began = time.monotonic()
-            try:
-                num_bytes = self._write(waiting)
             # Of any type: whatever prevents it, training goes on and it is tried again
+            try:
+                if waiting is not None:
+                    self._write(waiting, began)
+                    waiting = None
+                self._write_metrics(metrics)
+                self._remove_old()
             except Exception as error:
-                with self._changed:
-                    self._problem = f"{type(error).__name__}: {error}"
-                    self._changed.notify_all()
-                self._report(Written(waiting.position, time.monotonic() - began, error=self._problem))
+                position = max(metrics) if waiting is None else waiting.position
+                self._fail(
+                    Written(position, time.monotonic() - began, error=f"{type(error).__name__}: {error}")
+                )
                 self._put_back(waiting, pause)
                 pause = min(2 * pause, MAX_PAUSE)
                 continue
             pause, self._problem = FIRST_PAUSE, None
-            if waiting.state is not None:
-                self._report(Written(waiting.position, time.monotonic() - began, num_bytes))
             with self._changed:
                 self._is_writing = False
-                self._pending_since = None if self._waiting is None else time.monotonic()
+                self._pending_since = None if self._is_idle() else time.monotonic()
                 self._changed.notify_all()
 
-    def _take(self) -> _Waiting | None:
+    def _fail(self, failed: Written) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting is not None or self._is_closed)
-            if self._is_closed:
-                return None
-            taken, self._waiting, self._is_writing = self._waiting, None, True
-            return taken
+            self._problem = failed.error
+            self._changed.notify_all()
+        self._report(failed)
 
-    def _put_back(self, waiting: _Waiting, pause: float) -> None:
-        """Try again after a pause, unless a newer one is waiting by then."""
+    def _put_back(self, waiting: _Waiting | None, pause: float) -> None:
+        """Try again after a pause; if a newer checkpoint is waiting by then, only that one."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed, pause)
-            newer = self._waiting
-            if newer is None:
-                self._waiting = waiting
-            elif (
-                newer.position == waiting.position and newer.state is None
-            ):  # its metrics came in the meantime
-                self._waiting = _Waiting(waiting.position, waiting.state, waiting.meta, newer.metrics)
+            self._waiting = self._waiting or waiting
             self._is_writing = False
             self._changed.notify_all()
 
-    def _write(self, waiting: _Waiting) -> int:
+    def _write(self, waiting: _Waiting, began: float) -> None:
         folder = checkpoint.folder_of(self._run, waiting.position)
-        num_bytes = 0
-        if waiting.state is not None:
-            (folder / checkpoint.METRICS).unlink(missing_ok=True)
-            num_bytes = checkpoint.write(folder, waiting.state, waiting.meta)
-        if waiting.metrics is not None and (folder / "meta.json").exists():
-            text = json.dumps(waiting.metrics, indent=1, allow_nan=False)
-            write_file(folder / checkpoint.METRICS, text.encode())
-        self._remove_old(folder)
-        return num_bytes
+        (folder / checkpoint.METRICS).unlink(missing_ok=True)
+        num_bytes = checkpoint.write(folder, waiting.state, waiting.meta)
+        self._report(Written(waiting.position, time.monotonic() - began, num_bytes))
 
-    def _remove_old(self, newest: Folder) -> None:
-        kept = {newest, *checkpoint.complete_checkpoints(self._run)[: self._storage.keep_checkpoints]}
-        best = checkpoint.best(self._run)
-        for folder in (self._run / checkpoint.CHECKPOINTS).iterdir():
-            if folder not in kept and folder != best:
+    def _write_metrics(self, metrics: Mapping[int, Mapping[str, Any]]) -> None:
+        for position, values in metrics.items():
+            folder = checkpoint.folder_of(self._run, position)
+            if (folder / "meta.json").exists():  # otherwise a newer checkpoint has taken its place
+                text = json.dumps(values, indent=1, allow_nan=False)
+                write_file(folder / checkpoint.METRICS, text.encode())
+            with self._changed:
+                if self._metrics.get(position) is values:
+                    del self._metrics[position]
+
+    def _remove_old(self) -> None:
+        kept = {
+            checkpoint.best(self._run),
+            *checkpoint.complete_checkpoints(self._run)[: self._storage.keep_checkpoints],
+        }
+        # Only those of the run: a user may have put others there
+        own = [path for path in (self._run / checkpoint.CHECKPOINTS).iterdir() if path.name.isdecimal()]
+        for folder in set(own) - kept:
+            try:
                 (folder / "meta.json").unlink(missing_ok=True)  # first: from now on it is not a checkpoint
                 remove_folder(folder)
+            except OSError as error:  # the new checkpoint is there, whatever becomes of older ones
+                self.cleanup_problem = f"{folder} cannot be removed: {error}"

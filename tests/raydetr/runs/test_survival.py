@@ -364,3 +364,64 @@ def test_a_file_server_that_went_away_is_not_a_corrupt_sample(
         shards.read(0)
     with pytest.raises(FatalError, match=r"worker 0: .*Is a directory"):
         StopAtFatalErrors().after_exception(None, {0: final.value})
+
+
+# --- What a checkpoint writer must not lose ---
+
+
+def test_metrics_that_cannot_be_written_at_once_are_written_later(
+    by_steps: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if a newer checkpoint is saved in the meantime: the best one is found by them."""
+    monkeypatch.setattr(checkpoint_writer, "FIRST_PAUSE", 0.5)
+    failures, write = [], checkpoint_writer.write_file
+
+    def fail_once(path: Path, content: bytes) -> None:
+        if path.name == checkpoint.METRICS and not failures:
+            failures.append(path)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(checkpoint_writer, "write_file", fail_once)
+    result = run.start(override(by_steps, {"storage.keep_checkpoints": 9}), local=True)
+    assert failures
+    assert checkpoint.read_metrics(failures[0].parent)["AP"] >= 0
+    assert result.metrics["AP"] >= 0
+
+
+def test_a_run_whose_last_metrics_cannot_be_written_stops_at_its_limit(
+    by_steps: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_writer, "write_file", fail)
+    monkeypatch.setattr(checkpoint_writer, "FIRST_PAUSE", 0.05)
+    limited = override(by_steps, {"storage.max_minutes_without_checkpoint": 0.03})
+    with pytest.raises(
+        StorageError, match=r"no checkpoint could be written for 0\.03 minutes .*No space left"
+    ):
+        run.start(limited, local=True)
+
+
+def test_only_old_checkpoints_of_the_run_are_removed_and_a_failure_is_told(
+    by_steps: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(by_steps.storage.path) / "kept"
+    remove = checkpoint_writer.remove_folder
+
+    def refuse_one(path: Path) -> None:
+        if not (folder / "checkpoints" / "good").exists():
+            (folder / "checkpoints" / "good").mkdir()
+            (folder / "checkpoints" / "note.txt").write_text("of a user")
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        remove(path)
+
+    monkeypatch.setattr(checkpoint_writer, "remove_folder", refuse_one)
+    result = run.start(override(by_steps, {"storage.keep_checkpoints": 1}), local=True, name="kept")
+    assert events(folder, "checkpoint_failed") == []
+    assert (folder / "checkpoints" / "good").is_dir()
+    assert (folder / "checkpoints" / "note.txt").exists()
+    own = {path for path in (folder / "checkpoints").iterdir() if path.name.isdecimal()}
+    assert own == {result.checkpoint, checkpoint.best(folder)}  # removed at the next try
+    assert "cannot be removed: [Errno 39] Directory not empty" in " ".join(capsys.readouterr().err.split())
