@@ -135,48 +135,86 @@ def _resources() -> dict[str, float]:
     return resources
 
 
-def wait_for_nodes(cluster: ClusterConfig, stop: StopSignals, log: EventLog) -> int:
-    """Wait until the nodes of the cluster can hold the workers; return how many to start.
+class Room:
+    """Waits until the nodes of the cluster can hold the workers of a run.
 
-    After `cluster.wait_minutes` fewer than `cluster.num_workers` are enough, at least `cluster.min_workers`.
+    Args:
+        cluster: the number of workers that are wanted, and their resources.
+        log: of the run.
     """
-    began, told_at = time.monotonic(), -math.inf
-    wanted, least = cluster.num_workers, cluster.min_workers or cluster.num_workers
-    bundle = {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if cluster.use_gpu else {})
-    try:
-        while not stop.is_set():
-            fitting, waited = num_fitting(cluster), time.monotonic() - began
-            # The workers of a lost node fail before Ray knows that it is lost; a start before that would wait for it
-            if waited < NOTICE_SECONDS and silent_nodes():
-                time.sleep(POLL_SECONDS)
-                continue
-            if fitting >= wanted:
-                return wanted
-            if fitting >= least and waited > 60 * cluster.wait_minutes:
-                log.append(
-                    "layout", workers=fitting, reason=f"{wanted} do not fit after {waited / 60:.0f} minutes"
-                )
-                print_status(f"going on with {fitting} of {wanted} workers, until nodes join")
-                return fitting
-            if time.monotonic() - told_at > WAITING_SECONDS:
-                told_at = time.monotonic()
-                log.append("waiting", reason=missing_resources(cluster))
-                print_status(missing_resources(cluster))
-                request_resources(bundles=[bundle] * wanted)  # an autoscaler starts nodes
-            time.sleep(POLL_SECONDS)
-    finally:
-        if told_at > -math.inf:
-            request_resources(bundles=[])
-    return wanted
+
+    def __init__(self, cluster: ClusterConfig, log: EventLog) -> None:
+        self._cluster, self._log = cluster, log
+        self._since: float | None = None  # workers are missing
+        self._told_at = -math.inf
+        self._only_free = False
+
+    def add_start_in_vain(self) -> None:
+        """Take into account that the workers found no room: what the nodes have is in use, by others perhaps."""
+        self._only_free = True
+
+    def forget(self) -> None:
+        """Take into account that the workers have started."""
+        self._since, self._only_free = None, False
+
+    def wait(self, stop: StopSignals) -> int:
+        """Wait until there is room; return how many workers to start.
+
+        After `cluster.wait_minutes` fewer than `cluster.num_workers` are enough, at least `cluster.min_workers`.
+        """
+        cluster, began = self._cluster, time.monotonic()
+        self._since = began if self._since is None else self._since
+        wanted, least = cluster.num_workers, cluster.min_workers or cluster.num_workers
+        has_requested = False
+        try:
+            while not stop.is_set():
+                now = time.monotonic()
+                # The workers of a lost node fail before Ray knows that it is lost; a start would wait for that node
+                if now - began < NOTICE_SECONDS and silent_nodes():
+                    stop.sleep(POLL_SECONDS)
+                    continue
+                fitting = num_free(cluster) if self._only_free else num_fitting(cluster)
+                if fitting >= wanted:
+                    return wanted
+                if fitting >= least and now - self._since > 60 * cluster.wait_minutes:
+                    waited = f"{(now - self._since) / 60:.0f} minutes"
+                    reason = f"{wanted} do not fit after {waited}"
+                    self._log.append("layout", workers=fitting, reason=reason)
+                    print_status(f"going on with {fitting} of {wanted} workers, until nodes join")
+                    return fitting
+                if now - self._told_at > WAITING_SECONDS:
+                    self._told_at, has_requested = now, True
+                    self._log.append("waiting", reason=missing_resources(cluster))
+                    print_status(missing_resources(cluster))
+                    request_resources(bundles=[_bundle(cluster)] * wanted)  # an autoscaler starts nodes
+                stop.sleep(POLL_SECONDS)
+        finally:
+            if has_requested:
+                request_resources(bundles=[])
+        return wanted
+
+
+def _bundle(cluster: ClusterConfig) -> dict[str, float]:
+    return {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if cluster.use_gpu else {})
 
 
 def num_fitting(cluster: ClusterConfig) -> int:
     """Return how many workers the nodes that live, and are not about to be taken away, can hold when they are free."""
     leaving = leaving_nodes()
-    nodes = [node["Resources"] for node in _living_nodes() if node["NodeID"] not in leaving]
-    by_cpu = (int(node.get("CPU", 0)) // cluster.cpus_per_worker for node in nodes)
-    by_gpu = (int(node.get("GPU", 0)) for node in nodes)
-    return sum(min(pair) if cluster.use_gpu else pair[0] for pair in zip(by_cpu, by_gpu, strict=True))
+    nodes = (node["Resources"] for node in _living_nodes() if node["NodeID"] not in leaving)
+    return sum(_fit(cluster, resources) for resources in nodes)
+
+
+def num_free(cluster: ClusterConfig) -> int:
+    """Return how many workers fit beside what runs now on the nodes that are not about to be taken away."""
+    free: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    leaving, living = leaving_nodes(), {node["NodeID"] for node in _living_nodes()}
+    return sum(_fit(cluster, free[node]) for node in living & free.keys() - leaving.keys())
+
+
+def _fit(cluster: ClusterConfig, resources: dict[str, float]) -> int:
+    bundle = _bundle(cluster)
+    return min(int(resources.get(name, 0) // need) for name, need in bundle.items())
 
 
 def leaving_nodes() -> dict[str, float | None]:

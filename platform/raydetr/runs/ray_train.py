@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
-import math
 import os
 import re
 import shutil
-import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.train
@@ -33,25 +31,24 @@ from raydetr.runs.ray_cluster import (
     POLL_SECONDS,
     WAITING_SECONDS,
     LaunchError,
+    Room,
     check_resources,
     check_tracking,
     connected,
-    leaving_nodes,
-    missing_resources,
-    num_fitting,
-    wait_for_nodes,
 )
 from raydetr.runs.session import Run, run_session
 from raydetr.runs.signals import StopSignals
-from raydetr.store.folders import Folder, remove_folder, write_file
+from raydetr.runs.watch import ABORT_SECONDS, STACKS, Watch
+from raydetr.store.folders import Folder, with_retry_seconds, write_file
 from raydetr.tracking.events import EventLog
 from raydetr.training import checkpoint
 from raydetr.training.world import World
 
+T = TypeVar("T")
+
 RESTART_SECONDS = "20"  # for the start of workers after a failure
-ABORT_SECONDS = 1.0  # for stalled workers to write down where they are
-LOOK_SECONDS = 10.0  # between two looks for nodes that have joined
-STACKS = "stacks"  # folder of the run
+LOST_SECONDS = 60.0  # for the end of workers that can no longer be reached
+FAILURE_PAUSE, MAX_PAUSE = 5.0, 60.0  # seconds before a start after failures without progress; they double
 
 
 # --- In the driver ---
@@ -74,25 +71,84 @@ def train_on_ray(run: Run, callbacks: Sequence[Any], stop: StopSignals, log: Eve
         stop.install()  # Ray has replaced the handlers
         check_resources(cluster, address)
         check_tracking(run.config.tracking.uri, run.folder.name)
-        failures = Failures(cluster.max_failures, log)
-        num_workers = cluster.num_workers
+        failures, room = Failures(cluster.max_failures, log), Room(cluster, log)
+        storage = StoragePatience(run, stop, log)
+        num_workers, start_timeout = cluster.num_workers, None
         while not stop.is_set():
-            last = checkpoint.newest_valid(run.folder, lambda message: print_status(f"skipped: {message}"))
+            last = storage.call(
+                lambda: checkpoint.newest_valid(
+                    run.folder, lambda message: print_status(f"skipped: {message}")
+                )
+            )
             resumed = dataclasses.replace(run, resume_from=last or run.resume_from)
             start = Start(resumed, num_workers, failures.number)
             try:
-                if start.fit(callbacks, display, stop, log):
+                with _start_timeout(start_timeout):
+                    start.fit(callbacks, display, stop, log)
+                if storage.call(lambda: _is_over(run)) or stop.is_set():
                     return
             except LaunchError as error:
                 if stop.is_set():
                     return
-                if not error.is_waiting:
-                    written = checkpoint.complete_checkpoints(run.folder)
+                if error.is_waiting:
+                    room.add_start_in_vain()
+                else:
+                    written = storage.call(lambda: checkpoint.complete_checkpoints(run.folder)) or []
                     failures.add(error, max([start.position, *map(checkpoint.position_of, written)]))
+                    stop.sleep(failures.pause)
+            if start.position >= 0:
+                room.forget()
             # Ray notices a lost node late, and a start before that waits for its workers in vain: not for Ray's 60 s,
             # which a first start may need to install packages
-            os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", RESTART_SECONDS)
-            num_workers = wait_for_nodes(cluster, stop, log)
+            start_timeout = RESTART_SECONDS
+            num_workers = room.wait(stop)
+
+
+@contextmanager
+def _start_timeout(seconds: str | None) -> Iterator[None]:
+    """Set for how long Ray Train waits for resources, unless the user has set it."""
+    name = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+    if seconds is None or name in os.environ:
+        yield
+        return
+    os.environ[name] = seconds
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _is_over(run: Run) -> bool:
+    """Return whether the run has its last checkpoint; otherwise its workers have ended to be started elsewhere."""
+    written = checkpoint.complete_checkpoints(run.folder)
+    return bool(written) and checkpoint.is_complete(written[0], run.config)
+
+
+class StoragePatience:
+    """Repeats what needs the storage of a run until it answers, as long as the run waits for its checkpoints."""
+
+    def __init__(self, run: Run, stop: StopSignals, log: EventLog) -> None:
+        self._minutes, self._stop, self._log = run.config.storage.max_minutes_without_checkpoint, stop, log
+
+    def call(self, read: Callable[[], T]) -> T | None:
+        """Return the result of `read`; None if the run is to stop before there is one.
+
+        Raises:
+            OSError: the storage did not answer for `storage.max_minutes_without_checkpoint`.
+        """
+        began, pause = time.monotonic(), POLL_SECONDS
+        while not self._stop.is_set():
+            try:
+                return read()
+            except OSError as error:
+                if time.monotonic() - began > 60 * self._minutes:
+                    raise
+                if pause == POLL_SECONDS:
+                    self._log.append("waiting", reason=f"for the storage: {error}")
+                    print_status(f"waiting for the storage: {error}")
+                self._stop.sleep(pause)
+                pause = min(2 * pause, WAITING_SECONDS)
+        return None
 
 
 class Failures:
@@ -103,6 +159,9 @@ class Failures:
         self._since_progress: list[str] = []
         self._position = -1
         self.number = 0  # of all failures
+        self.pause = (
+            0.0  # seconds before the next start: none after the first failure since the last progress
+        )
 
     def add(self, error: LaunchError, position: int) -> None:
         """Log a failure of the workers, which had reached a position.
@@ -115,6 +174,7 @@ class Failures:
         self._position = max(position, self._position)
         self._since_progress.append(str(error))
         self.number += 1
+        self.pause = min(FAILURE_PAUSE * (2 ** (len(self._since_progress) - 1) - 1), MAX_PAUSE)
         if error.is_fatal:
             raise error
         count = len(self._since_progress)
@@ -137,13 +197,12 @@ class Start:
         self._cluster = run.config.cluster.model_copy(update={"num_workers": num_workers})
         self.position = -1  # reached, as far as the driver knows
 
-    def fit(self, callbacks: Sequence[Any], display: Display, stop: StopSignals, log: EventLog) -> bool:
-        """Train; return False if the workers have stopped to be started again, in full number or on other nodes.
+    def fit(self, callbacks: Sequence[Any], display: Display, stop: StopSignals, log: EventLog) -> None:
+        """Train until the workers end: at the end of the run, because it is to stop, or to be started on other nodes.
 
         Raises:
             LaunchError: the workers failed.
         """
-        wanted = self._run.config.cluster.num_workers
         actor = _new_run_actor()
         # Ray Train's own files; the name is new, because it would go on with those of an older start
         scratch = Path(tempfile.mkdtemp(prefix="raydetr-ray-"))
@@ -161,7 +220,23 @@ class Start:
         thread = threading.Thread(target=fit_trainer, name="ray-train", daemon=True)
         thread.start()
         watch = Watch(self._cluster, log, self._run.folder / STACKS)
-        moves = False
+        try:
+            self._follow(thread, actor, watch, display, stop)
+        except ray.exceptions.RayError as error:
+            thread.join(LOST_SECONDS)  # the workers end without it
+            raise LaunchError(
+                f"the process between driver and workers is gone: {str(error).splitlines()[0]}"
+            ) from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        if failed:
+            raise watch.explain(failed[0])
+
+    def _follow(
+        self, thread: threading.Thread, actor: Any, watch: Watch, display: Display, stop: StopSignals
+    ) -> None:
+        """Show the progress until the workers have ended; ask them to stop when they are to."""
+        wanted, moves = self._run.config.cluster.num_workers, False
         while thread.is_alive():
             thread.join(POLL_SECONDS)
             progress = ray.get(actor.read.remote())
@@ -172,92 +247,11 @@ class Start:
             if stop.is_set() or moves:
                 actor.request_stop.remote()
         self._show(ray.get(actor.read.remote()), display)  # with a warning of the last moment
-        shutil.rmtree(scratch, ignore_errors=True)
-        if failed:
-            raise watch.explain(failed[0])
-        return not moves or stop.is_set() or self._is_complete()
 
     def _show(self, progress: RunProgress | None, display: Display) -> None:
         if progress is not None:
             self.position = max(self.position, progress.step * self._run.config.data.batch_size)
             display.show(progress)
-
-    def _is_complete(self) -> bool:
-        written = checkpoint.complete_checkpoints(self._run.folder)
-        return bool(written) and checkpoint.is_complete(written[0], self._run.config)
-
-
-class Watch:
-    """Watches the workers of one start from the driver: for progress, and for nodes that join."""
-
-    def __init__(self, cluster: ClusterConfig, log: EventLog, stacks: Folder) -> None:
-        self._cluster, self._log, self._stacks = cluster, log, stacks
-        remove_folder(stacks)  # those of an earlier start
-        self._wait_until = time.monotonic() + WAITING_SECONDS
-        self._look_until = time.monotonic() + LOOK_SECONDS
-        self._latest: RunProgress | None = None
-        self._moved_at: float | None = None
-        self._stalled: str | None = None
-        self._kill_at = math.inf
-
-    def look(self, progress: RunProgress | None, actor: Any) -> None:
-        """Take the latest progress into account; end workers that make none for `cluster.stall_minutes`."""
-        now = time.monotonic()
-        if progress is None:
-            if now > self._wait_until:
-                self._wait_until += WAITING_SECONDS
-                print_status(missing_resources(self._cluster))
-            return
-        if now > self._kill_at:
-            self._kill_at = math.inf
-            _kill(ray.get(actor.processes.remote()))
-        if progress != self._latest:
-            self._latest, self._moved_at = progress, now
-            return
-        minutes = self._cluster.stall_minutes
-        if self._stalled is None and self._moved_at is not None and now - self._moved_at > 60 * minutes:
-            self._stalled = (
-                f"no progress for {minutes:g} minutes (cluster.stall_minutes), at step {progress.step}"
-            )
-            self._log.append("stalled", reason=self._stalled)
-            print_status(f"{self._stalled}: the stacks of all workers go to {STACKS} in the run's folder")
-            actor.request_abort.remote()
-            self._kill_at = now + ABORT_SECONDS
-
-    def is_leaving(self, actor: Any) -> bool:
-        """Return whether a node that workers run on is about to be taken away (preempted, or drained)."""
-        leaving = leaving_nodes()
-        if not leaving:
-            return False
-        nodes = {node for node, _ in ray.get(actor.processes.remote())}
-        found = {node: seconds for node, seconds in leaving.items() if node in nodes}
-        for node, seconds in found.items():
-            when = "soon" if seconds is None else f"in {seconds:.0f} s"
-            reason = f"node {node[:12]} will be taken away {when}"
-            self._log.append("preempted", reason=reason)
-            print_status(f"{reason}: a checkpoint after this step, and on with other nodes")
-        return bool(found)
-
-    def can_grow(self, num_workers: int, wanted: int) -> bool:
-        """Return whether the nodes of the cluster can hold the wanted number of workers, which are fewer now."""
-        now = time.monotonic()
-        if num_workers >= wanted or now < self._look_until:
-            return False
-        self._look_until = now + LOOK_SECONDS
-        if num_fitting(self._cluster) < wanted:
-            return False
-        self._log.append("layout", workers=wanted, reason="nodes have joined")
-        print_status(f"nodes have joined: going on with {wanted} workers after this step")
-        return True
-
-    def explain(self, error: BaseException) -> BaseException:
-        """Return the error of the workers, or why they were ended; log the stacks that they left."""
-        if self._stalled is None:
-            return error
-        files: list[Folder] = sorted(self._stacks.glob("*.txt"))
-        for file in files:
-            self._log.append("stack", worker=file.stem, stack=file.read_text())
-        return LaunchError(self._stalled)
 
 
 def run_on_workers(work: Callable[[World], Any], cluster: ClusterConfig) -> Any:
@@ -316,14 +310,6 @@ def fit(trainer: TorchTrainer) -> ray.train.Result:
     if result.error is not None:
         raise LaunchError(f"the workers failed: {_root_cause(result.error)}") from result.error
     return result
-
-
-def _kill(processes: set[tuple[str, int]]) -> None:
-    """Kill workers that could not end themselves, such as stopped ones; Ray would ask them first, for 5 s each time."""
-    for node, pid in processes:
-        there = NodeAffinitySchedulingStrategy(node, soft=False)
-        options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": there, "max_retries": 0}
-        ray.remote(**options)(os.kill).remote(pid, signal.SIGKILL)  # not waited for: most have ended
 
 
 def _new_run_actor() -> Any:
@@ -405,8 +391,9 @@ class _RayReporter:
         while True:
             try:
                 wish = ray.get(self._actor.wish.remote(node, os.getpid()))
-            except ray.exceptions.RayError:  # the driver has ended, and Ray ends this worker
-                return
+            except ray.exceptions.RayError:
+                # The driver has ended, and Ray ends this worker; or only the actor, and the driver starts all again
+                os._exit(1)
             self._is_stopping = wish == "stop"
             if wish == "abort":
                 # The main thread may wait in a collective for ever: only the process can end
@@ -414,7 +401,7 @@ class _RayReporter:
                     faulthandler.dump_traceback(file, all_threads=True)
                     file.seek(0)
                     with suppress(OSError):  # the storage may be the reason
-                        write_file(self._stacks, file.read())
+                        write_file(with_retry_seconds(self._stacks, ABORT_SECONDS), file.read())
                 os._exit(1)
             time.sleep(POLL_SECONDS)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -27,7 +28,7 @@ from raydetr.config import (
     to_dict,
     to_yaml,
 )
-from raydetr.config.paths import is_remote
+from raydetr.config.paths import is_remote, sqlite_file
 from raydetr.console import print_status
 from raydetr.data.corrupt import CORRUPT_LOG
 from raydetr.data.splits import open_splits, write_missing_synthetic
@@ -45,6 +46,8 @@ from raydetr.store.folders import Folder, open_folder, write_file
 from raydetr.tracking import mlflow_run
 from raydetr.tracking.events import EventLog, read_events
 from raydetr.training import checkpoint, init_weights
+
+NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"  # of a run: that of a folder, a part of a URL, and of a job
 
 # Settings of a run that a resume cannot change
 _FIXED = ("recipe", "init.", "model.backbone.weights", "storage.path", "tracking.")
@@ -132,18 +135,21 @@ def start(
         LeaseError: another process drives the run that is to go on.
         RunStopped: a signal stopped the run.
     """
+    if name is not None and not re.fullmatch(NAME, name):
+        raise ConfigError(
+            f"the name {name!r} is not the name of a folder: use letters, digits, '-', '_' and '.'"
+        )
+    given_uri = config.tracking.uri
     config, (train, val) = resolve(config)
+    name = new_name(config.recipe) if name is None else name
+    folder = open_folder(config.storage.path) / name
+    _check_new(folder, config, or_resume)
+    if or_resume and checkpoint.newest_valid(folder, lambda message: None) is not None:
+        return _go_on(folder, config, given_uri, local)
     if warn:
         print_warnings(config, train, val)
     for line in init_weights.summarize(config, train.label_map):
         print_status(line)
-    name = new_name(config.recipe) if name is None else name
-    if name in ("", "..") or name.startswith(".") or "/" in name:
-        raise ConfigError(f"the name {name!r} is not the name of a folder: use letters, digits, - and _")
-    folder = open_folder(config.storage.path) / name
-    _check_new(folder, config, or_resume)
-    if or_resume and checkpoint.newest_valid(folder, lambda message: None) is not None:
-        return _go_on(folder, config, local)
     with Lease(folder) as lease:
         config, run_id = _mlflow_run_of(folder, config) or create_mlflow_run(
             config, name, parent_run_id=parent_run_id
@@ -199,23 +205,23 @@ def resume(
         return _execute(Run(config, folder, run_id, last), lease, local)
 
 
-def _go_on(folder: Folder, config: RunConfig, local: bool) -> RunResult:
+def _go_on(folder: Folder, config: RunConfig, given_uri: str | None, local: bool) -> RunResult:
     """Continue a run that has a checkpoint, or return the result of a finished one.
 
     Raises:
         ConfigError: the run has another configuration.
     """
     stored = read_config(folder)
-    differing = _differences(folder.name, stored, config)
+    differing = _differences(stored, config, given_uri)
     if differing:
-        changes = shlex.join(
-            f"{path}={'null' if new is None else new}" for path, (_, new) in differing.items()
-        )
-        raise ConfigError(
-            f"{folder} is a run with other settings: "
-            + "; ".join(f"{path} is {old} there, and {new} here" for path, (old, new) in differing.items())
-            + f". Continue it with `--resume {shlex.quote(str(folder))} {changes}` instead, or give another --name"
-        )
+        listed = "; ".join(f"{path} is {old} there, and {new} here" for path, (old, new) in differing.items())
+        remedy = "Give another --name"
+        if not any(path.startswith(_FIXED) for path in differing):
+            changes = shlex.join(
+                f"{path}={'null' if new is None else new}" for path, (_, new) in differing.items()
+            )
+            remedy = f"Continue it with `--resume {shlex.quote(str(folder))} {changes}` instead, or give another --name"
+        raise ConfigError(f"{folder} is a run with other settings: {listed}. {remedy}")
     last = checkpoint.newest_valid(folder, lambda message: None)
     if last is None or not checkpoint.is_complete(last, stored):
         return resume(str(folder), local=local)
@@ -231,13 +237,14 @@ def _go_on(folder: Folder, config: RunConfig, local: bool) -> RunResult:
     return RunResult(folder.name, folder, run_id, uri, last, metrics, seconds)
 
 
-def _differences(name: str, stored: RunConfig, given: RunConfig) -> dict[str, tuple[Any, Any]]:
+def _differences(stored: RunConfig, given: RunConfig, given_uri: str | None) -> dict[str, tuple[Any, Any]]:
     """Return the settings in which resolved configurations differ, {path: (stored, given)}, but for those that a start
     decides: the database in place of an MLflow server that failed, the best checkpoint of a run to start from.
     """
     old, new = flatten(to_dict(stored)), flatten(to_dict(given))
-    own = mlflow_run.default_uri(stored.storage.path, name)
-    decided = {"tracking.uri"} if stored.tracking.uri in (None, own) else set()
+    is_own = stored.tracking.uri is None or sqlite_file(stored.tracking.uri) is not None
+    # A database that stands in for a server, or for a setting that was not given: its path depends on the machine
+    decided = {"tracking.uri"} if is_own and (given_uri is None or sqlite_file(given_uri) is None) else set()
     before, now = stored.init.checkpoint, given.init.checkpoint
     if before is not None and now is not None and open_folder(before).parent == open_folder(now).parent:
         decided.add("init.checkpoint")
@@ -309,7 +316,8 @@ def create_mlflow_run(
         tags=tags,
     )
     # A database of this run alone: driver and rank 0 write it in turn, also from several machines
-    own = mlflow_run.default_uri(config.storage.path, name)
+    is_url = is_remote(config.storage.path)
+    own = mlflow_run.default_uri(_base() / "runs" if is_url else config.storage.path, name)
     try:
         return config, new(mlflow_run.tracking_uri(config))
     except mlflow_run.TrackingError as error:
@@ -333,6 +341,13 @@ def new_name(prefix: str) -> str:
     return f"{prefix}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
 
 
+def _base() -> Path:
+    """Return the folder at which relative paths start: in a Ray job not the working directory, which is a copy that
+    is deleted afterwards.
+    """
+    return Path.home() / "raydetr" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path.cwd()
+
+
 def resolve(config: RunConfig) -> tuple[RunConfig, tuple[Shards, Shards]]:
     """Make paths absolute, set the number of classes if it is not given, and check for contradictions.
 
@@ -344,12 +359,9 @@ def resolve(config: RunConfig) -> tuple[RunConfig, tuple[Shards, Shards]]:
             among the workers, or the device does not support the precision.
         OSError, ValueError: the shards cannot be used.
     """
-    # In a Ray job, the working directory is a copy that is deleted afterwards
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    base = Path.home() / "raydetr" if in_job else Path.cwd()
-    config = absolute_paths(config, base)
+    config = absolute_paths(config, _base())
     if config.tracking.uri is None and is_remote(config.storage.path):
-        config = override(config, {"tracking.uri": mlflow_run.default_uri(str(base / "runs"))})
+        config = override(config, {"tracking.uri": mlflow_run.default_uri(_base() / "runs")})
     if (
         config.init.checkpoint is not None
     ):  # a run in place of a checkpoint; its best one may change until it is read
@@ -413,7 +425,8 @@ def _execute(run: Run, lease: Lease, local: bool, callbacks: Sequence[Any] = ())
                 )
             if stop.signal is not None and (last is None or not checkpoint.is_complete(last, run.config)):
                 raise _stopped(run, last, stop.signal)
-        assert last is not None
+        if last is None:
+            raise checkpoint.CheckpointError(f"{run.folder}: the run has ended, and has no valid checkpoint")
     except LeaseError:  # the run is that of another process now
         raise
     except (KeyboardInterrupt, RunStopped) as error:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from detrs import zoo
-from raydetr.config import RunConfig, from_yaml_text
+from raydetr.config import RunConfig, from_yaml, from_yaml_text
 from raydetr.console import RunProgress
 from raydetr.data.corrupt import CORRUPT_LOG, CorruptSample, default_max_corrupt
 from raydetr.data.splits import open_splits
@@ -66,7 +66,7 @@ def read_config(run: Folder) -> RunConfig:
         OSError: it cannot be read.
     """
     file = run / "config.yaml"
-    return from_yaml_text(file.read_text(), str(file))
+    return from_yaml(file) if isinstance(file, Path) else from_yaml_text(file.read_text(), str(file))
 
 
 class Reporter(Protocol):

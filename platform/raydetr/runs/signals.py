@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
@@ -61,6 +62,12 @@ class StopSignals:
     def is_set(self) -> bool:
         """Return whether the run is to stop."""
         return self.signal is not None or self._or_if()
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, but not longer than until the run is to stop."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self.is_set():
+            time.sleep(min(left, 0.2))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:

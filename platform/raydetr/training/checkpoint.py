@@ -32,6 +32,7 @@ from raydetr.shards.manifest import LabelMap, make_label_map
 from raydetr.shards.reader import Shards
 from raydetr.shards.validation import check_categories
 from raydetr.store.folders import Folder, local_file, open_folder, write_file
+from raydetr.store.retry import RemoteError
 from raydetr.training.loop import Training
 from raydetr.user_files import read_file
 
@@ -39,6 +40,9 @@ FORMAT = 2
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.json"
 BEST, LAST = "best", "last"  # names that stand for a checkpoint of a run: RUN/best
+
+# Errors of network file systems
+OUTAGES = (errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 
 State = dict[str, Any]
 
@@ -139,7 +143,14 @@ def folder_of(run: Folder, position: int) -> Folder:
 
 def complete_checkpoints(run: Folder) -> list[Folder]:
     """Return the folders of a run's checkpoints, the newest first. They may have been corrupted later."""
-    found = (path.parent for path in (run / CHECKPOINTS).glob("*/meta.json"))
+    folder = run / CHECKPOINTS
+    if isinstance(folder, Path):  # `glob` would take a folder that cannot be read for an empty one
+        try:
+            found: list[Folder] = [path for path in folder.iterdir() if (path / "meta.json").exists()]
+        except FileNotFoundError:
+            return []
+    else:
+        found = [path.parent for path in folder.glob("*/meta.json")]
     return sorted((path for path in found if path.name.isdecimal()), reverse=True)
 
 
@@ -227,6 +238,8 @@ def read_description(folder: Folder) -> Meta:
             "interrupted, or this is not a checkpoint folder, such as RUN/best or RUN/checkpoints/000000004800)"
         ) from None
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and _is_outage(error):
+            raise
         reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3]) or error
         raise CheckpointError(f"{folder}/meta.json: not the description of a checkpoint ({reason})") from None
     if meta.format != FORMAT:
@@ -252,6 +265,10 @@ def read_meta(folder: Folder) -> Meta:
             is_corrupt = _crc32(local_file(state, again=True)) != meta.state_crc32
     except FileNotFoundError:
         size, is_corrupt = 0, False
+    except OSError as error:
+        if error.errno != errno.EIO:  # of a bad sector; others may pass
+            raise
+        raise CheckpointError(f"{state}: cannot be read ({error.strerror})") from None
     if size != meta.state_bytes:
         raise CheckpointError(f"{state}: {size} bytes, expected {meta.state_bytes}: the copy is incomplete")
     if is_corrupt:
@@ -405,6 +422,11 @@ def _load_weights(detector: nn.Module, weights: Any, folder: Folder) -> None:
         raise CheckpointError(
             f"{folder}: the weights do not fit the model of its configuration: {' '.join(str(error).split())[:500]}"
         ) from None
+
+
+def _is_outage(error: OSError) -> bool:
+    """Return whether the storage cannot be reached, which says nothing about the file."""
+    return isinstance(error, RemoteError) or error.errno in OUTAGES
 
 
 def _crc32(path: Folder) -> int:

@@ -153,7 +153,7 @@ def test_what_a_start_decides_is_no_difference(by_steps: RunConfig, tmp_path: Pa
     stored, _ = run.resolve(by_steps)
     given = override(by_steps, {"tracking.uri": "http://127.0.0.1:9"})
     given, _ = run.resolve(given)
-    assert run._differences("again", stored, given) == {}
-    assert run._differences("again", given, stored) != {}
+    assert run._differences(stored, given, None) == {}
+    assert run._differences(given, stored, None) != {}
     (tmp_path / "copy.yaml").write_text(to_yaml(stored))
-    assert run._differences("again", from_yaml(tmp_path / "copy.yaml"), stored) == {}
+    assert run._differences(from_yaml(tmp_path / "copy.yaml"), stored, None) == {}

@@ -20,7 +20,7 @@ from ray.util.state import list_actors
 
 from ray_nodes import ray_nodes
 from raydetr.config import ClusterConfig, RunConfig, override, to_yaml
-from raydetr.runs import ray_cluster, ray_train, run
+from raydetr.runs import ray_cluster, ray_train, run, watch
 from raydetr.runs.ray_cluster import LaunchError
 from raydetr.runs.signals import StopSignals
 from raydetr.tracking.events import EventLog, read_events
@@ -95,7 +95,7 @@ def test_a_lost_node_is_replaced_by_fewer_workers_until_one_joins(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(ray_train, "LOOK_SECONDS", 1.0)
+    monkeypatch.setattr(watch, "LOOK_SECONDS", 1.0)
     config = override(
         two_workers,
         {
@@ -193,7 +193,7 @@ def test_a_node_without_an_answer_is_silent(cluster: Cluster) -> None:
     assert len(found) <= 1
     config = ClusterConfig(num_workers=1, wait_minutes=0.0)
     with StopSignals() as stop:
-        assert ray_cluster.wait_for_nodes(config, stop, EventLog(Path("unused"))) == 1
+        assert ray_cluster.Room(config, EventLog(Path("unused"))).wait(stop) == 1
     assert ray_cluster.silent_nodes() == []
     assert ray_cluster.num_fitting(config) == 1
 

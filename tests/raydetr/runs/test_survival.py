@@ -322,7 +322,7 @@ def test_a_folder_without_a_checkpoint_can_be_removed(tiny_run: RunConfig) -> No
 
 
 def test_names_that_are_not_those_of_a_folder_are_refused(tiny_run: RunConfig) -> None:
-    for name in ("a/b", "..", "../x", ".hidden", ""):
+    for name in ("a/b", "..", "../x", ".hidden", "", "exp#2", "a?b", "a b"):
         with pytest.raises(ConfigError, match="is not the name of a folder"):
             run.start(tiny_run, local=True, name=name)
     assert issubclass(RunStopped, Exception)
@@ -425,3 +425,34 @@ def test_only_old_checkpoints_of_the_run_are_removed_and_a_failure_is_told(
     own = {path for path in (folder / "checkpoints").iterdir() if path.name.isdecimal()}
     assert own == {result.checkpoint, checkpoint.best(folder)}  # removed at the next try
     assert "cannot be removed: [Errno 39] Directory not empty" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_storage_that_cannot_be_reached_is_not_one_without_checkpoints(
+    by_steps: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a restart would begin anew, or from an older checkpoint."""
+    result = run.start(override(by_steps, {"optim.epochs": 1}), local=True)
+    newest, before = checkpoint.complete_checkpoints(result.folder)[:2]
+    read, crc32 = checkpoint.read_file, checkpoint._crc32
+
+    def fail(number: int) -> Callable[..., Any]:
+        def raise_for_newest(path: Path) -> Any:
+            if path.parent == newest:
+                raise OSError(number, os.strerror(number))
+            return crc32(path) if path.name == "state.pt" else read(path)
+
+        return raise_for_newest
+
+    monkeypatch.setattr(checkpoint, "read_file", fail(errno.ESTALE))
+    with pytest.raises(OSError, match="Stale file handle"):
+        checkpoint.newest_valid(result.folder, pytest.fail)
+    monkeypatch.setattr(checkpoint, "read_file", read)
+    # A bad sector is a fault of this checkpoint
+    monkeypatch.setattr(checkpoint, "_crc32", fail(errno.EIO))
+    messages: list[str] = []
+    assert checkpoint.newest_valid(result.folder, messages.append) == before
+    assert messages == [f"{newest}/state.pt: cannot be read (Input/output error)"]
+    (result.folder / "checkpoints").rename(result.folder / "away")
+    (result.folder / "checkpoints").touch()
+    with pytest.raises(NotADirectoryError):
+        checkpoint.complete_checkpoints(result.folder)
