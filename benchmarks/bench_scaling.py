@@ -58,7 +58,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="scaling-") as name:
         models = configure(Path(name))
-        ray.init(num_cpus=2, include_dashboard=True, log_to_driver=False)
+        ray.init(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False)
         try:
             rows = measure_rates("DETR, ResNet-50", models[0], arguments.rounds, has_targets=True)
             rows += measure_rates("quickstart", models[1], arguments.rounds, has_targets=False)
