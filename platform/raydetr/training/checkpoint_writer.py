@@ -143,6 +143,7 @@ class CheckpointWriter:
                     return
                 waiting, self._waiting, self._is_writing = self._waiting, None, True
                 metrics = dict(self._metrics)
+            position = max(metrics) if waiting is None else waiting.position
             began = time.monotonic()
             # Of any type: whatever prevents it, training goes on and it is tried again
             try:
@@ -152,7 +153,6 @@ class CheckpointWriter:
                 self._write_metrics(metrics)
                 self._remove_old()
             except Exception as error:
-                position = max(metrics) if waiting is None else waiting.position
                 self._fail(
                     Written(position, time.monotonic() - began, error=f"{type(error).__name__}: {error}")
                 )
