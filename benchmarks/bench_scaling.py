@@ -25,7 +25,10 @@ from typing import Any
 import ray
 import torch
 
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
+
 from detrs import zoo
+from drawn_shards import write_drawn_shards
 from raydetr import recipes
 from raydetr.config import RunConfig, override
 from raydetr.data.layout import Layout
@@ -34,9 +37,6 @@ from raydetr.data.stream import train_batches
 from raydetr.data.transforms.transform import Transform
 from raydetr.runs import run
 from raydetr.runs.ray_cluster import SETTINGS
-from raydetr.shards.source import coco_source
-from raydetr.shards.synthetic import write_synthetic_data
-from raydetr.shards.writer import write_source
 from raydetr.tracking.events import EventLog, read_events
 from raydetr.training import checkpoint
 from raydetr.training.loop import Training
@@ -91,10 +91,7 @@ def is_reached(row: dict[str, Any]) -> bool:
 
 def configure(work: Path) -> list[RunConfig]:
     """Write small data; return the configurations of the two models, which are evaluated at the end only."""
-    write_synthetic_data(work / "coco", num_train=IMAGES, num_val=EVALUATED)
-    for split in ("train", "val"):
-        annotations = work / "coco" / "annotations" / f"instances_{split}.json"
-        write_source(coco_source(work / "coco" / split, annotations), work / split)
+    write_drawn_shards(work, IMAGES, EVALUATED)
     common = {
         "data.train": str(work / "train"),
         "data.val": str(work / "val"),

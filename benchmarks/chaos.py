@@ -3,10 +3,10 @@
     make chaos KILLS=20
 
 A Ray cluster of a head and two nodes on this machine trains with two workers. At random steps something is killed,
-stopped, or does not answer (`DISTURBANCES`); what needs a user (a driver that died) is started again with `--resume`.
-Prints a line for each, a table, and whether both runs ended in the same weights, bit for bit; writes build/chaos.json.
-Exits with 1 if they did not, if a sample was not used exactly once, or if training did not go on within 20 s; for a
-worker that makes no progress these begin after `cluster.stall_minutes`.
+stopped, or does not answer (`DISTURBANCES`); what needs a user (a driver that died) is started again, by the same
+command. Prints a line for each, a table, and whether both runs ended in the same weights, bit for bit; writes
+build/chaos.json. Exits with 1 if they did not, if a sample was not used exactly once, or if training did not go on
+within 20 s; for a worker that makes no progress these begin after `cluster.stall_minutes`.
 
 The runs are on a small file system of their own, which is filled for "disk full"; where it cannot be mounted (it needs
 root on Linux), that disturbance is left out, with a line.
@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,13 +37,11 @@ from ray.util.state import list_actors
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 
+from drawn_shards import write_drawn_shards
 from mlflow_server import MlflowServer
 from ray_nodes import ray_nodes
 from raydetr import recipes
 from raydetr.config import RunConfig, override, to_yaml
-from raydetr.shards.source import coco_source
-from raydetr.shards.synthetic import write_synthetic_data
-from raydetr.shards.writer import write_source
 from raydetr.tracking.events import Event, Metrics, read_events
 from raydetr.training import checkpoint
 
@@ -56,6 +54,7 @@ OUTAGE_SECONDS = 6.0
 STALL_MINUTES = 0.1
 DISK_MB = 400
 PATIENCE_SECONDS = 180.0
+STARTS = ("started", "resumed")  # events at a start of the workers
 
 
 @dataclass
@@ -65,20 +64,16 @@ class Chaos:
     cluster: Cluster
     mlflow: MlflowServer
     folder: Path  # of the run
-    command: list[str]  # that starts the run
+    command: list[str]  # that begins the run, or continues it
     random: random.Random
     disk: Path | None  # a file system that can be filled
+    log: Path  # of all drivers
     driver: subprocess.Popen[str] | None = None
-    log: Path = field(default_factory=lambda: Path(tempfile.mkdtemp()) / "driver.log")
 
     def start(self) -> None:
-        """Start the driver; from the second time on, resume."""
-        resume = [self.command[0], "train", "--resume", str(self.folder)]
-        begin = checkpoint.complete_checkpoints(self.folder)
+        """Start the driver."""
         with self.log.open("a") as log:
-            self.driver = subprocess.Popen(
-                resume if begin else self.command, stdout=log, stderr=log, text=True
-            )
+            self.driver = subprocess.Popen(self.command, stdout=log, stderr=log, text=True)
 
     def workers(self, class_name: str = "RayTrainWorker") -> list[psutil.Process]:
         """Return the processes of the cluster's actors of a class."""
@@ -245,12 +240,18 @@ def main() -> None:
         config = configure(work, cluster.address, server.uri, arguments.kills)
         (work / "run.yaml").write_text(to_yaml(config))
         program = str(Path(sys.executable).with_name("raydetr"))
-        command = [program, "train", "--config", str(work / "run.yaml"), "--name"]
+        command = [program, "train", "--config", str(work / "run.yaml"), "--or-resume", "--name"]
         runs = work / "disk"
         print(f"{arguments.kills * STEPS_PER_KILL} steps without a disturbance", flush=True)
         subprocess.run([*command, "calm"], check=True, capture_output=True)
         chaos = Chaos(
-            cluster, server, runs / "disturbed", [*command, "disturbed"], random.Random(arguments.seed), disk
+            cluster,
+            server,
+            folder=runs / "disturbed",
+            command=[*command, "disturbed"],
+            random=random.Random(arguments.seed),
+            disk=disk,
+            log=work / "driver.log",
         )
         names = arguments.only or [name for name in DISTURBANCES if name != "disk full" or disk is not None]
         kills = disturb(chaos, names, arguments.kills)
@@ -283,10 +284,7 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
 
 def configure(work: Path, address: str, tracking_uri: str, kills: int) -> RunConfig:
     """Write small data; return the configuration of both runs."""
-    write_synthetic_data(work / "coco", num_train=SAMPLES, num_val=24)
-    for split in ("train", "val"):
-        annotations = work / "coco" / "annotations" / f"instances_{split}.json"
-        write_source(coco_source(work / "coco" / split, annotations), work / split)
+    write_drawn_shards(work, SAMPLES, 24)
     return override(
         recipes.quickstart(),
         {
@@ -340,7 +338,7 @@ def disturb(chaos: Chaos, names: list[str], kills: int) -> list[dict[str, Any]]:
 def goes_on(run: Path, since: float, needs_restart: bool) -> bool:
     """Return whether a step was trained after a time; with `needs_restart`, by workers that started after it."""
     events = [event for event in read_events(run) if event["time"] > since]
-    starts = [event["time"] for event in events if event["kind"] in ("started", "resumed")]
+    starts = [event["time"] for event in events if event["kind"] in STARTS]
     if needs_restart and not starts:
         return False
     after = starts[-1] if needs_restart else since
@@ -363,8 +361,8 @@ def report(disturbed: Path, calm: Path, kills: list[dict[str, Any]]) -> dict[str
     seconds = [kill["seconds_to_training"] for kill in kills]
     result = {
         "kills": len(kills),
-        "recoveries": len(seconds),
-        "restarts": sum(event["kind"] in ("started", "resumed") for event in events) - 1,
+        "recoveries": recoveries(events),
+        "restarts": sum(event["kind"] in STARTS for event in events) - 1,
         "recomputed_seconds": round(recomputed_seconds(events), 1),
         "seconds_to_training": {"median": median(seconds), "max": max(seconds)},
         "samples_not_exactly_once": wrong * BATCH,
@@ -386,12 +384,19 @@ def report(disturbed: Path, calm: Path, kills: list[dict[str, Any]]) -> dict[str
     return result
 
 
+def recoveries(events: list[Event]) -> int:
+    """Return how many restarts were followed by a step, before the next one."""
+    kinds = [event["kind"] for event in sorted(events, key=lambda event: event["time"])]
+    marks = [kind in STARTS for kind in kinds if kind == "step" or kind in STARTS]
+    return sum(is_start and not is_next for is_start, is_next in itertools.pairwise(marks[1:]))
+
+
 def recomputed_seconds(events: list[Event]) -> float:
     """Return the time of the steps that were trained again after a restart."""
     total, last = 0.0, None
     steps: list[tuple[int, float]] = []
     for event in sorted(events, key=lambda event: event["time"]):
-        if event["kind"] in ("started", "resumed"):
+        if event["kind"] in STARTS:
             total += sum(seconds for position, seconds in steps if position > event["position"])
             steps = [step for step in steps if step[0] <= event["position"]]
             last = None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from drawn_shards import write_drawn_shards
 from faulty_proxy import FaultyProxy
 from made_coco import write_coco
 from object_stores import BUCKET, CREDENTIALS, S3Server
@@ -15,7 +16,6 @@ from raydetr import recipes
 from raydetr.config import RunConfig, override
 from raydetr.shards.reader import Shards, open_shards
 from raydetr.shards.source import coco_source
-from raydetr.shards.synthetic import write_synthetic_data
 from raydetr.shards.writer import write_source
 from raydetr.store.folders import Folder, open_folder
 
@@ -48,10 +48,7 @@ def coco_tiny() -> Path:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a folder with `coco`, and shards in `train` (48 images) and `val` (21 images)."""
     root = tmp_path_factory.mktemp("tiny")
-    write_synthetic_data(root / "coco", num_train=48, num_val=21)
-    for split in ("train", "val"):
-        annotations = root / "coco" / "annotations" / f"instances_{split}.json"
-        write_source(coco_source(root / "coco" / split, annotations), root / split, samples_per_shard=16)
+    write_drawn_shards(root, 48, 21, samples_per_shard=16)
     return root
 
 

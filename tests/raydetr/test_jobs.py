@@ -17,11 +17,9 @@ from typing import Any
 import pytest
 
 from bare_environment import bare_environment, build_wheel, can_import
+from drawn_shards import write_drawn_shards
 from ray_head import RayHead, ray_head
 from raydetr.config import RunConfig, to_yaml
-from raydetr.shards.source import coco_source
-from raydetr.shards.synthetic import write_synthetic_data
-from raydetr.shards.writer import write_source
 from raydetr.submission.cluster import VARIABLES, Cluster
 from raydetr.tracking.events import read_events
 from raydetr.training import checkpoint
@@ -119,10 +117,7 @@ def quickstart(config: RunConfig, *overrides: str) -> list[str]:
 def test_a_submitted_job_trains_evaluates_and_leaves_a_checkpoint_and_an_mlflow_run(
     installed: bool, bare_python: Path, tmp_path: Path
 ) -> None:
-    write_synthetic_data(tmp_path / "coco", num_train=32, num_val=16)
-    for split in ("train", "val"):
-        annotations = tmp_path / "coco" / "annotations" / f"instances_{split}.json"
-        write_source(coco_source(tmp_path / "coco" / split, annotations), tmp_path / split)
+    write_drawn_shards(tmp_path, 32, 16)
     with ray_head(num_cpus=2, python=Path(sys.executable) if installed else bare_python) as head:
         done = ray_submit(
             head,

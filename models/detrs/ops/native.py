@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,9 @@ def native_status() -> NativeStatus:
 
 def _load() -> NativeStatus:
     """Load and register the library; warn once if that fails."""
-    library = (
-        LIBRARY if LIBRARY.exists() else find_installed(LIBRARY.parents[3] / "csrc", sys.path) or LIBRARY
-    )
+    library = LIBRARY
+    if not library.exists():
+        library = find_installed(LIBRARY.parents[3] / "csrc", _installed_packages()) or LIBRARY
     try:
         torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except OSError as error:
@@ -69,20 +69,30 @@ def _load() -> NativeStatus:
     return NativeStatus(("cpu",), instruction_set, library, reason)
 
 
-def find_installed(sources: Path, folders: Iterable[str]) -> Path | None:
-    """Return a library that is installed in one of the folders, and was built from these sources; None without one.
+def find_installed(sources: Path, packages: Iterable[Path]) -> Path | None:
+    """Return the library of the first of the packages whose library was built from these sources; None without one.
 
     A job that runs from the upload of a checkout has the sources, but no library; the cluster may have installed one.
     """
     if not sources.is_dir():
         return None
     wanted = digest_sources(sources)
-    for folder in folders:
-        library = Path(folder, "detrs", "ops", LIBRARY.name)
+    for package in packages:
+        library = package / "ops" / LIBRARY.name
         record = library.with_suffix(SUFFIX)
         if library.is_file() and record.is_file() and record.read_text() == wanted:
             return library
     return None
+
+
+def _installed_packages() -> Iterator[Path]:
+    """Yield where this package may be installed: in the folders of sys.path, or where other finders look for it."""
+    for folder in sys.path:
+        yield Path(folder, "detrs")
+    for finder in sys.meta_path:  # an editable install has one
+        spec = finder.find_spec("detrs", None)
+        if spec is not None:
+            yield from map(Path, spec.submodule_search_locations or [])
 
 
 def has_kernels(value: Tensor) -> bool:

@@ -259,7 +259,8 @@ def missing_resources(cluster: ClusterConfig) -> str:
 def _runtime_env() -> dict[str, Any]:
     """Return a runtime environment with which workers import the packages from a job's working directory.
 
-    Empty if this process is no job, or the packages are installed.
+    What was uploaded takes the place of installed packages. Empty if this process is no job, if its working directory
+    is no checkout, or if the job sets PYTHONPATH itself.
     """
     in_job = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
     if not in_job or "PYTHONPATH" in in_job or not Path("platform/raydetr").exists():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
-
-from raydetr.console import print_status
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -73,4 +73,6 @@ class StopSignals:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
-        print_status(f"{self.signal.name}: stopping after this step, with a checkpoint (once more: at once)")
+        line = f"{self.signal.name}: stopping after this step, with a checkpoint (once more: at once)\n"
+        with suppress(OSError):  # a closed terminal; the run stops with a checkpoint all the same
+            os.write(2, line.encode())  # the signal may have interrupted a write to sys.stderr: not reentrant

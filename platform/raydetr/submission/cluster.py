@@ -14,6 +14,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
 
 from raydetr.config import nearest
 
@@ -71,7 +72,7 @@ class Cluster:
             ) from None
         except (requests.ConnectionError, requests.Timeout, ConnectionError) as error:
             raise UnreachableError(_unreachable(self.address, error)) from None
-        except (requests.RequestException, RuntimeError, ValueError, KeyError) as error:
+        except (requests.RequestException, RayStateApiException, RuntimeError, ValueError, KeyError) as error:
             if isinstance(error, ClusterError):
                 raise
             first = (str(error).strip() or type(error).__name__).splitlines()
@@ -85,6 +86,7 @@ class Cluster:
         Raises:
             ClusterError: the cluster does not answer.
         """
+        _check_answers(self.address)
         with self.errors():
             jobs = [job for job in self.client.list_jobs() if job.submission_id]
         return sorted(jobs, key=lambda job: -(job.start_time or 0))

@@ -22,6 +22,7 @@ PENDING_SECONDS = 10.0  # before a line about a job that does not start
 WAITING_SECONDS = 30.0  # between two such lines
 POLL_SECONDS = 2.0
 RECONNECT_SECONDS = 60.0  # without an answer, after which the cluster is given up
+SILENT_SECONDS = 60.0  # without a line; a dead connection gives no sign, such as after a laptop slept
 
 NOT_INSTALLED = re.compile(r"No module named '?(raydetr|detrs)\b|raydetr: (command )?not found")
 
@@ -29,10 +30,11 @@ NOT_INSTALLED = re.compile(r"No module named '?(raydetr|detrs)\b|raydetr: (comma
 def follow(cluster: Cluster, name: str) -> int:
     """Print the log of a job until it ends, then how it ended; return the exit code.
 
-    A connection that breaks is made again for RECONNECT_SECONDS.
+    A connection that breaks is made again for RECONNECT_SECONDS, one without a line for SILENT_SECONDS too.
 
     Raises:
         ClusterError: there is no such job.
+        BrokenPipeError: nobody reads standard output any more.
     """
     cluster.job(name)
     try:
@@ -75,22 +77,27 @@ class _Follower:
     def __init__(self, cluster: Cluster, name: str) -> None:
         self._cluster, self._name = cluster, name
         self._printed = 0  # characters of the log
+        self._failing_since: float | None = None
 
     async def run(self) -> int:
         watcher = asyncio.create_task(self._watch_pending())
-        answered = time.monotonic()
         try:
             while True:
                 try:
-                    await self._tail()
+                    is_complete = await self._tail()
                     job = await asyncio.to_thread(self._cluster.job, self._name)
-                    answered = time.monotonic()
-                    if job.status.is_terminal():
+                    self._failing_since = None
+                    if is_complete and job.status.is_terminal():
                         return report_end(self._cluster, self._name)
+                except BrokenPipeError:
+                    raise  # of standard output, as of `| head`: errors of connections arrive as others
                 except (UnreachableError, aiohttp.ClientError, OSError, RuntimeError) as error:
                     if isinstance(error, ClusterError) and not isinstance(error, UnreachableError):
                         raise  # such as a new head, which does not know the job
-                    if time.monotonic() - answered > RECONNECT_SECONDS:
+                    now = time.monotonic()
+                    if self._failing_since is None:
+                        self._failing_since = now
+                    if now - self._failing_since > RECONNECT_SECONDS:
                         print_status(
                             f"error: {self._cluster.address} has not answered for {RECONNECT_SECONDS:.0f} s. If its "
                             "head has died, submit again with the name of the run, which goes on. Otherwise:\n"
@@ -101,10 +108,21 @@ class _Follower:
         finally:
             watcher.cancel()
 
-    async def _tail(self) -> None:
-        """Print what is new in the log, until the connection ends."""
+    async def _tail(self) -> bool:
+        """Print what is new in the log; return whether it has ended, and not only been silent for long."""
         skip = self._printed
-        async for text in self._cluster.client.tail_job_logs(self._name):
+        texts = self._cluster.client.tail_job_logs(self._name)
+        while True:
+            try:
+                async with asyncio.timeout(SILENT_SECONDS) as limit:
+                    text = await anext(texts)
+            except StopAsyncIteration:
+                return True
+            except TimeoutError:
+                if not limit.expired():
+                    raise  # of the connection
+                return False
+            self._failing_since = None
             new, skip = text[skip:], max(0, skip - len(text))
             self._printed += len(new)
             sys.stdout.write(new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class Upload:
         Raises:
             ConfigError: it is not uploaded.
         """
-        relative = Path(file.expanduser().absolute())
+        relative = Path(os.path.normpath(file.expanduser().absolute()))
         if relative.is_relative_to(self.folder):
             relative = relative.relative_to(self.folder)
         if relative not in self.sizes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -243,8 +242,32 @@ def test_autocast_changes_nothing():
         assert deform_attn(inputs[0].bfloat16(), SHAPES, *inputs[1:]).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("change", [None, "csrc/library.cpp", "csrc/cpu/new.h"])
-def test_a_checkout_without_a_library_takes_an_installed_one_of_the_same_sources(tmp_path, change):
+PATH_ENTRY = "sys.path.append(folder)"
+EDITABLE = """
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == "detrs":
+            spec = ModuleSpec(name, None, is_package=True)
+            spec.submodule_search_locations.append(folder + "/detrs")
+            return spec
+sys.meta_path.append(Finder)
+"""
+
+
+@pytest.mark.parametrize(
+    ("install", "change", "is_found"),
+    [
+        (PATH_ENTRY, None, True),
+        (EDITABLE, None, True),
+        (PATH_ENTRY, "csrc/library.cpp", False),
+        (PATH_ENTRY, "csrc/cpu/new.h", False),
+        (PATH_ENTRY, "csrc/library.cpp~", True),
+    ],
+    ids=["as it is", "editable", "changed", "with another header", "with a backup"],
+)
+def test_a_checkout_without_a_library_takes_an_installed_one_of_the_same_sources(
+    tmp_path, install, change, is_found
+):
     """As a job does, whose upload has no library, on nodes on which the package is installed."""
     root = Path(__file__).parents[3]
     leave_out = shutil.ignore_patterns("_C.*", "__pycache__")
@@ -258,14 +281,18 @@ def test_a_checkout_without_a_library_takes_an_installed_one_of_the_same_sources
         with (tmp_path / change).open("a") as file:
             file.write("// changed\n")
     code = f"""
-        import sys, warnings
-        warnings.simplefilter("ignore")
-        sys.path.append({str(tmp_path / "site-packages")!r})
-        from detrs.ops import native_status
-        print(native_status().library, native_status().devices)
-    """
-    done = run_python(textwrap.dedent(code), models=tmp_path / "models")
-    if change is None:
+import sys, warnings
+from importlib.machinery import ModuleSpec
+warnings.simplefilter("ignore")
+# Without the environment's own editable install
+sys.meta_path[:] = [finder for finder in sys.meta_path if "_EditableFinder" not in str(finder)]
+folder = {str(tmp_path / "site-packages")!r}
+{install}
+from detrs.ops import native_status
+print(native_status().library, native_status().devices)
+"""
+    done = run_python(code, models=tmp_path / "models")
+    if is_found:
         assert done.stdout.strip() == f"{installed / '_C.so'} {native_status().devices}", done.stderr
     else:
         assert done.stdout.strip() == f"{tmp_path / 'models/detrs/ops/_C.so'} ()", done.stderr

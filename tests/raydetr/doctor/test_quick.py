@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import planted_shards as made
+from drawn_shards import write_drawn_shards
 from planted_shards import Split
 from raydetr import recipes
 from raydetr.config import RunConfig, override
@@ -19,9 +20,6 @@ from raydetr.runs import run
 from raydetr.runs.overfit import overfit
 from raydetr.shards.manifest import SAMPLE_DTYPE
 from raydetr.shards.reader import Shards, open_shards
-from raydetr.shards.source import coco_source
-from raydetr.shards.synthetic import write_synthetic_data
-from raydetr.shards.writer import write_source
 
 TARGET = TrainingTarget(recipe="test", num_queries=20, batch_size=8)
 
@@ -40,12 +38,8 @@ def test_healthy_data_has_no_warnings(tmp_path: Path) -> None:
 
 
 def test_synthetic_data_has_no_warnings(tmp_path: Path) -> None:
-    write_synthetic_data(tmp_path / "coco", num_train=24, num_val=12)
-    shards = []
-    for split in ("train", "val"):
-        annotations = tmp_path / "coco" / "annotations" / f"instances_{split}.json"
-        write_source(coco_source(tmp_path / "coco" / split, annotations), tmp_path / split)
-        shards.append(open_shards(tmp_path / split))
+    write_drawn_shards(tmp_path, 24, 12)
+    shards = [open_shards(tmp_path / split) for split in ("train", "val")]
     quick.check_may_train(shards[0], shards[1])
     assert quick.quick_warnings(shards[0], shards[1], TrainingTarget.from_config(recipes.quickstart())) == []
 

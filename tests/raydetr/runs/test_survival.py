@@ -190,6 +190,41 @@ def test_signals_that_the_shell_ignores_stay_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+class InterruptedStream:
+    """Stands for a stream while it is being written to."""
+
+    def write(self, text: str) -> int:
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    flush = write
+
+
+def test_a_signal_during_a_write_to_standard_error(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with StopSignals() as stop, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", InterruptedStream())
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+    assert capfd.readouterr().err.startswith("SIGTERM: stopping after this step")
+
+
+def test_a_signal_after_standard_error_is_closed() -> None:
+    """SIGHUP comes when the terminal has gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    kept = os.dup(2)
+    os.dup2(writer, 2)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signal == signal.SIGHUP
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(writer)
+
+
 # --- Storage that fails ---
 
 

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+import requests
+from ray.job_submission import JobSubmissionClient
 
 from command_line import CommandLine
 from ray_head import RayHead, free_ports, ray_head
@@ -117,3 +119,18 @@ def _list(head: RayHead, **variables: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
+
+
+@pytest.mark.timeout(20)
+def test_a_cluster_that_stops_answering_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.2)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        stopped = cluster.Cluster.__new__(cluster.Cluster)
+        stopped.address = address
+        stopped.client = JobSubmissionClient.__new__(JobSubmissionClient)
+        monkeypatch.setattr(stopped.client, "list_jobs", lambda: requests.get(f"{address}/api/jobs/"))
+        with pytest.raises(cluster.UnreachableError, match="timed out"):
+            stopped.job("run")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from ray.dashboard.modules.job.pydantic_models import JobType
 from ray.job_submission import JobDetails, JobStatus
+from ray.util.state.exception import RayStateApiException
 
 from raydetr.submission import follow
-from raydetr.submission.cluster import ClusterError, UnreachableError
+from raydetr.submission.cluster import Cluster, ClusterError, UnreachableError
 from raydetr.submission.follow import LOST
 from raydetr.submission.jobs import to_table
 
@@ -24,17 +28,28 @@ def details(status: JobStatus, **values: Any) -> JobDetails:
     )  # fmt: skip
 
 
+SILENT = "(silent)"
+
+
 class MadeCluster:
-    """Answers with one status, or error, after the other; each connection to the log sends all of its texts so far."""
+    """Answers with one status, or error, after the other; each connection to the log sends all of its texts so far.
+
+    The last answer comes after the last connection. A connection without texts breaks, after `seconds`; one that is
+    `SILENT` sends nothing more and does not end.
+    """
 
     address = "http://made"
 
-    def __init__(self, answers: list[JobDetails | ClusterError], texts: list[list[str]]) -> None:
-        self._answers, self._texts = answers, texts
+    def __init__(
+        self, answers: list[JobDetails | ClusterError], texts: list[list[str]], seconds: float = 0
+    ) -> None:
+        self._answers, self._texts, self._seconds = answers, texts, seconds
+        self._connections_left = len(texts)
         self.client = self
 
     def job(self, name: str) -> JobDetails:
-        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        num_kept = 1 if self._connections_left <= 0 else 2
+        answer = self._answers.pop(0) if len(self._answers) > num_kept else self._answers[0]
         if isinstance(answer, ClusterError):
             raise answer
         return answer
@@ -44,15 +59,25 @@ class MadeCluster:
 
     async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
         texts = self._texts.pop(0) if len(self._texts) > 1 else self._texts[0]
+        self._connections_left -= 1
         for text in texts:
+            if text == SILENT:
+                await asyncio.Event().wait()
             yield text
+        await asyncio.sleep(self._seconds)
         if not texts:
             raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("POLL", 0.01), ("PENDING", 0.05), ("WAITING", 0.05), ("RECONNECT", 0.3)):
+    for name, seconds in (
+        ("POLL", 0.01),
+        ("PENDING", 0.05),
+        ("WAITING", 0.05),
+        ("RECONNECT", 0.3),
+        ("SILENT", 2.0),
+    ):
         monkeypatch.setattr(follow, f"{name}_SECONDS", seconds)
 
 
@@ -66,6 +91,49 @@ def test_a_broken_connection_is_made_again_and_no_line_is_printed_twice(
     printed = capsys.readouterr()
     assert printed.out == "one\ntwo\nthree\nfour\n"
     assert "run-1 succeeded after 1:01" in printed.err
+
+
+def test_the_first_break_after_long_is_no_reason_to_give_up(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, ended = details(JobStatus.RUNNING), details(JobStatus.SUCCEEDED, driver_exit_code=0)
+    monkeypatch.setattr(follow, "RECONNECT_SECONDS", 0.1)
+    cluster = MadeCluster([running, running, ended], [[], ["one\n"]], seconds=0.3)
+    assert follow.follow(cluster, "run-1") == 0  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "one\n"
+
+
+@pytest.mark.timeout(20)
+def test_a_connection_that_stays_silent_is_made_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = details(JobStatus.SUCCEEDED, driver_exit_code=0)
+    monkeypatch.setattr(follow, "SILENT_SECONDS", 0.1)
+    cluster = MadeCluster([details(JobStatus.RUNNING), ended, ended], [["one\n", SILENT], ["one\ntwo\n"]])
+    assert follow.follow(cluster, "run-1") == 0  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "one\ntwo\n", "the end of the log is missing"
+
+
+@pytest.mark.timeout(20)
+def test_it_ends_when_nobody_reads_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        with pytest.raises(BrokenPipeError):
+            follow.follow(MadeCluster([details(JobStatus.RUNNING)], [["one\n"]]), "run-1")  # type: ignore[arg-type]
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
+
+
+def test_an_error_of_the_list_of_nodes_is_one_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**arguments: object) -> None:
+        raise RayStateApiException("Failed to retrieve all nodes")
+
+    monkeypatch.setattr("raydetr.submission.cluster.list_nodes", refuse)
+    cluster = Cluster.__new__(Cluster)
+    cluster.address = "http://made"
+    with pytest.raises(ClusterError, match="http://made: Failed to retrieve all nodes"):
+        cluster.resources()
 
 
 def test_a_job_that_does_not_start_says_what_it_waits_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,6 +75,7 @@ def test_a_file_that_is_not_uploaded_is_refused(folder: Path, monkeypatch: pytes
     monkeypatch.chdir(folder)
     assert upload.check_contains(Path("space name.yaml")) == Path("space name.yaml")
     assert upload.check_contains(folder / "docs/page.md") == Path("docs/page.md")
+    assert upload.check_contains(Path("weights/../docs/./page.md")) == Path("docs/page.md")
     for file in (Path("notes.txt"), folder / "runs/a/state.pt", folder.parent / "other.yaml"):
         with pytest.raises(ConfigError, match=f"{file.name}: is not in the upload of"):
             upload.check_contains(file)

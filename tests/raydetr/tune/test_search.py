@@ -15,12 +15,10 @@ from typing import Any
 
 import pytest
 
+from drawn_shards import write_drawn_shards
 from ray_head import RayHead, ray_head
 from raydetr.cli.arguments import read_config
 from raydetr.config import from_yaml
-from raydetr.shards.source import coco_source
-from raydetr.shards.synthetic import write_synthetic_data
-from raydetr.shards.writer import write_source
 from raydetr.training.checkpoint import read_meta
 
 pytestmark = pytest.mark.xdist_group("ray_head")
@@ -39,10 +37,7 @@ DRAWN = [(4e-3, 4), (1e-9, 4), (1e-9, 7), (1e-9, 4)]
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    write_synthetic_data(folder / "coco", num_train=64, num_val=16)
-    for split in ("train", "val"):
-        annotations = folder / "coco" / "annotations" / f"instances_{split}.json"
-        write_source(coco_source(folder / "coco" / split, annotations), folder / split)
+    write_drawn_shards(folder, 64, 16)
     return folder
 
 
