@@ -46,7 +46,7 @@ from raydetr.tracking.events import Event, Metrics, read_events
 from raydetr.training import checkpoint
 
 OUT = Path("build/chaos.json")
-STEPS_PER_KILL = 24
+STEPS_PER_KILL = 12
 BATCH, SAMPLES = 8, 96
 EVALUATED_EPOCHS = 3
 LIMIT_SECONDS = 20.0  # until training goes on
