@@ -113,7 +113,7 @@ def quickstart(config: RunConfig, *overrides: str) -> list[str]:
 
 
 @pytest.mark.timeout(600)  # less than a minute; much longer on a busy machine
-@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("installed", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_submitted_job_trains_evaluates_and_leaves_a_checkpoint_and_an_mlflow_run(
     installed: bool, bare_python: Path, tmp_path: Path
 ) -> None:

@@ -183,6 +183,7 @@ def test_a_node_that_will_be_taken_away_is_left_with_a_checkpoint(
     assert spare
 
 
+@pytest.mark.slow
 def test_a_node_without_an_answer_is_silent(cluster: Cluster) -> None:
     """Ray notices after seconds that a node was killed; its port is closed at once."""
     assert ray_cluster.silent_nodes() == []

@@ -100,6 +100,7 @@ def test_a_run_is_refused_before_it_trains(head: Cluster, tiny_run: RunConfig) -
     assert checkpoint.complete_checkpoints(Path(tiny_run.storage.path) / "refused") == []
 
 
+@pytest.mark.slow
 def test_a_run_on_a_cluster_that_scales_from_zero_is_refused_by_its_workers(
     head: Cluster, tiny_run: RunConfig
 ) -> None:
@@ -228,6 +229,7 @@ def test_a_run_on_several_machines_is_logged_by_the_documented_server(
     assert "AP" in " ".join(logged.data.metrics)
 
 
+@pytest.mark.slow
 def test_a_run_on_several_machines_trains_while_the_server_is_down(
     head: Cluster, tiny_run: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -179,6 +179,7 @@ def test_a_search_needs_a_folder(at_url: RunConfig, tmp_path: Path) -> None:
         search(at_url, read_space(tmp_path / "space.yaml", at_url), num_trials=1)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning:ray")
 @pytest.mark.timeout(400)
