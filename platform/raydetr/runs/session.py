@@ -45,6 +45,7 @@ NUM_IMAGES = 8  # in predictions.png
 SCORE_THRESHOLD = 0.3  # of the boxes that are drawn
 SHOW_SECONDS = 0.5  # between two updates of the progress
 EVALUATION_WAITS = 60.0  # seconds, for the checkpoint before it
+EVENTS_WAIT = 10.0  # seconds, for the events before a checkpoint; it is written then in any case
 QUICK_SECONDS = 5.0  # of an outage, for what is not worth more
 
 
@@ -127,10 +128,16 @@ class _Session:
         self.train_shards, self.val_shards = train_shards, val_shards
         self.is_main = training.world.is_main
         self.tracker = Tracker(tracking_uri(run.config), run.mlflow_run_id) if self.is_main else None
-        self.writer = (
-            CheckpointWriter(run.folder, run.config.storage, self._on_written) if self.is_main else None
-        )
         self.events = EventLog(run.folder)
+        # The events of all steps up to a checkpoint are there before it: a process that is killed loses none of those
+        # that are not trained again
+        self.writer = (
+            CheckpointWriter(
+                run.folder, run.config.storage, self._on_written, lambda: self.events.flush(EVENTS_WAIT)
+            )
+            if self.is_main
+            else None
+        )
         self.metrics = Metrics(read_events(run.folder) if self.is_main else ())
         self.earlier_seconds = self.metrics.seconds
         self.first_step = training.step

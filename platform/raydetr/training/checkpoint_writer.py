@@ -53,12 +53,19 @@ class CheckpointWriter:
         run: folder of the run.
         storage: when to write, and what to keep.
         report: is called, in a thread, with what became of each checkpoint.
+        prepare: is called before a checkpoint is written, in the same thread.
     """
 
-    def __init__(self, run: Folder, storage: StorageConfig, report: Callable[[Written], None]) -> None:
+    def __init__(
+        self,
+        run: Folder,
+        storage: StorageConfig,
+        report: Callable[[Written], None],
+        prepare: Callable[[], object],
+    ) -> None:
         # Short, because every failure is to be reported before the next try
         self._run = with_retry_seconds(run, RETRY_SECONDS)
-        self._storage, self._report = storage, report
+        self._storage, self._report, self._prepare = storage, report, prepare
         self._saved_at = time.monotonic()
         self._pending_since: float | None = None  # the first checkpoint or metrics that are not written yet
         self._problem: str | None = None
@@ -181,6 +188,7 @@ class CheckpointWriter:
 
     def _write(self, waiting: _Waiting, began: float) -> None:
         folder = checkpoint.folder_of(self._run, waiting.position)
+        self._prepare()
         (folder / checkpoint.METRICS).unlink(missing_ok=True)
         num_bytes = checkpoint.write(folder, waiting.state, waiting.meta)
         self._report(Written(waiting.position, time.monotonic() - began, num_bytes))
