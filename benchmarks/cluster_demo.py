@@ -68,9 +68,11 @@ def main() -> None:
         runs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="runs-", dir=OUT))).absolute()
         variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_health_check_period_ms": "1000"}
         head = stack.enter_context(ray_head(0, variables=variables))
-        nodes = [Node(head, number) for number in (1, 2)]
+        nodes: list[Node] = []
         stack.callback(lambda: [node.kill() for node in nodes])
-        wait_for(lambda: len(head.living("nodes")) == 3, "the nodes do not join")
+        for number in (1, 2):  # one after the other: on one machine they would take the same ports
+            nodes.append(Node(head, number))
+            wait_for(lambda: len(head.living("nodes")) == len(nodes) + 1, "a node does not join")
         print(f"a head and two nodes at {head.address}, with token authentication", flush=True)
         calm, _ = follow(head, runs, "undisturbed")
         total = max(
