@@ -280,7 +280,9 @@ def driver(config: RunConfig, name: str, tmp_path: Path, address: str) -> subpro
     file = tmp_path / f"{name}.yaml"
     file.write_text(to_yaml(override(config, {"cluster.address": address})))
     arguments = ["train", "--config", str(file), "--name", name]
-    code = f"import sys; sys.argv = ['raydetr', *{arguments!r}]; from raydetr.cli.main import main; main()"
+    # The tests may run in the background of a shell, where SIGINT is ignored
+    reset = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{reset}; import sys; sys.argv = ['raydetr', *{arguments!r}]; from raydetr.cli.main import main; main()"
     return subprocess.Popen(
         [sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

@@ -52,7 +52,10 @@ def command(config: RunConfig, name: str, tmp_path: Path) -> list[str]:
     file = tmp_path / f"{name}.yaml"
     file.write_text(to_yaml(config))
     code = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        # The tests may run in the background of a shell, or with nohup, where these are ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "from raydetr.training.loop import Training\n"
         "step = Training.train_step\n"
         "Training.train_step = lambda self, *batches: (time.sleep(0.1), step(self, *batches))[1]\n"
@@ -211,6 +214,7 @@ def test_a_signal_during_a_write_to_standard_error(
 
 def test_a_signal_after_standard_error_is_closed() -> None:
     """SIGHUP comes when the terminal has gone."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # not that of nohup, which ignores it
     reader, writer = os.pipe()
     os.close(reader)
     kept = os.dup(2)
@@ -220,6 +224,7 @@ def test_a_signal_after_standard_error_is_closed() -> None:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.signal == signal.SIGHUP
     finally:
+        signal.signal(signal.SIGHUP, before)
         os.dup2(kept, 2)
         os.close(kept)
         os.close(writer)
