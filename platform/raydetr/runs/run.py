@@ -501,7 +501,8 @@ def _log_description(uri: str, run_id: str, config: RunConfig, splits: tuple[Sha
 
 def _ui_command(uri: str) -> str:
     """Return the command that shows the runs at a tracking URI: `make ui` for the default one."""
-    if uri == mlflow_run.default_uri("runs") and Path("Makefile").exists():
+    # Relative to the working directory, which Ray may have removed by the end of a job
+    if Path("Makefile").exists() and uri == mlflow_run.default_uri("runs"):
         return "make ui"
     if uri.startswith(("http://", "https://")):
         return f"open {uri}"

@@ -144,6 +144,17 @@ def test_more_epochs_of_a_finished_run_continue_from_its_end(tiny_run: RunConfig
     assert checkpoint.read_meta(longer.checkpoint).position == 96
 
 
+def test_the_result_of_a_job_whose_working_directory_was_removed_is_printed(
+    tiny_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray removes it when the driver disconnects."""
+    result = run.start(override(tiny_run, {"optim.epochs": 1}), local=True)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "mlflow ui --backend-store-uri" in result.to_text()
+
+
 def test_resuming_a_finished_run_is_refused(tiny_run: RunConfig) -> None:
     finished = run.start(override(tiny_run, {"optim.epochs": 1}), local=True)
     with pytest.raises(ConfigError, match=r"all 1 epochs; set optim\.epochs"):
