@@ -21,6 +21,11 @@ RecipeAndOverrides = Annotated[
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Configuration file, instead of a recipe.")]
 SpaceFile = Annotated[Path, typer.Option(help="YAML file of the search space: a distribution per setting.")]
 
+NumTrials = Annotated[int, typer.Option(min=1, help="Number of configurations to try.")]
+NumConcurrent = Annotated[
+    int, typer.Option(min=1, help="Maximum number of trials that run at the same time.")
+]
+
 
 def read_config(arguments: list[str], config_file: Path | None) -> RunConfig:
     """Read the recipe or file that the arguments name, and apply the overrides.

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from raydetr.cli.arguments import ConfigFile, RecipeAndOverrides, SpaceFile, read_config
+from raydetr.cli.arguments import (
+    ConfigFile,
+    NumConcurrent,
+    NumTrials,
+    RecipeAndOverrides,
+    SpaceFile,
+    read_config,
+)
 from raydetr.console import print_status
 
 if TYPE_CHECKING:
@@ -57,10 +64,8 @@ def submit_train(
 def submit_tune(
     arguments: RecipeAndOverrides = None,
     space: SpaceFile = Path("space.yaml"),
-    trials: Annotated[int, typer.Option(min=1, help="Number of configurations to try.")] = 8,
-    concurrent: Annotated[
-        int, typer.Option(min=1, help="Maximum number of trials that run at the same time.")
-    ] = 1,
+    trials: NumTrials = 8,
+    concurrent: NumConcurrent = 1,
     config: ConfigFile = None,
     name: Annotated[str | None, typer.Option(help="Name of the job; default: a new one.")] = None,
     address: Address = None,

@@ -16,7 +16,14 @@ import typer
 
 from raydetr import config as configuration
 from raydetr import recipes
-from raydetr.cli.arguments import ConfigFile, RecipeAndOverrides, SpaceFile, read_config
+from raydetr.cli.arguments import (
+    ConfigFile,
+    NumConcurrent,
+    NumTrials,
+    RecipeAndOverrides,
+    SpaceFile,
+    read_config,
+)
 from raydetr.cli.cluster import cluster_app
 from raydetr.cli.jobs import jobs_app, submit_app
 from raydetr.cli.shards import shards_app
@@ -263,10 +270,8 @@ def doctor(
 def tune(
     arguments: RecipeAndOverrides = None,
     space: SpaceFile = Path("space.yaml"),
-    trials: Annotated[int, typer.Option(min=1, help="Number of configurations to try.")] = 8,
-    concurrent: Annotated[
-        int, typer.Option(min=1, help="Maximum number of trials that run at the same time.")
-    ] = 1,
+    trials: NumTrials = 8,
+    concurrent: NumConcurrent = 1,
     config: ConfigFile = None,
 ) -> None:
     """Search hyperparameters: ASHA over Ray Train runs, with one MLflow parent run."""

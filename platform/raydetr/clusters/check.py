@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from raydetr.clusters import kuberay, ray_up
-from raydetr.clusters.fields import did_you_mean, join
+from raydetr.clusters.fields import join
 from raydetr.clusters.nodes import Nodes, notices_of, problems_of
-from raydetr.config import ConfigError, RunConfig
+from raydetr.config import ConfigError, RunConfig, nearest
 from raydetr.user_files import parse_yaml_documents, read_text
 
 TO_FILL_IN = "FILL-IN"
@@ -111,7 +111,7 @@ def _manifests(documents: list[Mapping[str, Any]], file: Path) -> list[Mapping[s
         if version != kuberay.API_VERSION:
             raise ValueError(f"{file}: apiVersion: {version} is not {kuberay.API_VERSION}")
         if kind not in kuberay.KINDS:
-            hint = did_you_mean(kind, kuberay.KINDS)
+            hint = nearest(kind, kuberay.KINDS)
             raise ValueError(f"{file}: kind: {kind} is neither {' nor '.join(kuberay.KINDS)}{hint}")
     if not of_ray:
         raise ValueError(f"{file}: {_NO_CLUSTER_FILE}")

@@ -12,12 +12,12 @@ The known fields are YAML too (`fields_*.yaml`), where a value stands for what i
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from raydetr.config import nearest
 from raydetr.user_files import parse_yaml
 
 ONE_OF = "one of "
@@ -54,13 +54,6 @@ def show(value: Any) -> str:
     """Return a value as a short text for a message."""
     text = "nothing" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a hint at the nearest known name; empty if none is near."""
-    choices = {each.lower(): each for each in known}
-    close = difflib.get_close_matches(name.lower(), list(choices), n=1)
-    return f"; did you mean {choices[close[0]]}?" if close else ""
 
 
 def join(path: str, key: object) -> str:
@@ -103,7 +96,7 @@ def _in_mapping(value: Any, known: Mapping[str, Any], path: str) -> list[str]:
         if key in by_name or "*" in known:
             found += mismatches(below, by_name.get(key, known.get("*")), join(path, key))
         else:
-            found.append(f"{join(path, key)}: no such key{did_you_mean(str(key), by_name)}")
+            found.append(f"{join(path, key)}: no such key{nearest(str(key), by_name)}")
     missing = [name[:-1] for name in known if name.endswith("!") and name[:-1] not in value]
     return found + [f"{join(path, name)}: is missing" for name in missing]
 
@@ -113,7 +106,7 @@ def _in_scalar(value: Any, known: str, path: str) -> list[str]:
         choices = known.removeprefix(ONE_OF).split(", ")
         if value in choices:
             return []
-        hint = did_you_mean(value, choices) if isinstance(value, str) else ""
+        hint = nearest(value, choices) if isinstance(value, str) else ""
         return [f"{path}: {show(value)} where {known} is expected{hint}"]
     # In Python True is an int
     if isinstance(value, _TYPES[known]) and (known == "boolean" or not isinstance(value, bool)):

@@ -12,7 +12,7 @@ from raydetr import recipes
 from raydetr.clusters import fields, pods
 from raydetr.clusters.fields import integer, mapping, sequence
 from raydetr.clusters.nodes import Nodes, NodeType
-from raydetr.config import ConfigError, RunConfig
+from raydetr.config import ConfigError, RunConfig, nearest
 
 KINDS = {"RayJob": 47, "RayCluster": 53}  # with the largest number of characters of a name
 API_VERSION = "ray.io/v1"
@@ -94,7 +94,7 @@ def _job_problems(spec: Mapping[str, Any]) -> list[str]:
     modes = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
     mode = spec.get("submissionMode", modes[0])
     if isinstance(mode, str) and mode not in modes:
-        hint = fields.did_you_mean(mode, modes)
+        hint = nearest(mode, modes)
         found.append(f"spec.submissionMode: {mode!r} where one of {', '.join(modes)} is expected{hint}")
     if retries < 0:
         found.append(f"spec.backoffLimit: {retries} where a number of retries is expected")
@@ -218,7 +218,7 @@ def _container_problems(group: Mapping[str, Any], path: str) -> list[str]:
     for place, mount in enumerate(sequence(pods.container(group).get("volumeMounts"))):
         name = mapping(mount).get("name")
         if isinstance(name, str) and name not in volumes:
-            hint = fields.did_you_mean(name, [each for each in volumes if isinstance(each, str)])
+            hint = nearest(name, [each for each in volumes if isinstance(each, str)])
             found.append(
                 f"{path}.template.spec.containers[0].volumeMounts[{place}].name: {name} is no volume of the pod{hint}"
             )

@@ -15,6 +15,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from raydetr.clusters import fields, machines
 from raydetr.clusters.fields import integer, mapping, sequence
 from raydetr.clusters.nodes import Nodes, NodeType
+from raydetr.config import nearest
 
 RAY_MAX_WORKERS = 2  # what Ray takes if max_workers is missing
 TOKEN_FILE = "~/.ray/auth_token"
@@ -116,7 +117,7 @@ def _head_problems(cluster: Mapping[str, Any]) -> list[str]:
     if not isinstance(name, str) or not isinstance(cluster.get("available_node_types"), Mapping):
         return []  # the fields of `ray_up` say so
     if name not in node_types:
-        hint = fields.did_you_mean(name, node_types)
+        hint = nearest(name, node_types)
         return [f"head_node_type: {name} is none of available_node_types{hint}"]
     head, path = node_types[name], f"available_node_types.{name}"
     found = []

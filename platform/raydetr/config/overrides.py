@@ -124,9 +124,12 @@ def from_yaml_text(text: str, name: str) -> RunConfig:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean X?" with the known word most similar to `word`; an empty string if none is similar."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    """Return "; did you mean X?" with the known word most similar to `word`, in upper or lower case; an empty string if
+    none is similar.
+    """
+    words = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(word.lower(), list(words), n=1)
+    return f"; did you mean {words[close[0]]}?" if close else ""
 
 
 def _parse_value(path: str, text: str) -> Any:

@@ -6,6 +6,7 @@ would turn s3://a into s3:/a. `TrackingUri` is MLflow's. detrs has `PathOrUrl` f
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,13 @@ def local_folder(location: str | Path) -> Path:
 def absolute(location: str, base: Path) -> str:
     """Resolve a folder against `base`; keep a URL."""
     return location if is_remote(location) else str(base / local_folder(location).expanduser())
+
+
+def base_folder() -> Path:
+    """Return the folder at which relative paths start: in a Ray job not the working directory, which is a copy that
+    is deleted afterwards.
+    """
+    return Path.home() / "raydetr" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path.cwd()
 
 
 def sqlite_file(uri: str) -> Path | None:

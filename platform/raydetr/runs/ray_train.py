@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 import ray.train
@@ -27,9 +27,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raydetr.config import ClusterConfig
 from raydetr.console import Display, RunActor, RunProgress, print_status
 from raydetr.runs.fatal_errors import FatalError, StopAtFatalErrors
+from raydetr.runs.patience import Failures, StoragePatience
 from raydetr.runs.ray_cluster import (
     POLL_SECONDS,
-    WAITING_SECONDS,
     LaunchError,
     Room,
     check_resources,
@@ -44,11 +44,8 @@ from raydetr.tracking.events import EventLog
 from raydetr.training import checkpoint
 from raydetr.training.world import World
 
-T = TypeVar("T")
-
 RESTART_SECONDS = "20"  # for the start of workers after a failure
 LOST_SECONDS = 60.0  # for the end of workers that can no longer be reached
-FAILURE_PAUSE, MAX_PAUSE = 5.0, 60.0  # seconds before a start after failures without progress; they double
 
 
 # --- In the driver ---
@@ -122,71 +119,6 @@ def _is_over(run: Run) -> bool:
     """Return whether the run has its last checkpoint; otherwise its workers have ended to be started elsewhere."""
     written = checkpoint.complete_checkpoints(run.folder)
     return bool(written) and checkpoint.is_complete(written[0], run.config)
-
-
-class StoragePatience:
-    """Repeats what needs the storage of a run until it answers, as long as the run waits for its checkpoints."""
-
-    def __init__(self, run: Run, stop: StopSignals, log: EventLog) -> None:
-        self._minutes, self._stop, self._log = run.config.storage.max_minutes_without_checkpoint, stop, log
-
-    def call(self, read: Callable[[], T]) -> T | None:
-        """Return the result of `read`; None if the run is to stop before there is one.
-
-        Raises:
-            OSError: the storage did not answer for `storage.max_minutes_without_checkpoint`.
-        """
-        began, pause = time.monotonic(), POLL_SECONDS
-        while not self._stop.is_set():
-            try:
-                return read()
-            except OSError as error:
-                if time.monotonic() - began > 60 * self._minutes:
-                    raise
-                if pause == POLL_SECONDS:
-                    self._log.append("waiting", reason=f"for the storage: {error}")
-                    print_status(f"waiting for the storage: {error}")
-                self._stop.sleep(pause)
-                pause = min(2 * pause, WAITING_SECONDS)
-        return None
-
-
-class Failures:
-    """Counts failures since the last progress, and decides whether the workers are started again."""
-
-    def __init__(self, limit: int, log: EventLog) -> None:
-        self._limit, self._log = limit, log
-        self._since_progress: list[str] = []
-        self._position = -1
-        self.number = 0  # of all failures
-        self.pause = (
-            0.0  # seconds before the next start: none after the first failure since the last progress
-        )
-
-    def add(self, error: LaunchError, position: int) -> None:
-        """Log a failure of the workers, which had reached a position.
-
-        Raises:
-            LaunchError: the workers are not started again.
-        """
-        if position > self._position:
-            self._since_progress = []
-        self._position = max(position, self._position)
-        self._since_progress.append(str(error))
-        self.number += 1
-        self.pause = min(FAILURE_PAUSE * (2 ** (len(self._since_progress) - 1) - 1), MAX_PAUSE)
-        if error.is_fatal:
-            raise error
-        count = len(self._since_progress)
-        if 0 <= self._limit < count:
-            listed = "".join(f"\n  {number}. {line}" for number, line in enumerate(self._since_progress, 1))
-            raise LaunchError(
-                f"the workers failed {count} times without progress in between (cluster.max_failures="
-                f"{self._limit}):{listed}"
-            )
-        self._log.append("restart", reason=str(error), failures_since_progress=count, position=position)
-        most = f" of {self._limit}" if self._limit >= 0 else ""
-        print_status(f"{error}; starting them again ({count}{most} without progress)")
 
 
 class Start:

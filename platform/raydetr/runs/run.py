@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import re
 import shlex
-import shutil
 import signal
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +21,22 @@ from raydetr.config import (
     to_dict,
     to_yaml,
 )
-from raydetr.config.paths import is_remote, sqlite_file
+from raydetr.config.paths import base_folder, is_remote, sqlite_file
 from raydetr.console import print_status
-from raydetr.data.corrupt import CORRUPT_LOG
 from raydetr.data.splits import open_splits, write_missing_synthetic
 from raydetr.doctor import examine
 from raydetr.doctor.findings import TrainingTarget
-from raydetr.environment import describe_environment
-from raydetr.evaluation.coco_metrics import ApTable
-from raydetr.evaluation.ground_truth import evaluation_warnings
 from raydetr.runs.lease import Lease, LeaseError
 from raydetr.runs.local import train_locally
-from raydetr.runs.session import PICTURES, Run, read_config
+from raydetr.runs.result import RunResult
+from raydetr.runs.run_tracking import (
+    create_mlflow_run,
+    describe_mlflow_run,
+    finish_mlflow_run,
+    reopen_mlflow_run,
+    tracking_warnings,
+)
+from raydetr.runs.session import Run, read_config
 from raydetr.runs.signals import RunStopped, StopSignals
 from raydetr.shards.reader import Shards
 from raydetr.store.folders import Folder, open_folder, write_file
@@ -47,61 +44,8 @@ from raydetr.tracking import mlflow_run
 from raydetr.tracking.events import EventLog, read_events
 from raydetr.training import checkpoint, init_weights
 
-NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"  # of a run: that of a folder, a part of a URL, and of a job
-
 # Settings of a run that a resume cannot change
 _FIXED = ("recipe", "init.", "model.backbone.weights", "storage.path", "tracking.")
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """Result of a finished run."""
-
-    name: str
-    folder: Folder
-    mlflow_run_id: str
-    tracking_uri: str
-    checkpoint: Folder
-    metrics: Mapping[str, Any]  # AP, AP50, ..., table, peak_rss_mb, train_seconds
-    seconds: float
-
-    def to_text(self) -> str:
-        """Return the AP table, the run's artifacts, and the next commands."""
-        metrics, folder = self.metrics, shlex.quote(str(self.folder))
-        best = self._best()
-        table = ApTable.from_dict(metrics["table"])
-        notes = evaluation_warnings(
-            metrics.get("unpredicted_images", 0), metrics.get("unreadable_records", 0)
-        )
-        if metrics.get("corrupt_samples"):
-            notes.append(
-                f"{metrics['corrupt_samples']} samples were corrupt; {self.folder / CORRUPT_LOG} lists them"
-            )
-        warnings = "".join(f"warning: {note}\n" for note in notes)
-        activate = "" if shutil.which("raydetr") else f"\n  source {sys.prefix}/bin/activate"
-        return f"""
-{table.to_text()}
-{warnings}trained and evaluated in {metrics["train_seconds"]:.0f} s ({self.seconds:.0f} s with start-up), \
-peak memory {metrics["peak_rss_mb"]:.0f} MB per worker
-
-run         {self.folder}
-checkpoint  {self.checkpoint} (last); best: {best}
-MLflow      {self.tracking_uri}, run {self.mlflow_run_id}
-artifacts   {", ".join(str(self.folder / name) for name in PICTURES if (self.folder / name).exists()) or "-"}
-
-next:{activate}
-  {_ui_command(self.tracking_uri)}  # see the run in the browser
-  raydetr predict {folder}/best IMAGES --out predictions
-  raydetr evaluate {folder}/best
-  raydetr compare {folder} OTHER_RUN
-  raydetr train RECIPE optim.lr=2e-4  # change a setting; `raydetr config RECIPE` prints all
-"""
-
-    def _best(self) -> str:
-        folder = checkpoint.best(self.folder)
-        if folder is None:
-            return "-"
-        return f"{folder}, AP {checkpoint.read_metrics(folder)['AP']:.3f}"
 
 
 def start(
@@ -135,29 +79,28 @@ def start(
         LeaseError: another process drives the run that is to go on.
         RunStopped: a signal stopped the run.
     """
-    if name is not None and not re.fullmatch(NAME, name):
-        raise ConfigError(
-            f"the name {name!r} is not the name of a folder: use letters, digits, '-', '_' and '.'"
-        )
+    if name is not None:
+        check_name(name)
     given_uri = config.tracking.uri
     config, (train, val) = resolve(config)
     name = new_name(config.recipe) if name is None else name
     folder = open_folder(config.storage.path) / name
     _check_new(folder, config, or_resume)
-    if or_resume and checkpoint.newest_valid(folder, lambda message: None) is not None:
-        return _go_on(folder, config, given_uri, local)
+    last = checkpoint.newest_valid(folder, lambda message: None) if or_resume else None
+    if last is not None:
+        return _go_on(last, folder, config, given_uri, local)
     if warn:
         print_warnings(config, train, val)
     for line in init_weights.summarize(config, train.label_map):
         print_status(line)
     with Lease(folder) as lease:
-        config, run_id = _mlflow_run_of(folder, config) or create_mlflow_run(
+        config, run_id = reopen_mlflow_run(folder, config) or create_mlflow_run(
             config, name, parent_run_id=parent_run_id
         )
         write_file(folder / "config.yaml", to_yaml(config).encode())
         write_file(folder / "mlflow_run_id", run_id.encode())
         with tracking_warnings():
-            _log_description(mlflow_run.tracking_uri(config), run_id, config, (train, val))
+            describe_mlflow_run(mlflow_run.tracking_uri(config), run_id, config, (train, val))
         return _execute(Run(config, folder, run_id), lease, local, callbacks)
 
 
@@ -205,8 +148,8 @@ def resume(
         return _execute(Run(config, folder, run_id, last), lease, local)
 
 
-def _go_on(folder: Folder, config: RunConfig, given_uri: str | None, local: bool) -> RunResult:
-    """Continue a run that has a checkpoint, or return the result of a finished one.
+def _go_on(last: Folder, folder: Folder, config: RunConfig, given_uri: str | None, local: bool) -> RunResult:
+    """Continue a run from its last checkpoint, or return the result of a finished one.
 
     Raises:
         ConfigError: the run has another configuration.
@@ -222,8 +165,7 @@ def _go_on(folder: Folder, config: RunConfig, given_uri: str | None, local: bool
             )
             remedy = f"Continue it with `--resume {shlex.quote(str(folder))} {changes}` instead, or give another --name"
         raise ConfigError(f"{folder} is a run with other settings: {listed}. {remedy}")
-    last = checkpoint.newest_valid(folder, lambda message: None)
-    if last is None or not checkpoint.is_complete(last, stored):
+    if not checkpoint.is_complete(last, stored):
         return resume(str(folder), local=local)
     print_status(f"{folder}: this run is finished")
     uri, run_id = mlflow_run.tracking_uri(stored), (folder / "mlflow_run_id").read_text()
@@ -232,7 +174,7 @@ def _go_on(folder: Folder, config: RunConfig, given_uri: str | None, local: bool
         log = EventLog(folder)
         log.append("finished", position=checkpoint.position_of(last), AP=metrics.get("AP"))
         _flush(log)
-        _finish(uri, run_id, "FINISHED", last)
+        finish_mlflow_run(uri, run_id, "FINISHED", last)
     seconds = events[-1]["time"] - events[0]["time"]
     return RunResult(folder.name, folder, run_id, uri, last, metrics, seconds)
 
@@ -255,16 +197,16 @@ def _differences(stored: RunConfig, given: RunConfig, given_uri: str | None) -> 
     }
 
 
-def _mlflow_run_of(folder: Folder, config: RunConfig) -> tuple[RunConfig, str] | None:
-    """Reopen the MLflow run of a run that ended before its first checkpoint; None if it has none."""
-    try:
-        run_id = (folder / "mlflow_run_id").read_text()
-        config = override(config, {"tracking.uri": read_config(folder).tracking.uri})
-    except (FileNotFoundError, ConfigError):
-        return None
-    with tracking_warnings():
-        mlflow_run.reopen_run(mlflow_run.tracking_uri(config), run_id)
-    return config, run_id
+def check_name(name: str) -> None:
+    """Check the name of a run, which is also that of a folder, a part of a URL, and of a job.
+
+    Raises:
+        ConfigError: it cannot be.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise ConfigError(
+            f"the name {name!r} is not the name of a folder: use letters, digits, '-', '_' and '.'"
+        )
 
 
 def _check_new(folder: Folder, config: RunConfig, or_resume: bool) -> None:
@@ -293,59 +235,9 @@ def print_warnings(config: RunConfig, train: Shards, val: Shards) -> None:
         print_status(f"warning: {line}")
 
 
-def create_mlflow_run(
-    config: RunConfig,
-    name: str,
-    *,
-    parent_run_id: str | None = None,
-    tags: Mapping[str, str] | None = None,
-) -> tuple[RunConfig, str]:
-    """Create an MLflow run where `tracking.uri` says, or in the run's folder with a warning if that fails.
-
-    Returns:
-        The configuration, whose `tracking.uri` is where the run is, and the id of the run.
-
-    Raises:
-        TrackingError: no run can be created in a database either.
-    """
-    new = partial(
-        mlflow_run.create_run,
-        experiment=config.tracking.experiment,
-        run_name=name,
-        parent_run_id=parent_run_id,
-        tags=tags,
-    )
-    # A database of this run alone: driver and rank 0 write it in turn, also from several machines
-    is_url = is_remote(config.storage.path)
-    own = mlflow_run.default_uri(_base() / "runs" if is_url else config.storage.path, name)
-    try:
-        return config, new(mlflow_run.tracking_uri(config))
-    except mlflow_run.TrackingError as error:
-        if mlflow_run.tracking_uri(config) == mlflow_run.default_uri(config.storage.path):
-            raise
-        print_status(f"warning: {error}; this run is logged in {own}")
-    return override(config, {"tracking.uri": own}), new(own)
-
-
-@contextmanager
-def tracking_warnings() -> Iterator[None]:
-    """Print an error of MLflow as a warning: what only describes a run must not end it."""
-    try:
-        yield
-    except mlflow_run.TrackingError as error:
-        print_status(f"warning: {error}; the run's folder has its configuration, metrics and checkpoints")
-
-
 def new_name(prefix: str) -> str:
     """Return a name that no other run has: `prefix`, time (UTC) and four random digits."""
     return f"{prefix}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
-
-
-def _base() -> Path:
-    """Return the folder at which relative paths start: in a Ray job not the working directory, which is a copy that
-    is deleted afterwards.
-    """
-    return Path.home() / "raydetr" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path.cwd()
 
 
 def resolve(config: RunConfig) -> tuple[RunConfig, tuple[Shards, Shards]]:
@@ -359,9 +251,9 @@ def resolve(config: RunConfig) -> tuple[RunConfig, tuple[Shards, Shards]]:
             among the workers, or the device does not support the precision.
         OSError, ValueError: the shards cannot be used.
     """
-    config = absolute_paths(config, _base())
+    config = absolute_paths(config, base_folder())
     if config.tracking.uri is None and is_remote(config.storage.path):
-        config = override(config, {"tracking.uri": mlflow_run.default_uri(_base() / "runs")})
+        config = override(config, {"tracking.uri": mlflow_run.default_uri(base_folder() / "runs")})
     if (
         config.init.checkpoint is not None
     ):  # a run in place of a checkpoint; its best one may change until it is read
@@ -432,17 +324,17 @@ def _execute(run: Run, lease: Lease, local: bool, callbacks: Sequence[Any] = ())
     except (KeyboardInterrupt, RunStopped) as error:
         log.append("stopped", reason=str(error) or "interrupted")
         _flush(log)
-        _finish(uri, run_id, "KILLED")
+        finish_mlflow_run(uri, run_id, "KILLED")
         raise
     except BaseException as error:
         log.append("failed", reason=f"{type(error).__name__}: {error}")
         _flush(log)
-        _finish(uri, run_id, "FAILED")
+        finish_mlflow_run(uri, run_id, "FAILED")
         raise
     metrics = checkpoint.read_metrics(last)
     log.append("finished", position=checkpoint.position_of(last), AP=metrics.get("AP"))
     _flush(log)
-    _finish(uri, run_id, "FINISHED", last)
+    finish_mlflow_run(uri, run_id, "FINISHED", last)
     seconds = time.perf_counter() - began
     return RunResult(run.folder.name, run.folder, run_id, uri, last, metrics, seconds)
 
@@ -463,47 +355,3 @@ def _stopped(run: Run, last: Folder | None, number: signal.Signals) -> RunStoppe
             f"{shlex.quote(str(run.folder))}`"
         )
     return RunStopped(f"{run.folder.name} was stopped by {number.name} {where}", 128 + number)
-
-
-def _finish(uri: str, run_id: str, status: mlflow_run.Status, last: Folder | None = None) -> None:
-    """End the MLflow run. A server that cannot be reached is a warning: the training has its result."""
-    with tracking_warnings():
-        if last is not None:
-            meta = dataclasses.asdict(checkpoint.read_description(last))
-            fields = ("epoch", "position", "fingerprint", "state_crc32")
-            reference = {"path": str(last)} | {name: meta[name] for name in fields}
-            mlflow_run.log_text(
-                uri, run_id, json.dumps(reference, indent=1, allow_nan=False), "checkpoint.json"
-            )
-        mlflow_run.finish_run(uri, run_id, status)
-
-
-def _log_description(uri: str, run_id: str, config: RunConfig, splits: tuple[Shards, Shards]) -> None:
-    """Log settings, data and environment."""
-    mlflow_run.log_params(uri, run_id, flatten(to_dict(config)))
-    for context, shards in zip(("training", "validation"), splits, strict=True):
-        mlflow_run.log_dataset(
-            uri,
-            run_id,
-            name="/".join(shards.location.split("/")[-2:]),
-            fingerprint=shards.fingerprint,
-            source=shards.location,
-            context=context,
-            profile={
-                "num_images": shards.num_samples,
-                "num_annotations": int(shards.samples["num_annotations"].sum()),
-            },
-        )
-    mlflow_run.log_text(uri, run_id, to_yaml(config), "config.yaml")
-    environment = json.dumps(describe_environment(), indent=1, allow_nan=False)
-    mlflow_run.log_text(uri, run_id, environment, "environment.json")
-
-
-def _ui_command(uri: str) -> str:
-    """Return the command that shows the runs at a tracking URI: `make ui` for the default one."""
-    # Relative to the working directory, which Ray may have removed by the end of a job
-    if Path("Makefile").exists() and uri == mlflow_run.default_uri("runs"):
-        return "make ui"
-    if uri.startswith(("http://", "https://")):
-        return f"open {uri}"
-    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"

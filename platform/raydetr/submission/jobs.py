@@ -17,6 +17,7 @@ from ray.job_submission import JobDetails
 
 from raydetr.config import ConfigError
 from raydetr.console import duration, print_status, table
+from raydetr.runs.run import check_name
 from raydetr.submission.cluster import Cluster, ClusterError
 from raydetr.submission.upload import CHECKOUT, find_upload
 
@@ -64,10 +65,7 @@ def submit(cluster: Cluster, submission: Submission, folder: Path) -> str:
         UploadError: the checkout is too large.
         ClusterError: the cluster does not answer, or refuses the job.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", submission.run):
-        raise ConfigError(
-            f"the name {submission.run!r} is not the name of a folder: use letters, digits, - and _"
-        )
+    check_name(submission.run)
     metadata = {RUN: submission.run, STORAGE: submission.storage}
     options: list[str] = []
     if (folder / CHECKOUT).is_file():

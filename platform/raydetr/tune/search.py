@@ -22,6 +22,7 @@ from raydetr.config.paths import is_remote
 from raydetr.console import print_status
 from raydetr.runs import run
 from raydetr.runs.ray_cluster import connected
+from raydetr.runs.run_tracking import create_mlflow_run, tracking_warnings
 from raydetr.tracking import mlflow_run
 from raydetr.tracking.mlflow_run import tracking_uri
 from raydetr.tracking.tracker import Tracker
@@ -127,13 +128,13 @@ def _create_context(config: RunConfig, resolved: RunConfig, space: Space) -> Sea
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / "space.yaml").write_text(space.text)
-    resolved, parent = run.create_mlflow_run(resolved, name, tags={"raydetr.kind": "search"})
+    resolved, parent = create_mlflow_run(resolved, name, tags={"raydetr.kind": "search"})
     uri = tracking_uri(resolved)
     searched = {f"search.{path}": f"{d.kind} {list(d.values)}" for path, d in space.distributions.items()}
     fixed = {
         path: value for path, value in flatten(to_dict(resolved)).items() if path not in space.distributions
     }
-    with run.tracking_warnings():
+    with tracking_warnings():
         mlflow_run.log_params(uri, parent, fixed | searched)
         mlflow_run.log_text(uri, parent, space.text, "space.yaml")
         mlflow_run.log_text(uri, parent, to_yaml(config), "config.yaml")
@@ -208,7 +209,7 @@ def _finish(
     )
     (folder / "trials.txt").write_text(result.to_text() + "\n")
     (folder / "trials.json").write_text(trials_as_json(trials) + "\n")
-    with run.tracking_warnings():
+    with tracking_warnings():
         _log_result(result, is_complete=callback.num_ended == num_trials)
     return result
 

@@ -29,7 +29,8 @@ def again(config: RunConfig) -> run.RunResult:
     return run.start(config, local=True, name="again", or_resume=True)
 
 
-def die_at(step: int, patched: pytest.MonkeyPatch) -> None:
+def die_at(step: int, config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Start the run, which dies at a step; return its folder."""
     train_step = Training.train_step
 
     def dying(self: Training, *batches: Any) -> Any:
@@ -37,7 +38,11 @@ def die_at(step: int, patched: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
         return train_step(self, *batches)
 
-    patched.setattr(Training, "train_step", dying)
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, "train_step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            again(config)
+    return Path(config.storage.path) / "again"
 
 
 def kinds(folder: Path) -> list[str]:
@@ -55,11 +60,7 @@ def test_a_run_goes_on_to_the_result_of_an_undisturbed_one_and_then_is_finished(
     by_steps: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unbroken = run.start(by_steps, local=True, name="unbroken", or_resume=True)
-    with monkeypatch.context() as patched:
-        die_at(8, patched)
-        with pytest.raises(KeyboardInterrupt):
-            again(by_steps)
-    folder = Path(by_steps.storage.path) / "again"
+    folder = die_at(8, by_steps, monkeypatch)
     result = again(by_steps)
     (position,) = [event["position"] for event in read_events(folder) if event["kind"] == "resumed"]
     assert EPOCH <= position < 2 * EPOCH
@@ -92,11 +93,7 @@ def test_a_driver_that_was_killed_after_the_last_checkpoint_has_its_end_recorded
 def test_a_run_that_died_before_its_first_checkpoint_starts_again_in_its_folder_and_its_mlflow_run(
     by_steps: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patched:
-        die_at(1, patched)
-        with pytest.raises(KeyboardInterrupt):
-            again(by_steps)
-    folder = Path(by_steps.storage.path) / "again"
+    folder = die_at(1, by_steps, monkeypatch)
     assert checkpoint.complete_checkpoints(folder) == []
     (before,) = mlflow_runs(by_steps)
     assert before.info.status == "KILLED"
@@ -122,11 +119,7 @@ def test_a_driver_that_died_while_it_made_the_folder(by_steps: RunConfig, left: 
 def test_other_settings_are_refused_and_named(
     by_steps: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with monkeypatch.context() as patched:
-        die_at(8, patched)
-        with pytest.raises(KeyboardInterrupt):
-            again(by_steps)
-    folder = Path(by_steps.storage.path) / "again"
+    folder = die_at(8, by_steps, monkeypatch)
     before = (folder / "config.yaml").read_text()
     changed = override(by_steps, {"optim.lr": 1e-4, "optim.epochs": 3, "storage.checkpoint_steps": None})
     with pytest.raises(ConfigError, match="is a run with other settings") as refused:

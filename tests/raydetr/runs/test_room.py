@@ -12,7 +12,7 @@ import pytest
 
 from raydetr.config import ClusterConfig, RunConfig
 from raydetr.console import RunActor, RunProgress
-from raydetr.runs import ray_cluster, ray_train, watch
+from raydetr.runs import patience, ray_cluster, watch
 from raydetr.runs.ray_cluster import LaunchError, Room
 from raydetr.runs.session import Run
 from raydetr.runs.signals import StopSignals
@@ -38,7 +38,7 @@ class Clock(StopSignals):
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     fake = SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep, time=clock.monotonic)
-    for module in (ray_cluster, ray_train, watch):
+    for module in (ray_cluster, patience, watch):
         monkeypatch.setattr(module, "time", fake)
     return clock
 
@@ -207,18 +207,18 @@ def test_storage_that_is_away_when_workers_are_started_again_is_waited_for(
         return "found"
 
     log = EventLog(tmp_path)
-    patience = ray_train.StoragePatience(Run(tiny_run, tmp_path, "id"), clock, log)
-    assert patience.call(read) == "found"
+    storage = patience.StoragePatience(Run(tiny_run, tmp_path, "id"), clock, log)
+    assert storage.call(read) == "found"
     assert 1300 <= clock.now < 1340
     assert capsys.readouterr().err.count("waiting for the storage") == 1
     clock.now = -10_000.0
     with pytest.raises(OSError, match="Stale file handle"):
-        patience.call(read)
+        storage.call(read)
     assert -10_000 + 3600 <= clock.now < -10_000 + 3700  # storage.max_minutes_without_checkpoint
 
 
 def test_failures_without_progress_are_followed_by_longer_and_longer_pauses(tmp_path: Path) -> None:
-    failures = ray_train.Failures(-1, EventLog(tmp_path))
+    failures = patience.Failures(-1, EventLog(tmp_path))
     pauses = []
     for position in (0, 0, 0, 0, 0, 0, 8):
         failures.add(LaunchError("lost"), position)

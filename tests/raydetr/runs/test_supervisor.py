@@ -20,7 +20,7 @@ from ray.util.state import list_actors
 
 from ray_nodes import ray_nodes
 from raydetr.config import ClusterConfig, RunConfig, override, to_yaml
-from raydetr.runs import ray_cluster, ray_train, run, watch
+from raydetr.runs import patience, ray_cluster, run, watch
 from raydetr.runs.ray_cluster import LaunchError
 from raydetr.runs.signals import StopSignals
 from raydetr.tracking.events import EventLog, read_events
@@ -262,7 +262,7 @@ def test_failures_without_progress_end_the_run_and_are_listed(
 
 def test_failures_are_counted_since_the_last_progress(tmp_path: Path) -> None:
     log = EventLog(tmp_path)
-    failures = ray_train.Failures(2, log)
+    failures = patience.Failures(2, log)
     for position in (-1, -1, 48, 48, 96, 144, 144):
         failures.add(LaunchError(f"at {position}"), position)
     assert log.flush()
@@ -270,7 +270,7 @@ def test_failures_are_counted_since_the_last_progress(tmp_path: Path) -> None:
         failures.add(LaunchError("at 144"), 144)
     assert [event["failures_since_progress"] for event in read_events(tmp_path)] == [1, 2, 1, 2, 1, 1, 2]
     with pytest.raises(LaunchError, match="a data fault"):
-        ray_train.Failures(5, EventLog(tmp_path)).add(LaunchError("a data fault", is_fatal=True), 0)
+        patience.Failures(5, EventLog(tmp_path)).add(LaunchError("a data fault", is_fatal=True), 0)
 
 
 # --- The driver ---

@@ -1,0 +1,80 @@
+"""Summarize a finished run for the terminal: its AP, its files, and the commands that come next."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raydetr.data.corrupt import CORRUPT_LOG
+from raydetr.evaluation.coco_metrics import ApTable
+from raydetr.evaluation.ground_truth import evaluation_warnings
+from raydetr.runs.session import PICTURES
+from raydetr.store.folders import Folder
+from raydetr.tracking import mlflow_run
+from raydetr.training import checkpoint
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Result of a finished run."""
+
+    name: str
+    folder: Folder
+    mlflow_run_id: str
+    tracking_uri: str
+    checkpoint: Folder
+    metrics: Mapping[str, Any]  # AP, AP50, ..., table, peak_rss_mb, train_seconds
+    seconds: float
+
+    def to_text(self) -> str:
+        """Return the AP table, the run's artifacts, and the next commands."""
+        metrics, folder = self.metrics, shlex.quote(str(self.folder))
+        best = self._best()
+        table = ApTable.from_dict(metrics["table"])
+        notes = evaluation_warnings(
+            metrics.get("unpredicted_images", 0), metrics.get("unreadable_records", 0)
+        )
+        if metrics.get("corrupt_samples"):
+            notes.append(
+                f"{metrics['corrupt_samples']} samples were corrupt; {self.folder / CORRUPT_LOG} lists them"
+            )
+        warnings = "".join(f"warning: {note}\n" for note in notes)
+        activate = "" if shutil.which("raydetr") else f"\n  source {sys.prefix}/bin/activate"
+        return f"""
+{table.to_text()}
+{warnings}trained and evaluated in {metrics["train_seconds"]:.0f} s ({self.seconds:.0f} s with start-up), \
+peak memory {metrics["peak_rss_mb"]:.0f} MB per worker
+
+run         {self.folder}
+checkpoint  {self.checkpoint} (last); best: {best}
+MLflow      {self.tracking_uri}, run {self.mlflow_run_id}
+artifacts   {", ".join(str(self.folder / name) for name in PICTURES if (self.folder / name).exists()) or "-"}
+
+next:{activate}
+  {_ui_command(self.tracking_uri)}  # see the run in the browser
+  raydetr predict {folder}/best IMAGES --out predictions
+  raydetr evaluate {folder}/best
+  raydetr compare {folder} OTHER_RUN
+  raydetr train RECIPE optim.lr=2e-4  # change a setting; `raydetr config RECIPE` prints all
+"""
+
+    def _best(self) -> str:
+        folder = checkpoint.best(self.folder)
+        if folder is None:
+            return "-"
+        return f"{folder}, AP {checkpoint.read_metrics(folder)['AP']:.3f}"
+
+
+def _ui_command(uri: str) -> str:
+    """Return the command that shows the runs at a tracking URI: `make ui` for the default one."""
+    # Relative to the working directory, which Ray may have removed by the end of a job
+    if Path("Makefile").exists() and uri == mlflow_run.default_uri("runs"):
+        return "make ui"
+    if uri.startswith(("http://", "https://")):
+        return f"open {uri}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
