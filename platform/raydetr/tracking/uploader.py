@@ -100,7 +100,7 @@ class Uploader:
                 self._send_details(client, event)
             self._send_metrics(client)
             self._send_files(client)
-            self._send_status(client)
+            self._send_status(client, uri)
         self._events.clear()
         self._state.done, self._state.last_steps = dict(self._reader.done), dict(self._last_steps)
         self._state.write(self._run)
@@ -250,13 +250,17 @@ class Uploader:
             del self._files[name]
             self.num_sent += 1
 
-    def _send_status(self, client: MlflowClient) -> None:
-        """Set the status of the last start or end; describe the run for people."""
+    def _send_status(self, client: MlflowClient, uri: str) -> None:
+        """Set the status of the last start or end; describe the run for people, and register its best checkpoint."""
         ends = [event for event in self._events if event["kind"] in STATUS]
         if not ends:
             return
-        last = ends[-1]
-        text = describe(self._run, self._first_launch(), self._run_id)
+        last, launch = ends[-1], self._first_launch()
+        if last["kind"] == "finished" and launch.get("model") is not None:
+            from raydetr.tracking.model_registry import register_best  # imports torch
+
+            register_best(client, uri, self._run, self._run_id, launch["model"])
+        text = describe(self._run, launch, self._run_id)
         client.set_tag(self._run_id, "mlflow.note.content", text[:TAG_LENGTH])
         status = STATUS[last["kind"]]
         if status == "RUNNING":
