@@ -16,7 +16,6 @@ from mlflow.types.schema import Array
 import detrs
 import raydetr
 from raydetr.store.folders import Folder
-from raydetr.tracking import pyfunc_model
 from raydetr.training import checkpoint
 
 REGISTERED_TAG = "raydetr.registered"  # checksum of the checkpoint
@@ -65,7 +64,7 @@ def register_best(client: MlflowClient, uri: str, run: Folder, run_id: str, name
         with mlflow.start_run(run_id=run_id):
             mlflow.pyfunc.log_model(
                 name="detector",
-                python_model=pyfunc_model.__file__,
+                python_model=str(Path(__file__).with_name("pyfunc_model.py")),
                 artifacts={"checkpoint": str(folder)},
                 code_paths=[str(Path(folder)) for module in (detrs, raydetr) for folder in module.__path__],
                 signature=SIGNATURE,

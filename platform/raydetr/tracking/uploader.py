@@ -174,6 +174,7 @@ class Uploader:
                 )
             return sorted(run.info.run_id for run in found)
 
+        self._state.experiment_id = experiment
         if existing := find():
             return self._keep(existing[0])
         tags = {KEY_TAG: launch["key"]} | ({"mlflow.parentRunId": parent} if parent else {})

@@ -21,7 +21,10 @@ from raydetr.tracking.upload_state import STATE
 from raydetr.tracking.uploader import Uploader
 from raydetr.training.checkpoint import find, load_for_inference
 
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
+# The second one is of a class of its own, when it is imported
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The ``noload``:DeprecationWarning", "ignore:.*Any type hint is inferred:UserWarning"
+)
 
 CALL = """
 import json, sys
