@@ -24,7 +24,6 @@ from raydetr.tracking.events import Event, EventReader
 from raydetr.tracking.metric_names import metric_name
 from raydetr.tracking.mlflow_run import (
     connect,
-    lock_of,
     param_text,
     store_file,
     tracking_errors,
@@ -92,7 +91,7 @@ class Uploader:
             return False
         launch = self._first_launch()
         uri = restore_uri(self._given_uri or launch["uri"], self._run)
-        with lock_of(uri), tracking_errors(uri, f"upload {self._run.name}"):
+        with tracking_errors(uri, f"upload {self._run.name}"):
             client = connect(uri)
             if self._state.run_id is None:
                 self._find_or_create(client, uri, launch)

@@ -21,6 +21,7 @@ import browser
 from logged_run import log_run, upload, write_table
 from mlflow_proxy import MlflowProxy
 from mlflow_server import MlflowServer
+from raydetr.tracking import mlflow_run
 from raydetr.tracking.events import EventLog
 from raydetr.tracking.metric_names import metric_name
 from raydetr.tracking.upload_process import UploadProcess
@@ -331,6 +332,32 @@ def test_many_processes_create_one_database(database: str, tmp_path: Path) -> No
     processes = [UploadProcess(folder, database, lambda problem: None) for folder in folders]
     assert [process.finish() for process in processes] == [None] * 4
     assert all(len(runs_named(database, folder.name)) == 1 for folder in folders)
+
+
+@pytest.mark.parametrize("name", ["a b", "a%20b", "a#b", "a?b", "a&b=c", "ä", "a'b", 'a"b'])
+def test_the_database_is_where_its_path_says(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name / "run"
+    uri = default_uri(folder.parent)
+    log_run(folder, storable_uri(uri, folder))
+    upload(folder)
+    assert {path.name for path in folder.parent.iterdir()} == {"run", "mlflow.db"}
+    assert [path.parent for path in tmp_path.rglob("*.db")] == [folder.parent]
+    assert mlflow_run.fetch_run(uri, "run").status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("postgresql://me@127.0.0.1:1/mlflow", "psycopg"),
+        ("oracle://host/db", "oracle"),
+        ("sqlite:////proc/forbidden/mlflow.db", "/proc/forbidden"),
+    ],
+)
+def test_databases_that_cannot_be_opened(uri: str, message: str, tmp_path: Path) -> None:
+    log_run(tmp_path / "run", uri)
+    with pytest.raises((TrackingError, OSError), match=message) as error:
+        upload(tmp_path / "run")
+    assert "\n" not in str(error.value)
 
 
 def test_a_deleted_experiment_and_a_deleted_run(database: str, tmp_path: Path) -> None:
