@@ -51,4 +51,8 @@ class PostgresServer:
 
     def _run(self, program: str, *arguments: str) -> None:
         command = [*self._user, str(self._programs / program), *arguments]
-        subprocess.run(command, check=True, timeout=60, stdout=subprocess.DEVNULL, cwd="/")
+        log = self._data.parent / f"{program}.log"
+        with log.open("ab") as output:
+            done = subprocess.run(command, timeout=60, stdout=output, stderr=output, cwd="/", check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}: {log.read_text()}")
