@@ -108,7 +108,7 @@ def test_the_exit_code_tells_that_mlflow_lacks_something(short: RunConfig, tmp_p
     code = "import sys; from raydetr.cli.main import main; main()"
     command[1:3] = ["-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 3, done.stderr
+    assert done.returncode == 5, done.stderr
     assert "raydetr track sync" in done.stderr
     sync = [sys.executable, "-c", code, "track", "sync", str(tmp_path / "runs" / "pending")]
     sync += ["--uri", default_uri(tmp_path / "later")]
