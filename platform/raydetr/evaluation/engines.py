@@ -24,7 +24,7 @@ for _module in (coco, cocoeval):
 
 @dataclass(frozen=True)
 class Accumulated:
-    """COCO's precision and recall: 10 IoU thresholds (T), 101 recalls (R), categories in ascending order (K), areas all,
+    """COCO's precision and recall: 10 IoU thresholds (T), 101 recalls (R), ascending categories (K), areas all,
     small, medium, large (A), and 1, 10 and 100 detections per image (M). -1 where there is no object.
     """
 
