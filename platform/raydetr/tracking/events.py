@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raydetr.store.folders import Folder, create_file, with_retry_seconds
+from raydetr.store.folders import Folder, create_file, file_sizes, read_part, with_retry_seconds
 
 EVENTS = "events"
 FIRST_PAUSE, MAX_PAUSE = 0.2, 30.0  # seconds between two tries to write; the pause doubles
@@ -134,11 +135,54 @@ class _Segment:
         return self._folder / f"{number:06d}.jsonl"
 
 
+class EventReader:
+    """Reads the events of a run while it goes on; of a segment, only what is new since the last call.
+
+    Args:
+        run: folder of the run.
+        all_steps: otherwise, of the steps that are new in a segment only the last; most events are steps.
+    """
+
+    def __init__(self, run: Folder, *, all_steps: bool = True) -> None:
+        self._folder, self._all_steps = run / EVENTS, all_steps
+        self._offsets: dict[str, int] = {}  # in bytes, after the last complete line that was read
+        # Hashes of lines: a write that failed halfway was repeated, and has the same line, with the same time
+        self._seen: set[int] = set()
+
+    def read(self) -> list[Event]:
+        """Return the new events, segment after segment.
+
+        Raises:
+            OSError: the storage cannot be read.
+        """
+        sizes = file_sizes(self._folder)
+        return [event for name in sorted(sizes) for event in self._read_segment(name, sizes[name])]
+
+    def _read_segment(self, name: str, size: int) -> Iterator[Event]:
+        start = self._offsets.get(name, 0)
+        if size <= start or not re.fullmatch(r"\d+\.jsonl", name):
+            return
+        lines = read_part(self._folder / name, start, size).split(b"\n")
+        # The last one may be incomplete, and is read again
+        self._offsets[name] = start + sum(len(line) + 1 for line in lines[:-1])
+        if not self._all_steps:
+            lines = _without_earlier_steps(lines)
+        for line in lines:
+            if hash(line) in self._seen:
+                continue
+            event = _parse(line)
+            if event is not None:
+                self._seen.add(hash(line))
+                yield event
+
+
 def read_events(run: Folder) -> list[Event]:
-    """Return the events of a run, segment after segment."""
-    lines = [line for path in _segments(run / EVENTS) for line in path.read_text().splitlines()]
-    # A write that failed halfway was repeated: the same line, with the same time
-    return [event for line in dict.fromkeys(lines) if (event := _parse(line)) is not None]
+    """Return the events of a run, segment after segment.
+
+    Raises:
+        OSError: the storage cannot be read.
+    """
+    return EventReader(run).read()
 
 
 class Metrics:
@@ -188,6 +232,13 @@ def _segments(folder: Folder) -> list[Folder]:
     return sorted(path for path in folder.glob("*.jsonl") if path.stem.isdecimal())
 
 
+def _without_earlier_steps(lines: Sequence[bytes]) -> list[bytes]:
+    # The kind is at the beginning of a line, and so needs no parsing
+    steps = [number for number, line in enumerate(lines) if b'"kind": "step"' in line[:60]]
+    omitted = set(steps[:-1])
+    return [line for number, line in enumerate(lines) if number not in omitted]
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
@@ -196,7 +247,7 @@ def _finite(value: Any) -> Any:
     return [_finite(child) for child in value] if isinstance(value, list | tuple) else value
 
 
-def _parse(line: str) -> Event | None:
+def _parse(line: bytes) -> Event | None:
     try:
         event = json.loads(line)
     except ValueError:
