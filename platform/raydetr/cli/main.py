@@ -26,6 +26,7 @@ from raydetr.cli.arguments import (
 )
 from raydetr.cli.cluster import cluster_app
 from raydetr.cli.jobs import jobs_app, submit_app
+from raydetr.cli.runs import list_runs, watch
 from raydetr.cli.shards import shards_app
 from raydetr.config import ConfigError
 from raydetr.console import print_status, progress_bar
@@ -43,6 +44,8 @@ app.add_typer(shards_app, name="shards")
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(submit_app, name="submit")
 app.add_typer(jobs_app, name="jobs")
+app.command("runs")(list_runs)
+app.command("watch")(watch)
 
 # Settings of a cluster that have no effect in one process
 LOCAL_IGNORES = (

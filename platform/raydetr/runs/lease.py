@@ -177,7 +177,7 @@ class DriverWatch:
         if not self._look():
             return False
         until = time.monotonic() + 2 * BEAT_SECONDS
-        while not DEAD_SECONDS > time.monotonic() - self._beat_at:
+        while not time.monotonic() - self._beat_at < DEAD_SECONDS:
             if time.monotonic() > until or time.monotonic() - self._beat_at > LONG_DEAD_SECONDS:
                 return False
             time.sleep(LOOK_SECONDS)
@@ -198,7 +198,10 @@ class DriverWatch:
             if content != self._last:
                 age = 0.0 if self._last is not None else time.time() - modified(file)
                 self._last, self._beat_at = content, time.monotonic() - age
-        except (FileNotFoundError, ValueError):  # there is none; its process has ended, or died while it wrote
+        except (
+            FileNotFoundError,
+            ValueError,
+        ):  # there is none; its process has ended, or died while it wrote
             return False
         return True
 

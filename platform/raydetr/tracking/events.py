@@ -194,19 +194,22 @@ class Metrics:
 
     def __init__(self, events: Iterable[Event] = ()) -> None:
         self.rows: list[dict[str, Any]] = []
-        self.seconds = 0.0  # of all processes of rank 0, without the time between them
-        first = last = 0.0
+        self._earlier_seconds = self._first = self._last = 0.0
         for event in events:
-            if event["kind"] in ("started", "resumed"):
-                self.seconds += last - first
-                first = last = event["time"]
-            elif event["kind"] in ("step", "evaluation", "checkpoint"):
-                last = event["time"]
             self.add(event)
-        self.seconds += last - first
+
+    @property
+    def seconds(self) -> float:
+        """Time of all processes of rank 0, without the time between them."""
+        return self._earlier_seconds + self._last - self._first
 
     def add(self, event: Event) -> None:
         """Take an event into account."""
+        if event["kind"] in ("started", "resumed"):
+            self._earlier_seconds = self.seconds
+            self._first = event["time"]
+        if event["kind"] in ("started", "resumed", "step", "evaluation", "checkpoint"):
+            self._last = event["time"]
         if event["kind"] in ("started", "resumed"):
             self.rows = [row for row in self.rows if row["position"] <= event["position"]]
         elif event["kind"] in ("step", "evaluation"):
