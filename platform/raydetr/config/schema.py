@@ -293,8 +293,9 @@ class StorageConfig(Section):
 class TrackingConfig(Section):
     """The MLflow server or database, and the interval between logged steps."""
 
-    uri: TrackingUri | None = None  # None: sqlite in `storage.path`, or in runs/ if that is a URL
-    experiment: str = "raydetr"
+    # None: MLFLOW_TRACKING_URI, or else sqlite in `storage.path`, or in runs/ if that is a URL
+    uri: TrackingUri | None = None
+    experiment: str | None = None  # None: MLFLOW_EXPERIMENT_NAME, or else raydetr
     log_every_steps: PositiveInt = 10
 
 

@@ -341,7 +341,12 @@ class _RayReporter:
 def _world(cpus: int) -> World:
     torch.set_num_threads(cpus)
     context = ray.train.get_context()
-    return World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    return World(
+        context.get_world_rank(),
+        context.get_world_size(),
+        ray.train.torch.get_device(),
+        context.get_local_rank(),
+    )
 
 
 def _check_storage(folder: Folder) -> None:

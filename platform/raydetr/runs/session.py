@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import resource
+import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -19,18 +20,19 @@ from typing import Any, Protocol
 import torch
 
 from detrs import zoo
-from raydetr.config import RunConfig, from_yaml, from_yaml_text
+from raydetr.config import RunConfig, from_yaml, from_yaml_text, override, to_yaml
 from raydetr.console import RunProgress
 from raydetr.data.corrupt import CORRUPT_LOG, CorruptSample, default_max_corrupt
 from raydetr.data.splits import open_splits
-from raydetr.evaluation.coco_metrics import AP_FILE, ApTable, coco_ap
+from raydetr.environment import describe_environment
+from raydetr.evaluation.coco_metrics import ApTable, coco_ap
 from raydetr.evaluation.ground_truth import ground_truth
 from raydetr.shards.images import ImageError, decode_image
 from raydetr.shards.reader import ShardError, Shards
 from raydetr.store.folders import Folder, with_retry_seconds, write_file
-from raydetr.tracking.events import EVENTS, EventLog, Metrics, read_events
-from raydetr.tracking.mlflow_run import TrackingError, tracking_uri
-from raydetr.tracking.tracker import Tracker
+from raydetr.tracking.events import EventLog, Metrics, read_events
+from raydetr.tracking.system_metrics import SystemMetrics
+from raydetr.tracking.uris import absolute_uri, storable_uri
 from raydetr.training import checkpoint, init_weights
 from raydetr.training.checkpoint_writer import CheckpointWriter, Written
 from raydetr.training.loop import EvaluationReport, StepReport, Training, train
@@ -41,6 +43,7 @@ from raydetr.visualization.curves import learning_curves
 
 CURVES, PREDICTIONS = "curves.png", "predictions.png"
 PICTURES = PREDICTIONS, CURVES  # in the folder of a run, of its last evaluation
+EVALUATIONS = "evaluations"  # in the folder of a run: POSITION/
 NUM_IMAGES = 8  # in predictions.png
 SCORE_THRESHOLD = 0.3  # of the boxes that are drawn
 SHOW_SECONDS = 0.5  # between two updates of the progress
@@ -55,19 +58,37 @@ class Run:
 
     config: RunConfig  # resolved: paths are absolute
     folder: Folder  # on storage that all nodes reach
-    mlflow_run_id: str
     resume_from: Folder | None = None  # checkpoint folder
 
 
 def read_config(run: Folder) -> RunConfig:
-    """Return the configuration of the run in a folder.
+    """Return the configuration of the run in a folder, which may have been moved with its runs.
 
     Raises:
         ConfigError: it is not a valid configuration.
         OSError: it cannot be read.
     """
     file = run / "config.yaml"
-    return from_yaml(file) if isinstance(file, Path) else from_yaml_text(file.read_text(), str(file))
+    config = from_yaml(file) if isinstance(file, Path) else from_yaml_text(file.read_text(), str(file))
+    uri = config.tracking.uri
+    return override(
+        config,
+        {
+            "storage.path": str(run.parent),
+            "tracking.uri": None if uri is None else absolute_uri(uri, run),
+        },
+    )
+
+
+def write_config(run: Folder, config: RunConfig) -> None:
+    """Write the configuration of a run to its folder.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    uri = config.tracking.uri
+    stored = config if uri is None else override(config, {"tracking.uri": storable_uri(uri, run)})
+    write_file(run / "config.yaml", to_yaml(stored).encode())
 
 
 class Reporter(Protocol):
@@ -127,7 +148,6 @@ class _Session:
         self.training, self.reporter = training, reporter
         self.train_shards, self.val_shards = train_shards, val_shards
         self.is_main = training.world.is_main
-        self.tracker = Tracker(tracking_uri(run.config), run.mlflow_run_id) if self.is_main else None
         self.events = EventLog(run.folder)
         # The events of all steps up to a checkpoint are there before it: a process that is killed loses none of those
         # that are not trained again
@@ -151,6 +171,11 @@ class _Session:
         # The last problem of each kind, which was shown; each is shown once
         self.shown_problems: dict[str, str] = {}
         self.phase = "training"
+        self.system_metrics: SystemMetrics | None = None
+        if training.world.local_rank == 0:
+            node = socket.gethostname()
+            self.events.append("environment", node=node, environment=describe_environment())
+            self.system_metrics = SystemMetrics(node, self._log_system)
         if self.is_main:
             self._write_corrupt_log()
             kind = "started" if run.resume_from is None else "resumed"
@@ -173,18 +198,14 @@ class _Session:
             self.writer.finish()
 
     def close(self) -> None:
-        """Send the remaining values to MLflow. If it cannot be reached, show a warning: the training is complete."""
+        """Write the last events."""
+        if self.system_metrics is not None:
+            self.system_metrics.close()
         if self.writer is not None:
             self.writer.close()
         if not self.events.flush():
             self.warning = self.events.problem
             self._show(self.phase)
-        if self.tracker is not None:
-            try:
-                self.tracker.close()
-            except TrackingError as error:
-                self.warning = f"{error}; {self.folder / EVENTS} has the metrics"
-                self._show(self.phase)
 
     def _on_step(self, report: StepReport) -> None:
         self.images_per_second = report.images_per_second
@@ -300,17 +321,22 @@ class _Session:
 
     def _record(self, table: ApTable, report: EvaluationReport) -> dict[str, Any]:
         """Log an evaluation, on rank 0; return its numbers."""
-        assert self.tracker is not None
         numbers = {name: value for name, value in table.numbers.items() if value >= 0}  # -1: undefined
         self.ap = numbers.get("AP")
+        self._write_table(table, self.quick_folder / EVALUATIONS / str(report.position))
         self._log(self.training.step, report.position, {**numbers, "epoch": report.epoch}, "evaluation")
-        self.tracker.log_text(json.dumps(table.to_dict(), indent=1, allow_nan=False), AP_FILE)
-        self.tracker.log_text(table.to_markdown(), str(Path(AP_FILE).with_suffix(".md")))
-        self._log_images(self.tracker, report.results)
+        self._log_images(report.results)
         self._show("evaluated")
         return {**numbers, "table": table.to_dict()}
 
-    def _log_images(self, tracker: Tracker, results: Sequence[dict[str, Any]]) -> None:
+    def _write_table(self, table: ApTable, folder: Folder) -> None:
+        try:
+            write_file(folder / "ap.json", json.dumps(table.to_dict(), indent=1, allow_nan=False).encode())
+            write_file(folder / "ap.md", table.to_markdown().encode())
+        except OSError as error:  # a full disk, perhaps: the events and the checkpoints have the numbers, too
+            self.warning = str(error)
+
+    def _log_images(self, results: Sequence[dict[str, Any]]) -> None:
         """Write the learning curves, and a grid of validation images with their true and predicted boxes."""
         draw: dict[str, Callable[[Path], None]] = {
             CURVES: self._draw_curves,
@@ -318,15 +344,15 @@ class _Session:
         }
         for name in draw:
             with TemporaryDirectory(prefix="raydetr-") as temporary:
-                self._log_image(tracker, Path(temporary) / name, draw[name])
+                self._log_image(Path(temporary) / name, draw[name])
+        self._add_event("files", files=list(PICTURES))
 
-    def _log_image(self, tracker: Tracker, path: Path, draw: Callable[[Path], None]) -> None:
+    def _log_image(self, path: Path, draw: Callable[[Path], None]) -> None:
         stored = self.quick_folder / path.name
         try:
             stored.unlink(missing_ok=True)  # an older one would be taken for this one
             draw(path)
             write_file(stored, path.read_bytes())
-            tracker.log_artifact(path)
         except Exception as error:  # whatever it is: images must not end a run
             self.warning = f"no {path.name} of this evaluation: {type(error).__name__}: {error}"
 
@@ -338,9 +364,11 @@ class _Session:
         ).savefig(path)
 
     def _log(self, step: int, position: int, metrics: Mapping[str, float], kind: str = "step") -> None:
-        assert self.tracker is not None
-        self.tracker.log_metrics(step, metrics)
         self._add_event(kind, step=step, position=position, metrics=dict(metrics))
+
+    def _log_system(self, metrics: Mapping[str, float]) -> None:
+        """Log metrics of this node; called in a thread, on one worker of each node."""
+        self.events.append("system", step=self.training.step, metrics=metrics)
 
     def _add_event(self, kind: str, **fields: Any) -> None:
         self.metrics.add(self.events.append(kind, **fields))
@@ -348,7 +376,6 @@ class _Session:
     def _show(self, phase: str) -> None:
         training, self.phase = self.training, phase
         problems = {
-            "tracking": None if self.tracker is None else self.tracker.problem,
             "events": self.events.problem,
             "checkpoint": self.checkpoint_problem,
             "older checkpoints": None if self.writer is None else self.writer.cleanup_problem,

@@ -4,20 +4,21 @@ The log is the record of the run: progress, curves, comparison and MLflow are ma
 to; at a URL, where files cannot grow, they are replaced by longer ones. A line that was cut off, because its process
 was killed, is ignored.
 
-Kinds of events: `started`, `resumed` (a process trains from `position` on), `step` (metrics of a step), `evaluation`,
-`checkpoint`, `checkpoint_failed`, `corrupt`, `restart` (the workers are started again: why, and from where),
-`waiting` (for resources), `preempted` (a node will be taken away), `layout` (another number of workers), `stalled` (no
-progress), `stack` (of a stalled worker), `finished`, `stopped`, `failed`.
+Kinds of events: `launched` (a driver starts or resumes the run: its name, settings, data, tags), `started`, `resumed`
+(a process trains from `position` on), `environment` and `system` (of a node: versions; metrics of processor, memory and
+GPUs), `step` (metrics of a step), `evaluation`, `checkpoint`, `checkpoint_failed`, `corrupt`, `restart` (the workers
+are started again: why, and from where), `waiting` (for resources), `preempted` (a node will be taken away), `layout`
+(another number of workers), `stalled` (no progress), `stack` (of a stalled worker), `files` (of the run, which are
+new), `finished`, `stopped`, `failed`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,61 +129,59 @@ class _Segment:
             self._content += text
 
     def _create(self, text: str) -> Folder:
-        number = 1 + max((int(path.stem) for path in _segments(self._folder)), default=0)
+        number = 1 + max((int(name.partition(".")[0]) for name in _sizes(self._folder)), default=0)
         # Several processes may want the same number
         while not create_file(self._folder / f"{number:06d}.jsonl", text.encode()):
             number += 1
         return self._folder / f"{number:06d}.jsonl"
 
 
-class EventReader:
-    """Reads the events of a run while it goes on; of a segment, only what is new since the last call.
-
-    Args:
-        run: folder of the run.
-        all_steps: otherwise, of the steps that are new in a segment only the last; most events are steps.
-    """
-
-    def __init__(self, run: Folder, *, all_steps: bool = True) -> None:
-        self._folder, self._all_steps = run / EVENTS, all_steps
-        self._offsets: dict[str, int] = {}  # in bytes, after the last complete line that was read
-        # Hashes of lines: a write that failed halfway was repeated, and has the same line, with the same time
-        self._seen: set[int] = set()
-
-    def read(self) -> list[Event]:
-        """Return the new events, segment after segment.
-
-        Raises:
-            OSError: the storage cannot be read.
-        """
-        sizes = file_sizes(self._folder)
-        return [event for name in sorted(sizes) for event in self._read_segment(name, sizes[name])]
-
-    def _read_segment(self, name: str, size: int) -> Iterator[Event]:
-        start = self._offsets.get(name, 0)
-        if size <= start or not re.fullmatch(r"\d+\.jsonl", name):
-            return
-        lines = read_part(self._folder / name, start, size).split(b"\n")
-        # The last one may be incomplete, and is read again
-        self._offsets[name] = start + sum(len(line) + 1 for line in lines[:-1])
-        if not self._all_steps:
-            lines = _without_earlier_steps(lines)
-        for line in lines:
-            if hash(line) in self._seen:
-                continue
-            event = _parse(line)
-            if event is not None:
-                self._seen.add(hash(line))
-                yield event
-
-
 def read_events(run: Folder) -> list[Event]:
     """Return the events of a run, segment after segment.
 
     Raises:
-        OSError: the storage cannot be read.
+        OSError: they cannot be read.
     """
     return EventReader(run).read()
+
+
+class EventReader:
+    """Reads the events of a run piece by piece: every call of `read` returns the new ones, and reads only those.
+
+    Args:
+        run: its folder.
+        done: the bytes of each segment that are not read again, the `done` of an earlier reader.
+        all_steps: otherwise, of the steps that are new in a segment only the last; most events are steps.
+    """
+
+    def __init__(self, run: Folder, done: Mapping[str, int] | None = None, *, all_steps: bool = True) -> None:
+        self._folder, self._all_steps = run / EVENTS, all_steps
+        self.done = dict(done or {})
+        self._hashes: set[int] = set()  # of the lines
+
+    def read(self) -> list[Event]:
+        """Return the events since the last call, segment after segment.
+
+        Raises:
+            OSError: they cannot be read; the next call returns them.
+        """
+        lines: list[bytes] = []
+        done = {}
+        for name, size in sorted(_sizes(self._folder).items()):
+            start = self.done.get(name, 0)
+            if size > start:
+                content = read_part(self._folder / name, start, size)
+                complete = content[: content.rfind(b"\n") + 1]  # the last line may still be written
+                done[name] = start + len(complete)
+                lines += _wanted(complete.splitlines(), self._all_steps)
+        self.done |= done
+        events = []
+        for line in lines:
+            # A write that failed halfway was repeated: the same line, with the same time
+            if hash(line) not in self._hashes and (event := _parse(line)) is not None:
+                self._hashes.add(hash(line))
+                events.append(event)
+        return events
 
 
 class Metrics:
@@ -231,11 +230,15 @@ class Metrics:
         return curves
 
 
-def _segments(folder: Folder) -> list[Folder]:
-    return sorted(path for path in folder.glob("*.jsonl") if path.stem.isdecimal())
+def _sizes(folder: Folder) -> dict[str, int]:
+    """Return the names of the segments, and their sizes in bytes."""
+    sizes = file_sizes(folder)
+    return {name: size for name, size in sizes.items() if name.removesuffix(".jsonl").isdecimal()}
 
 
-def _without_earlier_steps(lines: Sequence[bytes]) -> list[bytes]:
+def _wanted(lines: list[bytes], all_steps: bool) -> list[bytes]:
+    if all_steps:
+        return lines
     # The kind is at the beginning of a line, and so needs no parsing
     steps = [number for number, line in enumerate(lines) if b'"kind": "step"' in line[:60]]
     omitted = set(steps[:-1])

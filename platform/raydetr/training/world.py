@@ -20,6 +20,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    local_rank: int = 0  # among the processes on this machine
 
     @classmethod
     def single_process(cls, device: torch.device | None = None) -> World:
