@@ -113,6 +113,8 @@ class _Observer:
     def _describe(self, event: Event) -> str | None:
         """Return a line about an event; None about those that the progress shows."""
         match event["kind"]:
+            case "launched":
+                return f"launched: {event['command']}"
             case "started" | "resumed" as kind:
                 self._step, self._phase = None, "training"
                 verb = "starts" if kind == "started" else f"goes on from {self._at(event)}"

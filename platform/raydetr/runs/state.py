@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +19,8 @@ State = Literal["running", "finished", "stopped", "failed", "lost"]
 
 CONFIG = "config.yaml"
 SPACE = "space.yaml"  # only a search has one
-TRIALS = "trials.json"  # of a search that has ended
 ENDS: dict[str, State] = {"finished": "finished", "stopped": "stopped", "failed": "failed"}
-OF_TRIALS: dict[str, State] = {
-    "finished": "finished",
-    "stopped by ASHA": "stopped",
-    "interrupted": "stopped",
-    "failed": "failed",
-}
+NO_PROGRESS = ("system", "environment", "files")  # events that also a run has that makes no progress
 NUM_THREADS = 16  # runs that are read at once
 RETRY_SECONDS = 30.0  # of an outage of the storage
 
@@ -82,6 +75,7 @@ class Record:
 
     def __init__(self) -> None:
         self.metrics = Metrics()
+        self.launch: Event | None = None  # the last one
         self.start: Event | None = None  # the last one: `started` or `resumed`
         self.end: Event | None = None  # the last one: `finished`, `stopped` or `failed`
         self.last: Event | None = None
@@ -93,20 +87,30 @@ class Record:
     def add(self, event: Event) -> None:
         """Take an event into account. The events of a process come in order, those of two processes need not."""
         kind = event["kind"]
-        if self.last is None or event["time"] >= self.last["time"]:
+        if kind not in NO_PROGRESS and (self.last is None or event["time"] >= self.last["time"]):
             self.last = event
-        if kind in ("started", "resumed"):
-            self.start, self.position = event, event["position"]
+        if kind in ("launched", "started", "resumed"):
             self._start_time = max(self._start_time, event["time"])
+        if kind == "launched":
+            self.launch = event
+        elif kind in ("started", "resumed"):
+            self.start, self.position = event, event["position"]
         elif kind in ("step", "evaluation"):
             self.position = max(self.position, event["position"])
         elif kind == "checkpoint":
             self.checkpoint = event["position"]
         elif kind == "restart":
             self.restarts += 1
-        elif kind in ENDS and (self.end is None or event["time"] >= self.end["time"]):
-            self.end = event
+        elif kind in ENDS:
+            self._add_end(event)
         self.metrics.add(event)
+
+    def _add_end(self, event: Event) -> None:
+        end = self.end
+        # A search repeats how a trial has ended, without the reason
+        is_repeated = end is not None and self.has_ended and end["kind"] == event["kind"]
+        if not is_repeated and (end is None or event["time"] >= end["time"]):
+            self.end = event
 
     @property
     def has_ended(self) -> bool:
@@ -215,11 +219,7 @@ def state_of(folder: Folder) -> RunState:
     """
     if (folder / SPACE).exists():
         return _search_state(folder)
-    is_alive = DriverWatch(folder).is_alive()
-    record = Record()  # read after that: what a driver logs before it goes is seen
-    for event in EventReader(folder, all_steps=False).read():
-        record.add(event)
-    return run_state(folder, record, is_alive)
+    return run_state(folder, *_read(folder))
 
 
 def run_state(folder: Folder, record: Record, is_alive: bool) -> RunState:
@@ -237,8 +237,11 @@ def run_state(folder: Folder, record: Record, is_alive: bool) -> RunState:
     elif record.has_ended:
         assert record.end is not None
         state, reason = ENDS[record.end["kind"]], record.end.get("reason")
-    elif kind == "trial":
-        state, reason = _end_by_search(search, folder.name)
+    elif kind == "trial" and DriverWatch(search).is_alive():
+        state, reason = (
+            "stopped",
+            "by the search",
+        )  # which kills the trials that it stops, and logs that at its end
     epoch, epochs, aps, last = record.epoch, record.epochs, record.aps, record.last
     return RunState(
         folder=folder,
@@ -257,47 +260,27 @@ def run_state(folder: Folder, record: Record, is_alive: bool) -> RunState:
     )
 
 
-def _end_by_search(search: Folder, name: str) -> tuple[State, str | None]:
-    """Return how a trial ended whose process is gone without a word: a search kills those that it stops."""
-    listed = {trial["name"]: trial for trial in _listed_trials(search) or ()}
-    if name in listed:
-        return OF_TRIALS.get(listed[name]["status"], "lost"), listed[name]["cause"] or listed[name]["status"]
-    return ("stopped", "by the search") if DriverWatch(search).is_alive() else ("lost", None)
-
-
 def _search_state(folder: Folder) -> RunState:
-    is_alive = DriverWatch(folder).is_alive()
+    own = run_state(folder, *_read(folder))
     trials = _states(trials_of(folder))
-    listed = _listed_trials(folder)
-    state: State = "running" if is_alive else "lost"
-    reason = None
-    if listed is not None and not is_alive:
-        statuses = [trial["status"] for trial in listed]
-        if "interrupted" in statuses or "running" in statuses:
-            state = "stopped"
-        elif all(status == "failed" for status in statuses):
-            state, reason = "failed", "no trial was evaluated"
-        else:
-            state = "finished"
-    newest = max(trials, key=lambda trial: trial.last_time or 0.0, default=None)
+    newest = max((own, *trials), key=lambda state: state.last_time or 0.0)
     ended = sum(trial.state != "running" for trial in trials)
-    return RunState(
-        folder=folder,
+    return replace(
+        own,
         kind="search",
-        state=state,
         fraction=ended / len(trials) if trials else None,
         num_trials=len(trials),
         ap_best=max((trial.ap_best for trial in trials if trial.ap_best is not None), default=None),
         restarts=sum(trial.restarts for trial in trials),
-        last_event=None if newest is None else newest.last_event,
-        last_time=None if newest is None else newest.last_time,
-        reason=reason,
+        last_event=newest.last_event,
+        last_time=newest.last_time,
     )
 
 
-def _listed_trials(search: Folder) -> Sequence[dict[str, Any]] | None:
-    try:
-        trials: list[dict[str, Any]] = json.loads((search / TRIALS).read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    return trials
+def _read(folder: Folder) -> tuple[Record, bool]:
+    """Return what the events of a run or a search say, and whether its driver gives a sign of life."""
+    is_alive = DriverWatch(folder).is_alive()
+    record = Record()  # read after that: what a driver logs before it goes is seen
+    for event in EventReader(folder, all_steps=False).read():
+        record.add(event)
+    return record, is_alive

@@ -95,9 +95,11 @@ def test_steps_after_the_checkpoint_of_a_resume_do_not_count(tmp_path: Path) -> 
         ("restart", {"reason": "a worker died", "failures_since_progress": 1, "position": 100}),
         ("resumed", started(100)),
         ("step", step(6)),
+        ("system", {"step": 6, "metrics": {}}),
     )
     state = state_of(run)
     assert (state.ap_best, state.ap_last, state.epoch, state.restarts) == (0.25, 0.25, 1.2, 1)
+    assert state.last_event == "step"  # the last one of progress
 
 
 def test_the_driver_of_another_machine(run_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,31 +159,39 @@ def write_search(folder: Path) -> None:
     (folder / "tune").mkdir()
 
 
-def listed(folder: Path, *statuses: str) -> None:
-    trials = [{"name": f"{folder.name}-{number:03d}", "status": status, "cause": "no GPU" if status == "failed" else None}
-              for number, status in enumerate(statuses, 1)]  # fmt: skip
-    (folder / "trials.json").write_text(json.dumps(trials))
+def end(folder: Path, kind: str, reason: str) -> None:
+    log = EventLog(folder)
+    log.append(kind, reason=reason)
+    assert log.flush()
 
 
 def test_a_search_and_its_trials(tmp_path: Path) -> None:
     search = tmp_path / "runs" / "search"
     write_search(search)
+    first, second = search / "search-001", search / "search-002"
     assert state_of(search).state == "lost"
+    assert (
+        state_of(search).remedy
+        == f"`raydetr runs {search}` lists its trials; a search cannot be resumed: start a new one"
+    )
+    end(second, "failed", "ShardError: no such image")
     with Lease(search):
         state = state_of(search)
         assert (state.kind, state.state, state.num_trials, state.ap_best) == ("search", "running", 2, 0.5)
         # A trial whose process is gone while its search goes on was stopped by it
-        assert [(trial.kind, trial.state) for trial in list_runs(search)] == [("trial", "stopped")] * 2
-    listed(search, "stopped by ASHA", "failed")
+        assert (state_of(first).kind, state_of(first).state) == ("trial", "stopped")
+        # At its end, the search logs how all trials have ended
+        end(first, "stopped", "stopped by ASHA")
+        end(second, "failed", "failed")
+        end(search, "finished", "")
     assert state_of(search).state == "finished"
     trials = {trial.name: trial for trial in list_runs(search)}
     assert (trials["search-001"].state, trials["search-001"].reason) == ("stopped", "stopped by ASHA")
-    assert (trials["search-002"].state, trials["search-002"].reason) == ("failed", "no GPU")
-    listed(search, "finished", "interrupted")
-    assert state_of(search).state == "stopped"
-    listed(search, "failed", "failed")
-    assert (state_of(search).state, state_of(search).reason) == ("failed", "no trial was evaluated")
-    assert find_run("search-002", tmp_path / "runs") == search / "search-002"
+    assert (trials["search-002"].state, trials["search-002"].reason) == (
+        "failed",
+        "ShardError: no such image",
+    )
+    assert find_run("search-002", tmp_path / "runs") == second
 
 
 # --- The list ---
