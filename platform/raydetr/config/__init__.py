@@ -17,6 +17,7 @@ from raydetr.config.overrides import (
 from raydetr.config.schema import (
     ClusterConfig,
     DataConfig,
+    Engine,
     EvaluationConfig,
     InitConfig,
     LabelMapKind,
@@ -34,6 +35,7 @@ __all__ = [
     "ClusterConfig",
     "ConfigError",
     "DataConfig",
+    "Engine",
     "EvaluationConfig",
     "InitConfig",
     "LabelMapKind",

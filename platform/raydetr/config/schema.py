@@ -29,6 +29,7 @@ from raydetr.config.paths import Location, TrackingUri, is_remote, scheme_of
 ScalePer = Literal["image", "step"]
 OnCorrupt = Literal["raise", "substitute", "mask"]
 LabelMapKind = Literal["contiguous", "category_id"]
+Engine = Literal["hotcoco", "pycocotools"]
 
 
 class Section(BaseModel):
@@ -232,9 +233,12 @@ class InitConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """The schedule of evaluations on the validation split."""
+    """The schedule of evaluations on the validation split, and what scores them."""
 
     every_epochs: PositiveInt = 1  # the last epoch is always evaluated
+    engine: Engine = (
+        "hotcoco"  # what computes AP; both give the same numbers, pycocotools in far more time and memory
+    )
 
 
 class ClusterConfig(Section):

@@ -44,9 +44,26 @@ class Results:
             np.concatenate([part.scores for part in parts]),
         )
 
+    def sorted(self) -> Results:
+        """Return the rows in the one order by which equal scores are ranked: by image, score, category and box."""
+        left, top, width, height = self.boxes_xywh.T
+        keys = (
+            height,
+            width,
+            top,
+            left,
+            self.category_ids,
+            -self.scores,
+            self.image_ids,
+        )  # the last one is the first
+        return self[np.lexsort(keys)]
+
     def of_image(self, image_id: int) -> Results:
         """Return the detections of one image."""
-        rows = self.image_ids == image_id
+        return self[self.image_ids == image_id]
+
+    def __getitem__(self, rows: NDArray[Any]) -> Results:
+        """Return some rows, by index or by mask."""
         return Results(
             self.image_ids[rows], self.category_ids[rows], self.boxes_xywh[rows], self.scores[rows]
         )
