@@ -51,6 +51,22 @@ def accumulate(ground_truth: Mapping[str, Any], results: Results, engine: Engine
 
 
 def _with_hotcoco(ground_truth: Mapping[str, Any], results: Results) -> Mapping[str, Any]:
+    evaluation = hotcoco_evaluation(ground_truth, results)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    values = evaluation.eval
+    assert values is not None
+    return values
+
+
+def hotcoco_evaluation(ground_truth: Mapping[str, Any], results: Results) -> hotcoco.COCOeval:
+    """Return hotcoco's evaluation, before it is computed. Images and categories are numbered from 1 in the ascending
+    order of their ids.
+
+    Args:
+        ground_truth: a COCO dict.
+        results: of images of the ground truth, all numbers finite.
+    """
     # Its arrays of detections are float64, which holds ids up to 2^53 only: ids become numbers in ascending order, from
     # 1 on, which leaves every order as it was
     image_ids = np.unique([image["id"] for image in ground_truth["images"]])
@@ -76,12 +92,7 @@ def _with_hotcoco(ground_truth: Mapping[str, Any], results: Results) -> Mapping[
     categories, category_known = _number(results.category_ids, category_ids)
     known = image_known & category_known
     rows = np.column_stack([images, results.boxes_xywh, results.scores, categories])
-    evaluation = hotcoco.COCOeval(truth, truth.load_res(rows[known]), "bbox")
-    evaluation.evaluate()
-    evaluation.accumulate()
-    values = evaluation.eval
-    assert values is not None
-    return values
+    return hotcoco.COCOeval(truth, truth.load_res(rows[known]), "bbox")
 
 
 def _number(
