@@ -30,6 +30,7 @@ ScalePer = Literal["image", "step"]
 OnCorrupt = Literal["raise", "substitute", "mask"]
 LabelMapKind = Literal["contiguous", "category_id"]
 Engine = Literal["hotcoco", "pycocotools"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class Section(BaseModel):
@@ -209,7 +210,7 @@ class OptimConfig(Section):
     min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)  # "cosine": lr of the last step over lr
     clip_max_norm: float | None = Field(default=0.1, gt=0)  # None: no clipping
     ema_decay: float | None = Field(default=None, gt=0, lt=1)  # None: no EMA
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the model; losses and boxes are always float32
+    precision: Precision = "fp32"  # of the model; losses and boxes are always float32
     # Compute activations again in the backward pass: slower, less memory
     activation_checkpointing: bool = False
     max_skipped_steps: int = Field(default=10, ge=0)  # steps with NaN or infinity before a run stops

@@ -33,6 +33,13 @@ class Results:
             np.array([row["score"] for row in rows], np.float64),
         )
 
+    def to_coco(self) -> list[dict[str, Any]]:
+        """Convert to COCO results."""
+        columns = (self.image_ids, self.category_ids, self.boxes_xywh, self.scores)
+        names = ("image_id", "category_id", "bbox", "score")
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
     @classmethod
     def concatenate(cls, parts: Iterable[Results]) -> Results:
         """Join the results of several processes."""

@@ -80,7 +80,8 @@ def start(
     for line in init_weights.summarize(config, train.label_map):
         print_status(line)
     with Lease(folder) as lease:
-        return _execute(Run(config, folder), lease, splits, uri, kind, local, callbacks)
+        run = Run(config, folder, waits_for_scores=bool(callbacks))
+        return _execute(run, lease, splits, uri, kind, local, callbacks)
 
 
 def resume(

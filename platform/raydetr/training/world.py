@@ -53,6 +53,14 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def gather(self, value: Any) -> list[Any] | None:
+        """Return the (picklable) values of all processes, in rank order, on rank 0; None on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values)
+        return values
+
 
 @dataclass(frozen=True)
 class Pending:
