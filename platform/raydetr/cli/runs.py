@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from raydetr.config import ConfigError
+from raydetr.console import progress_bar
+from raydetr.store.output_folder import check_out_file
 
 Storage = Annotated[str, typer.Option(metavar="PATH", help="Folder or URL of the runs, for a name.")]
 
@@ -44,3 +50,46 @@ def watch(
     from raydetr.runs.state import find_run
 
     raise typer.Exit(observe(find_run(run, storage)))
+
+
+def compare(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN",
+            help="Folders, URLs and names of runs, searches, MLflow's run ids, and files of COCO results (.json).",
+        ),
+    ] = None,
+    query: Annotated[
+        str | None,
+        typer.Option(
+            "--filter", help="Compare also the MLflow runs of this filter: \"params.optim.lr = '1e-4'\"."
+        ),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with curves and images, too.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Validation shards, for files of results; default: those of the first run."),
+    ] = None,
+    storage: Storage = "runs",
+    uri: Annotated[
+        str | None,
+        typer.Option(
+            help="MLflow tracking URI, for ids and filters; default: the variable, or the database in --storage."
+        ),
+    ] = None,
+) -> None:
+    """Compare runs with the first one: AP with its significance, kinds of errors, settings, curves and images."""
+    from raydetr.runs.compare import compare as compare_runs
+    from raydetr.runs.compare_page import to_html
+
+    if not runs and query is None:
+        raise ConfigError("what is to be compared? Give runs, or --filter")
+    if html is not None:
+        check_out_file(html)
+    with progress_bar("draws of images") as progress:
+        comparison = compare_runs(runs or [], uri, query=query, storage=storage, data=data, progress=progress)
+    typer.echo(comparison.to_text(plain=not sys.stdout.isatty()))
+    if html is not None:
+        html.write_text(to_html(comparison))
+        typer.echo(f"wrote {html}")

@@ -60,7 +60,7 @@ class Matches:
     def __init__(self, ground_truth: Mapping[str, Any], results: Results) -> None:
         self.category_ids = sorted({int(category["id"]) for category in ground_truth["categories"]})
         self.image_ids = sorted({int(image["id"]) for image in ground_truth["images"]})
-        cells = _evaluate(ground_truth, results)
+        cells = match_images(ground_truth, results)
         shape = len(self.category_ids), len(self.image_ids)
         self._objects = np.zeros(shape, np.int64)  # that count
         columns: list[list[tuple[NDArray[Any], ...]]] = [[] for _ in self.category_ids]
@@ -196,8 +196,11 @@ def _average_precision(ranked: _Ranked, weights: NDArray[np.int64], num_objects:
     return values
 
 
-def _evaluate(ground_truth: Mapping[str, Any], results: Results) -> list[dict[str, Any]]:
-    """Return hotcoco's matches of each category and image that has an object or a detection."""
+def match_images(ground_truth: Mapping[str, Any], results: Results) -> list[dict[str, Any]]:
+    """Return hotcoco's matches of each category and image that has an object or a detection, for objects of any area.
+
+    Images and categories are numbered from 1, in the ascending order of their ids.
+    """
     evaluation = hotcoco_evaluation(ground_truth, results)
     settings = evaluation.params
     settings.area_rng, settings.area_rng_lbl = settings.area_rng[:1], settings.area_rng_lbl[:1]

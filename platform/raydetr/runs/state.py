@@ -152,7 +152,7 @@ def find_run(name: str | Path, storage: str | Path = "runs") -> Folder:
         ValueError: there is none.
         OSError: the storage cannot be read.
     """
-    found = _find(str(name), storage)
+    found = find_folder(str(name), storage)
     if found is None:
         raise ValueError(
             f"{name}: is not the folder or URL of a run ({CONFIG} is missing there), and {storage} has no run of this "
@@ -161,7 +161,8 @@ def find_run(name: str | Path, storage: str | Path = "runs") -> Folder:
     return found
 
 
-def _find(name: str, storage: str | Path) -> Folder | None:
+def find_folder(name: str, storage: str | Path) -> Folder | None:
+    """Return the folder that `find_run` returns; None if there is none."""
     places = [open_folder(name)]
     if "/" not in name:
         places.append(open_folder(storage) / name)

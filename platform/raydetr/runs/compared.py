@@ -1,0 +1,380 @@
+"""Read what is compared: runs by folder, URL, name, MLflow id or filter, searches, COCO results. Nothing is written.
+
+A run is read from its folder: its events, and the files of its newest evaluation. MLflow is only for runs whose folder
+cannot be reached.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from raydetr.config import flatten
+from raydetr.evaluation import stored
+from raydetr.evaluation.coco_metrics import AP_FILE, NAMES, ApTable, coco_ap
+from raydetr.evaluation.ground_truth import ground_truth, ground_truth_file
+from raydetr.evaluation.results import Results
+from raydetr.runs.lease import DriverWatch
+from raydetr.runs.state import CONFIG, SPACE, Record, RunState, find_folder, is_run, run_state, trials_of
+from raydetr.shards.reader import open_shards
+from raydetr.store.folders import Folder, open_folder
+from raydetr.tracking import mlflow_run
+from raydetr.tracking.events import Event, read_events
+from raydetr.tracking.mlflow_run import TrackedRun
+from raydetr.tracking.uris import default_uri
+from raydetr.user_files import parse_json, parse_yaml
+
+FOLDER_TAG = "raydetr.folder"  # of an MLflow run
+RESULT_FIELDS = ("image_id", "category_id", "bbox", "score")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value of a curve, and what had been spent until then. `values` has "loss" or "AP"."""
+
+    step: int
+    samples: int
+    hours: float  # since the run was started, with all pauses
+    worker_hours: float  # of training and evaluation
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Detections:
+    """The detections of an evaluation, and what they are evaluated against."""
+
+    ground_truth: Mapping[str, Any]  # a COCO dict without segmentations
+    results: Results
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One of the runs that are compared, or a file of results."""
+
+    name: str
+    source: str  # folder, URL, file, or MLflow run
+    state: str
+    evaluation: str  # which one: that of an epoch
+    table: ApTable | None  # None: there is no evaluation
+    fingerprint: str | None = None  # of the validation data; None: unknown
+    shards: str | None = None  # location of the validation data
+    settings: Mapping[str, str] = field(default_factory=dict)
+    points: tuple[Point, ...] = ()
+    detections: Detections | None = None
+    no_detections: str = ""  # why there are none
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The metrics that are defined."""
+        numbers = {} if self.table is None else self.table.numbers
+        return {name: value for name, value in numbers.items() if value >= 0}
+
+    @property
+    def classes(self) -> dict[str, float]:
+        """AP by the name of the class, where it is defined."""
+        return {} if self.table is None else {one.name: one.ap for one in self.table.classes if one.ap >= 0}
+
+
+def load(
+    names: Sequence[str],
+    *,
+    uri: str | None = None,
+    query: str | None = None,
+    storage: str = "runs",
+    data: str | None = None,
+) -> list[Compared]:
+    """Read what is compared.
+
+    Args:
+        names: folders or URLs of runs and searches, names of those in `storage`, MLflow's ids and names of runs, and
+            files of COCO results. A search stands for its trials.
+        uri: MLflow's; None: MLFLOW_TRACKING_URI, or the database in `storage`.
+        query: a filter of MLflow, which selects more runs.
+        storage: folder or URL of the runs.
+        data: the validation shards, for files of results; None: those of the first run.
+
+    Raises:
+        ValueError: something is not a run and not COCO results, or an option has no effect.
+        TrackingError: MLflow cannot be reached.
+        OSError: a file cannot be read.
+    """
+    tracking = uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(storage)
+    found: list[Compared | _ResultsFile] = []
+    uses_mlflow = query is not None
+    for name in names:
+        there = _find(name, storage)
+        if there:
+            found += there
+        else:
+            uses_mlflow = True
+            found.append(_from_mlflow(mlflow_run.fetch_run(tracking, name)))
+    if query is not None:
+        found += map(_from_mlflow, mlflow_run.search_runs(tracking, query))
+    if uri is not None and not uses_mlflow:
+        raise ValueError(f"--uri {uri} has no effect, because all runs are read from their folders: omit it")
+    return _with_headings(_evaluate_files(found, data))
+
+
+@dataclass(frozen=True)
+class _ResultsFile:
+    path: Folder
+
+    def read(self) -> Results:
+        """Return the detections.
+
+        Raises:
+            ValueError: the file does not hold COCO results.
+            OSError: it cannot be read.
+        """
+        try:
+            rows = parse_json(self.path.read_bytes())
+            if not isinstance(rows, list):
+                raise ValueError(f"it holds no list, but {type(rows).__name__}")
+            return Results.from_coco(rows)
+        except (ValueError, TypeError, KeyError) as error:
+            missing = f"a record has no {error}" if isinstance(error, KeyError) else str(error)
+            fields = ", ".join(RESULT_FIELDS)
+            raise ValueError(
+                f"{self.path}: not COCO results ({missing}): a list of records with {fields} is needed"
+            ) from None
+
+
+def _find(name: str, storage: str) -> list[Compared | _ResultsFile]:
+    """Return the runs, or the file of results, that a user names; nothing: it is perhaps in MLflow.
+
+    Raises:
+        ValueError: it is a location, and neither.
+    """
+    folder = find_folder(name, storage)
+    if folder is not None and (folder / SPACE).exists():
+        trials = trials_of(folder)
+        if not trials:
+            raise ValueError(f"{folder}: this search has no trials yet")
+        return [load_run(trial) for trial in trials]
+    if folder is not None:
+        return [load_run(folder)]
+    if name.endswith(".json") and open_folder(name).exists():
+        return [_ResultsFile(open_folder(name))]
+    if "/" in name or name.endswith(".json"):
+        raise ValueError(
+            f"{name}: is not the folder or URL of a run or a search ({CONFIG} is missing there), and no file of COCO "
+            "results (.json)"
+        )
+    return []
+
+
+# --- From a folder ---
+
+
+def load_run(folder: Folder) -> Compared:
+    """Read a run, and its newest evaluation, from its folder.
+
+    Raises:
+        OSError: the storage cannot be read.
+    """
+    is_alive = DriverWatch(folder).is_alive()
+    events, record = read_events(folder), Record()
+    for event in events:
+        record.add(event)
+    settings = _settings(folder)
+    validation = _validation_data(events)
+    run = Compared(
+        name=folder.name,
+        source=str(folder),
+        state=_describe(run_state(folder, record, is_alive)),
+        evaluation="-",
+        table=None,
+        fingerprint=validation.get("fingerprint"),
+        shards=validation.get("source") or settings.get("data.val"),
+        settings=settings,
+        points=tuple(points_of(events)),
+        no_detections="it was not evaluated yet",
+    )
+    evaluated = [row["position"] for row in record.metrics.rows if row.get("AP") is not None]
+    for position in reversed(evaluated):
+        content = stored.read_evaluation(stored.folder_of(folder, position))
+        if content is not None:
+            return _with_evaluation(run, folder, content)
+    return run
+
+
+def _with_evaluation(run: Compared, folder: Folder, content: Mapping[str, Any]) -> Compared:
+    position, fingerprint = content["position"], content["fingerprint"]
+    detections, problem = None, ""
+    try:
+        packed = stored.read_detections(stored.folder_of(folder, position))
+        truth = json.loads(ground_truth_file(folder, fingerprint).read_text())
+        detections = Detections(truth, packed.results())
+    except (FileNotFoundError, ValueError) as error:
+        problem = str(error)
+    return replace(
+        run,
+        evaluation=f"epoch {content['epoch']}",
+        table=ApTable.from_dict(content["table"]),
+        fingerprint=fingerprint,
+        detections=detections,
+        no_detections=problem,
+    )
+
+
+def _settings(folder: Folder) -> dict[str, str]:
+    """Return the settings in the notation of the command line, also those that this version does not know."""
+    try:
+        values = parse_yaml((folder / CONFIG).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return {path: mlflow_run.param_text(value) for path, value in flatten(values or {}).items()}
+
+
+def _validation_data(events: Iterable[Event]) -> dict[str, Any]:
+    launches = [event for event in events if event["kind"] == "launched"]
+    found = [each for event in launches for each in event["datasets"] if each["context"] == "validation"]
+    return found[-1] if found else {}
+
+
+def _describe(state: RunState) -> str:
+    if state.fraction is None or state.state == "finished":
+        return state.state
+    return f"{state.state} at epoch {state.epoch:.2f} of {state.epochs}"
+
+
+def points_of(events: Iterable[Event]) -> list[Point]:
+    """Return the values of loss and AP of a run with what had been spent until then.
+
+    Steps that were trained again after a failure count once, but the time of both counts.
+    """
+    points: list[Point] = []
+    first = began = last = spent = 0.0
+    workers = 0
+    for event in events:
+        now = event["time"]
+        first = first or now
+        if event["kind"] in ("started", "resumed"):
+            spent += workers * (last - began)
+            began = last = now
+            workers = event.get("workers") or 1
+            points = [point for point in points if point.samples <= event["position"]]
+        elif event["kind"] in ("step", "evaluation"):
+            last = max(last, now)
+            values = {name: event["metrics"].get(name) for name in ("loss", "AP")}
+            known = {name: float(value) for name, value in values.items() if value is not None}
+            if known:
+                worker_hours = (spent + workers * (last - began)) / 3600
+                points.append(
+                    Point(event["step"], event["position"], (now - first) / 3600, worker_hours, known)
+                )
+    return points
+
+
+# --- From MLflow ---
+
+
+def _from_mlflow(run: TrackedRun) -> Compared:
+    """Return a run from its folder, if that can be reached; otherwise what MLflow has of it."""
+    folder = _reachable(run.tags.get(FOLDER_TAG))
+    if folder is not None:
+        return load_run(folder)
+    artifact = AP_FILE in run.artifacts
+    content = (
+        json.loads(mlflow_run.fetch_artifact(run.uri, run.run_id, AP_FILE)) if artifact else {"classes": []}
+    )
+    values = {name: run.metrics.get(f"AP/{name}", -1.0) for name in NAMES}
+    return Compared(
+        name=run.name or run.run_id,
+        source=f"MLflow run {run.run_id}",
+        state=run.status.lower(),
+        evaluation="the last in MLflow",
+        table=ApTable.from_dict({**values, **content}) if max(values.values()) >= 0 or artifact else None,
+        fingerprint=run.fingerprint,
+        settings=run.params,
+        no_detections="only MLflow has it: its folder cannot be reached",
+    )
+
+
+def _reachable(location: str | None) -> Folder | None:
+    if location is None:
+        return None
+    try:
+        folder = open_folder(location)
+        return folder if is_run(folder) else None
+    except (OSError, ValueError):  # of another machine
+        return None
+
+
+# --- COCO results ---
+
+
+def _evaluate_files(found: Sequence[Compared | _ResultsFile], data: str | None) -> list[Compared]:
+    """Evaluate the files of results against the validation data of the first run, or of `data`."""
+    files = [one for one in found if isinstance(one, _ResultsFile)]
+    runs = [one for one in found if isinstance(one, Compared)]
+    if not files:
+        if data is not None:
+            raise ValueError(f"--data {data} has no effect without a file of COCO results: omit it")
+        return runs
+    if data is not None:
+        shards = open_shards(data)
+        truth: Mapping[str, Any] = ground_truth(shards, "substitute").coco
+        fingerprint: str | None = shards.fingerprint
+        location: str | None = data
+    else:
+        first = next((run for run in runs if run.detections is not None), None)
+        if first is None or first.detections is None:
+            raise ValueError(
+                f"{files[0].path}: what are these results to be evaluated against? No run with detections is compared: "
+                "give the validation shards as --data"
+            )
+        truth, fingerprint, location = first.detections.ground_truth, first.fingerprint, first.shards
+    return [
+        one if isinstance(one, Compared) else _evaluate_file(one, truth, fingerprint, location)
+        for one in found
+    ]
+
+
+def _evaluate_file(
+    file: _ResultsFile, truth: Mapping[str, Any], fingerprint: str | None, shards: str | None
+) -> Compared:
+    results = file.read()
+    known = {category["id"] for category in truth["categories"]}
+    if len(results) and not known & set(results.category_ids.tolist()):
+        raise ValueError(
+            f"{file.path}: its category ids {sorted(set(results.category_ids.tolist()))[:5]} are none of those of the "
+            f"validation data, {sorted(known)[:5]}: the ids must be those of the data"
+        )
+    try:
+        table = coco_ap(truth, results)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
+    return Compared(
+        name=file.path.name,
+        source=str(file.path),
+        state="results",
+        evaluation="-",
+        table=table,
+        fingerprint=fingerprint,
+        shards=shards,
+        detections=Detections(truth, results),
+    )
+
+
+def _with_headings(runs: Sequence[Compared]) -> list[Compared]:
+    """Return the runs with different names: those of the same name are told apart by their folder or MLflow id."""
+    counts = Counter(run.name for run in runs)
+    named = [
+        run if counts[run.name] == 1 else replace(run, name=f"{run.name} ({_place(run)})") for run in runs
+    ]
+    counts = Counter(run.name for run in named)
+    return [
+        run if counts[run.name] == 1 else replace(run, name=f"{run.name} #{number}")
+        for number, run in enumerate(named, 1)
+    ]
+
+
+def _place(run: Compared) -> str:
+    if run.source.startswith("MLflow run "):
+        return run.source.removeprefix("MLflow run ")[:8]
+    return run.source.rpartition("/")[0].rpartition("/")[2]
