@@ -297,6 +297,7 @@ def configure(work: Path, address: str, tracking_uri: str, kills: int) -> RunCon
             "evaluation.every_epochs": EVALUATED_EPOCHS,
             "cluster.address": address,
             "cluster.num_workers": 2,
+            "cluster.max_failures": -1,  # two disturbances can hit the same step
             "cluster.stall_minutes": STALL_MINUTES,
             "storage.path": str(work / "disk"),
             "storage.checkpoint_steps": 8,

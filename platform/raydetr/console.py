@@ -92,12 +92,13 @@ def duration(seconds: float | None) -> str:
 class RunActor:
     """Stands between the driver of a run and its workers. As a Ray actor it has a process of its own.
 
-    It holds the latest value that rank 0 sent, and what the driver wants. That process imports this module only, so the
-    module must not load torch.
+    It holds the latest value that rank 0 sent, the results of workers, and what the driver wants. That process imports
+    this module only, so the module must not load torch.
     """
 
     def __init__(self) -> None:
         self._latest: Any = None
+        self._results: dict[int, bytes] = {}
         self._processes: set[tuple[str, int]] = set()
         self._wish: Literal["stop", "abort"] | None = None
 
@@ -108,6 +109,14 @@ class RunActor:
     def read(self) -> Any:
         """Return the latest value; None before the first."""
         return self._latest
+
+    def put_result(self, rank: int, result: bytes) -> None:
+        """Keep the result of a worker."""
+        self._results[rank] = result
+
+    def results(self) -> list[bytes]:
+        """Return the results of the workers, in the order of their ranks."""
+        return [self._results[rank] for rank in sorted(self._results)]
 
     def request_stop(self) -> None:
         """Ask the workers to stop after a step."""

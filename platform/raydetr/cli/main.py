@@ -27,6 +27,7 @@ from raydetr.cli.arguments import (
 from raydetr.cli.cluster import cluster_app
 from raydetr.cli.jobs import jobs_app, submit_app
 from raydetr.cli.shards import shards_app
+from raydetr.cli.track import INCOMPLETE, track_app
 from raydetr.config import ConfigError
 from raydetr.console import print_status, progress_bar
 from raydetr.runs.signals import RunStopped
@@ -43,6 +44,7 @@ app.add_typer(shards_app, name="shards")
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(submit_app, name="submit")
 app.add_typer(jobs_app, name="jobs")
+app.add_typer(track_app, name="track")
 
 # Settings of a cluster that have no effect in one process
 LOCAL_IGNORES = (
@@ -132,6 +134,8 @@ def train(
         overrides = configuration.parse_assignments(arguments or [])
         result = run.resume(resume, overrides=overrides, local=local)
     typer.echo(result.to_text())
+    if result.pending_upload is not None:
+        raise typer.Exit(INCOMPLETE)
 
 
 @app.command()
@@ -281,6 +285,8 @@ def tune(
     chosen = read_config(arguments or [], config)
     outcome = search(chosen, read_space(space, chosen), num_trials=trials, max_concurrent=concurrent)
     typer.echo(outcome.to_text())
+    if outcome.pending_upload is not None:
+        raise typer.Exit(INCOMPLETE)
 
 
 @app.command()

@@ -29,6 +29,8 @@ from raydetr.config.paths import Location, TrackingUri, is_remote, scheme_of
 ScalePer = Literal["image", "step"]
 OnCorrupt = Literal["raise", "substitute", "mask"]
 LabelMapKind = Literal["contiguous", "category_id"]
+Engine = Literal["hotcoco", "pycocotools"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class Section(BaseModel):
@@ -208,7 +210,7 @@ class OptimConfig(Section):
     min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)  # "cosine": lr of the last step over lr
     clip_max_norm: float | None = Field(default=0.1, gt=0)  # None: no clipping
     ema_decay: float | None = Field(default=None, gt=0, lt=1)  # None: no EMA
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the model; losses and boxes are always float32
+    precision: Precision = "fp32"  # of the model; losses and boxes are always float32
     # Compute activations again in the backward pass: slower, less memory
     activation_checkpointing: bool = False
     max_skipped_steps: int = Field(default=10, ge=0)  # steps with NaN or infinity before a run stops
@@ -232,9 +234,12 @@ class InitConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """The schedule of evaluations on the validation split."""
+    """The schedule of evaluations on the validation split, and what scores them."""
 
     every_epochs: PositiveInt = 1  # the last epoch is always evaluated
+    engine: Engine = (
+        "hotcoco"  # what computes AP; both give the same numbers, pycocotools in far more time and memory
+    )
 
 
 class ClusterConfig(Section):
@@ -293,8 +298,9 @@ class StorageConfig(Section):
 class TrackingConfig(Section):
     """The MLflow server or database, and the interval between logged steps."""
 
-    uri: TrackingUri | None = None  # None: sqlite in `storage.path`, or in runs/ if that is a URL
-    experiment: str = "raydetr"
+    # None: MLFLOW_TRACKING_URI, or else sqlite in `storage.path`, or in runs/ if that is a URL
+    uri: TrackingUri | None = None
+    experiment: str | None = None  # None: MLFLOW_EXPERIMENT_NAME, or else raydetr
     log_every_steps: PositiveInt = 10
 
 

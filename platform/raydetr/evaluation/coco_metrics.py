@@ -1,21 +1,25 @@
-"""Compute COCO average precision with pycocotools.
+"""Compute COCO average precision, with hotcoco or with pycocotools.
 
-The numbers do not depend on the order of the results: these are sorted first, because pycocotools breaks ties between
-equal scores by position.
+Both give the same numbers, which do not depend on the order of the results: these are sorted first, because equal
+scores are ranked by their order. This module loads neither torch nor Ray: a scoring process imports it.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pycocotools import coco, cocoeval
+from numpy.typing import NDArray
 
 from raydetr.console import table
+from raydetr.evaluation.engines import Accumulated, accumulate
+from raydetr.evaluation.results import Results
+
+if TYPE_CHECKING:
+    from raydetr.config import Engine
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 AP_FILE = "evaluation/ap.json"  # artifact of a run: `ApTable.to_dict()` of its last evaluation
@@ -34,11 +38,6 @@ _MEANING = {
     "ARm": "recall, area 32² to 96²",
     "ARl": "recall, area > 96²",
 }
-
-# pycocotools prints its progress. Its modules get a silent `print` of their own, because redirecting sys.stdout would
-# affect every thread of the process, and Ray's workers replace the builtin.
-for _module in (coco, cocoeval):
-    vars(_module)["print"] = lambda *_values, **_options: None
 
 
 @dataclass(frozen=True)
@@ -95,86 +94,82 @@ class ApTable:
 _CLASS_HEADER = ("class", "AP", "AP50", "objects")
 
 
-def coco_ap(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> ApTable:
+def coco_ap(
+    ground_truth: Mapping[str, Any],
+    results: Results | Sequence[Mapping[str, Any]],
+    engine: Engine = "hotcoco",
+) -> ApTable:
     """Compute the average precision of boxes against COCO ground truth.
 
     Args:
         ground_truth: a COCO dict (`images`, `annotations`, `categories`); it is not changed.
-        results: COCO results ({"image_id", "category_id", "bbox": [x, y, width, height] in pixels, "score"}),
-            in any order; may be empty.
+        results: detections in any order, also as COCO results ({"image_id", "category_id", "bbox": [x, y, width,
+            height] in pixels, "score"}); may be empty. Those of categories that the ground truth lacks do not count.
+        engine: what computes it; the numbers are the same.
 
     Raises:
         ValueError: a result names an image that the ground truth lacks, or holds a number that is not finite.
     """
+    if not isinstance(results, Results):
+        results = Results.from_coco(results)
     _check(ground_truth, results)
-    evaluation = cocoeval.COCOeval(_truth_index(ground_truth), _result_index(ground_truth, results), "bbox")
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    numbers = {name: float(value) for name, value in zip(NAMES, evaluation.stats, strict=True)}
-    return ApTable(numbers, _class_table(ground_truth, evaluation))
+    accumulated = accumulate(ground_truth, results.sorted(), engine)
+    return ApTable(_numbers(accumulated), _class_table(ground_truth, accumulated))
 
 
-def _check(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> None:
-    known = {image["id"] for image in ground_truth["images"]}
-    for result in results:
-        if result["image_id"] not in known:
-            raise ValueError(f"a result is for image {result['image_id']}, which is not in the ground truth")
-        if not all(math.isfinite(number) for number in (result["score"], *result["bbox"])):
-            raise ValueError(
-                f"a result for image {result['image_id']} is not finite (score {result['score']}, "
-                f"box {result['bbox']}): the model that predicted it has diverged"
-            )
+def _check(ground_truth: Mapping[str, Any], results: Results) -> None:
+    known = np.array([image["id"] for image in ground_truth["images"]], np.int64)
+    unknown = ~np.isin(results.image_ids, known)
+    if unknown.any():
+        image_id = results.image_ids[unknown.argmax()]
+        raise ValueError(f"a result is for image {image_id}, which is not in the ground truth")
+    broken = ~(np.isfinite(results.scores) & np.isfinite(results.boxes_xywh).all(1))
+    if broken.any():
+        row = broken.argmax()
+        raise ValueError(
+            f"a result for image {results.image_ids[row]} is not finite (score {results.scores[row]}, "
+            f"box {results.boxes_xywh[row].tolist()}): the model that predicted it has diverged"
+        )
 
 
-def _truth_index(ground_truth: Mapping[str, Any]) -> Any:
-    annotations = [
-        # pycocotools marks a match by the annotation's id: an object with id 0 would never count as matched
-        {"iscrowd": 0, "area": a["bbox"][2] * a["bbox"][3], **a, "id": number}
-        for number, a in enumerate(ground_truth["annotations"], start=1)
-    ]
-    return _index(ground_truth, annotations)
+def _numbers(accumulated: Accumulated) -> dict[str, float]:
+    """Return what pycocotools' `summarize` returns, in the order of NAMES."""
+    ap, ar = accumulated.precision, accumulated.recall
+    return dict(
+        zip(
+            NAMES,
+            (
+                _mean(ap[..., 0, -1]),
+                _mean(ap[0, ..., 0, -1]),
+                _mean(ap[5, ..., 0, -1]),
+                *(_mean(ap[..., area, -1]) for area in (1, 2, 3)),
+                *(_mean(ar[..., 0, limit]) for limit in (0, 1, 2)),
+                *(_mean(ar[..., area, -1]) for area in (1, 2, 3)),
+            ),
+            strict=True,
+        )
+    )
 
 
-def _result_index(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> Any:
-    ordered = sorted(results, key=lambda r: (r["image_id"], -r["score"], r["category_id"], *r["bbox"]))
-    annotations = [
-        {**result, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0, "id": number}
-        for number, result in enumerate(ordered, start=1)
-    ]
-    return _index(ground_truth, annotations)
-
-
-def _index(ground_truth: Mapping[str, Any], annotations: list[dict[str, Any]]) -> Any:
-    index = coco.COCO()
-    index.dataset = {
-        "images": ground_truth["images"],
-        "categories": ground_truth["categories"],
-        "annotations": annotations,
-    }
-    index.createIndex()
-    return index
-
-
-def _class_table(ground_truth: Mapping[str, Any], evaluation: Any) -> tuple[ClassAp, ...]:
+def _class_table(ground_truth: Mapping[str, Any], accumulated: Accumulated) -> tuple[ClassAp, ...]:
     names = {category["id"]: category["name"] for category in ground_truth["categories"]}
     objects = Counter(a["category_id"] for a in ground_truth["annotations"] if not a.get("iscrowd", 0))
     # Objects of any area, 100 detections per image: [threshold, recall, category]
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    precision = accumulated.precision[..., 0, -1]
     return tuple(
         ClassAp(
-            category_id=int(category_id),
+            category_id=category_id,
             name=names[category_id],
             num_objects=objects[category_id],
             ap=_mean(precision[:, :, column]),
             ap50=_mean(precision[0, :, column]),
         )
-        for column, category_id in enumerate(evaluation.params.catIds)
+        for column, category_id in enumerate(accumulated.category_ids)
     )
 
 
-def _mean(precision: Any) -> float:
-    measured = precision[precision > -1]
+def _mean(values: NDArray[np.float64]) -> float:
+    measured = values[values > -1]
     return float(np.mean(measured)) if measured.size else -1.0
 
 

@@ -1,22 +1,27 @@
-"""Evaluate a detector on a split, on one or many ranks, and convert detections to and from COCO results.
+"""Run a detector over a split, in one of one or many processes, and convert detections to COCO results.
 
-The only communication between ranks is the `all_gather` that is passed in: there is no Ray here.
+The processes do not communicate: each returns the packed arrays of its share.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from detrs.structures import Detections, Predictions
 from raydetr.data.batch import Batch, to_model
 from raydetr.data.corrupt import CorruptSample
+from raydetr.evaluation.detections import PackedDetections
 from raydetr.shards.manifest import LabelMap
+
+Postprocess = Callable[[Predictions, Tensor], list[Detections]]
 
 
 def to_coco_results(
@@ -31,34 +36,28 @@ def to_coco_results(
         detections: one entry per image, in the same order.
         label_map: maps labels to category_ids.
     """
-    return [
-        result
-        for image_id, found in zip(image_ids, detections, strict=True)
-        for result in _image_results(image_id, found, label_map.category_ids)
-    ]
+    return pack(image_ids, detections, label_map).results().to_coco()
 
 
-def _image_results(image_id: int, found: Detections, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    rows = zip(found.scores.tolist(), found.labels.tolist(), found.boxes_xyxy.tolist(), strict=True)
-    return [
-        {
-            "image_id": image_id,
-            "category_id": category_ids[label],
-            "bbox": [left, top, right - left, bottom - top],
-            "score": score,
-        }
-        for score, label, (left, top, right, bottom) in rows
-        if label < len(category_ids)
-    ]
+def pack(image_ids: Sequence[int], detections: Sequence[Detections], label_map: LabelMap) -> PackedDetections:
+    """Pack the detections of a batch, with 0 as the time they took; see `to_coco_results`."""
+    ids = np.array(image_ids, np.int64)
+    counts = [len(found.scores) for found in detections]
+    # One copy to the host for each kind, because each waits for the device
+    labels = _to_host([found.labels for found in detections], np.int64, (0,))
+    known = labels < len(label_map.category_ids)
+    return PackedDetections(
+        np.repeat(ids, counts)[known],
+        np.array(label_map.category_ids, np.int64)[labels[known]],
+        _to_host([found.boxes_xyxy for found in detections], np.float32, (0, 4))[known],
+        _to_host([found.scores for found in detections], np.float32, (0,))[known],
+        ids,
+        np.zeros(len(ids), np.float32),
+    )
 
 
-Postprocess = Callable[[Predictions, Tensor], list[Detections]]
-AllGather = Callable[[list[dict[str, Any]]], list[list[dict[str, Any]]]]
-
-
-def single_process(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Return the results of the only process: the `all_gather` of a world of one."""
-    return [results]
+def _to_host(parts: Sequence[Tensor], dtype: type, empty: tuple[int, ...]) -> Any:
+    return torch.cat(list(parts)).cpu().numpy().astype(dtype) if parts else np.zeros(empty, dtype)
 
 
 def drop_blank_batches(
@@ -76,44 +75,48 @@ def evaluate(
     postprocess: Postprocess,
     batches: Iterator[Batch | None],
     label_map: LabelMap,
-    all_gather: AllGather = single_process,
     device: torch.device | None = None,
-) -> list[dict[str, Any]]:
-    """Run a detector over batches, and return the COCO results that `all_gather` returns: those of all ranks.
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> PackedDetections:
+    """Run a detector over the batches of this process.
 
     Args:
         detector: put into eval mode during the pass, and restored afterwards.
         postprocess: (predictions, original sizes [b, 2] as height, width) -> one Detections per image.
         batches: those of this rank; `None` pads them to the same number on all ranks.
         label_map: maps labels to category_ids.
-        all_gather: called once on every rank at the end, with that rank's results.
         device: of the detector; None: that of its parameters.
+        autocast: returns the context of the detector's forward pass.
 
     Raises:
         ShardError, LoaderError, RemoteError: from `batches`.
     """
     device = device or next(detector.parameters()).device
     with _eval_mode(detector), torch.inference_mode():
-        results = [
-            result
+        return PackedDetections.concatenate(
+            _detect(detector, postprocess, batch, label_map, device, autocast)
             for batch in batches
             if batch is not None
-            for result in _batch_results(detector, postprocess, batch, label_map, device)
-        ]
-    return [result for rank_results in all_gather(results) for result in rank_results]
+        )
 
 
-def _batch_results(
+def _detect(
     detector: nn.Module,
     postprocess: Postprocess,
     batch: Batch,
     label_map: LabelMap,
     device: torch.device,
-) -> list[dict[str, Any]]:
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> PackedDetections:
+    began = time.perf_counter()
     images, _ = to_model(batch, device)
-    outputs = detector(images)
+    with autocast():
+        outputs = detector(images)
     detections = postprocess(outputs.predictions, batch.original_sizes.to(device))
-    return to_coco_results(batch.image_ids.tolist(), detections, label_map)
+    packed = pack(batch.image_ids.tolist(), detections, label_map)
+    # The copies to the host have waited for the device
+    seconds = (time.perf_counter() - began) / len(batch.image_ids)
+    return replace(packed, seconds=np.full_like(packed.seconds, seconds))
 
 
 @contextmanager

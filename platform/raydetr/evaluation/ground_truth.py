@@ -1,7 +1,12 @@
-"""Read the ground truth of an evaluation from shards, some of whose samples may be corrupt."""
+"""Read the ground truth of an evaluation from shards, some of whose samples may be corrupt; keep it in a run's folder.
+
+The segmentations, which are most of its bytes, are not used, and left out.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +14,12 @@ from typing import Any
 from raydetr.config import OnCorrupt
 from raydetr.shards.reader import ShardError, Shards
 from raydetr.shards.validation import InvalidDataError, RawSample, parse_record
+from raydetr.store.folders import Folder, write_file
 from raydetr.store.retry import RemoteError
+
+IMAGE_FIELDS = ("id", "file_name", "width", "height")
+ANNOTATION_FIELDS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+UNREADABLE = "num_unreadable_records"  # field of the stored ground truth
 
 
 @dataclass(frozen=True)
@@ -27,17 +37,54 @@ def ground_truth(shards: Shards, policy: OnCorrupt) -> GroundTruth:
         ShardError: the policy is "raise", and a sample is corrupt.
         RemoteError: a server cannot be reached.
     """
-    if policy == "raise":
-        return GroundTruth(shards.coco(), 0)
-    samples = enumerate(shards.read_in_order(range(shards.num_samples)))
-    records = [_record(shards, index, sample) for index, sample in samples]
+    images, annotations, num_unreadable = [], [], 0
+    # One sample after the other: all of them, with their images, would not fit into memory
+    for index, sample in enumerate(shards.read_in_order(range(shards.num_samples))):
+        if policy == "raise" and isinstance(sample, ShardError):
+            sample = shards.reread(index)
+        record, own = _record(shards, index, sample)
+        images.append(_only(record, IMAGE_FIELDS))
+        annotations += [_only(annotation, ANNOTATION_FIELDS) for annotation in own or ()]
+        num_unreadable += own is None
     coco = {
         **shards.manifest.header,
-        "images": [record for record, _ in records],
-        "annotations": [annotation for _, annotations in records for annotation in annotations or ()],
+        "images": images,
+        "annotations": annotations,
         "categories": shards.manifest.categories,
     }
-    return GroundTruth(coco, sum(annotations is None for _, annotations in records))
+    return GroundTruth(coco, num_unreadable)
+
+
+def _only(record: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: record[name] for name in names if name in record}
+
+
+def ground_truth_file(run: Folder, fingerprint: str) -> Folder:
+    """Return the file of a run's folder with the ground truth of the shards with this fingerprint."""
+    # Of the first images of a split: 0123456789abcdef[:100]
+    name = fingerprint.replace("[:", "-").replace("]", "")
+    return run / "evaluations" / f"ground-truth-{name}.json"
+
+
+def store_ground_truth(run: Folder, shards: Shards, policy: OnCorrupt) -> int:
+    """Write the ground truth of shards into a run's folder, unless it is there.
+
+    Returns:
+        The number of records that cannot be read. While there are any, the file is written again by every call.
+
+    Raises:
+        ShardError: the policy is "raise", and a sample is corrupt.
+        RemoteError: a server cannot be reached.
+        OSError: the file cannot be written.
+    """
+    file = ground_truth_file(run, shards.fingerprint)
+    with suppress(FileNotFoundError, ValueError):
+        if json.loads(file.read_text())[UNREADABLE] == 0:
+            return 0
+    truth = ground_truth(shards, policy)
+    content = {UNREADABLE: truth.num_unreadable_records, **truth.coco}
+    write_file(file, json.dumps(content, separators=(",", ":"), allow_nan=False).encode())
+    return truth.num_unreadable_records
 
 
 def evaluation_warnings(num_unpredicted: int, num_unreadable_records: int) -> list[str]:

@@ -33,6 +33,13 @@ class Results:
             np.array([row["score"] for row in rows], np.float64),
         )
 
+    def to_coco(self) -> list[dict[str, Any]]:
+        """Convert to COCO results."""
+        columns = (self.image_ids, self.category_ids, self.boxes_xywh, self.scores)
+        names = ("image_id", "category_id", "bbox", "score")
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
     @classmethod
     def concatenate(cls, parts: Iterable[Results]) -> Results:
         """Join the results of several processes."""
@@ -44,9 +51,26 @@ class Results:
             np.concatenate([part.scores for part in parts]),
         )
 
+    def sorted(self) -> Results:
+        """Return the rows in the one order by which equal scores are ranked: by image, score, category and box."""
+        left, top, width, height = self.boxes_xywh.T
+        keys = (
+            height,
+            width,
+            top,
+            left,
+            self.category_ids,
+            -self.scores,
+            self.image_ids,
+        )  # the last one is the first
+        return self[np.lexsort(keys)]
+
     def of_image(self, image_id: int) -> Results:
         """Return the detections of one image."""
-        rows = self.image_ids == image_id
+        return self[self.image_ids == image_id]
+
+    def __getitem__(self, rows: NDArray[Any]) -> Results:
+        """Return some rows, by index or by mask."""
         return Results(
             self.image_ids[rows], self.category_ids[rows], self.boxes_xywh[rows], self.scores[rows]
         )

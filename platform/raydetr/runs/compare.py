@@ -17,6 +17,7 @@ from raydetr.evaluation.coco_metrics import AP_FILE, NAMES
 from raydetr.runs.session import read_config
 from raydetr.store.folders import open_folder
 from raydetr.tracking import mlflow_run
+from raydetr.tracking.uris import default_uri, tracking_uri
 
 Row = dict[str, float]  # class name -> AP
 
@@ -59,11 +60,11 @@ def _fetch(name: str, uri: str | None) -> tuple[str, mlflow_run.TrackedRun]:
     """Return the tracking URI of a run, and the run; both are taken from its folder, unless `uri` is given."""
     folder = open_folder(name)
     if (folder / "mlflow_run_id").exists() and (folder / "config.yaml").exists():
-        uri = uri or mlflow_run.tracking_uri(read_config(folder))
+        uri = uri or tracking_uri(read_config(folder))
         name = (folder / "mlflow_run_id").read_text().strip()
     elif "/" in name:
         raise ValueError(f"{name}: not the folder of a run: mlflow_run_id or config.yaml is missing")
-    uri = uri or mlflow_run.default_uri("runs")
+    uri = uri or default_uri("runs")
     return uri, mlflow_run.fetch_run(uri, name)
 
 

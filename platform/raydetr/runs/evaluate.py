@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,15 @@ from raydetr.data.corrupt import CorruptSample
 from raydetr.data.stream import evaluation_batches
 from raydetr.data.transforms.transform import Transform
 from raydetr.evaluation.coco_metrics import ApTable, coco_ap
-from raydetr.evaluation.evaluator import drop_blank_batches, evaluate
-from raydetr.evaluation.ground_truth import evaluation_warnings, ground_truth
+from raydetr.evaluation.detections import PackedDetections
+from raydetr.evaluation.evaluator import drop_blank_batches
+from raydetr.evaluation.evaluator import evaluate as evaluate_batches
+from raydetr.evaluation.ground_truth import GroundTruth, evaluation_warnings, ground_truth
 from raydetr.runs.local import local_world
 from raydetr.shards.reader import Shards, open_shards
 from raydetr.store.folders import Folder
 from raydetr.training.checkpoint import find, load_for_inference, read_description, read_meta, run_config
+from raydetr.training.loop import autocast
 from raydetr.training.world import World
 
 # Settings of the configuration that an evaluation uses; a dot at the end: all settings of the section
@@ -29,13 +34,36 @@ SETTINGS = (
     "data.num_loader_workers",
     "data.on_corrupt",
     "data.remote.",
+    "evaluation.engine",
+    "optim.precision",
     "cluster.address",
     "cluster.num_workers",
     "cluster.use_gpu",
     "cluster.cpus_per_worker",
 )
 
-Results = tuple[list[dict[str, Any]], list[CorruptSample]]
+Share = tuple[PackedDetections, list[CorruptSample]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a checkpoint found in a split, and what is there."""
+
+    config: RunConfig
+    checkpoint: Folder
+    shards: Shards
+    ground_truth: GroundTruth
+    detections: PackedDetections
+    corrupt: list[CorruptSample]  # images without predictions
+
+    def table(self) -> ApTable:
+        """Compute AP.
+
+        Raises:
+            ValueError: a prediction is not finite.
+        """
+        results = self.detections.results()
+        return coco_ap(self.ground_truth.coco, results, self.config.evaluation.engine)
 
 
 def evaluate_checkpoint(
@@ -58,25 +86,36 @@ def evaluate_checkpoint(
         LaunchError: the evaluation failed on Ray.
         LoaderError: a loader process died; with `local` only.
     """
+    return evaluate(location, overrides, local=local).table()
+
+
+def evaluate(
+    location: str | Path, overrides: Mapping[str, Any] | None = None, *, local: bool = False
+) -> Evaluation:
+    """Run a checkpoint over the validation shards of its run, on the cluster of its run; see `evaluate_checkpoint`."""
     checkpoint = find(location, lambda message: print_status(f"skipped: {message}"))
     config = _configure(checkpoint, overrides or {})
     shards = _open(config.data)
     _check_categories(checkpoint, shards)
     work = partial(evaluate_share, config, checkpoint)
     if local:
-        results, corrupt = work(local_world(config.cluster))
+        shares = [work(local_world(config.cluster))]
     else:
         from raydetr.runs.ray_train import run_on_workers  # Ray takes seconds to import
 
-        results, corrupt = run_on_workers(work, config.cluster)
+        shares = run_on_workers(work, config.cluster)
+    corrupt = [row for _, rows in shares for row in rows]
     truth = ground_truth(shards, config.data.on_corrupt)
     for line in (*map(str, corrupt), *evaluation_warnings(len(corrupt), truth.num_unreadable_records)):
         print_status(f"warning: {line}")
-    return coco_ap(truth.coco, results)
+    detections = PackedDetections.concatenate(share for share, _ in shares)
+    return Evaluation(config, checkpoint, shards, truth, detections, corrupt)
 
 
-def evaluate_share(config: RunConfig, checkpoint: Folder, world: World) -> Results:
-    """Evaluate this process's share of the split; return the COCO results and corrupt images of the complete split.
+def evaluate_share(config: RunConfig, checkpoint: Folder, world: World) -> Share:
+    """Evaluate this process's share of the split; return its detections and corrupt images.
+
+    The precision is that of the training, except for float16 without a GPU: then it is float32.
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
@@ -96,14 +135,17 @@ def evaluate_share(config: RunConfig, checkpoint: Folder, world: World) -> Resul
     )
     found: list[CorruptSample] = []
     model = loaded.model
-    results = evaluate(
+    precision = config.optim.precision
+    is_supported = precision != "fp16" or world.device.type == "cuda"
+    detections = evaluate_batches(
         model.detector,
         model.postprocess,
         drop_blank_batches(batches, found),
         loaded.label_map,
-        world.all_gather,
+        world.device,
+        partial(autocast, precision, world.device) if is_supported else nullcontext,
     )
-    return results, [row for share in world.all_gather(found) for row in share]
+    return detections, found
 
 
 def _configure(checkpoint: Folder, overrides: Mapping[str, Any]) -> RunConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import os
+import pickle
 import re
 import shutil
 import tempfile
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.train
@@ -46,6 +47,8 @@ from raydetr.training.world import World
 
 RESTART_SECONDS = "20"  # for the start of workers after a failure
 LOST_SECONDS = 60.0  # for the end of workers that can no longer be reached
+
+T = TypeVar("T")
 
 
 # --- In the driver ---
@@ -186,8 +189,10 @@ class Start:
             display.show(progress)
 
 
-def run_on_workers(work: Callable[[World], Any], cluster: ClusterConfig) -> Any:
-    """Call `work` on every Ray Train worker; return its result on rank 0.
+def run_on_workers(work: Callable[[World], T], cluster: ClusterConfig) -> list[T]:
+    """Call `work` on every Ray Train worker; return what it returned, in the order of the ranks.
+
+    The results come through Ray's object store: the nodes need no folder that all of them mount.
 
     Args:
         work: a picklable function.
@@ -202,7 +207,7 @@ def run_on_workers(work: Callable[[World], Any], cluster: ClusterConfig) -> Any:
         result = _new_run_actor()
         run_config = ray.train.RunConfig(name="work", storage_path=scratch)
         fit(_trainer(partial(_work, work, result, cluster.cpus_per_worker), cluster, run_config))
-        return ray.get(result.read.remote())
+        return [pickle.loads(each) for each in ray.get(result.results.remote())]
 
 
 def build_trainer(
@@ -291,11 +296,10 @@ def _train(run: Run, actor: Any) -> None:
 
 
 def _work(work: Callable[[World], Any], result: Any, cpus: int) -> None:
-    """Call `work` as one worker; rank 0 sends the result to the actor `result`."""
+    """Call `work` as one worker; send what it returned to the actor `result`."""
     world = _world(cpus)
-    value = work(world)
-    if world.is_main:
-        ray.get(result.update.remote(value))
+    # As bytes, because the actor does not load the modules of a result
+    ray.get(result.put_result.remote(world.rank, pickle.dumps(work(world))))
 
 
 class _RayReporter:
@@ -341,7 +345,12 @@ class _RayReporter:
 def _world(cpus: int) -> World:
     torch.set_num_threads(cpus)
     context = ray.train.get_context()
-    return World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    return World(
+        context.get_world_rank(),
+        context.get_world_size(),
+        ray.train.torch.get_device(),
+        context.get_local_rank(),
+    )
 
 
 def _check_storage(folder: Folder) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 from raydetr.data.corrupt import CORRUPT_LOG
 from raydetr.evaluation.coco_metrics import ApTable
 from raydetr.evaluation.ground_truth import evaluation_warnings
-from raydetr.runs.session import PICTURES
+from raydetr.runs.pictures import PICTURES
 from raydetr.store.folders import Folder
-from raydetr.tracking import mlflow_run
+from raydetr.tracking.upload_state import read_run_id
+from raydetr.tracking.uris import default_uri
 from raydetr.training import checkpoint
 
 
@@ -23,13 +24,22 @@ from raydetr.training import checkpoint
 class RunResult:
     """Result of a finished run."""
 
-    name: str
     folder: Folder
-    mlflow_run_id: str
     tracking_uri: str
     checkpoint: Folder
     metrics: Mapping[str, Any]  # AP, AP50, ..., table, peak_rss_mb, train_seconds
     seconds: float
+    pending_upload: str | None = None  # what MLflow lacks
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self.folder.name
+
+    @property
+    def mlflow_run_id(self) -> str | None:
+        """Id of the MLflow run; None if MLflow could not be reached so far."""
+        return read_run_id(self.folder)
 
     def to_text(self) -> str:
         """Return the AP table, the run's artifacts, and the next commands."""
@@ -52,7 +62,7 @@ peak memory {metrics["peak_rss_mb"]:.0f} MB per worker
 
 run         {self.folder}
 checkpoint  {self.checkpoint} (last); best: {best}
-MLflow      {self.tracking_uri}, run {self.mlflow_run_id}
+MLflow      {self.tracking_uri}, run {self.mlflow_run_id or "not created yet"}
 artifacts   {", ".join(str(self.folder / name) for name in PICTURES if (self.folder / name).exists()) or "-"}
 
 next:{activate}
@@ -73,7 +83,7 @@ next:{activate}
 def _ui_command(uri: str) -> str:
     """Return the command that shows the runs at a tracking URI: `make ui` for the default one."""
     # Relative to the working directory, which Ray may have removed by the end of a job
-    if Path("Makefile").exists() and uri == mlflow_run.default_uri("runs"):
+    if Path("Makefile").exists() and uri == default_uri("runs"):
         return "make ui"
     if uri.startswith(("http://", "https://")):
         return f"open {uri}"

@@ -12,16 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from raydetr.config import (
-    ConfigError,
-    RunConfig,
-    absolute_paths,
-    flatten,
-    override,
-    to_dict,
-    to_yaml,
-)
-from raydetr.config.paths import base_folder, is_remote, sqlite_file
+from raydetr.config import ConfigError, RunConfig, absolute_paths, flatten, override, to_dict
+from raydetr.config.paths import absolute_tracking_uri, base_folder, is_remote, sqlite_file
 from raydetr.console import print_status
 from raydetr.data.splits import open_splits, write_missing_synthetic
 from raydetr.doctor import examine
@@ -29,19 +21,13 @@ from raydetr.doctor.findings import TrainingTarget
 from raydetr.runs.lease import Lease, LeaseError
 from raydetr.runs.local import train_locally
 from raydetr.runs.result import RunResult
-from raydetr.runs.run_tracking import (
-    create_mlflow_run,
-    describe_mlflow_run,
-    finish_mlflow_run,
-    reopen_mlflow_run,
-    tracking_warnings,
-)
-from raydetr.runs.session import Run, read_config
+from raydetr.runs.run_tracking import Kind, experiment_of, log_launch, uploading
+from raydetr.runs.session import Run, read_config, write_config
 from raydetr.runs.signals import RunStopped, StopSignals
 from raydetr.shards.reader import Shards
-from raydetr.store.folders import Folder, open_folder, write_file
-from raydetr.tracking import mlflow_run
+from raydetr.store.folders import Folder, open_folder
 from raydetr.tracking.events import EventLog, read_events
+from raydetr.tracking.uris import default_uri, mask_password, tracking_uri
 from raydetr.training import checkpoint, init_weights
 
 # Settings of a run that a resume cannot change
@@ -54,7 +40,7 @@ def start(
     local: bool = False,
     name: str | None = None,
     or_resume: bool = False,
-    parent_run_id: str | None = None,
+    kind: Kind = "run",
     callbacks: Sequence[Any] = (),
     warn: bool = True,
 ) -> RunResult:
@@ -65,7 +51,7 @@ def start(
         local: train in this process, without Ray.
         name: of the run; None: a new one. A search names its trials.
         or_resume: a run with this name goes on, or has its result returned if it is finished.
-        parent_run_id: of the search's MLflow run.
+        kind: "trial" in the folder of a search, which uploads it to MLflow.
         callbacks: of the search, for Ray Train.
         warn: print warnings about the data.
 
@@ -74,34 +60,28 @@ def start(
             has another configuration.
         CheckpointError: `init.checkpoint` cannot be used.
         OSError, ValueError: the shards cannot be used.
-        TrackingError: MLflow cannot be reached before the first step.
         LaunchError: the run failed on Ray; with `local`, the errors of `run_session` instead.
         LeaseError: another process drives the run that is to go on.
         RunStopped: a signal stopped the run.
     """
     if name is not None:
         check_name(name)
-    given_uri = config.tracking.uri
-    config, (train, val) = resolve(config)
+    config, splits = resolve(config)
+    config, uri = _hide_password(config)
+    train, val = splits
     name = new_name(config.recipe) if name is None else name
     folder = open_folder(config.storage.path) / name
     _check_new(folder, config, or_resume)
     last = checkpoint.newest_valid(folder, lambda message: None) if or_resume else None
     if last is not None:
-        return _go_on(last, folder, config, given_uri, local)
+        return _go_on(last, folder, config, local)
     if warn:
         print_warnings(config, train, val)
     for line in init_weights.summarize(config, train.label_map):
         print_status(line)
     with Lease(folder) as lease:
-        config, run_id = reopen_mlflow_run(folder, config) or create_mlflow_run(
-            config, name, parent_run_id=parent_run_id
-        )
-        write_file(folder / "config.yaml", to_yaml(config).encode())
-        write_file(folder / "mlflow_run_id", run_id.encode())
-        with tracking_warnings():
-            describe_mlflow_run(mlflow_run.tracking_uri(config), run_id, config, (train, val))
-        return _execute(Run(config, folder, run_id), lease, local, callbacks)
+        run = Run(config, folder, waits_for_scores=bool(callbacks))
+        return _execute(run, lease, splits, uri, kind, local, callbacks)
 
 
 def resume(
@@ -114,7 +94,6 @@ def resume(
             run, or the configuration contradicts itself or the data.
         CheckpointError: the run has no complete checkpoint, or the overrides do not fit it.
         OSError, ValueError: the shards cannot be used.
-        TrackingError: MLflow cannot be reached before the first step.
         LaunchError: the run failed on Ray; with `local`, the errors of `run_session` instead.
         LeaseError: another process drives the run.
         RunStopped: a signal stopped the run.
@@ -125,37 +104,34 @@ def resume(
     for path in overrides or {}:
         if path.startswith(_FIXED):
             raise ConfigError(f"{path} has no effect on a run that is resumed: omit it, or start a new run")
-    config, (train, _) = resolve(override(read_config(folder), overrides or {}))
+    stored = read_config(folder)
+    config, splits = resolve(override(stored, overrides or {}))
+    config, uri = _hide_password(config)
     with Lease(folder) as lease:  # before anything of the run is changed
         last = checkpoint.newest_valid(folder, lambda message: print_status(f"skipped: {message}"))
         if last is None:
             raise checkpoint.CheckpointError(
                 f"{folder}: no complete checkpoint to resume from; start a new run"
             )
-        checkpoint.check_compatible(last, config, train)
+        checkpoint.check_compatible(last, config, splits[0])
         if checkpoint.is_complete(last, config):
             raise ConfigError(
                 f"{folder}: has already trained all {config.optim.epochs} epochs; set optim.epochs higher to continue, "
                 "or start a new run"
             )
-        run_id = (folder / "mlflow_run_id").read_text()
-        uri = mlflow_run.tracking_uri(config)
-        with tracking_warnings():
-            mlflow_run.reopen_run(uri, run_id)
-            for path, (old, new) in mlflow_run.log_params(uri, run_id, flatten(to_dict(config))).items():
-                print_status(f"changed for the resumed run: {path} from {old} to {new}")
-        write_file(folder / "config.yaml", to_yaml(config).encode())
-        return _execute(Run(config, folder, run_id, last), lease, local)
+        for path, (old, new) in _changes(stored, config).items():
+            print_status(f"changed for the resumed run: {path} from {old} to {new}")
+        return _execute(Run(config, folder, last), lease, splits, uri, "run", local)
 
 
-def _go_on(last: Folder, folder: Folder, config: RunConfig, given_uri: str | None, local: bool) -> RunResult:
+def _go_on(last: Folder, folder: Folder, config: RunConfig, local: bool) -> RunResult:
     """Continue a run from its last checkpoint, or return the result of a finished one.
 
     Raises:
         ConfigError: the run has another configuration.
     """
     stored = read_config(folder)
-    differing = _differences(stored, config, given_uri)
+    differing = _differences(stored, config)
     if differing:
         listed = "; ".join(f"{path} is {old} there, and {new} here" for path, (old, new) in differing.items())
         remedy = "Give another --name"
@@ -168,33 +144,42 @@ def _go_on(last: Folder, folder: Folder, config: RunConfig, given_uri: str | Non
     if not checkpoint.is_complete(last, stored):
         return resume(str(folder), local=local)
     print_status(f"{folder}: this run is finished")
-    uri, run_id = mlflow_run.tracking_uri(stored), (folder / "mlflow_run_id").read_text()
     metrics, events = checkpoint.read_metrics(last), read_events(folder)
-    if not any(event["kind"] == "finished" for event in events):  # its driver was killed just before
-        log = EventLog(folder)
-        log.append("finished", position=checkpoint.position_of(last), AP=metrics.get("AP"))
-        _flush(log)
-        finish_mlflow_run(uri, run_id, "FINISHED", last)
+    with uploading(folder, stored, tracking_uri(stored), "run") as uploads:  # what an earlier driver did not
+        if not any(event["kind"] == "finished" for event in events):  # its driver was killed just before
+            _log_finished(EventLog(folder), last, metrics)
     seconds = events[-1]["time"] - events[0]["time"]
-    return RunResult(folder.name, folder, run_id, uri, last, metrics, seconds)
+    return RunResult(folder, tracking_uri(stored), last, metrics, seconds, uploads.pending)
 
 
-def _differences(stored: RunConfig, given: RunConfig, given_uri: str | None) -> dict[str, tuple[Any, Any]]:
+def _differences(stored: RunConfig, given: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Return the settings in which resolved configurations differ, {path: (stored, given)}, but for those that a start
-    decides: the database in place of an MLflow server that failed, the best checkpoint of a run to start from.
+    decides: a database whose path depends on the machine, the best checkpoint of a run to start from.
     """
-    old, new = flatten(to_dict(stored)), flatten(to_dict(given))
-    is_own = stored.tracking.uri is None or sqlite_file(stored.tracking.uri) is not None
-    # A database that stands in for a server, or for a setting that was not given: its path depends on the machine
-    decided = {"tracking.uri"} if is_own and (given_uri is None or sqlite_file(given_uri) is None) else set()
+    decided = set()
+    if all(uri is None or sqlite_file(uri) is not None for uri in (stored.tracking.uri, given.tracking.uri)):
+        decided.add("tracking.uri")
     before, now = stored.init.checkpoint, given.init.checkpoint
     if before is not None and now is not None and open_folder(before).parent == open_folder(now).parent:
         decided.add("init.checkpoint")
+    return {path: values for path, values in _changes(stored, given).items() if path not in decided}
+
+
+def _changes(stored: RunConfig, given: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the settings in which configurations differ, {path: (stored, given)}."""
+    old, new = flatten(to_dict(stored)), flatten(to_dict(given))
     return {
         path: (old.get(path), new.get(path))
         for path in dict.fromkeys([*old, *new])
-        if old.get(path) != new.get(path) and path not in decided
+        if old.get(path) != new.get(path)
     }
+
+
+def _hide_password(config: RunConfig) -> tuple[RunConfig, str]:
+    """Return the configuration without the password of `tracking.uri`, and the complete tracking URI."""
+    uri = tracking_uri(config)
+    masked = mask_password(uri)
+    return (config if masked == uri else override(config, {"tracking.uri": masked})), uri
 
 
 def check_name(name: str) -> None:
@@ -252,8 +237,12 @@ def resolve(config: RunConfig) -> tuple[RunConfig, tuple[Shards, Shards]]:
         OSError, ValueError: the shards cannot be used.
     """
     config = absolute_paths(config, base_folder())
+    if config.tracking.uri is None and "MLFLOW_TRACKING_URI" in os.environ:
+        uri = absolute_tracking_uri(os.environ["MLFLOW_TRACKING_URI"], base_folder())
+        config = override(config, {"tracking.uri": uri})
     if config.tracking.uri is None and is_remote(config.storage.path):
-        config = override(config, {"tracking.uri": mlflow_run.default_uri(base_folder() / "runs")})
+        config = override(config, {"tracking.uri": default_uri(base_folder() / "runs")})
+    config = override(config, {"tracking.experiment": experiment_of(config)})
     if (
         config.init.checkpoint is not None
     ):  # a run in place of a checkpoint; its best one may change until it is read
@@ -298,10 +287,29 @@ def _check_layout(config: RunConfig) -> None:
     print_status(f"warning: {idle}: they only wait for the others; use at most {batch} workers")
 
 
-def _execute(run: Run, lease: Lease, local: bool, callbacks: Sequence[Any] = ()) -> RunResult:
+def _execute(
+    run: Run,
+    lease: Lease,
+    splits: tuple[Shards, Shards],
+    uri: str,
+    kind: Kind,
+    local: bool,
+    callbacks: Sequence[Any] = (),
+) -> RunResult:
     began = time.perf_counter()
-    uri, run_id = mlflow_run.tracking_uri(run.config), run.mlflow_run_id
+    write_config(run.folder, run.config)
     log = EventLog(run.folder)
+    log_launch(log, run.folder, run.config, splits, kind)
+    with uploading(run.folder, run.config, uri, kind) as uploads:
+        last = _train(run, lease, log, local, callbacks)
+        metrics = checkpoint.read_metrics(last)
+        _log_finished(log, last, metrics)
+    seconds = time.perf_counter() - began
+    return RunResult(run.folder, mask_password(uri), last, metrics, seconds, uploads.pending)
+
+
+def _train(run: Run, lease: Lease, log: EventLog, local: bool, callbacks: Sequence[Any]) -> Folder:
+    """Train to the end, or until a signal; log any other end. Return the last checkpoint."""
     try:
         with StopSignals(lease.is_lost) as stop:
             if local:
@@ -324,19 +332,17 @@ def _execute(run: Run, lease: Lease, local: bool, callbacks: Sequence[Any] = ())
     except (KeyboardInterrupt, RunStopped) as error:
         log.append("stopped", reason=str(error) or "interrupted")
         _flush(log)
-        finish_mlflow_run(uri, run_id, "KILLED")
         raise
     except BaseException as error:
         log.append("failed", reason=f"{type(error).__name__}: {error}")
         _flush(log)
-        finish_mlflow_run(uri, run_id, "FAILED")
         raise
-    metrics = checkpoint.read_metrics(last)
+    return last
+
+
+def _log_finished(log: EventLog, last: Folder, metrics: Mapping[str, Any]) -> None:
     log.append("finished", position=checkpoint.position_of(last), AP=metrics.get("AP"))
     _flush(log)
-    finish_mlflow_run(uri, run_id, "FINISHED", last)
-    seconds = time.perf_counter() - began
-    return RunResult(run.folder.name, run.folder, run_id, uri, last, metrics, seconds)
 
 
 def _flush(log: EventLog) -> None:

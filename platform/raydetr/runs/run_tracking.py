@@ -1,108 +1,122 @@
-"""Create, describe and finish the MLflow run of a run, in the driver. What fails in MLflow does not end the run."""
+"""Log what MLflow has of a run to its events, in the driver, and start the process that uploads them."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Iterator, Mapping
+import getpass
+import os
+import shlex
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
-from raydetr.config import ConfigError, RunConfig, flatten, override, to_dict, to_yaml
-from raydetr.config.paths import base_folder, is_remote
+from raydetr.config import RunConfig, flatten, to_dict
 from raydetr.console import print_status
-from raydetr.environment import describe_environment
-from raydetr.runs.session import read_config
+from raydetr.environment import git_state
 from raydetr.shards.reader import Shards
 from raydetr.store.folders import Folder
-from raydetr.tracking import mlflow_run
-from raydetr.training import checkpoint
+from raydetr.tracking.events import EventLog, read_events
+from raydetr.tracking.upload_process import UploadProcess
+from raydetr.tracking.uris import mask_password, storable_uri, tracking_uri
+
+DEFAULT_EXPERIMENT = "raydetr"
+
+Kind = Literal["run", "trial", "search"]
 
 
-def create_mlflow_run(
-    config: RunConfig,
-    name: str,
-    *,
-    parent_run_id: str | None = None,
-    tags: Mapping[str, str] | None = None,
-) -> tuple[RunConfig, str]:
-    """Create an MLflow run where `tracking.uri` says, or in the run's folder with a warning if that fails.
+def experiment_of(config: RunConfig) -> str:
+    """Return the MLflow experiment of a run: the setting, or MLflow's variable, or the default."""
+    return config.tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
 
-    Returns:
-        The configuration, whose `tracking.uri` is where the run is, and the id of the run.
 
-    Raises:
-        TrackingError: no run can be created in a database either.
+def log_launch(
+    log: EventLog, folder: Folder, config: RunConfig, splits: Sequence[Shards], kind: Kind, **fields: Any
+) -> None:
+    """Log that a driver starts or resumes the run in a folder, with all that MLflow has of it from the beginning.
+
+    Args:
+        log: of the run.
+        folder: of the run.
+        config: its resolved configuration.
+        splits: the training and the validation shards.
+        kind: of the run.
+        fields: more fields, such as the files to upload.
     """
-    new = partial(
-        mlflow_run.create_run,
-        experiment=config.tracking.experiment,
-        run_name=name,
-        parent_run_id=parent_run_id,
+    earlier = [event for event in read_events(folder) if event["kind"] == "launched"]
+    # As in MLflow's own runs; a run that is resumed keeps the name of who started it
+    git = git_state(Path(__file__).parent)
+    tags = {
+        "mlflow.user": getpass.getuser(),
+        "mlflow.source.name": sys.argv[0],
+        "mlflow.source.type": "JOB" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else "LOCAL",
+        "raydetr.kind": kind,
+        "raydetr.folder": str(folder),
+    } | ({"mlflow.source.git.commit": git["revision"]} if git else {})
+    log.append(
+        "launched",
+        type=kind,
+        key=earlier[0]["key"] if earlier else uuid.uuid4().hex,
+        name=folder.name,
+        recipe=config.recipe,
+        uri=storable_uri(tracking_uri(config), folder),
+        experiment=experiment_of(config),
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         tags=tags,
+        **{"params": flatten(to_dict(config)), "datasets": _datasets(splits), "files": ["config.yaml"]}
+        | fields,
     )
-    # A database of this run alone: driver and rank 0 write it in turn, also from several machines
-    is_url = is_remote(config.storage.path)
-    own = mlflow_run.default_uri(base_folder() / "runs" if is_url else config.storage.path, name)
-    try:
-        return config, new(mlflow_run.tracking_uri(config))
-    except mlflow_run.TrackingError as error:
-        if mlflow_run.tracking_uri(config) == mlflow_run.default_uri(config.storage.path):
-            raise
-        print_status(f"warning: {error}; this run is logged in {own}")
-    return override(config, {"tracking.uri": own}), new(own)
 
 
-def reopen_mlflow_run(folder: Folder, config: RunConfig) -> tuple[RunConfig, str] | None:
-    """Reopen the MLflow run of a run that ended before its first checkpoint; None if it has none."""
-    try:
-        run_id = (folder / "mlflow_run_id").read_text()
-        config = override(config, {"tracking.uri": read_config(folder).tracking.uri})
-    except (FileNotFoundError, ConfigError):
-        return None
-    with tracking_warnings():
-        mlflow_run.reopen_run(mlflow_run.tracking_uri(config), run_id)
-    return config, run_id
-
-
-def describe_mlflow_run(uri: str, run_id: str, config: RunConfig, splits: tuple[Shards, Shards]) -> None:
-    """Log settings, data and environment."""
-    mlflow_run.log_params(uri, run_id, flatten(to_dict(config)))
-    for context, shards in zip(("training", "validation"), splits, strict=True):
-        mlflow_run.log_dataset(
-            uri,
-            run_id,
-            name="/".join(shards.location.split("/")[-2:]),
-            fingerprint=shards.fingerprint,
-            source=shards.location,
-            context=context,
-            profile={
+def _datasets(splits: Sequence[Shards]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": "/".join(shards.location.split("/")[-2:]),
+            "fingerprint": shards.fingerprint,
+            "source": shards.location,
+            "context": context,
+            "profile": {
                 "num_images": shards.num_samples,
                 "num_annotations": int(shards.samples["num_annotations"].sum()),
             },
-        )
-    mlflow_run.log_text(uri, run_id, to_yaml(config), "config.yaml")
-    environment = json.dumps(describe_environment(), indent=1, allow_nan=False)
-    mlflow_run.log_text(uri, run_id, environment, "environment.json")
+        }
+        for context, shards in zip(("training", "validation"), splits, strict=False)
+    ]
 
 
-def finish_mlflow_run(uri: str, run_id: str, status: mlflow_run.Status, last: Folder | None = None) -> None:
-    """End the MLflow run. A server that cannot be reached is a warning: the training has its result."""
-    with tracking_warnings():
-        if last is not None:
-            meta = dataclasses.asdict(checkpoint.read_description(last))
-            fields = ("epoch", "position", "fingerprint", "state_crc32")
-            reference = {"path": str(last)} | {name: meta[name] for name in fields}
-            mlflow_run.log_text(
-                uri, run_id, json.dumps(reference, indent=1, allow_nan=False), "checkpoint.json"
-            )
-        mlflow_run.finish_run(uri, run_id, status)
+class Uploads:
+    """What MLflow lacks after the end of a run; None if nothing, or if the run is a trial, which its search uploads."""
+
+    pending: str | None = None
 
 
 @contextmanager
-def tracking_warnings() -> Iterator[None]:
-    """Print an error of MLflow as a warning: what only describes a run must not end it."""
+def uploading(folder: Folder, config: RunConfig, uri: str, kind: Kind) -> Iterator[Uploads]:
+    """Upload the events of the run in a folder during the block, and wait for the last ones at its end.
+
+    Args:
+        folder: of the run.
+        config: its configuration.
+        uri: the complete tracking URI.
+        kind: of the run.
+    """
+    uploads = Uploads()
+    if kind == "trial":
+        yield uploads
+        return
+    print_status(f"MLflow {mask_password(uri)}, experiment {experiment_of(config)}")
+    process = UploadProcess(
+        folder, uri, lambda problem: print_status(f"warning: {problem}; it is tried again")
+    )
     try:
-        yield
-    except mlflow_run.TrackingError as error:
-        print_status(f"warning: {error}; the run's folder has its configuration, metrics and checkpoints")
+        yield uploads
+    finally:
+        uploads.pending = process.finish()
+        if uploads.pending is not None:
+            print_status(f"warning: {unsent(uploads.pending, folder)}")
+
+
+def unsent(pending: str, folder: Folder) -> str:
+    """Return what tells the user that MLflow lacks something, and how to send it."""
+    return f"MLflow lacks {pending}. Send it with `raydetr track sync {shlex.quote(str(folder))}`"

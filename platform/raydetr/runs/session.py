@@ -6,11 +6,12 @@ single local process.
 
 from __future__ import annotations
 
-import json
 import resource
+import socket
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,30 +20,27 @@ from typing import Any, Protocol
 import torch
 
 from detrs import zoo
-from raydetr.config import RunConfig, from_yaml, from_yaml_text
+from raydetr.config import RunConfig, from_yaml, from_yaml_text, override, to_yaml
 from raydetr.console import RunProgress
-from raydetr.data.corrupt import CORRUPT_LOG, CorruptSample, default_max_corrupt
+from raydetr.data.corrupt import CORRUPT_LOG, CorruptSample, CorruptSampleLog, default_max_corrupt
 from raydetr.data.splits import open_splits
-from raydetr.evaluation.coco_metrics import AP_FILE, ApTable, coco_ap
-from raydetr.evaluation.ground_truth import ground_truth
-from raydetr.shards.images import ImageError, decode_image
-from raydetr.shards.reader import ShardError, Shards
+from raydetr.environment import describe_environment
+from raydetr.evaluation import stored
+from raydetr.evaluation.scoring import Scored, Scoring, Unscored
+from raydetr.evaluation.stored import Evaluated
+from raydetr.runs.pictures import PICTURES, write_pictures
+from raydetr.shards.reader import Shards
+from raydetr.store.background import BackgroundThreads
 from raydetr.store.folders import Folder, with_retry_seconds, write_file
-from raydetr.tracking.events import EVENTS, EventLog, Metrics, read_events
-from raydetr.tracking.mlflow_run import TrackingError, tracking_uri
-from raydetr.tracking.tracker import Tracker
+from raydetr.tracking.events import EventLog, Metrics, read_events
+from raydetr.tracking.system_metrics import SystemMetrics
+from raydetr.tracking.uris import absolute_uri, storable_uri
 from raydetr.training import checkpoint, init_weights
 from raydetr.training.checkpoint_writer import CheckpointWriter, Written
 from raydetr.training.loop import EvaluationReport, StepReport, Training, train
 from raydetr.training.nonfinite import SkippedStep
 from raydetr.training.world import World
-from raydetr.visualization.boxes import AnnotatedImage, coco_boxes, draw_grid
-from raydetr.visualization.curves import learning_curves
 
-CURVES, PREDICTIONS = "curves.png", "predictions.png"
-PICTURES = PREDICTIONS, CURVES  # in the folder of a run, of its last evaluation
-NUM_IMAGES = 8  # in predictions.png
-SCORE_THRESHOLD = 0.3  # of the boxes that are drawn
 SHOW_SECONDS = 0.5  # between two updates of the progress
 EVALUATION_WAITS = 60.0  # seconds, for the checkpoint before it
 EVENTS_WAIT = 10.0  # seconds, for the events before a checkpoint; it is written then in any case
@@ -55,26 +53,45 @@ class Run:
 
     config: RunConfig  # resolved: paths are absolute
     folder: Folder  # on storage that all nodes reach
-    mlflow_run_id: str
     resume_from: Folder | None = None  # checkpoint folder
+    waits_for_scores: bool = False  # the step after an evaluation waits for its AP: a search chooses by it
 
 
 def read_config(run: Folder) -> RunConfig:
-    """Return the configuration of the run in a folder.
+    """Return the configuration of the run in a folder, which may have been moved with its runs.
 
     Raises:
         ConfigError: it is not a valid configuration.
         OSError: it cannot be read.
     """
     file = run / "config.yaml"
-    return from_yaml(file) if isinstance(file, Path) else from_yaml_text(file.read_text(), str(file))
+    config = from_yaml(file) if isinstance(file, Path) else from_yaml_text(file.read_text(), str(file))
+    uri = config.tracking.uri
+    return override(
+        config,
+        {
+            "storage.path": str(run.parent),
+            "tracking.uri": None if uri is None else absolute_uri(uri, run),
+        },
+    )
+
+
+def write_config(run: Folder, config: RunConfig) -> None:
+    """Write the configuration of a run to its folder.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    uri = config.tracking.uri
+    stored = config if uri is None else override(config, {"tracking.uri": storable_uri(uri, run)})
+    write_file(run / "config.yaml", to_yaml(stored).encode())
 
 
 class Reporter(Protocol):
     """Connects a session with its driver: through Ray Train, or in a local process."""
 
     def report(self, metrics: Mapping[str, Any]) -> None:
-        """Report the metrics of an evaluation, plain values. All ranks call it."""
+        """Report the metrics of an evaluation, plain values. All ranks call it, with `Run.waits_for_scores` only."""
 
     def show(self, progress: RunProgress) -> None:
         """Show the progress of the run, without waiting for anything."""
@@ -92,9 +109,10 @@ def run_session(run: Run, world: World, reporter: Reporter) -> None:
         ShardError: a sample is corrupt, and `data.on_corrupt` is "raise".
         TooManyCorruptError: more samples are corrupt than `data.max_corrupt` allows.
         StorageError: no checkpoint could be written for `storage.max_minutes_without_checkpoint`.
+        ScoringError: an evaluation could not be scored.
         RemoteError: a server of shards cannot be reached.
         LoaderError: a loader process died.
-        ValueError: the shards or the model cannot be used.
+        ValueError: the shards or the model cannot be used, or a prediction is not finite.
         RuntimeError: another worker died.
     """
     config = run.config
@@ -109,12 +127,26 @@ def run_session(run: Run, world: World, reporter: Reporter) -> None:
     training = Training(config, model, train_shards.num_samples, world)
     if run.resume_from is not None:
         checkpoint.restore(run.resume_from, training, train_shards)
+        _take_over_evaluation(run, training, val_shards)
     training.should_stop = reporter.should_stop
     session = _Session(run, training, train_shards, val_shards, reporter)
     try:
         session.run()
     finally:
         session.close()
+
+
+def _take_over_evaluation(run: Run, training: Training, val_shards: Shards) -> None:
+    """If a process that was killed had evaluated at the position of `training`, do not evaluate again, only score."""
+    evaluated: Evaluated | None = None
+    if training.lacks_evaluation and training.world.is_main:
+        evaluated = stored.read_evaluated(stored.folder_of(run.folder, training.position))
+        if evaluated is not None and evaluated.fingerprint != val_shards.fingerprint:
+            evaluated = None
+    evaluated = training.world.all_gather(evaluated)[0]  # rank 0 decides for all
+    if evaluated is not None:
+        training.lacks_evaluation = False
+        training.corrupt_log.add(CorruptSampleLog.from_dicts(evaluated.metrics["corrupt_rows"]).rows)
 
 
 class _Session:
@@ -127,7 +159,6 @@ class _Session:
         self.training, self.reporter = training, reporter
         self.train_shards, self.val_shards = train_shards, val_shards
         self.is_main = training.world.is_main
-        self.tracker = Tracker(tracking_uri(run.config), run.mlflow_run_id) if self.is_main else None
         self.events = EventLog(run.folder)
         # The events of all steps up to a checkpoint are there before it: a process that is killed loses none of those
         # that are not trained again
@@ -138,6 +169,23 @@ class _Session:
             if self.is_main
             else None
         )
+        self.waits_for_scores = run.waits_for_scores
+        self.scoring = (
+            Scoring(
+                run.folder,
+                val_shards,
+                run.config.data.on_corrupt,
+                run.config.evaluation.engine,
+                self._on_failed_scoring,
+            )
+            if self.is_main
+            else None
+        )
+        self.unscored: list[Unscored] = []
+        # Arrays of evaluations, by position, that could not be written into the run's folder
+        self.temporary: dict[int, TemporaryDirectory[str]] = {}
+        self.drawing = BackgroundThreads(1, "pictures")
+        self.drawn: Future[None] | None = None
         self.metrics = Metrics(read_events(run.folder) if self.is_main else ())
         self.earlier_seconds = self.metrics.seconds
         self.first_step = training.step
@@ -148,9 +196,16 @@ class _Session:
         self.warning: str | None = None
         self.checkpoint_problem: str | None = None
         self.corrupt_log_problem: str | None = None
+        self.scoring_problem: str | None = None
+        self.picture_problem: str | None = None
         # The last problem of each kind, which was shown; each is shown once
         self.shown_problems: dict[str, str] = {}
         self.phase = "training"
+        self.system_metrics: SystemMetrics | None = None
+        if training.world.local_rank == 0:
+            node = socket.gethostname()
+            self.events.append("environment", node=node, environment=describe_environment())
+            self.system_metrics = SystemMetrics(node, self._log_system)
         if self.is_main:
             self._write_corrupt_log()
             kind = "started" if run.resume_from is None else "resumed"
@@ -158,6 +213,9 @@ class _Session:
         self.ap: float | None = self.metrics.last_ap()
         if self.is_main:
             training.on_evaluation_batch = lambda: self._show_now_and_then("evaluating")
+            if training.lacks_evaluation:
+                self._begin_evaluation(training.position)
+            self._add_unscored()
 
     def run(self) -> None:
         for report in train(self.training, self.train_shards, self.val_shards):
@@ -167,22 +225,27 @@ class _Session:
                 case EvaluationReport():
                     self._on_evaluation(report)
         if self.writer is not None:
+            if self.training.is_stopping:  # the resumed run scores what is not scored yet
+                self._take_scores()
+            else:
+                self._wait_for_scores()
             self._show("writing the checkpoint")
             self.writer.finish()
+            if self.drawn is not None:
+                self.drawn.result()
+                self._show(self.phase)  # why a picture is missing
 
     def close(self) -> None:
-        """Send the remaining values to MLflow. If it cannot be reached, show a warning: the training is complete."""
+        """Write the last events."""
+        if self.system_metrics is not None:
+            self.system_metrics.close()
+        if self.scoring is not None:
+            self.scoring.close()
         if self.writer is not None:
             self.writer.close()
         if not self.events.flush():
             self.warning = self.events.problem
             self._show(self.phase)
-        if self.tracker is not None:
-            try:
-                self.tracker.close()
-            except TrackingError as error:
-                self.warning = f"{error}; {self.folder / EVENTS} has the metrics"
-                self._show(self.phase)
 
     def _on_step(self, report: StepReport) -> None:
         self.images_per_second = report.images_per_second
@@ -199,6 +262,7 @@ class _Session:
             metrics = {**report.terms, "images_per_second": report.images_per_second}
             self._log(report.step, report.position, metrics)
         self._save_checkpoint(report)
+        self._take_scores()
         self._show_now_and_then("training")
 
     def _show_now_and_then(self, phase: str) -> None:
@@ -211,6 +275,8 @@ class _Session:
         assert self.writer is not None
         self.writer.check()
         is_stopping = self.training.is_stopping
+        if report.is_evaluated and not is_stopping:
+            self._begin_evaluation(report.position)
         if report.is_evaluated or is_stopping or self.writer.is_due(report.step):
             self.writer.save(self.training, self.train_shards)
         if report.is_evaluated and not is_stopping:
@@ -278,67 +344,166 @@ class _Session:
         except OSError as error:  # a full disk, perhaps: the events and the checkpoints have the rows, too
             self.corrupt_log_problem = f"{self.folder / CORRUPT_LOG} cannot be written: {error}"
 
+    # --- Evaluations ---
+
+    def _begin_evaluation(self, position: int) -> None:
+        """Prepare for the evaluation at a position, which a process that was killed may have begun before."""
+        assert self.writer is not None
+        self.writer.expect(position)
+        with suppress(OSError):  # the arrays of this evaluation will replace the others
+            stored.discard(stored.folder_of(self.quick_folder, position))
+
+    def _add_unscored(self) -> None:
+        """Score what a process that was killed had evaluated, and not scored."""
+        assert self.writer is not None
+        assert self.scoring is not None
+        recorded = {row["position"] for row in self.metrics.rows if "epoch" in row}
+        for evaluated in stored.complete_evaluations(self.folder):
+            position = evaluated.position
+            is_last = position == self.training.position  # the checkpoint may lack its metrics
+            is_ours = evaluated.fingerprint == self.val_shards.fingerprint
+            if is_ours and position <= self.training.position and (is_last or position not in recorded):
+                self.writer.expect(position)
+                self.scoring.add(evaluated)
+
     def _on_evaluation(self, report: EvaluationReport) -> None:
-        metrics: dict[str, Any] = {"epoch": report.epoch, "position": report.position}
         if report.corrupt:
             self._on_corrupt(report, report.corrupt)
-        metrics["unpredicted_images"] = len(report.corrupt)
-        metrics["corrupt_rows"] = [asdict(row) for row in report.corrupt]
-        metrics["corrupt_samples"] = self.training.corrupt_log.num_samples
-        if self.is_main:
-            truth = ground_truth(self.val_shards, self.config.data.on_corrupt)
-            metrics["unreadable_records"] = truth.num_unreadable_records
-            metrics |= self._record(coco_ap(truth.coco, report.results), report)
-        metrics["skipped_steps"] = self.training.skipped_steps
-        metrics["peak_rss_mb"] = max(self.training.world.all_gather(_peak_rss_mb()))
-        metrics["train_seconds"] = self.earlier_seconds + time.perf_counter() - self.began
-        if self.writer is not None:
-            self.writer.record(report.position, metrics)
-        self.reporter.report(metrics)
-
-    def _record(self, table: ApTable, report: EvaluationReport) -> dict[str, Any]:
-        """Log an evaluation, on rank 0; return its numbers."""
-        assert self.tracker is not None
-        numbers = {name: value for name, value in table.numbers.items() if value >= 0}  # -1: undefined
-        self.ap = numbers.get("AP")
-        self._log(self.training.step, report.position, {**numbers, "epoch": report.epoch}, "evaluation")
-        self.tracker.log_text(json.dumps(table.to_dict(), indent=1, allow_nan=False), AP_FILE)
-        self.tracker.log_text(table.to_markdown(), str(Path(AP_FILE).with_suffix(".md")))
-        self._log_images(self.tracker, report.results)
-        self._show("evaluated")
-        return {**numbers, "table": table.to_dict()}
-
-    def _log_images(self, tracker: Tracker, results: Sequence[dict[str, Any]]) -> None:
-        """Write the learning curves, and a grid of validation images with their true and predicted boxes."""
-        draw: dict[str, Callable[[Path], None]] = {
-            CURVES: self._draw_curves,
-            PREDICTIONS: lambda path: _draw_predictions(path, self.val_shards, results),
+        arrays = self._write_detections(report)
+        metrics: dict[str, Any] = {
+            "epoch": report.epoch,
+            "position": report.position,
+            "unpredicted_images": len(report.corrupt),
+            "corrupt_rows": [asdict(row) for row in report.corrupt],
+            "corrupt_samples": self.training.corrupt_log.num_samples,
+            "skipped_steps": self.training.skipped_steps,
+            "peak_rss_mb": max(self.training.world.all_gather(_peak_rss_mb())),
+            "evaluation_seconds": report.seconds,
         }
-        for name in draw:
-            with TemporaryDirectory(prefix="raydetr-") as temporary:
-                self._log_image(tracker, Path(temporary) / name, draw[name])
+        if self.scoring is not None:
+            evaluated = Evaluated(
+                position=report.position,
+                step=report.step,
+                epoch=report.epoch,
+                num_ranks=self.training.world.size,
+                fingerprint=self.val_shards.fingerprint,
+                metrics=metrics,
+            )
+            if arrays is None:
+                self._mark_complete(evaluated)
+            else:
+                self.temporary[report.position] = arrays
+            self.scoring.add(evaluated, None if arrays is None else Path(arrays.name))
+        if self.waits_for_scores:
+            if self.is_main:
+                metrics = self._wait_for_scores()[report.position]
+            self.reporter.report(metrics)
 
-    def _log_image(self, tracker: Tracker, path: Path, draw: Callable[[Path], None]) -> None:
-        stored = self.quick_folder / path.name
+    def _write_detections(self, report: EvaluationReport) -> TemporaryDirectory[str] | None:
+        """Write the arrays of this worker, and wait until those of all workers are written.
+
+        Returns:
+            In rank 0, if they cannot be written: a folder of this machine with the arrays of all workers.
+        """
+        world, content = self.training.world, report.detections.to_npz()
+        folder = stored.folder_of(self.quick_folder, report.position)
+        problem: str | None = None
         try:
-            stored.unlink(missing_ok=True)  # an older one would be taken for this one
-            draw(path)
-            write_file(stored, path.read_bytes())
-            tracker.log_artifact(path)
-        except Exception as error:  # whatever it is: images must not end a run
-            self.warning = f"no {path.name} of this evaluation: {type(error).__name__}: {error}"
+            write_file(stored.detections_file(folder, world.rank), content)
+        except OSError as error:  # a full disk, perhaps: it must not end the run
+            problem = str(error)
+        problem = next((each for each in world.all_gather(problem) if each is not None), None)
+        if problem is None:
+            return None
+        self.warning = f"the detections of this evaluation are scored, but cannot be kept: {problem}"
+        contents = world.gather(content)
+        if contents is None:
+            return None
+        arrays = TemporaryDirectory(prefix="raydetr-detections-")
+        for rank, each in enumerate(contents):
+            write_file(stored.detections_file(Path(arrays.name), rank), each)
+        return arrays
 
-    def _draw_curves(self, path: Path) -> None:
-        learning_curves(
-            losses=self.metrics.curves("loss", "step"),
-            rates=self.metrics.curves("lr/", "step"),
-            precision=self.metrics.curves("AP", "epoch"),
-        ).savefig(path)
+    def _mark_complete(self, evaluated: Evaluated) -> None:
+        try:
+            stored.mark_complete(stored.folder_of(self.quick_folder, evaluated.position), evaluated)
+        except (
+            OSError
+        ) as error:  # if this process is killed before the scoring is done, it is evaluated again
+            self.warning = str(error)
+
+    def _on_failed_scoring(self, position: int, reason: str) -> None:
+        """Log a failed try; called in a thread."""
+        self.events.append("scoring_failed", position=position, reason=reason)
+        self.scoring_problem = f"the evaluation at position {position} is not scored yet: {reason}"
+
+    def _take_scores(self, seconds: float = 0.0) -> dict[int, dict[str, Any]]:
+        """Record the evaluations that were scored since the last call; return their metrics by position."""
+        assert self.scoring is not None
+        metrics = {}
+        for outcome in self.scoring.take(seconds):
+            if isinstance(outcome, Scored):
+                metrics[outcome.evaluated.position] = self._record(outcome)
+            else:
+                self.unscored.append(outcome)
+        return metrics
+
+    def _wait_for_scores(self) -> dict[int, dict[str, Any]]:
+        """Record all evaluations, when the run ends, or a search is to choose by them; return their metrics."""
+        assert self.scoring is not None
+        assert self.writer is not None
+        metrics: dict[int, dict[str, Any]] = {}
+        while self.scoring.num_waiting:
+            self._show_now_and_then("scoring")
+            self.writer.check()
+            metrics |= self._take_scores(SHOW_SECONDS)
+        while self.unscored:
+            outcome = self.scoring.score_here(self.unscored[0])
+            del self.unscored[0]
+            metrics[outcome.evaluated.position] = self._record(outcome)
+        return metrics
+
+    def _record(self, scored: Scored) -> dict[str, Any]:
+        """Log a scored evaluation, and write its metrics beside its checkpoint; return them."""
+        assert self.writer is not None
+        evaluated, table = scored.evaluated, scored.table
+        self.warning = scored.problem or self.warning
+        numbers = {name: value for name, value in table.numbers.items() if value >= 0}  # -1: undefined
+        if not any("epoch" in row and row["position"] == evaluated.position for row in self.metrics.rows):
+            self._log(evaluated.step, evaluated.position, {**numbers, "epoch": evaluated.epoch}, "evaluation")
+        self.ap = self.metrics.last_ap()
+        metrics = {
+            **evaluated.metrics,
+            "unreadable_records": scored.num_unreadable_records,
+            "train_seconds": self.earlier_seconds + time.perf_counter() - self.began,
+            **numbers,
+            "table": table.to_dict(),
+        }
+        self.writer.record(evaluated.position, metrics)
+        so_far = Metrics()
+        so_far.rows = list(self.metrics.rows)
+        self.drawn = self.drawing.submit(self._draw, evaluated, so_far)
+        self._show("evaluated")
+        return metrics
+
+    def _draw(self, evaluated: Evaluated, so_far: Metrics) -> None:
+        """Write the pictures of an evaluation; called in a thread."""
+        arrays = self.temporary.pop(evaluated.position, None)
+        folder = stored.folder_of(self.quick_folder, evaluated.position)
+        source = folder if arrays is None else Path(arrays.name)
+        self.picture_problem = write_pictures(
+            self.quick_folder, so_far, self.val_shards, source, evaluated.num_ranks
+        )
+        self.events.append("files", files=list(PICTURES))
+        if arrays is not None:
+            arrays.cleanup()
 
     def _log(self, step: int, position: int, metrics: Mapping[str, float], kind: str = "step") -> None:
-        assert self.tracker is not None
-        self.tracker.log_metrics(step, metrics)
         self._add_event(kind, step=step, position=position, metrics=dict(metrics))
+
+    def _log_system(self, metrics: Mapping[str, float]) -> None:
+        """Log metrics of this node; called in a thread, on one worker of each node."""
+        self.events.append("system", step=self.training.step, metrics=metrics)
 
     def _add_event(self, kind: str, **fields: Any) -> None:
         self.metrics.add(self.events.append(kind, **fields))
@@ -346,11 +511,12 @@ class _Session:
     def _show(self, phase: str) -> None:
         training, self.phase = self.training, phase
         problems = {
-            "tracking": None if self.tracker is None else self.tracker.problem,
             "events": self.events.problem,
             "checkpoint": self.checkpoint_problem,
             "older checkpoints": None if self.writer is None else self.writer.cleanup_problem,
             "corrupt samples": self.corrupt_log_problem,
+            "scoring": self.scoring_problem,
+            "pictures": self.picture_problem,
         }
         for name, problem in problems.items():
             if problem is not None and problem != self.shown_problems.get(name):
@@ -371,35 +537,6 @@ class _Session:
                 warning=self.warning,
             )
         )
-
-
-def _draw_predictions(path: Path, shards: Shards, results: Sequence[dict[str, Any]]) -> None:
-    draw_grid(_annotated_images(shards, results), score_threshold=SCORE_THRESHOLD).save(path)
-
-
-def _annotated_images(shards: Shards, results: Sequence[dict[str, Any]]) -> list[AnnotatedImage]:
-    """Read some images, spread evenly over the split, with their true and predicted boxes."""
-    names = {category["id"]: category["name"] for category in shards.manifest.categories}
-    by_image = defaultdict(list)
-    for result in results:
-        by_image[result["image_id"]].append(result)
-    number = min(NUM_IMAGES, shards.num_samples)
-    images = []
-    for index in (i * shards.num_samples // number for i in range(number)):
-        try:
-            sample = shards.read(index)
-            image = decode_image(sample.image)
-        except (ShardError, ImageError):  # the evaluation has reported it
-            continue
-        images.append(
-            AnnotatedImage(
-                title=str(sample.record["file_name"]),
-                image=image,
-                true=coco_boxes([a for a in sample.annotations if not a.get("iscrowd")], names),
-                predicted=coco_boxes(by_image[sample.record["id"]], names, SCORE_THRESHOLD),
-            )
-        )
-    return images
 
 
 def _peak_rss_mb() -> float:

@@ -4,10 +4,12 @@ The log is the record of the run: progress, curves, comparison and MLflow are ma
 to; at a URL, where files cannot grow, they are replaced by longer ones. A line that was cut off, because its process
 was killed, is ignored.
 
-Kinds of events: `started`, `resumed` (a process trains from `position` on), `step` (metrics of a step), `evaluation`,
-`checkpoint`, `checkpoint_failed`, `corrupt`, `restart` (the workers are started again: why, and from where),
-`waiting` (for resources), `preempted` (a node will be taken away), `layout` (another number of workers), `stalled` (no
-progress), `stack` (of a stalled worker), `finished`, `stopped`, `failed`.
+Kinds of events: `launched` (a driver starts or resumes the run: its name, settings, data, tags), `started`, `resumed`
+(a process trains from `position` on), `environment` and `system` (of a node: versions; metrics of processor, memory and
+GPUs), `step` (metrics of a step), `evaluation`, `checkpoint`, `checkpoint_failed`, `corrupt`, `restart` (the workers
+are started again: why, and from where), `waiting` (for resources), `preempted` (a node will be taken away), `layout`
+(another number of workers), `stalled` (no progress), `stack` (of a stalled worker), `files` (of the run, which are
+new), `finished`, `stopped`, `failed`.
 """
 
 from __future__ import annotations
@@ -127,7 +129,7 @@ class _Segment:
             self._content += text
 
     def _create(self, text: str) -> Folder:
-        number = 1 + max((int(path.stem) for path in _segments(self._folder)), default=0)
+        number = 1 + max((int(name.partition(".")[0]) for name in _sizes(self._folder)), default=0)
         # Several processes may want the same number
         while not create_file(self._folder / f"{number:06d}.jsonl", text.encode()):
             number += 1
@@ -136,9 +138,51 @@ class _Segment:
 
 def read_events(run: Folder) -> list[Event]:
     """Return the events of a run, segment after segment."""
-    lines = [line for path in _segments(run / EVENTS) for line in path.read_text().splitlines()]
-    # A write that failed halfway was repeated: the same line, with the same time
-    return [event for line in dict.fromkeys(lines) if (event := _parse(line)) is not None]
+    return EventReader(run).read()
+
+
+class EventReader:
+    """Reads the events of a run piece by piece: every call of `read` returns the new ones.
+
+    Args:
+        run: its folder.
+        done: the bytes of each segment that are not read again, the `done` of an earlier reader.
+    """
+
+    def __init__(self, run: Folder, done: Mapping[str, int] | None = None) -> None:
+        self._folder = run / EVENTS
+        self.done = dict(done or {})
+        self._hashes: set[int] = set()  # of the lines
+
+    def read(self) -> list[Event]:
+        """Return the events since the last call, segment after segment.
+
+        Raises:
+            OSError: they cannot be read; the next call returns them.
+        """
+        events = []
+        for name, size in sorted(_sizes(self._folder).items()):
+            # At a URL, only a longer segment is read
+            lines = self._new_lines(self._folder / name) if size > self.done.get(name, 0) else []
+            for line in lines:
+                # A write that failed halfway was repeated: the same line, with the same time
+                if hash(line) not in self._hashes and (event := _parse(line)) is not None:
+                    self._hashes.add(hash(line))
+                    events.append(event)
+        return events
+
+    def _new_lines(self, path: Folder) -> list[str]:
+        start = self.done.get(path.name, 0)
+        if isinstance(path, Path):
+            with path.open("rb") as file:
+                file.seek(start)
+                content = file.read()
+        else:
+            content = path.read_bytes()[start:]
+        # The last line may still be written
+        complete = content[: content.rfind(b"\n") + 1]
+        self.done[path.name] = start + len(complete)
+        return complete.decode().splitlines()
 
 
 class Metrics:
@@ -184,8 +228,13 @@ class Metrics:
         return curves
 
 
-def _segments(folder: Folder) -> list[Folder]:
-    return sorted(path for path in folder.glob("*.jsonl") if path.stem.isdecimal())
+def _sizes(folder: Folder) -> dict[str, int]:
+    """Return the names of the segments, and their sizes in bytes."""
+    if isinstance(folder, Path):
+        sizes = {path.name: path.stat().st_size for path in folder.glob("*.jsonl")}
+    else:
+        sizes = folder.store.list(folder.key)
+    return {name: size for name, size in sizes.items() if name.removesuffix(".jsonl").isdecimal()}
 
 
 def _finite(value: Any) -> Any:

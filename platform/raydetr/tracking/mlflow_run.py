@@ -1,11 +1,8 @@
-"""Create, describe, finish and read MLflow runs. These functions wait for MLflow; they are for the driver.
-
-The driver creates the run (`create_run`), describes it (`log_params`, `log_dataset`) and finishes it (`finish_run`).
-Rank 0 logs its metrics through a `Tracker` (tracker.py), which does not wait. No other module imports mlflow.
-"""
+"""Connect to MLflow, and read its runs. `Uploader` (uploader.py) writes them. No other package imports mlflow."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
@@ -16,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 # Defaults, which variables in the environment override. MLflow's own defaults (7 retries of 120 s, with pauses) would
 # block a caller for minutes, and its telemetry sends data about the user. Set before the import of mlflow.
@@ -29,31 +26,17 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 from mlflow import MlflowClient  # noqa: E402
-from mlflow.entities import Dataset, DatasetInput, InputTag, Param, Run, ViewType  # noqa: E402
-from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.entities import Run, ViewType  # noqa: E402
 
-from raydetr.config import RunConfig  # noqa: E402
-from raydetr.config.paths import SQLITE, is_remote, local_folder, sqlite_file  # noqa: E402
+from raydetr.config.paths import sqlite_file  # noqa: E402
+from raydetr.tracking.uris import TrackingError, mask_password  # noqa: E402
 
 # Hide its messages about creating tables; warnings are still shown
 for _logger in ("mlflow.store.db.utils", "alembic"):
     logging.getLogger(_logger).setLevel(logging.WARNING)
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
-
-CHANGED_TAG = "raydetr.changed_on_resume"
-
-# MLflow's limits
-_PARAMS_PER_BATCH = 100
-_PARAM_LENGTH = 6000
-_DIGEST_LENGTH = 36
-_TAG_LENGTH = 8000
-
+_PARAM_LENGTH = 6000  # MLflow's limit
 _TRUNCATED = "... (truncated; config.yaml has the complete value)"
-
-
-class TrackingError(RuntimeError):
-    """MLflow could not be reached, or refused a request; the message names the URI."""
 
 
 @dataclass(frozen=True)
@@ -68,143 +51,6 @@ class TrackedRun:
     artifacts: tuple[str, ...]
 
 
-# --- Writing ---
-
-
-def default_uri(storage_path: str | Path, run: str = "") -> str:
-    """Return the URI of the SQLite database in the folder of the runs, or in that of one run.
-
-    If the runs are at a URL, the folder is `runs`.
-    """
-    folder = Path("runs") if is_remote(str(storage_path)) else local_folder(storage_path)
-    return f"{SQLITE}{folder.absolute() / run / 'mlflow.db'}"
-
-
-def tracking_uri(config: RunConfig) -> str:
-    """Return the tracking URI of a run with this (resolved) configuration."""
-    return config.tracking.uri or default_uri(config.storage.path)
-
-
-def create_run(
-    uri: str,
-    experiment: str,
-    run_name: str,
-    *,
-    parent_run_id: str | None = None,
-    tags: Mapping[str, str] | None = None,
-) -> str:
-    """Create a run, and the database and the experiment if they are missing; return the id of the run.
-
-    Call it in the driver only: two processes that create the same database at the same time can fail.
-
-    Raises:
-        TrackingError: MLflow cannot be reached, or refuses.
-    """
-    parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
-    with _tracking_errors(uri, f"create the run {run_name}"):
-        client = connect(uri)
-        experiment_id = _experiment_id(client, uri, experiment)
-        run = client.create_run(experiment_id, tags={**(tags or {}), **parent}, run_name=run_name)
-    return str(run.info.run_id)
-
-
-def reopen_run(uri: str, run_id: str) -> None:
-    """Set a run back to RUNNING: a resumed training continues in the same MLflow run.
-
-    Raises:
-        TrackingError: MLflow cannot be reached, or has no such run.
-    """
-    with _tracking_errors(uri, f"reopen the run {run_id}"):
-        connect(uri).update_run(run_id, status="RUNNING")
-
-
-def finish_run(uri: str, run_id: str, status: Status) -> None:
-    """Set the final status and the end time.
-
-    Raises:
-        TrackingError: MLflow cannot be reached, or has no such run.
-    """
-    with _tracking_errors(uri, f"finish the run {run_id}"):
-        connect(uri).set_terminated(run_id, status=status)
-
-
-def log_params(uri: str, run_id: str, params: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Log settings by dotted path, in the notation of the command line; return the changed ones: {path: (old, new)}.
-
-    MLflow does not allow a param to change. If a resumed run has other values, the first ones stay, and the tag
-    `raydetr.changed_on_resume` lists the changes.
-
-    Raises:
-        TrackingError: MLflow cannot be reached, or has no such run.
-    """
-    texts = {path: _param_text(value) for path, value in params.items()}
-    with _tracking_errors(uri, f"log the params of run {run_id}"):
-        client = connect(uri)
-        known = client.get_run(run_id).data.params
-        added = [Param(path, text) for path, text in texts.items() if path not in known]
-        for start in range(0, len(added), _PARAMS_PER_BATCH):
-            client.log_batch(run_id, params=added[start : start + _PARAMS_PER_BATCH])
-        changed = {path: (known[path], text) for path, text in texts.items() if known.get(path, text) != text}
-        if changed:
-            text = "; ".join(f"{path}: {old} -> {new}" for path, (old, new) in changed.items())
-            client.set_tag(run_id, CHANGED_TAG, text[:_TAG_LENGTH])
-    return changed
-
-
-def set_tags(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
-    """Set tags of a run; existing tags are replaced.
-
-    Raises:
-        TrackingError: MLflow cannot be reached, or has no such run.
-    """
-    with _tracking_errors(uri, f"set tags of run {run_id}"):
-        for name, value in tags.items():
-            connect(uri).set_tag(run_id, name, value[:_TAG_LENGTH])
-
-
-def log_dataset(
-    uri: str,
-    run_id: str,
-    *,
-    name: str,
-    fingerprint: str,
-    source: str,
-    context: str,
-    profile: Mapping[str, Any],
-) -> None:
-    """Log a dataset as an input of the run.
-
-    Args:
-        fingerprint: of the data; its first characters are the digest that MLflow shows.
-        source: folder or URL of the shards.
-        context: "training" or "validation".
-        profile: numbers that describe the dataset, such as num_images.
-
-    Raises:
-        TrackingError: MLflow cannot be reached, or has no such run.
-    """
-    dataset = Dataset(
-        name=name,
-        digest=fingerprint[:_DIGEST_LENGTH],
-        source_type="local",
-        source=json.dumps({"uri": source}),
-        profile=json.dumps({"fingerprint": fingerprint, **profile}, allow_nan=False),
-    )
-    with _tracking_errors(uri, f"log the dataset {name} of run {run_id}"):
-        tags = [InputTag("mlflow.data.context", context)]
-        connect(uri).log_inputs(run_id, [DatasetInput(dataset, tags)])
-
-
-def log_text(uri: str, run_id: str, text: str, file: str) -> None:
-    """Store a text as the artifact `file`, a path within the run's artifacts.
-
-    Raises:
-        TrackingError: MLflow cannot be reached, or has no such run.
-    """
-    with _tracking_errors(uri, f"store {file} of run {run_id}"):
-        store_file(connect(uri), run_id, file, text.encode())
-
-
 # --- Reading ---
 
 
@@ -215,12 +61,12 @@ def fetch_run(uri: str, run_id_or_name: str) -> TrackedRun:
         ValueError: no run has this id or name, or several runs have this name.
         TrackingError: MLflow cannot be reached.
     """
-    with _tracking_errors(uri, f"read the run {run_id_or_name}"):
+    with tracking_errors(uri, f"read the run {run_id_or_name}"):
         client = _connect_to_read(uri)
         found = _find_runs(client, run_id_or_name)
         latest = [] if found else _latest_runs(client)
     run = _only(found, latest, uri, run_id_or_name)
-    with _tracking_errors(uri, f"read the run {run_id_or_name}"):
+    with tracking_errors(uri, f"read the run {run_id_or_name}"):
         return TrackedRun(
             run_id=run.info.run_id,
             name=run.info.run_name or "",
@@ -238,7 +84,7 @@ def fetch_artifact(uri: str, run_id: str, file: str) -> bytes:
         TrackingError: there is no such artifact, or MLflow cannot be reached.
     """
     with (
-        _tracking_errors(uri, f"read {file} of run {run_id}"),
+        tracking_errors(uri, f"read {file} of run {run_id}"),
         tempfile.TemporaryDirectory(prefix="raydetr-") as folder,
     ):
         return Path(_connect_to_read(uri).download_artifacts(run_id, file, folder)).read_bytes()
@@ -273,7 +119,25 @@ def _connect_to_read(uri: str) -> MlflowClient:
 
 
 @contextmanager
-def _tracking_errors(uri: str, action: str) -> Iterator[None]:
+def lock_of(uri: str) -> Iterator[None]:
+    """Keep other processes of this user from writing a SQLite database: two that create its tables at the same time
+    would fail. Do nothing for other URIs.
+
+    Raises:
+        OSError: the folder of the database cannot be written.
+    """
+    file = sqlite_file(uri)
+    if file is None:
+        yield
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_name(f"{file.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def tracking_errors(uri: str, action: str) -> Iterator[None]:
     """Raise errors of MLflow as TrackingError, with the action that failed.
 
     MLflow lets the errors of its libraries through: of the database, of a client of the artifact store that is missing
@@ -284,7 +148,9 @@ def _tracking_errors(uri: str, action: str) -> Iterator[None]:
     except TrackingError:
         raise
     except Exception as error:
-        raise TrackingError(f"could not {action} in MLflow at {uri}: {first_line(error)}") from error
+        raise TrackingError(
+            f"could not {action} in MLflow at {mask_password(uri)}: {first_line(error)}"
+        ) from error
 
 
 def first_line(error: Exception) -> str:
@@ -292,30 +158,10 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _experiment_id(client: MlflowClient, uri: str, experiment: str) -> str:
-    found = client.get_experiment_by_name(experiment)
-    if found is not None:
-        return str(found.experiment_id)
-    file = sqlite_file(uri)
-    # By default, MLflow would put the artifacts into the current working directory
-    artifacts = (file.absolute().parent / "mlflow-artifacts").as_uri() if file else None
-    try:
-        return str(client.create_experiment(experiment, artifact_location=artifacts))
-    except MlflowException as error:
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            raise error
-        return str(found.experiment_id)  # another driver created it at the same time
-
-
-def _param_text(value: Any) -> str:
+def param_text(value: Any) -> str:
+    """Return a setting as the param of an MLflow run, in the notation of the command line."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= _PARAM_LENGTH else text[: _PARAM_LENGTH - len(_TRUNCATED)] + _TRUNCATED
-
-
-def metric_name(name: str) -> str:
-    """Replace the characters that MLflow does not allow in the name of a metric."""
-    return re.sub(r"[^\w.\- :/]", "_", name)
 
 
 def store_file(client: MlflowClient, run_id: str, file: str, content: bytes) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raydetr.config import StorageConfig
+from raydetr.evaluation import stored
 from raydetr.shards.reader import Shards
 from raydetr.store.folders import Folder, remove_folder, with_retry_seconds, write_file
 from raydetr.training import checkpoint
@@ -73,6 +74,7 @@ class CheckpointWriter:
         self._changed = threading.Condition()
         self._waiting: _Waiting | None = None
         self._metrics: dict[int, Mapping[str, Any]] = {}  # by position, to write beside its checkpoint
+        self._expected: set[int] = set()  # positions whose metrics will come
         self._is_writing = self._is_closed = False
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
         self._thread.start()
@@ -91,6 +93,11 @@ class CheckpointWriter:
             self._pending_since = self._pending_since or self._saved_at
             self._waiting = _Waiting(training.position, state, meta)
             self._changed.notify_all()
+
+    def expect(self, position: int) -> None:
+        """Keep the checkpoint at a position, and the arrays of its evaluation, until its metrics are recorded."""
+        with self._changed:
+            self._expected.add(position)
 
     def record(self, position: int, metrics: Mapping[str, Any]) -> None:
         """Write the metrics of the evaluation at a position beside its checkpoint, in the background."""
@@ -202,11 +209,16 @@ class CheckpointWriter:
             with self._changed:
                 if self._metrics.get(position) is values:
                     del self._metrics[position]
+                    self._expected.discard(position)
 
     def _remove_old(self) -> None:
+        with self._changed:
+            # What may turn out to be the best stays until its AP is known
+            expected = {checkpoint.folder_of(self._run, position) for position in self._expected}
         kept = {
             checkpoint.best(self._run),
             *checkpoint.complete_checkpoints(self._run)[: self._storage.keep_checkpoints],
+            *expected,
         }
         # Only those of the run: a user may have put others there
         own = [path for path in (self._run / checkpoint.CHECKPOINTS).iterdir() if path.name.isdecimal()]
@@ -216,3 +228,11 @@ class CheckpointWriter:
                 remove_folder(folder)
             except OSError as error:  # the new checkpoint is there, whatever becomes of older ones
                 self.cleanup_problem = f"{folder} cannot be removed: {error}"
+        self._remove_old_arrays({checkpoint.position_of(folder) for folder in kept if folder is not None})
+
+    def _remove_old_arrays(self, kept: set[int]) -> None:
+        """Remove the arrays of evaluations whose checkpoint is gone; what was computed from them stays."""
+        try:
+            stored.remove_arrays_except(self._run, kept)
+        except OSError as error:
+            self.cleanup_problem = f"{self._run / stored.EVALUATIONS} cannot be cleaned up: {error}"

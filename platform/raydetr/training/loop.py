@@ -23,12 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detrs.detector import Detector
 from detrs.zoo import Model
-from raydetr.config import ClusterConfig, RunConfig
+from raydetr.config import ClusterConfig, Precision, RunConfig
 from raydetr.data.batch import Batch, to_model
 from raydetr.data.corrupt import CorruptSample, CorruptSampleLog
 from raydetr.data.layout import Layout
 from raydetr.data.stream import evaluation_batches, train_batches
 from raydetr.data.transforms.transform import Transform
+from raydetr.evaluation.detections import PackedDetections
 from raydetr.evaluation.evaluator import drop_blank_batches, evaluate
 from raydetr.shards.reader import Shards
 from raydetr.training.counts import PendingCounts
@@ -53,11 +54,13 @@ class StepReport:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """State after an evaluation. `results` (COCO format) are those of the complete split."""
+    """State after an evaluation. `detections` are those of this worker's share of the split."""
 
+    step: int
     epoch: int
     position: int
-    results: list[dict[str, Any]]
+    detections: PackedDetections
+    seconds: float  # from the first batch to the last one, of this worker
     corrupt: tuple[CorruptSample, ...] = ()  # images without predictions, of all workers
 
 
@@ -197,8 +200,8 @@ class Training:
             norms.restore()
         return StepLoss(loss.total.detach(), loss.terms, loss.error)
 
-    def evaluate(self, shards: Shards) -> list[dict[str, Any]]:
-        """Evaluate `weights` on this worker's share of a split; return the COCO results of the complete split.
+    def evaluate(self, shards: Shards) -> PackedDetections:
+        """Evaluate `weights` on this worker's share of a split, in the precision of training.
 
         Raises:
             ShardError: an image is corrupt, and `data.on_corrupt` is "raise".
@@ -217,16 +220,16 @@ class Training:
             on_corrupt=data.on_corrupt,
         )
         corrupt: list[CorruptSample] = []
-        results = evaluate(
+        detections = evaluate(
             self.weights,
             self.model.postprocess,
             drop_blank_batches(self._ticking(batches), corrupt),
             shards.label_map,
-            self.world.all_gather,
             self.world.device,
+            self._autocast,
         )
         self.corrupt = self._gather_corrupt(replace(row, position=self.position) for row in corrupt)
-        return results
+        return detections
 
     def _ticking(self, batches: Iterable[Batch | None]) -> Iterator[Batch | None]:
         for batch in batches:
@@ -244,9 +247,7 @@ class Training:
         return tuple(row for rows in self.world.all_gather(tuple(own)) for row in rows)
 
     def _autocast(self) -> torch.autocast:
-        precision = self.config.optim.precision
-        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.world.device.type, dtype, enabled=precision != "fp32")
+        return autocast(self.config.optim.precision, self.world.device)
 
     def _update(self) -> None:
         self.scaler.step(self.optimizer)
@@ -347,9 +348,17 @@ def train(
 def _evaluate(training: Training, val_shards: Shards) -> EvaluationReport:
     epoch = training.finished_epoch()
     assert epoch is not None
-    results = training.evaluate(val_shards)
+    began = time.perf_counter()
+    detections = training.evaluate(val_shards)
+    seconds = time.perf_counter() - began
     training.lacks_evaluation = False
-    return EvaluationReport(epoch, training.position, results, training.corrupt)
+    return EvaluationReport(training.step, epoch, training.position, detections, seconds, training.corrupt)
+
+
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """Return the context of a forward pass in a precision of `optim.precision`."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def _sum_terms(losses: Sequence[StepLoss]) -> dict[str, Tensor]:

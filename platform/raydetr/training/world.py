@@ -20,6 +20,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    local_rank: int = 0  # among the processes on this machine
 
     @classmethod
     def single_process(cls, device: torch.device | None = None) -> World:
@@ -50,6 +51,14 @@ class World:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
+        return values
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Return the (picklable) values of all processes, in rank order, on rank 0; None on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values)
         return values
 
 

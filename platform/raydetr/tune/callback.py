@@ -1,10 +1,10 @@
-"""Track the trials of a search in the driver: print their progress, and finish their MLflow runs."""
+"""Track the trials of a search in the driver: print their progress, and log how they ended."""
 
 from __future__ import annotations
 
-import logging
 import pickle
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,17 @@ from ray import tune
 from ray.exceptions import RayTaskError
 
 from raydetr.console import print_status
-from raydetr.tracking import mlflow_run
-from raydetr.tracking.tracker import Tracker
+from raydetr.tracking.events import EventLog, read_events
 from raydetr.tune import cluster
 from raydetr.tune.result import Status, Trial
 from raydetr.tune.trial import SearchContext, to_python, trial_number
 
-log = logging.getLogger(__name__)
-
-# A trial that was stopped early is not a finished run in MLflow either
-MLFLOW_STATUS: dict[Status, mlflow_run.Status] = {
-    "finished": "FINISHED",
-    "stopped by ASHA": "KILLED",
-    "interrupted": "KILLED",
-    "failed": "FAILED",
+# The event that ends a trial. One that was stopped early is not a finished run in MLflow either
+EVENTS: dict[Status, str] = {
+    "finished": "finished",
+    "stopped by ASHA": "stopped",
+    "interrupted": "stopped",
+    "failed": "failed",
 }
 # From the end of a trial until its placement group is removed: its controller has exited by then, and cannot start
 # workers again
@@ -35,13 +32,16 @@ ENDED_TAG = "raydetr.ended"
 
 
 class SearchCallback(tune.Callback):
-    """Records the trials so far, by number. Ray Tune calls it in the driver."""
+    """Records the trials so far, by number. Ray Tune calls it in the driver.
 
-    def __init__(self, context: SearchContext) -> None:
-        self._context, config = context, context.config
-        self._epochs, self._batch_size = config.optim.epochs, config.data.batch_size
-        self._uri, self._experiment = mlflow_run.tracking_uri(config), config.tracking.experiment
-        self._positions: dict[int, int] = {}  # of the last evaluation
+    Args:
+        context: of the search.
+        log_failed_launch: logs the start of a trial that failed before it could do that itself.
+    """
+
+    def __init__(self, context: SearchContext, log_failed_launch: Callable[[Trial, EventLog], None]) -> None:
+        self._context, self._log_failed_launch = context, log_failed_launch
+        self._epochs = context.config.optim.epochs
         self._groups: dict[int, str] = {}  # placement groups of the trials' workers
         self._to_remove: list[tuple[float, str]] = []  # (monotonic time, placement group)
         self.trials: dict[int, Trial] = {}
@@ -66,7 +66,7 @@ class SearchCallback(tune.Callback):
         if "epoch" not in result:  # Tune's own last report, which has no metrics
             return
         now = replace(before, epoch=result["epoch"], AP=result.get("AP"), AP50=result.get("AP50"))
-        self.trials[number], self._positions[number] = now, result["position"]
+        self.trials[number] = now
         self._groups[number] = result["placement_group"]
         if now != before:
             print_status(f"trial {number}  {_numbers(now, self._epochs)}  {_overrides(now)}")
@@ -96,60 +96,29 @@ class SearchCallback(tune.Callback):
         )
 
     def finalize(self) -> None:
-        """Mark trials that are still running as interrupted, and correct the status of all MLflow runs.
+        """Mark trials that are still running as interrupted, and log how all ended.
 
-        Call it after the processes of all trials have ended: a stopped trial may have set another status of its run
-        while it was ending.
+        Call it after the processes of all trials have ended: a trial that was stopped may have logged another end of
+        its run.
         """
         for trial in list(self.trials.values()):
             if trial.status == "running":
                 self._record_end(replace(trial, status="interrupted"))
-            elif trial.mlflow_run_id is not None:
-                self._finish_mlflow_run(trial)
+        for trial in self.trials.values():
+            self._log_end(trial)
 
     def _record_end(self, trial: Trial) -> None:
         print_status(f"trial {trial.number}  {trial.status}" + (f": {trial.cause}" if trial.cause else ""))
-        try:
-            trial = replace(trial, mlflow_run_id=self._find_or_create_mlflow_run(trial))
-            assert trial.mlflow_run_id is not None
-            if trial.status == "stopped by ASHA":
-                self._log_last_evaluation(trial)
-            mlflow_run.set_tags(self._uri, trial.mlflow_run_id, {ENDED_TAG: self._description(trial)})
-        except mlflow_run.TrackingError as error:
-            log.warning("%s", error)
         self.trials[trial.number] = trial
-        self._finish_mlflow_run(trial)
 
-    def _finish_mlflow_run(self, trial: Trial) -> None:
-        if trial.mlflow_run_id is None:
-            return
-        status = MLFLOW_STATUS[trial.status]
-        try:
-            if mlflow_run.fetch_run(self._uri, trial.mlflow_run_id).status != status:
-                mlflow_run.finish_run(self._uri, trial.mlflow_run_id, status)
-        except mlflow_run.TrackingError as error:
-            log.warning("%s", error)
-
-    def _find_or_create_mlflow_run(self, trial: Trial) -> str:
-        """Return the id of the trial's MLflow run; create one if the trial failed before it did."""
-        file = self._context.trial_folder(trial.number) / "mlflow_run_id"
-        if file.exists():
-            return file.read_text()
-        parent = self._context.parent_run_id
-        run_id = mlflow_run.create_run(self._uri, self._experiment, trial.name, parent_run_id=parent)
-        mlflow_run.log_params(self._uri, run_id, trial.overrides)
-        return run_id
-
-    def _log_last_evaluation(self, trial: Trial) -> None:
-        """Log AP and AP50, which the trial's process may not have sent before it was stopped because of them."""
-        assert trial.mlflow_run_id is not None
-        numbers = {"AP": trial.AP, "AP50": trial.AP50}
-        tracker = Tracker(self._uri, trial.mlflow_run_id)
-        tracker.log_metrics(
-            self._positions[trial.number] // self._batch_size,
-            {name: value for name, value in numbers.items() if value is not None},
-        )
-        tracker.close()
+    def _log_end(self, trial: Trial) -> None:
+        folder = self._context.trial_folder(trial.number)
+        log = EventLog(folder)
+        if not any(event["kind"] == "launched" for event in read_events(folder)):
+            self._log_failed_launch(trial, log)
+        log.append(EVENTS[trial.status], reason=trial.status, tags={ENDED_TAG: self._description(trial)})
+        if not log.flush():
+            print_status(f"warning: {log.problem}")
 
     def _description(self, trial: Trial) -> str:
         cause = f": {trial.cause}" if trial.cause else ""

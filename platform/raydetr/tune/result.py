@@ -13,6 +13,7 @@ from typing import Any, Literal
 from raydetr import recipes
 from raydetr.config import ConfigError, RunConfig, flatten, parse_assignments, to_dict
 from raydetr.console import table
+from raydetr.tracking.upload_state import read_run_id
 from raydetr.tune.cluster import LeakedResource
 
 Status = Literal["running", "finished", "stopped by ASHA", "failed", "interrupted"]
@@ -31,7 +32,6 @@ class Trial:
     AP: float | None = None
     AP50: float | None = None
     cause: str | None = None  # of a failure
-    mlflow_run_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,16 @@ class SearchResult:
     name: str
     folder: Path
     tracking_uri: str
-    mlflow_run_id: str  # of the parent
     epochs: int
     trials: tuple[Trial, ...]  # best first, see `rank_trials`
     command: str | None  # trains the best configuration again; None: no trial was evaluated
     leaked: tuple[LeakedResource, ...]  # resources that the search left on the cluster; should be empty
+    pending_upload: str | None = None  # what MLflow lacks
+
+    @property
+    def mlflow_run_id(self) -> str | None:
+        """Id of the MLflow run of the search; None if MLflow could not be reached so far."""
+        return read_run_id(self.folder)
 
     @property
     def best(self) -> Trial | None:
@@ -59,7 +64,7 @@ class SearchResult:
                 trial_table(self.trials, self.epochs),
                 "",
                 f"search      {self.folder}",
-                f"MLflow      {self.tracking_uri}, run {self.mlflow_run_id}",
+                f"MLflow      {self.tracking_uri}, run {self.mlflow_run_id or 'not created yet'}",
                 f"best        {self.command or 'none: no trial was evaluated'}",
                 *(f"WARNING     left on the cluster: {resource}" for resource in self.leaked),
             ]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,14 @@ from raydetr.config.paths import is_remote
 from raydetr.console import print_status
 from raydetr.runs import run
 from raydetr.runs.ray_cluster import connected
-from raydetr.runs.run_tracking import create_mlflow_run, tracking_warnings
-from raydetr.tracking import mlflow_run
-from raydetr.tracking.mlflow_run import tracking_uri
-from raydetr.tracking.tracker import Tracker
+from raydetr.runs.run_tracking import log_launch, uploading
+from raydetr.shards.reader import Shards
+from raydetr.tracking.events import EventLog
+from raydetr.tracking.uris import mask_password, tracking_uri
 from raydetr.tune import cluster
 from raydetr.tune.callback import SearchCallback
 from raydetr.tune.cluster import LeakedResource
-from raydetr.tune.result import SearchResult, best_trial, rank_trials, train_command, trials_as_json
+from raydetr.tune.result import SearchResult, Trial, best_trial, rank_trials, train_command, trials_as_json
 from raydetr.tune.space import Distribution, Space
 from raydetr.tune.trial import SearchContext, run_trial
 
@@ -64,7 +66,6 @@ def search(
 
     Raises:
         ConfigError, OSError, ValueError: the configuration or the shards cannot be used.
-        TrackingError: MLflow cannot be reached.
         ConnectionError: no Ray cluster answers at `cluster.address`.
         LaunchError: not even one trial fits on the cluster, or it has no dashboard.
         SearchError: no trial was evaluated.
@@ -83,14 +84,25 @@ def search(
         num_concurrent = cluster.limit_concurrency(resolved.cluster, max_concurrent)
         if num_concurrent < max_concurrent:
             print_status(f"{num_concurrent} trials fit on the cluster at once, not {max_concurrent}")
-        context = _create_context(config, resolved, space)
-        callback = SearchCallback(context)
+        context = _create_context(config, resolved)
+        folder = context.folder
+        log = EventLog(folder)
+        _log_search(log, context, splits, space)
+
+        def log_failed_launch(trial: Trial, log: EventLog) -> None:
+            log_launch(log, context.trial_folder(trial.number), context.config, splits, "trial",
+                       params=trial.overrides, files=[])  # fmt: skip
+
+        callback = SearchCallback(context, log_failed_launch)
         before = cluster.list_leaked_resources(_job_id())
-        try:
-            asha = _asha(resolved, grace_epochs, reduction_factor)
-            _run_trials(context, space, callback, asha, num_trials, num_concurrent)
-        finally:
-            result = _finish(config, context, callback, num_trials, before)
+        with uploading(folder, context.config, tracking_uri(resolved), "search") as uploads:
+            try:
+                asha = _asha(resolved, grace_epochs, reduction_factor)
+                _run_trials(context, space, callback, asha, num_trials, num_concurrent)
+            finally:
+                result = _finish(config, context, callback, before)
+                _log_result(log, result, is_complete=callback.num_ended == num_trials)
+    result = replace(result, pending_upload=uploads.pending)
     if callback.num_ended < num_trials:  # Tune returns normally after Ctrl-C
         print_status(result.to_text())
         raise KeyboardInterrupt
@@ -121,26 +133,29 @@ def _asha(config: RunConfig, grace_epochs: int, reduction_factor: int) -> _Asha:
     )
 
 
-def _create_context(config: RunConfig, resolved: RunConfig, space: Space) -> SearchContext:
-    """Create the folder and the MLflow run of the search, and log its configuration and space."""
+def _create_context(config: RunConfig, resolved: RunConfig) -> SearchContext:
+    """Create the folder of the search."""
     name = run.new_name(f"tune-{config.recipe}")
     folder = Path(resolved.storage.path) / name
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(to_yaml(config))
-    (folder / "space.yaml").write_text(space.text)
-    resolved, parent = create_mlflow_run(resolved, name, tags={"raydetr.kind": "search"})
-    uri = tracking_uri(resolved)
+    (folder / "config.yaml").write_text(to_yaml(override(config, {"tracking.uri": _masked(config)})))
+    uri = mask_password(tracking_uri(resolved))
+    print_status(f"search {folder}")
+    return SearchContext(override(resolved, {"storage.path": str(folder), "tracking.uri": uri}), name)
+
+
+def _masked(config: RunConfig) -> str | None:
+    return None if config.tracking.uri is None else mask_password(config.tracking.uri)
+
+
+def _log_search(log: EventLog, context: SearchContext, splits: Sequence[Shards], space: Space) -> None:
+    """Log the start of the search, with its configuration and space."""
+    (context.folder / "space.yaml").write_text(space.text)
     searched = {f"search.{path}": f"{d.kind} {list(d.values)}" for path, d in space.distributions.items()}
-    fixed = {
-        path: value for path, value in flatten(to_dict(resolved)).items() if path not in space.distributions
-    }
-    with tracking_warnings():
-        mlflow_run.log_params(uri, parent, fixed | searched)
-        mlflow_run.log_text(uri, parent, space.text, "space.yaml")
-        mlflow_run.log_text(uri, parent, to_yaml(config), "config.yaml")
-    print_status(f"search {folder}\nMLflow {uri}, run {parent}")
-    inside = override(resolved, {"storage.path": str(folder), "tracking.uri": uri})
-    return SearchContext(inside, name, parent)
+    settings = flatten(to_dict(context.config))
+    fixed = {path: value for path, value in settings.items() if path not in space.distributions}
+    log_launch(log, context.folder, context.config, splits, "search",
+               params=fixed | searched, files=["config.yaml", "space.yaml"])  # fmt: skip
 
 
 def _run_trials(
@@ -185,23 +200,17 @@ def _domain(distribution: Distribution) -> Any:
 
 
 def _finish(
-    config: RunConfig,
-    context: SearchContext,
-    callback: SearchCallback,
-    num_trials: int,
-    before: list[LeakedResource],
+    config: RunConfig, context: SearchContext, callback: SearchCallback, before: list[LeakedResource]
 ) -> SearchResult:
-    """Release the cluster, finish the MLflow runs of the trials, and write the result."""
+    """Release the cluster, log how the trials ended, and write the result."""
     leaked = cluster.release_leaked_resources(_job_id(), before)
     callback.finalize()
     trials = rank_trials(list(callback.trials.values()))
-    folder = Path(context.config.storage.path)
-    best = best_trial(trials)
+    folder, best = context.folder, best_trial(trials)
     result = SearchResult(
         name=context.name,
         folder=folder,
         tracking_uri=tracking_uri(context.config),
-        mlflow_run_id=context.parent_run_id,
         epochs=config.optim.epochs,
         trials=trials,
         command=train_command(config, best.overrides, folder / "config.yaml") if best else None,
@@ -209,29 +218,24 @@ def _finish(
     )
     (folder / "trials.txt").write_text(result.to_text() + "\n")
     (folder / "trials.json").write_text(trials_as_json(trials) + "\n")
-    with tracking_warnings():
-        _log_result(result, is_complete=callback.num_ended == num_trials)
     return result
 
 
-def _log_result(result: SearchResult, *, is_complete: bool) -> None:
-    """Log the result in the MLflow run of the search, and finish that run."""
-    uri, parent, best = result.tracking_uri, result.mlflow_run_id, result.best
-    mlflow_run.log_text(uri, parent, result.to_text(), "trials.txt")
-    mlflow_run.log_text(uri, parent, trials_as_json(result.trials), "trials.json")
+def _log_result(log: EventLog, result: SearchResult, *, is_complete: bool) -> None:
+    """Log the end of the search, with its best trial."""
+    fields: dict[str, Any] = {"files": ["trials.txt", "trials.json"]}
+    best = result.best
     if best is not None:
-        assert result.command is not None
-        mlflow_run.log_params(uri, parent, {f"best.{path}": value for path, value in best.overrides.items()})
-        mlflow_run.set_tags(
-            uri, parent, {"raydetr.best_trial": best.name, "raydetr.best_command": result.command}
-        )
-        tracker = Tracker(uri, parent)
-        numbers = {"AP": best.AP, "AP50": best.AP50}
-        tracker.log_metrics(0, {name: value for name, value in numbers.items() if value is not None})
-        tracker.close()
-    mlflow_run.finish_run(
-        uri, parent, "KILLED" if not is_complete else "FAILED" if best is None else "FINISHED"
-    )
+        fields |= {
+            "params": {f"best.{path}": value for path, value in best.overrides.items()},
+            "tags": {"raydetr.best_trial": best.name, "raydetr.best_command": result.command},
+            "metrics": {"AP": best.AP, "AP50": best.AP50},
+            "step": 0,
+        }
+    kind = "stopped" if not is_complete else "failed" if best is None else "finished"
+    log.append(kind, **fields)
+    if not log.flush():
+        print_status(f"warning: {log.problem}")
 
 
 def _job_id() -> str:

@@ -20,7 +20,11 @@ class SearchContext:
 
     config: RunConfig  # resolved; its storage.path is the folder of the search
     name: str
-    parent_run_id: str  # MLflow run of the search
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the search."""
+        return Path(self.config.storage.path)
 
     def trial_name(self, number: int) -> str:
         """Return the name of a trial's run, which is also its folder in the folder of the search."""
@@ -28,7 +32,7 @@ class SearchContext:
 
     def trial_folder(self, number: int) -> Path:
         """Return the folder of a trial's run."""
-        return Path(self.config.storage.path) / self.trial_name(number)
+        return self.folder / self.trial_name(number)
 
 
 def trial_number(trial_id: str) -> int:
@@ -41,14 +45,13 @@ def run_trial(drawn: Mapping[str, Any], context: SearchContext) -> None:
 
     Raises:
         ConfigError, OSError, ValueError: the values contradict each other or the data, or the shards cannot be used.
-        TrackingError: MLflow cannot be reached before the first step.
         LaunchError: the workers failed.
     """
     number = trial_number(tune.get_context().get_trial_id())
     run.start(
         override(context.config, to_python(drawn)),
         name=context.trial_name(number),
-        parent_run_id=context.parent_run_id,
+        kind="trial",
         warn=False,
         callbacks=[TuneReportCallback()],  # type: ignore[no-untyped-call]
     )

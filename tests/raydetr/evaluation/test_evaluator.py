@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from detrs.structures import Detections, Images, Outputs, Predictions
 from raydetr.data.batch import Batch, Sample, collate
 from raydetr.data.transforms.pixels import LazyImage
 from raydetr.evaluation.coco_metrics import coco_ap
+from raydetr.evaluation.detections import PackedDetections
 from raydetr.evaluation.evaluator import evaluate
 from raydetr.shards.manifest import LabelMap
 
@@ -63,23 +66,51 @@ def truth(num_images: int) -> dict[str, Any]:
     }
 
 
-class FakeAllGather:
-    """Collects the results of the ranks, which run one after another in one process."""
-
-    def __init__(self) -> None:
-        self.results: list[list[dict[str, Any]]] = []
-
-    def __call__(self, results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        self.results.append(results)
-        return self.results
-
-
 def test_results_are_in_pixels_and_category_ids() -> None:
-    results = evaluate(Detector(), postprocess, iter([make_batch(0, 1), make_batch(2)]), LABEL_MAP)
-    assert [r["image_id"] for r in results] == [0, 1, 2]
-    assert [r["category_id"] for r in results] == [7, 3, 7]
-    assert results[0]["bbox"] == pytest.approx([30, 30, 60, 20])
-    assert 0 < results[0]["score"] < 1
+    packed = evaluate(Detector(), postprocess, iter([make_batch(0, 1), make_batch(2)]), LABEL_MAP)
+    results = packed.results()
+    assert results.image_ids.tolist() == packed.evaluated_ids.tolist() == [0, 1, 2]
+    assert results.category_ids.tolist() == [7, 3, 7]
+    assert results.boxes_xywh[0].tolist() == pytest.approx([30, 30, 60, 20])
+    assert 0 < results.scores[0] < 1
+    assert (packed.seconds > 0).all()
+
+
+def test_the_arrays_are_what_the_model_returned_bit_for_bit() -> None:
+    """And COCO's boxes are computed from them in float64, as from Python's numbers."""
+    kept: list[Detections] = []
+
+    def keep(predictions: Predictions, sizes: Tensor) -> list[Detections]:
+        found = postprocess(predictions, sizes)
+        odd = [Detections(d.scores, d.labels, d.boxes_xyxy * 1.2345678 + 0.1) for d in found]
+        kept.extend(odd)
+        return odd
+
+    packed = evaluate(Detector(), keep, iter([make_batch(0, 1), make_batch(2)]), LABEL_MAP)
+    assert (packed.boxes_xyxy.dtype, packed.scores.dtype) == (np.float32, np.float32)
+    assert torch.equal(torch.from_numpy(packed.boxes_xyxy), torch.cat([d.boxes_xyxy for d in kept]))
+    assert torch.equal(torch.from_numpy(packed.scores), torch.cat([d.scores for d in kept]))
+    left, top, right, bottom = kept[0].boxes_xyxy[0].tolist()
+    result = packed.results().to_coco()[0]
+    assert result["bbox"] == [left, top, right - left, bottom - top]
+    assert result["score"] == kept[0].scores[0].item()
+
+
+def test_the_forward_pass_alone_is_under_autocast() -> None:
+    seen: list[tuple[str, bool]] = []
+
+    class Watched(Detector):
+        def forward(self, images: Images) -> Outputs:
+            seen.append(("forward", torch.is_autocast_enabled("cpu")))
+            return super().forward(images)
+
+    def watch(predictions: Predictions, sizes: Tensor) -> list[Detections]:
+        seen.append(("postprocess", torch.is_autocast_enabled("cpu")))
+        return postprocess(predictions, sizes)
+
+    batches = [make_batch(0), make_batch(1)]
+    evaluate(Watched(), watch, iter(batches), LABEL_MAP, None, lambda: torch.autocast("cpu", torch.bfloat16))
+    assert seen == [("forward", True), ("postprocess", False)] * 2
 
 
 def test_modes_are_restored() -> None:
@@ -100,20 +131,39 @@ def test_modes_are_restored() -> None:
 def test_sharded_equals_single_to_the_last_digit() -> None:
     batches = [make_batch(*range(start, min(start + 3, 20))) for start in range(0, 20, 3)]
     single = evaluate(Detector(), postprocess, iter(batches), LABEL_MAP)
-    expected = coco_ap(truth(20), single).to_dict()
+    expected = coco_ap(truth(20), single.results()).to_dict()
     assert 0 < expected["AP"] < 1
     for world_size in (2, 3, 4):
-        all_gather = FakeAllGather()
+        shares = []
         for rank in range(world_size):
             mine: list[Batch | None] = [*batches[rank::world_size]]
             padding: list[Batch | None] = [None] * (-(-len(batches) // world_size) - len(mine))
-            sharded = evaluate(Detector(), postprocess, iter(mine + padding), LABEL_MAP, all_gather)
-        assert len(all_gather.results) == world_size
-        assert [r["image_id"] for r in sharded] != [r["image_id"] for r in single]
-        assert coco_ap(truth(20), sharded).to_dict() == expected
+            shares.append(evaluate(Detector(), postprocess, iter(mine + padding), LABEL_MAP))
+        sharded = PackedDetections.concatenate(shares)
+        assert sharded.image_ids.tolist() != single.image_ids.tolist()
+        assert coco_ap(truth(20), sharded.results()).to_dict() == expected
 
 
-def test_gather_is_called_once_even_without_batches() -> None:
-    all_gather = FakeAllGather()
-    assert evaluate(Detector(), postprocess, iter([None]), LABEL_MAP, all_gather) == []
-    assert all_gather.results == [[]]
+def test_a_rank_without_images_has_empty_arrays() -> None:
+    packed = evaluate(Detector(), postprocess, iter([None]), LABEL_MAP)
+    assert (len(packed.scores), len(packed.evaluated_ids), packed.boxes_xyxy.shape) == (0, 0, (0, 4))
+    assert PackedDetections.from_npz(packed.to_npz()).boxes_xyxy.shape == (0, 4)
+
+
+def test_arrays_survive_their_file_and_a_corrupt_file_is_named(tmp_path: Path) -> None:
+    packed = evaluate(Detector(), postprocess, iter([make_batch(0, 1), make_batch(2)]), LABEL_MAP)
+    file = tmp_path / "00000.npz"
+    file.write_bytes(packed.to_npz())
+    read = PackedDetections.from_npz(file)
+    for field in fields(PackedDetections):
+        before, after = getattr(packed, field.name), getattr(read, field.name)
+        assert before.dtype == after.dtype
+        assert before.tobytes() == after.tobytes()
+    only = read.of_images([2, 99])
+    assert (only.image_ids.tolist(), only.evaluated_ids.tolist(), len(only.boxes_xyxy)) == ([2], [2], 1)
+    file.write_bytes(packed.to_npz()[:-50])
+    with pytest.raises(ValueError, match=r"00000\.npz: not detections of an evaluation"):
+        PackedDetections.from_npz(file)
+    np.savez(file, **{**packed.__dict__, "scores": packed.scores[:1]})
+    with pytest.raises(ValueError, match=r"00000\.npz: image_ids is int64\[3\], expected int64\[1\]"):
+        PackedDetections.from_npz(file)

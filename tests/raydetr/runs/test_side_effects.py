@@ -16,7 +16,7 @@ from PIL import Image
 
 from raydetr.config import RunConfig, override
 from raydetr.inference.predict import predict
-from raydetr.runs import run, session
+from raydetr.runs import pictures, run
 from raydetr.runs.overfit import overfit
 from raydetr.tracking import mlflow_run
 from raydetr.tracking.events import Metrics, read_events
@@ -164,10 +164,10 @@ def test_a_picture_that_cannot_be_drawn(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("raqm_layout() failed.")
 
-    monkeypatch.setattr(session, name, fail)
+    monkeypatch.setattr(pictures, name, fail)
     result = run.start(short, local=True)
     assert_is_complete(result)
-    missing, other = sorted(session.PICTURES, key=lambda file: file == "curves.png")
+    missing, other = sorted(pictures.PICTURES, key=lambda file: file == "curves.png")
     if name == "learning_curves":
         missing, other = other, missing
     err = " ".join(capsys.readouterr().err.split())
@@ -186,7 +186,7 @@ def test_overfitting_without_pictures(
         raise OSError("no font")
 
     for name in ("draw_grid", "learning_curves"):
-        monkeypatch.setattr(session, name, fail)
+        monkeypatch.setattr(pictures, name, fail)
     found = overfit(short, None, num_images=2, num_steps=2, long_side=64, out=tmp_path / "out")
     assert found.predictions is None
     assert "warning: no predictions.png of this evaluation: OSError: no font" in capsys.readouterr().err

@@ -1,0 +1,27 @@
+"""Define `raydetr track`: upload runs to MLflow later."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+track_app = typer.Typer(help="Send to MLflow what it lacks of runs.", no_args_is_help=True)
+
+# Exit code of a command whose run is complete in its folder, but not in MLflow
+INCOMPLETE = 3
+
+
+@track_app.command()
+def sync(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Folders or URLs of runs or searches.")],
+    uri: Annotated[
+        str | None, typer.Option(help="Tracking URI; default: that of the run. MLflow's variables count too.")
+    ] = None,
+) -> None:
+    """Upload the events of runs and searches, with their trials; what MLflow has is not sent again."""
+    from raydetr.runs.sync import sync_run
+
+    for run in runs:
+        for line in sync_run(run, uri):
+            typer.echo(line)

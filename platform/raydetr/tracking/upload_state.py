@@ -1,0 +1,44 @@
+"""Keep in the folder of a run how far its upload to MLflow got."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+
+from raydetr.store.folders import Folder, write_file
+
+STATE = "mlflow.json"
+
+
+@dataclass
+class UploadState:
+    """The id of the MLflow run, and what it has."""
+
+    run_id: str | None = None
+    done: dict[str, int] = field(default_factory=dict)  # bytes of each segment of events
+    last_steps: dict[str, int] = field(default_factory=dict)  # the last step of each metric
+
+    @classmethod
+    def read(cls, run: Folder) -> UploadState:
+        """Read the state; without a valid one, everything is sent again.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        try:
+            return cls(**json.loads((run / STATE).read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return cls()
+
+    def write(self, run: Folder) -> None:
+        """Write it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        write_file(run / STATE, json.dumps(asdict(self)).encode())
+
+
+def read_run_id(run: Folder) -> str | None:
+    """Return the id of the MLflow run of the run in a folder; None if it was not created yet."""
+    return UploadState.read(run).run_id

@@ -1,0 +1,322 @@
+"""Write the MLflow run of a run from its events.
+
+The events are the record. What is uploaded depends on them alone, and repeating it changes nothing: MLflow ignores a
+point that it has (same key, step, timestamp and value), and the run is found again by a tag. `RUN/mlflow.json` has the
+id of the MLflow run, and how far the upload got.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
+from mlflow.exceptions import MlflowException
+
+from raydetr.config.paths import sqlite_file
+from raydetr.store.folders import Folder
+from raydetr.tracking.description import describe
+from raydetr.tracking.events import Event, EventReader
+from raydetr.tracking.metric_names import metric_name
+from raydetr.tracking.mlflow_run import (
+    connect,
+    lock_of,
+    param_text,
+    store_file,
+    tracking_errors,
+)
+from raydetr.tracking.upload_state import UploadState
+from raydetr.tracking.uris import TrackingError, mask_password, restore_uri
+
+KEY_TAG = "raydetr.run"  # identifies the MLflow run, also if MLflow's answer to its creation was lost
+CHANGED_TAG = "raydetr.changed_on_resume"
+EVALUATIONS = "evaluations"  # in the folder of a run: POSITION/
+DETECTIONS = "detections"  # in the folder of an evaluation; not uploaded
+METRICS_PER_BATCH = 1000  # MLflow's limits
+PARAMS_PER_BATCH = 100
+TAG_LENGTH = 8000
+DIGEST_LENGTH = 36
+
+# MLflow's status, by kind of event
+STATUS = {"launched": "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+
+
+class Uploader:
+    """Uploads the events of the run, or of the search, in a folder; every call of `sync` continues.
+
+    Args:
+        run: its folder.
+        uri: the tracking URI; None: that of the events. It may have a password, which is never stored.
+    """
+
+    def __init__(self, run: Folder, uri: str | None = None) -> None:
+        self._run, self._given_uri = run, uri
+        self._state = UploadState.read(run)
+        self._reader = EventReader(run, self._state.done)
+        self._last_steps = dict(self._state.last_steps)  # of what was collected
+        self._metrics: list[Metric] = []  # to be sent
+        self._files: dict[str, Folder | bytes] = {}  # to be sent, by artifact path
+        self._events: list[Event] = []  # whose params, tags, inputs and status are to be sent
+        self._launches: list[Event] = []
+        self.num_sent = 0  # requests
+
+    @property
+    def pending(self) -> str | None:
+        """What MLflow lacks, as far as it was read; None if nothing."""
+        if not (self._metrics or self._files or self._events):
+            return None
+        return f"{len(self._metrics)} metric values and {len(self._files)} files"
+
+    def collect(self) -> None:
+        """Read new events.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        for event in self._reader.read():
+            self._collect(event)
+
+    def sync(self) -> bool:
+        """Upload what is new; return whether there was anything.
+
+        Raises:
+            OSError: the events or files of the run cannot be read.
+            TrackingError: MLflow cannot be reached, or refuses; what was not sent is sent by the next call.
+        """
+        self.collect()
+        if self.pending is None:
+            return False
+        launch = self._first_launch()
+        uri = restore_uri(self._given_uri or launch["uri"], self._run)
+        with lock_of(uri), tracking_errors(uri, f"upload {self._run.name}"):
+            client = connect(uri)
+            if self._state.run_id is None:
+                self._find_or_create(client, uri, launch)
+            for event in self._events:
+                self._send_details(client, event)
+            self._send_metrics(client)
+            self._send_files(client)
+            self._send_status(client)
+        self._events.clear()
+        self._state.done, self._state.last_steps = dict(self._reader.done), dict(self._last_steps)
+        self._state.write(self._run)
+        return True
+
+    @property
+    def _run_id(self) -> str:
+        assert self._state.run_id is not None
+        return self._state.run_id
+
+    def _first_launch(self) -> Event:
+        if not self._launches:
+            # An earlier upload read it
+            self._launches = [event for event in EventReader(self._run).read() if event["kind"] == "launched"]
+        if not self._launches:
+            raise TrackingError(f"{self._run}: its events do not have the start of a run: nothing to upload")
+        return self._launches[0]
+
+    # --- Collect what is to be sent ---
+
+    def _collect(self, event: Event) -> None:
+        kind = event["kind"]
+        if kind == "launched":
+            self._launches.append(event)
+        for name, value in (event.get("metrics") or {}).items():
+            self._collect_metric(event, metric_name(name), value)
+        for name in event.get("files", ()):
+            self._files[name] = self._run / name
+        if kind == "environment":
+            content = json.dumps(event["environment"], indent=1, allow_nan=False)
+            self._files[f"environment/{metric_name(event['node'])}.json"] = content.encode()
+        if kind == "evaluation":
+            self._collect_evaluation(event["position"])
+        if kind in STATUS or any(name in event for name in ("params", "tags", "datasets")):
+            self._events.append(event)
+
+    def _collect_metric(self, event: Event, name: str, value: Any) -> None:
+        step = int(event["step"])
+        if event["kind"] != "system":
+            # A process that was killed had logged steps that the run then trained again: the first values count
+            if step <= self._last_steps.get(name, -1):
+                return
+            self._last_steps[name] = step
+        number = float("nan") if value is None else float(value)
+        self._metrics.append(Metric(name, number, int(event["time"] * 1000), step))
+
+    def _collect_evaluation(self, position: int) -> None:
+        """Take the files of the newest evaluation: they replace those of an older one in MLflow."""
+        folder = self._run / EVALUATIONS / str(position)
+        for name, path in _files_below(folder):
+            if not name.startswith(f"{DETECTIONS}/"):
+                self._files[f"evaluation/{name}"] = path
+
+    # --- Send it ---
+
+    def _find_or_create(self, client: MlflowClient, uri: str, launch: Event) -> None:
+        """Find the MLflow run by its tag, or create it; keep its id."""
+        experiment = _experiment_id(client, uri, launch["experiment"])
+        parent = None
+        if launch["type"] == "trial":
+            above = Uploader(self._run.parent, self._given_uri)
+            parent = above.ensure_run()
+        query = f"tags.`{KEY_TAG}` = '{launch['key']}'"
+
+        def find() -> list[str]:
+            found = client.search_runs([experiment], query, ViewType.ALL, order_by=["attributes.start_time"])
+            deleted = [run.info.run_id for run in found if run.info.lifecycle_stage == "deleted"]
+            if deleted:
+                raise TrackingError(
+                    f"the MLflow run of {self._run.name} is deleted: restore it with "
+                    f"`mlflow runs restore --run-id {deleted[0]}`, with MLFLOW_TRACKING_URI={mask_password(uri)}"
+                )
+            return sorted(run.info.run_id for run in found)
+
+        if existing := find():
+            return self._keep(existing[0])
+        tags = {KEY_TAG: launch["key"]} | ({"mlflow.parentRunId": parent} if parent else {})
+        created = client.create_run(
+            experiment, start_time=int(launch["time"] * 1000), tags=tags, run_name=launch["name"]
+        ).info.run_id
+        first = find()[0]  # another process may have created one at the same time
+        if first != created:
+            client.delete_run(created)
+        self._keep(first)
+
+    def _keep(self, run_id: str) -> None:
+        self._state.run_id = run_id
+        self._state.write(self._run)
+
+    def ensure_run(self) -> str:
+        """Create the MLflow run, unless there is one; return its id.
+
+        Raises:
+            TrackingError: MLflow cannot be reached, or refuses.
+        """
+        if self._state.run_id is None:
+            launch = self._first_launch()
+            uri = restore_uri(self._given_uri or launch["uri"], self._run)
+            with tracking_errors(uri, f"create the run {launch['name']}"):
+                self._find_or_create(connect(uri), uri, launch)
+        return self._run_id
+
+    def _send_details(self, client: MlflowClient, event: Event) -> None:
+        if "params" in event:
+            self._send_params(client, event["params"])
+        tags = [RunTag(name, str(value)[:TAG_LENGTH]) for name, value in event.get("tags", {}).items()]
+        if tags:
+            client.log_batch(self._run_id, tags=tags)
+        for dataset in event.get("datasets", ()):
+            client.log_inputs(self._run_id, [_dataset_input(dataset)])
+        self.num_sent += 1
+
+    def _send_params(self, client: MlflowClient, params: Mapping[str, Any]) -> None:
+        """Send settings in the notation of the command line.
+
+        MLflow does not allow a param to change. If a resumed run has other values, the first ones stay, and a tag lists
+        the changes.
+        """
+        texts = {path: param_text(value) for path, value in params.items()}
+        known = client.get_run(self._run_id).data.params
+        added = [Param(path, text) for path, text in texts.items() if path not in known]
+        for batch in _batches(added, PARAMS_PER_BATCH):
+            client.log_batch(self._run_id, params=batch)
+        changed = [
+            f"{path}: {known[path]} -> {text}"
+            for path, text in texts.items()
+            if known.get(path, text) != text
+        ]
+        if changed:
+            client.set_tag(self._run_id, CHANGED_TAG, "; ".join(changed)[:TAG_LENGTH])
+
+    def _send_metrics(self, client: MlflowClient) -> None:
+        while self._metrics:
+            client.log_batch(self._run_id, metrics=self._metrics[:METRICS_PER_BATCH])
+            del self._metrics[:METRICS_PER_BATCH]
+            self.num_sent += 1
+
+    def _send_files(self, client: MlflowClient) -> None:
+        for name, source in list(self._files.items()):
+            try:
+                content = source if isinstance(source, bytes) else source.read_bytes()
+            except (
+                FileNotFoundError
+            ):  # a picture that could not be drawn, or of an evaluation that was replaced
+                del self._files[name]
+                continue
+            store_file(client, self._run_id, name, content)
+            del self._files[name]
+            self.num_sent += 1
+
+    def _send_status(self, client: MlflowClient) -> None:
+        """Set the status of the last start or end; describe the run for people."""
+        ends = [event for event in self._events if event["kind"] in STATUS]
+        if not ends:
+            return
+        last = ends[-1]
+        text = describe(self._run, self._first_launch(), self._run_id)
+        client.set_tag(self._run_id, "mlflow.note.content", text[:TAG_LENGTH])
+        status = STATUS[last["kind"]]
+        if status == "RUNNING":
+            client.update_run(self._run_id, status=status)
+        else:
+            client.set_terminated(self._run_id, status=status, end_time=int(last["time"] * 1000))
+
+
+def _experiment_id(client: MlflowClient, uri: str, experiment: str) -> str:
+    """Return the id of an experiment; create it, for the view of training runs, if it is missing."""
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        _create_experiment(client, uri, experiment)
+        found = client.get_experiment_by_name(experiment)
+    assert found is not None
+    if found.lifecycle_stage == "deleted":
+        raise TrackingError(
+            f"the experiment {experiment} is deleted: restore it with `mlflow experiments restore --experiment-id "
+            f"{found.experiment_id}`, with MLFLOW_TRACKING_URI={mask_password(uri)}, or set tracking.experiment to "
+            "another one"
+        )
+    return str(found.experiment_id)
+
+
+def _create_experiment(client: MlflowClient, uri: str, experiment: str) -> None:
+    file = sqlite_file(uri)
+    # By default, MLflow would put the artifacts into the current working directory
+    artifacts = (file.absolute().parent / "mlflow-artifacts").as_uri() if file else None
+    # Without this tag, MLflow shows the page for language models
+    tags = {"mlflow.experimentKind": "custom_model_development"}
+    try:
+        client.create_experiment(experiment, artifact_location=artifacts, tags=tags)
+    except MlflowException:  # another process may have created it at the same time
+        if client.get_experiment_by_name(experiment) is None:
+            raise
+
+
+def _dataset_input(values: Mapping[str, Any]) -> DatasetInput:
+    dataset = Dataset(
+        name=values["name"],
+        digest=values["fingerprint"][:DIGEST_LENGTH],
+        source_type="local",
+        source=json.dumps({"uri": values["source"]}),
+        profile=json.dumps({"fingerprint": values["fingerprint"], **values["profile"]}, allow_nan=False),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", values["context"])])
+
+
+def _files_below(folder: Folder) -> Iterator[tuple[str, Folder]]:
+    """Yield the relative path of each file below a folder, and the file."""
+    if isinstance(folder, Path):
+        for root, _, names in os.walk(folder):
+            for name in sorted(names):
+                path = Path(root) / name
+                yield path.relative_to(folder).as_posix(), path
+    else:
+        for name in sorted(folder.store.list(folder.key)):
+            yield name, folder / name
+
+
+def _batches(values: Sequence[Param], size: int) -> Iterator[Sequence[Param]]:
+    return (values[start : start + size] for start in range(0, len(values), size))
