@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import jinja2
 
 from raydetr.evaluation.bootstrap import CONFIDENCE
 from raydetr.evaluation.coco_metrics import NAMES
@@ -20,11 +16,11 @@ from raydetr.shards.images import decode_image
 from raydetr.shards.reader import Shards, open_shards
 from raydetr.visualization.boxes import coco_boxes, draw_boxes
 from raydetr.visualization.charts import COLORS, Curve, line_chart
+from raydetr.visualization.page import jpeg_url, render
 
 NUM_IMAGES = 12  # of all pairs of runs
 MIN_IMAGES = 2  # of a pair
 IMAGE_SIDE = 420  # pixels of the long side
-JPEG_QUALITY = 82
 X_AXES = (("steps", "step"), ("samples", "samples"), ("hours", "hours"), ("worker-hours", "worker_hours"))
 
 
@@ -60,12 +56,10 @@ class Pair:
 
 def to_html(comparison: RunComparison) -> str:
     """Return the page. It loads nothing; its images are read from the shards, where these can be reached."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("raydetr.runs", ""),
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     runs = comparison.runs
-    return environment.get_template("compare.html").render(
+    return render(
+        "raydetr.runs",
+        "compare.html",
         comparison=comparison,
         runs=runs,
         colors=[COLORS[number % len(COLORS)] for number in range(len(runs))],
@@ -238,14 +232,14 @@ def _picture(
     panels = [
         (
             f"ground truth: {_counted(row.num_objects, 'object')}",
-            _data_url(draw_boxes(image, truth, IMAGE_SIDE)),
+            jpeg_url(draw_boxes(image, truth, IMAGE_SIDE)),
         )
     ]
     for side, (run, threshold) in enumerate(zip(runs, thresholds, strict=True)):
         assert run.detections is not None
         boxes = coco_boxes(_rows(run.detections, row.image_id), names, threshold)
         caption = f"{run.name}: {row.num_found[side]} found, {row.num_false[side]} false"
-        panels.append((caption, _data_url(draw_boxes(image, boxes, IMAGE_SIDE))))
+        panels.append((caption, jpeg_url(draw_boxes(image, boxes, IMAGE_SIDE))))
     return Picture(f"image {row.image_id} ({sample.record['file_name']})", tuple(panels))
 
 
@@ -255,12 +249,6 @@ def _rows(detections: Detections, image_id: int) -> list[dict[str, Any]]:
         results.category_ids.tolist(), results.boxes_xywh.tolist(), results.scores.tolist(), strict=True
     )
     return [{"category_id": category, "bbox": box, "score": score} for category, box, score in columns]
-
-
-def _data_url(image: Any) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _counted(number: int, unit: str) -> str:
