@@ -194,12 +194,21 @@ def load_run(folder: Folder) -> Compared:
         points=tuple(points_of(events)),
         no_detections="it was not evaluated yet",
     )
-    evaluated = [row["position"] for row in record.metrics.rows if row.get("AP") is not None]
-    for position in reversed(evaluated):
-        content = stored.read_evaluation(stored.folder_of(folder, position))
-        if content is not None:
-            return _with_evaluation(run, folder, content)
-    return run
+    evaluated = [row for row in record.metrics.rows if row.get("AP") is not None]
+    if not evaluated:
+        return run
+    row = evaluated[-1]
+    content = stored.read_evaluation(stored.folder_of(folder, row["position"]))
+    if content is not None:
+        return _with_evaluation(run, folder, content)
+    numbers = {name: row.get(name, -1.0) for name in NAMES}
+    problem = f"{stored.folder_of(folder, row['position']) / stored.EVALUATION} is missing"
+    return replace(
+        run,
+        evaluation=f"epoch {row['epoch']}",
+        table=ApTable(numbers, ()),
+        no_detections=problem,
+    )
 
 
 def _with_evaluation(run: Compared, folder: Folder, content: Mapping[str, Any]) -> Compared:

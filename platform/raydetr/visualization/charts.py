@@ -49,7 +49,8 @@ def line_chart(curves: Sequence[Curve], x_label: str, *, markers: bool = False) 
         parts.append(f'<text x="{x - 6:.1f}" y="{y + 3.5:.1f}" text-anchor="end">{tick:g}</text>')
     for tick in x_ticks:
         x, y = place(tick, low)
-        parts.append(f'<text x="{x:.1f}" y="{y + 15:.1f}" text-anchor="middle">{_short(tick)}</text>')
+        anchor = "end" if tick == x_ticks[-1] else "middle"  # inside the chart
+        parts.append(f'<text x="{x:.1f}" y="{y + 15:.1f}" text-anchor="{anchor}">{_short(tick)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(
         f'<text x="{middle:.1f}" y="{HEIGHT - 5}" text-anchor="middle">{html.escape(x_label)}</text>'

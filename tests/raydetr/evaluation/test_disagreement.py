@@ -24,7 +24,9 @@ def truth(*, crowd: bool = False) -> dict[str, Any]:
     return {"images": images, "annotations": annotations, "categories": [{"id": 4, "name": "cat"}]}
 
 
-def detections(found: dict[int, list[int]], false: dict[int, int], score: float = 0.9) -> list[dict[str, Any]]:
+def detections(
+    found: dict[int, list[int]], false: dict[int, int], score: float = 0.9
+) -> list[dict[str, Any]]:
     rows = [{"image_id": image, "category_id": 4, "bbox": BOXES[number], "score": score}
             for image, numbers in found.items() for number in numbers]  # fmt: skip
     rows += [{"image_id": image, "category_id": 4, "bbox": [70.0 + number, 0.0, 9.0, 9.0], "score": score}
@@ -38,7 +40,9 @@ def test_the_image_with_most_differences_is_first() -> None:
     rows, _ = disagreements(truth(), Results.from_coco(first), Results.from_coco(second))
     assert rows == [
         Disagreement(300, 3, num_found=(3, 1), num_false=(0, 2), num_only_one=2),
-        Disagreement(200, 3, num_found=(2, 2), num_false=(0, 0), num_only_one=2),  # each finds one that the other does not
+        Disagreement(
+            200, 3, num_found=(2, 2), num_false=(0, 0), num_only_one=2
+        ),  # each finds one that the other does not
     ]
     assert [row.size for row in rows] == [4, 2]
 
