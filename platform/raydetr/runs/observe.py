@@ -184,7 +184,7 @@ class _Observer:
     def describe_end(self, state: RunState) -> str:
         """Return how the run ended, in one line."""
         record = self._record
-        parts = [state.state]
+        parts: list[str] = [state.state]
         if record.metrics.seconds:
             parts.append(f"trained for {duration(record.metrics.seconds)}")
         if record.restarts:

@@ -200,7 +200,7 @@ def list_runs(storage: Folder) -> list[RunState]:
 
 
 def _folders(storage: Folder) -> list[Folder]:
-    found = list(storage.iterdir())
+    found: list[Folder] = list(storage.iterdir())
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         return [folder for folder, one in zip(found, pool.map(is_run, found), strict=True) if one]
 

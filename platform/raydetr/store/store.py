@@ -169,7 +169,7 @@ class Store:
 
         return self._call(folder, attempt)
 
-    def names(self, folder: str) -> list[str]:
+    def names(self, folder: str) -> tuple[str, ...]:
         """Return the names of the files and folders directly in a folder, by one listing without what is below them.
 
         Raises:
@@ -180,7 +180,7 @@ class Store:
         folder = "" if folder == "." else folder
         found = self._call(folder, lambda: obstore.list_with_delimiter(self._store, folder or None))
         paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
-        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+        return tuple(sorted(path.rstrip("/").rpartition("/")[2] for path in paths))
 
     def write(self, file: str, content: bytes | memoryview) -> None:
         """Write a file, or replace it; readers see all of it or nothing."""

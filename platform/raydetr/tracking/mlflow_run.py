@@ -206,7 +206,7 @@ def store_file(client: MlflowClient, run_id: str, file: str, content: bytes) -> 
 def _tracked(uri: str, client: MlflowClient, run: Run) -> TrackedRun:
     digests = [
         each.dataset.digest
-        for each in run.inputs.dataset_inputs
+        for each in (run.inputs.dataset_inputs if run.inputs else ())
         if any(tag.key == "mlflow.data.context" and tag.value == "validation" for tag in each.tags)
     ]
     return TrackedRun(

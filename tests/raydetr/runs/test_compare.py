@@ -193,7 +193,7 @@ def test_results_of_another_tool(runs: Path, tmp_path: Path, val: Shards, good: 
         compare([str(file)])
     alone = compare([str(file)], data=val.location)
     assert alone.runs[0].numbers == comparison.runs[1].numbers
-    with pytest.raises(ValueError, match="--data .* has no effect without a file"):
+    with pytest.raises(ValueError, match=r"--data .* has no effect without a file"):
         compare(locations(runs, "base"), data=val.location)
 
 
@@ -205,7 +205,7 @@ def test_results_of_another_tool(runs: Path, tmp_path: Path, val: Shards, good: 
         (lambda rows: [{"image_id": 1}], "a record has no 'category_id'"),
         (
             lambda rows: [{**row, "image_id": 987654} for row in rows],
-            "results.json: .* image 987654, which is not",
+            r"results\.json: .* image 987654, which is not",
         ),
         (lambda rows: [{**row, "category_id": 987} for row in rows], r"its category ids \[987\] are none of"),
     ],

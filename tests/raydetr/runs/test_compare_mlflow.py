@@ -82,7 +82,7 @@ def test_filters(uri: str) -> None:
     assert [run.name for run in comparison.runs] == ["better"]
     both = compare(["base"], uri, query="params.`optim.lr` = '0.0002' and metrics.AP/AP > 0.6")
     assert [run.name for run in both.runs] == ["base", "better"]
-    with pytest.raises(ValueError, match="no run in .* matches the filter params"):
+    with pytest.raises(ValueError, match=r"no run in .* matches the filter params"):
         compare([], uri, query="params.optim.lr = '7'")
     with pytest.raises(TrackingError, match="could not search for nonsense"):
         compare([], uri, query="nonsense")

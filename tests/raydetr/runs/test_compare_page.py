@@ -27,7 +27,7 @@ addEventListener("load", () => {
     shown: images.filter(image => image.naturalWidth > 100 && box(image).width > 100).length,
     wide: document.documentElement.scrollWidth > innerWidth,
     charts: [...document.querySelectorAll("svg.chart")].map(chart => box(chart).width),
-    lines: [...document.querySelectorAll("polyline")].filter(line => box(line).width > 50 && box(line).height > 20).length,
+    lines: [...document.querySelectorAll("polyline")].map(box).filter(line => line.width > 50 && line.height > 20).length,
     outside: [...document.querySelectorAll("svg.chart")].filter(chart =>
       [...chart.querySelectorAll("text, polyline, circle")].some(part =>
         box(part).left < box(chart).left - 1 || box(part).right > box(chart).right + 1 ||
