@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 # Colors that can be told apart by most people, on light and dark backgrounds
 COLORS = ("#3366cc", "#e07b39", "#2a9d6f", "#9b4dca", "#b8a000", "#d6336c", "#0e8a9c", "#808080")
-WIDTH, HEIGHT = 380, 230
+WIDTH, HEIGHT = 280, 200  # about the size on the page, so that text is as large as elsewhere
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 36  # margins
 MAX_POINTS = 150  # of a curve; more are averaged in groups
 
@@ -78,10 +78,10 @@ def _averaged(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Return 3 to 6 round numbers that cover a range."""
+    """Return 2 to 6 round numbers that cover a range."""
     span = (high - low) or abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(span / 4))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= span / 4)
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= span / 4 * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(number * step, 12) for number in range(first, max(last, first + 1) + 1)]
 
