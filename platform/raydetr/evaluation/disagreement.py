@@ -14,7 +14,7 @@ from raydetr.evaluation.results import Results
 
 @dataclass(frozen=True)
 class Disagreement:
-    """An image, and at IoU 0.5 what each of two sets has there, above its score threshold."""
+    """An image, and at IoU 0.5 what each of two sets has there, from its score threshold on."""
 
     image_id: int
     num_objects: int
@@ -28,48 +28,22 @@ class Disagreement:
         return self.num_only_one + abs(self.num_false[0] - self.num_false[1])
 
 
-def best_threshold(cells: Sequence[Mapping[str, Any]]) -> float:
-    """Return the score above which detections have the highest F1 at IoU 0.5, over all classes; 0 without a match.
-
-    Args:
-        cells: the result of `match_images`.
-    """
-    scores, found = [], []
-    for cell in cells:
-        counted = ~np.array(cell["dtIgnore"][0], bool)
-        scores.append(np.array(cell["dtScores"], np.float64)[counted])
-        found.append(np.array(cell["dtMatched"][0], bool)[counted])
-    num_objects = sum(np.sum(~np.array(cell["gtIgnore"], bool)) for cell in cells)
-    if not scores:
-        return 0.0
-    ranked, matched = np.concatenate(scores), np.concatenate(found)
-    order = np.argsort(-ranked, kind="stable")
-    ranked, true = ranked[order], np.cumsum(matched[order])
-    if not len(true) or not true[-1]:
-        return 0.0
-    f1 = 2 * true / (np.arange(1, len(true) + 1) + num_objects)
-    # All detections with the score of the last one are above the threshold
-    is_last = np.append(ranked[1:] != ranked[:-1], True)
-    return float(ranked[np.argmax(np.where(is_last, f1, -1.0))])
-
-
 def disagreements(
-    ground_truth: Mapping[str, Any], first: Results, second: Results
-) -> tuple[list[Disagreement], tuple[float, float]]:
-    """Return the images on which two sets of detections disagree, most first, and the score threshold of each set.
+    ground_truth: Mapping[str, Any], sets: Sequence[Results], thresholds: Sequence[float]
+) -> list[Disagreement]:
+    """Return the images on which two sets of detections disagree, most first.
 
     Args:
         ground_truth: a COCO dict.
-        first, second: detections of its images.
+        sets: two sets of detections of its images.
+        thresholds: of each set: detections with at least this score count.
     """
     image_ids = sorted({int(image["id"]) for image in ground_truth["images"]})
-    sets = [match_images(ground_truth, results.sorted()) for results in (first, second)]
-    thresholds = best_threshold(sets[0]), best_threshold(sets[1])
     found: list[dict[int, set[int]]] = [{}, {}]
     false: list[dict[int, int]] = [{}, {}]
     objects: dict[int, set[int]] = {}
-    for number, (cells, threshold) in enumerate(zip(sets, thresholds, strict=True)):
-        for cell in cells:
+    for number, (results, threshold) in enumerate(zip(sets, thresholds, strict=True)):
+        for cell in match_images(ground_truth, results.sorted()):
             image = cell["image_id"]
             counts = ~np.array(cell["gtIgnore"], bool)
             ids = np.array(cell["gtIds"], np.int64)
@@ -98,4 +72,4 @@ def disagreements(
             )
         )
     rows.sort(key=lambda row: (-row.size, row.image_id))
-    return [row for row in rows if row.size], thresholds
+    return [row for row in rows if row.size]

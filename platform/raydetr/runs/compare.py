@@ -9,7 +9,6 @@ import io
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -19,20 +18,10 @@ from rich.text import Text
 from raydetr.evaluation import bootstrap
 from raydetr.evaluation.bootstrap import CONFIDENCE, Interval
 from raydetr.evaluation.coco_metrics import NAMES
-from raydetr.evaluation.engines import hotcoco_evaluation
+from raydetr.evaluation.matches import TIDE_ERRORS
+from raydetr.evaluation.report import Report, analyze
 from raydetr.runs import compared
 from raydetr.runs.compared import Compared
-
-# hotcoco's names of TIDE's kinds of errors (Bolya et al. 2020, "TIDE: A General Toolbox for Identifying Object
-# Detection Errors")
-ERRORS = {
-    "Cls": "classification",
-    "Loc": "localization",
-    "Both": "both",
-    "Dupe": "duplicate",
-    "Bkg": "background",
-    "Miss": "missed",
-}
 
 Numbers = Mapping[str, float]
 
@@ -76,6 +65,17 @@ class RunComparison:
             return None
         ids = {one.name: one.category_id for one in table.classes}
         return found.classes.get(ids[name]) if name in ids else None
+
+    def threshold(self, number: int) -> float:
+        """Return the score from which the detections of a run have the highest F1 at IoU 0.5."""
+        report = self.reports[number]
+        return 0.0 if report is None else report.min_score
+
+    @property
+    def errors(self) -> list[Numbers]:
+        """The AP50 that each kind of error costs, for each run; empty without detections."""
+        tides = [None if report is None else report.tide for report in self.reports]
+        return [{} if tide is None else tide.delta_ap for tide in tides]
 
     @property
     def class_names(self) -> list[str]:
@@ -139,7 +139,7 @@ def compare(
         for run in runs
         if run.detections is None
     ]
-    return RunComparison(tuple(runs), intervals, tuple(map(_errors, runs)), tuple(notes))
+    return RunComparison(tuple(runs), intervals, tuple(map(_analyze, runs)), tuple(notes))
 
 
 def _data_notes(runs: Sequence[Compared]) -> list[str]:
@@ -162,13 +162,8 @@ def _data_notes(runs: Sequence[Compared]) -> list[str]:
     return notes
 
 
-def _errors(run: Compared) -> dict[str, float]:
-    if run.detections is None or not run.detections.ground_truth["annotations"]:
-        return {}
-    evaluation = hotcoco_evaluation(run.detections.ground_truth, run.detections.results.sorted())
-    evaluation.evaluate()
-    found: dict[str, Any] = evaluation.tide_errors()
-    return {words: found["delta_ap"][name] for name, words in ERRORS.items()}
+def _analyze(run: Compared) -> Report | None:
+    return None if run.detections is None else analyze(run.detections.ground_truth, run.detections.results)
 
 
 # --- Tables ---
@@ -196,7 +191,7 @@ def _tables(comparison: RunComparison) -> list[Table]:
             runs,
             [
                 _scores(comparison, words, comparison.errors, has_best=False)
-                for words in ERRORS.values()
+                for words in TIDE_ERRORS.values()
                 if any(comparison.errors)
             ],
         ),

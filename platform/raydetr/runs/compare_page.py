@@ -9,8 +9,9 @@ from typing import Any
 from raydetr.evaluation.bootstrap import CONFIDENCE
 from raydetr.evaluation.coco_metrics import NAMES
 from raydetr.evaluation.disagreement import Disagreement, disagreements
+from raydetr.evaluation.matches import TIDE_ERRORS
 from raydetr.evaluation.results import Results
-from raydetr.runs.compare import ERRORS, RunComparison, interval_text
+from raydetr.runs.compare import RunComparison, interval_text
 from raydetr.runs.compared import Compared, Detections, Point
 from raydetr.shards.images import decode_image
 from raydetr.shards.reader import Shards, open_shards
@@ -146,7 +147,7 @@ def _error_rows(comparison: RunComparison) -> list[tuple[str, list[tuple[Cell, f
         return []
     highest = max(value for errors in comparison.errors for value in errors.values()) or 1.0
     rows = []
-    for words in ERRORS.values():
+    for words in TIDE_ERRORS.values():
         cells = _row(comparison, words, comparison.errors, lambda number, name: None)
         widths = [100 * errors.get(words, 0.0) / highest for errors in comparison.errors]
         rows.append(
@@ -178,7 +179,7 @@ def _points(points: Sequence[Point], name: str, attribute: str) -> list[tuple[fl
 
 def _pairs(comparison: RunComparison) -> list[Pair]:
     first = comparison.runs[0]
-    others = [comparison.runs[number] for number in comparison.intervals]
+    others = list(comparison.intervals)
     if first.detections is None or not others:
         return []
     number = max(MIN_IMAGES, NUM_IMAGES // len(others))
@@ -188,11 +189,12 @@ def _pairs(comparison: RunComparison) -> list[Pair]:
     except (OSError, ValueError) as error:
         shards, problem = None, f"the images cannot be read: {error}"
     pairs = []
-    for other in others:
+    for place in others:
+        other = comparison.runs[place]
         assert other.detections is not None
-        rows, thresholds = disagreements(
-            first.detections.ground_truth, first.detections.results, other.detections.results
-        )
+        thresholds = comparison.threshold(0), comparison.threshold(place)
+        sets = first.detections.results, other.detections.results
+        rows = disagreements(first.detections.ground_truth, sets, thresholds)
         pictures = []
         if shards is not None:
             for row in rows[:number]:

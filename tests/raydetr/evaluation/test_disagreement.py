@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
-from raydetr.evaluation.bootstrap import match_images
-from raydetr.evaluation.disagreement import Disagreement, best_threshold, disagreements
+from raydetr.evaluation.disagreement import Disagreement, disagreements
 from raydetr.evaluation.results import Results
 
 BOXES = {1: [0.0, 0.0, 20.0, 20.0], 2: [50.0, 50.0, 30.0, 30.0], 3: [10.0, 60.0, 25.0, 25.0]}
@@ -37,7 +34,7 @@ def detections(
 def test_the_image_with_most_differences_is_first() -> None:
     first = detections({100: [1, 2, 3], 200: [1, 2], 300: [1, 2, 3]}, {})
     second = detections({100: [1, 2, 3], 200: [2, 3], 300: [1]}, {300: 2})
-    rows, _ = disagreements(truth(), Results.from_coco(first), Results.from_coco(second))
+    rows = disagreements(truth(), [Results.from_coco(each) for each in (first, second)], (0.5, 0.5))
     assert rows == [
         Disagreement(300, 3, num_found=(3, 1), num_false=(0, 2), num_only_one=2),
         Disagreement(
@@ -47,29 +44,16 @@ def test_the_image_with_most_differences_is_first() -> None:
     assert [row.size for row in rows] == [4, 2]
 
 
-def test_scores_below_the_best_threshold_do_not_count() -> None:
+def test_scores_below_the_threshold_do_not_count() -> None:
     """A model whose scores are all lower does not disagree with one that finds the same objects."""
     first = detections({100: [1, 2, 3], 200: [1, 2, 3]}, {})
     second = detections({100: [1, 2, 3], 200: [1, 2, 3]}, {}, score=0.2) + detections({}, {100: 9}, score=0.1)
-    rows, thresholds = disagreements(truth(), Results.from_coco(first), Results.from_coco(second))
-    assert rows == []
-    assert thresholds == (0.9, 0.2)
+    sets = [Results.from_coco(each) for each in (first, second)]
+    assert disagreements(truth(), sets, (0.9, 0.2)) == []
+    assert [row.num_false for row in disagreements(truth(), sets, (0.9, 0.1))] == [(0, 9)]
 
 
 def test_crowds_are_neither_found_nor_missed() -> None:
     first, second = detections({100: [1, 2, 3]}, {}), detections({100: [1, 2]}, {})
-    rows, _ = disagreements(truth(crowd=True), Results.from_coco(first), Results.from_coco(second))
-    assert rows == []
-
-
-@pytest.mark.parametrize("rows", [[], detections({}, {100: 3})])
-def test_the_threshold_without_a_match_is_0(rows: list[dict[str, Any]]) -> None:
-    assert best_threshold(match_images(truth(), Results.from_coco(rows))) == 0.0
-
-
-def test_equal_scores_are_all_above_the_threshold_or_none_is() -> None:
-    # One of 0.9; of 0.5: one match and three false. F1 is 2 / 10 at 0.9 and 4 / 14 at 0.5, not 4 / 11 between them
-    rows = detections({100: [1]}, {}) + detections({200: [1]}, {200: 3}, score=0.5)
-    assert best_threshold(match_images(truth(), Results.from_coco(rows).sorted())) == 0.5
-    rows = detections({100: [1]}, {}) + detections({200: [1]}, {200: 9}, score=0.5)
-    assert best_threshold(match_images(truth(), Results.from_coco(rows).sorted())) == 0.9
+    sets = [Results.from_coco(each) for each in (first, second)]
+    assert disagreements(truth(crowd=True), sets, (0.5, 0.5)) == []
