@@ -33,9 +33,7 @@ class RunComparison:
     runs: tuple[Compared, ...]
     # By the number of a run: its differences to the first, with intervals
     intervals: Mapping[int, bootstrap.Comparison]
-    errors: tuple[
-        Numbers, ...
-    ]  # of each run: the AP50 that each kind of error costs; empty without detections
+    reports: tuple[Report | None, ...]  # of each run; None without detections
     notes: tuple[str, ...]  # why something is missing, or must not be compared
 
     @property

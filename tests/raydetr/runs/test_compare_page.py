@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,7 +59,7 @@ def runs(tmp_path: Path, val: Shards) -> list[str]:
     return [str(tmp_path / "base"), str(tmp_path / "other")]
 
 
-def seen_by_browser(page: str, tmp_path: Path) -> tuple[dict[str, object], str]:
+def seen_by_browser(page: str, tmp_path: Path) -> tuple[dict[str, Any], str]:
     program = browser.find_browser()
     if program is None:
         pytest.skip("no chromium here (apt-get install chromium)")
@@ -84,7 +85,11 @@ def test_a_browser_shows_the_full_page(runs: list[str], val: Shards, tmp_path: P
     assert min(widths) > 200
     assert seen["lines"] == 2 * 4  # losses of two runs; AP has one point
     assert seen["verdict"] == "rgb(46, 125, 79)"  # green: the second is better
-    assert seen["best"] == 9 + 4  # the metrics that are defined and differ, and the classes
+    base, other = comparison.runs
+    differing = [name for name, value in base.numbers.items() if value != other.numbers[name]]
+    assert seen["best"] == len(differing) + len(comparison.class_names)
+    assert len(differing) > 7
+    assert seen["significant"] > 3
     text = str(seen["text"])
     interval = comparison.interval(1, "AP")
     assert interval is not None
