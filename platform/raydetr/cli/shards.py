@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from raydetr.config.paths import check_location, is_remote, local_folder
 from raydetr.console import progress_bar
+from raydetr.locations import check_location, is_remote, local_folder
 from raydetr.store.output_folder import check_out_file
 
 if TYPE_CHECKING:

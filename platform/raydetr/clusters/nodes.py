@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from raydetr.config import RunConfig
-from raydetr.config.paths import is_remote, sqlite_file
+from raydetr.locations import is_remote, sqlite_file
 
 SQLITE_REASON = (
     "SQLite's file must be on the disk of one machine, not on a file system that several mount, where its locks do "

@@ -1,4 +1,4 @@
-"""Configure a run: sections (schema.py), dotted paths and YAML (overrides.py), types of paths (paths.py)."""
+"""Configure a run: sections (schema.py), dotted paths and YAML (overrides.py)."""
 
 from raydetr.config.overrides import (
     ConfigError,
@@ -24,13 +24,13 @@ from raydetr.config.schema import (
     OnCorrupt,
     OptimConfig,
     Precision,
-    RemoteConfig,
     RunConfig,
     ScalePer,
     StorageConfig,
     TrackingConfig,
     TransformConfig,
 )
+from raydetr.store.remote_config import RemoteConfig
 
 __all__ = [
     "ClusterConfig",

@@ -10,15 +10,16 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from detrs.backbone import PathOrUrl
 from detrs.zoo import ModelConfig
-from raydetr.config.paths import path_rule
 from raydetr.config.schema import RunConfig
+from raydetr.locations import MakeAbsolute, absolute, absolute_file, absolute_tracking_uri
 from raydetr.user_files import parse_yaml, read_text
 
 _VARIANTS = tuple(kind.architecture for kind in get_args(ModelConfig))  # values of `model.architecture`
@@ -189,7 +190,7 @@ def known_paths(kind: Any, prefix: str = "") -> list[str]:
 def absolute_paths(config: RunConfig, base: Path) -> RunConfig:
     """Return the configuration with every setting that names a file or folder made absolute, starting from `base`.
 
-    The types of the settings determine which these are (`raydetr.config.paths`).
+    The types of the settings determine which these are (`raydetr.locations`).
 
     Raises:
         ConfigError: a setting that must be a file or folder is a URL.
@@ -204,6 +205,27 @@ def absolute_paths(config: RunConfig, base: Path) -> RunConfig:
             except ValueError as error:
                 raise ConfigError(f"{path} {error}") from None
     return override(config, changed)
+
+
+def path_rule(annotation: Any) -> MakeAbsolute | None:
+    """Return the function that makes a setting of this type absolute; None if it does not name a file.
+
+    It depends on the metadata of `Annotated` types; a union such as `Path | None` has the function of its member.
+    """
+    marks = [annotation] if annotation is Path else list(getattr(annotation, "__metadata__", ()))
+    path_or_url = get_args(PathOrUrl)[1]
+    rules: tuple[tuple[Any, MakeAbsolute], ...] = (
+        (Path, absolute_file),
+        (absolute, absolute),
+        (path_or_url, absolute),
+        (absolute_tracking_uri, absolute_tracking_uri),
+    )
+    for mark, make_absolute in rules:
+        if mark in marks:
+            return make_absolute
+    if get_origin(annotation) is Annotated:
+        return None
+    return next((rule for part in get_args(annotation) if (rule := path_rule(part)) is not None), None)
 
 
 def _settings(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

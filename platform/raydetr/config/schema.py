@@ -2,21 +2,17 @@
 
 The sections are frozen models without behavior, which other packages use directly: `Transform` takes a
 `TransformConfig`, the remote reader a `RemoteConfig`. Settings that name files or folders have the types of
-`raydetr.config.paths`, by which they are found and made absolute before they are sent to a worker.
+`raydetr.locations`, by which they are found and made absolute before they are sent to a worker.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
-    JsonValue,
     NonNegativeFloat,
     PositiveInt,
     field_validator,
@@ -24,24 +20,15 @@ from pydantic import (
 )
 
 from detrs.zoo import ModelConfig
-from raydetr.config.paths import Location, TrackingUri, is_remote, scheme_of
+from raydetr.locations import Location, TrackingUri, is_remote, scheme_of
+from raydetr.section import Section
+from raydetr.store.remote_config import RemoteConfig
 
 ScalePer = Literal["image", "step"]
 OnCorrupt = Literal["raise", "substitute", "mask"]
 LabelMapKind = Literal["contiguous", "category_id"]
 Engine = Literal["hotcoco", "pycocotools"]
 Precision = Literal["fp32", "bf16", "fp16"]
-
-
-class Section(BaseModel):
-    """A part of the configuration: immutable, and strict about keys and types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-
-    def non_default(self, names: tuple[str, ...]) -> list[str]:
-        """Return the settings among `names` that differ from their default."""
-        fields = type(self).model_fields
-        return [name for name in names if getattr(self, name) != fields[name].default]
 
 
 # Settings of TransformConfig, each with the setting without which it has no effect
@@ -115,27 +102,6 @@ class TransformConfig(Section):
             raise ValueError(
                 f"scale_per=step has no effect with short_sides {list(self.short_sides)}: "
                 "give two or more, or omit scale_per"
-            )
-        return self
-
-
-class RemoteConfig(Section):
-    """Access to shards at s3://, gs://, az:// and http(s):// (docs/data/remote.md)."""
-
-    # Passed to obstore, e.g. {endpoint: http://minio:9000}; no credentials, because settings are logged
-    options: dict[str, JsonValue] = {}
-    connect_timeout: float = Field(default=10.0, gt=0)  # seconds until a connection must be established
-    read_timeout: float = Field(default=30.0, gt=0)  # seconds without data before a request is repeated
-    retry_seconds: float = Field(default=600.0, ge=0)  # length of an outage after which the run stops
-    max_requests: PositiveInt = 16  # concurrent requests of a process
-    cache_dir: Path | None = None  # folder on the local disk of each node, for data read from remote shards
-    cache_gb: float | None = Field(default=None, gt=0)  # size of the cache, never exceeded
-
-    @model_validator(mode="after")
-    def _check_cache(self) -> Self:
-        if (self.cache_dir is None) != (self.cache_gb is None):
-            raise ValueError(
-                "cache_dir and cache_gb belong together: give a folder and its maximum size in gigabytes"
             )
         return self
 

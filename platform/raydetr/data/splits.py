@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from raydetr.config import DataConfig
-from raydetr.config.paths import is_remote, local_folder
 from raydetr.console import print_status
+from raydetr.locations import is_remote, local_folder
 from raydetr.shards.manifest import MANIFEST
 from raydetr.shards.reader import Shards, open_shards
 from raydetr.shards.source import coco_source

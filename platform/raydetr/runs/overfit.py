@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from raydetr.config import RunConfig, from_dict, to_dict
-from raydetr.config.paths import is_remote
+from raydetr.locations import is_remote
 from raydetr.runs import run
 from raydetr.runs.pictures import PREDICTIONS
 

@@ -19,8 +19,8 @@ from ray.autoscaler.sdk import request_resources
 
 from raydetr.clusters.nodes import SQLITE_REASON
 from raydetr.config import ClusterConfig, ConfigError
-from raydetr.config.paths import sqlite_file
 from raydetr.console import print_status
+from raydetr.locations import sqlite_file
 from raydetr.runs.signals import StopSignals
 from raydetr.tracking.events import EventLog
 
@@ -100,22 +100,19 @@ def check_resources(cluster: ClusterConfig, address: str) -> None:
             )
 
 
-def check_tracking(uri: str | None, run: str, nodes: Iterable[Mapping[str, Any]] | None = None) -> None:
+def check_tracking(uri: str | None, nodes: Iterable[Mapping[str, Any]] | None = None) -> None:
     """Check that the tracking is no SQLite database if the living nodes are on several machines.
 
-    A database of the run alone, which takes the place of a server that failed at the start, has one writer at a time:
-    the driver writes before and after rank 0.
+    The driver alone writes it, but its default place is the storage that these machines share.
 
     Args:
         uri: `tracking.uri`; None stands for SQLite in `storage.path`.
-        run: its name.
         nodes: the nodes, as `ray.nodes()` describes them; default: those of the connected cluster.
 
     Raises:
-        ConfigError: the driver and the workers would write one database from several machines.
+        ConfigError: it is, and they are.
     """
-    file = None if uri is None else sqlite_file(uri)
-    if uri is not None and (file is None or file.parent.name == run):
+    if uri is not None and sqlite_file(uri) is None:
         return
     if nodes is None:
         nodes = ray.nodes()  # type: ignore[no-untyped-call]

@@ -70,7 +70,7 @@ def train_on_ray(run: Run, callbacks: Sequence[Any], stop: StopSignals, log: Eve
     with connected(cluster) as address, Display() as display:
         stop.install()  # Ray has replaced the handlers
         check_resources(cluster, address)
-        check_tracking(run.config.tracking.uri, run.folder.name)
+        check_tracking(run.config.tracking.uri)
         failures, room = Failures(cluster.max_failures, log), Room(cluster, log)
         storage = StoragePatience(run, stop, log)
         num_workers, start_timeout = cluster.num_workers, None
@@ -289,8 +289,6 @@ def _root_cause(error: BaseException) -> str:
 def _train(run: Run, actor: Any) -> None:
     """Train as one worker."""
     _check_storage(run.folder)
-    # Again: the nodes of a cluster that scales from zero have joined by now
-    check_tracking(run.config.tracking.uri, run.folder.name)
     world = _world(run.config.cluster.cpus_per_worker)
     run_session(run, world, _RayReporter(actor, run.folder / STACKS / f"rank-{world.rank}.txt"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
@@ -13,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from raydetr.config import ConfigError, RunConfig, absolute_paths, flatten, override, to_dict
-from raydetr.config.paths import absolute_tracking_uri, base_folder, is_remote, sqlite_file
 from raydetr.console import print_status
 from raydetr.data.splits import open_splits, write_missing_synthetic
 from raydetr.doctor import examine
 from raydetr.doctor.findings import TrainingTarget
+from raydetr.locations import absolute_tracking_uri, base_folder, is_remote, sqlite_file
 from raydetr.runs.lease import Lease, LeaseError
 from raydetr.runs.local import train_locally
 from raydetr.runs.result import RunResult
@@ -27,6 +28,7 @@ from raydetr.runs.signals import RunStopped, StopSignals
 from raydetr.shards.reader import Shards
 from raydetr.store.folders import Folder, open_folder
 from raydetr.tracking.events import EventLog, read_events
+from raydetr.tracking.upload_state import is_uploaded
 from raydetr.tracking.uris import default_uri, mask_password, tracking_uri
 from raydetr.training import checkpoint, init_weights
 
@@ -144,12 +146,15 @@ def _go_on(last: Folder, folder: Folder, config: RunConfig, local: bool) -> RunR
     if not checkpoint.is_complete(last, stored):
         return resume(str(folder), local=local)
     print_status(f"{folder}: this run is finished")
-    metrics, events = checkpoint.read_metrics(last), read_events(folder)
-    with uploading(folder, stored, tracking_uri(stored), "run") as uploads:  # what an earlier driver did not
-        if not any(event["kind"] == "finished" for event in events):  # its driver was killed just before
-            _log_finished(EventLog(folder), last, metrics)
+    metrics, events, pending = checkpoint.read_metrics(last), read_events(folder), None
+    if not any(event["kind"] == "finished" for event in events):  # its driver was killed just before
+        _log_finished(EventLog(folder), last, metrics)
+    if not is_uploaded(folder):
+        with uploading(folder, stored, tracking_uri(stored), "run") as uploads:
+            pass  # it sends what an earlier driver could not
+        pending = uploads.pending
     seconds = events[-1]["time"] - events[0]["time"]
-    return RunResult(folder, tracking_uri(stored), last, metrics, seconds, uploads.pending)
+    return RunResult(folder, tracking_uri(stored), last, metrics, seconds, pending)
 
 
 def _differences(stored: RunConfig, given: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -341,7 +346,15 @@ def _train(run: Run, lease: Lease, log: EventLog, local: bool, callbacks: Sequen
 
 
 def _log_finished(log: EventLog, last: Folder, metrics: Mapping[str, Any]) -> None:
-    log.append("finished", position=checkpoint.position_of(last), AP=metrics.get("AP"))
+    meta = dataclasses.asdict(checkpoint.read_description(last))
+    fields = ("epoch", "position", "fingerprint", "state_crc32")
+    reference = {"path": str(last)} | {name: meta[name] for name in fields}
+    log.append(
+        "finished",
+        position=checkpoint.position_of(last),
+        AP=metrics.get("AP"),
+        json_files={"checkpoint.json": reference},
+    )
     _flush(log)
 
 

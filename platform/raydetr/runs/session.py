@@ -204,7 +204,7 @@ class _Session:
         self.system_metrics: SystemMetrics | None = None
         if training.world.local_rank == 0:
             node = socket.gethostname()
-            self.events.append("environment", node=node, environment=describe_environment())
+            self.events.append("environment", json_files={f"environment/{node}.json": describe_environment()})
             self.system_metrics = SystemMetrics(node, self._log_system)
         if self.is_main:
             self._write_corrupt_log()

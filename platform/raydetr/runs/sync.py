@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from raydetr.config import ConfigError
-from raydetr.config.paths import absolute_tracking_uri, base_folder
 from raydetr.console import print_status
+from raydetr.locations import absolute_tracking_uri, base_folder
 from raydetr.store.folders import open_folder
 from raydetr.tracking.upload_process import runs_in
 

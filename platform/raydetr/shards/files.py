@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from raydetr.config.paths import local_folder
+from raydetr.locations import local_folder
 from raydetr.shards.manifest import Manifest, Samples
 from raydetr.store.output_folder import PARTIAL
 

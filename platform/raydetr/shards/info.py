@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raydetr.config.paths import is_remote
+from raydetr.locations import is_remote
 from raydetr.process_pool import Progress
 from raydetr.shards.reader import Shards
 from raydetr.shards.validation import InvalidDataError, parse_content

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from raydetr.config import LabelMapKind, RemoteConfig
-from raydetr.config.paths import check_location, is_remote, local_folder
+from raydetr.locations import check_location, is_remote, local_folder
 from raydetr.shards.coco import listed
 from raydetr.shards.files import LocalFolder, ShardFiles, Span
 from raydetr.shards.manifest import (

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
-from raydetr.config.paths import is_remote, local_folder
+from raydetr.locations import is_remote, local_folder
 from raydetr.store.node_copies import copy_to_node
 from raydetr.store.output_folder import fsync_path, write_atomically
 from raydetr.store.retry import RemoteError

@@ -20,8 +20,8 @@ import obstore
 from obstore.exceptions import AlreadyExistsError
 from obstore.store import HTTPStore, ObjectStore, from_url
 
-from raydetr.config import RemoteConfig
-from raydetr.config.paths import check_location, scheme_of
+from raydetr.locations import check_location, scheme_of
+from raydetr.store.remote_config import RemoteConfig
 from raydetr.store.retry import RemoteError, Retry
 
 HTTP_HEADERS = "RAYDETR_HTTP_HEADERS"  # environment variable: {"Authorization": "Bearer ..."}

@@ -7,8 +7,8 @@ from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
-from raydetr.config import RemoteConfig
-from raydetr.config.paths import check_location
+from raydetr.locations import check_location
+from raydetr.store.remote_config import RemoteConfig
 from raydetr.store.store import Store
 
 MIN_TIMEOUT = 5.0  # seconds without an answer, which a busy server may need

@@ -28,13 +28,14 @@ for _name, _value in {
 from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import Run, ViewType  # noqa: E402
 
-from raydetr.config.paths import sqlite_file  # noqa: E402
+from raydetr.locations import sqlite_file  # noqa: E402
 from raydetr.tracking.uris import TrackingError, mask_password  # noqa: E402
 
 # Hide its messages about creating tables; warnings are still shown
 for _logger in ("mlflow.store.db.utils", "alembic"):
     logging.getLogger(_logger).setLevel(logging.WARNING)
 
+MAX_MESSAGE = 200  # characters of an error
 _PARAM_LENGTH = 6000  # MLflow's limit
 _TRUNCATED = "... (truncated; config.yaml has the complete value)"
 
@@ -154,8 +155,13 @@ def tracking_errors(uri: str, action: str) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type if the message is empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first line of an error's message, or its type if the message is empty.
+
+    If it is long, return that of the first error instead, such as "Connection refused".
+    """
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    cause = error.__cause__ or error.__context__
+    return first_line(cause) if len(text) > MAX_MESSAGE and isinstance(cause, Exception) else text
 
 
 def param_text(value: Any) -> str:

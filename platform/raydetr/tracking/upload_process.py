@@ -10,9 +10,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -38,19 +40,21 @@ class UploadProcess:
         self._told_at = time.monotonic()
         self._is_done = threading.Event()
         self._pending: str | None = "everything"
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - `finish` closes it
         # Its imports are those of this process, which may have changed its path
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(run)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._errors,
             text=True,
             env=environment,
             start_new_session=True,  # Ctrl-C is for the driver, which ends this process in its own time
         )
         self._send({"uri": uri})  # not an argument, which others could see: it may have a password
-        threading.Thread(target=self._listen, name="upload", daemon=True).start()
+        self._thread = threading.Thread(target=self._listen, name="upload", daemon=True)
+        self._thread.start()
 
     def finish(self) -> str | None:
         """Wait until everything is uploaded, as long as MLflow answers; return what it lacks, or None."""
@@ -59,20 +63,32 @@ class UploadProcess:
         while not self._is_done.wait(0.05):
             if time.monotonic() - self._told_at > SILENT_SECONDS or self._process.poll() is not None:
                 break
-        self._is_done.wait(0.2)  # its last line may be on its way
         self._process.kill()
         self._process.wait()
-        if not self._is_done.is_set():
-            return f"{self._pending}: {self.problem or 'the process that uploads has ended'}"
-        return None if self._pending is None else f"{self._pending}: {self.problem}"
+        self._thread.join()  # it has read all that the process wrote
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with suppress(OSError):  # a message that nobody reads any more
+                pipe.close()
+        problem = self.problem or self._last_error()
+        self._errors.close()
+        if not self._is_done.is_set() and self._pending is None:
+            self._pending = "some values"
+        return None if self._pending is None else f"{self._pending}: {problem}"
+
+    def _last_error(self) -> str:
+        """Return the last line that the process wrote to its standard error, where Python prints what ended it."""
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "the process that uploads gives no sign"
 
     def _send(self, message: dict[str, object]) -> None:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
-        except OSError:  # it has ended; `finish` tells
-            self.problem = "the process that uploads has ended"
+        except OSError:
+            self._told_at = 0.0  # it has ended; `finish` tells why
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
@@ -136,6 +152,12 @@ class _Commands:
 
 def main(location: str) -> None:
     """Upload until the driver asks to finish; then once more, and print what MLflow lacks."""
+    # MLflow prints on standard output, which is for messages to the driver
+    answers, sys.stdout = sys.stdout, sys.stderr
+
+    def tell(**message: object) -> None:
+        print(json.dumps(message), file=answers, flush=True)
+
     commands, run = _Commands(sys.stdin), open_folder(location)
     poll = POLL_SECONDS if isinstance(run, Path) else REMOTE_POLL_SECONDS
     uploaders: dict[str, object] = {}
@@ -149,10 +171,10 @@ def main(location: str) -> None:
             is_new, found = False, str(error) or type(error).__name__
         if found != problem or is_new:
             problem = found
-            print(json.dumps({"problem": problem}), flush=True)
+            tell(problem=problem)
         if is_last and not is_new:
             pending = None if problem is None else _pending(uploaders)
-            print(json.dumps({"problem": problem, "pending": pending, "done": True}), flush=True)
+            tell(problem=problem, pending=pending, done=True)
             commands.is_finishing.clear()
             time.sleep(SILENT_SECONDS)  # until the driver ends this process
             return

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 
 from raydetr.store.folders import Folder, write_file
+from raydetr.tracking.events import EventReader
 
 STATE = "mlflow.json"
 
@@ -37,6 +38,15 @@ class UploadState:
             OSError: it cannot be written.
         """
         write_file(run / STATE, json.dumps(asdict(self)).encode())
+
+
+def is_uploaded(run: Folder) -> bool:
+    """Return whether MLflow has all events of the run in a folder.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    return not EventReader(run, UploadState.read(run).done).read()
 
 
 def read_run_id(run: Folder) -> str | None:

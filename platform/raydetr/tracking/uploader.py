@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
-from raydetr.config.paths import sqlite_file
+from raydetr.locations import sqlite_file
 from raydetr.store.folders import Folder
 from raydetr.tracking.description import describe
 from raydetr.tracking.events import Event, EventReader
@@ -129,9 +129,8 @@ class Uploader:
             self._collect_metric(event, metric_name(name), value)
         for name in event.get("files", ()):
             self._files[name] = self._run / name
-        if kind == "environment":
-            content = json.dumps(event["environment"], indent=1, allow_nan=False)
-            self._files[f"environment/{metric_name(event['node'])}.json"] = content.encode()
+        for name, value in event.get("json_files", {}).items():
+            self._files[name] = json.dumps(value, indent=1, allow_nan=False).encode()
         if kind == "evaluation":
             self._collect_evaluation(event["position"])
         if kind in STATUS or any(name in event for name in ("params", "tags", "datasets")):

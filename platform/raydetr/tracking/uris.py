@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from raydetr.config import RunConfig
-from raydetr.config.paths import SQLITE, is_remote, local_folder, sqlite_file
+from raydetr.locations import SQLITE, is_remote, local_folder, sqlite_file
 from raydetr.store.folders import Folder
+
+if TYPE_CHECKING:
+    from raydetr.config import RunConfig  # imports torch, which the process that uploads does not need
 
 HIDDEN = "***"
 

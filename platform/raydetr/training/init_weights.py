@@ -17,7 +17,7 @@ from detrs import zoo
 from detrs.checkpoints import CLASS_DEPENDENT
 from detrs.zoo import ModelConfig
 from raydetr.config import ConfigError, RunConfig
-from raydetr.config.paths import scheme_of
+from raydetr.locations import scheme_of
 from raydetr.shards.manifest import UNUSED, LabelMap, make_label_map
 from raydetr.store.folders import open_folder
 from raydetr.training.checkpoint import load_for_inference, model_differences, read_meta, run_config

@@ -44,6 +44,7 @@ class SearchCallback(tune.Callback):
         self._epochs = context.config.optim.epochs
         self._groups: dict[int, str] = {}  # placement groups of the trials' workers
         self._to_remove: list[tuple[float, str]] = []  # (monotonic time, placement group)
+        self._ended_at: dict[int, float] = {}
         self.trials: dict[int, Trial] = {}
 
     @property
@@ -104,19 +105,26 @@ class SearchCallback(tune.Callback):
         for trial in list(self.trials.values()):
             if trial.status == "running":
                 self._record_end(replace(trial, status="interrupted"))
-        for trial in self.trials.values():
-            self._log_end(trial)
+            elif trial.status != "finished":
+                self._log_end(trial)
 
     def _record_end(self, trial: Trial) -> None:
         print_status(f"trial {trial.number}  {trial.status}" + (f": {trial.cause}" if trial.cause else ""))
         self.trials[trial.number] = trial
+        self._ended_at[trial.number] = time.time()
+        self._log_end(trial)
 
     def _log_end(self, trial: Trial) -> None:
         folder = self._context.trial_folder(trial.number)
         log = EventLog(folder)
         if not any(event["kind"] == "launched" for event in read_events(folder)):
             self._log_failed_launch(trial, log)
-        log.append(EVENTS[trial.status], reason=trial.status, tags={ENDED_TAG: self._description(trial)})
+        log.append(
+            EVENTS[trial.status],
+            time=self._ended_at[trial.number],
+            reason=trial.status,
+            tags={ENDED_TAG: self._description(trial)},
+        )
         if not log.flush():
             print_status(f"warning: {log.problem}")
 

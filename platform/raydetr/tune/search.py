@@ -20,8 +20,8 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from raydetr.config import ConfigError, RunConfig, flatten, override, to_dict, to_yaml
-from raydetr.config.paths import is_remote
 from raydetr.console import print_status
+from raydetr.locations import is_remote
 from raydetr.runs import run
 from raydetr.runs.ray_cluster import connected
 from raydetr.runs.run_tracking import log_launch, uploading

@@ -10,7 +10,8 @@ import pytest
 from detrs.backbone import PathOrUrl
 from raydetr import recipes
 from raydetr.config import RunConfig, absolute_paths, flatten, known_paths, override, to_dict
-from raydetr.config.paths import Location, TrackingUri, path_rule
+from raydetr.config.overrides import path_rule
+from raydetr.locations import Location, TrackingUri
 
 BASE = Path("/base")
 # Read off the schema by a person; a new one belongs here, too

@@ -29,6 +29,7 @@ from raydetr.runs import run
 from raydetr.runs.evaluate import evaluate_checkpoint
 from raydetr.shards.reader import ShardError, open_shards
 from raydetr.tracking import mlflow_run
+from raydetr.tracking.uris import default_uri
 from raydetr.training import checkpoint
 from raydetr.training.loop import Training
 from raydetr.training.world import World
@@ -248,7 +249,7 @@ def test_a_run_continues_and_logs_corrupt_samples(
     assert result.metrics["corrupt_samples"] == 5  # those of the second epoch are the same as in the first
     assert result.metrics["unpredicted_images"] == 2
     tracked = fetch_history(result.tracking_uri, result.mlflow_run_id)
-    assert [value for _, value in tracked["corrupt_samples"]][-1] == 5
+    assert [value for _, value in tracked["data/corrupt_samples"]][-1] == 5
     assert CorruptSampleLog.from_dicts(rows).rows == state_of(result.checkpoint)
     errors = capsys.readouterr().err
     assert "warning: corrupt: " in errors
@@ -317,7 +318,7 @@ def test_too_many_stop_the_run(corrupt_run: RunConfig, limit: int, last: int) ->
     assert f"and data.max_corrupt allows {limit}; {folder}/corrupt_samples.jsonl lists them" in message
     assert all(f"{row['shard']}: sample {row['key']} at byte {row['offset']}" in message for row in rows)
     assert "Copy these shards again" in message
-    assert mlflow_run.fetch_run(mlflow_run.default_uri(config.storage.path), folder.name).status == "FAILED"
+    assert mlflow_run.fetch_run(default_uri(config.storage.path), folder.name).status == "FAILED"
     assert len(rows) >= last
 
 

@@ -30,6 +30,7 @@ from raydetr.data.transforms.transform import Transform
 from raydetr.runs import run
 from raydetr.tracking import mlflow_run
 from raydetr.tracking.events import Metrics, read_events
+from raydetr.tracking.uris import default_uri
 from raydetr.training import checkpoint, loop
 from raydetr.training.loop import Training
 from raydetr.training.nonfinite import SkippedStep, compute_loss
@@ -207,8 +208,8 @@ def test_a_run_writes_the_batch_counts_the_step_and_continues(
     result = run.start(override(tiny_run, {"optim.epochs": 2}), local=True)
     assert result.metrics["skipped_steps"] == 2
     tracked = fetch_history(result.tracking_uri, result.mlflow_run_id)
-    assert tracked["skipped_steps"] == [(2, 1.0), (6, 2.0)]
-    assert [step for step, _ in tracked["loss"]] == [4, 8, 10, 12]
+    assert tracked["data/skipped_steps"] == [(2, 1.0), (6, 2.0)]
+    assert [step for step, _ in tracked["loss/loss"]] == [4, 8, 10, 12]
     rows = Metrics(read_events(result.folder)).rows
     assert [row["skipped_steps"] for row in rows if "skipped_steps" in row] == [1, 2]
     assert "warning: skipped step 2: rank 0: a target box of image" in capsys.readouterr().err
@@ -249,7 +250,7 @@ def test_beyond_the_limit_the_run_stops_and_names_the_dump(
     assert str(dump) in str(caught.value)
     assert f"optim.max_skipped_steps is {limit}" in str(caught.value)
     assert len(list((folder / "skipped-steps").iterdir())) == limit + 1
-    assert mlflow_run.fetch_run(mlflow_run.default_uri(config.storage.path), folder.name).status == "FAILED"
+    assert mlflow_run.fetch_run(default_uri(config.storage.path), folder.name).status == "FAILED"
 
 
 def test_a_resumed_run_with_skipped_steps_ends_in_the_same_bits(

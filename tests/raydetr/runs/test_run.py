@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from raydetr.shards.source import coco_source
 from raydetr.shards.writer import write_source
 from raydetr.tracking import mlflow_run
 from raydetr.tracking.events import Metrics, read_events
+from raydetr.tracking.uris import default_uri
 from raydetr.training import checkpoint
 from raydetr.training.checkpoint import CheckpointError
 
@@ -53,12 +55,12 @@ def test_a_run_leaves_checkpoints_metrics_and_artifacts(tiny_run: RunConfig) -> 
     tracked = mlflow_run.fetch_run(result.tracking_uri, result.mlflow_run_id)
     assert tracked.status == "FINISHED"
     assert tracked.params["optim.lr"] == "0.004"
-    assert {"AP", "AP50", "loss", "loss_giou_dn", "lr/backbone", "grad_norm", "images_per_second"} <= set(
-        tracked.metrics
-    )
+    assert {
+        "AP/AP", "AP/AP50", "loss/loss", "loss_aux/giou_dn", "lr/backbone", "loss/grad_norm", "time/images_per_second"
+    } <= set(tracked.metrics)  # fmt: skip
     assert set(tracked.artifacts) == {
-        "config.yaml", "environment.json", "checkpoint.json", "evaluation/ap.json", "evaluation/ap.md",
-        "curves.png", "predictions.png",
+        "config.yaml", f"environment/{socket.gethostname()}.json", "checkpoint.json", "evaluation/ap.json",
+        "evaluation/ap.md", "evaluation/evaluation.json", "curves.png", "predictions.png",
     }  # fmt: skip
     reference = json.loads(
         mlflow_run.fetch_artifact(result.tracking_uri, result.mlflow_run_id, "checkpoint.json")
@@ -67,9 +69,9 @@ def test_a_run_leaves_checkpoints_metrics_and_artifacts(tiny_run: RunConfig) -> 
     table = json.loads(
         mlflow_run.fetch_artifact(result.tracking_uri, result.mlflow_run_id, "evaluation/ap.json")
     )
-    assert table["AP"] == result.metrics["AP"] == tracked.metrics["AP"]
+    assert table["AP"] == result.metrics["AP"] == tracked.metrics["AP/AP"]
     assert [row["name"] for row in table["classes"]] == ["disc", "ring", "square", "triangle"]
-    steps = [step for step, _ in fetch_history(result.tracking_uri, result.mlflow_run_id)["loss"]]
+    steps = [step for step, _ in fetch_history(result.tracking_uri, result.mlflow_run_id)["loss/loss"]]
     assert steps == [2, 4, 6, 8, 10, 12]
     assert evaluate_checkpoint(result.checkpoint, None, local=True)["AP"] == result.metrics["AP"]
 
@@ -240,6 +242,6 @@ def test_a_diverging_run_stops_with_step_images_and_remedy_and_is_marked_failed(
     wild = override(tiny_run, {"optim.lr": 1e30, "optim.lr_backbone": 1e30, "optim.warmup_fraction": 0.0})
     with pytest.raises((FloatingPointError, ValueError), match=r"finite|NaN|nan"):
         run.start(wild, local=True)
-    uri = mlflow_run.default_uri(tiny_run.storage.path)
+    uri = default_uri(tiny_run.storage.path)
     (folder,) = Path(tiny_run.storage.path).glob("quickstart-*")
     assert mlflow_run.fetch_run(uri, folder.name).status == "FAILED"

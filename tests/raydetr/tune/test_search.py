@@ -19,6 +19,7 @@ from drawn_shards import write_drawn_shards
 from ray_head import RayHead, ray_head
 from raydetr.cli.arguments import read_config
 from raydetr.config import from_yaml
+from raydetr.tracking.upload_state import read_run_id
 from raydetr.training.checkpoint import read_meta
 
 pytestmark = pytest.mark.xdist_group("ray_head")
@@ -104,7 +105,7 @@ def test_a_search_stops_bad_trials_reports_failed_ones_and_leaks_nothing(
     assert table[1].startswith(f"1      {trials[1]['AP']:.3f}")
     assert any(line.startswith("trial 3 failed: model.num_classes is 7") for line in table)
     check_best_command(table[-1], folder)
-    check_mlflow(tmp_path / "mlflow.db", folder.name, trials)
+    check_mlflow(tmp_path / "mlflow.db", folder, trials)
 
 
 def check_best_command(line: str, folder: Path) -> None:
@@ -117,9 +118,9 @@ def check_best_command(line: str, folder: Path) -> None:
     assert (pasted.model, pasted.data, pasted.seed) == (trained.model, trained.data, trained.seed)
 
 
-def check_mlflow(database: Path, name: str, trials: dict[int, dict[str, Any]]) -> None:
+def check_mlflow(database: Path, folder: Path, trials: dict[int, dict[str, Any]]) -> None:
     """Check that a finished parent has one child run per trial, with its metrics and its status."""
-    parent, status = query(database, "select run_uuid, status from runs where name = ?", name)[0]
+    parent, status = query(database, "select run_uuid, status from runs where name = ?", folder.name)[0]
     assert status == "FINISHED"
     children = dict(
         query(
@@ -132,20 +133,24 @@ def check_mlflow(database: Path, name: str, trials: dict[int, dict[str, Any]]) -
     expected = {"finished": "FINISHED", "stopped by ASHA": "KILLED", "failed": "FAILED"}
     assert children == {trial["name"]: expected[trial["status"]] for trial in trials.values()}
     for trial in trials.values():
+        run_id = read_run_id(folder / trial["name"])
+        assert run_id is not None
         values = query(
             database,
-            "select value from metrics where run_uuid = ? and key = 'AP' order by step desc",
-            trial["mlflow_run_id"],
+            "select value from metrics where run_uuid = ? and key = 'AP/AP' order by step desc",
+            run_id,
         )
         assert values[:1] == ([] if trial["AP"] is None else [(trial["AP"],)])
         (ended,) = query(
             database,
             "select value from tags where run_uuid = ? and key = 'raydetr.ended'",
-            trial["mlflow_run_id"],
+            run_id,
         )
         assert ended[0].startswith(trial["status"])
     best = max(trial["AP"] for trial in trials.values() if trial["status"] == "finished")
-    assert query(database, "select value from metrics where run_uuid = ? and key = 'AP'", parent) == [(best,)]
+    assert query(database, "select value from metrics where run_uuid = ? and key = 'AP/AP'", parent) == [
+        (best,)
+    ]
     params = dict(query(database, "select key, value from params where run_uuid = ?", parent))
     assert (params["best.optim.lr"], params["search.optim.lr"]) == ("0.004", "choice [0.004, 1e-09]")
     artifacts = {path.name for path in (database.parent / "mlflow-artifacts" / parent).rglob("*")}

@@ -1,4 +1,4 @@
-"""Define the types of settings that name files, and make such settings absolute.
+"""Define the types of settings that name files, and make their values absolute.
 
 `Path` is a file or folder of this machine. `Location` is a folder of shards or its URL; it stays text, because a Path
 would turn s3://a into s3:/a. `TrackingUri` is MLflow's. detrs has `PathOrUrl` for weights.
@@ -10,12 +10,10 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, get_args, get_origin
+from typing import Annotated, TypeAlias
 from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator
-
-from detrs.backbone import PathOrUrl
 
 REMOTE = ("s3", "gs", "az", "http", "https")
 SQLITE = "sqlite:///"
@@ -98,23 +96,6 @@ def absolute_tracking_uri(uri: str, base: Path) -> str:
 
 Location = Annotated[str, AfterValidator(check_location), absolute]  # a folder, or a URL of one
 TrackingUri = Annotated[str, absolute_tracking_uri]
-
-_PATH_OR_URL, _URI = get_args(PathOrUrl)[1], absolute_tracking_uri
-
-
-def path_rule(annotation: Any) -> MakeAbsolute | None:
-    """Return the function that makes a setting of this type absolute; None if it does not name a file.
-
-    It depends on the metadata of `Annotated` types; a union such as `Path | None` has the function of its member.
-    """
-    marks = [annotation] if annotation is Path else list(getattr(annotation, "__metadata__", ()))
-    for mark, rule in ((Path, absolute_file), (absolute, absolute), (_PATH_OR_URL, absolute), (_URI, _URI)):
-        if mark in marks:
-            return rule
-    if get_origin(annotation) is Annotated:
-        return None
-    rules = [path_rule(part) for part in get_args(annotation)]
-    return next((rule for rule in rules if rule is not None), None)
 
 
 def scheme_of(location: str) -> str | None:

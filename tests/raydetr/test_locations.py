@@ -6,7 +6,7 @@ import pytest
 
 from raydetr import recipes
 from raydetr.config import ConfigError, override, parse_assignments, to_dict
-from raydetr.config.paths import absolute, check_location, is_remote, local_folder
+from raydetr.locations import absolute, check_location, is_remote, local_folder
 
 
 @pytest.mark.parametrize(

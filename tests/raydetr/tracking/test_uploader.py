@@ -1,0 +1,340 @@
+"""The MLflow run depends on the events alone, whatever happens to MLflow in between."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from logged_run import log_run, upload, write_table
+from mlflow_proxy import MlflowProxy
+from mlflow_server import MlflowServer
+from raydetr.tracking.events import EventLog
+from raydetr.tracking.metric_names import metric_name
+from raydetr.tracking.upload_process import UploadProcess
+from raydetr.tracking.upload_state import STATE, read_run_id
+from raydetr.tracking.uploader import CHANGED_TAG, Uploader
+from raydetr.tracking.uris import TrackingError, default_uri, mask_password, restore_uri, storable_uri
+
+# SQLAlchemy 2.1 deprecates an option that MLflow 3.17 uses
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
+
+NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens
+STEPS = [(step, {"loss": 1 / step, "lr/backbone": 1e-5}) for step in range(1, 41)]
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    running = MlflowServer(tmp_path_factory.mktemp("server"))
+    running.start()
+    yield running
+    running.kill()
+
+
+@pytest.fixture
+def proxy(server: MlflowServer) -> Iterator[MlflowProxy]:
+    running = MlflowProxy(server.uri)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> str:
+    return default_uri(tmp_path / "made" / "by" / "the" / "upload")
+
+
+def points(uri: str, run_id: str) -> dict[str, list[tuple[int, float, int]]]:
+    """All points that MLflow has, also repeated ones, as (step, value, timestamp)."""
+    client = MlflowClient(uri)
+    return {
+        name: sorted(
+            (point.step, point.value, point.timestamp) for point in client.get_metric_history(run_id, name)
+        )
+        for name in client.get_run(run_id).data.metrics
+    }
+
+
+def runs_named(uri: str, name: str) -> list[Any]:
+    client = MlflowClient(uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return list(client.search_runs(experiments, f"attributes.run_name = '{name}'"))
+
+
+def test_a_run_from_beginning_to_end(database: str, tmp_path: Path) -> None:
+    fingerprint = "0123456789abcdef" * 4
+    dataset = {"name": "coco", "fingerprint": fingerprint, "source": "/data/coco", "context": "training",
+               "profile": {"num_images": 80}}  # fmt: skip
+    folder = tmp_path / "search" / "trial"
+    log_run(folder.parent, database, kind="search")
+    params = {"optim.lr": 2e-4, "data.short_sides": [480, 640], "optim.clip_max_norm": None, "long": "x" * 9000,
+              **{f"p{number}": number for number in range(250)}}  # fmt: skip
+    log = log_run(folder, database, kind="trial", params=params, steps=STEPS,
+                  evaluations=[(40, {"AP": 0.5, "AP50": 0.75})], end=None)  # fmt: skip
+    log.append("launched", type="trial", datasets=[dataset], tags={}, params={"optim.lr": 1e-3})
+    log.append("environment", json_files={"environment/node-1.json": {"python": "3.11"}})
+    log.append("system", step=40, metrics={"system/node-1/cpu_utilization_percentage": 50.0})
+    write_table(folder, 40, {"disc": 0.5})
+    (folder / "curves.png").write_bytes(b"\x89PNG")
+    log.append("files", files=["curves.png", "missing.png"])
+    end = log.append("finished")
+    assert log.flush()
+    run_id = upload(folder)
+
+    run = MlflowClient(database).get_run(run_id)
+    assert (run.info.run_name, run.info.status) == ("trial", "FINISHED")
+    assert run.info.end_time == int(end["time"] * 1000)
+    assert run.data.metrics["AP/AP"] == 0.5
+    assert run.data.metrics["system/node-1/cpu_utilization_percentage"] == 50.0
+    assert [(step, value) for step, value, _ in points(database, run_id)["loss/loss"]] == [
+        (step, 1 / step) for step in range(1, 41)
+    ]
+    assert run.data.params["optim.lr"] == "0.0002"
+    assert run.data.params["data.short_sides"] == "[480, 640]"
+    assert run.data.params["optim.clip_max_norm"] == "null"
+    assert len(run.data.params) == 254
+    assert run.data.params["long"].endswith("config.yaml has the complete value)")
+    assert run.data.tags[CHANGED_TAG] == "optim.lr: 0.0002 -> 0.001"
+    (logged,) = run.inputs.dataset_inputs
+    assert (logged.dataset.name, logged.dataset.digest) == ("coco", fingerprint[:36])
+    names = {
+        f"{folder}/{file.path}".strip("/")
+        for folder in ("", "environment", "evaluation")
+        for file in MlflowClient(database).list_artifacts(run_id, folder or None)
+        if not file.is_dir
+    }
+    assert {name.rpartition("/")[2] for name in names} == {"node-1.json", "ap.json", "curves.png"}
+    parent = MlflowClient(database).get_run(run.data.tags["mlflow.parentRunId"])
+    assert parent.info.run_name == "search"
+    experiment = MlflowClient(database).get_experiment(run.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    description = run.data.tags["mlflow.note.content"]
+    assert "| last | 40 | 0.500 | 0.750 |" in description
+    assert "raydetr train quickstart --name trial" in description
+
+
+@pytest.mark.parametrize("store", ["database", "server"])
+def test_sending_everything_again_changes_nothing(
+    store: str, server: MlflowServer, database: str, tmp_path: Path
+) -> None:
+    uri = server.uri if store == "server" else database
+    folder = tmp_path / "again"
+    steps = [(step, {"loss": 1 / step, "grad_norm": math.nan}) for step in range(1, 400)]
+    log_run(folder, uri, steps=steps, evaluations=[(400, {"AP": 0.5})])
+    run_id = upload(folder)
+    before = points(uri, run_id)
+    assert len(before["loss/loss"]) == 399
+    (folder / STATE).unlink()
+    assert upload(folder) == run_id
+    assert str(points(uri, run_id)) == str(before)  # as text, because NaN differs from itself
+
+
+def test_steps_that_are_trained_again_are_there_once(database: str, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    log_run(folder, database, steps=[(1, {"loss": 4.0}), (2, {"loss": 3.0}), (3, {"loss": 2.0})], end=None)
+    run_id = upload(folder)
+    again = EventLog(folder)
+    again.append("resumed", step=1, position=1, workers=1)
+    for step, loss in ((2, 3.25), (3, 2.0), (4, 1.0)):
+        again.append("step", step=step, position=step, metrics={"loss": loss})
+    assert again.flush()
+    upload(folder)
+    found = points(database, run_id)["loss/loss"]
+    assert [(step, value) for step, value, _ in found] == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)]
+    (folder / STATE).unlink()
+    upload(folder)
+    assert points(database, run_id)["loss/loss"] == found
+
+
+def test_the_answer_to_the_creation_is_lost(proxy: MlflowProxy, tmp_path: Path) -> None:
+    folder = tmp_path / "created-once"
+    log_run(folder, proxy.uri, steps=STEPS)
+    proxy.loses = lambda path: path.endswith("runs/create")
+    with pytest.raises(TrackingError, match=re.escape(proxy.uri)):
+        upload(folder)
+    assert read_run_id(folder) is None
+    proxy.loses = lambda path: False
+    run_id = upload(folder)
+    assert [run.info.run_id for run in runs_named(proxy.uri, "created-once")] == [run_id]
+    assert len(points(proxy.uri, run_id)["loss/loss"]) == 40
+
+
+@pytest.mark.parametrize("part", ["log-batch", "artifacts", "runs/update", "set-tag"])
+def test_a_server_that_answers_500_to_some_requests(part: str, proxy: MlflowProxy, tmp_path: Path) -> None:
+    folder = tmp_path / part.replace("/", "-")
+    log_run(folder, proxy.uri, steps=STEPS, params={"optim.lr": 1.0})
+    (folder / "evaluations" / "40").mkdir(parents=True)
+    log = EventLog(folder)
+    write_table(folder, 40, {"disc": 0.5})
+    log.append("evaluation", step=40, position=40, metrics={"AP": 0.5})
+    assert log.flush()
+    proxy.fails = lambda path: part in path
+    uploader = Uploader(folder)
+    for _ in range(2):
+        with pytest.raises(TrackingError):
+            uploader.sync()
+    assert uploader.pending is not None
+    proxy.fails = lambda path: False
+    uploader.sync()
+    assert uploader.pending is None
+    run_id = uploader.ensure_run()
+    assert len(points(proxy.uri, run_id)["loss/loss"]) == 40
+    assert MlflowClient(proxy.uri).get_run(run_id).info.status == "FINISHED"
+    assert MlflowClient(proxy.uri).list_artifacts(run_id, "evaluation")
+
+
+def test_a_process_uploads_while_the_server_is_frozen_and_killed_in_between(
+    server: MlflowServer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "outages"
+    log = log_run(folder, server.uri, end=None)
+    problems: list[str] = []
+    process = UploadProcess(folder, server.uri, problems.append)
+
+    def log_steps(first: int) -> None:
+        began = time.monotonic()
+        for step in range(first, first + 50):
+            log.append("step", step=step, position=step, metrics={"loss": float(step)})
+            time.sleep(0.01)
+        assert time.monotonic() - began < 5  # a value that waited for the server would take longer
+
+    wait_for(lambda: read_run_id(folder) is not None)
+    server.freeze()
+    log_steps(1)
+    wait_for(lambda: len(problems) == 1)
+    server.thaw()
+    log_steps(51)
+    server.kill()
+    log_steps(101)
+    wait_for(lambda: len(problems) == 2)
+    server.start()
+    log.append("finished")
+    assert log.flush()
+    assert process.finish() is None
+    run_id = read_run_id(folder)
+    assert run_id is not None
+    found = points(server.uri, run_id)["loss/loss"]
+    assert [(step, value) for step, value, _ in found] == [(step, float(step)) for step in range(1, 151)]
+    assert MlflowClient(server.uri).get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_server_that_is_never_there(server: MlflowServer, tmp_path: Path) -> None:
+    folder = tmp_path / "absent"
+    log_run(folder, NOWHERE, steps=STEPS)
+    process = UploadProcess(folder, NOWHERE, lambda problem: None)
+    began = time.monotonic()
+    pending = process.finish()
+    assert time.monotonic() - began < 40
+    assert pending is not None
+    assert "80 metric values" in pending
+    assert NOWHERE in pending
+    run_id = upload(folder, server.uri)
+    assert len(points(server.uri, run_id)["loss/loss"]) == 40
+
+
+def test_a_slow_server_is_waited_for_while_it_answers(
+    proxy: MlflowProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    folder = tmp_path / "slow"
+    log_run(folder, proxy.uri, steps=STEPS)
+    proxy.delay = 0.5
+    assert UploadProcess(folder, proxy.uri, lambda problem: None).finish() is None
+    run_id = read_run_id(folder)
+    assert run_id is not None
+    assert len(points(proxy.uri, run_id)["loss/loss"]) == 40
+
+
+def test_the_process_ends_with_its_driver(tmp_path: Path) -> None:
+    folder = tmp_path / "orphan"
+    log_run(folder, NOWHERE, end=None)
+    code = (
+        "import os, sys; from pathlib import Path; from raydetr.tracking.upload_process import UploadProcess\n"
+        f"process = UploadProcess(Path({str(folder)!r}), {NOWHERE!r}, print)\n"
+        "print(process._process.pid, flush=True); os._exit(1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    pid = int(done.stdout.split()[0])
+    wait_for(lambda: not Path(f"/proc/{pid}").exists() or "zombie" in Path(f"/proc/{pid}/status").read_text())
+
+
+def test_many_processes_create_one_database(database: str, tmp_path: Path) -> None:
+    folders = [tmp_path / f"run-{number}" for number in range(4)]
+    for folder in folders:
+        log_run(folder, database, steps=STEPS)
+    processes = [UploadProcess(folder, database, lambda problem: None) for folder in folders]
+    assert [process.finish() for process in processes] == [None] * 4
+    assert all(len(runs_named(database, folder.name)) == 1 for folder in folders)
+
+
+def test_a_deleted_experiment_and_a_deleted_run(database: str, tmp_path: Path) -> None:
+    folder = tmp_path / "first"
+    log_run(folder, database)
+    run_id = upload(folder)
+    client = MlflowClient(database)
+    client.delete_experiment(client.get_run(run_id).info.experiment_id)
+    second = tmp_path / "second"
+    log_run(second, database)
+    with pytest.raises(
+        TrackingError, match=r"mlflow experiments restore --experiment-id \d+.*tracking\.experiment"
+    ):
+        upload(second)
+    client.restore_experiment(client.get_run(run_id).info.experiment_id)
+    client.delete_run(run_id)
+    (folder / STATE).unlink()
+    with pytest.raises(TrackingError, match=f"mlflow runs restore --run-id {run_id}"):
+        upload(folder)
+
+
+def test_names_are_grouped() -> None:
+    names = ["loss", "loss_bbox", "loss_bbox_0", "loss_ce_enc", "loss_giou_dn_4", "lr/backbone", "AP", "APs", "AR100",
+             "images_per_second", "corrupt_samples", "grad_norm", "system/vm/cpu"]  # fmt: skip
+    assert [metric_name(name) for name in names] == [
+        "loss/loss", "loss/bbox", "loss_aux/bbox_0", "loss_aux/ce_enc", "loss_aux/giou_dn_4", "lr/backbone", "AP/AP",
+        "AP/APs", "AP/AR100", "time/images_per_second", "data/corrupt_samples", "loss/grad_norm", "system/vm/cpu",
+    ]  # fmt: skip
+    assert metric_name("AP/traffic light [8] @50") == "AP/traffic light _8_ _50"
+
+
+def test_passwords_are_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "runs" / "run"
+    for uri in ("http://me:secret@host:5000", "postgresql://me:secret@host/mlflow", "http://:secret@host"):
+        stored = storable_uri(uri, run)
+        assert "secret" not in stored
+        assert mask_password(uri) == stored
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert restore_uri(stored, run) == uri
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert restore_uri("http://me:***@host:5000", run) == "http://host:5000"
+    with pytest.raises(TrackingError, match="MLFLOW_TRACKING_URI"):
+        restore_uri("postgresql://me:***@host/mlflow", run)
+    assert storable_uri("http://host:5000", run) == "http://host:5000"
+
+
+def test_a_database_near_the_run_moves_with_it(tmp_path: Path) -> None:
+    stored = storable_uri(default_uri(tmp_path / "runs"), tmp_path / "runs" / "run")
+    assert restore_uri(stored, tmp_path / "moved" / "run") == default_uri(tmp_path / "moved")
+    far = "sqlite:////elsewhere/mlflow.db"
+    assert restore_uri(storable_uri(far, tmp_path / "runs" / "run"), tmp_path / "moved" / "run") == far
+
+
+def wait_for(is_true: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
