@@ -21,7 +21,7 @@ NUMBERS = "report.json"
 def write_report(
     report: Report,
     folder: Path,
-    read_image: ReadImage,
+    read_image: ReadImage | None,
     *,
     title: str = "Evaluation",
     about: Mapping[str, str] | None = None,
@@ -31,7 +31,7 @@ def write_report(
     Args:
         report: to write.
         folder: made if it is not there; files of the same names are replaced.
-        read_image: returns an image by its id; None if it cannot be read.
+        read_image: returns an image by its id, None if it cannot be read; None: there are no images.
         title: of the page.
         about: facts that the page names first, such as the checkpoint.
 
@@ -45,7 +45,7 @@ def write_report(
 
 def report_files(
     report: Report,
-    read_image: ReadImage,
+    read_image: ReadImage | None,
     *,
     title: str = "Evaluation",
     about: Mapping[str, str] | None = None,
@@ -54,12 +54,21 @@ def report_files(
 
     Args:
         report: to write.
-        read_image: returns an image by its id; None if it cannot be read.
+        read_image: returns an image by its id, None if it cannot be read; None: there are no images.
         title: of the page.
         about: facts that the page names first, such as the checkpoint.
     """
-    mistakes, losses = list(mistake_images(report, read_image)), list(loss_images(report, read_image))
+    read = read_image or (lambda _: None)
+    mistakes, losses = list(mistake_images(report, read)), list(loss_images(report, read))
     files = plots(report)
-    text = page(report, files, mistakes, losses, title=title, about=about or {})
+    text = page(
+        report,
+        files,
+        mistakes,
+        losses,
+        has_images=read_image is not None,
+        title=title,
+        about=about or {},
+    )
     numbers = json.dumps(report.to_dict(), indent=1, allow_nan=False)
     return {**files, **pictures(mistakes, losses), NUMBERS: numbers.encode(), PAGE: text.encode()}

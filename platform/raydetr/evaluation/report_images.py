@@ -18,6 +18,7 @@ ReadImage = Callable[[int], Image.Image | None]  # by image id; None: it cannot 
 IMAGE_SIDE = 360  # pixels of the long side, in the page
 CROP_FACTOR = 2.0  # sides of a crop, by those of the boxes it is about
 MIN_CROP = 96  # pixels
+MIN_ASPECT = 0.7  # of a crop: shorter by longer side, where the image is large enough
 MAX_CAPTION = 64  # letters of `short_caption`
 
 
@@ -85,13 +86,12 @@ def _cropped(
     image: Image.Image, boxes: tuple[Box, ...], mistake: Mistake
 ) -> tuple[Image.Image, tuple[Box, ...]]:
     """Return the part of an image around a mistake and the object it is about, and the boxes there."""
-    about = [mistake.box_xywh, *([mistake.object_box_xywh] if mistake.object_box_xywh else [])]
+    about = np.array([mistake.box_xywh, *([mistake.object_box_xywh] if mistake.object_box_xywh else [])])
+    starts, stops = about[:, :2].min(0), (about[:, :2] + about[:, 2:]).max(0)
+    sides = np.maximum(CROP_FACTOR * (stops - starts), MIN_CROP)
+    sides = np.maximum(sides, MIN_ASPECT * sides.max())
     edges = []
-    for axis in (0, 1):
-        start = min(box[axis] for box in about)
-        stop = max(box[axis] + box[axis + 2] for box in about)
-        side = max(CROP_FACTOR * (stop - start), MIN_CROP)
-        middle, limit = (start + stop) / 2, image.size[axis]
+    for middle, side, limit in zip((starts + stops) / 2, sides, image.size, strict=True):
         low = int(min(max(middle - side / 2, 0), max(limit - side, 0)))
         edges.append((low, min(limit, max(low + 1, int(np.ceil(low + side))))))
     (x0, x1), (y0, y1) = edges

@@ -96,6 +96,7 @@ def page(
     mistakes: Sequence[ImageWithCaption],
     losses: Sequence[ImageWithCaption],
     *,
+    has_images: bool,
     title: str,
     about: Mapping[str, str],
 ) -> str:
@@ -106,6 +107,7 @@ def page(
         files: its plots.
         mistakes: images of its mistakes.
         losses: images with the largest losses.
+        has_images: whether images were given at all.
         title: of the page.
         about: facts that the page names first.
     """
@@ -125,6 +127,7 @@ def page(
         title=title,
         about=about,
         sections=sections,
+        has_images=has_images,
         report=report,
         findings=findings(report),
         numbers=[

@@ -16,7 +16,7 @@ BLUE, ORANGE, GREEN, GRAY = "#3366cc", "#e07b39", "#2a9d6f", "0.6"
 MAX_NAME = 24  # letters of a class name in a plot
 MAX_NAMED_CURVES = 10
 MAX_BARS = 30
-MAX_NUMBERED = 12  # classes of a confusion matrix up to which its cells have numbers
+MAX_NUMBERED = 20  # classes of a confusion matrix up to which its cells have numbers
 
 
 def plot_precision_recall(
@@ -72,9 +72,9 @@ def plot_classes(rows: Sequence[tuple[str, float, Sequence[float | None]]]) -> F
         known = [(value, place) for value, place in zip(values, places, strict=True) if value is not None]
         if known:
             x, y = zip(*known, strict=True)
-            panel.scatter(x, y, marker=marker, color=color, s=26, label=name, zorder=3)
+            panel.scatter(x, y, marker=marker, color=color, s=26, label=name, zorder=3, clip_on=False)
     panel.set_yticks(places, [printable(row[0]) for row in drawn], fontsize=8)
-    panel.invert_yaxis()
+    panel.set_ylim(len(drawn) - 0.4, -0.6)
     limited = f" (the lowest {MAX_BARS} of {len(rows)} classes)" if len(rows) > len(drawn) else ""
     panel.set(xlim=(0, 1), xlabel="AP" + limited)
     panel.grid(axis="x", alpha=0.3)
@@ -136,6 +136,7 @@ def plot_calibration(
     below.set(xlabel="score", ylabel="detections")
     if max(counts, default=0) > 0:
         below.set_yscale("log")
+        below.set_ylim(bottom=0.7)  # below a single detection
     below.grid(alpha=0.3)
     return figure
 
