@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 AP_FILE = "evaluation/ap.json"  # artifact of a run: `ApTable.to_dict()` of its last evaluation
 
-_MEANING = {
+MEANING = {
     "AP": "IoU 0.50:0.95",
     "AP50": "IoU 0.50",
     "AP75": "IoU 0.75",
@@ -85,7 +85,7 @@ class ApTable:
         return f"{numbers}\n\n{_markdown(_CLASS_HEADER, self._class_rows())}\n"
 
     def _number_rows(self) -> list[tuple[str, ...]]:
-        return [(name, _format(value), _MEANING[name]) for name, value in self.numbers.items()]
+        return [(name, _format(value), MEANING[name]) for name, value in self.numbers.items()]
 
     def _class_rows(self) -> list[tuple[str, ...]]:
         return [(c.name, _format(c.ap), _format(c.ap50), str(c.num_objects)) for c in self.classes]

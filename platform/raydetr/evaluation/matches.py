@@ -1,7 +1,7 @@
 """Match detections with objects at IoU 0.5, and compute from the matches what AP does not show.
 
-hotcoco matches, and computes TIDE's errors, the confusion matrix and the calibration. It gets the detections that count,
-and no crowds: a detection on a crowd does not count in AP, but hotcoco 1.3 counts it as one of background in the
+hotcoco matches, and computes TIDE's errors, the confusion matrix and the calibration. It gets only the detections that
+count, and no crowds: a detection on a crowd does not count in AP, but hotcoco 1.3 counts it as one of background in the
 confusion matrix, and one that overlaps a crowd in part as a localization error, although a crowd is no object.
 """
 
@@ -158,7 +158,7 @@ class Calibration:
 
 
 def calibration(matches: Matches) -> Calibration | None:
-    """Compute the calibration; None without detections, and for scores outside of [0, 1], which are no probabilities."""
+    """Compute the calibration; None without detections, and for scores that are no probabilities, outside of [0, 1]."""
     scores = matches.results.scores
     if not len(scores) or scores.min() < 0 or scores.max() > 1:
         return None

@@ -2,10 +2,10 @@
 
     evaluations/ground-truth-FINGERPRINT.json    COCO dict without segmentations, once per set of shards
     evaluations/POSITION/detections/RANK.npz     packed arrays of one rank
-    evaluations/POSITION/detections.json         written after all of them: by how many ranks, of which shards, ...
+    evaluations/POSITION/detections/complete.json    written after them: by how many ranks, of which shards, ...
     evaluations/POSITION/evaluation.json         written after the scoring: metrics, AP by class, speed
 
-The arrays of an evaluation, and detections.json, are removed with its checkpoint.
+The folder detections/ is removed with the checkpoint.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from raydetr.store.folders import Folder, remove_folder, write_file
 
 EVALUATIONS = "evaluations"
 DETECTIONS = "detections"
-COMPLETE = "detections.json"
+COMPLETE = "complete.json"  # in DETECTIONS
 EVALUATION = "evaluation.json"
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What is known of an evaluation before it is scored: content of detections.json."""
+    """What is known of an evaluation before it is scored: content of complete.json."""
 
     position: int
     step: int
@@ -59,7 +59,9 @@ def mark_complete(folder: Folder, evaluated: Evaluated) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    write_file(folder / COMPLETE, json.dumps(asdict(evaluated), indent=1, allow_nan=False).encode())
+    write_file(
+        folder / DETECTIONS / COMPLETE, json.dumps(asdict(evaluated), indent=1, allow_nan=False).encode()
+    )
 
 
 def discard(folder: Folder) -> None:
@@ -68,8 +70,8 @@ def discard(folder: Folder) -> None:
     Raises:
         OSError: a file cannot be removed.
     """
-    for name in (EVALUATION, COMPLETE):
-        (folder / name).unlink(missing_ok=True)
+    (folder / EVALUATION).unlink(missing_ok=True)
+    (folder / DETECTIONS / COMPLETE).unlink(missing_ok=True)
 
 
 def read_evaluated(folder: Folder) -> Evaluated | None:
@@ -79,7 +81,7 @@ def read_evaluated(folder: Folder) -> Evaluated | None:
         OSError: the storage cannot be reached.
     """
     try:
-        return _EVALUATED.validate_json((folder / COMPLETE).read_text())
+        return _EVALUATED.validate_json((folder / DETECTIONS / COMPLETE).read_text())
     except (FileNotFoundError, NotADirectoryError, ValidationError):
         return None
 
@@ -90,7 +92,8 @@ def complete_evaluations(run: Folder) -> list[Evaluated]:
     Raises:
         OSError: the storage cannot be reached.
     """
-    found = (read_evaluated(file.parent) for file in (run / EVALUATIONS).glob(f"*/{COMPLETE}"))
+    files = (run / EVALUATIONS).glob(f"*/{DETECTIONS}/{COMPLETE}")
+    found = (read_evaluated(file.parent.parent) for file in files)
     return sorted((each for each in found if each is not None), key=lambda each: each.position)
 
 
@@ -146,5 +149,5 @@ def remove_arrays_except(run: Folder, kept: Collection[int]) -> None:
     found = {file.parent.parent for file in (run / EVALUATIONS).glob(f"*/{DETECTIONS}/*.npz")}
     for folder in found:
         if folder.name.isdecimal() and int(folder.name) not in kept:
-            (folder / COMPLETE).unlink(missing_ok=True)
+            (folder / DETECTIONS / COMPLETE).unlink(missing_ok=True)
             remove_folder(folder / DETECTIONS)

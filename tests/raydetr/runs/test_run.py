@@ -60,7 +60,7 @@ def test_a_run_leaves_checkpoints_metrics_and_artifacts(tiny_run: RunConfig) -> 
     } <= set(tracked.metrics)  # fmt: skip
     assert set(tracked.artifacts) == {
         "config.yaml", f"environment/{socket.gethostname()}.json", "checkpoint.json", "evaluation/ap.json",
-        "evaluation/ap.md", "curves.png", "predictions.png",
+        "evaluation/ap.md", "evaluation/evaluation.json", "curves.png", "predictions.png",
     }  # fmt: skip
     reference = json.loads(
         mlflow_run.fetch_artifact(result.tracking_uri, result.mlflow_run_id, "checkpoint.json")
