@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from raydetr.config import ConfigError
 from raydetr.console import progress_bar
 from raydetr.store.output_folder import check_out_file
 
@@ -83,8 +82,6 @@ def compare(
     from raydetr.runs.compare import compare as compare_runs
     from raydetr.runs.compare_page import to_html
 
-    if not runs and query is None:
-        raise ConfigError("what is to be compared? Give runs, or --filter")
     if html is not None:
         check_out_file(html)
     with progress_bar("draws of images") as progress:

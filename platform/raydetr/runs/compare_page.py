@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
+
 from raydetr.evaluation.bootstrap import CONFIDENCE
 from raydetr.evaluation.coco_metrics import NAMES
 from raydetr.evaluation.disagreement import Disagreement, disagreements
 from raydetr.evaluation.matches import TIDE_ERRORS
+from raydetr.evaluation.read_images import from_shards
+from raydetr.evaluation.report_images import ReadImage
 from raydetr.evaluation.results import Results
 from raydetr.runs.compare import RunComparison, interval_text
 from raydetr.runs.compared import Compared, Detections, Point
-from raydetr.shards.images import decode_image
 from raydetr.shards.reader import Shards, open_shards
 from raydetr.visualization.boxes import coco_boxes, draw_boxes
 from raydetr.visualization.charts import COLORS, Curve, line_chart
@@ -184,10 +187,10 @@ def _pairs(comparison: RunComparison) -> list[Pair]:
         return []
     number = max(MIN_IMAGES, NUM_IMAGES // len(others))
     try:
-        shards: Shards | None = _open(first)
+        read_image: ReadImage | None = from_shards(_open(first))
         problem = ""
     except (OSError, ValueError) as error:
-        shards, problem = None, f"the images cannot be read: {error}"
+        read_image, problem = None, f"the images cannot be read: {error}"
     pairs = []
     for place in others:
         other = comparison.runs[place]
@@ -196,12 +199,14 @@ def _pairs(comparison: RunComparison) -> list[Pair]:
         sets = first.detections.results, other.detections.results
         rows = disagreements(first.detections.ground_truth, sets, thresholds)
         pictures = []
-        if shards is not None:
-            for row in rows[:number]:
-                try:
-                    pictures.append(_picture(shards, row, (first, other), thresholds))
-                except Exception as error:  # whatever it is: a picture must not take the numbers with it
-                    problem = f"image {row.image_id} cannot be shown: {error}"
+        for row in rows[:number]:
+            if read_image is None:
+                break
+            image = read_image(row.image_id)
+            if image is None:
+                problem = f"image {row.image_id} cannot be read: it is corrupt, or its shard is away"
+            else:
+                pictures.append(_picture(image, row, (first, other), thresholds))
         pairs.append(Pair(other.name, len(rows), thresholds, tuple(pictures), problem))
     return pairs
 
@@ -224,25 +229,21 @@ def _open(run: Compared) -> Shards:
 
 
 def _picture(
-    shards: Shards, row: Disagreement, runs: tuple[Compared, Compared], thresholds: tuple[float, float]
+    image: Image.Image, row: Disagreement, runs: tuple[Compared, Compared], thresholds: tuple[float, float]
 ) -> Picture:
-    (index,) = (shards.samples["image_id"] == row.image_id).nonzero()[0]
-    sample = shards.read(int(index))
-    image = decode_image(sample.image)
-    names = {category["id"]: category["name"] for category in shards.manifest.categories}
-    truth = coco_boxes(sample.annotations, names)
-    panels = [
-        (
-            f"ground truth: {_counted(row.num_objects, 'object')}",
-            jpeg_url(draw_boxes(image, truth, IMAGE_SIDE)),
-        )
-    ]
+    assert runs[0].detections is not None
+    truth = runs[0].detections.ground_truth
+    names = {category["id"]: category["name"] for category in truth["categories"]}
+    objects = [a for a in truth["annotations"] if a["image_id"] == row.image_id]
+    panel = draw_boxes(image, coco_boxes(objects, names), IMAGE_SIDE)
+    panels = [(f"ground truth: {_counted(row.num_objects, 'object')}", jpeg_url(panel))]
     for side, (run, threshold) in enumerate(zip(runs, thresholds, strict=True)):
         assert run.detections is not None
         boxes = coco_boxes(_rows(run.detections, row.image_id), names, threshold)
         caption = f"{run.name}: {row.num_found[side]} found, {row.num_false[side]} false"
         panels.append((caption, jpeg_url(draw_boxes(image, boxes, IMAGE_SIDE))))
-    return Picture(f"image {row.image_id} ({sample.record['file_name']})", tuple(panels))
+    file = next(each.get("file_name", "") for each in truth["images"] if each["id"] == row.image_id)
+    return Picture(f"image {row.image_id} ({file})", tuple(panels))
 
 
 def _rows(detections: Detections, image_id: int) -> list[dict[str, Any]]:

@@ -11,13 +11,16 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from raydetr.config import flatten
+from raydetr.console import print_status
 from raydetr.evaluation import stored
 from raydetr.evaluation.coco_metrics import AP_FILE, NAMES, ApTable, coco_ap
 from raydetr.evaluation.ground_truth import ground_truth, ground_truth_file
 from raydetr.evaluation.results import Results
+from raydetr.evaluation.results_file import read_results
 from raydetr.runs.lease import DriverWatch
 from raydetr.runs.state import CONFIG, SPACE, Record, RunState, find_folder, is_run, run_state, trials_of
 from raydetr.shards.reader import open_shards
@@ -26,10 +29,9 @@ from raydetr.tracking import mlflow_run
 from raydetr.tracking.events import Event, read_events
 from raydetr.tracking.mlflow_run import TrackedRun
 from raydetr.tracking.uris import default_uri
-from raydetr.user_files import parse_json, parse_yaml
+from raydetr.user_files import parse_yaml
 
 FOLDER_TAG = "raydetr.folder"  # of an MLflow run
-RESULT_FIELDS = ("image_id", "category_id", "bbox", "score")
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,10 @@ def load(
         TrackingError: MLflow cannot be reached.
         OSError: a file cannot be read.
     """
+    if not names and query is None:
+        raise ValueError("what is to be compared? Give runs, or --filter")
     tracking = uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(storage)
-    found: list[Compared | _ResultsFile] = []
+    found: list[Compared | Path] = []
     uses_mlflow = query is not None
     for name in names:
         there = _find(name, storage)
@@ -119,31 +123,7 @@ def load(
     return _with_headings(_evaluate_files(found, data))
 
 
-@dataclass(frozen=True)
-class _ResultsFile:
-    path: Folder
-
-    def read(self) -> Results:
-        """Return the detections.
-
-        Raises:
-            ValueError: the file does not hold COCO results.
-            OSError: it cannot be read.
-        """
-        try:
-            rows = parse_json(self.path.read_bytes())
-            if not isinstance(rows, list):
-                raise ValueError(f"it holds no list, but {type(rows).__name__}")
-            return Results.from_coco(rows)
-        except (ValueError, TypeError, KeyError) as error:
-            missing = f"a record has no {error}" if isinstance(error, KeyError) else str(error)
-            fields = ", ".join(RESULT_FIELDS)
-            raise ValueError(
-                f"{self.path}: not COCO results ({missing}): a list of records with {fields} is needed"
-            ) from None
-
-
-def _find(name: str, storage: str) -> list[Compared | _ResultsFile]:
+def _find(name: str, storage: str) -> list[Compared | Path]:
     """Return the runs, or the file of results, that a user names; nothing: it is perhaps in MLflow.
 
     Raises:
@@ -157,8 +137,9 @@ def _find(name: str, storage: str) -> list[Compared | _ResultsFile]:
         return [load_run(trial) for trial in trials]
     if folder is not None:
         return [load_run(folder)]
-    if name.endswith(".json") and open_folder(name).exists():
-        return [_ResultsFile(open_folder(name))]
+    file = open_folder(name)
+    if name.endswith(".json") and isinstance(file, Path) and file.exists():
+        return [file]
     if "/" in name or name.endswith(".json"):
         raise ValueError(
             f"{name}: is not the folder or URL of a run or a search ({CONFIG} is missing there), and no file of COCO "
@@ -317,9 +298,9 @@ def _reachable(location: str | None) -> Folder | None:
 # --- COCO results ---
 
 
-def _evaluate_files(found: Sequence[Compared | _ResultsFile], data: str | None) -> list[Compared]:
+def _evaluate_files(found: Sequence[Compared | Path], data: str | None) -> list[Compared]:
     """Evaluate the files of results against the validation data of the first run, or of `data`."""
-    files = [one for one in found if isinstance(one, _ResultsFile)]
+    files = [one for one in found if isinstance(one, Path)]
     runs = [one for one in found if isinstance(one, Compared)]
     if not files:
         if data is not None:
@@ -334,7 +315,7 @@ def _evaluate_files(found: Sequence[Compared | _ResultsFile], data: str | None) 
         first = next((run for run in runs if run.detections is not None), None)
         if first is None or first.detections is None:
             raise ValueError(
-                f"{files[0].path}: what are these results to be evaluated against? No run with detections is compared: "
+                f"{files[0]}: what are these results to be evaluated against? No run with detections is compared: "
                 "give the validation shards as --data"
             )
         truth, fingerprint, location = first.detections.ground_truth, first.fingerprint, first.shards
@@ -345,25 +326,17 @@ def _evaluate_files(found: Sequence[Compared | _ResultsFile], data: str | None) 
 
 
 def _evaluate_file(
-    file: _ResultsFile, truth: Mapping[str, Any], fingerprint: str | None, shards: str | None
+    file: Path, truth: Mapping[str, Any], fingerprint: str | None, shards: str | None
 ) -> Compared:
-    results = file.read()
-    known = {category["id"] for category in truth["categories"]}
-    if len(results) and not known & set(results.category_ids.tolist()):
-        raise ValueError(
-            f"{file.path}: its category ids {sorted(set(results.category_ids.tolist()))[:5]} are none of those of the "
-            f"validation data, {sorted(known)[:5]}: the ids must be those of the data"
-        )
-    try:
-        table = coco_ap(truth, results)
-    except ValueError as error:
-        raise ValueError(f"{file.path}: {error}") from None
+    results, warnings = read_results(file, truth)
+    for warning in warnings:
+        print_status(f"warning: {warning}")
     return Compared(
-        name=file.path.name,
-        source=str(file.path),
+        name=file.name,
+        source=str(file),
         state="results",
         evaluation="-",
-        table=table,
+        table=coco_ap(truth, results),
         fingerprint=fingerprint,
         shards=shards,
         detections=Detections(truth, results),

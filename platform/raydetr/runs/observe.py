@@ -126,6 +126,8 @@ class _Observer:
                 return f"checkpoint at {self._at(event)}: {size:.0f} MB in {event['seconds']:.1f} s"
             case "checkpoint_failed":
                 return f"warning: no checkpoint at {self._at(event)}: {event['error']}"
+            case "scoring_failed":
+                return f"warning: no AP at {self._at(event)} yet: {event['reason']}"
             case "corrupt":
                 return f"warning: corrupt: {event['sample']}"
             case "stack":

@@ -94,8 +94,8 @@ def test_a_browser_shows_the_full_page(runs: list[str], val: Shards, tmp_path: P
     interval = comparison.interval(1, "AP")
     assert interval is not None
     verdict = f"other has a higher AP than base: {interval.difference:+.3f} ["
-    for words in ("2 runs, compared with base", verdict, "and AP by class", "classification", "worker-hours", "optim.lr",
-                  val.fingerprint, "ground truth: "):  # fmt: skip
+    for words in ("2 runs, compared with base", verdict, "and AP by class", "classification", "worker-hours",
+                  "optim.lr", val.fingerprint, "ground truth: "):  # fmt: skip
         assert words in text
 
 
