@@ -28,7 +28,7 @@ from raydetr.store.folders import Folder, open_folder
 from raydetr.tracking import mlflow_run
 from raydetr.tracking.events import Event, read_events
 from raydetr.tracking.mlflow_run import TrackedRun
-from raydetr.tracking.uris import default_uri
+from raydetr.tracking.uris import TrackingError, default_uri
 from raydetr.user_files import parse_yaml
 
 FOLDER_TAG = "raydetr.folder"  # of an MLflow run
@@ -115,7 +115,7 @@ def load(
             found += there
         else:
             uses_mlflow = True
-            found.append(_from_mlflow(mlflow_run.fetch_run(tracking, name)))
+            found.append(_from_mlflow(_fetch(name, tracking, storage)))
     if query is not None:
         found += map(_from_mlflow, mlflow_run.search_runs(tracking, query))
     if uri is not None and not uses_mlflow:
@@ -261,6 +261,19 @@ def points_of(events: Iterable[Event]) -> list[Point]:
 
 
 # --- From MLflow ---
+
+
+def _fetch(name: str, tracking: str, storage: str) -> TrackedRun:
+    """Return the MLflow run of this name or id.
+
+    Raises:
+        ValueError: there is none.
+        TrackingError: MLflow cannot be reached.
+    """
+    try:
+        return mlflow_run.fetch_run(tracking, name)
+    except TrackingError as error:
+        raise TrackingError(f"{storage} has no run {name}, and perhaps MLflow has it, but: {error}") from None
 
 
 def _from_mlflow(run: TrackedRun) -> Compared:

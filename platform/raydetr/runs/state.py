@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from raydetr.runs.lease import DriverWatch
 from raydetr.store.folders import Folder, open_folder, with_retry_seconds
-from raydetr.tracking.events import Event, EventReader, Metrics
+from raydetr.tracking.events import EVENTS, Event, EventReader, Metrics
 
 Kind = Literal["run", "search", "trial"]
 State = Literal["running", "finished", "stopped", "failed", "lost"]
@@ -138,7 +138,8 @@ class Record:
 
 def is_run(folder: Folder) -> bool:
     """Return whether a folder is that of a run, a trial or a search."""
-    return (folder / CONFIG).exists()
+    # A trial whose configuration contradicts itself has events only
+    return (folder / CONFIG).exists() or (folder / EVENTS).exists()
 
 
 def find_run(name: str | Path, storage: str | Path = "runs") -> Folder:
