@@ -1,8 +1,8 @@
-"""TIDE as its paper defines it (Bolya et al., ECCV 2020, sections 2.2 and 2.3), in plain Python: a reference for tests.
+"""TIDE as its paper defines it (Bolya et al., ECCV 2020, sections 2.2 and 2.3), as a reference for tests.
 
-Crowds are no objects; a detection on one does not count, as in COCO. AP of a class without objects left is 0. Of several
-detections about one object, only the one with the highest score is corrected: over both kinds that can be, as in the
-authors' code (tidecv 1.0.1, `BestGTMatch`), where the paper may be read as: of each kind.
+Crowds are no objects; a detection on one does not count, as in COCO. AP of a class without objects left is 0.
+Of several detections about one object, only the one with the highest score is corrected: over both kinds, as in the
+authors' code (tidecv 1.0.1, `BestGTMatch`); the paper may be read as: of each kind.
 """
 
 from __future__ import annotations

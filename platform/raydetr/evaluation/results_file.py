@@ -125,7 +125,7 @@ def _warnings(path: Path, results: Results, ground_truth: Mapping[str, Any]) -> 
     elif outside > MAX_SUSPICIOUS:
         is_ordered = (boxes[:, 2:] >= boxes[:, :2]).all(1)
         as_corners = float((is_ordered & ~_leave(boxes[:, 2:], limits)).mean())
-        guess = ": they look like corners [x1, y1, x2, y2]" if as_corners > outside else ""
+        guess = ": they look like corners [x1, y1, x2, y2]" if as_corners >= outside else ""
         lines.append(
             f"{path}: {outside:.0%} of the boxes leave their image{guess}; bbox must be [x, y, width, height]"
         )
