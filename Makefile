@@ -83,6 +83,7 @@ cluster-demo: setup ## submit the quickstart to a local cluster that loses a nod
 
 ui: setup ## show the runs in MLflow's web interface, on this machine only
 	@test -f runs/mlflow.db || { echo "there is no run yet (no runs/mlflow.db): run make quickstart first" >&2; exit 1; }
+	@echo "open http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(VENV)/bin/mlflow ui --host 127.0.0.1 --port $(PORT) \
 		--backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
 

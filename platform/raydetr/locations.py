@@ -71,7 +71,12 @@ def base_folder() -> Path:
 
 def sqlite_file(uri: str) -> Path | None:
     """Return the database file of a `sqlite:///` URI; None for other URIs."""
-    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
+    return Path(unquote(uri.removeprefix(SQLITE).partition("?")[0])) if uri.startswith(SQLITE) else None
+
+
+def sqlite_uri(file: Path) -> str:
+    """Return the URI of a database file. MLflow's libraries decode %, and take ? for the beginning of options."""
+    return SQLITE + str(file).replace("%", "%25").replace("?", "%3F")
 
 
 def absolute_file(path: str, base: Path) -> str:
@@ -85,17 +90,41 @@ def absolute_file(path: str, base: Path) -> str:
     return str(base / Path(path).expanduser())
 
 
+def check_tracking_uri(uri: str) -> str:
+    """Return the URI.
+
+    Raises:
+        ValueError: it is one of a database without the name of its file, or of a server without its name.
+    """
+    if uri.startswith("sqlite:") and (
+        not uri.startswith(SQLITE) or sqlite_file(uri) in (Path(), Path(":memory:"))
+    ):
+        raise ValueError(
+            f"{uri}: write sqlite:///FILE, with three slashes for a relative path and four for an absolute one"
+        )
+    if uri.startswith(("http:", "https:")):
+        parts = urlsplit(uri)
+        try:
+            is_valid = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        except ValueError:  # of the port
+            is_valid = False
+        if not is_valid:
+            raise ValueError(f"{uri}: write http://HOST:PORT")
+    return uri
+
+
 def absolute_tracking_uri(uri: str, base: Path) -> str:
     """Resolve a `sqlite:///` URI or the path of a folder against `base`; keep other URIs."""
     file = sqlite_file(uri)
     if file:
-        return f"{SQLITE}{base / file.expanduser()}"
+        _, mark, options = uri.partition("?")
+        return sqlite_uri(base / file.expanduser()) + mark + options
     is_folder = scheme_of(uri) is None and not uri.startswith("databricks")
     return str(base / Path(uri.removeprefix("file:")).expanduser()) if is_folder else uri
 
 
 Location = Annotated[str, AfterValidator(check_location), absolute]  # a folder, or a URL of one
-TrackingUri = Annotated[str, absolute_tracking_uri]
+TrackingUri = Annotated[str, AfterValidator(check_tracking_uri), absolute_tracking_uri]
 
 
 def scheme_of(location: str) -> str | None:

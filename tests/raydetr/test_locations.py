@@ -6,7 +6,7 @@ import pytest
 
 from raydetr import recipes
 from raydetr.config import ConfigError, override, parse_assignments, to_dict
-from raydetr.locations import absolute, check_location, is_remote, local_folder
+from raydetr.locations import absolute, check_location, check_tracking_uri, is_remote, local_folder
 
 
 @pytest.mark.parametrize(
@@ -79,3 +79,32 @@ def test_a_url_survives_the_configuration() -> None:
 def test_settings_without_effect_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         override(recipes.find("quickstart"), parse_assignments(arguments))
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "sqlite://x.db",
+        "sqlite:x.db",
+        "sqlite:///",
+        "sqlite:///:memory:",
+        "http://",
+        "http:///x",
+        "https://h:port",
+    ],
+)
+def test_tracking_uris_that_name_nothing(uri: str) -> None:
+    with pytest.raises(ValueError, match=r"write (sqlite:///FILE|http://HOST:PORT)"):
+        check_tracking_uri(uri)
+
+
+def test_tracking_uris_are_kept() -> None:
+    for uri in (
+        "sqlite:///x.db",
+        "http://h:5000",
+        "https://me:secret@h/path",
+        "databricks",
+        "mlruns",
+        "postgresql://h/db",
+    ):
+        assert check_tracking_uri(uri) == uri

@@ -17,11 +17,16 @@ def find_browser() -> str | None:
 
 def load(browser: str, page: Path, profile: Path, *options: str) -> tuple[str, str]:
     """Load a page; return the document after its scripts have run, and the messages of its console."""
+    return load_address(browser, page.as_uri(), profile, *options)
+
+
+def load_address(browser: str, address: str, profile: Path, *options: str) -> tuple[str, str]:
+    """Do the same with the page at an address."""
     done = subprocess.run(
         [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
          "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
          "--enable-logging=stderr", f"--user-data-dir={profile}", "--virtual-time-budget=10000",
-         "--dump-dom", *options, page.as_uri()],
+         "--dump-dom", *options, address],
         capture_output=True, text=True, timeout=120, check=True, env={**os.environ, "HOME": str(profile)},
     )  # fmt: skip
     console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def log_run(
     """Log a run from its launch to its end; every evaluation is that of its step, with a batch of one image."""
     log = EventLog(folder)
     log.append(
-        "launched", type=kind, key=f"key of {folder}", name=folder.name, recipe="quickstart", uri=uri,
+        "launched", type=kind, key=uuid.uuid4().hex, name=folder.name, recipe="quickstart", uri=uri,
         experiment=experiment, command=f"raydetr train quickstart --name {folder.name}", tags={"raydetr.kind": kind},
         params=dict(params or {}), datasets=[], files=[], **fields,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 
 class MlflowProxy:
-    """Forwards requests to a server, after `delay` seconds.
+    """Forwards requests to a server, after `delay` seconds; with a `token`, only those that have it.
 
     `fails` decides by the path which requests are answered with 500 and not forwarded; `loses`, which are forwarded
     and answered with 500.
@@ -19,6 +19,7 @@ class MlflowProxy:
 
     def __init__(self, target: str) -> None:
         self.delay = 0.0
+        self.token: str | None = None
         self.fails: Callable[[str], bool] = lambda path: False
         self.loses: Callable[[str], bool] = lambda path: False
         self.paths: list[str] = []
@@ -30,6 +31,8 @@ class MlflowProxy:
                 outer.paths.append(self.path)
                 time.sleep(outer.delay)
                 code, content = (500, b"{}") if outer.fails(self.path) else self.forward(body)
+                if outer.token is not None and self.headers.get("Authorization") != f"Bearer {outer.token}":
+                    code, content = 401, b'{"error_code": "UNAUTHENTICATED", "message": "no token"}'
                 if outer.loses(self.path):
                     code, content = 500, b"{}"
                 self.send_response(code)

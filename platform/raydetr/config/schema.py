@@ -268,6 +268,7 @@ class TrackingConfig(Section):
     uri: TrackingUri | None = None
     experiment: str | None = None  # None: MLFLOW_EXPERIMENT_NAME, or else raydetr
     log_every_steps: PositiveInt = 10
+    register_model: bool = True  # the best checkpoint, in MLflow's registry, under the name of the recipe
 
 
 class RunConfig(Section):

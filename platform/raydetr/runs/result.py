@@ -15,7 +15,7 @@ from raydetr.evaluation.coco_metrics import ApTable
 from raydetr.evaluation.ground_truth import evaluation_warnings
 from raydetr.runs.pictures import PICTURES
 from raydetr.store.folders import Folder
-from raydetr.tracking.upload_state import read_run_id
+from raydetr.tracking.upload_state import page_of, read_run_id
 from raydetr.tracking.uris import default_uri
 from raydetr.training import checkpoint
 
@@ -66,25 +66,26 @@ MLflow      {self.tracking_uri}, run {self.mlflow_run_id or "not created yet"}
 artifacts   {", ".join(str(self.folder / name) for name in PICTURES if (self.folder / name).exists()) or "-"}
 
 next:{activate}
-  {_ui_command(self.tracking_uri)}  # see the run in the browser
+  {self._ui_command()}  # see the run in the browser
   raydetr predict {folder}/best IMAGES --out predictions
   raydetr evaluate {folder}/best
   raydetr compare {folder} OTHER_RUN
   raydetr train RECIPE optim.lr=2e-4  # change a setting; `raydetr config RECIPE` prints all
 """
 
+    def _ui_command(self) -> str:
+        """Return the command that shows the run: `make ui` for the default database, or the page on a server."""
+        uri = self.tracking_uri
+        # Relative to the working directory, which Ray may have removed by the end of a job
+        if Path("Makefile").exists() and uri == default_uri("runs"):
+            return "make ui"
+        page = page_of(self.folder, uri)
+        if page is not None:
+            return f"open {shlex.quote(page)}"
+        return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+
     def _best(self) -> str:
         folder = checkpoint.best(self.folder)
         if folder is None:
             return "-"
         return f"{folder}, AP {checkpoint.read_metrics(folder)['AP']:.3f}"
-
-
-def _ui_command(uri: str) -> str:
-    """Return the command that shows the runs at a tracking URI: `make ui` for the default one."""
-    # Relative to the working directory, which Ray may have removed by the end of a job
-    if Path("Makefile").exists() and uri == default_uri("runs"):
-        return "make ui"
-    if uri.startswith(("http://", "https://")):
-        return f"open {uri}"
-    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"

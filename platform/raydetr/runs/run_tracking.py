@@ -62,7 +62,8 @@ def log_launch(
         recipe=config.recipe,
         uri=storable_uri(tracking_uri(config), folder),
         experiment=experiment_of(config),
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=shlex.join([Path(sys.argv[0]).name, *map(mask_password, sys.argv[1:])]),
+        model=config.recipe if kind == "run" and config.tracking.register_model else None,
         tags=tags,
         **{"params": flatten(to_dict(config)), "datasets": _datasets(splits), "files": ["config.yaml"]}
         | fields,

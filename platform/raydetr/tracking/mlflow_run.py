@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
@@ -27,14 +26,16 @@ for _name, _value in {
 
 from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import Run, ViewType  # noqa: E402
+from mlflow.store.db import utils as db_utils  # noqa: E402
 
 from raydetr.locations import sqlite_file  # noqa: E402
 from raydetr.tracking.uris import TrackingError, mask_password  # noqa: E402
 
-# Hide its messages about creating tables; warnings are still shown
+# Hide its messages about creating tables, and about each of its tries to open a database; the last one is raised
 for _logger in ("mlflow.store.db.utils", "alembic"):
-    logging.getLogger(_logger).setLevel(logging.WARNING)
+    logging.getLogger(_logger).setLevel(logging.ERROR)
 
+DATABASE_TRIES = 3  # to open a database; MLflow's ten take two minutes
 MAX_MESSAGE = 200  # characters of an error
 _PARAM_LENGTH = 6000  # MLflow's limit
 _TRUNCATED = "... (truncated; config.yaml has the complete value)"
@@ -101,6 +102,7 @@ def connect(uri: str) -> MlflowClient:
         OSError: the folder cannot be created.
         MlflowException: the URI is not valid.
     """
+    db_utils.MAX_RETRY_COUNT = DATABASE_TRIES
     file = sqlite_file(uri)
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -117,24 +119,6 @@ def _connect_to_read(uri: str) -> MlflowClient:
     if file and not file.is_file():
         raise TrackingError(f"{file}: no such MLflow database; a run creates one in its storage.path")
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-@contextmanager
-def lock_of(uri: str) -> Iterator[None]:
-    """Keep other processes of this user from writing a SQLite database: two that create its tables at the same time
-    would fail. Do nothing for other URIs.
-
-    Raises:
-        OSError: the folder of the database cannot be written.
-    """
-    file = sqlite_file(uri)
-    if file is None:
-        yield
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.with_name(f"{file.name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

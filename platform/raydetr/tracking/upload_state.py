@@ -16,6 +16,7 @@ class UploadState:
     """The id of the MLflow run, and what it has."""
 
     run_id: str | None = None
+    experiment_id: str | None = None
     done: dict[str, int] = field(default_factory=dict)  # bytes of each segment of events
     last_steps: dict[str, int] = field(default_factory=dict)  # the last step of each metric
 
@@ -52,3 +53,18 @@ def is_uploaded(run: Folder) -> bool:
 def read_run_id(run: Folder) -> str | None:
     """Return the id of the MLflow run of the run in a folder; None if it was not created yet."""
     return UploadState.read(run).run_id
+
+
+def page_of(run: Folder, uri: str) -> str | None:
+    """Return the address of the page of a run on an MLflow server; None without a server, or before there is a page.
+
+    Args:
+        run: folder of the run.
+        uri: the tracking URI.
+    """
+    state = UploadState.read(run)
+    if state.run_id is None or not uri.startswith(("http://", "https://")):
+        return None
+    # Without the query, a browser that MLflow does not know yet shows the pages for language models
+    page = f"#/experiments/{state.experiment_id}/runs/{state.run_id}?workflowType=machine_learning"
+    return f"{uri.rstrip('/')}/{page}"

@@ -24,7 +24,6 @@ from raydetr.tracking.events import Event, EventReader
 from raydetr.tracking.metric_names import metric_name
 from raydetr.tracking.mlflow_run import (
     connect,
-    lock_of,
     param_text,
     store_file,
     tracking_errors,
@@ -92,7 +91,7 @@ class Uploader:
             return False
         launch = self._first_launch()
         uri = restore_uri(self._given_uri or launch["uri"], self._run)
-        with lock_of(uri), tracking_errors(uri, f"upload {self._run.name}"):
+        with tracking_errors(uri, f"upload {self._run.name}"):
             client = connect(uri)
             if self._state.run_id is None:
                 self._find_or_create(client, uri, launch)
@@ -100,7 +99,7 @@ class Uploader:
                 self._send_details(client, event)
             self._send_metrics(client)
             self._send_files(client)
-            self._send_status(client)
+            self._send_status(client, uri)
         self._events.clear()
         self._state.done, self._state.last_steps = dict(self._reader.done), dict(self._last_steps)
         self._state.write(self._run)
@@ -174,6 +173,7 @@ class Uploader:
                 )
             return sorted(run.info.run_id for run in found)
 
+        self._state.experiment_id = experiment
         if existing := find():
             return self._keep(existing[0])
         tags = {KEY_TAG: launch["key"]} | ({"mlflow.parentRunId": parent} if parent else {})
@@ -250,13 +250,17 @@ class Uploader:
             del self._files[name]
             self.num_sent += 1
 
-    def _send_status(self, client: MlflowClient) -> None:
-        """Set the status of the last start or end; describe the run for people."""
+    def _send_status(self, client: MlflowClient, uri: str) -> None:
+        """Set the status of the last start or end; describe the run for people, and register its best checkpoint."""
         ends = [event for event in self._events if event["kind"] in STATUS]
         if not ends:
             return
-        last = ends[-1]
-        text = describe(self._run, self._first_launch(), self._run_id)
+        last, launch = ends[-1], self._first_launch()
+        if last["kind"] == "finished" and launch.get("model") is not None:
+            from raydetr.tracking.model_registry import register_best  # imports torch
+
+            register_best(client, uri, self._run, self._run_id, launch["model"])
+        text = describe(self._run, launch, self._run_id)
         client.set_tag(self._run_id, "mlflow.note.content", text[:TAG_LENGTH])
         status = STATUS[last["kind"]]
         if status == "RUNNING":

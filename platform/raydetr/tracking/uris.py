@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raydetr.locations import SQLITE, is_remote, local_folder, sqlite_file
+from raydetr.locations import is_remote, local_folder, sqlite_file, sqlite_uri
 from raydetr.store.folders import Folder
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class TrackingError(RuntimeError):
 def default_uri(storage_path: str | Path) -> str:
     """Return the URI of the SQLite database in the folder of the runs, or in `runs` if they are at a URL."""
     folder = Path("runs") if is_remote(str(storage_path)) else local_folder(storage_path)
-    return f"{SQLITE}{folder.absolute() / 'mlflow.db'}"
+    return sqlite_uri(folder.absolute() / "mlflow.db")
 
 
 def tracking_uri(config: RunConfig) -> str:
@@ -44,7 +44,7 @@ def storable_uri(uri: str, run: Folder) -> str:
     if file is not None and isinstance(run, Path):
         for above in (run, run.parent, run.parent.parent):
             if file.is_relative_to(above):
-                return f"{SQLITE}{os.path.relpath(file, run)}"
+                return sqlite_uri(Path(os.path.relpath(file, run)))
     return mask_password(uri)
 
 
@@ -52,7 +52,7 @@ def absolute_uri(stored: str, run: Folder) -> str:
     """Return the URI that was stored in the folder of a run, with the absolute path of a database."""
     file = sqlite_file(stored)
     if file is not None and not file.is_absolute() and isinstance(run, Path):
-        return f"{SQLITE}{Path(os.path.normpath(run / file))}"
+        return sqlite_uri(Path(os.path.normpath(run / file)))
     return stored
 
 

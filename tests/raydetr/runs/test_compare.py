@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from raydetr.tracking.tracker import Tracker
 
 from raydetr.evaluation.coco_metrics import AP_FILE, NAMES, ApTable, ClassAp
 from raydetr.runs.compare import compare
 from raydetr.tracking import mlflow_run
-from raydetr.tracking.tracker import Tracker
 
 # SQLAlchemy 2.1 deprecates an option that MLflow 3.17 uses
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")

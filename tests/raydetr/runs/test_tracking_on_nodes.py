@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
 from cluster_files import AWS, GCP, KUBERAY, load
+from mlflow_proxy import MlflowProxy
 from mlflow_server import MlflowServer
 from ray_nodes import ray_nodes
 from raydetr.config import ConfigError, RunConfig, override
@@ -185,11 +186,19 @@ def test_the_server_of_the_manifest_is_reached_by_the_name_of_its_service(tmp_pa
 
 
 def test_a_run_on_several_machines_is_logged_by_the_documented_server(
-    head: Cluster, tiny_run: RunConfig, server: MlflowServer
+    head: Cluster, tiny_run: RunConfig, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also if only the driver knows the token of the server, and reaches it."""
     head.add_node(num_cpus=1, node_ip_address=OTHER_MACHINE)
     uri = f"http://{own_address()}:{server.port}"
-    result = run.start(override(tiny_run, {"tracking.uri": uri, "optim.epochs": 1}), name="logged")
+    proxy = MlflowProxy(uri)
+    proxy.token = "secret"
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "secret")  # the nodes were started without it
+    try:
+        result = run.start(override(tiny_run, {"tracking.uri": proxy.uri, "optim.epochs": 1}), name="logged")
+    finally:
+        proxy.stop()
+    assert result.pending_upload is None
     logged = MlflowClient(uri).get_run(result.mlflow_run_id)
     assert logged.info.status == "FINISHED"
     assert "AP" in " ".join(logged.data.metrics)

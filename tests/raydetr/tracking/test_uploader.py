@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import html
 import math
 import re
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 
+import browser
 from logged_run import log_run, upload, write_table
 from mlflow_proxy import MlflowProxy
 from mlflow_server import MlflowServer
+from raydetr.tracking import mlflow_run
 from raydetr.tracking.events import EventLog
 from raydetr.tracking.metric_names import metric_name
 from raydetr.tracking.upload_process import UploadProcess
-from raydetr.tracking.upload_state import STATE, read_run_id
+from raydetr.tracking.upload_state import STATE, page_of, read_run_id
 from raydetr.tracking.uploader import CHANGED_TAG, Uploader
 from raydetr.tracking.uris import TrackingError, default_uri, mask_password, restore_uri, storable_uri
 
@@ -258,6 +263,53 @@ def test_a_slow_server_is_waited_for_while_it_answers(
     assert len(points(proxy.uri, run_id)["loss/loss"]) == 40
 
 
+def test_a_token_and_a_password_of_the_driver(
+    proxy: MlflowProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "token"
+    log_run(folder, proxy.uri, steps=STEPS)
+    proxy.token = "secret"
+    monkeypatch.delenv("MLFLOW_TRACKING_TOKEN", raising=False)
+    problems: list[str] = []
+    pending = UploadProcess(folder, proxy.uri, problems.append).finish()
+    assert pending is not None
+    assert "no token" in pending
+    assert len(problems) == 1
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "secret")
+    assert UploadProcess(folder, proxy.uri, problems.append).finish() is None
+
+
+def test_the_pages_of_mlflow_show_the_run(server: MlflowServer, tmp_path: Path) -> None:
+    program = browser.find_browser()
+    if program is None:
+        pytest.skip("no Chromium")
+    folder = tmp_path / "seen"
+    log = log_run(
+        folder, server.uri, experiment="pages", steps=STEPS, evaluations=[(40, {"AP": 0.5})], end=None
+    )
+    Image.new("RGB", (300, 200), "red").save(folder / "curves.png")
+    log.append("system", step=40, metrics={"system/node-1/cpu_utilization_percentage": 50.0})
+    log.append("files", files=["curves.png"])
+    log.append("finished")
+    assert log.flush()
+    upload(folder)
+    page = page_of(folder, server.uri)
+    assert page is not None
+    document, _ = browser.load_address(program, page, tmp_path / "profile")
+    text = re.sub(r"<[^>]+>", " ", document)
+    assert "Training runs" not in text  # of the pages for language models
+    assert "raydetr train quickstart --name seen" in text
+    assert re.search(r"last\s+40\s+0\.500", text)
+    assert "System metrics" in text
+    (source,) = re.findall(r'<img src="(get-artifact[^"]+curves[^"]+)"', document)
+    with urllib.request.urlopen(f"{server.uri}/{html.unescape(source)}", timeout=30) as response:
+        assert Image.open(response).size == (300, 200)
+    charts, _ = browser.load_address(program, page.replace("?", "/model-metrics?"), tmp_path / "profile")
+    text = re.sub(r"<[^>]+>", " ", charts)
+    for group in ("AP", "loss", "lr", "time"):
+        assert re.search(rf"\b{group}\s*\(\s*1\s*\)", text), group
+
+
 def test_the_process_ends_with_its_driver(tmp_path: Path) -> None:
     folder = tmp_path / "orphan"
     log_run(folder, NOWHERE, end=None)
@@ -280,6 +332,32 @@ def test_many_processes_create_one_database(database: str, tmp_path: Path) -> No
     processes = [UploadProcess(folder, database, lambda problem: None) for folder in folders]
     assert [process.finish() for process in processes] == [None] * 4
     assert all(len(runs_named(database, folder.name)) == 1 for folder in folders)
+
+
+@pytest.mark.parametrize("name", ["a b", "a%20b", "a#b", "a?b", "a&b=c", "ä", "a'b", 'a"b'])
+def test_the_database_is_where_its_path_says(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name / "run"
+    uri = default_uri(folder.parent)
+    log_run(folder, storable_uri(uri, folder))
+    upload(folder)
+    assert {path.name for path in folder.parent.iterdir()} == {"run", "mlflow.db"}
+    assert [path.parent for path in tmp_path.rglob("*.db")] == [folder.parent]
+    assert mlflow_run.fetch_run(uri, "run").status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("postgresql://me@127.0.0.1:1/mlflow", "psycopg"),
+        ("oracle://host/db", "oracle"),
+        ("sqlite:////proc/forbidden/mlflow.db", "/proc/forbidden"),
+    ],
+)
+def test_databases_that_cannot_be_opened(uri: str, message: str, tmp_path: Path) -> None:
+    log_run(tmp_path / "run", uri)
+    with pytest.raises((TrackingError, OSError), match=message) as error:
+        upload(tmp_path / "run")
+    assert "\n" not in str(error.value)
 
 
 def test_a_deleted_experiment_and_a_deleted_run(database: str, tmp_path: Path) -> None:
