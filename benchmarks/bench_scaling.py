@@ -99,6 +99,7 @@ def configure(work: Path) -> list[RunConfig]:
         "cluster.use_gpu": False,
         "cluster.cpus_per_worker": 1,
         "storage.path": str(work / "runs"),
+        "tracking.register_model": False,
     }
     resnet = {
         "data.batch_size": 16, "data.num_loader_workers": 0, "data.train_transform.scale_per": "image",

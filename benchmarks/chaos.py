@@ -303,6 +303,7 @@ def configure(work: Path, address: str, tracking_uri: str, kills: int) -> RunCon
             "storage.checkpoint_steps": 8,
             "tracking.uri": tracking_uri,
             "tracking.log_every_steps": 1,
+            "tracking.register_model": False,
         },
     )
 

@@ -9,7 +9,7 @@ import typer
 track_app = typer.Typer(help="Send to MLflow what it lacks of runs.", no_args_is_help=True)
 
 # Exit code of a command whose run is complete in its folder, but not in MLflow
-INCOMPLETE = 3
+INCOMPLETE = 5
 
 
 @track_app.command()

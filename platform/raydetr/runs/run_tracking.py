@@ -62,12 +62,18 @@ def log_launch(
         recipe=config.recipe,
         uri=storable_uri(tracking_uri(config), folder),
         experiment=experiment_of(config),
-        command=shlex.join([Path(sys.argv[0]).name, *map(mask_password, sys.argv[1:])]),
+        command=shlex.join([Path(sys.argv[0]).name, *map(_mask_argument, sys.argv[1:])]),
         model=config.recipe if kind == "run" and config.tracking.register_model else None,
         tags=tags,
         **{"params": flatten(to_dict(config)), "datasets": _datasets(splits), "files": ["config.yaml"]}
         | fields,
     )
+
+
+def _mask_argument(argument: str) -> str:
+    """Hide the password in an argument such as tracking.uri=http://user:password@host."""
+    path, equals, value = argument.partition("=")
+    return f"{path}{equals}{mask_password(value)}"
 
 
 def _datasets(splits: Sequence[Shards]) -> list[dict[str, Any]]:

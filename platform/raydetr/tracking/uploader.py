@@ -28,6 +28,7 @@ from raydetr.tracking.mlflow_run import (
     store_file,
     tracking_errors,
 )
+from raydetr.tracking.moved_database import artifacts_of, follow_move
 from raydetr.tracking.upload_state import UploadState
 from raydetr.tracking.uris import TrackingError, mask_password, restore_uri
 
@@ -92,6 +93,9 @@ class Uploader:
         launch = self._first_launch()
         uri = restore_uri(self._given_uri or launch["uri"], self._run)
         with tracking_errors(uri, f"upload {self._run.name}"):
+            file = sqlite_file(uri)
+            if file is not None and self.num_sent == 0:
+                follow_move(file)
             client = connect(uri)
             if self._state.run_id is None:
                 self._find_or_create(client, uri, launch)
@@ -287,8 +291,7 @@ def _experiment_id(client: MlflowClient, uri: str, experiment: str) -> str:
 
 def _create_experiment(client: MlflowClient, uri: str, experiment: str) -> None:
     file = sqlite_file(uri)
-    # By default, MLflow would put the artifacts into the current working directory
-    artifacts = (file.absolute().parent / "mlflow-artifacts").as_uri() if file else None
+    artifacts = None if file is None else artifacts_of(file)
     # Without this tag, MLflow shows the page for language models
     tags = {"mlflow.experimentKind": "custom_model_development"}
     try:

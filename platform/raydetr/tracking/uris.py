@@ -33,7 +33,9 @@ def tracking_uri(config: RunConfig) -> str:
 
 def mask_password(uri: str) -> str:
     """Return the URI with *** in place of its password."""
-    return re.sub(r"(://[^/@:]*):[^/@]*@", rf"\1:{HIDDEN}@", uri)
+    # In the URI of a database, a password may contain slashes
+    characters = "[^/@]" if uri.startswith(("http://", "https://")) else "[^@]"
+    return re.sub(rf"(://[^/@:]*):{characters}*@", rf"\1:{HIDDEN}@", uri)
 
 
 def storable_uri(uri: str, run: Folder) -> str:

@@ -21,6 +21,7 @@ import browser
 from logged_run import log_run, upload, write_table
 from mlflow_proxy import MlflowProxy
 from mlflow_server import MlflowServer
+from postgres_server import PASSWORD, PostgresServer, find_programs
 from raydetr.tracking import mlflow_run
 from raydetr.tracking.events import EventLog
 from raydetr.tracking.metric_names import metric_name
@@ -360,6 +361,32 @@ def test_databases_that_cannot_be_opened(uri: str, message: str, tmp_path: Path)
     assert "\n" not in str(error.value)
 
 
+def test_postgres(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = find_programs()
+    if programs is None:
+        pytest.skip("no PostgreSQL")
+    database = PostgresServer(tmp_path, programs)
+    try:
+        folder = tmp_path / "runs" / "run"
+        log_run(folder, storable_uri(database.uri, folder), steps=STEPS, evaluations=[(40, {"AP": 0.5})])
+        assert PASSWORD not in "".join(path.read_text() for path in (folder / "events").iterdir())
+        pending = UploadProcess(folder, mask_password(database.uri), lambda problem: None).finish()
+        assert pending is not None
+        assert "MLFLOW_TRACKING_URI" in pending
+        assert UploadProcess(folder, database.uri, lambda problem: None).finish() is None
+        run_id = read_run_id(folder)
+        assert run_id is not None
+        before = points(database.uri, run_id)
+        assert len(before["loss/loss"]) == 40
+        # Later, the password is that of the variable
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", database.uri)
+        (folder / STATE).unlink()
+        assert upload(folder) == run_id
+        assert points(database.uri, run_id) == before
+    finally:
+        database.stop()
+
+
 def test_a_deleted_experiment_and_a_deleted_run(database: str, tmp_path: Path) -> None:
     folder = tmp_path / "first"
     log_run(folder, database)
@@ -391,7 +418,7 @@ def test_names_are_grouped() -> None:
 
 def test_passwords_are_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "runs" / "run"
-    for uri in ("http://me:secret@host:5000", "postgresql://me:secret@host/mlflow", "http://:secret@host"):
+    for uri in ("http://me:secret@host:5000", "postgresql://me:secret/@host/mlflow", "http://:secret@host"):
         stored = storable_uri(uri, run)
         assert "secret" not in stored
         assert mask_password(uri) == stored
@@ -401,7 +428,8 @@ def test_passwords_are_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert restore_uri("http://me:***@host:5000", run) == "http://host:5000"
     with pytest.raises(TrackingError, match="MLFLOW_TRACKING_URI"):
         restore_uri("postgresql://me:***@host/mlflow", run)
-    assert storable_uri("http://host:5000", run) == "http://host:5000"
+    for uri in ("http://host:5000", "http://host:5000/a@b", "databricks", "postgresql://me@host:5432/mlflow"):
+        assert storable_uri(uri, run) == uri
 
 
 def test_a_database_near_the_run_moves_with_it(tmp_path: Path) -> None:

@@ -1,0 +1,134 @@
+"""Measure what MLflow costs a training: a database, a server that is slow, frozen, or not there.
+
+    make bench-tracking
+
+Trains the quickstart's model in this process on one thread; in turns without an upload (as a trial of a search, which
+the search uploads), with SQLite, and with a server that answers after 5 seconds, is frozen, or absent. Rates are those
+between the first and the last logged step; their ratios are medians over the rounds, each with the training without an
+upload of the same round. Prints a table and writes build/bench/tracking.json, a list of {case, value, unit, target};
+exits with 1 if a target is missed. Needs two free cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
+
+from drawn_shards import write_drawn_shards
+from mlflow_proxy import MlflowProxy
+from mlflow_server import MlflowServer
+from raydetr import recipes
+from raydetr.config import RunConfig, override
+from raydetr.runs import run
+from raydetr.tracking.events import read_events
+
+OUT = Path("build/bench/tracking.json")
+IMAGES, BATCH = 64, 16
+WARM_UP = 2  # logged steps
+MAX_COST = 0.01
+SLOW_SECONDS = 5.0
+_numbers = itertools.count()
+
+
+def main() -> None:
+    """Measure all cases."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=40)
+    arguments = parser.parse_args()
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="tracking-") as name:
+        server = MlflowServer(Path(name))
+        server.start()
+        proxy = MlflowProxy(server.uri)
+        try:
+            rows = measure(configure(Path(name), arguments.epochs), server, proxy, arguments.rounds)
+        finally:
+            proxy.stop()
+            server.kill()
+    print(f"\n{'case':<40} {'cost':>8}  target")
+    for row in rows:
+        missed = "" if row["value"] <= MAX_COST else " !"
+        print(f"{row['case']:<40} {row['value']:8.2%}  <= {MAX_COST:.0%}{missed}")
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps(rows, indent=1) + "\n")
+    sys.exit(0 if all(row["value"] <= MAX_COST for row in rows) else 1)
+
+
+def configure(work: Path, epochs: int) -> RunConfig:
+    """Write small data; return the configuration of all runs, which log every step."""
+    write_drawn_shards(work, IMAGES, 16)
+    return override(
+        recipes.quickstart(),
+        {
+            "data.train": str(work / "train"), "data.val": str(work / "val"), "data.synthetic": None,
+            "data.batch_size": BATCH, "cluster.num_workers": 1, "cluster.cpus_per_worker": 1,
+            "storage.path": str(work / "runs"), "optim.epochs": epochs, "evaluation.every_epochs": epochs,
+            "tracking.log_every_steps": 1, "tracking.register_model": False,
+        },
+    )  # fmt: skip
+
+
+def measure(config: RunConfig, server: MlflowServer, proxy: MlflowProxy, rounds: int) -> list[dict[str, Any]]:
+    """Return how much slower each case is than training without an upload."""
+
+    def slow() -> float:
+        proxy.delay = SLOW_SECONDS
+        try:
+            return rate(override(config, {"tracking.uri": proxy.uri}))
+        finally:
+            proxy.delay = 0.0
+
+    def frozen() -> float:
+        server.freeze()
+        try:
+            return rate(override(config, {"tracking.uri": server.uri}))
+        finally:
+            server.thaw()
+
+    cases = {
+        "SQLite": lambda: rate(config),
+        "a server": lambda: rate(override(config, {"tracking.uri": server.uri})),
+        "a server that answers after 5 s": slow,
+        "a server that is frozen": frozen,
+        "a server that is not there": lambda: rate(override(config, {"tracking.uri": "http://127.0.0.1:9"})),
+    }
+    costs: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(rounds):
+        for name, measure_case in cases.items():
+            alone, own = rate(config, is_uploaded=False), measure_case()
+            costs[name].append(alone / own - 1)
+        shown = ", ".join(f"{name} {values[-1]:.1%}" for name, values in costs.items())
+        print(f"round {number + 1} of {rounds}: {shown}", flush=True)
+    return [
+        {"case": name, "value": median(values), "unit": "ratio", "target": ["<=", MAX_COST]}
+        for name, values in costs.items()
+    ]
+
+
+def rate(config: RunConfig, *, is_uploaded: bool = True) -> float:
+    """Return the images per second of a run."""
+    result = run.start(
+        config, local=True, name=f"run-{next(_numbers)}", kind="run" if is_uploaded else "trial", warn=False
+    )
+    steps = [event for event in read_events(result.folder) if event["kind"] == "step"][WARM_UP:]
+    seconds = steps[-1]["time"] - steps[0]["time"]
+    time.sleep(1)  # processes of the run end
+    return (steps[-1]["position"] - steps[0]["position"]) / seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""What a run stores of its tracking: no password, no path that binds it to its place, MLflow's own variables."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from raydetr.config import RunConfig, override
+from raydetr.locations import sqlite_file
+from raydetr.runs import run
+from raydetr.runs.session import read_config
+from raydetr.tracking.uris import default_uri
+
+# SQLAlchemy 2.1 deprecates an option that MLflow 3.17 uses
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
+
+
+@pytest.fixture
+def short(tiny_run: RunConfig) -> RunConfig:
+    return override(tiny_run, {"optim.epochs": 1, "data.limit_images": 8, "tracking.log_every_steps": 1})
+
+
+def test_a_password_is_nowhere(
+    short: RunConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    config = override(short, {"tracking.uri": "http://me:s3cr3t@127.0.0.1:9"})
+    monkeypatch.setattr(sys, "argv", ["raydetr", "train", "tracking.uri=http://me:s3cr3t@127.0.0.1:9"])
+    result = run.start(config, local=True)
+    printed = result.to_text() + "".join(capfd.readouterr())
+    assert "http://me:***@127.0.0.1:9" in printed
+    assert "s3cr3t" not in printed
+    found = [path for path in result.folder.rglob("*") if path.is_file() and b"s3cr3t" in path.read_bytes()]
+    assert found == []
+    assert read_config(result.folder).tracking.uri == "http://me:***@127.0.0.1:9"
+    run.resume(result.folder, overrides={"optim.epochs": 2}, local=True)
+
+
+def test_a_moved_folder_is_resumed_in_its_database(short: RunConfig, tmp_path: Path) -> None:
+    result = run.start(short, local=True)
+    before = Path(short.storage.path)
+    after = tmp_path / "elsewhere" / "runs"
+    after.parent.mkdir()
+    shutil.move(before, after)
+    resumed = run.resume(after / result.name, overrides={"optim.epochs": 2}, local=True)
+    assert not before.exists()
+    assert resumed.pending_upload is None
+    assert resumed.tracking_uri == default_uri(after)
+    client = MlflowClient(resumed.tracking_uri)
+    assert resumed.mlflow_run_id is not None
+    assert len(client.get_metric_history(resumed.mlflow_run_id, "AP/AP")) == 2
+    assert [path.parent for path in tmp_path.rglob("mlflow.db")] == [after]
+    artifacts = [file.path for file in client.list_artifacts(resumed.mlflow_run_id)]
+    assert "curves.png" in artifacts
+    config = read_config(after / result.name)
+    assert (config.storage.path, config.tracking.uri) == (str(after), None)
+
+
+def test_the_variables_of_mlflow_count_where_settings_are_not_given(
+    short: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = default_uri(tmp_path / "other")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    result = run.start(short, local=True)
+    assert f"MLflow {other}, experiment mine" in " ".join(capsys.readouterr().err.split())
+    assert not Path(short.storage.path, "mlflow.db").exists()
+    experiment = MlflowClient(other).get_experiment_by_name("mine")
+    assert experiment is not None
+    assert MlflowClient(other).get_run(result.mlflow_run_id).info.experiment_id == experiment.experiment_id
+    # The settings of a run that is resumed are its own
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", default_uri(tmp_path / "third"))
+    assert run.resume(result.folder, overrides={"optim.epochs": 2}, local=True).tracking_uri == other
+
+    given = override(
+        short, {"tracking.uri": default_uri(tmp_path / "given"), "tracking.experiment": "theirs"}
+    )
+    result = run.start(given, local=True)
+    assert result.tracking_uri == default_uri(tmp_path / "given")
+    assert MlflowClient(result.tracking_uri).get_experiment_by_name("theirs") is not None
+
+
+def test_a_run_that_fails_before_the_loop_is_marked(short: RunConfig) -> None:
+    config = override(short, {"storage.checkpoint_steps": 1})
+    broken = override(config, {"init.checkpoint": str(Path(config.data.train))})
+    with pytest.raises(ValueError, match=r"meta\.json"):
+        run.start(broken, local=True, name="broken")
+    uri = default_uri(config.storage.path)
+    file = sqlite_file(uri)
+    assert file is not None
+    if file.exists():
+        client = MlflowClient(uri)
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        assert [found.info.status for found in client.search_runs(experiments)] == ["FAILED"]
+
+
+def test_the_exit_code_tells_that_mlflow_lacks_something(short: RunConfig, tmp_path: Path) -> None:
+    settings = {"data.train": short.data.train, "data.val": short.data.val, "storage.path": str(tmp_path / "runs"),
+                "data.synthetic": "null", "data.limit_images": 8, "optim.epochs": 1, "data.batch_size": 8,
+                "tracking.uri": "http://127.0.0.1:9"}  # fmt: skip
+    command = [sys.executable, "-m", "raydetr.cli.main", "train", "quickstart", "--local", "--name", "pending",
+               *(f"{path}={value}" for path, value in settings.items())]  # fmt: skip
+    code = "import sys; from raydetr.cli.main import main; main()"
+    command[1:3] = ["-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 5, done.stderr
+    assert "raydetr track sync" in done.stderr
+    sync = [sys.executable, "-c", code, "track", "sync", str(tmp_path / "runs" / "pending")]
+    sync += ["--uri", default_uri(tmp_path / "later")]
+    done = subprocess.run(sync, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("pending: sent ")
