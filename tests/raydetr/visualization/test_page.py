@@ -30,12 +30,13 @@ def test_an_image_is_inside_its_url() -> None:
 
 def test_a_plot_keeps_its_size_and_colors() -> None:
     figure = Figure(figsize=(3, 2))
-    figure.subplots().bar([0, 1], [1, 2], color="#3366cc")
+    panel = figure.subplots()
+    wanted = [f"#{hue:02x}{255 - hue:02x}80" for hue in range(0, 256, 17)]
+    panel.bar(range(len(wanted)), 1, color=wanted)
     back = opened(png_url(plot_png(figure)), "png").convert("RGB")
     assert back.size == (480, 320)
-    colors = {color for _, color in back.getcolors(2**24) or []}
-    assert (0x33, 0x66, 0xCC) in colors
-    assert (255, 255, 255) in colors
+    colors = {f"#{red:02x}{green:02x}{blue:02x}" for _, (red, green, blue) in back.getcolors(2**24) or []}
+    assert {*wanted, "#ffffff"} <= colors
 
 
 def test_a_template_without_a_value_is_an_error() -> None:
