@@ -4,10 +4,10 @@
 
 Every measurement runs in a process of its own, which reads the same files: COCO ground truth as JSON, and detections as
 packed arrays. "ours" is what a run's scoring process does. "pycocotools" reads the same arrays, makes the COCO results
-of them (`loadRes`), and evaluates. Both give the same twelve numbers, which is checked. "ranks" compares what a rank
-holds: packed arrays, with dicts that are sent to all ranks. Prints a table and writes build/bench/evaluation.json, a
-list of {case, ours, baseline, ratio, unit, target, reached}; `target` is the maximum of `ours`. Exits with 1 if a case
-misses it.
+of them (`loadRes`), and evaluates. Both give the same twelve numbers, which is checked. Times are CPU times. "ranks"
+compares what a rank holds: packed arrays, with dicts that are sent to all ranks. Prints a table and writes
+build/bench/evaluation.json, a list of {case, ours, baseline, ratio, unit, target, reached}; `target` is the maximum of
+`ours`. Exits with 1 if a case misses it.
 """
 
 from __future__ import annotations
@@ -157,10 +157,10 @@ def score(folder: Path) -> dict[str, Any]:
     files = [str(folder / f"{rank}.npz") for rank in range(2)]
     request = Request(str(folder / "truth.json"), files, str(folder / "out"), "hotcoco", {})
     write_request(request, folder / "request.json")
-    began = time.perf_counter()
+    began = time.process_time()
     sys.argv = ["score", str(folder / "request.json")]
     main()
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     numbers = json.loads((folder / "out" / "evaluation.json").read_text())["metrics"]
     return {"seconds": seconds, "megabytes": peak(), "numbers": list(numbers.values())}
 
@@ -169,9 +169,9 @@ def own_pycocotools(folder: Path) -> dict[str, Any]:
     """Score with the other engine."""
     from raydetr.evaluation.coco_metrics import coco_ap
 
-    began = time.perf_counter()
+    began = time.process_time()
     table = coco_ap(json.loads((folder / "truth.json").read_text()), read(folder).results(), "pycocotools")
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     return {"seconds": seconds, "megabytes": peak(), "numbers": list(table.numbers.values())}
 
 
@@ -180,7 +180,7 @@ def plain_pycocotools(folder: Path) -> dict[str, Any]:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    began = time.perf_counter()
+    began = time.process_time()
     results = read(folder).results().sorted().to_coco()
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(folder / "truth.json"))
@@ -188,7 +188,7 @@ def plain_pycocotools(folder: Path) -> dict[str, Any]:
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     return {"seconds": seconds, "megabytes": peak(), "numbers": evaluation.stats.tolist()}
 
 
@@ -197,16 +197,16 @@ def rank_arrays(folder: Path) -> dict[str, Any]:
     from raydetr.evaluation.evaluator import pack
 
     batches, label_map = rank_batches(folder)
-    before, began = peak(), time.perf_counter()
+    before, began = peak(), time.process_time()
     share = PackedDetections.concatenate(pack(ids, found, label_map) for ids, found in batches)
     (folder / "written.npz").write_bytes(share.to_npz())
-    return {"seconds": time.perf_counter() - began, "megabytes": peak() - before}
+    return {"seconds": time.process_time() - began, "megabytes": peak() - before}
 
 
 def rank_dicts(folder: Path) -> dict[str, Any]:
     """Convert them to COCO results as runs did before, and receive those of the other rank, without their transfer."""
     batches, label_map = rank_batches(folder)
-    before, began = peak(), time.perf_counter()
+    before, began = peak(), time.process_time()
     own = [
         {
             "image_id": image_id,
@@ -223,7 +223,7 @@ def rank_dicts(folder: Path) -> dict[str, Any]:
     received = pickle.loads(pickle.dumps(own))
     everything = [result for share in (own, received) for result in share]
     assert everything
-    return {"seconds": time.perf_counter() - began, "megabytes": peak() - before}
+    return {"seconds": time.process_time() - began, "megabytes": peak() - before}
 
 
 def rank_batches(folder: Path) -> tuple[list[tuple[list[int], list[Any]]], Any]:

@@ -34,6 +34,8 @@ LIBRARIES = {
     "mlflow": ("raydetr.tracking.*",),
     "webdataset": ("raydetr.shards.*",),
     "obstore": ("raydetr.store.*",),
+    "hotcoco": ("raydetr.evaluation.*",),
+    "pycocotools": ("raydetr.evaluation.*",),
     "ray": (
         "raydetr.runs.ray_train",
         "raydetr.runs.ray_cluster",
@@ -265,6 +267,8 @@ def test_a_reader_crosses_five_files_from_the_job_to_the_training_step() -> None
         ("raydetr.training.loop", {"ray", "mlflow"}),
         # In processes of Ray's that a run waits for
         ("raydetr.console", {"ray", "torch"}),
+        # A process that scores while the training needs memory and cores
+        ("raydetr.evaluation.score", {"ray", "torch", "mlflow", "detrs"}),
         ("raydetr.runs.fatal_errors", {"torch", "detrs", "mlflow", "matplotlib"}),
     ],
 )

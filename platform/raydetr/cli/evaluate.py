@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from raydetr.evaluation.report import Report
     from raydetr.evaluation.report_images import ReadImage
 
-IMAGES_EXAMPLE = "--images val2017"
-
 
 @dataclass(frozen=True)
 class Options:
@@ -72,7 +70,7 @@ def _evaluate_checkpoint(checkpoint: str, overrides: list[str], options: Options
             times["images_per_second"] = 1 / float(seconds.mean())
         report = analyze(found.ground_truth.coco, found.detections.results(), speed=times)
         about = {"checkpoint": str(found.checkpoint), "data": found.shards.location}
-        _write_page(options.html, report, from_shards(found.shards), about)
+        _write_page(options.html, report, from_shards(found.shards), checkpoint, about)
     return _finish(table, options)
 
 
@@ -94,7 +92,8 @@ def _evaluate_results(checkpoint: str | None, results: Path, options: Options) -
         print_status(f"warning: {line}")
     report = analyze(truth, found)
     if options.html is not None:
-        _write_page(options.html, report, read_image, {"results": str(results), "data": options.data})
+        about = {"results": str(results.absolute()), "data": options.data}
+        _write_page(options.html, report, read_image, results, about)
     return _finish(report.table, options)
 
 
@@ -127,10 +126,11 @@ def _ground_truth(data: str, images: Path | None) -> tuple[dict[str, Any], ReadI
     return truth, from_folder(images, truth)
 
 
-def _write_page(path: Path, report: Report, read_image: ReadImage | None, about: Mapping[str, str]) -> None:
+def _write_page(
+    path: Path, report: Report, read_image: ReadImage | None, name: object, about: Mapping[str, str]
+) -> None:
     from raydetr.evaluation.report import PAGE, report_files
 
-    name = Path(next(iter(about.values()))).name
     files = report_files(report, read_image, title=f"Evaluation of {name}", about=about)
     path.write_bytes(files[PAGE])
     print_status(f"wrote {path}")

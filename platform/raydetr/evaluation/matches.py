@@ -114,8 +114,9 @@ def best_f1(scores: NDArray[np.float64], is_correct: NDArray[np.bool_], num_obje
 class Tide:
     """TIDE's errors (Bolya et al., ECCV 2020): how many, and by how much AP50 would rise without them.
 
-    hotcoco takes the mean over the classes with objects, as AP does; where all objects of a class were missed, AP of
-    the class stays 0 without the missed ones.
+    Means are over the classes with objects, as those of AP. Of several detections about one object, only the one with
+    the highest score is corrected, as in the authors' code. A class whose objects were all missed has AP 0 also without
+    the missed ones, where that code leaves out the class.
     """
 
     ap50: float

@@ -10,7 +10,7 @@ from PIL import Image
 
 from raydetr.evaluation.analysis import Report
 from raydetr.evaluation.mistakes import Mistake
-from raydetr.visualization.boxes import Box, coco_boxes, draw_boxes
+from raydetr.visualization.boxes import Box, Rectangle, coco_boxes, draw_boxes
 from raydetr.visualization.page import jpeg_url
 
 ReadImage = Callable[[int], Image.Image | None]  # by image id; None: it cannot be read
@@ -71,10 +71,19 @@ def _explained(mistake: Mistake, names: Mapping[int, str]) -> str:
 
 
 def _mistake_boxes(report: Report, mistake: Mistake) -> tuple[Box, ...]:
+    """Return the box of a mistake, and the objects that it overlaps: in a crowd of objects, no box could be seen."""
     left, top, width, height = mistake.box_xywh
-    name = report.names[mistake.category_id]
-    own = Box(mistake.category_id, name, (left, top, left + width, top + height), mistake.score)
-    return own, *_objects(report, mistake.image_id)
+    own = Box(
+        mistake.category_id,
+        report.names[mistake.category_id],
+        (left, top, left + width, top + height),
+        mistake.score,
+    )
+    return own, *(box for box in _objects(report, mistake.image_id) if _overlap(box.xyxy, own.xyxy))
+
+
+def _overlap(a: Rectangle, b: Rectangle) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _objects(report: Report, image_id: int) -> tuple[Box, ...]:
@@ -85,7 +94,7 @@ def _objects(report: Report, image_id: int) -> tuple[Box, ...]:
 def _cropped(
     image: Image.Image, boxes: tuple[Box, ...], mistake: Mistake
 ) -> tuple[Image.Image, tuple[Box, ...]]:
-    """Return the part of an image around a mistake and the object it is about, and the boxes there."""
+    """Return the part of an image around a mistake and the object it is about, and the boxes in its pixels."""
     about = np.array([mistake.box_xywh, *([mistake.object_box_xywh] if mistake.object_box_xywh else [])])
     starts, stops = about[:, :2].min(0), (about[:, :2] + about[:, 2:]).max(0)
     sides = np.maximum(CROP_FACTOR * (stops - starts), MIN_CROP)
@@ -95,13 +104,8 @@ def _cropped(
         low = int(min(max(middle - side / 2, 0), max(limit - side, 0)))
         edges.append((low, min(limit, max(low + 1, int(np.ceil(low + side))))))
     (x0, x1), (y0, y1) = edges
-    inside = [
-        box
-        for box in boxes
-        if box.xyxy[0] < x1 and box.xyxy[2] > x0 and box.xyxy[1] < y1 and box.xyxy[3] > y0
-    ]
     moved = []
-    for box in inside:
+    for box in boxes:
         left, top, right, bottom = box.xyxy
         moved.append(replace(box, xyxy=(left - x0, top - y0, right - x0, bottom - y0)))
     return image.crop((x0, y0, x1, y1)), tuple(moved)

@@ -58,7 +58,7 @@ def read_results(path: Path, ground_truth: Mapping[str, Any]) -> tuple[Results, 
         for text in found:
             problems.add(f"[{place}]: {text}")
     hints = [
-        f"{number} of {num_valid} records have an {name} that the ground truth lacks: {remedy}"
+        f"the ground truth lacks the {name} of {number} of {num_valid} records: {remedy}"
         for number, name, remedy in (
             (unknown_images, "image_id", "is it the one of the split that was detected on?"),
             (unknown_categories, "category_id", "the ids are those of the ground truth, not labels from 0"),
@@ -123,9 +123,11 @@ def _warnings(path: Path, results: Results, ground_truth: Mapping[str, Any]) -> 
             f"{path}: no coordinate is larger than 1: boxes must be in pixels, not in fractions of the image"
         )
     elif outside > MAX_SUSPICIOUS:
-        as_corners = "" if _leave(boxes[:, 2:], limits).any() else ": they look like corners [x1, y1, x2, y2]"
+        is_ordered = (boxes[:, 2:] >= boxes[:, :2]).all(1)
+        as_corners = float((is_ordered & ~_leave(boxes[:, 2:], limits)).mean())
+        guess = ": they look like corners [x1, y1, x2, y2]" if as_corners >= outside else ""
         lines.append(
-            f"{path}: {outside:.0%} of the boxes leave their image{as_corners}; bbox must be [x, y, width, height]"
+            f"{path}: {outside:.0%} of the boxes leave their image{guess}; bbox must be [x, y, width, height]"
         )
     return lines
 

@@ -214,6 +214,7 @@ class Scoring:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # Ctrl-C is for the training, which stops after a step
         )
         if self._is_closed:
             self._process.kill()

@@ -125,19 +125,23 @@ def run_session(run: Run, world: World, reporter: Reporter) -> None:
     if run.resume_from is None:
         init_weights.load(model.detector, config, train_shards.label_map)
     training = Training(config, model, train_shards.num_samples, world)
+    unscored: Evaluated | None = None
     if run.resume_from is not None:
         checkpoint.restore(run.resume_from, training, train_shards)
-        _take_over_evaluation(run, training, val_shards)
+        unscored = _take_over_evaluation(run, training, val_shards)
     training.should_stop = reporter.should_stop
-    session = _Session(run, training, train_shards, val_shards, reporter)
+    session = _Session(run, training, train_shards, val_shards, reporter, unscored)
     try:
         session.run()
     finally:
         session.close()
 
 
-def _take_over_evaluation(run: Run, training: Training, val_shards: Shards) -> None:
-    """If a process that was killed had evaluated at the position of `training`, do not evaluate again, only score."""
+def _take_over_evaluation(run: Run, training: Training, val_shards: Shards) -> Evaluated | None:
+    """Return the evaluation at the position of `training` that a process had made, and not scored, when it was killed.
+
+    It is not made again.
+    """
     evaluated: Evaluated | None = None
     if training.lacks_evaluation and training.world.is_main:
         evaluated = stored.read_evaluated(stored.folder_of(run.folder, training.position))
@@ -147,11 +151,18 @@ def _take_over_evaluation(run: Run, training: Training, val_shards: Shards) -> N
     if evaluated is not None:
         training.lacks_evaluation = False
         training.corrupt_log.add(CorruptSampleLog.from_dicts(evaluated.metrics["corrupt_rows"]).rows)
+    return evaluated
 
 
 class _Session:
     def __init__(
-        self, run: Run, training: Training, train_shards: Shards, val_shards: Shards, reporter: Reporter
+        self,
+        run: Run,
+        training: Training,
+        train_shards: Shards,
+        val_shards: Shards,
+        reporter: Reporter,
+        unscored: Evaluated | None,  # at the position of `training`
     ) -> None:
         self.config, self.folder = run.config, run.folder
         # For what training waits for
@@ -217,7 +228,9 @@ class _Session:
             training.on_evaluation_batch = lambda: self._show_now_and_then("evaluating")
             if training.lacks_evaluation:
                 self._begin_evaluation(training.position)
-            self._add_unscored()
+            self._add_unscored(unscored)
+        if unscored is not None and run.waits_for_scores:
+            self._report(unscored.position, unscored.metrics)
 
     def run(self) -> None:
         for report in train(self.training, self.train_shards, self.val_shards):
@@ -355,16 +368,16 @@ class _Session:
         with suppress(OSError):  # the arrays of this evaluation will replace the others
             stored.discard(stored.folder_of(self.quick_folder, position))
 
-    def _add_unscored(self) -> None:
-        """Score what a process that was killed had evaluated, and not scored."""
+    def _add_unscored(self, last: Evaluated | None) -> None:
+        """Score what a process that was killed had evaluated, and not scored: `last`, and earlier evaluations."""
         assert self.writer is not None
         assert self.scoring is not None
         recorded = {row["position"] for row in self.metrics.rows if "epoch" in row}
         for evaluated in stored.complete_evaluations(self.folder):
             position = evaluated.position
-            is_last = position == self.training.position  # the checkpoint may lack its metrics
             is_ours = evaluated.fingerprint == self.val_shards.fingerprint
-            if is_ours and position <= self.training.position and (is_last or position not in recorded):
+            is_unscored = position <= self.training.position and position not in recorded
+            if is_ours and (is_unscored or evaluated == last):
                 self.writer.expect(position)
                 self.scoring.add(evaluated)
 
@@ -397,9 +410,11 @@ class _Session:
                 self.temporary[report.position] = arrays
             self.scoring.add(evaluated, None if arrays is None else Path(arrays.name))
         if self.waits_for_scores:
-            if self.is_main:
-                metrics = self._wait_for_scores()[report.position]
-            self.reporter.report(metrics)
+            self._report(report.position, metrics)
+
+    def _report(self, position: int, metrics: dict[str, Any]) -> None:
+        """Report an evaluation to the search, with its AP from rank 0; all ranks call it equally often."""
+        self.reporter.report(self._wait_for_scores()[position] if self.is_main else metrics)
 
     def _write_detections(self, report: EvaluationReport) -> TemporaryDirectory[str] | None:
         """Write the arrays of this worker, and wait until those of all workers are written.

@@ -42,7 +42,7 @@ def plot_precision_recall(
         return figure
     for (name, values), color in zip(means.items(), (BLUE, ORANGE, "black"), strict=False):
         left.plot(recalls, values, color=color, label=f"IoU {name}: AP {values.mean():.3f}")
-    left.legend(fontsize=9, loc="upper right")
+    left.legend(fontsize=9, loc="best")
     ranked = sorted(classes, key=lambda row: -row[1].mean())
     half = MAX_NAMED_CURVES // 2
     named = ranked if len(ranked) <= MAX_NAMED_CURVES else [*ranked[:half], *ranked[-half:]]

@@ -294,6 +294,47 @@ def test_a_search_gets_the_ap_before_the_next_step_and_a_plain_run_reports_nothi
     assert [metrics["epoch"] for _, metrics in search.reported] == [1, 2, 3]
 
 
+def test_a_search_gets_the_ap_of_an_evaluation_before_a_kill(
+    short: RunConfig, undisturbed: run.RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, folder = run.resolve(short)[0], tmp_path / "trial"
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(session._Session, "_wait_for_scores", die)
+        with pytest.raises(KeyboardInterrupt):
+            session.run_session(
+                session.Run(config, folder, waits_for_scores=True), World.single_process(), Search()
+            )
+    last = checkpoint.newest_valid(folder, pytest.fail)
+    search = Search()
+    session.run_session(
+        session.Run(config, folder, last, waits_for_scores=True), World.single_process(), search
+    )
+    expected = [event["metrics"]["AP"] for event in evaluations(undisturbed.folder)]
+    assert [metrics["AP"] for _, metrics in search.reported] == expected
+    assert [metrics["epoch"] for _, metrics in search.reported] == [1, 2, 3]
+
+
+def test_a_resume_after_a_scored_evaluation_scores_nothing_again(
+    short: RunConfig, undisturbed: run.RunResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = checkpoint.read_metrics(undisturbed.checkpoint)
+    added: list[int] = []
+    add = scoring.Scoring.add
+
+    def count(self: scoring.Scoring, evaluated: stored.Evaluated, source: Any = None) -> None:
+        added.append(evaluated.position)
+        add(self, evaluated, source)
+
+    monkeypatch.setattr(scoring.Scoring, "add", count)
+    run.resume(undisturbed.folder, overrides={"optim.epochs": 4}, local=True)
+    assert added == [4 * EPOCH]
+    assert checkpoint.read_metrics(undisturbed.checkpoint) == before
+
+
 # --- The loop ---
 
 
