@@ -21,7 +21,7 @@ from raydetr.evaluation.coco_metrics import NAMES
 from raydetr.evaluation.matches import TIDE_ERRORS
 from raydetr.evaluation.report import Report, analyze
 from raydetr.runs import compared
-from raydetr.runs.compared import Compared
+from raydetr.runs.compared_run import Compared
 
 Numbers = Mapping[str, float]
 

@@ -16,7 +16,7 @@ from raydetr.evaluation.read_images import from_shards
 from raydetr.evaluation.report_images import ReadImage
 from raydetr.evaluation.results import Results
 from raydetr.runs.compare import RunComparison, interval_text
-from raydetr.runs.compared import Compared, Detections, Point
+from raydetr.runs.compared_run import Compared, Detections, Point
 from raydetr.shards.reader import Shards, open_shards
 from raydetr.visualization.boxes import coco_boxes, draw_boxes
 from raydetr.visualization.charts import COLORS, Curve, line_chart

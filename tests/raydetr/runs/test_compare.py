@@ -19,7 +19,7 @@ from played_run import PlayedRun, started, step
 from printed_tables import cells
 from raydetr.evaluation.coco_metrics import coco_ap
 from raydetr.runs.compare import compare
-from raydetr.runs.compared import points_of
+from raydetr.runs.compared_run import points_of
 from raydetr.shards.reader import Shards, open_shards
 from raydetr.store.folders import open_folder
 from raydetr.tracking.uris import TrackingError

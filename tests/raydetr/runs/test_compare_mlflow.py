@@ -82,6 +82,8 @@ def test_filters(uri: str) -> None:
     assert [run.name for run in comparison.runs] == ["better"]
     both = compare(["base"], uri, query="params.`optim.lr` = '0.0002' and metrics.AP/AP > 0.6")
     assert [run.name for run in both.runs] == ["base", "better"]
+    again = compare(["better"], uri, query="params.optim.lr = '0.0002'")
+    assert [run.name for run in again.runs] == ["better"]
     with pytest.raises(ValueError, match=r"no run in .* matches the filter params"):
         compare([], uri, query="params.optim.lr = '7'")
     with pytest.raises(TrackingError, match="could not search for nonsense"):
