@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from raydetr.config import ConfigError, parse_assignments
 from raydetr.console import print_status
+from raydetr.locations import is_remote
 from raydetr.store.output_folder import check_out_file
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ def _ground_truth(data: str, images: Path | None) -> tuple[dict[str, Any], ReadI
             raise ConfigError(f"--images has no effect with shards, which have the images ({data}): omit it")
         shards = open_shards(data)
         return ground_truth(shards, "raise").coco, from_shards(shards)
+    if is_remote(data):
+        raise ConfigError(f"--data {data}: a COCO file is read from this machine: download it first")
     dataset = load_coco(Path(data))
     truth = {
         "images": dataset.images,

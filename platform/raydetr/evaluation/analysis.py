@@ -160,7 +160,8 @@ def analyze(
         evaluation = hotcoco_evaluation(truth, results)
         evaluation.evaluate()
         accumulated = accumulated_by(evaluation, category_ids)
-        matches = match(truth, results, evaluation)
+        del evaluation  # and its memory, before the next one
+        matches = match(truth, results)
     else:
         accumulated = Accumulated.empty(category_ids)
     best = None if matches is None else _best_of_all(matches)

@@ -53,26 +53,38 @@ class Matches:
         return np.bincount(np.searchsorted(self.category_ids, of_objects), minlength=len(self.category_ids))
 
 
-def match(truth: Mapping[str, Any], results: Results, evaluation: hotcoco.COCOeval) -> Matches:
+def match(truth: Mapping[str, Any], results: Results) -> Matches:
     """Match detections with objects.
 
     Args:
         truth: a COCO dict whose annotations are all of its images and categories.
         results: of images and categories of the ground truth.
-        evaluation: of both, evaluated.
     """
-    status = evaluation.image_diagnostics(iou_thr=IOU, score_thr=float("inf"))["dt_status"]
+    evaluation = _evaluated(truth, results)
+    found = evaluation.image_diagnostics(iou_thr=IOU, score_thr=float("inf"))
+    status = found.pop("dt_status")
     ids = np.fromiter(status, np.int64, len(status))
     is_correct = np.fromiter((each == "tp" for each in status.values()), np.bool_, len(status))
+    del found, status  # of a million detections, they have a gigabyte
     order = np.argsort(ids)
-    counted = results[ids[order] - 1]
-    without_crowds = {**truth, "annotations": [a for a in truth["annotations"] if not a.get("iscrowd", 0)]}
-    clean = hotcoco_evaluation(without_crowds, counted)
-    parameters = clean.params
-    parameters.iou_thrs, parameters.area_rng, parameters.area_rng_lbl = [IOU], [[0, 1e10]], ["all"]
-    clean.evaluate()
+    objects = [a for a in truth["annotations"] if not a.get("iscrowd", 0)]
+    without_crowds = {**truth, "annotations": objects}
+    counted = results
+    if len(ids) < len(results) or len(objects) < len(truth["annotations"]):
+        del evaluation
+        counted = results[ids[order] - 1]
+        evaluation = _evaluated(without_crowds, counted)
     category_ids = np.unique([category["id"] for category in truth["categories"]])
-    return Matches(without_crowds, counted, is_correct[order], clean, category_ids)
+    return Matches(without_crowds, counted, is_correct[order], evaluation, category_ids)
+
+
+def _evaluated(truth: Mapping[str, Any], results: Results) -> hotcoco.COCOeval:
+    """Return hotcoco's evaluation at IoU 0.5, for objects of any size."""
+    evaluation = hotcoco_evaluation(truth, results)
+    parameters = evaluation.params
+    parameters.iou_thrs, parameters.area_rng, parameters.area_rng_lbl = [IOU], [[0, 1e10]], ["all"]
+    evaluation.evaluate()
+    return evaluation
 
 
 # --- F1 ---

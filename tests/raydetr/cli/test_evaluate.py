@@ -116,6 +116,7 @@ def test_the_page_of_a_checkpoint(evaluate: CommandLine, data: dict[str, Path], 
         (["--results", "{annotations}", "--data", "{annotations}"], "holds a dataset with annotations"),
         (["--results", "{results}", "--data", "{results}"], "not an object with images, annotations"),
         (["--results", "{results}", "--data", "none"], "no shards found"),
+        (["--results", "{results}", "--data", "s3://b/val.json"], "is read from this machine: download it"),
         (["RUN", "data.val=a", "--data", "b"], "--data b and data.val=a are given: keep one"),
     ],
 )

@@ -50,10 +50,7 @@ def dataset(annotations: list[dict[str, Any]], images: int = 2, categories: int 
 
 
 def matched(truth: dict[str, Any], detections: list[dict[str, Any]]) -> Matches:
-    results = Results.from_coco(detections).sorted()
-    evaluation = hotcoco_evaluation(truth, results)
-    evaluation.evaluate()
-    return match(truth, results, evaluation)
+    return match(truth, Results.from_coco(detections).sorted())
 
 
 def random_case(
