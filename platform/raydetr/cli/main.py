@@ -5,7 +5,6 @@ Their docstrings are the help texts.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import sys
@@ -26,12 +25,12 @@ from raydetr.cli.arguments import (
 )
 from raydetr.cli.cluster import cluster_app
 from raydetr.cli.jobs import jobs_app, submit_app
+from raydetr.cli.runs import compare, list_runs, watch
 from raydetr.cli.shards import shards_app
 from raydetr.cli.track import INCOMPLETE, track_app
 from raydetr.config import ConfigError
 from raydetr.console import print_status, progress_bar
 from raydetr.runs.signals import RunStopped
-from raydetr.store.output_folder import check_out_file
 
 app = typer.Typer(
     help="Train detectors of the DETR family on your COCO-format data: on a laptop, or on a Ray cluster.",
@@ -45,6 +44,9 @@ app.add_typer(cluster_app, name="cluster")
 app.add_typer(submit_app, name="submit")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(track_app, name="track")
+app.command("runs")(list_runs)
+app.command("watch")(watch)
+app.command("compare")(compare)
 
 # Settings of a cluster that have no effect in one process
 LOCAL_IGNORES = (
@@ -140,29 +142,38 @@ def train(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="A run or a checkpoint: its folder or URL.")],
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="A run or a checkpoint: its folder or URL.", show_default=False)
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="PATH=VALUE", help="Overrides, such as cluster.num_workers=1."),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Shards; default: the run's validation split.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Shards; default: the run's validation split. With --results also a COCO annotation file."
+        ),
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="COCO results of any tool (JSON), instead of a checkpoint.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder with the images of a COCO annotation file, for --html.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Explain the evaluation in a page: errors, classes, images.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the AP table to this JSON file.")] = None,
     local: Local = False,
 ) -> None:
-    """Evaluate a checkpoint: print the twelve COCO metrics and AP per class."""
-    from raydetr.runs.evaluate import evaluate_checkpoint
+    """Evaluate a checkpoint, or the results of another tool: COCO metrics, AP per class, a page that explains them."""
+    from raydetr.cli import evaluate as command
 
-    if out is not None:
-        check_out_file(out)
     if local:
         _refuse(overrides or [], ("cluster.num_workers", "cluster.address"), "with --local")
-    assignments = configuration.parse_assignments(overrides or [])
-    if data is not None and assignments.setdefault("data.val", data) != data:
-        raise ConfigError(f"--data {data} and data.val={assignments['data.val']} are given: keep one")
-    table = evaluate_checkpoint(checkpoint, assignments, local=local)
-    typer.echo(table.to_text())
-    if out is not None:
-        out.write_text(json.dumps(table.to_dict(), indent=1, allow_nan=False))
+    options = command.Options(data, results, images, html, out, local)
+    typer.echo(command.run(checkpoint, overrides or [], options))
 
 
 @app.command()
@@ -287,21 +298,6 @@ def tune(
     typer.echo(outcome.to_text())
     if outcome.pending_upload is not None:
         raise typer.Exit(INCOMPLETE)
-
-
-@app.command()
-def compare(
-    runs: Annotated[
-        list[str], typer.Argument(metavar="RUN", help="Run folders, run names or MLflow run ids.")
-    ],
-    uri: Annotated[
-        str | None, typer.Option(help="MLflow tracking URI; default: that of the folder, or SQLite in runs/.")
-    ] = None,
-) -> None:
-    """Compare runs: AP by size and class, and differences of their configurations."""
-    from raydetr.runs.compare import compare as compare_runs
-
-    typer.echo(compare_runs(runs, uri, plain=not sys.stdout.isatty()))
 
 
 def _refuse(arguments: list[str], prefixes: tuple[str, ...], where: str) -> None:

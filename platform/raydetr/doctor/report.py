@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-import jinja2
 import numpy as np
 import numpy.typing as npt
 
@@ -21,6 +18,7 @@ from raydetr.doctor.scan import ScannedSplit, is_valid_box, read_unchecked
 from raydetr.shards.images import ImageError, decode_image
 from raydetr.shards.manifest import MAX_LABEL
 from raydetr.visualization.boxes import coco_boxes, draw_boxes
+from raydetr.visualization.page import jpeg_url, render
 
 # --- Statistics of a split ---
 
@@ -137,11 +135,9 @@ class Report:
 
     def to_html(self) -> str:
         """Render a page in one file; its images are read from the shards again."""
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("raydetr.doctor", ""),
-            autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        )  # fmt: skip
-        return environment.get_template("page.html").render(
+        return render(
+            "raydetr.doctor",
+            "page.html",
             report=self,
             charts=[_chart(self, *chart) for chart in CHARTS] if self.statistics else [],
             class_rows=_class_rows(self),
@@ -205,7 +201,6 @@ def _finding_text(finding: Finding) -> str:
 COLORS = ("#3366cc", "#e07b39", "#2a9d6f", "#9b4dca", "#b8a000", "#808080")  # Of the splits
 GALLERY_SIZE = 8  # Images of each split
 IMAGE_SIDE = 340  # Pixels of the long side
-JPEG_QUALITY = 82
 CHARTS = (
     ("objects_per_image", "Objects per image", "objects"),
     ("shorter_side", "Shorter side of an object", "pixels after the resize"),
@@ -257,12 +252,10 @@ def _picture(report: Report, place: Place, is_pair: bool) -> str | None:
         records = [records[number] for number in place.annotations]
     names = {category["id"]: category["name"] for category in shards.manifest.categories}
     boxes = coco_boxes([record for record in records if is_valid_box(record.get("bbox"))], names)
-    buffer = io.BytesIO()
     try:
-        draw_boxes(image, boxes, IMAGE_SIDE).save(buffer, "JPEG", quality=JPEG_QUALITY)
+        return jpeg_url(draw_boxes(image, boxes, IMAGE_SIDE))
     except Exception as error:  # whatever it is: a picture must not take the findings with it
         print_status(
             f"warning: no picture of sample {place.sample} of {place.split}: {type(error).__name__}: {error}"
         )
         return None
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

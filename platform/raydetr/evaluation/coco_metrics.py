@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 AP_FILE = "evaluation/ap.json"  # artifact of a run: `ApTable.to_dict()` of its last evaluation
 
-_MEANING = {
+MEANING = {
     "AP": "IoU 0.50:0.95",
     "AP50": "IoU 0.50",
     "AP75": "IoU 0.75",
@@ -85,7 +85,7 @@ class ApTable:
         return f"{numbers}\n\n{_markdown(_CLASS_HEADER, self._class_rows())}\n"
 
     def _number_rows(self) -> list[tuple[str, ...]]:
-        return [(name, _format(value), _MEANING[name]) for name, value in self.numbers.items()]
+        return [(name, _format(value), MEANING[name]) for name, value in self.numbers.items()]
 
     def _class_rows(self) -> list[tuple[str, ...]]:
         return [(c.name, _format(c.ap), _format(c.ap50), str(c.num_objects)) for c in self.classes]
@@ -112,12 +112,21 @@ def coco_ap(
     """
     if not isinstance(results, Results):
         results = Results.from_coco(results)
-    _check(ground_truth, results)
-    accumulated = accumulate(ground_truth, results.sorted(), engine)
+    check_results(ground_truth, results)
+    return ap_table(ground_truth, accumulate(ground_truth, results.sorted(), engine))
+
+
+def ap_table(ground_truth: Mapping[str, Any], accumulated: Accumulated) -> ApTable:
+    """Take the means of precision and recall that pycocotools' `summarize` takes, and those of each class."""
     return ApTable(_numbers(accumulated), _class_table(ground_truth, accumulated))
 
 
-def _check(ground_truth: Mapping[str, Any], results: Results) -> None:
+def check_results(ground_truth: Mapping[str, Any], results: Results) -> None:
+    """Check that results can be scored.
+
+    Raises:
+        ValueError: one names an image that the ground truth lacks, or holds a number that is not finite.
+    """
     known = np.array([image["id"] for image in ground_truth["images"]], np.int64)
     unknown = ~np.isin(results.image_ids, known)
     if unknown.any():
@@ -139,12 +148,12 @@ def _numbers(accumulated: Accumulated) -> dict[str, float]:
         zip(
             NAMES,
             (
-                _mean(ap[..., 0, -1]),
-                _mean(ap[0, ..., 0, -1]),
-                _mean(ap[5, ..., 0, -1]),
-                *(_mean(ap[..., area, -1]) for area in (1, 2, 3)),
-                *(_mean(ar[..., 0, limit]) for limit in (0, 1, 2)),
-                *(_mean(ar[..., area, -1]) for area in (1, 2, 3)),
+                mean_of_measured(ap[..., 0, -1]),
+                mean_of_measured(ap[0, ..., 0, -1]),
+                mean_of_measured(ap[5, ..., 0, -1]),
+                *(mean_of_measured(ap[..., area, -1]) for area in (1, 2, 3)),
+                *(mean_of_measured(ar[..., 0, limit]) for limit in (0, 1, 2)),
+                *(mean_of_measured(ar[..., area, -1]) for area in (1, 2, 3)),
             ),
             strict=True,
         )
@@ -161,14 +170,15 @@ def _class_table(ground_truth: Mapping[str, Any], accumulated: Accumulated) -> t
             category_id=category_id,
             name=names[category_id],
             num_objects=objects[category_id],
-            ap=_mean(precision[:, :, column]),
-            ap50=_mean(precision[0, :, column]),
+            ap=mean_of_measured(precision[:, :, column]),
+            ap50=mean_of_measured(precision[0, :, column]),
         )
         for column, category_id in enumerate(accumulated.category_ids)
     )
 
 
-def _mean(values: NDArray[np.float64]) -> float:
+def mean_of_measured(values: NDArray[np.float64]) -> float:
+    """Return the mean of the values that are not -1; -1 if all are."""
     measured = values[values > -1]
     return float(np.mean(measured)) if measured.size else -1.0
 

@@ -32,6 +32,12 @@ class Accumulated:
     recall: NDArray[np.float64]  # [T, K, A, M]
     category_ids: tuple[int, ...]  # [K]
 
+    @classmethod
+    def empty(cls, category_ids: tuple[int, ...]) -> Accumulated:
+        """Return that of no images, or no categories."""
+        shape = 10, 101, len(category_ids), 4, 3
+        return cls(np.full(shape, -1.0), np.full((shape[0], *shape[2:]), -1.0), category_ids)
+
 
 def accumulate(ground_truth: Mapping[str, Any], results: Results, engine: Engine) -> Accumulated:
     """Match results, which rank equal scores by their order, with the objects, and accumulate over the images.
@@ -43,14 +49,26 @@ def accumulate(ground_truth: Mapping[str, Any], results: Results, engine: Engine
     """
     category_ids = tuple(sorted({int(category["id"]) for category in ground_truth["categories"]}))
     if not category_ids or not ground_truth["images"]:
-        shape = 10, 101, len(category_ids), 4, 3
-        return Accumulated(np.full(shape, -1.0), np.full((shape[0], *shape[2:]), -1.0), category_ids)
-    compute = _with_hotcoco if engine == "hotcoco" else _with_pycocotools
-    values = compute(ground_truth, results)
+        return Accumulated.empty(category_ids)
+    if engine == "hotcoco":
+        evaluation = hotcoco_evaluation(ground_truth, results)
+        evaluation.evaluate()
+        return accumulated_by(evaluation, category_ids)
+    values = _with_pycocotools(ground_truth, results)
     return Accumulated(values["precision"], values["recall"], category_ids)
 
 
-def _with_hotcoco(ground_truth: Mapping[str, Any], results: Results) -> Mapping[str, Any]:
+def hotcoco_evaluation(ground_truth: Mapping[str, Any], results: Results) -> hotcoco.COCOeval:
+    """Return hotcoco's evaluation of boxes, in which nothing is computed yet.
+
+    Its ids are numbers from 1 on, its names too: those of images and categories are in the ascending order of the ids,
+    those of annotations and detections in the order of the records and rows. Records and rows of unknown images and
+    categories are left out before. Crowds are included.
+
+    Args:
+        ground_truth: a COCO dict with images and categories.
+        results: all numbers finite.
+    """
     # Its arrays of detections are float64, which holds ids up to 2^53 only: ids become numbers in ascending order, from
     # 1 on, which leaves every order as it was
     image_ids = np.unique([image["id"] for image in ground_truth["images"]])
@@ -76,12 +94,15 @@ def _with_hotcoco(ground_truth: Mapping[str, Any], results: Results) -> Mapping[
     categories, category_known = _number(results.category_ids, category_ids)
     known = image_known & category_known
     rows = np.column_stack([images, results.boxes_xywh, results.scores, categories])
-    evaluation = hotcoco.COCOeval(truth, truth.load_res(rows[known]), "bbox")
-    evaluation.evaluate()
+    return hotcoco.COCOeval(truth, truth.load_res(rows[known]), "bbox")
+
+
+def accumulated_by(evaluation: hotcoco.COCOeval, category_ids: tuple[int, ...]) -> Accumulated:
+    """Return what hotcoco accumulates; `evaluate` was called before."""
     evaluation.accumulate()
     values = evaluation.eval
     assert values is not None
-    return values
+    return Accumulated(values["precision"], values["recall"], category_ids)
 
 
 def _number(
