@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from raydetr.config import ConfigError, DataConfig, RunConfig, absolute_paths, override
+import torch
+
+from raydetr.config import ConfigError, DataConfig, RunConfig, absolute_paths, flatten, override, to_dict
 from raydetr.console import print_status
 from raydetr.data.corrupt import CorruptSample
 from raydetr.data.stream import evaluation_batches
@@ -69,7 +72,7 @@ class Evaluation:
 def evaluate_checkpoint(
     location: str | Path, overrides: Mapping[str, Any] | None = None, *, local: bool = False
 ) -> ApTable:
-    """Return the AP of a checkpoint on the validation shards of its run, on the cluster of its run.
+    """Return the AP of a checkpoint on the validation shards of its run, on this machine or the cluster that it is in.
 
     Corrupt images are treated as in the run (`data.on_corrupt`), and printed on standard error.
 
@@ -92,18 +95,21 @@ def evaluate_checkpoint(
 def evaluate(
     location: str | Path, overrides: Mapping[str, Any] | None = None, *, local: bool = False
 ) -> Evaluation:
-    """Run a checkpoint over the validation shards of its run, on the cluster of its run; see `evaluate_checkpoint`."""
+    """Run a checkpoint over the validation shards of its run; see `evaluate_checkpoint`."""
     checkpoint = find(location, lambda message: print_status(f"skipped: {message}"))
     config = _configure(checkpoint, overrides or {})
     shards = _open(config.data)
     _check_categories(checkpoint, shards)
-    work = partial(evaluate_share, config, checkpoint)
     if local:
-        shares = [work(local_world(config.cluster))]
+        config = _fit_to_machine(config, overrides or {}, local=True)
+        shares = [evaluate_share(config, checkpoint, local_world(config.cluster))]
     else:
-        from raydetr.runs.ray_train import run_on_workers  # Ray takes seconds to import
+        from raydetr.runs.ray_cluster import has_cluster  # Ray takes seconds to import
+        from raydetr.runs.ray_train import run_on_workers
 
-        shares = run_on_workers(work, config.cluster)
+        if not has_cluster(config.cluster):
+            config = _fit_to_machine(config, overrides or {}, local=False)
+        shares = run_on_workers(partial(evaluate_share, config, checkpoint), config.cluster)
     corrupt = [row for _, rows in shares for row in rows]
     truth = ground_truth(shards, config.data.on_corrupt)
     for line in (*map(str, corrupt), *evaluation_warnings(len(corrupt), truth.num_unreadable_records)):
@@ -154,7 +160,39 @@ def _configure(checkpoint: Folder, overrides: Mapping[str, Any]) -> RunConfig:
             names = ", ".join(name + "*" if name.endswith(".") else name for name in SETTINGS)
             raise ConfigError(f"{path} has no effect on an evaluation: omit it; these have: {names}")
     config = run_config(checkpoint, read_meta(checkpoint))
+    # The cluster of the training may be gone, and is not the one of whoever evaluates
+    config = override(config, {"cluster.address": None})
     return absolute_paths(override(config, overrides), Path.cwd())
+
+
+def _fit_to_machine(config: RunConfig, overrides: Mapping[str, Any], *, local: bool) -> RunConfig:
+    """Return the configuration with as many of the training's workers as this machine has room for.
+
+    What is overridden stays. One process takes a GPU where there is one.
+    """
+    cluster, num_gpus = config.cluster, torch.cuda.device_count()
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    use_gpu = bool(overrides.get("cluster.use_gpu", num_gpus > 0 and (cluster.use_gpu or local)))
+    cpus = min(cluster.cpus_per_worker, num_cores)
+    room = num_gpus if use_gpu else num_cores // cpus
+    fitting = {
+        "cluster.use_gpu": use_gpu,
+        "cluster.cpus_per_worker": cpus,
+        "cluster.num_workers": 1 if local else max(1, min(cluster.num_workers, room)),
+    }
+    fitting = {path: value for path, value in fitting.items() if path not in overrides}
+    fitted = override(config, {"cluster.min_workers": None, "cluster.bf16_gradients": False, **fitting})
+    changed = [path for path in fitting if _value(config, path) != _value(fitted, path)]
+    if changed and not local:
+        listed = ", ".join(
+            f"{path}={_value(fitted, path)} (the run: {_value(config, path)})" for path in changed
+        )
+        print_status(f"on this machine: {listed}")
+    return fitted
+
+
+def _value(config: RunConfig, path: str) -> Any:
+    return flatten(to_dict(config))[path]
 
 
 def _open(data: DataConfig, *, sizes_known: bool = False) -> Shards:

@@ -84,6 +84,11 @@ def connected(cluster: ClusterConfig) -> Iterator[str]:
         ray.shutdown()
 
 
+def has_cluster(cluster: ClusterConfig) -> bool:
+    """Return whether `connected` connects to a cluster that is there, instead of starting one on this machine."""
+    return ray.is_initialized() or cluster.address is not None or "RAY_ADDRESS" in os.environ
+
+
 def check_resources(cluster: ClusterConfig, address: str) -> None:
     """Check that the workers fit on a local cluster. It does not autoscale: Ray would wait for resources forever.
 
