@@ -161,7 +161,8 @@ def _configure(checkpoint: Folder, overrides: Mapping[str, Any]) -> RunConfig:
             raise ConfigError(f"{path} has no effect on an evaluation: omit it; these have: {names}")
     config = run_config(checkpoint, read_meta(checkpoint))
     # The cluster of the training may be gone, and is not the one of whoever evaluates
-    config = override(config, {"cluster.address": None})
+    unused = {"cluster.address": None, "cluster.min_workers": None, "cluster.bf16_gradients": False}
+    config = override(config, unused)
     return absolute_paths(override(config, overrides), Path.cwd())
 
 
@@ -181,7 +182,7 @@ def _fit_to_machine(config: RunConfig, overrides: Mapping[str, Any], *, local: b
         "cluster.num_workers": 1 if local else max(1, min(cluster.num_workers, room)),
     }
     fitting = {path: value for path, value in fitting.items() if path not in overrides}
-    fitted = override(config, {"cluster.min_workers": None, "cluster.bf16_gradients": False, **fitting})
+    fitted = override(config, fitting)
     changed = [path for path in fitting if _value(config, path) != _value(fitted, path)]
     if changed and not local:
         listed = ", ".join(
