@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from raydetr.config import Engine
 
 NICENESS = 19
+REPORT = "report"  # folder, in that of an evaluation
 INVALID = 3  # exit status: the detections cannot be scored; the last line of standard error is the reason
 
 
@@ -50,17 +51,20 @@ def score(
         ValueError: a detection is not finite, or of an image that the ground truth lacks.
     """
     detections = PackedDetections.concatenate(parts)
-    table = coco_ap(ground_truth, detections.results(), engine)
+    table, times = coco_ap(ground_truth, detections.results(), engine), speed(detections)
+    report, problem = _report(ground_truth, detections, times, evaluation)
     content = {
         **evaluation,
         "metrics": dict(table.numbers),
         "table": table.to_dict(),
-        "speed": speed(detections),
+        "speed": times,
+        "report_problem": problem,
         "num_images": len(detections.evaluated_ids),
         "num_detections": len(detections.scores),
         "engine": engine,
     }
     return {
+        **report,
         "ap.json": _json(table.to_dict()),
         "ap.md": table.to_markdown().encode(),
         "evaluation.json": _json(content),
@@ -77,6 +81,26 @@ def speed(detections: PackedDetections) -> dict[str, float]:
         return {}
     median, high = np.percentile(detections.seconds, [50, 95])
     return {"median_ms": 1e3 * float(median), "p95_ms": 1e3 * float(high)}
+
+
+def _report(
+    ground_truth: dict[str, Any],
+    detections: PackedDetections,
+    times: dict[str, float],
+    evaluation: dict[str, Any],
+) -> tuple[dict[str, bytes], str | None]:
+    """Return the files of the report, without images of the data, and why there are none; AP is not lost with it."""
+    facts = ("step", "epoch", "position", "fingerprint")
+    about = {name: str(evaluation[name]) for name in facts if name in evaluation}
+    try:
+        # Plots take a second to import, and the process that trains imports this module too
+        from raydetr.evaluation.report import analyze, report_files
+
+        report = analyze(ground_truth, detections.results(), speed=times)
+        files = report_files(report, None, about=about)
+    except Exception as error:  # whatever it is
+        return {}, f"{type(error).__name__}: {error}"
+    return {f"{REPORT}/{name}": content for name, content in files.items()}, None
 
 
 def read_table(content: dict[str, Any]) -> ApTable:

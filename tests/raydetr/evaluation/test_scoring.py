@@ -17,6 +17,7 @@ from raydetr.evaluation import scoring, stored
 from raydetr.evaluation.coco_metrics import coco_ap
 from raydetr.evaluation.detections import PackedDetections
 from raydetr.evaluation.ground_truth import ground_truth, ground_truth_file
+from raydetr.evaluation.score import score
 from raydetr.evaluation.scoring import Scored, Scoring, ScoringError, Unscored
 from raydetr.evaluation.stored import Evaluated
 from raydetr.shards.reader import Shards, open_shards
@@ -94,8 +95,29 @@ def test_the_process_computes_the_ap_of_the_arrays(run_folder: Folder, val: Shar
     assert content["table"] == expected.to_dict()
     assert content["speed"] == {"median_ms": 250.0, "p95_ms": 250.0}
     assert (content["position"], content["epoch"], content["num_images"]) == (POSITION, 2, val.num_samples)
+    report = json.loads((stored.folder_of(run_folder, POSITION) / "report" / "report.json").read_text())
+    assert content["report_problem"] is None
+    assert report["metrics"]["AP"] == pytest.approx(expected["AP"], abs=1e-12)
+    page = (stored.folder_of(run_folder, POSITION) / "report" / "report.html").read_text()
+    assert "Where AP is lost" in page
+    assert val.fingerprint in page
     truth = json.loads(ground_truth_file(run_folder, val.fingerprint).read_text())
     assert [a["bbox"] for a in truth["annotations"]] == [a["bbox"] for a in val.coco()["annotations"]]
+
+
+def test_a_report_that_fails_does_not_take_the_ap_with_it(
+    val: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("raydetr.evaluation.report.report_files", fail)
+    packed = detections(val)
+    files = score(val.coco(), [packed], "hotcoco", {})
+    content = json.loads(files["evaluation.json"])
+    assert content["report_problem"] == "RuntimeError: no font"
+    assert content["metrics"] == dict(coco_ap(val.coco(), packed.results()).numbers)
+    assert not [name for name in files if name.startswith("report/")]
 
 
 def test_the_ground_truth_is_read_from_the_shards_once(
