@@ -37,6 +37,7 @@ class Request:
     out: str  # folder for what `score` returns
     engine: Engine
     evaluation: dict[str, Any]  # fields that evaluation.json has besides
+    is_report: bool = False  # write what `explain` returns, instead of `score`
 
 
 def score(
@@ -52,19 +53,16 @@ def score(
     """
     detections = PackedDetections.concatenate(parts)
     table, times = coco_ap(ground_truth, detections.results(), engine), speed(detections)
-    report, problem = _report(ground_truth, detections, times, evaluation)
     content = {
         **evaluation,
         "metrics": dict(table.numbers),
         "table": table.to_dict(),
         "speed": times,
-        "report_problem": problem,
         "num_images": len(detections.evaluated_ids),
         "num_detections": len(detections.scores),
         "engine": engine,
     }
     return {
-        **report,
         "ap.json": _json(table.to_dict()),
         "ap.md": table.to_markdown().encode(),
         "evaluation.json": _json(content),
@@ -83,24 +81,22 @@ def speed(detections: PackedDetections) -> dict[str, float]:
     return {"median_ms": 1e3 * float(median), "p95_ms": 1e3 * float(high)}
 
 
-def _report(
-    ground_truth: dict[str, Any],
-    detections: PackedDetections,
-    times: dict[str, float],
-    evaluation: dict[str, Any],
-) -> tuple[dict[str, bytes], str | None]:
-    """Return the files of the report, without images of the data, and why there are none; AP is not lost with it."""
+def explain(
+    ground_truth: dict[str, Any], parts: Iterable[PackedDetections], evaluation: dict[str, Any]
+) -> dict[str, bytes]:
+    """Return the files of an evaluation's report, {name: content}, without images of the data.
+
+    Raises:
+        ValueError: as `score`.
+    """
+    # Plots take a second to import, and the process that trains imports this module too
+    from raydetr.evaluation.report import analyze, report_files
+
+    detections = PackedDetections.concatenate(parts)
     facts = ("step", "epoch", "position", "fingerprint")
     about = {name: str(evaluation[name]) for name in facts if name in evaluation}
-    try:
-        # Plots take a second to import, and the process that trains imports this module too
-        from raydetr.evaluation.report import analyze, report_files
-
-        report = analyze(ground_truth, detections.results(), speed=times)
-        files = report_files(report, None, about=about)
-    except Exception as error:  # whatever it is
-        return {}, f"{type(error).__name__}: {error}"
-    return {f"{REPORT}/{name}": content for name, content in files.items()}, None
+    report = analyze(ground_truth, detections.results(), speed=speed(detections))
+    return {f"{REPORT}/{name}": content for name, content in report_files(report, None, about=about).items()}
 
 
 def read_table(content: dict[str, Any]) -> ApTable:
@@ -119,7 +115,10 @@ def main() -> None:
     ground_truth = json.loads(Path(request.ground_truth).read_text())
     parts = (PackedDetections.from_npz(Path(file)) for file in request.detections)
     try:
-        files = score(ground_truth, parts, request.engine, request.evaluation)
+        if request.is_report:
+            files = explain(ground_truth, parts, request.evaluation)
+        else:
+            files = score(ground_truth, parts, request.engine, request.evaluation)
     except ValueError as error:
         print(error, file=sys.stderr)
         sys.exit(INVALID)

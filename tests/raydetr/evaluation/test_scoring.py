@@ -17,7 +17,7 @@ from raydetr.evaluation import scoring, stored
 from raydetr.evaluation.coco_metrics import coco_ap
 from raydetr.evaluation.detections import PackedDetections
 from raydetr.evaluation.ground_truth import ground_truth, ground_truth_file
-from raydetr.evaluation.score import score
+from raydetr.evaluation.score import Request
 from raydetr.evaluation.scoring import Scored, Scoring, ScoringError, Unscored
 from raydetr.evaluation.stored import Evaluated
 from raydetr.shards.reader import Shards, open_shards
@@ -96,7 +96,6 @@ def test_the_process_computes_the_ap_of_the_arrays(run_folder: Folder, val: Shar
     assert content["speed"] == {"median_ms": 250.0, "p95_ms": 250.0}
     assert (content["position"], content["epoch"], content["num_images"]) == (POSITION, 2, val.num_samples)
     report = json.loads((stored.folder_of(run_folder, POSITION) / "report" / "report.json").read_text())
-    assert content["report_problem"] is None
     assert report["metrics"]["AP"] == pytest.approx(expected["AP"], abs=1e-12)
     page = (stored.folder_of(run_folder, POSITION) / "report" / "report.html").read_text()
     assert "Where AP is lost" in page
@@ -106,18 +105,29 @@ def test_the_process_computes_the_ap_of_the_arrays(run_folder: Folder, val: Shar
 
 
 def test_a_report_that_fails_does_not_take_the_ap_with_it(
-    val: Shards, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, val: Shards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("no font")
+    packed, failures = detections(val), Failures()
+    one = start(tmp_path, val, failures)
+    run_process = Scoring._run_process
 
-    monkeypatch.setattr("raydetr.evaluation.report.report_files", fail)
-    packed = detections(val)
-    files = score(val.coco(), [packed], "hotcoco", {})
-    content = json.loads(files["evaluation.json"])
-    assert content["report_problem"] == "RuntimeError: no font"
-    assert content["metrics"] == dict(coco_ap(val.coco(), packed.results()).numbers)
-    assert not [name for name in files if name.startswith("report/")]
+    def fail(self: Scoring, request: Request, scratch: Path) -> None:
+        # Its process ends before it can write anything
+        run_process(self, replace(request, detections=["none"]) if request.is_report else request, scratch)
+
+    monkeypatch.setattr(Scoring, "_run_process", fail)
+    one.add(write(tmp_path, val, packed))
+    scored = wait(one)
+    assert isinstance(scored, Scored)
+    assert scored.table == coco_ap(val.coco(), packed.results())
+    assert scored.problem is not None
+    assert scored.problem.startswith(
+        "an evaluation has no report: its process ended with status 1: FileNotFound"
+    )
+    folder = stored.folder_of(tmp_path, POSITION)
+    assert stored.read_evaluation(folder) is not None
+    assert not (folder / "report").exists()
+    assert failures == []
 
 
 def test_the_ground_truth_is_read_from_the_shards_once(
