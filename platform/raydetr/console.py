@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
+BAR_WIDTH = 20  # characters
 
 
 def table(rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
@@ -160,10 +161,14 @@ class Display:
         if self._last is not None and self._last != self._printed:
             _print_line(self._console, self._last.line())
 
+    def note(self, line: str) -> None:
+        """Print a line that stays, above the progress."""
+        _print_line(self._console, line)
+
     def show(self, progress: RunProgress) -> None:
         """Show the progress if it has changed; without a terminal, print a line every `PLAIN_SECONDS`."""
         last = self._last
-        if progress == last:
+        if progress == last and (self._is_terminal or progress == self._printed):
             return
         is_new = last is None or progress.ap != last.ap or progress.phase != last.phase
         if progress.warning is not None and (last is None or progress.warning != last.warning):
@@ -171,7 +176,9 @@ class Display:
         self._last = progress
         now = time.monotonic()
         if self._is_terminal:
-            self._live.update(Text(progress.line()), refresh=True)
+            done = round(BAR_WIDTH * progress.step / max(1, progress.total_steps))
+            bar = "━" * done + "╌" * (BAR_WIDTH - done)
+            self._live.update(Text(f"{bar}  {progress.line()}"), refresh=True)
         elif is_new or now - self._last_time >= PLAIN_SECONDS:
             self._last_time, self._printed = now, progress
             _print_line(self._console, progress.line())

@@ -39,6 +39,7 @@ LIBRARIES = {
     "ray": (
         "raydetr.runs.ray_train",
         "raydetr.runs.ray_cluster",
+        "raydetr.runs.ray_address",
         "raydetr.runs.watch",
         "raydetr.runs.fatal_errors",
         "raydetr.clusters.ray_up",

@@ -25,6 +25,7 @@ from raydetr.cli.arguments import (
 )
 from raydetr.cli.cluster import cluster_app
 from raydetr.cli.jobs import jobs_app, submit_app
+from raydetr.cli.runs import compare, list_runs, watch
 from raydetr.cli.shards import shards_app
 from raydetr.cli.track import INCOMPLETE, track_app
 from raydetr.config import ConfigError
@@ -43,6 +44,9 @@ app.add_typer(cluster_app, name="cluster")
 app.add_typer(submit_app, name="submit")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(track_app, name="track")
+app.command("runs")(list_runs)
+app.command("watch")(watch)
+app.command("compare")(compare)
 
 # Settings of a cluster that have no effect in one process
 LOCAL_IGNORES = (
@@ -294,21 +298,6 @@ def tune(
     typer.echo(outcome.to_text())
     if outcome.pending_upload is not None:
         raise typer.Exit(INCOMPLETE)
-
-
-@app.command()
-def compare(
-    runs: Annotated[
-        list[str], typer.Argument(metavar="RUN", help="Run folders, run names or MLflow run ids.")
-    ],
-    uri: Annotated[
-        str | None, typer.Option(help="MLflow tracking URI; default: that of the folder, or SQLite in runs/.")
-    ] = None,
-) -> None:
-    """Compare runs: AP by size and class, and differences of their configurations."""
-    from raydetr.runs.compare import compare as compare_runs
-
-    typer.echo(compare_runs(runs, uri, plain=not sys.stdout.isatty()))
 
 
 def _refuse(arguments: list[str], prefixes: tuple[str, ...], where: str) -> None:

@@ -108,6 +108,8 @@ State = Literal["ok", "note", "error"]
 LISTED_PACKAGES = ("ray", "mlflow", "webdataset")  # With a line each, as torch has; the others share one
 BUILD = "pip install --no-build-isolation -e ."
 LOW_DISK = 5 * GIB  # Checkpoints of one run; less than a hundredth of it is an error
+MAX_SOCKET_PATH = 107  # Bytes of the path of a socket, on Linux
+RAY_SOCKET = b"/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
 LOW_SHARED_MEMORY = GIB  # A few batches of large images, twice; Docker's default is 64 MiB
 
 
@@ -156,6 +158,7 @@ def environment_report() -> EnvironmentReport:
         memory_line(machine),
         *gpu_lines(machine),
         disk_line(Path.cwd()),
+        *socket_lines(),
         *([shared_memory_line(shutil.disk_usage(shared_memory).free)] if shared_memory.exists() else []),
         *package_lines(required_packages()),
     ]
@@ -243,6 +246,26 @@ def shared_memory_line(free: int) -> EnvironmentLine:
     if free >= LOW_SHARED_MEMORY:
         return EnvironmentLine("shared memory", "ok", found)
     return EnvironmentLine("shared memory", "note", found, "in a container: docker run --shm-size=8g")
+
+
+def socket_problem() -> str | None:
+    """Return what keeps Ray from creating its sockets, whose paths may have 107 bytes; None if nothing does."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    excess = len(os.fsencode(folder)) + len(RAY_SOCKET) - MAX_SOCKET_PATH
+    if excess <= 0:
+        return None
+    return (
+        f"TMPDIR {folder} is {excess} bytes too long for the sockets that Ray creates there: set RAY_TMPDIR to a "
+        "shorter folder, such as /tmp"
+    )
+
+
+def socket_lines() -> Iterator[EnvironmentLine]:
+    """Report a temporary folder in which Ray cannot create its sockets."""
+    problem = socket_problem()
+    if problem is not None:
+        found, _, remedy = problem.partition(": ")
+        yield EnvironmentLine("temporary folder", "error", found, remedy)
 
 
 def required_packages(distribution: str = "raydetr") -> list[Requirement]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -21,13 +22,21 @@ from typing import Any
 import psutil
 
 from raydetr.console import print_status
-from raydetr.store.folders import Folder, create_file, with_retry_seconds, write_file
+from raydetr.store.folders import (
+    Folder,
+    create_file,
+    file_sizes,
+    modified,
+    with_retry_seconds,
+    write_file,
+)
 
 log = logging.getLogger(__name__)
 
 LEASE = "lease"
 BEAT_SECONDS = 10.0
 DEAD_SECONDS = 60.0  # without a beat, after which the driver of another machine counts as dead
+LONG_DEAD_SECONDS = 3600.0  # without a beat: no two clocks differ by so much
 LOOK_SECONDS = 1.0  # between two looks at the beat of another driver
 
 
@@ -109,10 +118,7 @@ class Lease:
 
     def _is_alive(self, number: int, held: dict[str, Any]) -> bool:
         if held["machine"] == _machine():
-            try:
-                return bool(psutil.Process(held["pid"]).create_time() == held["started"])
-            except psutil.NoSuchProcess:
-                return False
+            return _lives(held)
         print_status(
             f"{self._run}: looking for at most {DEAD_SECONDS:.0f} s whether process {held['pid']} on {held['host']} "
             "still drives this run"
@@ -145,6 +151,69 @@ class Lease:
 
     def _content(self) -> bytes:
         return json.dumps(self._own).encode()
+
+
+class DriverWatch:
+    """Tells, without writing anything, whether a process drives a run.
+
+    Args:
+        run: folder of the run, or of a search.
+    """
+
+    def __init__(self, run: Folder) -> None:
+        self._folder = with_retry_seconds(run, BEAT_SECONDS) / LEASE
+        self._last: bytes | None = None  # content of the lease
+        self._beat_at = 0.0  # monotonic time
+
+    def is_alive(self) -> bool:
+        """Return whether there is a lease whose process lives; False also means that nobody holds the run.
+
+        A process of another machine gives a sign of life every BEAT_SECONDS. If the newest one seems to be older than
+        DEAD_SECONDS, the next one is waited for: the clocks of this machine and of the storage may differ.
+
+        Raises:
+            OSError: the storage cannot be read.
+        """
+        if not self._look():
+            return False
+        until = time.monotonic() + 2 * BEAT_SECONDS
+        while not time.monotonic() - self._beat_at < DEAD_SECONDS:
+            if time.monotonic() > until or time.monotonic() - self._beat_at > LONG_DEAD_SECONDS:
+                return False
+            time.sleep(LOOK_SECONDS)
+            if not self._look():
+                return False
+        return True
+
+    def _look(self) -> bool:
+        """Read the lease, and when it was written; return False if there is none, or its process has died."""
+        names = [name for name in file_sizes(self._folder) if re.fullmatch(r"\d+\.json", name)]
+        try:
+            file = self._folder / max(names)
+            content = file.read_bytes()
+            held = json.loads(content)
+            if held["machine"] == _machine():
+                self._beat_at = time.monotonic()
+                return _lives(held)
+            if content != self._last:
+                age = 0.0 if self._last is not None else time.time() - modified(file)
+                self._last, self._beat_at = content, time.monotonic() - age
+        except (
+            FileNotFoundError,
+            ValueError,
+        ):  # there is none; its process has ended, or died while it wrote
+            return False
+        return True
+
+
+def _lives(held: dict[str, Any]) -> bool:
+    """Return whether the process of a lease, one of this machine, lives."""
+    try:
+        process = psutil.Process(held["pid"])
+        # A process that was killed is a zombie until its parent asks for its exit code
+        return bool(process.create_time() == held["started"] and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _machine() -> str:

@@ -21,6 +21,7 @@ from raydetr.clusters.nodes import SQLITE_REASON
 from raydetr.config import ClusterConfig, ConfigError
 from raydetr.console import print_status
 from raydetr.locations import sqlite_file
+from raydetr.runs.ray_address import check_address
 from raydetr.runs.signals import StopSignals
 from raydetr.tracking.events import EventLog
 
@@ -59,6 +60,7 @@ def connected(cluster: ClusterConfig) -> Iterator[str]:
     The cluster is that of `cluster.address`, that of the job that this process belongs to, or a new local one.
 
     Raises:
+        ConfigError: the address is not one of a cluster for training, or TMPDIR is too long for a new one.
         ConnectionError: no cluster answers at the address.
     """
     for name, value in SETTINGS.items():
@@ -67,6 +69,8 @@ def connected(cluster: ClusterConfig) -> Iterator[str]:
         yield "existing"
         return
     address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a job is on its cluster
+        check_address(address)
     ray.init(
         address=address,
         include_dashboard=True,  # on loopback; without it, stopped trials leak their resources

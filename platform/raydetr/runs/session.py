@@ -220,7 +220,9 @@ class _Session:
         if self.is_main:
             self._write_corrupt_log()
             kind = "started" if run.resume_from is None else "resumed"
-            self._add_event(kind, step=training.step, position=training.position, workers=training.world.size)
+            self._add_event(kind, step=training.step, position=training.position, workers=training.world.size,
+                            total_steps=training.total_steps, samples_per_epoch=training.num_samples,
+                            epochs=run.config.optim.epochs)  # fmt: skip
         self.ap: float | None = self.metrics.last_ap()
         if self.is_main:
             training.on_evaluation_batch = lambda: self._show_now_and_then("evaluating")

@@ -39,6 +39,43 @@ def with_retry_seconds(folder: Folder, seconds: float) -> Folder:
     return folder if isinstance(folder, Path) else folder.with_retry_seconds(seconds)
 
 
+def file_sizes(folder: Folder) -> dict[str, int]:
+    """Return the names of the files directly in a folder, and their sizes in bytes; nothing if there is no folder.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if not isinstance(folder, Path):
+        return {name: size for name, size in folder.store.list(folder.key).items() if "/" not in name}
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    except FileNotFoundError:
+        return {}
+
+
+def read_part(path: Folder, start: int, stop: int) -> bytes:
+    """Read the bytes of a file from `start` to `stop`.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if not isinstance(path, Path):
+        return path.store.read(path.key, start, stop)
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(stop - start)
+
+
+def modified(path: Folder) -> float:
+    """Return when a file that is not empty was written, in seconds since 1970 by the clock of its storage.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return path.stat().st_mtime if isinstance(path, Path) else path.store.info(path.key).modified
+
+
 def write_file(path: Folder, content: bytes | memoryview) -> None:
     """Write a file, or replace it; readers see all of it or nothing, even after a crash. Make its folder.
 

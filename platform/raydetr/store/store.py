@@ -52,10 +52,13 @@ def uses_stores() -> bool:
 
 @dataclass(frozen=True)
 class FileInfo:
-    """Size of a file in bytes, and a version that changes with its content ("" where the server names none)."""
+    """Size of a file in bytes, a version that changes with its content ("" where the server names none), and when it
+    was written, in seconds since 1970 (0 where the server does not say).
+    """
 
     size: int
     version: str
+    modified: float
 
 
 class Store:
@@ -124,7 +127,7 @@ class Store:
         return self._call(file, attempt, lambda: len(content) // PROGRESS_BYTES)
 
     def info(self, file: str) -> FileInfo:
-        """Return size and version of a file that is not empty, by reading a byte: web servers may refuse HEAD.
+        """Return what is known of a file that is not empty, by reading a byte: web servers may refuse HEAD.
 
         Raises:
             FileNotFoundError, RemoteError: as `read`.
@@ -132,7 +135,7 @@ class Store:
 
         def attempt() -> FileInfo:
             meta = obstore.get(self._store, file, options={"range": (0, 1)}).meta
-            return FileInfo(meta["size"], _version(meta))
+            return FileInfo(meta["size"], _version(meta), meta["last_modified"].timestamp())
 
         return self._call(file, attempt)
 
@@ -165,6 +168,19 @@ class Store:
             return {meta["path"].removeprefix(f"{folder}/"): meta["size"] for meta in found}
 
         return self._call(folder, attempt)
+
+    def names(self, folder: str) -> tuple[str, ...]:
+        """Return the names of the files and folders directly in a folder, by one listing without what is below them.
+
+        Raises:
+            RemoteError: as `list`.
+        """
+        if self._scheme in ("http", "https"):
+            raise RemoteError(f"{self.name(folder)}: a web server does not list its files")
+        folder = "" if folder == "." else folder
+        found = self._call(folder, lambda: obstore.list_with_delimiter(self._store, folder or None))
+        paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
+        return tuple(sorted(path.rstrip("/").rpartition("/")[2] for path in paths))
 
     def write(self, file: str, content: bytes | memoryview) -> None:
         """Write a file, or replace it; readers see all of it or nothing."""

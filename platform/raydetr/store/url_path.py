@@ -105,7 +105,7 @@ class UrlPath:
 
     def iterdir(self) -> Iterator[UrlPath]:
         """Yield the files and folders in this folder."""
-        return (self / name for name in dict.fromkeys(key.split("/")[0] for key in self.store.list(self.key)))
+        return (self / name for name in self.store.names(self.key))
 
     def glob(self, pattern: str) -> Iterator[UrlPath]:
         """Yield the files below this folder whose relative paths match; `*` stands for a part of one name."""

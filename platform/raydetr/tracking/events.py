@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raydetr.store.folders import Folder, create_file, with_retry_seconds
+from raydetr.store.folders import Folder, create_file, file_sizes, read_part, with_retry_seconds
 
 EVENTS = "events"
 FIRST_PAUSE, MAX_PAUSE = 0.2, 30.0  # seconds between two tries to write; the pause doubles
@@ -137,20 +137,25 @@ class _Segment:
 
 
 def read_events(run: Folder) -> list[Event]:
-    """Return the events of a run, segment after segment."""
+    """Return the events of a run, segment after segment.
+
+    Raises:
+        OSError: they cannot be read.
+    """
     return EventReader(run).read()
 
 
 class EventReader:
-    """Reads the events of a run piece by piece: every call of `read` returns the new ones.
+    """Reads the events of a run piece by piece: every call of `read` returns the new ones, and reads only those.
 
     Args:
         run: its folder.
         done: the bytes of each segment that are not read again, the `done` of an earlier reader.
+        all_steps: otherwise, of the steps that are new in a segment only the last; most events are steps.
     """
 
-    def __init__(self, run: Folder, done: Mapping[str, int] | None = None) -> None:
-        self._folder = run / EVENTS
+    def __init__(self, run: Folder, done: Mapping[str, int] | None = None, *, all_steps: bool = True) -> None:
+        self._folder, self._all_steps = run / EVENTS, all_steps
         self.done = dict(done or {})
         self._hashes: set[int] = set()  # of the lines
 
@@ -160,29 +165,23 @@ class EventReader:
         Raises:
             OSError: they cannot be read; the next call returns them.
         """
-        events = []
+        lines: list[bytes] = []
+        done = {}
         for name, size in sorted(_sizes(self._folder).items()):
-            # At a URL, only a longer segment is read
-            lines = self._new_lines(self._folder / name) if size > self.done.get(name, 0) else []
-            for line in lines:
-                # A write that failed halfway was repeated: the same line, with the same time
-                if hash(line) not in self._hashes and (event := _parse(line)) is not None:
-                    self._hashes.add(hash(line))
-                    events.append(event)
+            start = self.done.get(name, 0)
+            if size > start:
+                content = read_part(self._folder / name, start, size)
+                complete = content[: content.rfind(b"\n") + 1]  # the last line may still be written
+                done[name] = start + len(complete)
+                lines += _wanted(complete.splitlines(), self._all_steps)
+        self.done |= done
+        events = []
+        for line in lines:
+            # A write that failed halfway was repeated: the same line, with the same time
+            if hash(line) not in self._hashes and (event := _parse(line)) is not None:
+                self._hashes.add(hash(line))
+                events.append(event)
         return events
-
-    def _new_lines(self, path: Folder) -> list[str]:
-        start = self.done.get(path.name, 0)
-        if isinstance(path, Path):
-            with path.open("rb") as file:
-                file.seek(start)
-                content = file.read()
-        else:
-            content = path.read_bytes()[start:]
-        # The last line may still be written
-        complete = content[: content.rfind(b"\n") + 1]
-        self.done[path.name] = start + len(complete)
-        return complete.decode().splitlines()
 
 
 class Metrics:
@@ -194,19 +193,22 @@ class Metrics:
 
     def __init__(self, events: Iterable[Event] = ()) -> None:
         self.rows: list[dict[str, Any]] = []
-        self.seconds = 0.0  # of all processes of rank 0, without the time between them
-        first = last = 0.0
+        self._earlier_seconds = self._first = self._last = 0.0
         for event in events:
-            if event["kind"] in ("started", "resumed"):
-                self.seconds += last - first
-                first = last = event["time"]
-            elif event["kind"] in ("step", "evaluation", "checkpoint"):
-                last = event["time"]
             self.add(event)
-        self.seconds += last - first
+
+    @property
+    def seconds(self) -> float:
+        """Time of all processes of rank 0, without the time between them."""
+        return self._earlier_seconds + self._last - self._first
 
     def add(self, event: Event) -> None:
         """Take an event into account."""
+        if event["kind"] in ("started", "resumed"):
+            self._earlier_seconds = self.seconds
+            self._first = event["time"]
+        if event["kind"] in ("started", "resumed", "step", "evaluation", "checkpoint"):
+            self._last = event["time"]
         if event["kind"] in ("started", "resumed"):
             self.rows = [row for row in self.rows if row["position"] <= event["position"]]
         elif event["kind"] in ("step", "evaluation"):
@@ -230,11 +232,17 @@ class Metrics:
 
 def _sizes(folder: Folder) -> dict[str, int]:
     """Return the names of the segments, and their sizes in bytes."""
-    if isinstance(folder, Path):
-        sizes = {path.name: path.stat().st_size for path in folder.glob("*.jsonl")}
-    else:
-        sizes = folder.store.list(folder.key)
+    sizes = file_sizes(folder)
     return {name: size for name, size in sizes.items() if name.removesuffix(".jsonl").isdecimal()}
+
+
+def _wanted(lines: list[bytes], all_steps: bool) -> list[bytes]:
+    if all_steps:
+        return lines
+    # The kind is at the beginning of a line, and so needs no parsing
+    steps = [number for number, line in enumerate(lines) if b'"kind": "step"' in line[:60]]
+    omitted = set(steps[:-1])
+    return [line for number, line in enumerate(lines) if number not in omitted]
 
 
 def _finite(value: Any) -> Any:
@@ -245,7 +253,7 @@ def _finite(value: Any) -> Any:
     return [_finite(child) for child in value] if isinstance(value, list | tuple) else value
 
 
-def _parse(line: str) -> Event | None:
+def _parse(line: bytes) -> Event | None:
     try:
         event = json.loads(line)
     except ValueError:

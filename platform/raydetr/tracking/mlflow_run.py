@@ -43,14 +43,20 @@ _TRUNCATED = "... (truncated; config.yaml has the complete value)"
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run as stored in MLflow: params as text, the last value of each metric, the paths of the artifacts."""
+    """A run as stored in MLflow: params as text, the last value of each metric, the paths of the artifacts.
 
+    `fingerprint` is that of the validation data; None: unknown.
+    """
+
+    uri: str
     run_id: str
     name: str
     status: str
     params: Mapping[str, str]
     metrics: Mapping[str, float]
     artifacts: tuple[str, ...]
+    tags: Mapping[str, str]
+    fingerprint: str | None
 
 
 # --- Reading ---
@@ -69,14 +75,27 @@ def fetch_run(uri: str, run_id_or_name: str) -> TrackedRun:
         latest = [] if found else _latest_runs(client)
     run = _only(found, latest, uri, run_id_or_name)
     with tracking_errors(uri, f"read the run {run_id_or_name}"):
-        return TrackedRun(
-            run_id=run.info.run_id,
-            name=run.info.run_name or "",
-            status=run.info.status,
-            params=dict(run.data.params),
-            metrics={name: _restore_infinity(value) for name, value in run.data.metrics.items()},
-            artifacts=tuple(sorted(_walk(client, run.info.run_id, None))),
-        )
+        return _tracked(uri, client, run)
+
+
+def search_runs(uri: str, query: str) -> list[TrackedRun]:
+    """Read the runs of all experiments that an MLflow filter selects, the oldest first.
+
+    Args:
+        uri: the tracking URI.
+        query: such as "params.`optim.lr` = '0.0001'"; a name with a dot may be without its backquotes.
+
+    Raises:
+        ValueError: the filter selects no run.
+        TrackingError: MLflow cannot be reached, or does not understand the filter.
+    """
+    with tracking_errors(uri, f"search for {query}"):
+        client = _connect_to_read(uri)
+        found = _search(client, _with_backquotes(query))
+        runs = [_tracked(uri, client, run) for run in found]
+    if not runs:
+        raise ValueError(f"no run in {mask_password(uri)} matches the filter {query}")
+    return runs
 
 
 def fetch_artifact(uri: str, run_id: str, file: str) -> bytes:
@@ -168,12 +187,58 @@ def store_file(client: MlflowClient, run_id: str, file: str, content: bytes) -> 
         client.log_artifact(run_id, str(local), folder)
 
 
+def _tracked(uri: str, client: MlflowClient, run: Run) -> TrackedRun:
+    digests = [
+        each.dataset.digest
+        for each in (run.inputs.dataset_inputs if run.inputs else ())
+        if any(tag.key == "mlflow.data.context" and tag.value == "validation" for tag in each.tags)
+    ]
+    return TrackedRun(
+        uri=uri,
+        run_id=run.info.run_id,
+        name=run.info.run_name or "",
+        status=run.info.status,
+        params=dict(run.data.params),
+        metrics={name: _restore_infinity(value) for name, value in run.data.metrics.items()},
+        artifacts=tuple(sorted(_walk(client, run.info.run_id, None))),
+        tags=dict(run.data.tags),
+        fingerprint=digests[-1] if digests else None,
+    )
+
+
 def _find_runs(client: MlflowClient, run_id_or_name: str) -> list[Run]:
     if re.fullmatch("[0-9a-f]{32}", run_id_or_name):
         return [client.get_run(run_id_or_name)]
-    quote = '"' if "'" in run_id_or_name else "'"  # whichever is not in the name
-    named = f"attributes.run_name = {quote}{run_id_or_name}{quote}"
-    return list(client.search_runs(_experiments(client), named, ViewType.ACTIVE_ONLY))
+    # MLflow has no escape for a quote in a filter: `_` stands for any character
+    pattern = run_id_or_name.replace("'", "_")
+    found = _search(client, f"attributes.run_name LIKE '{pattern}'")
+    return [run for run in found if run.info.run_name == run_id_or_name]
+
+
+def _search(client: MlflowClient, query: str) -> list[Run]:
+    runs: list[Run] = []
+    token = None
+    while True:
+        page = client.search_runs(
+            _experiments(client),
+            query,
+            ViewType.ACTIVE_ONLY,
+            order_by=["attributes.start_time ASC"],
+            page_token=token,
+        )
+        runs += page
+        token = page.token
+        if not token:
+            return runs
+
+
+def _with_backquotes(query: str) -> str:
+    """Return a filter in which the names of settings and metrics, with their dots and slashes, are quoted."""
+    # What is quoted stays as it is
+    parts = re.split(r"""('[^']*'|"[^"]*"|`[^`]*`)""", query)
+    names = r"\b(params?|metrics?|tags?)\.([A-Za-z_][\w]*(?:[./][\w]+)+)"
+    parts[::2] = [re.sub(names, r"\1.`\2`", part) for part in parts[::2]]
+    return "".join(parts)
 
 
 def _latest_runs(client: MlflowClient) -> list[Run]:

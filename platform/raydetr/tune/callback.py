@@ -119,6 +119,7 @@ class SearchCallback(tune.Callback):
         log = EventLog(folder)
         if not any(event["kind"] == "launched" for event in read_events(folder)):
             self._log_failed_launch(trial, log)
+            self._ended_at[trial.number] = time.time()  # not before its start
         log.append(
             EVENTS[trial.status],
             time=self._ended_at[trial.number],

@@ -23,6 +23,7 @@ from raydetr.config import ConfigError, RunConfig, flatten, override, to_dict, t
 from raydetr.console import print_status
 from raydetr.locations import is_remote
 from raydetr.runs import run
+from raydetr.runs.lease import Lease
 from raydetr.runs.ray_cluster import connected
 from raydetr.runs.run_tracking import log_launch, uploading
 from raydetr.shards.reader import Shards
@@ -95,7 +96,7 @@ def search(
 
         callback = SearchCallback(context, log_failed_launch)
         before = cluster.list_leaked_resources(_job_id())
-        with uploading(folder, context.config, tracking_uri(resolved), "search") as uploads:
+        with Lease(folder), uploading(folder, context.config, tracking_uri(resolved), "search") as uploads:
             try:
                 asha = _asha(resolved, grace_epochs, reduction_factor)
                 _run_trials(context, space, callback, asha, num_trials, num_concurrent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ from raydetr.store import node_copies
 from raydetr.store.folders import (
     Folder,
     create_file,
+    file_sizes,
     local_file,
     local_output,
+    modified,
     open_folder,
+    read_part,
     remove_folder,
     with_retry_seconds,
     write_file,
@@ -90,6 +94,21 @@ def test_a_location_of_this_machine_is_a_path(tmp_path: Path, monkeypatch: pytes
     assert open_folder("runs/a") == tmp_path / "runs" / "a"
     assert open_folder(f"file://{tmp_path}/a%20b") == tmp_path / "a b"
     assert open_folder("~/runs") == Path.home() / "runs"
+
+
+def test_what_is_in_a_folder_is_listed_without_what_is_below(run_folder: Folder) -> None:
+    assert file_sizes(run_folder) == {}
+    began = time.time()
+    write_file(run_folder / "a.txt", b"0123456789")
+    write_file(run_folder / "b" / "c.txt", b"below")
+    write_file(run_folder / "b" / "d" / "e.txt", b"far below")
+    assert sorted(path.name for path in run_folder.iterdir()) == ["a.txt", "b"]
+    assert sorted(path.name for path in (run_folder / "b").iterdir()) == ["c.txt", "d"]
+    assert file_sizes(run_folder) == {"a.txt": 10}
+    assert read_part(run_folder / "a.txt", 3, 6) == b"345"
+    assert abs(modified(run_folder / "a.txt") - began) < 5
+    with pytest.raises(FileNotFoundError):
+        modified(run_folder / "gone.txt")
 
 
 def test_a_file_is_downloaded_once_per_node(

@@ -46,7 +46,7 @@ def test_the_table_shows_every_trial_and_why_one_failed() -> None:
 
 
 def test_a_result_without_an_evaluated_trial_has_no_best() -> None:
-    result = SearchResult("search", Path("/runs/search"), "sqlite:///x", "id", 4, TRIALS[:1], None, ())
+    result = SearchResult("search", Path("/runs/search"), "sqlite:///x", 4, TRIALS[:1], None, ())
     assert result.best is None
     assert "none: no trial was evaluated" in result.to_text()
 

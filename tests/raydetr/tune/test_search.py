@@ -19,6 +19,7 @@ from drawn_shards import write_drawn_shards
 from ray_head import RayHead, ray_head
 from raydetr.cli.arguments import read_config
 from raydetr.config import from_yaml
+from raydetr.runs.state import list_runs, state_of
 from raydetr.tracking.upload_state import read_run_id
 from raydetr.training.checkpoint import read_meta
 
@@ -104,6 +105,10 @@ def test_a_search_stops_bad_trials_reports_failed_ones_and_leaks_nothing(
     assert table[0].split() == ["trial", "AP", "AP50", "epochs", "status", "optim.lr", "model.num_classes"]
     assert table[1].startswith(f"1      {trials[1]['AP']:.3f}")
     assert any(line.startswith("trial 3 failed: model.num_classes is 7") for line in table)
+    states = {state.name: (state.kind, state.state) for state in list_runs(folder)}
+    expected = {"finished": "finished", "stopped by ASHA": "stopped", "failed": "failed"}
+    assert states == {trial["name"]: ("trial", expected[trial["status"]]) for trial in trials.values()}
+    assert (state_of(folder).kind, state_of(folder).state) == ("search", "finished")
     check_best_command(table[-1], folder)
     check_mlflow(tmp_path / "mlflow.db", folder, trials)
 
