@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raydetr.evaluation.coco_metrics import ApTable, ap_table, check_results, mean_of_measured
+from raydetr.evaluation.class_numbers import ClassNumbers, Curves, class_numbers, curves, measured
+from raydetr.evaluation.coco_metrics import ApTable, ap_table, check_results
 from raydetr.evaluation.engines import Accumulated, accumulated_by, hotcoco_evaluation
 from raydetr.evaluation.matches import (
     BestF1,
@@ -33,34 +34,6 @@ NUM_MISTAKES = 12
 NUM_LOSSES = 12  # images
 SPEED = ("median_ms", "p95_ms", "images_per_second")  # what is known of `speed`
 DIGITS = 6  # of curves, in report.json
-
-
-@dataclass(frozen=True)
-class ClassNumbers:
-    """Numbers of one class; None where there is nothing to measure. AP and AR are over IoU 0.50:0.95."""
-
-    category_id: int
-    name: str
-    num_objects: int  # without crowds
-    num_detections: int  # that count
-    ap: float | None
-    ap50: float | None
-    ap75: float | None
-    ap_small: float | None
-    ap_medium: float | None
-    ap_large: float | None
-    ar100: float | None
-    best_f1: BestF1 | None  # at IoU 0.5
-    ece: float | None
-
-
-@dataclass(frozen=True)
-class Curves:
-    """COCO's precision at 101 recalls, [101]; None without objects."""
-
-    recalls: NDArray[np.float64]
-    means: dict[str, NDArray[np.float64]]  # over the classes, by IoU: "0.50", "0.75", "0.50:0.95"
-    classes: dict[int, NDArray[np.float64]]  # at IoU 0.5, by category_id
 
 
 @dataclass(frozen=True)
@@ -93,7 +66,7 @@ class Report:
         files = {image["id"]: image.get("file_name") for image in self.ground_truth["images"]}
         return {
             "format_version": FORMAT_VERSION,
-            "metrics": {name: _measured(value) for name, value in self.table.numbers.items()},
+            "metrics": {name: measured(value) for name, value in self.table.numbers.items()},
             "counts": self.counts,
             "speed": self.speed,
             "best_f1": _plain(self.best_f1),
@@ -172,8 +145,8 @@ def analyze(
     return Report(
         table=table,
         counts=_counts(truth, results, matches),
-        classes=_classes(table, accumulated, matches, calibrated),
-        curves=_curves(accumulated),
+        classes=class_numbers(table, accumulated, matches, calibrated),
+        curves=curves(accumulated),
         best_f1=best,
         tide=None if matches is None else tide(matches),
         confusion=None if matches is None else confusion(matches, threshold),
@@ -231,57 +204,6 @@ def _counts(truth: Mapping[str, Any], results: Results, matches: Matches | None)
 def _best_of_all(matches: Matches) -> BestF1 | None:
     # Detections of classes without objects are mistakes too
     return best_f1(matches.results.scores, matches.is_correct, int(matches.num_objects.sum()))
-
-
-def _classes(
-    table: ApTable, accumulated: Accumulated, matches: Matches | None, calibrated: Calibration | None
-) -> tuple[ClassNumbers, ...]:
-    rows = []
-    for column, each in enumerate(table.classes):
-        ap, ar = accumulated.precision[:, :, column, :, -1], accumulated.recall[:, column, 0, -1]
-        of_class = None if matches is None else matches.results.category_ids == each.category_id
-        sizes = [_measured(mean_of_measured(ap[:, :, area])) for area in (1, 2, 3)]
-        rows.append(
-            ClassNumbers(
-                category_id=each.category_id,
-                name=each.name,
-                num_objects=each.num_objects,
-                num_detections=0 if of_class is None else int(of_class.sum()),
-                ap=_measured(each.ap),
-                ap50=_measured(each.ap50),
-                ap75=_measured(mean_of_measured(ap[5, :, 0])),
-                ap_small=sizes[0],
-                ap_medium=sizes[1],
-                ap_large=sizes[2],
-                ar100=_measured(mean_of_measured(ar)),
-                best_f1=None
-                if matches is None or of_class is None
-                else best_f1(
-                    matches.results.scores[of_class], matches.is_correct[of_class], each.num_objects
-                ),
-                ece=None if calibrated is None else calibrated.by_class.get(each.category_id),
-            )
-        )
-    return tuple(rows)
-
-
-def _curves(accumulated: Accumulated) -> Curves:
-    precision = accumulated.precision[..., 0, -1]  # [threshold, recall, class]
-    measured = np.flatnonzero((precision > -1).any((0, 1)))
-    precision = precision[:, :, measured]
-    chosen = {"0.50": precision[0], "0.75": precision[5], "0.50:0.95": precision.mean(0)}
-    return Curves(
-        recalls=np.linspace(0, 1, precision.shape[1]),
-        means={name: values.mean(1) for name, values in chosen.items()} if len(measured) else {},
-        classes={
-            accumulated.category_ids[column]: precision[0, :, number]
-            for number, column in enumerate(measured.tolist())
-        },
-    )
-
-
-def _measured(value: float) -> float | None:
-    return None if value < 0 else float(value)
 
 
 def _plain(value: Any) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from raydetr.config import Engine
 
 NICENESS = 19
+REPORT = "report"  # folder, in that of an evaluation
 INVALID = 3  # exit status: the detections cannot be scored; the last line of standard error is the reason
 
 
@@ -36,6 +37,7 @@ class Request:
     out: str  # folder for what `score` returns
     engine: Engine
     evaluation: dict[str, Any]  # fields that evaluation.json has besides
+    is_report: bool = False  # write what `explain` returns, instead of `score`
 
 
 def score(
@@ -50,12 +52,12 @@ def score(
         ValueError: a detection is not finite, or of an image that the ground truth lacks.
     """
     detections = PackedDetections.concatenate(parts)
-    table = coco_ap(ground_truth, detections.results(), engine)
+    table, times = coco_ap(ground_truth, detections.results(), engine), speed(detections)
     content = {
         **evaluation,
         "metrics": dict(table.numbers),
         "table": table.to_dict(),
-        "speed": speed(detections),
+        "speed": times,
         "num_images": len(detections.evaluated_ids),
         "num_detections": len(detections.scores),
         "engine": engine,
@@ -79,6 +81,24 @@ def speed(detections: PackedDetections) -> dict[str, float]:
     return {"median_ms": 1e3 * float(median), "p95_ms": 1e3 * float(high)}
 
 
+def explain(
+    ground_truth: dict[str, Any], parts: Iterable[PackedDetections], evaluation: dict[str, Any]
+) -> dict[str, bytes]:
+    """Return the files of an evaluation's report, {name: content}, without images of the data.
+
+    Raises:
+        ValueError: as `score`.
+    """
+    # Plots take a second to import, and the process that trains imports this module too
+    from raydetr.evaluation.report import analyze, report_files
+
+    detections = PackedDetections.concatenate(parts)
+    facts = ("step", "epoch", "position", "fingerprint")
+    about = {name: str(evaluation[name]) for name in facts if name in evaluation}
+    report = analyze(ground_truth, detections.results(), speed=speed(detections))
+    return {f"{REPORT}/{name}": content for name, content in report_files(report, None, about=about).items()}
+
+
 def read_table(content: dict[str, Any]) -> ApTable:
     """Return the table of the content of evaluation.json."""
     return ApTable.from_dict(content["table"])
@@ -95,7 +115,10 @@ def main() -> None:
     ground_truth = json.loads(Path(request.ground_truth).read_text())
     parts = (PackedDetections.from_npz(Path(file)) for file in request.detections)
     try:
-        files = score(ground_truth, parts, request.engine, request.evaluation)
+        if request.is_report:
+            files = explain(ground_truth, parts, request.evaluation)
+        else:
+            files = score(ground_truth, parts, request.engine, request.evaluation)
     except ValueError as error:
         print(error, file=sys.stderr)
         sys.exit(INVALID)

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class _ProcessError(Exception):
 
 @dataclass(frozen=True)
 class Scored:
-    """An evaluation with its AP. `problem` is why its files are not in the run's folder; None: they are."""
+    """An evaluation with its AP. `problem` is why files of it are not in the run's folder; None: all are."""
 
     evaluated: Evaluated
     table: ApTable
@@ -180,11 +180,24 @@ class Scoring:
                 evaluation=_fields(evaluated, unreadable),
             )
             self._run_process(request, scratch)
+            problem = self._explain(request, scratch)
             files = {
                 str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()
             }
             table = read_table(json.loads(files[stored.EVALUATION]))
-            return Scored(evaluated, table, unreadable, _write(files, folder))
+            return Scored(evaluated, table, unreadable, _write(files, folder) or problem)
+
+    def _explain(self, request: Request, scratch: Path) -> str | None:
+        """Write the report of an evaluation, in a process of its own, because it takes more memory than its AP.
+
+        Returns:
+            Why there is none: the AP does not depend on it. None: it is written.
+        """
+        try:
+            self._run_process(replace(request, is_report=True), scratch)
+        except (OSError, ValueError, _ProcessError) as error:
+            return f"an evaluation has no report: {error}"
+        return None
 
     def _ground_truth(self, scratch: Path) -> tuple[Path, int]:
         """Return a file of this machine with the ground truth, and how many of its records cannot be read."""

@@ -4,6 +4,7 @@
     evaluations/POSITION/detections/RANK.npz     packed arrays of one rank
     evaluations/POSITION/detections/complete.json    written after them: by how many ranks, of which shards, ...
     evaluations/POSITION/evaluation.json         written after the scoring: metrics, AP by class, speed
+    evaluations/POSITION/report/                 what explains the AP: numbers, plots, a page
 
 The folder detections/ is removed with the checkpoint.
 """

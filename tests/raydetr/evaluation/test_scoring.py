@@ -17,6 +17,7 @@ from raydetr.evaluation import scoring, stored
 from raydetr.evaluation.coco_metrics import coco_ap
 from raydetr.evaluation.detections import PackedDetections
 from raydetr.evaluation.ground_truth import ground_truth, ground_truth_file
+from raydetr.evaluation.score import Request
 from raydetr.evaluation.scoring import Scored, Scoring, ScoringError, Unscored
 from raydetr.evaluation.stored import Evaluated
 from raydetr.shards.reader import Shards, open_shards
@@ -94,8 +95,39 @@ def test_the_process_computes_the_ap_of_the_arrays(run_folder: Folder, val: Shar
     assert content["table"] == expected.to_dict()
     assert content["speed"] == {"median_ms": 250.0, "p95_ms": 250.0}
     assert (content["position"], content["epoch"], content["num_images"]) == (POSITION, 2, val.num_samples)
+    report = json.loads((stored.folder_of(run_folder, POSITION) / "report" / "report.json").read_text())
+    assert report["metrics"]["AP"] == pytest.approx(expected["AP"], abs=1e-12)
+    page = (stored.folder_of(run_folder, POSITION) / "report" / "report.html").read_text()
+    assert "Where AP is lost" in page
+    assert val.fingerprint in page
     truth = json.loads(ground_truth_file(run_folder, val.fingerprint).read_text())
     assert [a["bbox"] for a in truth["annotations"]] == [a["bbox"] for a in val.coco()["annotations"]]
+
+
+def test_a_report_that_fails_does_not_take_the_ap_with_it(
+    tmp_path: Path, val: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, failures = detections(val), Failures()
+    one = start(tmp_path, val, failures)
+    run_process = Scoring._run_process
+
+    def fail(self: Scoring, request: Request, scratch: Path) -> None:
+        # Its process ends before it can write anything
+        run_process(self, replace(request, detections=["none"]) if request.is_report else request, scratch)
+
+    monkeypatch.setattr(Scoring, "_run_process", fail)
+    one.add(write(tmp_path, val, packed))
+    scored = wait(one)
+    assert isinstance(scored, Scored)
+    assert scored.table == coco_ap(val.coco(), packed.results())
+    assert scored.problem is not None
+    assert scored.problem.startswith(
+        "an evaluation has no report: its process ended with status 1: FileNotFound"
+    )
+    folder = stored.folder_of(tmp_path, POSITION)
+    assert stored.read_evaluation(folder) is not None
+    assert not (folder / "report").exists()
+    assert failures == []
 
 
 def test_the_ground_truth_is_read_from_the_shards_once(

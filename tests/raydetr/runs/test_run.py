@@ -26,6 +26,12 @@ from raydetr.training.checkpoint import CheckpointError
 EPOCH = 48  # samples
 
 
+REPORT_FILES = (
+    "report.html", "report.json", "precision_recall.png", "classes.png", "tide.png", "confusion.png",
+    "calibration.png",
+)  # fmt: skip
+
+
 def at(run_folder: Path, epoch: int) -> Path:
     """The folder of the checkpoint after an epoch of the tiny data."""
     return checkpoint.folder_of(run_folder, epoch * EPOCH)
@@ -61,6 +67,7 @@ def test_a_run_leaves_checkpoints_metrics_and_artifacts(tiny_run: RunConfig) -> 
     assert set(tracked.artifacts) == {
         "config.yaml", f"environment/{socket.gethostname()}.json", "checkpoint.json", "evaluation/ap.json",
         "evaluation/ap.md", "evaluation/evaluation.json", "curves.png", "predictions.png",
+        *(f"evaluation/report/{name}" for name in REPORT_FILES),
     }  # fmt: skip
     reference = json.loads(
         mlflow_run.fetch_artifact(result.tracking_uri, result.mlflow_run_id, "checkpoint.json")
