@@ -24,13 +24,15 @@ def list_runs(
 ) -> None:
     """List the runs and searches in a storage path, those with the newest events first.
 
-    A run is lost if it has not ended and its driver gives no sign of life.
+    A run is lost if it has not ended and its driver gives no sign of life. That is logged in its events, and in MLflow.
     """
     from raydetr.runs import state
     from raydetr.runs.list import to_table
+    from raydetr.runs.lost import mark_lost
     from raydetr.store.folders import open_folder
 
     states = state.list_runs(open_folder(storage))
+    mark_lost(states)
     if as_json:
         typer.echo(json.dumps([one.to_dict() for one in states], indent=1, allow_nan=False))
     else:

@@ -20,7 +20,7 @@ State = Literal["running", "finished", "stopped", "failed", "lost"]
 CONFIG = "config.yaml"
 SPACE = "space.yaml"  # only a search has one
 ENDS: dict[str, State] = {"finished": "finished", "stopped": "stopped", "failed": "failed"}
-NO_PROGRESS = ("system", "environment", "files")  # events that also a run has that makes no progress
+NO_PROGRESS = ("system", "environment", "files", "lost")  # events that also a run has that makes no progress
 NUM_THREADS = 16  # runs that are read at once
 RETRY_SECONDS = 30.0  # of an outage of the storage
 

@@ -9,7 +9,8 @@ Kinds of events: `launched` (a driver starts or resumes the run: its name, setti
 GPUs), `step` (metrics of a step), `evaluation`, `checkpoint`, `checkpoint_failed`, `scoring_failed` (a try to score an
 evaluation), `corrupt`, `restart` (the workers are started again: why, and from where), `waiting` (for resources),
 `preempted` (a node will be taken away), `layout` (another number of workers), `stalled` (no progress), `stack` (of a
-stalled worker), `files` (of the run, which are new), `finished`, `stopped`, `failed`.
+stalled worker), `files` (of the run, which are new), `finished`, `stopped`,
+`failed`, `lost` (its driver died; another command found that out).
 """
 
 from __future__ import annotations

@@ -30,11 +30,11 @@ class UploadProcess:
 
     Args:
         run: the folder.
-        uri: the tracking URI.
+        uri: the tracking URI; None: that of the run.
         on_problem: is called, in a thread, with what keeps values from MLflow, once for each reason.
     """
 
-    def __init__(self, run: Folder, uri: str, on_problem: Callable[[str], None]) -> None:
+    def __init__(self, run: Folder, uri: str | None, on_problem: Callable[[str], None]) -> None:
         self._on_problem = on_problem
         self.problem: str | None = None
         self._told_at = time.monotonic()
@@ -139,7 +139,7 @@ class _Commands:
     """The messages of the driver; without a driver, the process ends."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.uri = str(json.loads(stream.readline())["uri"])
+        self.uri: str | None = json.loads(stream.readline())["uri"]
         self.is_finishing = threading.Event()
         threading.Thread(target=self._listen, args=(stream,), daemon=True).start()
 

@@ -42,7 +42,13 @@ TAG_LENGTH = 8000
 DIGEST_LENGTH = 36
 
 # MLflow's status, by kind of event
-STATUS = {"launched": "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+STATUS = {
+    "launched": "RUNNING",
+    "finished": "FINISHED",
+    "stopped": "KILLED",
+    "failed": "FAILED",
+    "lost": "FAILED",
+}
 
 
 class Uploader:
