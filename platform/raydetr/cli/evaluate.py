@@ -58,7 +58,7 @@ def _evaluate_checkpoint(checkpoint: str, overrides: list[str], options: Options
     data = options.data
     if data is not None and assignments.setdefault("data.val", data) != data:
         raise ConfigError(f"--data {data} and data.val={assignments['data.val']} are given: keep one")
-    found = evaluate(checkpoint, assignments, local=options.local)
+    found = evaluate(checkpoint, assignments, local=options.local, with_losses=options.html is not None)
     table = found.table()
     if options.html is not None:
         from raydetr.evaluation.read_images import from_shards
@@ -69,7 +69,8 @@ def _evaluate_checkpoint(checkpoint: str, overrides: list[str], options: Options
         times = speed(found.detections)
         if times:
             times["images_per_second"] = 1 / float(seconds.mean())
-        report = analyze(found.ground_truth.coco, found.detections.results(), speed=times)
+        results = found.detections.results()
+        report = analyze(found.ground_truth.coco, results, losses=found.losses, speed=times)
         about = {"checkpoint": str(found.checkpoint), "data": found.shards.location}
         _write_page(options.html, report, from_shards(found.shards), checkpoint, about)
     return _finish(table, options)

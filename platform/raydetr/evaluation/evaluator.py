@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detrs.structures import Detections, Predictions
+from detrs.structures import Detections, Outputs, Predictions, Targets
 from raydetr.data.batch import Batch, to_model
 from raydetr.data.corrupt import CorruptSample
 from raydetr.evaluation.detections import PackedDetections
 from raydetr.shards.manifest import LabelMap
 
 Postprocess = Callable[[Predictions, Tensor], list[Detections]]
+OnOutputs = Callable[[Batch, Outputs, Targets], None]
 
 
 def to_coco_results(
@@ -77,6 +78,7 @@ def evaluate(
     label_map: LabelMap,
     device: torch.device | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    on_outputs: OnOutputs | None = None,
 ) -> PackedDetections:
     """Run a detector over the batches of this process.
 
@@ -87,6 +89,7 @@ def evaluate(
         label_map: maps labels to category_ids.
         device: of the detector; None: that of its parameters.
         autocast: returns the context of the detector's forward pass.
+        on_outputs: is called with every batch, what the detector returned, and the batch's targets.
 
     Raises:
         ShardError, LoaderError, RemoteError: from `batches`.
@@ -94,7 +97,7 @@ def evaluate(
     device = device or next(detector.parameters()).device
     with _eval_mode(detector), torch.inference_mode():
         return PackedDetections.concatenate(
-            _detect(detector, postprocess, batch, label_map, device, autocast)
+            _detect(detector, postprocess, batch, label_map, device, autocast, on_outputs)
             for batch in batches
             if batch is not None
         )
@@ -107,15 +110,18 @@ def _detect(
     label_map: LabelMap,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[object]],
+    on_outputs: OnOutputs | None,
 ) -> PackedDetections:
     began = time.perf_counter()
-    images, _ = to_model(batch, device)
+    images, targets = to_model(batch, device)
     with autocast():
         outputs = detector(images)
     detections = postprocess(outputs.predictions, batch.original_sizes.to(device))
     packed = pack(batch.image_ids.tolist(), detections, label_map)
     # The copies to the host have waited for the device
     seconds = (time.perf_counter() - began) / len(batch.image_ids)
+    if on_outputs is not None:
+        on_outputs(batch, outputs, targets)
     return replace(packed, seconds=np.full_like(packed.seconds, seconds))
 
 

@@ -209,6 +209,9 @@ def _check_new(folder: Folder, config: RunConfig, or_resume: bool) -> None:
         return
     last = checkpoint.newest_valid(folder, lambda message: None)
     if last is None:
+        kinds = {event["kind"] for event in read_events(folder)}
+        if "launched" in kinds and "started" not in kinds:  # a start that failed before its first step
+            return
         raise ConfigError(f"{folder} exists and has no checkpoint: remove it, or give another --name")
     if checkpoint.is_complete(last, config):
         raise ConfigError(

@@ -1,0 +1,117 @@
+"""What a user or a cluster can do wrong is told in a line or two, in bounded time, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from raydetr.tracking.uris import default_uri
+
+CODE = "from raydetr.cli.main import main; main()"
+TRAIN = (
+    "train",
+    "quickstart",
+    "data.synthetic=null",
+    "data.train=TRAIN",
+    "data.val=VAL",
+    "storage.path=RUNS",
+)
+
+
+def call(tmp_path: Path, tiny_data: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Call `raydetr` in an empty folder."""
+    places = {
+        "TRAIN": tiny_data / "train",
+        "VAL": tiny_data / "val",
+        "RUNS": tmp_path / "runs",
+        "TMP": tmp_path,
+    }
+    arguments = []
+    for word in words:
+        path, equals, value = word.partition("=")
+        arguments.append(f"{path}={places.get(value, value)}" if equals else str(places.get(word, word)))
+    environment = {**os.environ, **variables}
+    (tmp_path / "here").mkdir(exist_ok=True)
+    return subprocess.run(
+        [sys.executable, "-c", CODE, *arguments],
+        capture_output=True, text=True, timeout=120, check=False, env=environment, cwd=tmp_path / "here",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((*TRAIN, "storage.path=http://host/runs"), "runs cannot be written to a web server"),
+        ((*TRAIN, "init.checkpoint=ftp://host/x"), "ftp://"),
+        ((*TRAIN, "tracking.uri=sqlite://x.db"), "write sqlite:///FILE"),
+        ((*TRAIN, "tracking.uri=http://"), "write http://HOST:PORT"),
+        ((*TRAIN, "cluster.address=127.0.0.1:9"), "no connection"),
+        (
+            (*TRAIN, "cluster.address=auto", "cluster.num_workers=1"),
+            "there is no Ray cluster on this machine",
+        ),
+        ((*TRAIN, "cluster.address=ray://127.0.0.1:10001"), "Ray Client"),
+        ((*TRAIN, "cluster.address=http://127.0.0.1:8265"), "dashboard"),
+        ((*TRAIN, "--local", "cluster.use_gpu=true"), "finds no GPU"),
+        (("train", "--resume", "TMP"), "not the folder of a run"),
+        (("evaluate", "TMP"), "no checkpoint"),
+        (("evaluate", "s3:/bucket/run"), "s3"),
+        (("compare", 'it\'s "quoted"'), 'it\'s "quoted"'),
+        (("watch", "no-such-run"), "no-such-run"),
+        (("track", "sync", "TMP"), "not the folder of a run"),
+    ],
+)
+def test_one_line(words: tuple[str, ...], message: str, tmp_path: Path, tiny_data: Path) -> None:
+    began = time.monotonic()
+    # One of this machine's clusters may be found otherwise
+    done = call(
+        tmp_path,
+        tiny_data,
+        *words,
+        RAY_ADDRESS="",
+        RAY_TMPDIR=str(tmp_path)[:40] if "auto" in words else "/tmp",
+    )
+    assert time.monotonic() - began < 60
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    error = done.stderr[done.stderr.index("error: ") :]
+    assert len(error.splitlines()) <= 3
+    assert message in " ".join(error.split())
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_a_port_of_something_else(tmp_path: Path, tiny_data: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        done = call(tmp_path, tiny_data, *TRAIN, f"cluster.address={address}")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "does not answer as the head of a Ray cluster" in done.stderr
+
+
+@pytest.mark.parametrize("uri", ["oracle://host/db", "postgresql://me@127.0.0.1:1/db", "http://127.0.0.1:9"])
+def test_a_run_without_its_tracking(uri: str, tmp_path: Path, tiny_data: Path) -> None:
+    settings = ("optim.epochs=1", "data.limit_images=8", "data.batch_size=8", "--local", "--name", "alone")
+    done = call(tmp_path, tiny_data, *TRAIN, *settings, f"tracking.uri={uri}")
+    assert done.returncode == 5, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if "warning: " in line]) <= 2
+    assert (tmp_path / "runs" / "alone" / "events").is_dir()
+    later = call(tmp_path, tiny_data, "track", "sync", "runs/alone", "--uri", default_uri(tmp_path / "later"))
+    assert later.returncode == 1  # relative to the working folder
+    sync = ("track", "sync", str(tmp_path / "runs" / "alone"), "--uri", default_uri(tmp_path / "later"))
+    assert call(tmp_path, tiny_data, *sync).returncode == 0
+
+
+def test_a_start_that_fails_can_be_repeated(tmp_path: Path, tiny_data: Path) -> None:
+    settings = ("optim.epochs=1", "data.limit_images=8", "data.batch_size=8", "--name", "again")
+    refused = call(tmp_path, tiny_data, *TRAIN, *settings, "cluster.address=127.0.0.1:9")
+    assert refused.returncode == 1
+    done = call(tmp_path, tiny_data, *TRAIN, *settings, "--local")
+    assert done.returncode == 0, done.stderr
