@@ -10,7 +10,8 @@ import torch
 
 from raydetr.config import ClusterConfig, ConfigError
 from raydetr.console import Display, RunProgress
-from raydetr.runs.session import Run, run_session
+from raydetr.runs.run_folder import Run
+from raydetr.runs.session import run_session
 from raydetr.training.world import World
 
 

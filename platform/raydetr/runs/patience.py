@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from raydetr.console import print_status
 from raydetr.runs.ray_cluster import POLL_SECONDS, WAITING_SECONDS, LaunchError
-from raydetr.runs.session import Run
+from raydetr.runs.run_folder import Run
 from raydetr.runs.signals import StopSignals
 from raydetr.tracking.events import EventLog
 

@@ -37,7 +37,8 @@ from raydetr.runs.ray_cluster import (
     check_tracking,
     connected,
 )
-from raydetr.runs.session import Run, run_session
+from raydetr.runs.run_folder import Run
+from raydetr.runs.session import run_session
 from raydetr.runs.signals import StopSignals
 from raydetr.runs.watch import ABORT_SECONDS, STACKS, Watch
 from raydetr.store.folders import Folder, with_retry_seconds, write_file

@@ -22,8 +22,8 @@ from raydetr.locations import absolute_tracking_uri, base_folder, is_remote, sql
 from raydetr.runs.lease import Lease, LeaseError
 from raydetr.runs.local import train_locally
 from raydetr.runs.result import RunResult
+from raydetr.runs.run_folder import Run, read_config, write_config
 from raydetr.runs.run_tracking import Kind, experiment_of, log_launch, uploading
-from raydetr.runs.session import Run, read_config, write_config
 from raydetr.runs.signals import RunStopped, StopSignals
 from raydetr.shards.reader import Shards
 from raydetr.store.folders import Folder, open_folder

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import torch
 
 from detrs import zoo
-from raydetr.config import RunConfig, from_yaml, from_yaml_text, override, to_yaml
 from raydetr.console import RunProgress
 from raydetr.data.corrupt import CORRUPT_LOG, CorruptSample, CorruptSampleLog, default_max_corrupt
 from raydetr.data.splits import open_splits
@@ -29,12 +28,12 @@ from raydetr.evaluation import stored
 from raydetr.evaluation.scoring import Scored, Scoring, Unscored
 from raydetr.evaluation.stored import Evaluated
 from raydetr.runs.pictures import PICTURES, write_pictures
+from raydetr.runs.run_folder import Run
 from raydetr.shards.reader import Shards
 from raydetr.store.background import BackgroundThreads
-from raydetr.store.folders import Folder, with_retry_seconds, write_file
+from raydetr.store.folders import with_retry_seconds, write_file
 from raydetr.tracking.events import EventLog, Metrics, read_events
 from raydetr.tracking.system_metrics import SystemMetrics
-from raydetr.tracking.uris import absolute_uri, storable_uri
 from raydetr.training import checkpoint, init_weights
 from raydetr.training.checkpoint_writer import CheckpointWriter, Written
 from raydetr.training.loop import EvaluationReport, StepReport, Training, train
@@ -45,46 +44,6 @@ SHOW_SECONDS = 0.5  # between two updates of the progress
 EVALUATION_WAITS = 60.0  # seconds, for the checkpoint before it
 EVENTS_WAIT = 10.0  # seconds, for the events before a checkpoint; it is written then in any case
 QUICK_SECONDS = 5.0  # of an outage, for what is not worth more
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run, as all its workers get it."""
-
-    config: RunConfig  # resolved: paths are absolute
-    folder: Folder  # on storage that all nodes reach
-    resume_from: Folder | None = None  # checkpoint folder
-    waits_for_scores: bool = False  # the step after an evaluation waits for its AP: a search chooses by it
-
-
-def read_config(run: Folder) -> RunConfig:
-    """Return the configuration of the run in a folder, which may have been moved with its runs.
-
-    Raises:
-        ConfigError: it is not a valid configuration.
-        OSError: it cannot be read.
-    """
-    file = run / "config.yaml"
-    config = from_yaml(file) if isinstance(file, Path) else from_yaml_text(file.read_text(), str(file))
-    uri = config.tracking.uri
-    return override(
-        config,
-        {
-            "storage.path": str(run.parent),
-            "tracking.uri": None if uri is None else absolute_uri(uri, run),
-        },
-    )
-
-
-def write_config(run: Folder, config: RunConfig) -> None:
-    """Write the configuration of a run to its folder.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    uri = config.tracking.uri
-    stored = config if uri is None else override(config, {"tracking.uri": storable_uri(uri, run)})
-    write_file(run / "config.yaml", to_yaml(stored).encode())
 
 
 class Reporter(Protocol):

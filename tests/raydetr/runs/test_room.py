@@ -14,7 +14,7 @@ from raydetr.config import ClusterConfig, RunConfig
 from raydetr.console import RunActor, RunProgress
 from raydetr.runs import patience, ray_cluster, watch
 from raydetr.runs.ray_cluster import LaunchError, Room
-from raydetr.runs.session import Run
+from raydetr.runs.run_folder import Run
 from raydetr.runs.signals import StopSignals
 from raydetr.runs.watch import Watch
 from raydetr.tracking.events import EventLog, read_events

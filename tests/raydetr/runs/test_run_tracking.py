@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from raydetr.config import RunConfig, override
 from raydetr.locations import sqlite_file
 from raydetr.runs import run
-from raydetr.runs.session import read_config
+from raydetr.runs.run_folder import read_config
 from raydetr.tracking.uris import default_uri
 
 # SQLAlchemy 2.1 deprecates an option that MLflow 3.17 uses

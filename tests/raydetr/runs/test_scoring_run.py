@@ -21,6 +21,7 @@ from raydetr.config import RunConfig, override
 from raydetr.data.splits import open_splits
 from raydetr.evaluation import scoring, stored
 from raydetr.runs import run, session
+from raydetr.runs.run_folder import Run
 from raydetr.tracking.events import Metrics, read_events
 from raydetr.training import checkpoint, loop
 from raydetr.training.loop import EvaluationReport, StepReport, Training, train
@@ -280,7 +281,7 @@ def test_a_search_gets_the_ap_before_the_next_step_and_a_plain_run_reports_nothi
 ) -> None:
     search, config = Search(), run.resolve(short)[0]
     session.run_session(
-        session.Run(config, tmp_path / "trial", waits_for_scores=waits), World.single_process(), search
+        Run(config, tmp_path / "trial", waits_for_scores=waits), World.single_process(), search
     )
     assert [event["metrics"] for event in evaluations(tmp_path / "trial")] == [
         event["metrics"] for event in evaluations(undisturbed.folder)
@@ -305,14 +306,10 @@ def test_a_search_gets_the_ap_of_an_evaluation_before_a_kill(
     with monkeypatch.context() as patched:
         patched.setattr(session._Session, "_wait_for_scores", die)
         with pytest.raises(KeyboardInterrupt):
-            session.run_session(
-                session.Run(config, folder, waits_for_scores=True), World.single_process(), Search()
-            )
+            session.run_session(Run(config, folder, waits_for_scores=True), World.single_process(), Search())
     last = checkpoint.newest_valid(folder, pytest.fail)
     search = Search()
-    session.run_session(
-        session.Run(config, folder, last, waits_for_scores=True), World.single_process(), search
-    )
+    session.run_session(Run(config, folder, last, waits_for_scores=True), World.single_process(), search)
     expected = [event["metrics"]["AP"] for event in evaluations(undisturbed.folder)]
     assert [metrics["AP"] for _, metrics in search.reported] == expected
     assert [metrics["epoch"] for _, metrics in search.reported] == [1, 2, 3]
