@@ -23,6 +23,8 @@ from raydetr.store.folders import Folder, open_folder
 POLL_SECONDS, REMOTE_POLL_SECONDS = 3.0, 20.0  # between two looks at the events, on a disk and at a URL
 FIRST_PAUSE, MAX_PAUSE = 3.0, 60.0  # seconds between two tries; the pause doubles
 SILENT_SECONDS = 60.0  # without a request that MLflow answered, after which the driver goes on without it
+MAX_ERRORS = 2  # of runs, until MLflow is taken for away
+LONG_UPLOAD_SECONDS = 3600.0  # for a model, whose requests have limits of their own
 
 
 class UploadProcess:
@@ -94,7 +96,7 @@ class UploadProcess:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             message = json.loads(line)
-            self._told_at = time.monotonic()
+            self._told_at = time.monotonic() + message.get("grace", 0.0)
             problem = message.get("problem")
             if problem is not None and problem != self.problem:
                 self._on_problem(problem)
@@ -108,24 +110,36 @@ class UploadProcess:
 # --- In the process ---
 
 
-def upload_all(uploaders: dict[str, object], run: Folder, uri: str | None) -> bool:
+def upload_all(
+    uploaders: dict[str, object], run: Folder, uri: str | None, on_long_upload: Callable[[], None]
+) -> bool:
     """Upload a run, and the trials in its folder; return whether there was anything new.
+
+    One that fails does not keep the others from being uploaded; after the second one, MLflow is taken for away.
 
     Args:
         uploaders: those of earlier calls by folder; new ones are added.
         run: folder of a run or a search.
         uri: see `Uploader`.
+        on_long_upload: see `Uploader`.
 
     Raises:
         OSError, ValueError, TrackingError: see `Uploader.sync`.
     """
     from raydetr.tracking.uploader import Uploader  # mlflow takes seconds to import
 
-    is_new = False
+    is_new, errors = False, []
     for folder in runs_in(run):
-        uploader = uploaders.setdefault(str(folder), Uploader(folder, uri))
+        uploader = uploaders.setdefault(str(folder), Uploader(folder, uri, on_long_upload))
         assert isinstance(uploader, Uploader)
-        is_new |= uploader.sync()
+        try:
+            is_new |= uploader.sync()
+        except Exception as error:  # raised below
+            errors.append(error)
+        if len(errors) == MAX_ERRORS:
+            break
+    if errors:
+        raise errors[0]
     return is_new
 
 
@@ -165,7 +179,8 @@ def main(location: str) -> None:
     while True:
         is_last = commands.is_finishing.is_set()
         try:
-            is_new, found = upload_all(uploaders, run, commands.uri), None
+            is_new = upload_all(uploaders, run, commands.uri, lambda: tell(grace=LONG_UPLOAD_SECONDS))
+            found = None
             pause = FIRST_PAUSE
         except Exception as error:  # whatever it is: the next try may work, and the events are kept
             is_new, found = False, str(error) or type(error).__name__

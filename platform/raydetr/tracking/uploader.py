@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,13 @@ class Uploader:
     Args:
         run: its folder.
         uri: the tracking URI; None: that of the events. It may have a password, which is never stored.
+        on_long_upload: is called before an upload of many megabytes.
     """
 
-    def __init__(self, run: Folder, uri: str | None = None) -> None:
-        self._run, self._given_uri = run, uri
+    def __init__(
+        self, run: Folder, uri: str | None = None, on_long_upload: Callable[[], None] = lambda: None
+    ) -> None:
+        self._run, self._given_uri, self._on_long_upload = run, uri, on_long_upload
         self._state = UploadState.read(run)
         self._reader = EventReader(run, self._state.done)
         self._last_steps = dict(self._state.last_steps)  # of what was collected
@@ -269,6 +272,7 @@ class Uploader:
         if last["kind"] == "finished" and launch.get("model") is not None:
             from raydetr.tracking.model_registry import register_best  # imports torch
 
+            self._on_long_upload()
             register_best(client, uri, self._run, self._run_id, launch["model"])
         text = describe(self._run, launch, self._run_id)
         client.set_tag(self._run_id, "mlflow.note.content", text[:TAG_LENGTH])

@@ -361,6 +361,23 @@ def test_databases_that_cannot_be_opened(uri: str, message: str, tmp_path: Path)
     assert "\n" not in str(error.value)
 
 
+def test_a_trial_that_cannot_be_uploaded_does_not_stop_the_others(database: str, tmp_path: Path) -> None:
+    search = tmp_path / "search"
+    log_run(search, database, kind="search", end=None)
+    for name in ("a", "b", "c"):
+        log_run(search / name, database, kind="trial", steps=STEPS)
+    run_id = upload(search / "a")
+    MlflowClient(database).delete_run(run_id)
+    (search / "a" / STATE).unlink()
+    pending = UploadProcess(search, database, lambda problem: None).finish()
+    assert pending is not None
+    assert f"mlflow runs restore --run-id {run_id}" in pending
+    parent = read_run_id(search)
+    for name in ("b", "c"):
+        (found,) = runs_named(database, name)
+        assert (found.info.status, found.data.tags["mlflow.parentRunId"]) == ("FINISHED", parent)
+
+
 def test_postgres(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     programs = find_programs()
     if programs is None:
