@@ -25,6 +25,7 @@ from raydetr.locations import is_remote
 from raydetr.runs import run
 from raydetr.runs.lease import Lease
 from raydetr.runs.ray_cluster import connected
+from raydetr.runs.resolve import resolve
 from raydetr.runs.run_tracking import log_launch, uploading
 from raydetr.shards.reader import Shards
 from raydetr.tracking.events import EventLog
@@ -74,7 +75,7 @@ def search(
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    resolved, splits = run.resolve(config)
+    resolved, splits = resolve(config)
     if is_remote(resolved.storage.path):
         raise ConfigError(
             f"storage.path {resolved.storage.path}: a search needs a folder that all nodes mount"

@@ -18,6 +18,7 @@ from raydetr.doctor import examine as quick
 from raydetr.doctor.findings import TrainingTarget
 from raydetr.runs import run
 from raydetr.runs.overfit import overfit
+from raydetr.runs.resolve import resolve
 from raydetr.shards.manifest import SAMPLE_DTYPE
 from raydetr.shards.reader import Shards, open_shards
 
@@ -124,7 +125,7 @@ def test_a_run_warns_and_continues(
     config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = override(config, {"data.val": config.data.train})
-    resolved, splits = run.resolve(config)
+    resolved, splits = resolve(config)
     run.print_warnings(resolved, *splits)
     printed = " ".join(capsys.readouterr().err.split())
     assert printed.startswith("warning: ")
@@ -134,7 +135,7 @@ def test_a_run_warns_and_continues(
 def test_a_run_on_healthy_data_prints_no_warning(
     config: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    resolved, splits = run.resolve(config)
+    resolved, splits = resolve(config)
     run.print_warnings(resolved, *splits)
     assert capsys.readouterr().err == ""
 

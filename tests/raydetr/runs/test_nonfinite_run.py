@@ -28,6 +28,7 @@ from raydetr.data.splits import open_splits
 from raydetr.data.stream import train_batches
 from raydetr.data.transforms.transform import Transform
 from raydetr.runs import run
+from raydetr.runs.resolve import resolve
 from raydetr.tracking import mlflow_run
 from raydetr.tracking.events import Metrics, read_events
 from raydetr.tracking.uris import default_uri
@@ -339,4 +340,4 @@ def test_a_gradient_that_no_scale_helps_is_counted(small_run: RunConfig) -> None
 
 def test_fp16_without_a_gpu_is_refused(tiny_run: RunConfig) -> None:
     with pytest.raises(ConfigError, match=r"optim\.precision=fp16 is for GPUs.*bf16"):
-        run.resolve(override(tiny_run, {"optim.precision": "fp16"}))
+        resolve(override(tiny_run, {"optim.precision": "fp16"}))

@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 
 from raydetr.config import ConfigError, RunConfig, from_yaml, override, to_yaml
 from raydetr.runs import run
+from raydetr.runs.resolve import resolve
 from raydetr.tracking.events import read_events
 from raydetr.training import checkpoint
 from raydetr.training.loop import Training
@@ -143,10 +144,10 @@ def test_other_settings_are_refused_and_named(
 
 def test_what_a_start_decides_is_no_difference(by_steps: RunConfig, tmp_path: Path) -> None:
     """Such as the number of classes, absolute paths, and the place of a database."""
-    stored, _ = run.resolve(by_steps)
-    given, _ = run.resolve(override(by_steps, {"tracking.uri": "sqlite:///elsewhere.db"}))
+    stored, _ = resolve(by_steps)
+    given, _ = resolve(override(by_steps, {"tracking.uri": "sqlite:///elsewhere.db"}))
     assert run._differences(stored, given) == {}
-    given, _ = run.resolve(override(by_steps, {"tracking.uri": "http://127.0.0.1:9"}))
+    given, _ = resolve(override(by_steps, {"tracking.uri": "http://127.0.0.1:9"}))
     assert list(run._differences(stored, given)) == ["tracking.uri"]
     (tmp_path / "copy.yaml").write_text(to_yaml(stored))
     assert run._differences(from_yaml(tmp_path / "copy.yaml"), stored) == {}

@@ -15,6 +15,7 @@ from raydetr.config import ConfigError, RunConfig, from_yaml, override
 from raydetr.data.order import ORDER_VERSION
 from raydetr.runs import run
 from raydetr.runs.evaluate import evaluate_checkpoint
+from raydetr.runs.resolve import resolve
 from raydetr.shards.source import coco_source
 from raydetr.shards.writer import write_source
 from raydetr.tracking import mlflow_run
@@ -212,24 +213,24 @@ def test_resume_refuses_a_checkpoint_of_another_order(tiny_run: RunConfig) -> No
 
 def test_num_classes_that_contradicts_the_data_is_refused(tiny_run: RunConfig) -> None:
     with pytest.raises(ConfigError, match=r"model\.num_classes is 3, but .*train has 4 classes.*set it to 4"):
-        run.resolve(override(tiny_run, {"model.num_classes": 3}))
+        resolve(override(tiny_run, {"model.num_classes": 3}))
     with pytest.raises(ConfigError, match=r"model\.num_classes is 9"):
-        run.resolve(override(tiny_run, {"model.num_classes": 9}))
+        resolve(override(tiny_run, {"model.num_classes": 9}))
     # The official convention has labels without a category
     official = override(tiny_run, {"model.num_classes": 91, "data.label_map": "category_id"})
-    assert run.resolve(official)[0].model.num_classes == 91
+    assert resolve(official)[0].model.num_classes == 91
 
 
 def test_more_workers_than_images_are_refused_where_batch_norm_needs_an_image(
     tiny_run: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run.resolve(override(tiny_run, {"cluster.num_workers": 3}))  # shares of 2 and 3 images
+    resolve(override(tiny_run, {"cluster.num_workers": 3}))  # shares of 2 and 3 images
     assert "without an image" not in capsys.readouterr().err
     more = override(tiny_run, {"cluster.num_workers": 10})
     message = r"data\.batch_size=8 leaves 2 of cluster\.num_workers=10 without an image.* use 1 to 8 workers"
     with pytest.raises(ConfigError, match=message):
-        run.resolve(override(more, {"model.backbone.norm": "batch"}))
-    run.resolve(override(more, {"model.backbone.norm": "frozen"}))
+        resolve(override(more, {"model.backbone.norm": "batch"}))
+    resolve(override(more, {"model.backbone.norm": "frozen"}))
     assert "leaves 2 of cluster.num_workers=10 without an image" in capsys.readouterr().err
 
 
@@ -242,7 +243,7 @@ def test_splits_with_other_categories_are_refused(
     renamed.write_text(json.dumps(annotations))
     write_source(coco_source(tiny_data / "coco/val", renamed), tmp_path / "val")
     with pytest.raises(ValueError, match=r"different categories.*plate"):
-        run.resolve(override(tiny_run, {"data.val": str(tmp_path / "val")}))
+        resolve(override(tiny_run, {"data.val": str(tmp_path / "val")}))
 
 
 def test_a_diverging_run_stops_with_step_images_and_remedy_and_is_marked_failed(tiny_run: RunConfig) -> None:
@@ -252,3 +253,9 @@ def test_a_diverging_run_stops_with_step_images_and_remedy_and_is_marked_failed(
     uri = default_uri(tiny_run.storage.path)
     (folder,) = Path(tiny_run.storage.path).glob("quickstart-*")
     assert mlflow_run.fetch_run(uri, folder.name).status == "FAILED"
+
+
+def test_a_model_that_cannot_be_built_is_refused_before_anything_starts(tiny_run: RunConfig) -> None:
+    with pytest.raises(ConfigError, match=r"model\.hidden_dim: 65 is not a multiple of 4"):
+        run.start(override(tiny_run, {"model.hidden_dim": 65}))
+    assert not Path(tiny_run.storage.path).exists()

@@ -16,6 +16,7 @@ import small_models
 from detrs.zoo import BackboneConfig, ModelConfig, build
 from raydetr.config import ConfigError, RunConfig, override, to_dict
 from raydetr.runs import run
+from raydetr.runs.resolve import resolve
 from raydetr.shards.manifest import LabelMap, make_label_map
 from raydetr.training import init_weights
 from raydetr.training.checkpoint import CheckpointError, load_for_inference, write
@@ -223,7 +224,7 @@ def test_a_run_is_trained_from_the_weights_of_another(
     tiny_run: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a learning rate near zero the weights stay those of the checkpoint."""
-    config, _ = run.resolve(tiny_run)
+    config, _ = resolve(tiny_run)
     five = replace(config.model, num_classes=5)
     weights = checkpoint_of(config, five, tmp_path / "old")
     still = {"optim.lr": 1e-12, "optim.lr_backbone": 1e-12, "optim.lr_sampling": 1e-12, "optim.epochs": 1,
