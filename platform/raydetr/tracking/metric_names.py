@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
-GROUPS = ("loss", "loss_aux", "AP", "lr", "time", "data", "system")
 _DATA = ("skipped_steps", "corrupt_samples", "unpredicted_images", "unreadable_records")
 _TIME = ("epoch", "images_per_second", "train_seconds", "evaluation_seconds")
 
@@ -27,8 +25,3 @@ def metric_name(name: str) -> str:
         return f"time/{name}"
     term = name.removeprefix("loss_")
     return f"loss_aux/{term}" if re.search(r"_(\d+|enc|dn)$", term) else f"loss/{term}"
-
-
-def event_name(name: str, names: Iterable[str]) -> str | None:
-    """Return which of the names of events has this name in MLflow; None if none has."""
-    return next((each for each in names if metric_name(each) == name), None)
