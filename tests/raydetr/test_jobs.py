@@ -142,7 +142,7 @@ def test_a_submitted_job_trains_evaluates_and_leaves_a_checkpoint_and_an_mlflow_
     assert (found.epoch, found.position) == (1, 32)
     with closing(sqlite3.connect(tmp_path / "runs" / "mlflow.db")) as connection:
         runs = connection.execute("select name, status from runs").fetchall()
-        values = connection.execute("select value from metrics where key = 'AP'").fetchall()
+        values = connection.execute("select value from metrics where key = 'AP/AP'").fetchall()
     assert runs == [(folder.name, "FINISHED")]
     assert values == [(read_metrics(meta.parent)["AP"],)]
 
