@@ -109,7 +109,8 @@ def check_tracking_uri(uri: str) -> str:
         except ValueError:  # of the port
             is_valid = False
         if not is_valid:
-            raise ValueError(f"{uri}: write http://HOST:PORT")
+            shown = re.sub("://.*@", "://", uri)  # without a password
+            raise ValueError(f"{shown}: write http://HOST:PORT")
     return uri
 
 

@@ -108,3 +108,12 @@ def test_tracking_uris_are_kept() -> None:
         "postgresql://h/db",
     ):
         assert check_tracking_uri(uri) == uri
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://me:s3cr3t@host:99999", "https://me:s3/cr3t@host", "http://me:s3cr3t@"]
+)
+def test_an_address_that_is_refused_shows_no_password(uri: str) -> None:
+    with pytest.raises(ValueError, match="write http://HOST:PORT") as caught:
+        check_tracking_uri(uri)
+    assert "cr3t" not in str(caught.value)

@@ -24,7 +24,7 @@ from raydetr.shards.reader import open_shards
 from raydetr.store.folders import Folder, open_folder
 from raydetr.tracking import mlflow_run
 from raydetr.tracking.mlflow_run import TrackedRun
-from raydetr.tracking.uris import TrackingError, default_uri
+from raydetr.tracking.uris import TrackingError, default_uri, mask_password
 
 FOLDER_TAG = "raydetr.folder"  # of an MLflow run
 
@@ -69,7 +69,9 @@ def load(
         selected = map(_from_mlflow, mlflow_run.search_runs(tracking, query))
         found += [run for run in selected if run.source not in named]
     if uri is not None and not uses_mlflow:
-        raise ValueError(f"--uri {uri} has no effect, because all runs are read from their folders: omit it")
+        raise ValueError(
+            f"--uri {mask_password(uri)} has no effect, because all runs are read from their folders: omit it"
+        )
     return _with_headings(_evaluate_files(found, data))
 
 

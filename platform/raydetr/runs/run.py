@@ -108,6 +108,8 @@ def resume(
             raise ConfigError(f"{path} has no effect on a run that is resumed: omit it, or start a new run")
     stored = read_config(folder)
     config, splits = resolve(override(stored, overrides or {}))
+    if stored.tracking.uri is None:  # it stays in its database: MLFLOW_TRACKING_URI is for new runs
+        config = override(config, {"tracking.uri": None})
     config, uri = _hide_password(config)
     with Lease(folder) as lease:  # before anything of the run is changed
         last = checkpoint.newest_valid(folder, lambda message: print_status(f"skipped: {message}"))

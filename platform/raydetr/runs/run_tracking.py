@@ -8,7 +8,7 @@ import shlex
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,12 +48,13 @@ def log_launch(
     # As in MLflow's own runs; a run that is resumed keeps the name of who started it
     git = git_state(Path(__file__).parent)
     tags = {
-        "mlflow.user": getpass.getuser(),
         "mlflow.source.name": sys.argv[0],
         "mlflow.source.type": "JOB" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else "LOCAL",
         "raydetr.kind": kind,
         "raydetr.folder": str(folder),
     } | ({"mlflow.source.git.commit": git["revision"]} if git else {})
+    with suppress(KeyError, OSError):  # a container's user need not have a name
+        tags["mlflow.user"] = getpass.getuser()
     log.append(
         "launched",
         type=kind,

@@ -1,6 +1,6 @@
 """Run the training loop in one process of a run, with its checkpoints, metrics, images and progress.
 
-There is no Ray here. Checkpoints and progress go to a `Reporter`, of which there is one for Ray Train and one for a
+There is no Ray here. Evaluations and progress go to a `Reporter`, of which there is one for Ray Train and one for a
 single local process.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import resource
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -336,10 +336,16 @@ class _Session:
         for evaluated in stored.complete_evaluations(self.folder):
             position = evaluated.position
             is_ours = evaluated.fingerprint == self.val_shards.fingerprint
-            is_unscored = position <= self.training.position and position not in recorded
+            is_unscored = position <= self.training.position and not self._is_scored(position, recorded)
             if is_ours and (is_unscored or evaluated == last):
                 self.writer.expect(position)
                 self.scoring.add(evaluated)
+
+    def _is_scored(self, position: int, recorded: Collection[int]) -> bool:
+        """Return whether the AP at a position is in the events, and beside the checkpoint if that is there."""
+        folder = checkpoint.folder_of(self.folder, position)
+        has_metrics = bool(checkpoint.read_metrics(folder)) or not (folder / "meta.json").exists()
+        return position in recorded and has_metrics
 
     def _on_evaluation(self, report: EvaluationReport) -> None:
         if report.corrupt:
@@ -396,7 +402,7 @@ class _Session:
         contents = world.gather(content)
         if contents is None:
             return None
-        arrays = TemporaryDirectory(prefix="raydetr-detections-")
+        arrays = TemporaryDirectory(prefix="raydetr-detections-", ignore_cleanup_errors=True)
         for rank, each in enumerate(contents):
             write_file(stored.detections_file(Path(arrays.name), rank), each)
         return arrays

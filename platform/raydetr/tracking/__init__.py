@@ -1,1 +1,1 @@
-"""Record the metrics of a run: in its history file and in its MLflow run."""
+"""Record a run: in its events, and from them in its MLflow run."""

@@ -23,6 +23,7 @@ def describe(run: Folder, launch: Event, run_id: str) -> str:
     """
     events = read_events(run)
     evaluations = [event for event in events if event["kind"] == "evaluation"]
+    evaluations.sort(key=lambda event: int(event["step"]))  # not always scored in this order
     text = [f"**{launch['recipe']}** in `{run}`", ""]
     if evaluations:
         text += _ap_table(evaluations)

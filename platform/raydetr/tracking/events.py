@@ -19,6 +19,7 @@ import json
 import math
 import threading
 import time
+from bisect import insort
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,7 @@ class EventReader:
 
 
 class Metrics:
-    """The metrics of a run so far: rows {"step", "position", metric: value, ...} in chronological order.
+    """The metrics of a run so far: rows {"step", "position", metric: value, ...} in the order of their positions.
 
     A process that was killed may have logged steps after the checkpoint from which the run was resumed. The run trains
     them again, and the first rows of these steps do not count.
@@ -214,7 +215,8 @@ class Metrics:
             self.rows = [row for row in self.rows if row["position"] <= event["position"]]
         elif event["kind"] in ("step", "evaluation"):
             names = {"step": event["step"], "position": event["position"]}
-            self.rows.append({**names, **event["metrics"]})
+            # An evaluation is logged when it is scored, after later steps, and perhaps after a later evaluation
+            insort(self.rows, {**names, **event["metrics"]}, key=lambda row: int(row["position"]))
 
     def last_ap(self) -> float | None:
         """Return the AP of the last evaluation; None before the first."""

@@ -29,7 +29,7 @@ from mlflow.entities import Run, ViewType  # noqa: E402
 from mlflow.store.db import utils as db_utils  # noqa: E402
 
 from raydetr.locations import sqlite_file  # noqa: E402
-from raydetr.tracking.uris import TrackingError, mask_password  # noqa: E402
+from raydetr.tracking.uris import TrackingError, hide_password, mask_password  # noqa: E402
 
 # Hide its messages about creating tables, and about each of its tries to open a database; the last one is raised
 for _logger in ("mlflow.store.db.utils", "alembic"):
@@ -153,7 +153,7 @@ def tracking_errors(uri: str, action: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise TrackingError(
-            f"could not {action} in MLflow at {mask_password(uri)}: {first_line(error)}"
+            f"could not {action} in MLflow at {mask_password(uri)}: {hide_password(first_line(error), uri)}"
         ) from error
 
 
@@ -257,11 +257,11 @@ def _only(found: list[Run], latest: list[Run], uri: str, run_id_or_name: str) ->
     if found:
         ids = ", ".join(run.info.run_id for run in found)
         raise ValueError(
-            f"{len(found)} runs in {uri} are named {run_id_or_name!r}; give the id of one: {ids}"
+            f"{len(found)} runs in {mask_password(uri)} are named {run_id_or_name!r}; give the id of one: {ids}"
         )
     names = ", ".join(run.info.run_name or run.info.run_id for run in latest)
     raise ValueError(
-        f"no run in {uri} has the name or id {run_id_or_name!r}; the latest are: {names or 'none'}"
+        f"no run in {mask_password(uri)} has the name or id {run_id_or_name!r}; the latest are: {names or 'none'}"
     )
 
 

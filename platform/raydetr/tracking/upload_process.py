@@ -24,7 +24,6 @@ POLL_SECONDS, REMOTE_POLL_SECONDS = 3.0, 20.0  # between two looks at the events
 FIRST_PAUSE, MAX_PAUSE = 3.0, 60.0  # seconds between two tries; the pause doubles
 SILENT_SECONDS = 60.0  # without a request that MLflow answered, after which the driver goes on without it
 MAX_ERRORS = 2  # of runs, until MLflow is taken for away
-LONG_UPLOAD_SECONDS = 3600.0  # for a model, whose requests have limits of their own
 
 
 class UploadProcess:
@@ -46,7 +45,7 @@ class UploadProcess:
         # Its imports are those of this process, which may have changed its path
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(run)],
+            [sys.executable, "-P", "-m", __name__, str(run)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -111,7 +110,7 @@ class UploadProcess:
 
 
 def upload_all(
-    uploaders: dict[str, object], run: Folder, uri: str | None, on_long_upload: Callable[[], None]
+    uploaders: dict[str, object], run: Folder, uri: str | None, on_alive: Callable[[float], None]
 ) -> bool:
     """Upload a run, and the trials in its folder; return whether there was anything new.
 
@@ -121,7 +120,7 @@ def upload_all(
         uploaders: those of earlier calls by folder; new ones are added.
         run: folder of a run or a search.
         uri: see `Uploader`.
-        on_long_upload: see `Uploader`.
+        on_alive: see `Uploader`.
 
     Raises:
         OSError, ValueError, TrackingError: see `Uploader.sync`.
@@ -130,9 +129,10 @@ def upload_all(
 
     is_new, errors = False, []
     for folder in runs_in(run):
-        uploader = uploaders.setdefault(str(folder), Uploader(folder, uri, on_long_upload))
-        assert isinstance(uploader, Uploader)
         try:
+            uploader = uploaders.get(str(folder)) or Uploader(folder, uri, on_alive)
+            assert isinstance(uploader, Uploader)
+            uploaders[str(folder)] = uploader
             is_new |= uploader.sync()
         except Exception as error:  # raised below
             errors.append(error)
@@ -166,8 +166,9 @@ class _Commands:
 
 def main(location: str) -> None:
     """Upload until the driver asks to finish; then once more, and print what MLflow lacks."""
-    # MLflow prints on standard output, which is for messages to the driver
-    answers, sys.stdout = sys.stdout, sys.stderr
+    # Standard output is for messages to the driver, but MLflow, libraries in C and their processes print there
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
 
     def tell(**message: object) -> None:
         print(json.dumps(message), file=answers, flush=True)
@@ -179,7 +180,7 @@ def main(location: str) -> None:
     while True:
         is_last = commands.is_finishing.is_set()
         try:
-            is_new = upload_all(uploaders, run, commands.uri, lambda: tell(grace=LONG_UPLOAD_SECONDS))
+            is_new = upload_all(uploaders, run, commands.uri, lambda seconds: tell(grace=seconds))
             found = None
             pause = FIRST_PAUSE
         except Exception as error:  # whatever it is: the next try may work, and the events are kept

@@ -15,10 +15,13 @@ STATE = "mlflow.json"
 class UploadState:
     """The id of the MLflow run, and what it has."""
 
+    uri: str | None = None  # where, as it is stored
     run_id: str | None = None
     experiment_id: str | None = None
     done: dict[str, int] = field(default_factory=dict)  # bytes of each segment of events
     last_steps: dict[str, int] = field(default_factory=dict)  # the last step of each metric
+    steps_before: dict[str, int] = field(default_factory=dict)  # the same when the newest process began
+    evaluated_steps: list[int] = field(default_factory=list)
 
     @classmethod
     def read(cls, run: Folder) -> UploadState:

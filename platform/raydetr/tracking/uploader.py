@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from raydetr.tracking.mlflow_run import (
 )
 from raydetr.tracking.moved_database import artifacts_of, follow_move
 from raydetr.tracking.upload_state import UploadState
-from raydetr.tracking.uris import TrackingError, mask_password, restore_uri
+from raydetr.tracking.uris import TrackingError, mask_password, restore_uri, storable_uri
 
 KEY_TAG = "raydetr.run"  # identifies the MLflow run, also if MLflow's answer to its creation was lost
 CHANGED_TAG = "raydetr.changed_on_resume"
@@ -40,6 +40,7 @@ METRICS_PER_BATCH = 1000  # MLflow's limits
 PARAMS_PER_BATCH = 100
 TAG_LENGTH = 8000
 DIGEST_LENGTH = 36
+LONG_UPLOAD_SECONDS = 3600.0  # for a model, whose requests have limits of their own
 
 # MLflow's status, by kind of event
 STATUS = {
@@ -57,28 +58,38 @@ class Uploader:
     Args:
         run: its folder.
         uri: the tracking URI; None: that of the events. It may have a password, which is never stored.
-        on_long_upload: is called before an upload of many megabytes.
+        on_alive: is called after every answer of MLflow with 0, and before an upload of many megabytes with the seconds
+            that it may take.
     """
 
     def __init__(
-        self, run: Folder, uri: str | None = None, on_long_upload: Callable[[], None] = lambda: None
+        self, run: Folder, uri: str | None = None, on_alive: Callable[[float], None] = lambda seconds: None
     ) -> None:
-        self._run, self._given_uri, self._on_long_upload = run, uri, on_long_upload
+        self._run, self._given_uri, self._on_alive = run, uri, on_alive
+        self._launch: Event | None = None  # the first one
         self._state = UploadState.read(run)
+        if self._state.uri not in (None, self._place()):
+            self._state = UploadState()  # that of an upload to another place
         self._reader = EventReader(run, self._state.done)
-        self._last_steps = dict(self._state.last_steps)  # of what was collected
+        # Of what was collected, see `UploadState`
+        self._last_steps, self._steps_before = dict(self._state.last_steps), dict(self._state.steps_before)
+        self._evaluated_steps = set(self._state.evaluated_steps)
         self._metrics: list[Metric] = []  # to be sent
         self._files: dict[str, Folder | bytes] = {}  # to be sent, by artifact path
         self._events: list[Event] = []  # whose params, tags, inputs and status are to be sent
-        self._launches: list[Event] = []
+        self._evaluated: int | None = None  # position of the newest evaluation whose files are to be sent
         self.num_sent = 0  # requests
+
+    def _place(self) -> str:
+        return storable_uri(self._given_uri or self._first_launch()["uri"], self._run)
 
     @property
     def pending(self) -> str | None:
         """What MLflow lacks, as far as it was read; None if nothing."""
-        if not (self._metrics or self._files or self._events):
+        if not (self._metrics or self._files or self._events or self._evaluated is not None):
             return None
-        return f"{len(self._metrics)} metric values and {len(self._files)} files"
+        of_evaluation = "" if self._evaluated is None else ", and those of an evaluation"
+        return f"{len(self._metrics)} metric values and {len(self._files)} files{of_evaluation}"
 
     def collect(self) -> None:
         """Read new events.
@@ -111,10 +122,17 @@ class Uploader:
             for event in self._events:
                 self._send_details(client, event)
             self._send_metrics(client)
-            self._send_files(client)
-            self._send_status(client, uri)
+            try:
+                self._send_files(client)
+                self._register_model(client, uri)
+            finally:  # a run that has ended does not stay RUNNING because the store of artifacts refuses
+                self._send_status(client)
         self._events.clear()
         self._state.done, self._state.last_steps = dict(self._reader.done), dict(self._last_steps)
+        self._state.steps_before, self._state.evaluated_steps = (
+            self._steps_before,
+            sorted(self._evaluated_steps),
+        )
         self._state.write(self._run)
         return True
 
@@ -124,67 +142,77 @@ class Uploader:
         return self._state.run_id
 
     def _first_launch(self) -> Event:
-        if not self._launches:
-            # An earlier upload read it
-            self._launches = [event for event in EventReader(self._run).read() if event["kind"] == "launched"]
-        if not self._launches:
+        if self._launch is None:
+            # Not among the new events if the run was resumed
+            events = EventReader(self._run, all_steps=False).read()
+            self._launch = next((event for event in events if event["kind"] == "launched"), None)
+        if self._launch is None:
             raise TrackingError(f"{self._run}: its events do not have the start of a run: nothing to upload")
-        return self._launches[0]
+        return self._launch
 
     # --- Collect what is to be sent ---
 
     def _collect(self, event: Event) -> None:
         kind = event["kind"]
-        if kind == "launched":
-            self._launches.append(event)
-        for name, value in (event.get("metrics") or {}).items():
-            self._collect_metric(event, metric_name(name), value)
+        if kind in ("started", "resumed"):
+            self._steps_before = dict(self._last_steps)
+        metrics = {metric_name(name): value for name, value in (event.get("metrics") or {}).items()}
+        for name in self._new_ones(event, metrics):
+            value = float("nan") if metrics[name] is None else float(metrics[name])
+            self._metrics.append(Metric(name, value, int(event["time"] * 1000), int(event["step"])))
         for name in event.get("files", ()):
             self._files[name] = self._run / name
         for name, value in event.get("json_files", {}).items():
             self._files[name] = json.dumps(value, indent=1, allow_nan=False).encode()
         if kind == "evaluation":
-            self._collect_evaluation(event["position"])
+            self._evaluated = max(event["position"], self._evaluated or 0)
         if kind in STATUS or any(name in event for name in ("params", "tags", "datasets")):
             self._events.append(event)
 
-    def _collect_metric(self, event: Event, name: str, value: Any) -> None:
-        step = int(event["step"])
-        if event["kind"] != "system":
-            # A process that was killed had logged steps that the run then trained again: the first values count
-            if step <= self._last_steps.get(name, -1):
-                return
-            self._last_steps[name] = step
-        number = float("nan") if value is None else float(value)
-        self._metrics.append(Metric(name, number, int(event["time"] * 1000), step))
+    def _new_ones(self, event: Event, names: Collection[str]) -> list[str]:
+        """Return the metrics of an event that were not collected before.
 
-    def _collect_evaluation(self, position: int) -> None:
-        """Take the files of the newest evaluation: they replace those of an older one in MLflow."""
-        folder = self._run / EVALUATIONS / str(position)
-        for name, path in _files_below(folder):
-            if not name.startswith(f"{DETECTIONS}/"):
-                self._files[f"evaluation/{name}"] = path
+        A process that was killed may have logged steps and evaluations that the run then makes again: the first values
+        count. Evaluations need not be scored in the order of their steps.
+        """
+        if event["kind"] == "system" or not names:
+            return list(names)
+        step = int(event["step"])
+        if event["kind"] == "evaluation":
+            if step in self._evaluated_steps:
+                return []
+            self._evaluated_steps.add(step)
+            return list(names)
+        # A process may log two values of one step: the corrupt samples of a step and of the evaluation after it
+        new = [
+            name
+            for name in names
+            if step >= self._last_steps.get(name, 0) and step != self._steps_before.get(name)
+        ]
+        self._last_steps |= dict.fromkeys(new, step)
+        return new
 
     # --- Send it ---
 
     def _find_or_create(self, client: MlflowClient, uri: str, launch: Event) -> None:
         """Find the MLflow run by its tag, or create it; keep its id."""
         experiment = _experiment_id(client, uri, launch["experiment"])
+        self._on_alive(0.0)
         parent = None
         if launch["type"] == "trial":
-            above = Uploader(self._run.parent, self._given_uri)
-            parent = above.ensure_run()
+            parent = Uploader(self._run.parent, self._given_uri, self._on_alive).ensure_run()
         query = f"tags.`{KEY_TAG}` = '{launch['key']}'"
 
         def find() -> list[str]:
             found = client.search_runs([experiment], query, ViewType.ALL, order_by=["attributes.start_time"])
+            active = [run.info.run_id for run in found if run.info.lifecycle_stage != "deleted"]
             deleted = [run.info.run_id for run in found if run.info.lifecycle_stage == "deleted"]
-            if deleted:
+            if deleted and not active:
                 raise TrackingError(
                     f"the MLflow run of {self._run.name} is deleted: restore it with "
                     f"`mlflow runs restore --run-id {deleted[0]}`, with MLFLOW_TRACKING_URI={mask_password(uri)}"
                 )
-            return sorted(run.info.run_id for run in found)
+            return sorted(active)
 
         self._state.experiment_id = experiment
         if existing := find():
@@ -195,11 +223,17 @@ class Uploader:
         ).info.run_id
         first = find()[0]  # another process may have created one at the same time
         if first != created:
+            client.delete_tag(created, KEY_TAG)  # so that nobody finds it, and asks to restore it
             client.delete_run(created)
         self._keep(first)
 
+    def _count(self) -> None:
+        """Note that MLflow has answered."""
+        self.num_sent += 1
+        self._on_alive(0.0)
+
     def _keep(self, run_id: str) -> None:
-        self._state.run_id = run_id
+        self._state.run_id, self._state.uri = run_id, self._place()
         self._state.write(self._run)
 
     def ensure_run(self) -> str:
@@ -223,7 +257,7 @@ class Uploader:
             client.log_batch(self._run_id, tags=tags)
         for dataset in event.get("datasets", ()):
             client.log_inputs(self._run_id, [_dataset_input(dataset)])
-        self.num_sent += 1
+        self._count()
 
     def _send_params(self, client: MlflowClient, params: Mapping[str, Any]) -> None:
         """Send settings in the notation of the command line.
@@ -248,9 +282,15 @@ class Uploader:
         while self._metrics:
             client.log_batch(self._run_id, metrics=self._metrics[:METRICS_PER_BATCH])
             del self._metrics[:METRICS_PER_BATCH]
-            self.num_sent += 1
+            self._count()
 
     def _send_files(self, client: MlflowClient) -> None:
+        if self._evaluated is not None:
+            # They replace those of an older evaluation in MLflow
+            for name, path in _files_below(self._run / EVALUATIONS / str(self._evaluated)):
+                if not name.startswith(f"{DETECTIONS}/"):
+                    self._files[f"evaluation/{name}"] = path
+            self._evaluated = None
         for name, source in list(self._files.items()):
             try:
                 content = source if isinstance(source, bytes) else source.read_bytes()
@@ -261,20 +301,27 @@ class Uploader:
                 continue
             store_file(client, self._run_id, name, content)
             del self._files[name]
-            self.num_sent += 1
+            self._count()
 
-    def _send_status(self, client: MlflowClient, uri: str) -> None:
-        """Set the status of the last start or end; describe the run for people, and register its best checkpoint."""
-        ends = [event for event in self._events if event["kind"] in STATUS]
-        if not ends:
-            return
-        last, launch = ends[-1], self._first_launch()
-        if last["kind"] == "finished" and launch.get("model") is not None:
+    def _last_status(self) -> Event | None:
+        """Return the last start or end among the events to be sent."""
+        return next((event for event in reversed(self._events) if event["kind"] in STATUS), None)
+
+    def _register_model(self, client: MlflowClient, uri: str) -> None:
+        """Register the best checkpoint of a finished run."""
+        last, name = self._last_status(), self._first_launch().get("model")
+        if last is not None and last["kind"] == "finished" and name is not None:
             from raydetr.tracking.model_registry import register_best  # imports torch
 
-            self._on_long_upload()
-            register_best(client, uri, self._run, self._run_id, launch["model"])
-        text = describe(self._run, launch, self._run_id)
+            self._on_alive(LONG_UPLOAD_SECONDS)
+            register_best(client, uri, self._run, self._run_id, name)
+
+    def _send_status(self, client: MlflowClient) -> None:
+        """Set the status of the last start or end, and describe the run for people."""
+        last = self._last_status()
+        if last is None:
+            return
+        text = describe(self._run, self._first_launch(), self._run_id)
         client.set_tag(self._run_id, "mlflow.note.content", text[:TAG_LENGTH])
         status = STATUS[last["kind"]]
         if status == "RUNNING":

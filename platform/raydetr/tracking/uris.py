@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from raydetr.config import RunConfig  # imports torch, which the process that uploads does not need
 
 HIDDEN = "***"
+# By whether the URI is that of a server: in the URI of a database, a password may contain slashes
+_USER_AND_PASSWORD = {True: r"(://[^/@:]*):([^/@]*)@", False: r"(://[^/@:]*):([^@]*)@"}
 
 
 class TrackingError(RuntimeError):
@@ -33,9 +35,13 @@ def tracking_uri(config: RunConfig) -> str:
 
 def mask_password(uri: str) -> str:
     """Return the URI with *** in place of its password."""
-    # In the URI of a database, a password may contain slashes
-    characters = "[^/@]" if uri.startswith(("http://", "https://")) else "[^@]"
-    return re.sub(rf"(://[^/@:]*):{characters}*@", rf"\1:{HIDDEN}@", uri)
+    return re.sub(_USER_AND_PASSWORD[uri.startswith(("http://", "https://"))], rf"\1:{HIDDEN}@", uri)
+
+
+def hide_password(text: str, uri: str) -> str:
+    """Return a message, such as the error of a library, with *** in place of the password of a URI that is in it."""
+    found = re.search(_USER_AND_PASSWORD[uri.startswith(("http://", "https://"))], uri)
+    return text if found is None else text.replace(f":{found[2]}@", f":{HIDDEN}@")
 
 
 def storable_uri(uri: str, run: Folder) -> str:

@@ -117,9 +117,12 @@ class SearchCallback(tune.Callback):
     def _log_end(self, trial: Trial) -> None:
         folder = self._context.trial_folder(trial.number)
         log = EventLog(folder)
-        if not any(event["kind"] == "launched" for event in read_events(folder)):
-            self._log_failed_launch(trial, log)
-            self._ended_at[trial.number] = time.time()  # not before its start
+        try:
+            if not any(event["kind"] == "launched" for event in read_events(folder)):
+                self._log_failed_launch(trial, log)
+                self._ended_at[trial.number] = time.time()  # not before its start
+        except OSError as error:  # a hiccup of the storage must not end the search
+            print_status(f"warning: {error}")
         log.append(
             EVENTS[trial.status],
             time=self._ended_at[trial.number],

@@ -16,8 +16,10 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import RaySystemError
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.util.state.exception import RayStateApiException
 
 from raydetr.config import ConfigError, RunConfig, flatten, override, to_dict, to_yaml
 from raydetr.console import print_status
@@ -76,6 +78,7 @@ def search(
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     resolved, splits = resolve(config)
+    config = override(config, {"tracking.uri": _masked(config)})  # a part of it is printed and stored
     if is_remote(resolved.storage.path):
         raise ConfigError(
             f"storage.path {resolved.storage.path}: a search needs a folder that all nodes mount"
@@ -86,24 +89,28 @@ def search(
         num_concurrent = cluster.limit_concurrency(resolved.cluster, max_concurrent)
         if num_concurrent < max_concurrent:
             print_status(f"{num_concurrent} trials fit on the cluster at once, not {max_concurrent}")
+        before = cluster.list_leaked_resources(_job_id())
         context = _create_context(config, resolved)
         folder = context.folder
         log = EventLog(folder)
-        _log_search(log, context, splits, space)
 
         def log_failed_launch(trial: Trial, log: EventLog) -> None:
             log_launch(log, context.trial_folder(trial.number), context.config, splits, "trial",
                        params=trial.overrides, files=[])  # fmt: skip
 
         callback = SearchCallback(context, log_failed_launch)
-        before = cluster.list_leaked_resources(_job_id())
         with Lease(folder), uploading(folder, context.config, tracking_uri(resolved), "search") as uploads:
+            _log_search(log, context, splits, space)
+            failure: str | None = None
             try:
                 asha = _asha(resolved, grace_epochs, reduction_factor)
                 _run_trials(context, space, callback, asha, num_trials, num_concurrent)
+            except Exception as error:
+                failure = f"{type(error).__name__}: {error}"
+                raise
             finally:
                 result = _finish(config, context, callback, before)
-                _log_result(log, result, is_complete=callback.num_ended == num_trials)
+                _log_result(log, result, is_complete=callback.num_ended == num_trials, failure=failure)
     result = replace(result, pending_upload=uploads.pending)
     if callback.num_ended < num_trials:  # Tune returns normally after Ctrl-C
         print_status(result.to_text())
@@ -140,7 +147,7 @@ def _create_context(config: RunConfig, resolved: RunConfig) -> SearchContext:
     name = run.new_name(f"tune-{config.recipe}")
     folder = Path(resolved.storage.path) / name
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(to_yaml(override(config, {"tracking.uri": _masked(config)})))
+    (folder / "config.yaml").write_text(to_yaml(config))
     uri = mask_password(tracking_uri(resolved))
     print_status(f"search {folder}")
     return SearchContext(override(resolved, {"storage.path": str(folder), "tracking.uri": uri}), name)
@@ -205,7 +212,7 @@ def _finish(
     config: RunConfig, context: SearchContext, callback: SearchCallback, before: list[LeakedResource]
 ) -> SearchResult:
     """Release the cluster, log how the trials ended, and write the result."""
-    leaked = cluster.release_leaked_resources(_job_id(), before)
+    leaked = _release(before)
     callback.finalize()
     trials = rank_trials(list(callback.trials.values()))
     folder, best = context.folder, best_trial(trials)
@@ -223,9 +230,27 @@ def _finish(
     return result
 
 
-def _log_result(log: EventLog, result: SearchResult, *, is_complete: bool) -> None:
-    """Log the end of the search, with its best trial."""
+def _release(before: list[LeakedResource]) -> list[LeakedResource]:
+    """Release what the trials hold on the cluster; return what has leaked, as far as that can be found out."""
+    try:
+        return cluster.release_leaked_resources(_job_id(), before)
+    except (RayStateApiException, RaySystemError, OSError) as error:  # the head is gone; the results count
+        print_status(f"warning: what the search left on the cluster cannot be found out: {error}")
+        return []
+
+
+def _log_result(log: EventLog, result: SearchResult, *, is_complete: bool, failure: str | None) -> None:
+    """Log the end of the search, with its best trial.
+
+    Args:
+        log: of the search.
+        result: of the search.
+        is_complete: all trials have ended.
+        failure: the error that ended the search; None: there was none.
+    """
     fields: dict[str, Any] = {"files": ["trials.txt", "trials.json"]}
+    if failure is not None:
+        fields["reason"] = failure
     best = result.best
     if best is not None:
         fields |= {
@@ -235,7 +260,7 @@ def _log_result(log: EventLog, result: SearchResult, *, is_complete: bool) -> No
             "step": 0,
         }
     kind = "stopped" if not is_complete else "failed" if best is None else "finished"
-    log.append(kind, **fields)
+    log.append("failed" if failure is not None else kind, **fields)
     if not log.flush():
         print_status(f"warning: {log.problem}")
 

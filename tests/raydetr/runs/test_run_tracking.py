@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from raydetr.config import RunConfig, override
 from raydetr.locations import sqlite_file
 from raydetr.runs import run
 from raydetr.runs.run_folder import read_config
+from raydetr.runs.run_tracking import log_launch
 from raydetr.runs.sync import sync_run
 from raydetr.tracking import mlflow_run
+from raydetr.tracking.events import EventLog, read_events
 from raydetr.tracking.uris import default_uri
 
 # SQLAlchemy 2.1 deprecates an option that MLflow 3.17 uses
@@ -105,6 +108,35 @@ def test_the_variables_of_mlflow_count_where_settings_are_not_given(
     result = run.start(given, local=True)
     assert result.tracking_uri == default_uri(tmp_path / "given")
     assert MlflowClient(result.tracking_uri).get_experiment_by_name("theirs") is not None
+
+
+def test_a_resumed_run_stays_in_its_default_database(
+    short: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run.start(short, local=True)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", default_uri(tmp_path / "other"))
+    resumed = run.resume(result.folder, overrides={"optim.epochs": 2}, local=True)
+    assert (resumed.tracking_uri, resumed.pending_upload) == (result.tracking_uri, None)
+    assert resumed.mlflow_run_id is not None
+    assert len(MlflowClient(result.tracking_uri).get_metric_history(resumed.mlflow_run_id, "AP/AP")) == 2
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_user_without_a_name_starts_a_run(
+    short: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the random user ids of some clusters, which are not in /etc/passwd."""
+
+    def fail() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr(getpass, "getuser", fail)
+    config, splits = run.resolve(short)
+    log = EventLog(tmp_path / "run")
+    log_launch(log, tmp_path / "run", config, splits, "run")
+    assert log.flush()
+    (launch,) = read_events(tmp_path / "run")
+    assert "mlflow.user" not in launch["tags"]
 
 
 def test_a_run_that_fails_before_the_loop_is_marked(short: RunConfig) -> None:

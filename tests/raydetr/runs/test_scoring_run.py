@@ -332,6 +332,19 @@ def test_a_resume_after_a_scored_evaluation_scores_nothing_again(
     assert checkpoint.read_metrics(undisturbed.checkpoint) == before
 
 
+def test_metrics_that_were_not_written_before_a_kill_are_written_by_the_resumed_run(
+    short: RunConfig, undisturbed: run.RunResult
+) -> None:
+    """The AP was in the events by then, and a later checkpoint was complete."""
+    folder = checkpoint.folder_of(undisturbed.folder, EPOCH)
+    before = checkpoint.read_metrics(folder)
+    (folder / checkpoint.METRICS).unlink()
+    run.resume(undisturbed.folder, overrides={"optim.epochs": 4}, local=True)
+    assert checkpoint.read_metrics(folder)["table"] == before["table"]
+    positions = [event["position"] for event in evaluations(undisturbed.folder)]
+    assert positions == [EPOCH, 2 * EPOCH, 3 * EPOCH, 4 * EPOCH]  # each once
+
+
 # --- The loop ---
 
 
@@ -404,3 +417,12 @@ def test_metrics_of_a_late_evaluation_are_those_of_its_position() -> None:
     metrics.add({"kind": "resumed", "time": time.time(), "position": 48})
     assert metrics.last_ap() == 0.5
     assert [row["position"] for row in metrics.rows] == [8, 48, 48]
+
+
+def test_the_last_ap_is_that_of_the_last_evaluation_whichever_was_scored_last() -> None:
+    metrics = Metrics()
+    for position, ap in ((48, 0.1), (144, 0.3), (96, 0.2)):
+        metrics.add({"kind": "evaluation", "time": 0.0, "step": position // 8, "position": position,
+                     "metrics": {"AP": ap, "epoch": position // 48}})  # fmt: skip
+    assert metrics.last_ap() == 0.3
+    assert metrics.curves("AP", "epoch") == {"AP": [(1, 0.1), (2, 0.2), (3, 0.3)]}

@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from raydetr.tracking.events import EventLog
 from raydetr.tracking.metric_names import metric_name
 from raydetr.tracking.upload_process import UploadProcess
 from raydetr.tracking.upload_state import STATE, page_of, read_run_id
-from raydetr.tracking.uploader import CHANGED_TAG, Uploader
+from raydetr.tracking.uploader import CHANGED_TAG, KEY_TAG, Uploader
 from raydetr.tracking.uris import TrackingError, default_uri, mask_password, restore_uri, storable_uri
 
 # SQLAlchemy 2.1 deprecates an option that MLflow 3.17 uses
@@ -165,6 +166,118 @@ def test_steps_that_are_trained_again_are_there_once(database: str, tmp_path: Pa
     assert points(database, run_id)["loss/loss"] == found
 
 
+def test_an_evaluation_that_is_scored_late_is_there(database: str, tmp_path: Path) -> None:
+    """That of step 10 could be scored only at the end of the run, and an upload was in between."""
+    folder = tmp_path / "late"
+    log = log_run(folder, database, evaluations=[(20, {"AP": 0.5, "AP50": 0.6})], end=None)
+    write_table(folder, 20, {"disc": 0.5})
+    write_table(folder, 10, {"disc": 0.25})
+    run_id = upload(folder)
+    log.append("evaluation", step=10, position=10, metrics={"epoch": 10, "AP": 0.25})
+    log.append("finished")
+    assert log.flush()
+    upload(folder)
+    assert [(step, value) for step, value, _ in points(database, run_id)["AP/AP"]] == [(10, 0.25), (20, 0.5)]
+    run = MlflowClient(database).get_run(run_id)
+    assert run.data.metrics["AP/AP"] == 0.5
+    assert "| last | 20 | 0.500 | 0.600 |" in run.data.tags["mlflow.note.content"]
+    # The first one again, by a process that starts from an older checkpoint
+    log.append("resumed", step=5, position=5, workers=1)
+    log.append("evaluation", step=10, position=10, metrics={"epoch": 10, "AP": 0.26})
+    assert log.flush()
+    upload(folder)
+    assert len(points(database, run_id)["AP/AP"]) == 2
+
+
+def test_two_values_of_one_step_are_there(database: str, tmp_path: Path) -> None:
+    """Corrupt samples are counted after a step, and after the evaluation that follows it."""
+    folder = tmp_path / "two"
+    log_run(folder, database, steps=[(8, {"corrupt_samples": 1}), (8, {"corrupt_samples": 3})])
+    found = points(database, upload(folder))["data/corrupt_samples"]
+    assert [(step, value) for step, value, _ in found] == [(8, 1.0), (8, 3.0)]
+
+
+def test_a_storage_that_fails_while_an_evaluation_is_uploaded(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "listed"
+    log_run(folder, database, steps=STEPS, evaluations=[(40, {"AP": 0.5})])
+    write_table(folder, 40, {"disc": 0.5})
+    uploader = Uploader(folder)
+
+    def fail(*_: object) -> None:
+        raise OSError("the server of the storage is away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("raydetr.tracking.uploader._files_below", fail)
+        with pytest.raises((TrackingError, OSError), match="storage is away"):
+            uploader.sync()
+        assert uploader.pending is not None
+    uploader.sync()
+    assert uploader.pending is None
+    run_id = uploader.ensure_run()
+    assert len(points(database, run_id)["loss/loss"]) == 40
+    assert MlflowClient(database).get_run(run_id).info.status == "FINISHED"
+    assert MlflowClient(database).list_artifacts(run_id, "evaluation")
+
+
+def test_a_store_of_artifacts_that_refuses_does_not_leave_a_run_running(
+    proxy: MlflowProxy, tmp_path: Path
+) -> None:
+    folder = tmp_path / "no-artifacts"
+    log_run(folder, proxy.uri, evaluations=[(40, {"AP": 0.5})])
+    write_table(folder, 40, {"disc": 0.5})
+    proxy.fails = lambda path: "artifacts" in path
+    with pytest.raises(TrackingError):
+        upload(folder)
+    run_id = read_run_id(folder)
+    assert run_id is not None
+    run = MlflowClient(proxy.uri).get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert "0.500" in run.data.tags["mlflow.note.content"]
+
+
+def test_a_resumed_run_keeps_the_command_that_trains_it(database: str, tmp_path: Path) -> None:
+    folder = tmp_path / "resumed"
+    log = log_run(folder, database)
+    run_id = upload(folder)
+    log.append("launched", type="run", recipe="quickstart", command="raydetr train --resume runs/resumed")
+    log.append("finished")
+    assert log.flush()
+    upload(folder)
+    description = MlflowClient(database).get_run(run_id).data.tags["mlflow.note.content"]
+    assert "raydetr train quickstart --name resumed" in description
+    assert "--resume" not in description
+
+
+def test_another_place_gets_everything(database: str, tmp_path: Path) -> None:
+    folder = tmp_path / "copied"
+    log = log_run(folder, database, steps=STEPS, end=None)
+    first = upload(folder)
+    other = default_uri(tmp_path / "other")
+    second = upload(folder, other)
+    log.append("finished")
+    assert log.flush()
+    assert (upload(folder, other), upload(folder)) == (second, first)
+    for uri, run_id in ((database, first), (other, second)):
+        assert len(points(uri, run_id)["loss/loss"]) == 40
+        assert MlflowClient(uri).get_run(run_id).info.status == "FINISHED"
+        assert len(runs_named(uri, "copied")) == 1
+
+
+def test_a_run_that_two_processes_created_is_found(database: str, tmp_path: Path) -> None:
+    """The run of the one that came later is deleted, and has the same tag until then."""
+    folder = tmp_path / "twice"
+    log_run(folder, database, steps=STEPS)
+    run_id = upload(folder)
+    client = MlflowClient(database)
+    run = client.get_run(run_id)
+    later = client.create_run(run.info.experiment_id, tags={KEY_TAG: run.data.tags[KEY_TAG]})
+    client.delete_run(later.info.run_id)
+    (folder / STATE).unlink()
+    assert upload(folder) == run_id
+
+
 def test_the_answer_to_the_creation_is_lost(proxy: MlflowProxy, tmp_path: Path) -> None:
     folder = tmp_path / "created-once"
     log_run(folder, proxy.uri, steps=STEPS)
@@ -262,6 +375,46 @@ def test_a_slow_server_is_waited_for_while_it_answers(
     run_id = read_run_id(folder)
     assert run_id is not None
     assert len(points(proxy.uri, run_id)["loss/loss"]) == 40
+
+
+def test_every_answer_of_a_server_is_a_sign_of_life(proxy: MlflowProxy, tmp_path: Path) -> None:
+    """The driver waits for an upload of any length, as long as there are answers."""
+    folder = tmp_path / "many-files"
+    log = log_run(folder, proxy.uri, end=None)
+    names = [f"{number}.txt" for number in range(12)]
+    for name in names:
+        (folder / name).write_text(name)
+    log.append("files", files=names)
+    assert log.flush()
+    answered: list[int] = []
+    Uploader(folder, on_alive=lambda seconds: answered.append(len(proxy.paths))).sync()
+    requests = [0, *answered, len(proxy.paths)]
+    assert max(after - before for before, after in pairwise(requests)) <= 8
+    assert len(answered) > len(names)
+
+
+def test_what_others_print_and_the_working_directory_do_not_disturb_the_process(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs" / "noise"
+    log_run(folder, database, steps=STEPS)
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "mlflow.py").write_text("raise RuntimeError('not MLflow')")
+    monkeypatch.chdir(here)
+    prints = tmp_path / "prints"
+    prints.mkdir()
+    # As a library in C does while it is loaded
+    (prints / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'mlflow':\n"
+        "            os.write(1, b'loaded\\n')\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    monkeypatch.syspath_prepend(str(prints))
+    assert UploadProcess(folder, database, lambda problem: None).finish() is None
 
 
 def test_a_token_and_a_password_of_the_driver(
@@ -447,6 +600,25 @@ def test_passwords_are_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         restore_uri("postgresql://me:***@host/mlflow", run)
     for uri in ("http://host:5000", "http://host:5000/a@b", "databricks", "postgresql://me@host:5432/mlflow"):
         assert storable_uri(uri, run) == uri
+
+
+@pytest.mark.parametrize("uri", ["http://me:s3cr3t@host:5000", "postgresql://me:s3cr3t@host/mlflow"])
+def test_passwords_are_not_in_errors(uri: str) -> None:
+    with pytest.raises(TrackingError) as caught, mlflow_run.tracking_errors(uri, "upload"):
+        raise OSError(f"API request to {uri}/api failed")  # as MLflow's
+    assert "s3cr3t" not in str(caught.value)
+    assert str(caught.value).endswith(f"API request to {mask_password(uri)}/api failed")
+
+
+def test_passwords_are_not_in_messages_about_names(server: MlflowServer, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        log_run(tmp_path / name / "same-name", server.uri)
+        upload(tmp_path / name / "same-name")
+    uri = server.uri.replace("http://", "http://me:s3cr3t@")
+    for name in ("missing", "same-name"):
+        with pytest.raises(ValueError, match=r"http://me:\*\*\*@") as caught:
+            mlflow_run.fetch_run(uri, name)
+        assert "s3cr3t" not in str(caught.value)
 
 
 def test_a_database_near_the_run_moves_with_it(tmp_path: Path) -> None:
