@@ -22,10 +22,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,11 +43,14 @@ from mlflow_server import MlflowServer
 from ray_nodes import ray_nodes
 from raydetr import recipes
 from raydetr.config import RunConfig, override, to_yaml
-from raydetr.tracking.events import Event, Metrics, read_events
+from raydetr.tracking.events import Event, EventReader, Metrics, read_events
 from raydetr.training import checkpoint
 
 OUT = Path("build/chaos.json")
-STEPS_PER_KILL = 12
+STEPS_PER_KILL = (
+    50  # of the whole run: some disturbances stop nothing, and last for more than a hundred steps
+)
+MAX_STEPS_BETWEEN = 30  # from the moment when training goes on to the next disturbance
 BATCH, SAMPLES = 8, 96
 EVALUATED_EPOCHS = 3
 LIMIT_SECONDS = 20.0  # until training goes on
@@ -69,6 +73,11 @@ class Chaos:
     disk: Path | None  # a file system that can be filled
     log: Path  # of all drivers
     driver: subprocess.Popen[str] | None = None
+    reader: EventReader = field(init=False)
+    events: list[Event] = field(default_factory=list)  # of the run, so far
+
+    def __post_init__(self) -> None:
+        self.reader = EventReader(self.folder)
 
     def start(self) -> None:
         """Start the driver."""
@@ -88,7 +97,10 @@ class Chaos:
             RuntimeError: the driver has ended, or it takes too long.
         """
         until = time.monotonic() + PATIENCE_SECONDS
-        while not condition():
+        while True:
+            self.events += self.reader.read()
+            if condition():
+                return
             has_ended = self.driver is not None and self.driver.poll() is not None
             if has_ended or time.monotonic() > until:
                 tail = self.log.read_text()[-3000:]
@@ -96,10 +108,8 @@ class Chaos:
             time.sleep(0.005)
 
     def last_position(self) -> int:
-        """Return the position of the last step that was logged."""
-        return max(
-            (event["position"] for event in read_events(self.folder) if event["kind"] == "step"), default=0
-        )
+        """Return the position that the run has reached, also if it is behind it again."""
+        return max((event["position"] for event in self.events if event["kind"] == "step"), default=0)
 
 
 # --- Disturbances: each returns when the cause is gone ---
@@ -124,7 +134,7 @@ def kill_in_evaluation(chaos: Chaos) -> None:
     workers = chaos.workers()
 
     def is_evaluating() -> bool:
-        events = read_events(chaos.folder)
+        events = chaos.events
         at = max((index for index, event in enumerate(events) if event["kind"] == "step"), default=0)
         period = EVALUATED_EPOCHS * SAMPLES
         is_evaluated = any(event["kind"] == "evaluation" for event in events[at:])
@@ -198,10 +208,10 @@ def fill_disk(chaos: Chaos) -> None:
 
 
 def kill_mlflow(chaos: Chaos) -> None:
-    """Kill the MLflow server, and start it again after some seconds."""
+    """Kill the MLflow server, and start it again after some seconds, while the next disturbances come."""
     chaos.mlflow.kill()
     time.sleep(OUTAGE_SECONDS)
-    chaos.mlflow.start()
+    threading.Thread(target=chaos.mlflow.start, name="mlflow").start()
 
 
 DISTURBANCES: dict[str, Callable[[Chaos], None]] = {
@@ -310,20 +320,20 @@ def configure(work: Path, address: str, tracking_uri: str, kills: int) -> RunCon
 
 def disturb(chaos: Chaos, names: list[str], kills: int) -> list[dict[str, Any]]:
     """Train, and disturb the run at random positions; return what happened each time."""
-    total = kills * STEPS_PER_KILL
-    steps = sorted(chaos.random.sample(range(STEPS_PER_KILL // 2, total - STEPS_PER_KILL // 2), kills))
     chaos.start()
     done = []
-    for number, step in enumerate(steps, 1):
+    for number in range(1, kills + 1):
+        # Beyond what the run has reached before: it makes progress between two failures
+        step = chaos.last_position() // BATCH + chaos.random.randint(1, MAX_STEPS_BETWEEN)
         chaos.wait_for(lambda step=step: chaos.last_position() >= step * BATCH, f"step {step} is not reached")
         name = chaos.random.choice(names)
         began, reached = time.time(), chaos.last_position()
         DISTURBANCES[name](chaos)
         needs_restart = name not in WITHOUT_RESTART
         chaos.wait_for(
-            lambda since=began, r=needs_restart: goes_on(chaos.folder, since, r), f"nothing after {name}"
+            lambda since=began, r=needs_restart: goes_on(chaos.events, since, r), f"nothing after {name}"
         )
-        seconds = longest_pause(read_events(chaos.folder), began)
+        seconds = longest_pause(chaos.events, began)
         if name == "worker stalls":
             seconds -= 60 * STALL_MINUTES  # it cannot be noticed earlier
         done.append(
@@ -337,9 +347,9 @@ def disturb(chaos: Chaos, names: list[str], kills: int) -> list[dict[str, Any]]:
     return done
 
 
-def goes_on(run: Path, since: float, needs_restart: bool) -> bool:
+def goes_on(events: Iterable[Event], since: float, needs_restart: bool) -> bool:
     """Return whether a step was trained after a time; with `needs_restart`, by workers that started after it."""
-    events = [event for event in read_events(run) if event["time"] > since]
+    events = [event for event in events if event["time"] > since]
     starts = [event["time"] for event in events if event["kind"] in STARTS]
     if needs_restart and not starts:
         return False

@@ -69,7 +69,10 @@ def tiny_run(tiny_data: Path, tmp_path: Path) -> RunConfig:
             "storage.path": str(tmp_path / "runs"),
             "storage.keep_checkpoints": 9,
             "tracking.log_every_steps": 2,
-            "tracking.register_model": False,  # it takes seconds
+            # They take seconds
+            "evaluation.report": False,
+            "tracking.upload": False,
+            "tracking.register_model": False,
         },
     )
 

@@ -203,9 +203,9 @@ class EvaluationConfig(Section):
     """The schedule of evaluations on the validation split, and what scores them."""
 
     every_epochs: PositiveInt = 1  # the last epoch is always evaluated
-    engine: Engine = (
-        "hotcoco"  # what computes AP; both give the same numbers, pycocotools in far more time and memory
-    )
+    # What computes AP; both give the same numbers, pycocotools in far more time and memory
+    engine: Engine = "hotcoco"
+    report: bool = True  # write what explains the AP of every evaluation, beside its scores
 
 
 class ClusterConfig(Section):
@@ -268,6 +268,7 @@ class TrackingConfig(Section):
     uri: TrackingUri | None = None
     experiment: str | None = None  # None: MLFLOW_EXPERIMENT_NAME, or else raydetr
     log_every_steps: PositiveInt = 10
+    upload: bool = True  # to MLflow, during the run; False: later, with `raydetr track sync`
     register_model: bool = True  # the best checkpoint, in MLflow's registry, under the name of the recipe
 
 

@@ -26,5 +26,5 @@ def image_losses(criterion: Criterion, outputs: Outputs, targets: Targets) -> li
     for index, count in enumerate(targets.counts):
         one = Outputs(Predictions(logits[:, index : index + 1], boxes[:, index : index + 1]))
         alone = Targets(labels[index], target_boxes[index], (count,))
-        losses.append(criterion(one, alone, max(count, 1)).total.item())
+        losses.append(criterion(one, alone, float(max(count, 1))).total.item())
     return losses

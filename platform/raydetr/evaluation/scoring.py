@@ -71,6 +71,7 @@ class Scoring:
         shards: of the validation split.
         policy: for corrupt samples.
         engine: what computes AP.
+        has_report: write the report of each evaluation, too.
         on_failure: is called, in a thread, with the position of an evaluation and why a try to score it failed.
     """
 
@@ -80,10 +81,12 @@ class Scoring:
         shards: Shards,
         policy: OnCorrupt,
         engine: Engine,
+        has_report: bool,
         on_failure: Callable[[int, str], None],
     ) -> None:
         self._run = with_retry_seconds(run, RETRY_SECONDS)
         self._shards, self._policy, self._engine, self._on_failure = shards, policy, engine, on_failure
+        self._has_report = has_report
         self._thread = BackgroundThreads(1, "scoring")
         self._waiting: list[Future[Scored | Unscored]] = []
         self._process: subprocess.Popen[str] | None = None
@@ -180,7 +183,7 @@ class Scoring:
                 evaluation=_fields(evaluated, unreadable),
             )
             self._run_process(request, scratch)
-            problem = self._explain(request, scratch)
+            problem = self._explain(request, scratch) if self._has_report else None
             files = {
                 str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()
             }

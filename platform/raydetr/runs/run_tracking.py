@@ -110,7 +110,9 @@ def uploading(folder: Folder, config: RunConfig, uri: str, kind: Kind) -> Iterat
         kind: of the run.
     """
     uploads = Uploads()
-    if kind == "trial":
+    if kind == "trial" or not config.tracking.upload:
+        if kind != "trial":
+            print_status(f"MLflow: nothing is sent before `raydetr track sync {shlex.quote(str(folder))}`")
         yield uploads
         return
     print_status(f"MLflow {mask_password(uri)}, experiment {experiment_of(config)}")

@@ -146,6 +146,7 @@ class _Session:
                 val_shards,
                 run.config.data.on_corrupt,
                 run.config.evaluation.engine,
+                run.config.evaluation.report,
                 self._on_failed_scoring,
             )
             if self.is_main

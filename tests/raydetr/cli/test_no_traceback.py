@@ -47,7 +47,7 @@ def call(tmp_path: Path, tiny_data: Path, *words: str, **variables: str) -> subp
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((*TRAIN, "storage.path=http://host/runs"), "runs cannot be written to a web server"),
+        ((*TRAIN[:-1], "storage.path=http://host/runs"), "runs cannot be written to a web server"),
         ((*TRAIN, "init.checkpoint=ftp://host/x"), "ftp://"),
         ((*TRAIN, "tracking.uri=sqlite://x.db"), "write sqlite:///FILE"),
         ((*TRAIN, "tracking.uri=http://"), "write http://HOST:PORT"),

@@ -239,7 +239,8 @@ def expected_rows(config: RunConfig, action: str) -> list[tuple[Any, ...]]:
 def test_a_run_continues_and_logs_corrupt_samples(
     corrupt_run: RunConfig, policy: str, action: str, loaders: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = with_policy(corrupt_run, policy, **{"data.num_loader_workers": loaders})
+    settings = {"data.num_loader_workers": loaders, "tracking.upload": True}
+    config = with_policy(corrupt_run, policy, **settings)
     result = run.start(config, local=True)
     rows = rows_of(result.folder)
     assert [
@@ -308,7 +309,7 @@ def test_a_resumed_run_keeps_the_corrupt_log(corrupt_run: RunConfig) -> None:
 
 @pytest.mark.parametrize(("limit", "last"), [(0, 1), (3, 4)])
 def test_too_many_stop_the_run(corrupt_run: RunConfig, limit: int, last: int) -> None:
-    config = with_policy(corrupt_run, "mask", **{"data.max_corrupt": limit})
+    config = with_policy(corrupt_run, "mask", **{"data.max_corrupt": limit, "tracking.upload": True})
     with pytest.raises(TooManyCorruptError) as caught:
         run.start(config, local=True)
     (folder,) = Path(config.storage.path).glob("quickstart-*")

@@ -206,7 +206,7 @@ def test_a_run_writes_the_batch_counts_the_step_and_continues(
     tiny_run: RunConfig, nan_positions: set[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     nan_positions |= {8, 40}
-    result = run.start(override(tiny_run, {"optim.epochs": 2}), local=True)
+    result = run.start(override(tiny_run, {"optim.epochs": 2, "tracking.upload": True}), local=True)
     assert result.metrics["skipped_steps"] == 2
     tracked = fetch_history(result.tracking_uri, result.mlflow_run_id)
     assert tracked["data/skipped_steps"] == [(2, 1.0), (6, 2.0)]
@@ -240,7 +240,7 @@ def test_beyond_the_limit_the_run_stops_and_names_the_dump(
     tiny_run: RunConfig, nan_positions: set[int], limit: int, last_step: int
 ) -> None:
     nan_positions |= {8, 24, 40}
-    config = override(tiny_run, {"optim.max_skipped_steps": limit})
+    config = override(tiny_run, {"optim.max_skipped_steps": limit, "tracking.upload": True})
     with pytest.raises(FloatingPointError) as caught:
         run.start(config, local=True)
     (folder,) = Path(config.storage.path).glob("quickstart-*")

@@ -23,7 +23,7 @@ EPOCH = 48  # samples
 @pytest.fixture
 def by_steps(tiny_run: RunConfig) -> RunConfig:
     """Two epochs of 6 steps, with a checkpoint every two steps."""
-    return override(tiny_run, {"optim.epochs": 2, "storage.checkpoint_steps": 2})
+    return override(tiny_run, {"optim.epochs": 2, "storage.checkpoint_steps": 2, "tracking.upload": True})
 
 
 def again(config: RunConfig) -> run.RunResult:

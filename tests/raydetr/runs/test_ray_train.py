@@ -86,7 +86,13 @@ def test_a_run_with_a_killed_worker_ends_in_the_same_bits(cluster: Cluster, two_
     first_epoch = checkpoint.folder_of(Path(two_workers.storage.path) / "hit", 48)
     killer = threading.Thread(target=kill_a_worker_after, args=(cluster, first_epoch, killed))
     killer.start()
-    hit = run.start(override(two_workers, {"optim.epochs": 6, "data.num_loader_workers": 1}), name="hit")
+    settings = {
+        "optim.epochs": 6,
+        "data.num_loader_workers": 1,
+        "tracking.upload": True,
+        "evaluation.report": True,
+    }
+    hit = run.start(override(two_workers, settings), name="hit")
     killer.join()
     assert killed, "the run ended before it could be hit"
     weights, expected = states(hit.checkpoint), states(unbroken.checkpoint)

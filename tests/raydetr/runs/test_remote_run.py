@@ -39,7 +39,7 @@ def test_a_run_from_a_server(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     server = WebServer(tiny_data)
-    short = override(tiny_run, {"optim.epochs": 1, "data.num_loader_workers": 1})
+    short = override(tiny_run, {"optim.epochs": 1, "data.num_loader_workers": 1, "tracking.upload": True})
     urls = {"data.train": f"{server.url}/train", "data.val": f"{server.url}/val"}
     cache = {"data.remote.cache_dir": str(tmp_path / "cache"), "data.remote.cache_gb": 0.1}
     near, far = run.start(short, local=True), run.start(override(short, urls | cache), local=True)

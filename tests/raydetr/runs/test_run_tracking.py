@@ -18,6 +18,8 @@ from raydetr.locations import sqlite_file
 from raydetr.runs import run
 from raydetr.runs.run_folder import read_config
 from raydetr.runs.run_tracking import Uploads, log_launch
+from raydetr.runs.sync import sync_run
+from raydetr.tracking import mlflow_run
 from raydetr.tracking.events import EventLog, read_events
 from raydetr.tracking.uris import default_uri
 
@@ -27,7 +29,27 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarnin
 
 @pytest.fixture
 def short(tiny_run: RunConfig) -> RunConfig:
-    return override(tiny_run, {"optim.epochs": 1, "data.limit_images": 8, "tracking.log_every_steps": 1})
+    settings = {
+        "optim.epochs": 1,
+        "data.limit_images": 8,
+        "tracking.log_every_steps": 1,
+        "tracking.upload": True,
+    }
+    return override(tiny_run, settings)
+
+
+def test_a_run_that_is_uploaded_later(
+    short: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run.start(override(short, {"tracking.upload": False}), local=True)
+    assert result.pending_upload is None
+    assert f"MLflow: nothing is sent before `raydetr track sync {result.folder}`" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert not Path(short.storage.path, "mlflow.db").exists()
+    assert [line.partition(": ")[2][:4] for line in sync_run(str(result.folder))] == ["sent"]
+    tracked = mlflow_run.fetch_run(default_uri(short.storage.path), result.name)
+    assert tracked.metrics["AP/AP"] == result.metrics["AP"]
 
 
 def test_a_password_is_nowhere(

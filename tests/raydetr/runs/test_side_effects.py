@@ -44,7 +44,7 @@ def assert_is_complete(result: run.RunResult) -> None:
 def test_a_run_without_its_server_is_complete_and_uploaded_later(
     short: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = run.start(override(short, {"tracking.uri": NOWHERE}), local=True)
+    result = run.start(override(short, {"tracking.uri": NOWHERE, "tracking.upload": True}), local=True)
     assert_is_complete(result)
     assert result.pending_upload is not None
     err = " ".join(capsys.readouterr().err.split())

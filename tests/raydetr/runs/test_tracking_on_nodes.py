@@ -39,6 +39,11 @@ HEAD = {"NodeManagerAddress": "10.0.0.1", "NodeManagerHostname": "head", "Alive"
 WORKER = {"NodeManagerAddress": "10.0.0.2", "NodeManagerHostname": "worker", "Alive": True}
 
 
+@pytest.fixture
+def tiny_run(tiny_run: RunConfig) -> RunConfig:
+    return override(tiny_run, {"tracking.upload": True})
+
+
 # --- The check ---
 
 

@@ -40,7 +40,7 @@ print(json.dumps([raydetr.__file__, found.to_dict("records")]))
 
 
 def test_the_best_checkpoint_is_called_in_a_clean_process(tiny_run: RunConfig, tmp_path: Path) -> None:
-    config = override(tiny_run, {"tracking.register_model": True, "optim.epochs": 2})
+    config = override(tiny_run, {"tracking.upload": True, "tracking.register_model": True, "optim.epochs": 2})
     result = run.start(config, local=True)
     assert result.pending_upload is None
     image = tmp_path / "image.png"
