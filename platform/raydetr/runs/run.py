@@ -68,6 +68,7 @@ def start(
     """
     if name is not None:
         check_name(name)
+    is_uri_given = config.tracking.uri is not None
     config, splits = resolve(config)
     config, uri = _hide_password(config)
     train, val = splits
@@ -76,7 +77,7 @@ def start(
     _check_new(folder, config, or_resume)
     last = checkpoint.newest_valid(folder, lambda message: None) if or_resume else None
     if last is not None:
-        return _go_on(last, folder, config, local)
+        return _go_on(last, folder, config, uri if is_uri_given else None, local)
     if warn:
         print_warnings(config, train, val)
     for line in init_weights.summarize(config, train.label_map):
@@ -87,9 +88,19 @@ def start(
 
 
 def resume(
-    location: str | Path, *, overrides: Mapping[str, Any] | None = None, local: bool = False
+    location: str | Path,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    local: bool = False,
+    uri: str | None = None,
 ) -> RunResult:
     """Continue the run in a folder, or at a URL, from its newest complete checkpoint, in the same MLflow run.
+
+    Args:
+        location: folder or URL of the run.
+        overrides: of its configuration.
+        local: train in this process, without Ray.
+        uri: its tracking URI with the password, which is not stored; None: the environment has the password, if any.
 
     Raises:
         ConfigError: there is no run, the run has trained all its epochs, an override has no effect on a resumed
@@ -110,7 +121,7 @@ def resume(
     config, splits = resolve(override(stored, overrides or {}))
     if stored.tracking.uri is None:  # it stays in its database: MLFLOW_TRACKING_URI is for new runs
         config = override(config, {"tracking.uri": None})
-    config, uri = _hide_password(config)
+    config, stored_uri = _hide_password(config)
     with Lease(folder) as lease:  # before anything of the run is changed
         last = checkpoint.newest_valid(folder, lambda message: print_status(f"skipped: {message}"))
         if last is None:
@@ -125,16 +136,27 @@ def resume(
             )
         for path, (old, new) in _changes(stored, config).items():
             print_status(f"changed for the resumed run: {path} from {old} to {new}")
-        return _execute(Run(config, folder, last), lease, splits, uri, "run", local)
+        return _execute(Run(config, folder, last), lease, splits, uri or stored_uri, "run", local)
 
 
-def _go_on(last: Folder, folder: Folder, config: RunConfig, local: bool) -> RunResult:
+def _go_on(last: Folder, folder: Folder, config: RunConfig, uri: str | None, local: bool) -> RunResult:
     """Continue a run from its last checkpoint, or return the result of a finished one.
+
+    Args:
+        last: its last checkpoint.
+        folder: of the run.
+        config: what is to be trained.
+        uri: the tracking URI that the user gives, with its password; None: that of the run.
+        local: train in this process, without Ray.
 
     Raises:
         ConfigError: the run has another configuration.
     """
     stored = read_config(folder)
+    if uri is None:  # MLFLOW_TRACKING_URI is for new runs
+        config = override(config, {"tracking.uri": stored.tracking.uri})
+    elif mask_password(uri) != tracking_uri(stored):  # a database whose path depends on the machine
+        uri = None
     differing = _differences(stored, config)
     if differing:
         listed = "; ".join(f"{path} is {old} there, and {new} here" for path, (old, new) in differing.items())
@@ -146,13 +168,13 @@ def _go_on(last: Folder, folder: Folder, config: RunConfig, local: bool) -> RunR
             remedy = f"Continue it with `--resume {shlex.quote(str(folder))} {changes}` instead, or give another --name"
         raise ConfigError(f"{folder} is a run with other settings: {listed}. {remedy}")
     if not checkpoint.is_complete(last, stored):
-        return resume(str(folder), local=local)
+        return resume(str(folder), local=local, uri=uri)
     print_status(f"{folder}: this run is finished")
     metrics, events, pending = checkpoint.read_metrics(last), read_events(folder), None
     if not any(event["kind"] == "finished" for event in events):  # its driver was killed just before
         _log_finished(EventLog(folder), last, metrics)
     if not is_uploaded(folder):
-        with uploading(folder, stored, tracking_uri(stored), "run") as uploads:
+        with uploading(folder, stored, uri or tracking_uri(stored), "run") as uploads:
             pass  # it sends what an earlier driver could not
         pending = uploads.pending
     seconds = events[-1]["time"] - events[0]["time"]

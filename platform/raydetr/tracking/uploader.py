@@ -29,7 +29,7 @@ from raydetr.tracking.mlflow_run import (
     tracking_errors,
 )
 from raydetr.tracking.moved_database import artifacts_of, follow_move
-from raydetr.tracking.upload_state import UploadState
+from raydetr.tracking.upload_state import STATE, UploadState
 from raydetr.tracking.uris import TrackingError, mask_password, restore_uri, storable_uri
 
 KEY_TAG = "raydetr.run"  # identifies the MLflow run, also if MLflow's answer to its creation was lost
@@ -115,6 +115,7 @@ class Uploader:
         with tracking_errors(uri, f"upload {self._run.name}"):
             file = sqlite_file(uri)
             if file is not None and self.num_sent == 0:
+                self._check_database(file)
                 follow_move(file)
             client = connect(uri)
             if self._state.run_id is None:
@@ -193,6 +194,14 @@ class Uploader:
         return new
 
     # --- Send it ---
+
+    def _check_database(self, file: Path) -> None:
+        """Check that the database is there if it has the run: an empty one in its place would help nobody."""
+        if self._state.run_id is not None and not file.exists():
+            raise TrackingError(
+                f"{file}: the MLflow database that has this run is not here: go to the machine that has it, send the "
+                f"run to another place (--uri), or remove {self._run / STATE} to send it to a new database"
+            )
 
     def _find_or_create(self, client: MlflowClient, uri: str, launch: Event) -> None:
         """Find the MLflow run by its tag, or create it; keep its id."""

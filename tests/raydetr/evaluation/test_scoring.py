@@ -66,7 +66,7 @@ class Failures(list[tuple[int, str]]):
 
 
 def start(run: Folder, val: Shards, failures: Failures) -> Scoring:
-    return Scoring(run, val, "raise", "hotcoco", failures)
+    return Scoring(run, val, "raise", "hotcoco", True, failures)
 
 
 def wait(one: Scoring) -> Scored | Unscored:

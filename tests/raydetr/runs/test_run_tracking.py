@@ -6,6 +6,8 @@ import getpass
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,11 @@ from raydetr.config import RunConfig, override
 from raydetr.locations import sqlite_file
 from raydetr.runs import run
 from raydetr.runs.run_folder import read_config
+<<<<<<< HEAD
 from raydetr.runs.run_tracking import log_launch
+=======
+from raydetr.runs.run_tracking import Uploads, log_launch
+>>>>>>> review
 from raydetr.runs.sync import sync_run
 from raydetr.tracking import mlflow_run
 from raydetr.tracking.events import EventLog, read_events
@@ -120,6 +126,30 @@ def test_a_resumed_run_stays_in_its_default_database(
     assert resumed.mlflow_run_id is not None
     assert len(MlflowClient(result.tracking_uri).get_metric_history(resumed.mlflow_run_id, "AP/AP")) == 2
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_that_goes_on_stays_in_its_place(short: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run.start(short, local=True, name="stays")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    again = run.start(short, local=True, name="stays", or_resume=True)
+    assert (again.tracking_uri, again.pending_upload) == (result.tracking_uri, None)
+
+
+def test_a_run_that_goes_on_has_the_password_that_is_given(
+    short: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, uris = "postgresql://me:s3cr3t@127.0.0.1:9/mlflow", []
+
+    @contextmanager
+    def uploading(folder: Path, config: RunConfig, uri: str, kind: str) -> Iterator[Uploads]:
+        uris.append(uri)
+        yield Uploads()
+
+    monkeypatch.setattr(run, "uploading", uploading)
+    config = override(short, {"tracking.uri": uri})
+    for _ in range(2):  # the second time, it is finished, and not uploaded
+        run.start(config, local=True, name="goes-on", or_resume=True)
+    assert uris == [uri, uri]
 
 
 def test_a_user_without_a_name_starts_a_run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from logged_run import log_run, upload, write_table
 from mlflow_proxy import MlflowProxy
 from mlflow_server import MlflowServer
 from postgres_server import PASSWORD, PostgresServer, find_programs
+from raydetr.locations import sqlite_file
 from raydetr.tracking import mlflow_run
 from raydetr.tracking.events import EventLog
 from raydetr.tracking.metric_names import metric_name
@@ -263,6 +265,21 @@ def test_another_place_gets_everything(database: str, tmp_path: Path) -> None:
         assert len(points(uri, run_id)["loss/loss"]) == 40
         assert MlflowClient(uri).get_run(run_id).info.status == "FINISHED"
         assert len(runs_named(uri, "copied")) == 1
+
+
+def test_a_database_that_is_not_here_is_not_created(database: str, tmp_path: Path) -> None:
+    """Of a run at a URL, or on a mounted folder, which is looked at from another machine."""
+    folder = tmp_path / "far"
+    log = log_run(folder, database, end=None)
+    upload(folder)
+    file = sqlite_file(database)
+    assert file is not None
+    shutil.rmtree(file.parent)
+    log.append("lost")
+    assert log.flush()
+    with pytest.raises(TrackingError, match=r"not here.*--uri"):
+        upload(folder)
+    assert not file.parent.exists()
 
 
 def test_a_run_that_two_processes_created_is_found(database: str, tmp_path: Path) -> None:
