@@ -17,11 +17,7 @@ from raydetr.config import RunConfig, override
 from raydetr.locations import sqlite_file
 from raydetr.runs import run
 from raydetr.runs.run_folder import read_config
-<<<<<<< HEAD
-from raydetr.runs.run_tracking import log_launch
-=======
 from raydetr.runs.run_tracking import Uploads, log_launch
->>>>>>> review
 from raydetr.runs.sync import sync_run
 from raydetr.tracking import mlflow_run
 from raydetr.tracking.events import EventLog, read_events
