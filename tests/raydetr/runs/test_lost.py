@@ -53,4 +53,5 @@ def test_lost_runs_are_marked_once_and_running_ones_are_not(tmp_path: Path) -> N
     assert state_of(storage / "killed").state == "lost"
     CliRunner().invoke(app, ["runs", str(storage)])
     assert statuses()["killed"] == "FAILED"
-    played["goes-on"].close()
+    for one in played.values():  # their pipes
+        one.close()
