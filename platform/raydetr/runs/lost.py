@@ -26,7 +26,7 @@ def mark_lost(states: Iterable[RunState]) -> None:
         trials = list_runs(state.folder) if state.kind == "search" else []
         lost = [state, *(trial for trial in trials if trial.state == "lost")]
         marked = [one for one in lost if _mark(one.folder)]
-        if marked:
+        if marked and _is_uploaded(state.folder):
             pending = UploadProcess(state.folder, None, lambda problem: None).finish()
             if pending is not None:
                 print_status(f"warning: {unsent(pending, state.folder)}")
@@ -43,3 +43,8 @@ def _mark(run: Folder) -> bool:
         print_status(f"warning: {run} is lost, and that cannot be logged: {log.problem}")
         return False
     return True
+
+
+def _is_uploaded(run: Folder) -> bool:
+    """Return whether the run's last driver uploads it."""
+    return bool([event.get("upload", True) for event in read_events(run) if event["kind"] == "launched"][-1])

@@ -64,6 +64,7 @@ def log_launch(
         uri=storable_uri(tracking_uri(config), folder),
         experiment=experiment_of(config),
         command=shlex.join([Path(sys.argv[0]).name, *map(_mask_argument, sys.argv[1:])]),
+        upload=config.tracking.upload,
         model=config.recipe if kind == "run" and config.tracking.register_model else None,
         tags=tags,
         **{"params": flatten(to_dict(config)), "datasets": _datasets(splits), "files": ["config.yaml"]}

@@ -103,7 +103,9 @@ def _take_over_evaluation(run: Run, training: Training, val_shards: Shards) -> E
     """
     evaluated: Evaluated | None = None
     if training.lacks_evaluation and training.world.is_main:
-        evaluated = stored.read_evaluated(stored.folder_of(run.folder, training.position))
+        # The other ranks wait for the answer, and must not wait for a rank that has failed
+        with suppress(OSError):
+            evaluated = stored.read_evaluated(stored.folder_of(run.folder, training.position))
         if evaluated is not None and evaluated.fingerprint != val_shards.fingerprint:
             evaluated = None
     evaluated = training.world.all_gather(evaluated)[0]  # rank 0 decides for all

@@ -20,6 +20,16 @@ from raydetr.tracking.uris import default_uri
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
 
 
+def test_a_run_that_is_uploaded_later_is_only_marked(tmp_path: Path) -> None:
+    storage = tmp_path / "runs"
+    played = PlayedRun(storage / "killed")
+    log_run(storage / "killed", default_uri(storage), end=None, upload=False)
+    played.kill()
+    assert CliRunner().invoke(app, ["runs", str(storage)]).exit_code == 0
+    assert "lost" in [event["kind"] for event in read_events(storage / "killed")]
+    assert not (storage / "mlflow.db").exists()
+
+
 def test_lost_runs_are_marked_once_and_running_ones_are_not(tmp_path: Path) -> None:
     storage = tmp_path / "runs"
     uri = default_uri(storage)
