@@ -28,6 +28,7 @@ def test_a_run_that_is_uploaded_later_is_only_marked(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["runs", str(storage)]).exit_code == 0
     assert "lost" in [event["kind"] for event in read_events(storage / "killed")]
     assert not (storage / "mlflow.db").exists()
+    played.close()
 
 
 def test_lost_runs_are_marked_once_and_running_ones_are_not(tmp_path: Path) -> None:
