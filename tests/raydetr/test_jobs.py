@@ -209,6 +209,7 @@ def test_ctrl_c_detaches_and_a_stopped_job_is_resumed_in_its_run(
     assert (again.returncode, again.stderr) == (1, "error: hit: has already ended (stopped)\n")
 
 
+@pytest.mark.slow  # a minute
 @pytest.mark.timeout(300)
 def test_failures_are_told_in_a_sentence(
     bare_head: RayHead, tiny_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

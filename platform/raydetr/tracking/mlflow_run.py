@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -123,9 +125,25 @@ def connect(uri: str) -> MlflowClient:
     """
     db_utils.MAX_RETRY_COUNT = DATABASE_TRIES
     file = sqlite_file(uri)
-    if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    if file is None:
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(file):
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client.search_experiments(max_results=1)  # creates the tables, or brings them up to date
+    return client
+
+
+@contextmanager
+def _lock(file: Path) -> Iterator[None]:
+    """Keep other processes of this machine from creating the tables of a database at the same time.
+
+    MLflow's own lock ends before its migrations are complete.
+    """
+    digest = hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:16]
+    with Path(tempfile.gettempdir(), f"raydetr-mlflow-{os.getuid()}-{digest}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _connect_to_read(uri: str) -> MlflowClient:

@@ -88,7 +88,14 @@ def test_a_port_of_something_else(tmp_path: Path, tiny_data: Path) -> None:
     assert "does not answer as the head of a Ray cluster" in done.stderr
 
 
-@pytest.mark.parametrize("uri", ["oracle://host/db", "postgresql://me@127.0.0.1:1/db", "http://127.0.0.1:9"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        pytest.param("oracle://host/db", marks=pytest.mark.slow),
+        pytest.param("postgresql://me@127.0.0.1:1/db", marks=pytest.mark.slow),
+        "http://127.0.0.1:9",
+    ],
+)
 def test_a_run_without_its_tracking(uri: str, tmp_path: Path, tiny_data: Path) -> None:
     settings = ("optim.epochs=1", "data.limit_images=8", "data.batch_size=8", "--local", "--name", "alone")
     done = call(tmp_path, tiny_data, *TRAIN, *settings, f"tracking.uri={uri}")

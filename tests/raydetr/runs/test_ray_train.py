@@ -215,6 +215,7 @@ def relative_run(
         "model.backbone.weights": "resnet.pth",
         "storage.path": "runs",
         "tracking.uri": "sqlite:///tracking/mlflow.db",
+        "tracking.upload": True,
     }
     return override(tiny_run, paths | {"optim.epochs": 1, "cluster.num_workers": 2})
 

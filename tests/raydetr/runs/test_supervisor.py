@@ -288,11 +288,10 @@ def driver(config: RunConfig, name: str, tmp_path: Path, address: str) -> subpro
     )
 
 
+@pytest.mark.slow  # more than a minute
 @pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
-     pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow)],
-)  # fmt: skip
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+)
 def test_a_stopped_or_killed_driver_leaves_a_run_that_goes_on(
     number: signal.Signals, code: int, cluster: Cluster, two_workers: RunConfig, tmp_path: Path
 ) -> None:
