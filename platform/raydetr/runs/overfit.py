@@ -12,7 +12,7 @@ import torch
 from raydetr.config import RunConfig, from_dict, to_dict
 from raydetr.locations import is_remote
 from raydetr.runs import run
-from raydetr.runs.pictures import PREDICTIONS
+from raydetr.tracking.description import PREDICTIONS
 
 # Settings that `overfit` sets itself
 OVERFIT_DECIDES = (

@@ -11,12 +11,11 @@ from raydetr.evaluation.results import Results
 from raydetr.shards.images import ImageError, decode_image
 from raydetr.shards.reader import ShardError, Shards
 from raydetr.store.folders import Folder, write_file
+from raydetr.tracking.description import CURVES, PREDICTIONS
 from raydetr.tracking.events import Metrics
 from raydetr.visualization.boxes import AnnotatedImage, coco_boxes, draw_grid
 from raydetr.visualization.curves import learning_curves
 
-CURVES, PREDICTIONS = "curves.png", "predictions.png"
-PICTURES = PREDICTIONS, CURVES  # in the folder of a run, of its last evaluation
 NUM_IMAGES = 8  # in predictions.png
 SCORE_THRESHOLD = 0.3  # of the boxes that are drawn
 

@@ -13,8 +13,8 @@ from typing import Any
 from raydetr.data.corrupt import CORRUPT_LOG
 from raydetr.evaluation.coco_metrics import ApTable
 from raydetr.evaluation.ground_truth import evaluation_warnings
-from raydetr.runs.pictures import PICTURES
 from raydetr.store.folders import Folder
+from raydetr.tracking.description import PICTURES
 from raydetr.tracking.upload_state import page_of, read_run_id
 from raydetr.tracking.uris import default_uri
 from raydetr.training import checkpoint

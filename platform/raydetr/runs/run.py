@@ -23,7 +23,7 @@ from raydetr.runs.local import train_locally
 from raydetr.runs.resolve import resolve
 from raydetr.runs.result import RunResult
 from raydetr.runs.run_folder import Run, read_config, write_config
-from raydetr.runs.run_tracking import Kind, log_launch, uploading
+from raydetr.runs.run_tracking import Kind, log_launch, uploading, without_password
 from raydetr.runs.signals import RunStopped, StopSignals
 from raydetr.shards.reader import Shards
 from raydetr.store.folders import Folder, open_folder
@@ -70,7 +70,7 @@ def start(
         check_name(name)
     is_uri_given = config.tracking.uri is not None
     config, splits = resolve(config)
-    config, uri = _hide_password(config)
+    uri, config = tracking_uri(config), without_password(config)
     train, val = splits
     name = new_name(config.recipe) if name is None else name
     folder = open_folder(config.storage.path) / name
@@ -121,7 +121,7 @@ def resume(
     config, splits = resolve(override(stored, overrides or {}))
     if stored.tracking.uri is None:  # it stays in its database: MLFLOW_TRACKING_URI is for new runs
         config = override(config, {"tracking.uri": None})
-    config, stored_uri = _hide_password(config)
+    stored_uri, config = tracking_uri(config), without_password(config)
     with Lease(folder) as lease:  # before anything of the run is changed
         last = checkpoint.newest_valid(folder, lambda message: print_status(f"skipped: {message}"))
         if last is None:
@@ -202,13 +202,6 @@ def _changes(stored: RunConfig, given: RunConfig) -> dict[str, tuple[Any, Any]]:
         for path in dict.fromkeys([*old, *new])
         if old.get(path) != new.get(path)
     }
-
-
-def _hide_password(config: RunConfig) -> tuple[RunConfig, str]:
-    """Return the configuration without the password of `tracking.uri`, and the complete tracking URI."""
-    uri = tracking_uri(config)
-    masked = mask_password(uri)
-    return (config if masked == uri else override(config, {"tracking.uri": masked})), uri
 
 
 def check_name(name: str) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from raydetr.config import RunConfig, flatten, to_dict
+from raydetr.config import RunConfig, flatten, override, to_dict
 from raydetr.console import print_status
 from raydetr.environment import git_state
 from raydetr.shards.reader import Shards
@@ -70,6 +70,12 @@ def log_launch(
         **{"params": flatten(to_dict(config)), "datasets": _datasets(splits), "files": ["config.yaml"]}
         | fields,
     )
+
+
+def without_password(config: RunConfig) -> RunConfig:
+    """Return the configuration with *** in place of the password in `tracking.uri`, as it may be stored and printed."""
+    uri = config.tracking.uri
+    return config if uri is None else override(config, {"tracking.uri": mask_password(uri)})
 
 
 def _mask_argument(argument: str) -> str:

@@ -27,11 +27,12 @@ from raydetr.environment import describe_environment
 from raydetr.evaluation import stored
 from raydetr.evaluation.scoring import Scored, Scoring, Unscored
 from raydetr.evaluation.stored import Evaluated
-from raydetr.runs.pictures import PICTURES, write_pictures
+from raydetr.runs.pictures import write_pictures
 from raydetr.runs.run_folder import Run
 from raydetr.shards.reader import Shards
 from raydetr.store.background import BackgroundThreads
 from raydetr.store.folders import with_retry_seconds, write_file
+from raydetr.tracking.description import PICTURES
 from raydetr.tracking.events import EventLog, Metrics, read_events
 from raydetr.tracking.system_metrics import SystemMetrics
 from raydetr.training import checkpoint, init_weights

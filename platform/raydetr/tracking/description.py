@@ -9,7 +9,8 @@ from typing import Any
 from raydetr.store.folders import Folder
 from raydetr.tracking.events import Event, read_events
 
-PICTURES = ("predictions.png", "curves.png")
+CURVES, PREDICTIONS = "curves.png", "predictions.png"
+PICTURES = PREDICTIONS, CURVES  # in the folder of a run, of its last evaluation
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 

@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
+from raydetr.evaluation import stored
 from raydetr.locations import sqlite_file
 from raydetr.store.folders import Folder
 from raydetr.tracking.description import describe
@@ -34,8 +35,6 @@ from raydetr.tracking.uris import TrackingError, mask_password, restore_uri, sto
 
 KEY_TAG = "raydetr.run"  # identifies the MLflow run, also if MLflow's answer to its creation was lost
 CHANGED_TAG = "raydetr.changed_on_resume"
-EVALUATIONS = "evaluations"  # in the folder of a run: POSITION/
-DETECTIONS = "detections"  # in the folder of an evaluation; not uploaded
 METRICS_PER_BATCH = 1000  # MLflow's limits
 PARAMS_PER_BATCH = 100
 TAG_LENGTH = 8000
@@ -78,7 +77,7 @@ class Uploader:
         self._files: dict[str, Folder | bytes] = {}  # to be sent, by artifact path
         self._events: list[Event] = []  # whose params, tags, inputs and status are to be sent
         self._evaluated: int | None = None  # position of the newest evaluation whose files are to be sent
-        self.num_sent = 0  # requests
+        self._is_checked = False  # the database, by this uploader
 
     def _place(self) -> str:
         return storable_uri(self._given_uri or self._first_launch()["uri"], self._run)
@@ -114,9 +113,10 @@ class Uploader:
         uri = restore_uri(self._given_uri or launch["uri"], self._run)
         with tracking_errors(uri, f"upload {self._run.name}"):
             file = sqlite_file(uri)
-            if file is not None and self.num_sent == 0:
+            if file is not None and not self._is_checked:
                 self._check_database(file)
                 follow_move(file)
+                self._is_checked = True
             client = connect(uri)
             if self._state.run_id is None:
                 self._find_or_create(client, uri, launch)
@@ -236,11 +236,6 @@ class Uploader:
             client.delete_run(created)
         self._keep(first)
 
-    def _count(self) -> None:
-        """Note that MLflow has answered."""
-        self.num_sent += 1
-        self._on_alive(0.0)
-
     def _keep(self, run_id: str) -> None:
         self._state.run_id, self._state.uri = run_id, self._place()
         self._state.write(self._run)
@@ -266,7 +261,7 @@ class Uploader:
             client.log_batch(self._run_id, tags=tags)
         for dataset in event.get("datasets", ()):
             client.log_inputs(self._run_id, [_dataset_input(dataset)])
-        self._count()
+        self._on_alive(0.0)
 
     def _send_params(self, client: MlflowClient, params: Mapping[str, Any]) -> None:
         """Send settings in the notation of the command line.
@@ -291,13 +286,13 @@ class Uploader:
         while self._metrics:
             client.log_batch(self._run_id, metrics=self._metrics[:METRICS_PER_BATCH])
             del self._metrics[:METRICS_PER_BATCH]
-            self._count()
+            self._on_alive(0.0)
 
     def _send_files(self, client: MlflowClient) -> None:
         if self._evaluated is not None:
             # They replace those of an older evaluation in MLflow
-            for name, path in _files_below(self._run / EVALUATIONS / str(self._evaluated)):
-                if not name.startswith(f"{DETECTIONS}/"):
+            for name, path in _files_below(stored.folder_of(self._run, self._evaluated)):
+                if not name.startswith(f"{stored.DETECTIONS}/"):
                     self._files[f"evaluation/{name}"] = path
             self._evaluated = None
         for name, source in list(self._files.items()):
@@ -305,12 +300,12 @@ class Uploader:
                 content = source if isinstance(source, bytes) else source.read_bytes()
             except (
                 FileNotFoundError
-            ):  # a picture that could not be drawn, or of an evaluation that was replaced
+            ):  # a picture that could not be drawn, or was of an evaluation that is replaced
                 del self._files[name]
                 continue
             store_file(client, self._run_id, name, content)
             del self._files[name]
-            self._count()
+            self._on_alive(0.0)
 
     def _last_status(self) -> Event | None:
         """Return the last start or end among the events to be sent."""

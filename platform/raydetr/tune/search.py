@@ -28,7 +28,7 @@ from raydetr.runs import run
 from raydetr.runs.lease import Lease
 from raydetr.runs.ray_cluster import connected
 from raydetr.runs.resolve import resolve
-from raydetr.runs.run_tracking import log_launch, uploading
+from raydetr.runs.run_tracking import log_launch, uploading, without_password
 from raydetr.shards.reader import Shards
 from raydetr.tracking.events import EventLog
 from raydetr.tracking.uris import mask_password, tracking_uri
@@ -78,7 +78,7 @@ def search(
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     resolved, splits = resolve(config)
-    config = override(config, {"tracking.uri": _masked(config)})  # a part of it is printed and stored
+    config = without_password(config)  # a part of it is printed and stored
     if is_remote(resolved.storage.path):
         raise ConfigError(
             f"storage.path {resolved.storage.path}: a search needs a folder that all nodes mount"
@@ -151,10 +151,6 @@ def _create_context(config: RunConfig, resolved: RunConfig) -> SearchContext:
     uri = mask_password(tracking_uri(resolved))
     print_status(f"search {folder}")
     return SearchContext(override(resolved, {"storage.path": str(folder), "tracking.uri": uri}), name)
-
-
-def _masked(config: RunConfig) -> str | None:
-    return None if config.tracking.uri is None else mask_password(config.tracking.uri)
 
 
 def _log_search(log: EventLog, context: SearchContext, splits: Sequence[Shards], space: Space) -> None:

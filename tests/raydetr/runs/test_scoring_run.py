@@ -41,6 +41,10 @@ def undisturbed(short: RunConfig) -> run.RunResult:
     return run.start(short, local=True, name="undisturbed")
 
 
+def die(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 class HeldScoring:
     """No process starts to score before `go` is set."""
 
@@ -141,9 +145,6 @@ def test_a_kill_while_an_evaluation_is_scored_loses_nothing(
     """The resumed run scores what is there, and evaluates nothing again."""
     folder = Path(short.storage.path) / "hit"
 
-    def die(*_: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
         HeldScoring(patched)
         if at_the_end:
@@ -180,9 +181,6 @@ def test_an_evaluation_on_other_shards_is_made_again(
     short: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(short.storage.path) / "hit"
-
-    def die(*_: object) -> None:
-        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         HeldScoring(patched)
@@ -299,9 +297,6 @@ def test_a_search_gets_the_ap_of_an_evaluation_before_a_kill(
     short: RunConfig, undisturbed: run.RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, folder = run.resolve(short)[0], tmp_path / "trial"
-
-    def die(*_: object) -> None:
-        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(session._Session, "_wait_for_scores", die)

@@ -15,7 +15,7 @@ from raydetr.inference.predict import predict
 from raydetr.runs import pictures, run
 from raydetr.runs.overfit import overfit
 from raydetr.runs.sync import sync_run
-from raydetr.tracking import mlflow_run
+from raydetr.tracking import description, mlflow_run
 from raydetr.tracking.uris import default_uri
 from raydetr.training import nonfinite
 from raydetr.training.checkpoint import read_meta
@@ -72,7 +72,7 @@ def test_a_picture_that_cannot_be_drawn(
     monkeypatch.setattr(pictures, name, fail)
     result = run.start(short, local=True)
     assert_is_complete(result)
-    missing, other = sorted(pictures.PICTURES, key=lambda file: file == "curves.png")
+    missing, other = sorted(description.PICTURES, key=lambda file: file == "curves.png")
     if name == "learning_curves":
         missing, other = other, missing
     err = " ".join(capsys.readouterr().err.split())
