@@ -9,13 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from raydetr.cli.arguments import (
+    AlgorithmName,
     ConfigFile,
+    GraceEpochs,
+    Interval,
+    KeepName,
     NumConcurrent,
     NumTrials,
+    ObjectiveName,
     RecipeAndOverrides,
+    ReductionFactor,
     SpaceFile,
     read_config,
+    search_options,
 )
+from raydetr.config import ConfigError
 from raydetr.console import print_status
 
 if TYPE_CHECKING:
@@ -63,11 +71,19 @@ def submit_train(
 @submit_app.command("tune")
 def submit_tune(
     arguments: RecipeAndOverrides = None,
-    space: SpaceFile = Path("space.yaml"),
-    trials: NumTrials = 8,
-    concurrent: NumConcurrent = 1,
+    space: SpaceFile = None,
+    algorithm: AlgorithmName = None,
+    trials: NumTrials = None,
+    concurrent: NumConcurrent = None,
+    grace_epochs: GraceEpochs = None,
+    reduction_factor: ReductionFactor = None,
+    interval: Interval = None,
+    objective: ObjectiveName = None,
+    keep: KeepName = None,
     config: ConfigFile = None,
-    name: Annotated[str | None, typer.Option(help="Name of the job; default: a new one.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the search; an existing one goes on. Default: a new one.")
+    ] = None,
     address: Address = None,
     detach: Detach = False,
 ) -> None:
@@ -80,10 +96,20 @@ def submit_tune(
     from raydetr.tune.space import read_space
 
     chosen = read_config(arguments or [], config)
+    if space is None:
+        raise ConfigError("--space FILE is missing: `raydetr space RECIPE` prints one to begin with")
     read_space(space, chosen)
-    files = [("--space", space), *([] if config is None else [("--config", config)])]
-    words = [*(arguments or []), "--trials", str(trials), "--concurrent", str(concurrent)]
+    given = {
+        "algorithm": algorithm, "trials": trials, "concurrent": concurrent, "grace_epochs": grace_epochs,
+        "reduction_factor": reduction_factor, "interval": interval, "objective": objective, "keep": keep,
+    }  # fmt: skip
+    search_options(**given)  # type: ignore[arg-type]
     job = name or new_name(f"tune-{chosen.recipe}")
+    files = [("--space", space), *([] if config is None else [("--config", config)])]
+    words = [*(arguments or [])]
+    for option, value in given.items():
+        words += [] if value is None else [f"--{option.replace('_', '-')}", str(value)]
+    words += ["--name", job, "--or-resume"]
     _submit(Submission("tune", words, files, job, chosen.storage.path), address, detach)
 
 

@@ -15,19 +15,13 @@ import typer
 
 from raydetr import config as configuration
 from raydetr import recipes
-from raydetr.cli.arguments import (
-    ConfigFile,
-    NumConcurrent,
-    NumTrials,
-    RecipeAndOverrides,
-    SpaceFile,
-    read_config,
-)
+from raydetr.cli.arguments import ConfigFile, RecipeAndOverrides, read_config
 from raydetr.cli.cluster import cluster_app
 from raydetr.cli.jobs import jobs_app, submit_app
 from raydetr.cli.runs import compare, list_runs, watch
 from raydetr.cli.shards import shards_app
 from raydetr.cli.track import INCOMPLETE, track_app
+from raydetr.cli.tune import space, tune
 from raydetr.config import ConfigError
 from raydetr.console import print_status, progress_bar
 from raydetr.runs.signals import RunStopped
@@ -47,6 +41,8 @@ app.add_typer(track_app, name="track")
 app.command("runs")(list_runs)
 app.command("watch")(watch)
 app.command("compare")(compare)
+app.command("tune")(tune)
+app.command("space")(space)
 
 # Settings of a cluster that have no effect in one process
 LOCAL_IGNORES = (
@@ -112,10 +108,15 @@ def train(
             "--or-resume", help="Resume the run --name if it exists, as a job that is submitted again does."
         ),
     ] = False,
+    schedule: Annotated[
+        Path | None,
+        typer.Option(help="Overrides by epoch, from a population (`schedule.yaml`), or your own."),
+    ] = None,
     local: Local = False,
 ) -> None:
     """Train a detector on Ray Train workers, evaluate it, and log everything to MLflow."""
     from raydetr.runs import run
+    from raydetr.runs.schedule import read_schedule, train_schedule
 
     if local:
         _refuse(
@@ -125,7 +126,13 @@ def train(
         )
     if or_resume and name is None:
         raise ConfigError("--or-resume needs the name of the run: add --name NAME")
-    if resume is None:
+    if resume is not None and schedule is not None:
+        raise ConfigError("--schedule continues with --name NAME --or-resume: omit --resume")
+    if schedule is not None:
+        chosen = read_config(arguments or [], config)
+        steps = read_schedule(schedule, chosen)
+        result = train_schedule(chosen, steps, local=local, name=name, or_resume=or_resume)
+    elif resume is None:
         chosen = read_config(arguments or [], config)
         result = run.start(chosen, local=local, name=name, or_resume=or_resume)
     elif name is not None:
@@ -279,25 +286,6 @@ def doctor(
     text, may_start = command.run(data or [], options)
     typer.echo(text)
     raise typer.Exit(0 if may_start else 1)
-
-
-@app.command()
-def tune(
-    arguments: RecipeAndOverrides = None,
-    space: SpaceFile = Path("space.yaml"),
-    trials: NumTrials = 8,
-    concurrent: NumConcurrent = 1,
-    config: ConfigFile = None,
-) -> None:
-    """Search hyperparameters: ASHA over Ray Train runs, with one MLflow parent run."""
-    from raydetr.tune.search import search
-    from raydetr.tune.space import read_space
-
-    chosen = read_config(arguments or [], config)
-    outcome = search(chosen, read_space(space, chosen), num_trials=trials, max_concurrent=concurrent)
-    typer.echo(outcome.to_text())
-    if outcome.pending_upload is not None:
-        raise typer.Exit(INCOMPLETE)
 
 
 def _refuse(arguments: list[str], prefixes: tuple[str, ...], where: str) -> None:

@@ -11,6 +11,7 @@ from raydetr.config.overrides import (
     nearest,
     override,
     parse_assignments,
+    path_settings,
     to_dict,
     to_yaml,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "nearest",
     "override",
     "parse_assignments",
+    "path_settings",
     "to_dict",
     "to_yaml",
 ]

@@ -196,15 +196,19 @@ def absolute_paths(config: RunConfig, base: Path) -> RunConfig:
         ConfigError: a setting that must be a file or folder is a URL.
     """
     values = flatten(to_dict(config))
-    rules = {path: rule for path, kind in _settings(RunConfig) if (rule := path_rule(kind))}
     changed = {}
-    for path, rule in rules.items():
+    for path, rule in path_settings().items():
         if values.get(path) is not None:
             try:
                 changed[path] = rule(values[path], base)
             except ValueError as error:
                 raise ConfigError(f"{path} {error}") from None
     return override(config, changed)
+
+
+def path_settings() -> dict[str, MakeAbsolute]:
+    """Return the settings that name a file or folder, with the function that makes their value absolute."""
+    return {path: rule for path, kind in _settings(RunConfig) if (rule := path_rule(kind))}
 
 
 def path_rule(annotation: Any) -> MakeAbsolute | None:

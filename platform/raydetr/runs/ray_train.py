@@ -122,7 +122,7 @@ def _start_timeout(seconds: str | None) -> Iterator[None]:
 def _is_over(run: Run) -> bool:
     """Return whether the run has its last checkpoint; otherwise its workers have ended to be started elsewhere."""
     written = checkpoint.complete_checkpoints(run.folder)
-    return bool(written) and checkpoint.is_complete(written[0], run.config)
+    return bool(written) and checkpoint.has_reached(written[0], run.last_epoch)
 
 
 class Start:

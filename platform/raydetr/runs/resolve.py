@@ -43,6 +43,22 @@ def resolve(config: RunConfig) -> tuple[RunConfig, tuple[Shards, Shards]]:
     write_missing_synthetic(config.data)
     train, val = open_splits(config.data)
     examine.check_may_train(train, val)
+    config = fit_to_data(config, train)
+    _warn_of_idle_workers(config)
+    return config, (train, val)
+
+
+def fit_to_data(config: RunConfig, train: Shards) -> RunConfig:
+    """Set the number of classes if it is not given, and check that the configuration can be trained.
+
+    Args:
+        config: with absolute paths.
+        train: its training shards.
+
+    Raises:
+        ConfigError: `model.num_classes` does not fit the classes, the batch cannot be divided among the workers, the
+            device does not support the precision, a setting has no effect, or the model cannot be built.
+    """
     num_classes = train.label_map.num_classes
     given = config.model.num_classes
     if given is None:
@@ -58,7 +74,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, tuple[Shards, Shards]]:
         )
     _check_layout(config)
     _check_model(config)
-    return config, (train, val)
+    return config
 
 
 def _check_layout(config: RunConfig) -> None:
@@ -67,18 +83,28 @@ def _check_layout(config: RunConfig) -> None:
     Raises:
         ConfigError: a worker without images cannot take part.
     """
-    workers, batch = config.cluster.num_workers, config.data.batch_size
-    if workers <= batch:
-        return
-    idle = (
-        f"data.batch_size={batch} leaves {workers - batch} of cluster.num_workers={workers} without an image"
-    )
-    if config.model.backbone.norm == "batch":
+    idle, batch = _idle_workers(config), config.data.batch_size
+    if idle is not None and config.model.backbone.norm == "batch":
         raise ConfigError(
             f"{idle}, and batch norm (model.backbone.norm=batch) needs one on every worker: use 1 to {batch} workers, "
             "or a larger batch"
         )
-    print_status(f"warning: {idle}: they only wait for the others; use at most {batch} workers")
+
+
+def _warn_of_idle_workers(config: RunConfig) -> None:
+    idle, batch = _idle_workers(config), config.data.batch_size
+    if idle is not None:
+        print_status(f"warning: {idle}: they only wait for the others; use at most {batch} workers")
+
+
+def _idle_workers(config: RunConfig) -> str | None:
+    """Describe the workers that get no image of a batch; None: there are none."""
+    workers, batch = config.cluster.num_workers, config.data.batch_size
+    if workers <= batch:
+        return None
+    return (
+        f"data.batch_size={batch} leaves {workers - batch} of cluster.num_workers={workers} without an image"
+    )
 
 
 def _check_model(config: RunConfig) -> None:

@@ -45,6 +45,7 @@ def start(
     kind: Kind = "run",
     callbacks: Sequence[Any] = (),
     warn: bool = True,
+    until_epoch: int | None = None,
 ) -> RunResult:
     """Train a new run, on Ray, or in this process with `local`.
 
@@ -56,6 +57,7 @@ def start(
         kind: "trial" in the folder of a search, which uploads it to MLflow.
         callbacks: of the search, for Ray Train.
         warn: print warnings about the data.
+        until_epoch: end after this epoch, and its evaluation, for now; `resume` goes on. None: train to the end.
 
     Raises:
         ConfigError: the configuration contradicts itself or the data, the name is taken, or the run that is to go on
@@ -83,7 +85,7 @@ def start(
     for line in init_weights.summarize(config, train.label_map):
         print_status(line)
     with Lease(folder) as lease:
-        run = Run(config, folder, waits_for_scores=bool(callbacks))
+        run = Run(config, folder, None, bool(callbacks), until_epoch)
         return _execute(run, lease, splits, uri, kind, local, callbacks)
 
 
@@ -93,6 +95,9 @@ def resume(
     overrides: Mapping[str, Any] | None = None,
     local: bool = False,
     uri: str | None = None,
+    kind: Kind = "run",
+    callbacks: Sequence[Any] = (),
+    until_epoch: int | None = None,
 ) -> RunResult:
     """Continue the run in a folder, or at a URL, from its newest complete checkpoint, in the same MLflow run.
 
@@ -101,6 +106,7 @@ def resume(
         overrides: of its configuration.
         local: train in this process, without Ray.
         uri: its tracking URI with the password, which is not stored; None: the environment has the password, if any.
+        kind, callbacks, until_epoch: see `start`.
 
     Raises:
         ConfigError: there is no run, the run has trained all its epochs, an override has no effect on a resumed
@@ -136,7 +142,8 @@ def resume(
             )
         for path, (old, new) in _changes(stored, config).items():
             print_status(f"changed for the resumed run: {path} from {old} to {new}")
-        return _execute(Run(config, folder, last), lease, splits, uri or stored_uri, "run", local)
+        run = Run(config, folder, last, bool(callbacks), until_epoch)
+        return _execute(run, lease, splits, uri or stored_uri, kind, local, callbacks)
 
 
 def _go_on(last: Folder, folder: Folder, config: RunConfig, uri: str | None, local: bool) -> RunResult:
@@ -266,7 +273,11 @@ def _execute(
     with uploading(run.folder, run.config, uri, kind) as uploads:
         last = _train(run, lease, log, local, callbacks)
         metrics = checkpoint.read_metrics(last)
-        _log_finished(log, last, metrics)
+        if checkpoint.is_complete(last, run.config):
+            _log_finished(log, last, metrics)
+        else:
+            log.append("stopped", reason=f"after epoch {run.last_epoch}, to go on")
+            _flush(log)
     seconds = time.perf_counter() - began
     return RunResult(run.folder, mask_password(uri), last, metrics, seconds, uploads.pending)
 
@@ -286,7 +297,7 @@ def _train(run: Run, lease: Lease, log: EventLog, local: bool, callbacks: Sequen
                 raise LeaseError(
                     f"{run.folder}: another process has taken this run over, because this one gave no sign for a minute"
                 )
-            if stop.signal is not None and (last is None or not checkpoint.is_complete(last, run.config)):
+            if stop.signal is not None and (last is None or not checkpoint.has_reached(last, run.last_epoch)):
                 raise _stopped(run, last, stop.signal)
         if last is None:
             raise checkpoint.CheckpointError(f"{run.folder}: the run has ended, and has no valid checkpoint")

@@ -18,6 +18,12 @@ class Run:
     folder: Folder  # on storage that all nodes reach
     resume_from: Folder | None = None  # checkpoint folder
     waits_for_scores: bool = False  # the step after an evaluation waits for its AP: a search chooses by it
+    until_epoch: int | None = None  # where it ends for now, to go on with other settings; None: at its end
+
+    @property
+    def last_epoch(self) -> int:
+        """Epoch at which it ends, for now or at all."""
+        return self.until_epoch or self.config.optim.epochs
 
 
 def read_config(run: Folder) -> RunConfig:

@@ -85,6 +85,7 @@ def run_session(run: Run, world: World, reporter: Reporter) -> None:
     if run.resume_from is None:
         init_weights.load(model.detector, config, train_shards.label_map)
     training = Training(config, model, train_shards.num_samples, world)
+    training.until_epoch = run.until_epoch
     unscored: Evaluated | None = None
     if run.resume_from is not None:
         checkpoint.restore(run.resume_from, training, train_shards)

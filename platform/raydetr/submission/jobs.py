@@ -42,7 +42,7 @@ class Submission:
         command: of `raydetr`: "train" or "tune".
         arguments: of the command, in which `files` are named by their options.
         files: option and file, such as ("--config", Path("config.yaml")).
-        run: name of the run; of a search, that of its job.
+        run: name of the run or search.
         storage: `storage.path`, for information.
     """
 
@@ -96,7 +96,7 @@ def resume(cluster: Cluster, name: str, folder: Path) -> str:
     job = cluster.job(name)
     metadata = dict(job.metadata or {})
     if not _can_resume(job):
-        raise ConfigError(f"{name}: is not a run of `raydetr submit train`: submit its command again")
+        raise ConfigError(f"{name}: is not a job of `raydetr submit`: submit its command again")
     if metadata[SOURCE] == "installed":
         return _send_installed(cluster, job.entrypoint, metadata)
     if not (folder / CHECKOUT).is_file():
@@ -168,11 +168,11 @@ def resume_command(cluster: Cluster, job: JobDetails) -> str:
     """Return the line that says how a job that has ended goes on."""
     if _can_resume(job):
         return f"go on with: raydetr jobs resume {job.submission_id} --address {cluster.address}"
-    return "submit its command again: a run with a --name goes on, a search begins anew"
+    return "submit its command again: a run or a search with a --name goes on"
 
 
 def _can_resume(job: JobDetails) -> bool:
-    """Return whether it is a run of `raydetr submit train`."""
+    """Return whether it is a run or a search of `raydetr submit`."""
     return SOURCE in (job.metadata or {}) and "--or-resume" in shlex.split(job.entrypoint)
 
 

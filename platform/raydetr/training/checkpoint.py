@@ -14,6 +14,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,32 @@ def position_of(folder: Folder) -> int:
 
 def is_complete(folder: Folder, config: RunConfig) -> bool:
     """Return whether a checkpoint is the last of a run with this configuration, with its evaluation."""
-    return read_description(folder).epoch >= config.optim.epochs and bool(read_metrics(folder))
+    return has_reached(folder, config.optim.epochs)
+
+
+def has_reached(folder: Folder, epoch: int) -> bool:
+    """Return whether a checkpoint is that of an epoch, or of a later one, with its evaluation."""
+    return read_description(folder).epoch >= epoch and bool(read_metrics(folder))
+
+
+def take_over(run: Folder, source: Folder) -> Folder:
+    """Make a copy of another run's checkpoint the newest one of a run; return its folder.
+
+    The run's own checkpoints at this position and after it are removed. Repeating it changes nothing.
+
+    Raises:
+        CheckpointError: the other checkpoint is corrupt, or not there.
+        OSError: it cannot be read, or the copy cannot be written.
+    """
+    read_meta(source)
+    target = folder_of(run, position_of(source))
+    for folder in complete_checkpoints(run):
+        if position_of(folder) >= position_of(source):
+            (folder / "meta.json").unlink(missing_ok=True)  # without it, it is no checkpoint
+    for name in ("state.pt", METRICS, "meta.json"):  # as `write` does, meta.json last
+        with suppress(FileNotFoundError):  # a checkpoint without an evaluation has no metrics
+            write_file(target / name, (source / name).read_bytes())
+    return target
 
 
 def best(run: Folder) -> Folder | None:

@@ -83,6 +83,7 @@ class Training:
         # Small gradients underflow in float16: the scaler multiplies the loss by the largest factor without overflow
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16")
         self.position = 0
+        self.until_epoch: int | None = None  # where training ends for now; None: at its end
         self.should_stop: Callable[[], bool] = lambda: False  # asked before every step, on every worker
         self.on_evaluation_batch: Callable[[], None] = lambda: None  # called for every batch of an evaluation
         self.is_stopping = False  # a worker was asked to stop; the same on every worker
@@ -107,6 +108,11 @@ class Training:
         """Optimizer steps of the complete run."""
         return self.steps_until(self.config.optim.epochs)
 
+    @property
+    def last_step(self) -> int:
+        """Step at which training ends for now: the last of all, or that of `until_epoch`."""
+        return self.total_steps if self.until_epoch is None else self.steps_until(self.until_epoch)
+
     def steps_until(self, epoch: int) -> int:
         """Return the number of steps after which every sample was used `epoch` times."""
         return math.ceil(epoch * self.num_samples / self.config.data.batch_size)
@@ -122,7 +128,7 @@ class Training:
         epoch, config = self.finished_epoch(), self.config
         if epoch is None:
             return False
-        return epoch % config.evaluation.every_epochs == 0 or epoch == config.optim.epochs
+        return epoch % config.evaluation.every_epochs == 0 or epoch in (self.until_epoch, config.optim.epochs)
 
     def random_seed(self, position: int) -> int:
         """Return the seed of what is drawn for the sample at a position, on any rank and after any resume."""
@@ -310,7 +316,7 @@ def train(
     config, world = training.config, training.world
     if training.lacks_evaluation:
         yield _evaluate(training, val_shards)
-    if training.step >= training.total_steps:
+    if training.step >= training.last_step:
         return
     layout = Layout(config.data.batch_size, world.size, config.data.micro_batch_size)
     batches = train_batches(
@@ -341,7 +347,7 @@ def train(
         if is_evaluated:
             yield _evaluate(training, val_shards)
             began = time.perf_counter()
-        if training.step >= training.total_steps:
+        if training.step >= training.last_step:
             return
 
 

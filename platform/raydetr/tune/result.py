@@ -1,37 +1,33 @@
-"""Report the result of a search: the trials, best first, and the command that trains the best one again."""
+"""Report the result of a search: its trials, best first, the best configuration, and pictures."""
 
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+import yaml
 
 from raydetr import recipes
-from raydetr.config import ConfigError, RunConfig, flatten, parse_assignments, to_dict
+from raydetr.config import ConfigError, RunConfig, flatten, override, parse_assignments, to_dict, to_yaml
 from raydetr.console import table
+from raydetr.store.folders import write_file
 from raydetr.tracking.upload_state import read_run_id
 from raydetr.tune.cluster import LeakedResource
+from raydetr.tune.display import fraction, short
+from raydetr.tune.population import policy
+from raydetr.tune.record import SearchOptions
+from raydetr.tune.samplers import importances
+from raydetr.tune.space import Space
+from raydetr.tune.trials import Trial, best_trial, pareto_front
+from raydetr.visualization import search_plots
+from raydetr.visualization.page import plot_png
 
-Status = Literal["running", "finished", "stopped by ASHA", "failed", "interrupted"]
-STATUS_ORDER: tuple[Status, ...] = ("finished", "stopped by ASHA", "interrupted", "running", "failed")
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One configuration of a search. AP and AP50 are those of its last evaluation."""
-
-    number: int  # counted from 1
-    name: str  # of its run, and of its folder
-    overrides: Mapping[str, Any]  # the drawn values by dotted path
-    status: Status = "running"
-    epoch: int = 0  # of the last evaluation
-    AP: float | None = None
-    AP50: float | None = None
-    cause: str | None = None  # of a failure
+TABLE, JSON, BEST, SCHEDULE = "trials.txt", "trials.json", "best.yaml", "schedule.yaml"
+CURVES, PARALLEL, IMPORTANCE, FRONT = "curves.png", "parallel.png", "importance.png", "front.png"
 
 
 @dataclass(frozen=True)
@@ -41,10 +37,11 @@ class SearchResult:
     name: str
     folder: Path
     tracking_uri: str
-    epochs: int
+    options: SearchOptions
     trials: tuple[Trial, ...]  # best first, see `rank_trials`
     command: str | None  # trains the best configuration again; None: no trial was evaluated
     leaked: tuple[LeakedResource, ...]  # resources that the search left on the cluster; should be empty
+    importance: Mapping[str, float]  # of the paths; empty if it cannot be known
     pending_upload: str | None = None  # what MLflow lacks
 
     @property
@@ -59,54 +56,110 @@ class SearchResult:
 
     def to_text(self) -> str:
         """Return the table of trials, the causes of failures, and the command that trains the best one."""
+        shares = ", ".join(f"{path} {share:.0%}" for path, share in self.importance.items())
         return "\n".join(
             [
-                trial_table(self.trials, self.epochs),
+                trial_table(self.trials, self.options),
                 "",
                 f"search      {self.folder}",
                 f"MLflow      {self.tracking_uri}, run {self.mlflow_run_id or 'not created yet'}",
+                *([f"importance  {shares}"] if shares else []),
                 f"best        {self.command or 'none: no trial was evaluated'}",
                 *(f"WARNING     left on the cluster: {resource}" for resource in self.leaked),
             ]
         )
 
 
-def rank_trials(trials: Sequence[Trial]) -> tuple[Trial, ...]:
-    """Sort trials, best first: by status (finished trials before stopped ones), then by AP."""
-
-    def rank(trial: Trial) -> tuple[int, float, int]:
-        return STATUS_ORDER.index(trial.status), math.inf if trial.AP is None else -trial.AP, trial.number
-
-    return tuple(sorted(trials, key=rank))
-
-
-def best_trial(trials: Sequence[Trial]) -> Trial | None:
-    """Return the first of the ranked trials; None if it was not evaluated."""
-    return trials[0] if trials and trials[0].AP is not None else None
-
-
-def trial_table(trials: Sequence[Trial], epochs: int) -> str:
+def trial_table(trials: Sequence[Trial], options: SearchOptions) -> str:
     """Format the trials as an aligned table, followed by a line per failure."""
     paths = list(dict.fromkeys(path for trial in trials for path in trial.overrides))
+    objective = options.objective
+    front = set() if objective is None else {trial.number for trial in pareto_front(trials, objective)}
     head = ["trial", "AP", "AP50", "epochs", "status", *paths]
     rows = [
         [
             str(trial.number),
-            _fraction(trial.AP),
-            _fraction(trial.AP50),
-            f"{trial.epoch}/{epochs}",
+            fraction(trial.AP),
+            fraction(trial.AP50),
+            f"{trial.epoch}/{trial.epochs}",
             trial.status,
-            *(_short(trial.overrides.get(path)) for path in paths),
+            *(short(trial.overrides.get(path, "")) for path in paths),
         ]
         for trial in trials
     ]
+    if objective is not None:
+        head.insert(3, objective)
+        for row, trial in zip(rows, trials, strict=True):
+            cost = trial.last(objective)
+            row.insert(3, ("-" if cost is None else f"{cost:.4g}") + " front" * (trial.number in front))
     failed = [f"trial {trial.number} failed: {trial.cause}" for trial in trials if trial.status == "failed"]
     return "\n".join([table([head, *rows]), *failed])
 
 
-def trials_as_json(trials: Sequence[Trial]) -> str:
-    """Format the trials as JSON, with all digits."""
-    return json.dumps([asdict(trial) for trial in trials], indent=1, allow_nan=False)
+def write_result(result: SearchResult, space: Space, config: RunConfig, samples: int) -> list[str]:
+    """Write the result to the folder of the search; return the names of the files.
+
+    Args:
+        result: of the search.
+        space: of the search.
+        config: as the user gave it, without the password in `tracking.uri`.
+        samples: the position at which trials are compared for the importance of the paths.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    trials, best = result.trials, result.best
+    contents: dict[str, bytes] = {
+        TABLE: f"{result.to_text()}\n".encode(),
+        JSON: json.dumps([trial.to_dict() for trial in trials], indent=1, allow_nan=False).encode() + b"\n",
+    }
+    if best is not None:
+        contents[BEST] = to_yaml(override(config, best.overrides)).encode()
+        if result.options.algorithm == "pbt":
+            contents[SCHEDULE] = schedule_yaml(best, trials).encode()
+        contents[CURVES] = plot_png(search_plots.plot_curves([_curve(trial) for trial in trials]))
+        axes = [
+            search_plots.Axis(path, one.kind, one.values, [trial.overrides.get(path) for trial in trials])
+            for path, one in space.distributions.items()
+        ]
+        contents[PARALLEL] = plot_png(search_plots.plot_parallel(axes, [trial.AP for trial in trials]))
+    if result.importance:
+        contents[IMPORTANCE] = plot_png(search_plots.plot_importance(result.importance, samples))
+    objective = result.options.objective
+    if objective is not None and (front := pareto_front(trials, objective)):
+        points = [(trial.number, trial.last(objective), trial.AP) for trial in trials]
+        contents[FRONT] = plot_png(
+            search_plots.plot_front(points, {trial.number for trial in front}, objective)
+        )
+    for name, content in contents.items():
+        write_file(result.folder / name, content)
+    return list(contents)
+
+
+def importance_of(space: Space, trials: Sequence[Trial], samples: int) -> Mapping[str, float]:
+    """Return the share of each path in the variance of AP after `samples` samples, the largest first."""
+    return importances(space, trials, samples) if len(space.distributions) > 1 else {}
+
+
+def _curve(trial: Trial) -> search_plots.TrialCurve:
+    points = [(each.position, AP) for each in trial.evaluations if (AP := each.get("AP")) is not None]
+    return search_plots.TrialCurve(trial.number, trial.status, points)
+
+
+def schedule_yaml(best: Trial, trials: Sequence[Trial]) -> str:
+    """Return how the best member of a population was trained, for `raydetr train --schedule`."""
+    steps = policy(best.number, {trial.number: trial for trial in trials})
+    head = "# Overrides of the best trial by the epoch from which they count: `raydetr train RECIPE --schedule FILE`\n"
+    return head + yaml.safe_dump({epoch: dict(overrides) for epoch, overrides in steps}, sort_keys=False)
+
+
+def best_command(config: RunConfig, best: Trial, trials: Sequence[Trial], folder: Path) -> str:
+    """Return the shell command that trains the best trial again."""
+    steps = policy(best.number, {trial.number: trial for trial in trials})
+    config_file = folder / "config.yaml"
+    if len(steps) == 1:
+        return train_command(config, best.overrides, config_file)
+    return f"{train_command(config, {}, config_file)} --schedule {shlex.quote(str(folder / SCHEDULE))}"
 
 
 def train_command(config: RunConfig, overrides: Mapping[str, Any], config_file: Path) -> str:
@@ -135,11 +188,3 @@ def _argument(path: str, value: Any) -> str:
     if isinstance(value, str) and parse_assignments([f"{path}={value}"])[path] == value:
         return value
     return json.dumps(value)
-
-
-def _fraction(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

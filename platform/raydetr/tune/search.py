@@ -1,53 +1,69 @@
-"""Search hyperparameters with ASHA, in the driver. Trials are Ray Train runs, children of one MLflow run.
+"""Search hyperparameters in the driver: start or resume a search, and report its result.
 
-ASHA (Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning"): after `grace_epochs`, and at each
-multiple of it by a power of `reduction_factor`, a trial continues only if it is among the best 1 / reduction_factor of
-the trials that have reached that epoch.
+Trials are Ray Train runs in the folder of the search, children of one MLflow run.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray import tune
 from ray.exceptions import RaySystemError
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
-from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.util.state.exception import RayStateApiException
 
-from raydetr.config import ConfigError, RunConfig, flatten, override, to_dict, to_yaml
+from raydetr.config import (
+    ConfigError,
+    RunConfig,
+    absolute_paths,
+    flatten,
+    from_yaml,
+    override,
+    to_dict,
+    to_yaml,
+)
 from raydetr.console import print_status
-from raydetr.locations import is_remote
+from raydetr.locations import base_folder, is_remote
 from raydetr.runs import run
 from raydetr.runs.lease import Lease
 from raydetr.runs.ray_cluster import connected
 from raydetr.runs.resolve import resolve
+from raydetr.runs.run_folder import read_config
 from raydetr.runs.run_tracking import log_launch, uploading, without_password
+from raydetr.runs.signals import RunStopped, StopSignals
 from raydetr.shards.reader import Shards
-from raydetr.tracking.events import EventLog
+from raydetr.store.folders import remove_folder
+from raydetr.tracking.events import EventLog, read_events
 from raydetr.tracking.uris import mask_password, tracking_uri
-from raydetr.tune import cluster
-from raydetr.tune.callback import SearchCallback
+from raydetr.training import checkpoint
+from raydetr.tune import cluster, engine
+from raydetr.tune.asha import Asha
+from raydetr.tune.check import check_configurations, check_population, check_space
 from raydetr.tune.cluster import LeakedResource
-from raydetr.tune.result import SearchResult, Trial, best_trial, rank_trials, train_command, trials_as_json
-from raydetr.tune.space import Distribution, Space
-from raydetr.tune.trial import SearchContext, run_trial
+from raydetr.tune.coordinator import Algorithm, Coordinator, Sampling
+from raydetr.tune.display import SearchDisplay
+from raydetr.tune.population import Population
+from raydetr.tune.record import SearchOptions, read_options, read_trials, write_options
+from raydetr.tune.result import SearchResult, best_command, importance_of, write_result
+from raydetr.tune.samplers import GridSampler, RandomSampler, TpeSampler
+from raydetr.tune.space import Space, read_space
+from raydetr.tune.trial import SearchContext
+from raydetr.tune.trials import Trial, best_trial, rank_trials
+from raydetr.user_files import read_text
 
-# The process of a trial only waits for its workers. It takes a fraction of a resource of the head that nothing else
-# uses: with one CPU per trial, two trials on two CPUs would wait for their workers forever.
-TRIAL_RESOURCES = {"node:__internal_head__": 0.001}
-
-# Ray reads these in this process. A value that the user has set is kept.
-SETTINGS = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has the results
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # AP is undefined if the data has no boxes
-    "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: only the output of SearchCallback
+CONFIG, SPACE = "config.yaml", "space.yaml"
+ENDED_TAG = "raydetr.ended"
+# The event that ends a trial. One that was stopped early is not a finished run in MLflow either
+EVENTS = {
+    "finished": "finished",
+    "stopped by ASHA": "stopped",
+    "interrupted": "stopped",
+    "waiting": "stopped",
+    "failed": "failed",
 }
 
 
@@ -55,175 +71,311 @@ class SearchError(RuntimeError):
     """No trial of a search was evaluated; the message has the table of trials and the causes of failures."""
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a search is to do."""
+
+    config: RunConfig  # as the user gave it
+    resolved: RunConfig
+    splits: tuple[Shards, Shards]
+    space: Space
+    options: SearchOptions
+    context: SearchContext
+
+
 def search(
     config: RunConfig,
-    space: Space,
+    space_file: Path,
+    options: SearchOptions,
     *,
-    num_trials: int,
-    max_concurrent: int = 1,
-    grace_epochs: int = 1,
-    reduction_factor: int = 3,
+    name: str | None = None,
+    or_resume: bool = False,
 ) -> SearchResult:
-    """Train `num_trials` configurations drawn from `space`, the same ones for the same `config.seed`.
+    """Train configurations that are drawn from a space, the same ones for the same `config.seed` and results.
 
-    `max_concurrent` is lowered to the number of trials that fit on the cluster at once.
+    `options.max_concurrent` is lowered to the number of trials that fit on the cluster at once.
+
+    Args:
+        config: that of all trials but for what is drawn.
+        space_file: YAML file of the space.
+        options: of the search.
+        name: of the search, and of its folder; None: a new one.
+        or_resume: a search with this name goes on, or has its result returned.
 
     Raises:
-        ConfigError, OSError, ValueError: the configuration or the shards cannot be used.
+        ConfigError: the configuration, the space or an option cannot be used.
+        OSError, ValueError: the shards cannot be used.
         ConnectionError: no Ray cluster answers at `cluster.address`.
         LaunchError: not even one trial fits on the cluster, or it has no dashboard.
         SearchError: no trial was evaluated.
-        KeyboardInterrupt: Ctrl-C; the trials are stopped, and their results so far are in the folder.
+        RunStopped: a signal stopped the search; its results so far are in the folder.
     """
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
+    if name is not None:
+        run.check_name(name)
+    options = replace(options, base=str(base_folder()))
+    space = read_space(space_file, config, base_folder())
     resolved, splits = resolve(config)
     config = without_password(config)  # a part of it is printed and stored
     if is_remote(resolved.storage.path):
         raise ConfigError(
             f"storage.path {resolved.storage.path}: a search needs a folder that all nodes mount"
         )
+    check_space(space, resolved, splits)
+    options = _check_options(options, space, resolved, splits)
     run.print_warnings(resolved, *splits)
-    with connected(resolved.cluster):
+    name = run.new_name(f"tune-{config.recipe}") if name is None else name
+    folder = Path(resolved.storage.path) / name
+    if folder.exists() and or_resume:
+        _check_same(folder, config, space_file)
+        return resume(folder, overrides={"cluster.address": config.cluster.address})
+    if folder.exists():
+        raise ConfigError(
+            f"{folder} exists: continue it with `raydetr tune --resume {folder}`, or give another --name"
+        )
+    return _search(_Plan(config, resolved, splits, space, options, _context(resolved, folder)), is_new=True)
+
+
+def resume(
+    folder: Path,
+    *,
+    overrides: dict[str, Any] | None = None,
+    num_trials: int | None = None,
+    max_concurrent: int | None = None,
+) -> SearchResult:
+    """Continue a search whose driver was stopped or has died; finished trials are not repeated.
+
+    Trials that were running continue from their newest checkpoint. See `search` for the errors.
+
+    Args:
+        folder: of the search.
+        overrides: of where it runs: `cluster` and `tracking.uri`.
+        num_trials: more trials than before; None: as many.
+        max_concurrent: None: as before.
+    """
+    options = read_options(folder)
+    for path in overrides or {}:
+        if not path.startswith(("cluster.", "tracking.uri")):
+            raise ConfigError(
+                f"{path} cannot change in a search that is resumed: omit it, or start a new search"
+            )
+    config = override(from_yaml(folder / CONFIG), overrides or {})
+    absolute = absolute_paths(config, Path(options.base))
+    stored_uri = read_config(folder).tracking.uri if not (overrides or {}).get("tracking.uri") else None
+    resolved, splits = resolve(override(absolute, {"storage.path": str(folder.resolve().parent)}))
+    if stored_uri is not None:
+        resolved = override(resolved, {"tracking.uri": stored_uri})
+    space = read_space(folder / SPACE, absolute, Path(options.base))
+    if num_trials is not None:
+        if num_trials < options.num_trials:
+            raise ConfigError(
+                f"--trials {num_trials}: the search has {options.num_trials} already; give more, or omit it"
+            )
+        if options.algorithm in ("grid", "pbt") and num_trials != options.num_trials:
+            raise ConfigError(
+                f"--trials has no effect on a {options.algorithm} search that is resumed: omit it"
+            )
+        options = replace(options, num_trials=num_trials)
+    options = replace(options, max_concurrent=max_concurrent or options.max_concurrent)
+    context = _context(resolved, folder.resolve())
+    return _search(_Plan(without_password(config), resolved, splits, space, options, context), is_new=False)
+
+
+def _check_same(folder: Path, config: RunConfig, space_file: Path) -> None:
+    """Check that a search that is to go on is the one that is asked for.
+
+    Raises:
+        ConfigError: it has another configuration or space.
+    """
+    stored, given = flatten(to_dict(from_yaml(folder / CONFIG))), flatten(to_dict(config))
+    differing = [
+        path for path, value in given.items() if stored.get(path) != value and not path.startswith("cluster.")
+    ]
+    if read_text(folder / SPACE) != read_text(space_file):
+        differing.append(f"the space {space_file}")
+    if differing:
+        raise ConfigError(
+            f"{folder} is a search with other settings: {', '.join(differing)}. Continue it with "
+            f"`raydetr tune --resume {folder}`, or give another --name"
+        )
+
+
+def _context(resolved: RunConfig, folder: Path) -> SearchContext:
+    uri = mask_password(tracking_uri(resolved))
+    return SearchContext(override(resolved, {"storage.path": str(folder), "tracking.uri": uri}), folder.name)
+
+
+def _check_options(
+    options: SearchOptions, space: Space, config: RunConfig, splits: tuple[Shards, Shards]
+) -> SearchOptions:
+    """Check the options against each other and the space; return them, with the number of trials of a grid.
+
+    Raises:
+        ConfigError: one cannot be used.
+    """
+    algorithm, epochs = options.algorithm, config.optim.epochs
+    if algorithm == "pbt":
+        check_population(space)
+        assert options.interval is not None
+        if options.interval >= epochs:
+            raise ConfigError(f"--interval {options.interval}: give less than optim.epochs={epochs}")
+    if algorithm == "grid":
+        configurations = space.grid()
+        check_configurations(space, config, splits, configurations)
+        return replace(options, num_trials=len(configurations))
+    if algorithm in ("random", "asha"):
+        sampler = RandomSampler(space, config.seed)
+        drawn = [sampler.sample(number, ()) for number in range(1, options.num_trials + 1)]
+        check_configurations(space, config, splits, drawn)
+    return options
+
+
+def _algorithm(plan: _Plan) -> tuple[Algorithm, Asha | None]:
+    options, space, config = plan.options, plan.space, plan.resolved
+    asha = None
+    if options.algorithm in ("asha", "bohb"):
+        grace = min(options.grace_epochs, config.optim.epochs) * plan.splits[0].num_samples
+        asha = Asha(grace, options.reduction_factor)
+    match options.algorithm:
+        case "pbt":
+            assert options.interval is not None
+            return Population(
+                space, config.seed, options.num_trials, options.interval, config.optim.epochs
+            ), None
+        case "grid":
+            return Sampling(options.num_trials, GridSampler(space.grid())), None
+        case "tpe" | "bohb":
+            return Sampling(
+                options.num_trials, TpeSampler(space, config.seed, options.num_trials, options.objective)
+            ), asha
+        case _:
+            return Sampling(options.num_trials, RandomSampler(space, config.seed)), asha
+
+
+def _search(plan: _Plan, *, is_new: bool) -> SearchResult:
+    options, context, folder = plan.options, plan.context, plan.context.folder
+    for name, value in engine.SETTINGS.items():
+        os.environ.setdefault(name, value)
+    with ExitStack() as stack:
+        stack.enter_context(connected(plan.resolved.cluster))
+        stop = stack.enter_context(StopSignals())
+        stop.install()  # Ray has replaced the handlers
         cluster.check_dashboard()
-        num_concurrent = cluster.limit_concurrency(resolved.cluster, max_concurrent)
-        if num_concurrent < max_concurrent:
-            print_status(f"{num_concurrent} trials fit on the cluster at once, not {max_concurrent}")
+        num_concurrent = cluster.limit_concurrency(plan.resolved.cluster, options.max_concurrent)
+        if num_concurrent < options.max_concurrent:
+            print_status(f"{num_concurrent} trials fit on the cluster at once, not {options.max_concurrent}")
         before = cluster.list_leaked_resources(_job_id())
-        context = _create_context(config, resolved)
-        folder = context.folder
+        if is_new:
+            folder.mkdir(parents=True)
+            (folder / CONFIG).write_text(to_yaml(plan.config))
+            (folder / SPACE).write_text(plan.space.text)
+        write_options(folder, options)
+        print_status(f"search {folder}")
         log = EventLog(folder)
-
-        def log_failed_launch(trial: Trial, log: EventLog) -> None:
-            log_launch(log, context.trial_folder(trial.number), context.config, splits, "trial",
-                       params=trial.overrides, files=[])  # fmt: skip
-
-        callback = SearchCallback(context, log_failed_launch)
-        with Lease(folder), uploading(folder, context.config, tracking_uri(resolved), "search") as uploads:
-            _log_search(log, context, splits, space)
-            failure: str | None = None
-            try:
-                asha = _asha(resolved, grace_epochs, reduction_factor)
-                _run_trials(context, space, callback, asha, num_trials, num_concurrent)
-            except Exception as error:
-                failure = f"{type(error).__name__}: {error}"
-                raise
-            finally:
-                result = _finish(config, context, callback, before)
-                _log_result(log, result, is_complete=callback.num_ended == num_trials, failure=failure)
+        stack.enter_context(Lease(folder))
+        trials = {} if is_new else read_trials(folder, context.config, context.trial_folder)
+        algorithm, asha = _algorithm(plan)
+        coordinator = Coordinator(context, algorithm, asha, log, trials, num_concurrent)
+        uploads = stack.enter_context(
+            uploading(folder, context.config, tracking_uri(plan.resolved), "search")
+        )
+        _log_search(log, plan)
+        failure: str | None = None
+        try:
+            with SearchDisplay(context, lambda: coordinator.trials, options.num_trials) as display:
+                engine.run_trials(context, coordinator, stop.is_set, display.on_change)
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            result = _finish(plan, coordinator, before)
+            _log_result(log, result, is_complete=coordinator.is_done, failure=failure)
     result = replace(result, pending_upload=uploads.pending)
-    if callback.num_ended < num_trials:  # Tune returns normally after Ctrl-C
+    if not coordinator.is_done:
         print_status(result.to_text())
-        raise KeyboardInterrupt
+        number = stop.signal
+        assert number is not None
+        raise RunStopped(
+            f"{context.name} was stopped by {number.name}: continue with `raydetr tune --resume {folder}`",
+            128 + number,
+        )
     if result.best is None:
         raise SearchError(f"no trial was evaluated\n{result.to_text()}")
     return result
 
 
-class _Asha(ASHAScheduler):
-    """ASHA that never stops a trial at its last epoch: it has finished, and is still storing its results."""
-
-    def __init__(self, epochs: int, **settings: Any) -> None:
-        super().__init__(max_t=epochs, **settings)
-        self._epochs = epochs
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if result.get("epoch", 0) >= self._epochs:
-            return str(TrialScheduler.CONTINUE)
-        return str(super().on_trial_result(tune_controller, trial, result))
-
-
-def _asha(config: RunConfig, grace_epochs: int, reduction_factor: int) -> _Asha:
-    return _Asha(
-        config.optim.epochs,
-        time_attr="epoch",
-        grace_period=min(grace_epochs, config.optim.epochs),
-        reduction_factor=reduction_factor,
-    )
-
-
-def _create_context(config: RunConfig, resolved: RunConfig) -> SearchContext:
-    """Create the folder of the search."""
-    name = run.new_name(f"tune-{config.recipe}")
-    folder = Path(resolved.storage.path) / name
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(to_yaml(config))
-    uri = mask_password(tracking_uri(resolved))
-    print_status(f"search {folder}")
-    return SearchContext(override(resolved, {"storage.path": str(folder), "tracking.uri": uri}), name)
-
-
-def _log_search(log: EventLog, context: SearchContext, splits: Sequence[Shards], space: Space) -> None:
+def _log_search(log: EventLog, plan: _Plan) -> None:
     """Log the start of the search, with its configuration and space."""
-    (context.folder / "space.yaml").write_text(space.text)
-    searched = {f"search.{path}": f"{d.kind} {list(d.values)}" for path, d in space.distributions.items()}
-    settings = flatten(to_dict(context.config))
-    fixed = {path: value for path, value in settings.items() if path not in space.distributions}
-    log_launch(log, context.folder, context.config, splits, "search",
-               params=fixed | searched, files=["config.yaml", "space.yaml"])  # fmt: skip
+    distributions = plan.space.distributions
+    searched = {f"search.{path}": str(distribution) for path, distribution in distributions.items()}
+    options = {f"tune.{name}": value for name, value in vars(plan.options).items() if name != "base"}
+    settings = flatten(to_dict(plan.context.config))
+    fixed = {path: value for path, value in settings.items() if path not in distributions}
+    log_launch(log, plan.context.folder, plan.context.config, plan.splits, "search",
+               params=fixed | searched | options, files=[CONFIG, SPACE])  # fmt: skip
 
 
-def _run_trials(
-    context: SearchContext,
-    space: Space,
-    callback: SearchCallback,
-    asha: _Asha,
-    num_trials: int,
-    max_concurrent: int,
-) -> None:
-    tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(run_trial, context=context), TRIAL_RESOURCES),
-        param_space={path: _domain(distribution) for path, distribution in space.distributions.items()},
-        tune_config=tune.TuneConfig(
-            metric="AP",
-            mode="max",
-            scheduler=asha,
-            search_alg=BasicVariantGenerator(max_concurrent=max_concurrent, random_state=context.config.seed),
-            num_samples=num_trials,
-        ),
-        run_config=tune.RunConfig(
-            name="tune", storage_path=context.config.storage.path, callbacks=[callback], verbose=0
-        ),
-    )
-    # SearchCallback and the table of trials already report Tune's messages and the errors of trials
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    tuner.fit()
-
-
-def _domain(distribution: Distribution) -> Any:
-    """Return Ray Tune's equivalent of a distribution. Tune's `randint` excludes the upper end."""
-    values = distribution.values
-    match distribution.kind:
-        case "uniform":
-            return tune.uniform(*values)
-        case "loguniform":
-            return tune.loguniform(*values)
-        case "randint":
-            return tune.randint(values[0], values[1] + 1)
-        case "choice":
-            return tune.choice(list(values))
-
-
-def _finish(
-    config: RunConfig, context: SearchContext, callback: SearchCallback, before: list[LeakedResource]
-) -> SearchResult:
-    """Release the cluster, log how the trials ended, and write the result."""
+def _finish(plan: _Plan, coordinator: Coordinator, before: list[LeakedResource]) -> SearchResult:
+    """Release the cluster, log how the trials ended, remove what is not to be kept, and write the result."""
     leaked = _release(before)
-    callback.finalize()
-    trials = rank_trials(list(callback.trials.values()))
-    folder, best = context.folder, best_trial(trials)
+    coordinator.interrupt()
+    trials = rank_trials(coordinator.trials.values())
+    best, context = best_trial(trials), plan.context
+    for trial in trials:
+        _log_end(context, trial, plan.splits)
+    _remove_checkpoints(plan, trials)
+    samples = _compared_at(trials)
     result = SearchResult(
         name=context.name,
-        folder=folder,
+        folder=context.folder,
         tracking_uri=tracking_uri(context.config),
-        epochs=config.optim.epochs,
+        options=plan.options,
         trials=trials,
-        command=train_command(config, best.overrides, folder / "config.yaml") if best else None,
+        command=None if best is None else best_command(plan.config, best, trials, context.folder),
         leaked=tuple(leaked),
+        importance=importance_of(plan.space, trials, samples),
     )
-    (folder / "trials.txt").write_text(result.to_text() + "\n")
-    (folder / "trials.json").write_text(trials_as_json(trials) + "\n")
+    write_result(result, plan.space, plan.config, samples)
     return result
+
+
+def _compared_at(trials: Sequence[Trial]) -> int:
+    """Return the largest number of samples after which all trials that were evaluated have an evaluation."""
+    return min((trial.evaluations[-1].position for trial in trials if trial.evaluations), default=0)
+
+
+def _log_end(context: SearchContext, trial: Trial, splits: tuple[Shards, Shards]) -> None:
+    """Log how a trial has ended to the events of its run; it may have logged another end, or nothing."""
+    folder = context.trial_folder(trial.number)
+    log = EventLog(folder)
+    cause = f": {trial.cause}" if trial.cause else ""
+    description = f"{trial.status}{cause} (epoch {trial.epoch} of {trial.epochs})"
+    try:
+        events = read_events(folder)
+        if not any(event["kind"] == "launched" for event in events):  # it failed before
+            log_launch(log, folder, context.config, splits, "trial", params=trial.overrides, files=[])
+        elif any(event.get("tags", {}).get(ENDED_TAG) == description for event in events):
+            return  # by an earlier driver
+    except OSError as error:  # a hiccup of the storage must not end the search
+        print_status(f"warning: {error}")
+    log.append(EVENTS[trial.status], reason=trial.status, tags={ENDED_TAG: description})
+    if not log.flush():
+        print_status(f"warning: {log.problem}")
+
+
+def _remove_checkpoints(plan: _Plan, trials: Sequence[Trial]) -> None:
+    """Remove the checkpoints that `options.keep` does not keep; those of trials that go on are kept."""
+    best = best_trial(trials)
+    for trial in trials:
+        is_kept = {
+            "all": True,
+            "finished": trial.status != "stopped by ASHA",
+            "best": trial == best or trial.status in ("interrupted", "waiting"),
+        }[plan.options.keep]
+        if not is_kept:
+            try:
+                remove_folder(plan.context.trial_folder(trial.number) / checkpoint.CHECKPOINTS)
+            except OSError as error:
+                print_status(f"warning: the checkpoints of trial {trial.number} cannot be removed: {error}")
 
 
 def _release(before: list[LeakedResource]) -> list[LeakedResource]:
@@ -244,7 +396,7 @@ def _log_result(log: EventLog, result: SearchResult, *, is_complete: bool, failu
         is_complete: all trials have ended.
         failure: the error that ended the search; None: there was none.
     """
-    fields: dict[str, Any] = {"files": ["trials.txt", "trials.json"]}
+    fields: dict[str, Any] = {"files": _files(result.folder)}
     if failure is not None:
         fields["reason"] = failure
     best = result.best
@@ -259,6 +411,10 @@ def _log_result(log: EventLog, result: SearchResult, *, is_complete: bool, failu
     log.append("failed" if failure is not None else kind, **fields)
     if not log.flush():
         print_status(f"warning: {log.problem}")
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix in (".txt", ".json", ".yaml", ".png"))
 
 
 def _job_id() -> str:

@@ -4,47 +4,74 @@
     optim.weight_decay: {uniform: [0.0, 1e-3]}
     model.num_queries: {randint: [10, 50]}      # both ends can be drawn
     optim.schedule: {choice: [step, cosine]}
+    optim.min_lr_ratio: {uniform: [0.0, 0.1], when: {optim.schedule: cosine}, otherwise: 0.0}
+
+With `when`, a value is drawn only if an earlier path has the given value, or one of a list of values. If not, the
+setting is `otherwise`; without that, it keeps the value of the configuration.
 
 Every path, and every end or choice of a distribution, is checked against the configuration when the file is read, so
-that each value alone is valid.
+that each value alone is valid. Whether it can be trained is checked by `raydetr.tune.check`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from raydetr.config import ConfigError, RunConfig, nearest, override
+from raydetr.config import ConfigError, RunConfig, nearest, override, path_settings
 from raydetr.user_files import parse_yaml, read_text
 
 Kind = Literal["uniform", "loguniform", "randint", "choice"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+WHEN, OTHERWISE = "when", "otherwise"
 
+_OTHER_DATA = "trials on other images cannot be compared; run one search per data set"
+_NO_EFFECT = "it has no effect on what a trial learns; set it on the command line"
 # A path, or a section with a dot at its end, and why a search cannot vary it
 NOT_SEARCHABLE = {
     "recipe": "it only names the run",
-    "data.train": "trials on other data cannot be compared; run one search per data set",
-    "data.val": "trials on other data cannot be compared; run one search per data set",
-    "data.synthetic": "trials on other data cannot be compared; run one search per data set",
-    "data.limit_images": "trials on other data cannot be compared; set it on the command line",
+    "data.val": _OTHER_DATA,
+    "data.synthetic": _OTHER_DATA,
+    "data.limit_images": _OTHER_DATA,
     "data.label_map": "it is a property of the data",
-    "optim.epochs": "trials are compared at the same epoch of the same schedule; set it on the command line",
+    "data.eval_batch_size": _NO_EFFECT,
+    "data.num_loader_workers": _NO_EFFECT,
+    "data.on_corrupt": _NO_EFFECT,
+    "data.max_corrupt": _NO_EFFECT,
+    "data.remote.": _NO_EFFECT,
+    "optim.activation_checkpointing": _NO_EFFECT,
+    "optim.max_skipped_steps": _NO_EFFECT,
     "evaluation.": "trials are compared at the same epochs; set it on the command line",
-    "cluster.": "it determines where trials run, not what they learn; set it on the command line",
-    "storage.": "it determines where trials are stored; set it on the command line",
-    "tracking.": "it determines where trials are logged; set it on the command line",
+    "cluster.address": _NO_EFFECT,
+    "cluster.num_workers": _NO_EFFECT,
+    "cluster.use_gpu": _NO_EFFECT,
+    "cluster.cpus_per_worker": _NO_EFFECT,
+    "cluster.max_failures": _NO_EFFECT,
+    "cluster.min_workers": _NO_EFFECT,
+    "cluster.wait_minutes": _NO_EFFECT,
+    "cluster.stall_minutes": _NO_EFFECT,
+    "storage.": _NO_EFFECT,
+    "tracking.": _NO_EFFECT,
 }
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """Distribution of a value: `values` are the two ends of a range, or the choices."""
+    """Distribution of a value: `values` are the two ends of a range, or the choices.
+
+    `when` is an earlier path and those of its values for which this one is drawn; None: always. `otherwise` has the
+    value of the setting if it is not drawn; empty: that of the configuration.
+    """
 
     kind: Kind
     values: tuple[Any, ...]
+    when: tuple[str, tuple[Any, ...]] | None = None
+    otherwise: tuple[Any, ...] = ()
 
     def examples(self) -> tuple[Any, ...]:
         """Return values to check in place of all possible ones: the ends and one between them, or each choice."""
@@ -53,6 +80,24 @@ class Distribution:
         low, high = self.values
         # The ends alone could be valid integers, such as 64.0; a value between them (golden ratio) is not
         return low, high, low + (high - low) * 0.381966
+
+    def draw(self, generator: random.Random) -> Any:
+        """Draw a value."""
+        match self.kind:
+            case "uniform":
+                return generator.uniform(*self.values)
+            case "loguniform":
+                low, high = self.values
+                drawn = math.exp(generator.uniform(math.log(low), math.log(high)))
+                return min(max(drawn, low), high)
+            case "randint":
+                return generator.randint(*self.values)
+            case "choice":
+                return generator.choice(self.values)
+
+    def __str__(self) -> str:
+        values = f"{self.kind} {list(self.values)}"
+        return values if self.when is None else f"{values} when {self.when[0]} is {list(self.when[1])}"
 
 
 @dataclass(frozen=True)
@@ -63,9 +108,92 @@ class Space:
     text: str
     distributions: Mapping[str, Distribution]
 
+    def draw(self, choose: Callable[[str, Distribution], Any]) -> dict[str, Any]:
+        """Return one configuration of the space, {path: value}.
 
-def read_space(path: Path, config: RunConfig) -> Space:
+        Args:
+            choose: returns the value of a path.
+        """
+        drawn: dict[str, Any] = {}
+        for path, distribution in self.distributions.items():
+            if _is_drawn(distribution, drawn):
+                drawn[path] = choose(path, distribution)
+            elif distribution.otherwise:
+                drawn[path] = distribution.otherwise[0]
+        return drawn
+
+    def is_drawn(self, path: str, overrides: Mapping[str, Any]) -> bool:
+        """Return whether the value of a path was drawn in a configuration of the space."""
+        return _is_drawn(self.distributions[path], overrides)
+
+    def draw_random(self, generator: random.Random) -> dict[str, Any]:
+        """Return a random configuration of the space, {path: value}."""
+        return self.draw(lambda path, distribution: distribution.draw(generator))
+
+    def grid(self) -> list[dict[str, Any]]:
+        """Return all configurations of the space, the last path varying fastest.
+
+        Raises:
+            ConfigError: it has a distribution of real numbers.
+        """
+        values = {}
+        for path, distribution in self.distributions.items():
+            if distribution.kind in ("uniform", "loguniform"):
+                raise ConfigError(
+                    f"{self.path}: {path}: a grid needs a list of values, found {distribution.kind}; write "
+                    f"{path}: {{choice: [...]}}, or search with another --algorithm"
+                )
+            low, high = distribution.values[0], distribution.values[-1]
+            is_range = distribution.kind == "randint"
+            values[path] = list(range(low, high + 1)) if is_range else list(distribution.values)
+        configurations = []
+        for chosen in itertools.product(*values.values()):
+            by_path = dict(zip(values, chosen, strict=True))
+            drawn = self.draw(lambda path, distribution, by_path=by_path: by_path[path])  # type: ignore[misc]
+            if drawn not in configurations:  # paths that are not drawn do not multiply it
+                configurations.append(drawn)
+        return configurations
+
+    def examples(self) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+        """Yield each value to be checked: path, value, and a configuration that has it.
+
+        Other paths are in the configuration only if they depend on that path, or if it depends on them.
+        """
+        for path, distribution in self.distributions.items():
+            needed = self._conditions(path)
+            for value in distribution.examples():
+                given = {**needed, path: value}
+                drawn: dict[str, Any] = {}
+                for other, one in self.distributions.items():
+                    if other in given:
+                        drawn[other] = given[other]
+                    elif one.when is not None and one.when[0] in drawn:
+                        if _is_drawn(one, drawn):
+                            drawn[other] = one.values[0]
+                        elif one.otherwise:
+                            drawn[other] = one.otherwise[0]
+                yield path, value, drawn
+
+    def _conditions(self, path: str) -> dict[str, Any]:
+        """Return the values of other paths for which this one is drawn."""
+        when = self.distributions[path].when
+        return {} if when is None else {**self._conditions(when[0]), when[0]: when[1][0]}
+
+
+def _is_drawn(distribution: Distribution, drawn: Mapping[str, Any]) -> bool:
+    if distribution.when is None:
+        return True
+    path, values = distribution.when
+    return path in drawn and drawn[path] in values
+
+
+def read_space(path: Path, config: RunConfig, base: Path | None = None) -> Space:
     """Read a search space and check it against `config`.
+
+    Args:
+        path: of the file.
+        config: the configuration that the values override.
+        base: folder from which values that name files or folders are made absolute; None: they stay as they are.
 
     Raises:
         ConfigError: the file is missing or is not a mapping of paths to distributions; a path does not exist, is a
@@ -81,24 +209,27 @@ def read_space(path: Path, config: RunConfig) -> Space:
     if not isinstance(values, dict) or not values:
         raise ConfigError(f"{path}: has no paths to search; write lines such as optim.lr: {_EXAMPLE}")
     try:
-        distributions = {str(key): _read_distribution(str(key), value) for key, value in values.items()}
-        for key, distribution in distributions.items():
-            _check_values(config, key, distribution)
+        distributions: dict[str, Distribution] = {}
+        for key, value in values.items():
+            distributions[str(key)] = _read_distribution(str(key), value, distributions)
+        space = Space(path, text, distributions)
+        _check_values(config, space)
+        return space if base is None else _absolute(space, base)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return Space(path, text, distributions)
 
 
 _EXAMPLE = "{loguniform: [1e-4, 1e-2]}"
 
 
-def _read_distribution(path: str, value: Any) -> Distribution:
+def _read_distribution(path: str, value: Any, earlier: Mapping[str, Distribution]) -> Distribution:
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: found {value!r}, not a distribution; write it as {_EXAMPLE}")
-    if len(value) != 1:
-        names = ", ".join(map(str, value)) or "none"
+    named = {name: values for name, values in value.items() if name not in (WHEN, OTHERWISE)}
+    if len(named) != 1:
+        names = ", ".join(map(str, named)) or "none"
         raise ConfigError(f"{path}: takes one distribution, found {names}; write it as {_EXAMPLE}")
-    (name, values), *_ = value.items()
+    (name, values), *_ = named.items()
     if name not in KINDS:
         known = ", ".join(KINDS)
         below = "; for a setting in a section write the full dotted path" if isinstance(values, dict) else ""
@@ -108,7 +239,41 @@ def _read_distribution(path: str, value: Any) -> Distribution:
     if not isinstance(values, list):
         raise ConfigError(f"{path}: {name} takes a list in [ ], found {values!r}")
     read = _read_choices if name == "choice" else _read_ends
-    return Distribution(name, read(path, name, values))
+    when = _read_condition(path, value[WHEN], earlier) if WHEN in value else None
+    if when is None and OTHERWISE in value:
+        raise ConfigError(f"{path}: {OTHERWISE} has no effect without {WHEN}: omit it")
+    otherwise = (_number(value[OTHERWISE]),) if OTHERWISE in value else ()
+    return Distribution(name, read(path, name, values), when, otherwise)
+
+
+def _read_condition(
+    path: str, value: Any, earlier: Mapping[str, Distribution]
+) -> tuple[str, tuple[Any, ...]]:
+    """Read `when: {PATH: VALUE}` or `when: {PATH: [VALUE, ...]}`."""
+    if not isinstance(value, dict) or len(value) != 1:
+        raise ConfigError(
+            f"{path}: {WHEN} takes one path and its value, found {value!r}; write it as {{optim.schedule: step}}"
+        )
+    (other, wanted), *_ = value.items()
+    if other not in earlier:
+        raise ConfigError(
+            f"{path}: {WHEN} names {other}, which is not a path above it{nearest(str(other), earlier)}; a condition "
+            "depends on a path that is drawn before"
+        )
+    distribution = earlier[other]
+    if distribution.kind != "choice":
+        raise ConfigError(f"{path}: {WHEN} needs a path with choices, and {other} is {distribution.kind}")
+    choices = distribution.values
+    is_list = isinstance(wanted, list) and wanted not in choices  # a choice can be a list itself
+    values = tuple(_number(each) for each in (wanted if is_list else [wanted]))
+    unknown = [each for each in values if each not in choices]
+    if unknown or not values:
+        raise ConfigError(
+            f"{path}: {WHEN} {other} is {unknown or wanted}, which is none of its choices {list(choices)}"
+        )
+    if all(choice in values for choice in choices):
+        raise ConfigError(f"{path}: {WHEN} has no effect: it names every choice of {other}; omit it")
+    return str(other), values
 
 
 def _read_choices(path: str, name: str, values: list[Any]) -> tuple[Any, ...]:
@@ -153,12 +318,26 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _check_values(config: RunConfig, path: str, distribution: Distribution) -> None:
-    for name, reason in NOT_SEARCHABLE.items():
-        if path == name or (name.endswith(".") and path.startswith(name)):
-            raise ConfigError(f"{path} cannot be searched: {reason}")
-    for value in distribution.examples():
+def _check_values(config: RunConfig, space: Space) -> None:
+    for path in space.distributions:
+        for name, reason in NOT_SEARCHABLE.items():
+            if path == name or (name.endswith(".") and path.startswith(name)):
+                raise ConfigError(f"{path} cannot be searched: {reason}")
+    for path, value, drawn in space.examples():
         try:
-            override(config, {path: value})
+            override(config, drawn)
         except ConfigError as error:
-            raise ConfigError(f"{error} ({value!r} of {distribution.kind})") from None
+            raise ConfigError(f"{error} ({value!r} of {space.distributions[path].kind})") from None
+
+
+def _absolute(space: Space, base: Path) -> Space:
+    """Return the space with the values that name files or folders made absolute, starting from `base`."""
+    rules, distributions = path_settings(), dict(space.distributions)
+    for path in distributions.keys() & rules.keys():
+        distribution, make_absolute = distributions[path], rules[path]
+        try:
+            values = [value if value is None else make_absolute(value, base) for value in distribution.values]
+        except ValueError as error:
+            raise ConfigError(f"{path} {error}") from None
+        distributions[path] = replace(distribution, values=tuple(values))
+    return replace(space, distributions=distributions)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from raydetr.config import RunConfig, override
+from raydetr.config import RunConfig, flatten, override, to_dict
 from raydetr.runs import run
+from raydetr.runs.lease import LeaseError
+from raydetr.runs.run_folder import read_config
+from raydetr.training import checkpoint
+from raydetr.tune.trials import Proposal
+
+LEASE_SECONDS = 90.0  # until the lease of a process that was killed is free
+# Settings of where a run is: a search that goes on may be elsewhere
+_PLACES = ("storage.", "tracking.", "init.", "model.backbone.weights", "recipe")
 
 
 @dataclass(frozen=True)
@@ -35,28 +45,59 @@ class SearchContext:
         return self.folder / self.trial_name(number)
 
 
-def trial_number(trial_id: str) -> int:
-    """Return the number of a trial, counted from 1. Tune's ids end with a number that is counted from 0."""
-    return int(trial_id.rpartition("_")[2]) + 1
+def as_tune_config(proposal: Proposal) -> dict[str, Any]:
+    """Return what Ray Tune hands to `run_trial`; as text, in which Tune looks for nothing to resolve."""
+    return {"proposal": json.dumps(asdict(proposal))}
 
 
-def run_trial(drawn: Mapping[str, Any], context: SearchContext) -> None:
-    """Train with the values that were drawn for this trial. Ray Tune calls it in a separate process.
+def run_trial(tune_config: Mapping[str, Any], context: SearchContext) -> None:
+    """Train what was proposed, from the newest checkpoint of the trial. Ray Tune calls it in a separate process.
 
-    Raises:
-        ConfigError, OSError, ValueError: the values contradict each other or the data, or the shards cannot be used.
-        LaunchError: the workers failed.
+    A failure of the run is reported: Tune, which would start the trial again, does that only if this process dies.
     """
-    number = trial_number(tune.get_context().get_trial_id())
-    run.start(
-        override(context.config, to_python(drawn)),
-        name=context.trial_name(number),
-        kind="trial",
-        warn=False,
-        callbacks=[TuneReportCallback()],  # type: ignore[no-untyped-call]
-    )
+    proposal = Proposal(**json.loads(tune_config["proposal"]))
+    try:
+        _train(proposal, context)
+    except Exception as error:  # of any type; the search goes on with the other trials
+        text = str(error).strip() or type(error).__name__
+        tune.report({"failure": text if _is_told(error) else f"{type(error).__name__}: {text}"})
 
 
-def to_python(drawn: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert drawn values to plain Python values: Tune's integers are numpy's."""
-    return {path: value.item() if hasattr(value, "item") else value for path, value in drawn.items()}
+def _is_told(error: Exception) -> bool:
+    """Return whether the message of an error is for users: then its type says nothing more."""
+    return type(error).__module__.startswith(("raydetr.", "detrs."))
+
+
+def _train(proposal: Proposal, context: SearchContext) -> None:
+    config = override(context.config, proposal.overrides)
+    folder, name = context.trial_folder(proposal.number), context.trial_name(proposal.number)
+    last = checkpoint.newest_valid(folder, lambda message: None)
+    epoch = proposal.until_epoch or config.optim.epochs
+    if last is not None and checkpoint.has_reached(last, epoch):  # killed after its last checkpoint
+        tune.report(checkpoint.read_metrics(last) | {"placement_group": None})
+        return
+    callbacks: list[Any] = [TuneReportCallback()]  # type: ignore[no-untyped-call]
+    deadline = time.monotonic() + LEASE_SECONDS
+    while True:
+        try:
+            if last is None:
+                run.start(config, name=name, or_resume=True, kind="trial", warn=False, callbacks=callbacks,
+                          until_epoch=proposal.until_epoch)  # fmt: skip
+            else:
+                run.resume(folder, overrides=_changes(folder, config), kind="trial", callbacks=callbacks,
+                           until_epoch=proposal.until_epoch)  # fmt: skip
+            return
+        except LeaseError:  # of the process before this one
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1.0)
+
+
+def _changes(folder: Path, config: RunConfig) -> dict[str, Any]:
+    """Return the settings that the run in a folder is to have from now on, where they differ from those it has."""
+    before, now = flatten(to_dict(read_config(folder))), flatten(to_dict(config))
+    return {
+        path: value
+        for path, value in now.items()
+        if before.get(path) != value and not path.startswith(_PLACES)
+    }
