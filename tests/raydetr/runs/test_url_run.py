@@ -171,12 +171,12 @@ def test_a_corrupt_newest_checkpoint_at_a_url_is_passed_over(at_url: RunConfig) 
 
 
 def test_a_search_needs_a_folder(at_url: RunConfig, tmp_path: Path) -> None:
+    from raydetr.tune.record import SearchOptions
     from raydetr.tune.search import search
-    from raydetr.tune.space import read_space
 
     (tmp_path / "space.yaml").write_text("optim.lr: {uniform: [0.0001, 0.001]}\n")
     with pytest.raises(ConfigError, match="a search needs a folder that all nodes mount"):
-        search(at_url, read_space(tmp_path / "space.yaml", at_url), num_trials=1)
+        search(at_url, tmp_path / "space.yaml", SearchOptions(num_trials=1))
 
 
 @pytest.mark.slow

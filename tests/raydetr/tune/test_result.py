@@ -10,45 +10,73 @@ import pytest
 from raydetr import recipes
 from raydetr.cli.arguments import read_config
 from raydetr.config import override
-from raydetr.tune.result import (
-    SearchResult,
-    Trial,
-    rank_trials,
-    train_command,
-    trial_table,
-    trials_as_json,
-)
+from raydetr.tune.record import SearchOptions
+from raydetr.tune.result import SearchResult, best_command, train_command, trial_table
+from raydetr.tune.trials import Evaluation, Proposal, Status, Trial, rank_trials
+
+
+def trial(
+    number: int, lr: float, status: Status, epoch: int = 0, AP: float | None = None, **metrics: float
+) -> Trial:
+    numbers = metrics if AP is None else {"AP": AP, **metrics}
+    evaluations = (Evaluation(48 * epoch, epoch, 0.0, numbers),) if epoch else ()
+    cause = "too hot" if status == "failed" else None
+    proposal = Proposal(number, {"optim.lr": lr})
+    return Trial(f"search-{number:03d}", (proposal,), 4, status, evaluations, cause)
+
 
 TRIALS = (
-    Trial(1, "search-001", {"optim.lr": 0.00123456}, "failed", cause="too hot"),
-    Trial(2, "search-002", {"optim.lr": 0.5}, "stopped by ASHA", 1, 0.9, 0.95),
-    Trial(3, "search-003", {"optim.lr": 0.25}, "finished", 4, 0.2, 0.4),
-    Trial(4, "search-004", {"optim.lr": 0.125}, "finished", 4, 0.3, 0.6),
-    Trial(5, "search-005", {"optim.lr": 1.0}, "stopped by ASHA", 1, None, None),
+    trial(1, 0.00123456, "failed"),
+    trial(2, 0.5, "stopped by ASHA", 1, 0.9, AP50=0.95, latency_ms=10.0),
+    trial(3, 0.25, "finished", 4, 0.2, AP50=0.4, latency_ms=12.5),
+    trial(4, 0.125, "finished", 4, 0.3, AP50=0.6, latency_ms=20.0),
+    trial(5, 1.0, "stopped by ASHA", 1),
+    trial(6, 2.0, "finished", 4, 0.1, AP50=0.2, latency_ms=15.0),
 )
 
 
 def test_trials_that_finished_come_first_and_the_higher_AP_before_the_lower() -> None:
-    assert [trial.number for trial in rank_trials(TRIALS)] == [4, 3, 2, 5, 1]
+    assert [trial.number for trial in rank_trials(TRIALS)] == [4, 3, 6, 2, 5, 1]
 
 
 def test_the_table_shows_every_trial_and_why_one_failed() -> None:
-    assert trial_table(rank_trials(TRIALS), 4).splitlines() == [
+    assert trial_table(rank_trials(TRIALS), SearchOptions()).splitlines() == [
         "trial  AP     AP50   epochs  status           optim.lr",
         "4      0.300  0.600  4/4     finished         0.125",
         "3      0.200  0.400  4/4     finished         0.25",
+        "6      0.100  0.200  4/4     finished         2",
         "2      0.900  0.950  1/4     stopped by ASHA  0.5",
         "5      -      -      1/4     stopped by ASHA  1",
         "1      -      -      0/4     failed           0.001235",
         "trial 1 failed: too hot",
     ]
-    assert json.loads(trials_as_json(TRIALS))[0]["overrides"] == {"optim.lr": 0.00123456}
+    assert json.loads(json.dumps(TRIALS[0].to_dict()))["overrides"] == {"optim.lr": 0.00123456}
+
+
+def test_the_table_of_a_search_with_two_objectives_marks_the_front() -> None:
+    lines = trial_table(rank_trials(TRIALS), SearchOptions("tpe", objective="latency_ms")).splitlines()
+    assert lines[0].split() == ["trial", "AP", "AP50", "latency_ms", "epochs", "status", "optim.lr"]
+    assert {line.split()[0] for line in lines if "front" in line} == {"3", "4"}
 
 
 def test_a_result_without_an_evaluated_trial_has_no_best() -> None:
-    result = SearchResult("search", Path("/runs/search"), "sqlite:///x", 4, TRIALS[:1], None, ())
+    result = SearchResult(
+        "search", Path("/runs/search"), "sqlite:///x", SearchOptions(), TRIALS[:1], None, (), {}
+    )
     assert result.best is None
     assert "none: no trial was evaluated" in result.to_text()
+
+
+def test_the_best_member_of_a_population_has_a_schedule(tmp_path: Path) -> None:
+    first, second = Proposal(1, {"optim.lr": 0.1}, 2), Proposal(1, {"optim.lr": 0.2}, takes_over=2)
+    other = Trial("search-002", (Proposal(2, {"optim.lr": 0.3}, 2),), 4)
+    one = Trial("search-001", (first, second), 4)
+    command = best_command(recipes.quickstart(), one, [one, other], tmp_path)
+    assert command == f"raydetr train quickstart --schedule {tmp_path / 'schedule.yaml'}"
+    assert (
+        best_command(recipes.quickstart(), other, [one, other], tmp_path)
+        == "raydetr train quickstart optim.lr=0.3"
+    )
 
 
 @pytest.mark.parametrize(
