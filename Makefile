@@ -37,7 +37,7 @@ endif
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help quickstart test test-slow parity setup fix check bench chaos cluster-demo ui clean always
+.PHONY: help quickstart test test-slow parity setup fix check bench chaos cluster-demo tune-demo ui clean always
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -80,6 +80,9 @@ chaos: setup ## kill and stop parts of a run at random, and compare it with an u
 
 cluster-demo: setup ## submit the quickstart to a local cluster that loses a node: the same AP
 	$(python) benchmarks/cluster_demo.py
+
+tune-demo: setup ## search the quickstart's hyperparameters, and count the epochs that ASHA saves; ARGS=--full
+	$(python) benchmarks/tune_demo.py $(ARGS)
 
 ui: setup ## show the runs in MLflow's web interface, on this machine only
 	@test -f runs/mlflow.db || { echo "there is no run yet (no runs/mlflow.db): run make quickstart first" >&2; exit 1; }

@@ -35,6 +35,7 @@ LIBRARIES = {
     "webdataset": ("raydetr.shards.*",),
     "obstore": ("raydetr.store.*",),
     "hotcoco": ("raydetr.evaluation.*",),
+    "optuna": ("raydetr.tune.samplers",),
     "pycocotools": ("raydetr.evaluation.*",),
     "ray": (
         "raydetr.runs.ray_train",

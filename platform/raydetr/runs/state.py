@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ State = Literal["running", "finished", "stopped", "failed", "lost"]
 
 CONFIG = "config.yaml"
 SPACE = "space.yaml"  # only a search has one
+SEARCH = "search.json"  # its options
 ENDS: dict[str, State] = {"finished": "finished", "stopped": "stopped", "failed": "failed"}
 NO_PROGRESS = ("system", "environment", "files", "lost")  # events that also a run has that makes no progress
 NUM_THREADS = 16  # runs that are read at once
@@ -56,9 +58,9 @@ class RunState:
             return None
         folder = shlex.quote(str(self.folder))
         if self.kind == "search":
-            return f"`raydetr runs {folder}` lists its trials; a search cannot be resumed: start a new one"
-        if self.kind == "trial" and self.state == "stopped":
-            return None
+            return f"continue with `raydetr tune --resume {folder}`"
+        if self.kind == "trial":
+            return None  # its search goes on with it
         if self.has_checkpoint:
             return f"continue with `raydetr train --resume {folder}`"
         return "it has no checkpoint: start it again, with the same --name and --or-resume"
@@ -267,10 +269,13 @@ def _search_state(folder: Folder) -> RunState:
     trials = _states(trials_of(folder))
     newest = max((own, *trials), key=lambda state: state.last_time or 0.0)
     ended = sum(trial.state != "running" for trial in trials)
+    # A search of an earlier version has no options
+    options = folder / SEARCH
+    wanted = json.loads(options.read_text())["num_trials"] if options.exists() else len(trials)
     return replace(
         own,
         kind="search",
-        fraction=ended / len(trials) if trials else None,
+        fraction=ended / wanted if trials else None,
         num_trials=len(trials),
         ap_best=max((trial.ap_best for trial in trials if trial.ap_best is not None), default=None),
         restarts=sum(trial.restarts for trial in trials),

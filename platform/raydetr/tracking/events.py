@@ -10,7 +10,8 @@ GPUs), `step` (metrics of a step), `evaluation`, `checkpoint`, `checkpoint_faile
 evaluation), `corrupt`, `restart` (the workers are started again: why, and from where), `waiting` (for resources),
 `preempted` (a node will be taken away), `layout` (another number of workers), `stalled` (no progress), `stack` (of a
 stalled worker), `files` (of the run, which are new), `finished`, `stopped`,
-`failed`, `lost` (its driver died; another command found that out).
+`failed`, `lost` (its driver died; another command found that out). A search has `trial` (what is trained next) and
+`trial_ended`; a trial that continues the checkpoint of another has `taken_over`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ray import tune
 from ray.exceptions import RayTaskError
@@ -56,7 +56,7 @@ def run_trials(
         should_stop: is asked often.
         on_change: is called with a trial that begins, was evaluated or has ended.
     """
-    link = _Link(coordinator, on_change)
+    link = _Link(coordinator, on_change, should_stop)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, context=context), TRIAL_RESOURCES),
         tune_config=tune.TuneConfig(
@@ -80,11 +80,23 @@ def run_trials(
         shutil.rmtree(context.folder / "tune", ignore_errors=True)  # Tune's own files
 
 
-class _Link:
+class _Unstored:
+    """Is stored without its state: Tune stores its objects, to restore an experiment; the events have all of it."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+
+class _Link(_Unstored):
     """Connects the objects that Tune calls with the coordinator; maps Tune's ids to the numbers of trials."""
 
-    def __init__(self, coordinator: Coordinator, on_change: Callable[[Trial], None]) -> None:
-        self.coordinator, self._on_change = coordinator, on_change
+    def __init__(
+        self, coordinator: Coordinator, on_change: Callable[[Trial], None], should_stop: Callable[[], bool]
+    ) -> None:
+        self.coordinator, self._on_change, self._should_stop = coordinator, on_change, should_stop
         self.numbers: dict[str, int] = {}
         self.failures: dict[int, str] = {}  # that trials have reported
         self.groups: dict[int, str] = {}  # placement groups of the trials' workers
@@ -112,6 +124,8 @@ class _Link:
         return is_stopped
 
     def end(self, trial_id: str, failure: str | None = None) -> None:
+        if self._should_stop():  # Tune ends all trials
+            return
         number = self.numbers[trial_id]
         trial = self.coordinator.end(number, self.failures.pop(number, failure))
         if number in self.groups:
@@ -149,7 +163,7 @@ class _Scheduler(FIFOScheduler):
         return str(TrialScheduler.STOP if is_stopped else TrialScheduler.CONTINUE)
 
 
-class _Stopper(tune.Stopper):
+class _Stopper(_Unstored, tune.Stopper):
     def __init__(self, should_stop: Callable[[], bool]) -> None:
         self._should_stop = should_stop
 

@@ -170,10 +170,7 @@ def test_a_search_and_its_trials(tmp_path: Path) -> None:
     write_search(search)
     first, second = search / "search-001", search / "search-002"
     assert state_of(search).state == "lost"
-    assert (
-        state_of(search).remedy
-        == f"`raydetr runs {search}` lists its trials; a search cannot be resumed: start a new one"
-    )
+    assert state_of(search).remedy == f"continue with `raydetr tune --resume {search}`"
     end(second, "failed", "ShardError: no such image")
     with Lease(search):
         state = state_of(search)

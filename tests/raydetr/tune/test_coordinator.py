@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from logged_run import log_run
-from raydetr.config import RunConfig, override
+from raydetr.config import ConfigError, RunConfig, override
 from raydetr.tracking.events import EventLog
 from raydetr.training import checkpoint
 from raydetr.tune.asha import Asha
@@ -165,15 +167,21 @@ def test_a_member_gets_the_checkpoint_before_anybody_goes_on(context: SearchCont
 
 def write_fake_checkpoint(run: Path, position: int, state: str) -> None:
     """Write a checkpoint whose state is text."""
-    import json
-    import zlib
-
     folder = checkpoint.folder_of(run, position)
     folder.mkdir(parents=True)
     (folder / "state.pt").write_text(state)
     (folder / "metrics.json").write_text('{"AP": 0.5}')
-    meta = {"config": {}, "categories": [{"id": 1, "name": "a"}], "fingerprint": "f", "epoch": 1, "position": position,
-            "order": 2, "state_bytes": len(state), "state_crc32": zlib.crc32(state.encode()), "format": checkpoint.FORMAT}  # fmt: skip
+    meta = {
+        "config": {},
+        "categories": [{"id": 1, "name": "a"}],
+        "fingerprint": "f",
+        "epoch": 1,
+        "position": position,
+        "order": 2,
+        "state_bytes": len(state),
+        "state_crc32": zlib.crc32(state.encode()),
+        "format": checkpoint.FORMAT,
+    }
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
@@ -211,7 +219,7 @@ def test_a_checkpoint_that_cannot_be_copied_costs_no_member(
     ],
 )
 def test_options_that_make_no_sense_are_refused(given: dict[str, Any], parts: list[str]) -> None:
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ConfigError) as refused:
         make_options(given)
     for part in parts:
         assert part in str(refused.value)
