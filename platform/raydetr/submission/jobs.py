@@ -89,7 +89,7 @@ def resume(cluster: Cluster, name: str, folder: Path) -> str:
     """Submit a job again, under a new id; its run goes on. Return the id.
 
     Raises:
-        ConfigError: the job has not ended, is no run of `raydetr submit train`, or needs its checkout as `folder`.
+        ConfigError: the job has not ended, is no job of `raydetr submit`, or needs its checkout as `folder`.
         UploadError: the checkout is too large.
         ClusterError: there is no such job, or the cluster does not answer.
     """

@@ -20,7 +20,7 @@ from raydetr.tune.asha import Asha
 from raydetr.tune.record import log_end, log_proposal
 from raydetr.tune.samplers import Sampler
 from raydetr.tune.trial import SearchContext
-from raydetr.tune.trials import Evaluation, Proposal, Trial
+from raydetr.tune.trials import Evaluation, Proposal, Trial, kept_metrics
 
 OPEN = ("running", "waiting", "interrupted")  # statuses of trials that go on
 
@@ -115,13 +115,7 @@ class Coordinator:
         trial = self.trials[number]
         if any(each.position == metrics["position"] for each in trial.evaluations):
             return False  # of a trial that goes on, which reports its last one again
-        numbers = {
-            name: value
-            for name, value in metrics.items()
-            if isinstance(value, float | int)
-            and not isinstance(value, bool)
-            and name not in ("epoch", "position")
-        }
+        numbers = kept_metrics(metrics)
         evaluation = Evaluation(metrics["position"], metrics["epoch"], time.time(), numbers)
         trial = replace(trial, evaluations=(*trial.evaluations, evaluation))
         self.trials[number] = trial

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from raydetr.config import ConfigError, RunConfig, nearest, override
 from raydetr.store.folders import write_file
 from raydetr.tracking.events import Event, EventLog, read_events
-from raydetr.tune.trials import Evaluation, Objective, Proposal, Trial
+from raydetr.tune.trials import Evaluation, Objective, Proposal, Trial, kept_metrics
 from raydetr.user_files import read_text
 
 Algorithm = Literal["random", "grid", "asha", "tpe", "bohb", "pbt"]
@@ -152,11 +152,6 @@ def read_evaluations(events: Iterable[Event]) -> tuple[Evaluation, ...]:
     found: dict[int, Evaluation] = {}
     for event in events:
         if event["kind"] == "evaluation":
-            metrics = {
-                name: value
-                for name, value in event["metrics"].items()
-                if value is not None and name != "epoch"
-            }
-            position = event["position"]
-            found[position] = Evaluation(position, event["metrics"]["epoch"], event["time"], metrics)
+            metrics, position = event["metrics"], event["position"]
+            found[position] = Evaluation(position, metrics["epoch"], event["time"], kept_metrics(metrics))
     return tuple(evaluation for _, evaluation in sorted(found.items()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 # waiting: between two generations of a population
 Status = Literal["running", "waiting", "finished", "stopped by ASHA", "failed", "interrupted"]
@@ -14,6 +14,15 @@ STATUS_ORDER: tuple[Status, ...] = (
 )  # fmt: skip
 # What can be minimized beside AP
 Objective = Literal["latency_ms", "worker_hours"]
+
+
+# Metrics of an evaluation that a search keeps: AP and AR in all variants, and what can be minimized
+_KEPT = ("AP", "AR", *get_args(Objective))
+
+
+def kept_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of an evaluation that a search keeps; those that are undefined are missing."""
+    return {name: value for name, value in metrics.items() if name.startswith(_KEPT) and value is not None}
 
 
 @dataclass(frozen=True)

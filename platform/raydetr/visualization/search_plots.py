@@ -7,9 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 BLUE, ORANGE, GRAY = "#3366cc", "#e07b39", "0.6"
@@ -132,7 +133,9 @@ def plot_front(
 
 
 def _colors(scores: Sequence[float]) -> ScalarMappable:
-    return ScalarMappable(Normalize(*_span(scores)), colormaps["viridis_r"])
+    # Without the brightest colors, which are hard to see on white
+    colors = ListedColormap(colormaps["viridis_r"](np.linspace(0.15, 1, 256)))
+    return ScalarMappable(Normalize(*_span(scores)), colors)
 
 
 def _color(colors: ScalarMappable, score: float) -> Any:
@@ -147,10 +150,17 @@ def _span(scores: Sequence[float]) -> tuple[float, float]:
     return low, high if high > low else low + 1e-3
 
 
+def _choices(axis: Axis) -> list[Any]:
+    """Return the choices in the order of their axis: numbers ascend."""
+    are_numbers = all(isinstance(value, int | float) for value in axis.values)
+    return sorted(axis.values) if are_numbers else list(axis.values)
+
+
 def _height(axis: Axis, value: Any) -> float | None:
     """Return the height of a value on its axis, from 0 to 1; None if it is not on it."""
     if axis.kind == "choice":
-        return None if value not in axis.values else axis.values.index(value) / max(1, len(axis.values) - 1)
+        choices = _choices(axis)
+        return None if value not in choices else choices.index(value) / max(1, len(choices) - 1)
     if value is None:
         return None
     low, high = axis.values
@@ -160,7 +170,7 @@ def _height(axis: Axis, value: Any) -> float | None:
 
 
 def _ticks(axis: Axis) -> list[tuple[Any, float]]:
-    values = axis.values[:MAX_TICKS] if axis.kind == "choice" else axis.values
+    values = _choices(axis)[:MAX_TICKS] if axis.kind == "choice" else axis.values
     return [(value, height) for value in values if (height := _height(axis, value)) is not None]
 
 

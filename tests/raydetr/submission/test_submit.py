@@ -74,13 +74,14 @@ def test_a_search_is_submitted_with_its_files(
     (sent,) = kept.sent
     assert shlex.split(sent["entrypoint"]) == [
         *("raydetr", "tune", "seed=3", "--trials", "3", "--concurrent", "2"),
-        *("--space", "space.yaml", "--config", "config.yaml"),
+        *("--name", "try", "--or-resume", "--space", "space.yaml", "--config", "config.yaml"),
     ]
     assert kept.files == [{"space.yaml": space, "config.yaml": to_yaml(recipes.quickstart())}]
     assert sent["submission_id"] == "try"
     assert not Path(sent["runtime_env"]["working_dir"]).exists()  # a copy, which was removed
-    with pytest.raises(ConfigError, match="try: is not a run of `raydetr submit train`"):
-        jobs.resume(kept, "try", tmp_path)  # type: ignore[arg-type]
+    assert jobs.resume(kept, "try", tmp_path) == "try-2"  # type: ignore[arg-type]
+    assert kept.sent[1]["entrypoint"] == sent["entrypoint"]
+    assert kept.files[1] == kept.files[0]
 
 
 def test_a_checkout_is_uploaded_and_its_files_are_named_as_they_are(
