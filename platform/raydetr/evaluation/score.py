@@ -41,9 +41,8 @@ class Request:
     out: str  # folder for what `score` returns
     engine: Engine
     evaluation: dict[str, Any]  # fields that evaluation.json has besides
-    images: str | None = (
-        None  # write what `explain` returns, with the images in this folder, instead of `score`
-    )
+    # Write what `explain` returns, with the images in this folder, instead of what `score` returns
+    images: str | None = None
 
 
 def score(
@@ -54,17 +53,22 @@ def score(
 ) -> dict[str, bytes]:
     """Score an evaluation; return the files of its folder, {name: content}, evaluation.json as the last one.
 
+    Args:
+        ground_truth: a COCO dict.
+        parts: arrays of each process.
+        engine: what computes AP.
+        evaluation: fields that evaluation.json has besides.
+
     Raises:
         ValueError: a detection is not finite, or of an image that the ground truth lacks.
     """
-    parts = list(parts)
-    detections = PackedDetections.concatenate(parts)
+    detections, times = _joined(parts)
     table = coco_ap(ground_truth, detections.results(), engine)
     content = {
         **evaluation,
         "metrics": dict(table.numbers),
         "table": table.to_dict(),
-        "speed": speed(parts),
+        "speed": times,
         "num_images": len(detections.evaluated_ids),
         "num_detections": len(detections.scores),
         "engine": engine,
@@ -74,6 +78,12 @@ def score(
         "ap.md": table.to_markdown().encode(),
         "evaluation.json": _json(content),
     }
+
+
+def _joined(parts: Iterable[PackedDetections]) -> tuple[PackedDetections, dict[str, float]]:
+    """Return the arrays of all processes, and `speed`."""
+    parts = list(parts)
+    return PackedDetections.concatenate(parts), speed(parts)
 
 
 def speed(parts: Iterable[PackedDetections]) -> dict[str, float]:
@@ -125,11 +135,10 @@ def explain(
     # Plots take a second to import, and the process that trains imports this module too
     from raydetr.evaluation.report import analyze, report_files
 
-    parts = list(parts)
-    detections = PackedDetections.concatenate(parts)
+    detections, times = _joined(parts)
     facts = ("step", "epoch", "position", "fingerprint")
     about = {name: str(evaluation[name]) for name in facts if name in evaluation}
-    report = analyze(ground_truth, detections.results(), losses=detections.image_losses(), speed=speed(parts))
+    report = analyze(ground_truth, detections.results(), losses=detections.image_losses(), speed=times)
     files = report_files(report, ask(report.shown_images), about=about)
     return {f"{REPORT}/{name}": content for name, content in files.items()}
 

@@ -205,7 +205,7 @@ class Scoring:
             asked = process.stdout.readline()  # empty if the process has failed
             try:
                 store_images(self._shards, json.loads(asked or "[]"), images)
-            except OSError as error:
+            except Exception as error:  # whatever it is: a run must not end for a picture
                 problem = f"the report of an evaluation lacks images: {error}"
 
         try:
