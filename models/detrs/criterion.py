@@ -139,7 +139,8 @@ class Criterion:
     def by_image(self, outputs: Outputs, targets: Targets) -> Float[Tensor, " b"]:
         """Compute the loss of the last decoder layer for each image alone, divided by the number of its objects, or 1.
 
-        That is what a call for a batch of one image returns as `total`, without first stage, denoising and gradients.
+        Cross entropy is divided by the weights of the image's queries. That is the `total` of a call for a batch of
+        this image, without first stage and denoising.
 
         Raises:
             NonFiniteError: predictions or target boxes are not finite.
