@@ -144,7 +144,8 @@ def write_data(folder: Path, num_images: int) -> None:
     ids = np.arange(num_images)
     packed = PackedDetections(
         np.repeat(ids, NUM_DETECTIONS), categories, boxes.astype(np.float32), scores.astype(np.float32),
-        ids, np.zeros(num_images, np.float32),
+        ids, np.zeros(num_images, np.float32), np.arange(1.0, num_images + 1),
+        draw.random(num_images).astype(np.float32),
     )  # fmt: skip
     for rank in range(2):
         (folder / f"{rank}.npz").write_bytes(packed.of_images(ids[rank::2]).to_npz())

@@ -56,7 +56,7 @@ EVALUATED_EPOCHS = 3
 LIMIT_SECONDS = 20.0  # until training goes on
 OUTAGE_SECONDS = 6.0
 STALL_MINUTES = 0.1
-DISK_MB = 400
+DISK_MB = 3000  # two runs with hundreds of evaluations each
 PATIENCE_SECONDS = 180.0
 STARTS = ("started", "resumed")  # events at a start of the workers
 

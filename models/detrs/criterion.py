@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -136,6 +136,45 @@ class Criterion:
             terms |= _name_layers(losses, "_dn")
         return Losses(torch.stack(totals).sum(), {name: value.detach() for name, value in terms.items()})
 
+    def by_image(self, outputs: Outputs, targets: Targets) -> Float[Tensor, " b"]:
+        """Compute the loss of the last decoder layer for each image alone, divided by the number of its objects, or 1.
+
+        Cross entropy is divided by the weights of the image's queries. That is the `total` of a call for a batch of
+        this image, without first stage and denoising.
+
+        Raises:
+            NonFiniteError: predictions or target boxes are not finite.
+        """
+        last = Predictions(outputs.predictions.logits[-1:], outputs.predictions.boxes[-1:])
+        last = _to_full_precision(last)
+        (matches,) = match([(last, targets.labels)], targets, self.costs)
+        matched = _index(matches, targets.labels, targets)
+        boxes = last.boxes[0, matched.image[0], matched.query[0]]
+        target_boxes = targets.boxes[matched.target[0]].to(boxes.dtype)
+        iou, giou = iou_and_giou(boxes, target_boxes, self.giou_eps)
+        zeros = boxes.new_zeros(len(targets.counts))
+        num_boxes = boxes.new_tensor(targets.counts).clamp(min=1)
+
+        def summed(values: Float[Tensor, " m"]) -> Float[Tensor, " b"]:
+            return zeros.index_add(0, matched.image[0], values)
+
+        # The losses of layers are separate: each image takes the place of one
+        logits = last.logits.transpose(0, 1)
+        layered = replace(matched, layer=matched.image, image=torch.zeros_like(matched.image))
+        if self.config.kind == "cross_entropy":
+            class_loss = cross_entropy(logits, layered, self.config.no_object_weight)
+        elif self.config.kind == "mal":
+            class_loss = mal_loss(logits, layered, iou[None], self.config.gamma) / num_boxes
+        else:
+            alpha, gamma = self.config.alpha, self.config.gamma
+            corrections = _focal_corrections(logits, layered, alpha, gamma)[0]
+            class_loss = (_focal_background(logits, alpha, gamma) + summed(corrections)) / num_boxes
+        return (
+            self.config.class_weight * class_loss
+            + self.config.box_weight * summed((boxes - target_boxes).abs().sum(1)) / num_boxes
+            + self.config.giou_weight * summed(1 - giou) / num_boxes
+        )
+
     def total_class_weight(
         self, num_matched: Float[Tensor, ""], num_queries: Float[Tensor, ""]
     ) -> Float[Tensor, ""]:
@@ -220,9 +259,20 @@ def focal_loss(
 ) -> Float[Tensor, " n"]:
     """Return the sum of the sigmoid focal loss of each layer (Lin et al. 2017, eq. 5)."""
     # The loss as if there were no objects, then a correction at the few matched logits
+    corrections = _focal_corrections(logits, matched, alpha, gamma)
+    return _focal_background(logits, alpha, gamma) + corrections.sum(1)
+
+
+def _focal_background(logits: Float[Tensor, "n b q c"], alpha: float, gamma: float) -> Float[Tensor, " n"]:
     background: Tensor = (1 - alpha) * _Background.apply(logits, gamma)  # type: ignore[no-untyped-call]
+    return background
+
+
+def _focal_corrections(
+    logits: Float[Tensor, "n b q c"], matched: Matched, alpha: float, gamma: float
+) -> Float[Tensor, "k m"]:
     at_targets = logits[matched.layer, matched.image, matched.query, matched.label]
-    return background + (_focal(-at_targets, alpha, gamma) - _focal(at_targets, 1 - alpha, gamma)).sum(1)
+    return _focal(-at_targets, alpha, gamma) - _focal(at_targets, 1 - alpha, gamma)
 
 
 class _Background(torch.autograd.Function):
@@ -253,7 +303,7 @@ def _focal(wrong: Float[Tensor, "*n"], weight: float, gamma: float) -> Float[Ten
 
 
 def mal_loss(
-    logits: Float[Tensor, "n b q c"], matched: Matched, iou: Float[Tensor, "n m"], gamma: float
+    logits: Float[Tensor, "n b q c"], matched: Matched, iou: Float[Tensor, "k m"], gamma: float
 ) -> Float[Tensor, " n"]:
     """Return the sum of the matchability-aware loss of each layer (Huang et al. 2025, DEIM, eq. 3)."""
     index = (matched.layer, matched.image, matched.query, matched.label)

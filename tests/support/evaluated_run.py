@@ -116,4 +116,6 @@ def _pack(rows: Sequence[Mapping[str, Any]], image_ids: list[int]) -> PackedDete
         np.array([row["score"] for row in rows], np.float32),
         np.array(image_ids, np.int64),
         np.full(len(image_ids), 0.01, np.float32),
+        0.01 * np.arange(1, len(image_ids) + 1),
+        np.full(len(image_ids), np.nan, np.float32),
     )

@@ -63,14 +63,9 @@ def _evaluate_checkpoint(checkpoint: str, overrides: list[str], options: Options
     if options.html is not None:
         from raydetr.evaluation.read_images import from_shards
         from raydetr.evaluation.report import analyze
-        from raydetr.evaluation.score import speed
 
-        seconds = found.detections.seconds
-        times = speed(found.detections)
-        if times:
-            times["images_per_second"] = 1 / float(seconds.mean())
-        results = found.detections.results()
-        report = analyze(found.ground_truth.coco, results, losses=found.losses, speed=times)
+        results, losses = found.detections.results(), found.detections.image_losses()
+        report = analyze(found.ground_truth.coco, results, losses=losses, speed=found.speed)
         about = {"checkpoint": str(found.checkpoint), "data": found.shards.location}
         _write_page(options.html, report, from_shards(found.shards), checkpoint, about)
     return _finish(table, options)

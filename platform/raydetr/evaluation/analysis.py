@@ -32,7 +32,7 @@ from raydetr.evaluation.results import Results
 FORMAT_VERSION = 1
 NUM_MISTAKES = 12
 NUM_LOSSES = 12  # images
-SPEED = ("median_ms", "p95_ms", "images_per_second")  # what is known of `speed`
+SPEED = ("latency_ms", "latency_p95_ms", "images_per_second")  # what is known of `speed`
 DIGITS = 6  # of curves, in report.json
 
 
@@ -60,6 +60,15 @@ class Report:
     def names(self) -> dict[int, str]:
         """Names of the categories."""
         return {row.category_id: row.name for row in self.classes}
+
+    @property
+    def shown_images(self) -> list[int]:
+        """Ids of the images with the most confident mistakes and the largest losses."""
+        mistakes, losses = (
+            (each.image_id for each in self.mistakes),
+            (image_id for image_id, _ in self.losses),
+        )
+        return sorted({*mistakes, *losses})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; docs/evaluation.md describes the fields. What is not measured is None."""
@@ -119,7 +128,7 @@ def analyze(
         ground_truth: a COCO dict (`images`, `annotations`, `categories`); it is not changed.
         results: detections in any order. Those of categories that the ground truth lacks do not count.
         losses: of images, by image id, where the caller has them.
-        speed: any of `median_ms` and `p95_ms` of an image, and `images_per_second`.
+        speed: any of `latency_ms`, `latency_p95_ms` and `images_per_second`; see `score.speed`.
 
     Raises:
         ValueError: results, losses or speed name something unknown, or hold a number that is not finite.

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from raydetr.evaluation.results import Results
 
+PER_IMAGE = ("evaluated_ids", "seconds", "ended", "losses")  # arrays with a row per image
+
 
 @dataclass(frozen=True)
 class PackedDetections:
@@ -28,9 +30,11 @@ class PackedDetections:
     boxes_xyxy: NDArray[np.float32]  # [n, 4], pixels
     scores: NDArray[np.float32]  # [n]
     evaluated_ids: NDArray[np.int64]  # [m], the images, also those without a detection
-    seconds: NDArray[
-        np.float32
-    ]  # [m], from the pixels on the host to the detections on the host, over the batch size
+    # [m], from the pixels on the host to the detections on the host, over the batch size
+    seconds: NDArray[np.float32]
+    # [m], from the start of the evaluation in its process to the end of the image's batch, in seconds
+    ended: NDArray[np.float64]
+    losses: NDArray[np.float32]  # [m], see `detrs.criterion.Criterion.by_image`; NaN: not computed
 
     @classmethod
     def concatenate(cls, parts: Iterable[PackedDetections]) -> PackedDetections:
@@ -43,13 +47,13 @@ class PackedDetections:
         wanted = np.array(list(image_ids), np.int64)
         rows, images = np.isin(self.image_ids, wanted), np.isin(self.evaluated_ids, wanted)
         return PackedDetections(
-            self.image_ids[rows],
-            self.category_ids[rows],
-            self.boxes_xyxy[rows],
-            self.scores[rows],
-            self.evaluated_ids[images],
-            self.seconds[images],
+            *(getattr(self, f.name)[images if f.name in PER_IMAGE else rows] for f in fields(self))
         )
+
+    def image_losses(self) -> dict[int, float]:
+        """Return the losses that were computed, by image id."""
+        pairs = zip(self.evaluated_ids.tolist(), self.losses.tolist(), strict=True)
+        return {image_id: loss for image_id, loss in pairs if np.isfinite(loss)}
 
     def results(self) -> Results:
         """Return the detections with boxes as COCO has them, in float64."""
@@ -87,8 +91,8 @@ class PackedDetections:
     def _check(self, name: str) -> None:
         for f in fields(self):
             found, wanted = getattr(self, f.name), getattr(_NONE, f.name)
-            images = f.name in ("evaluated_ids", "seconds")
-            shape = (len(self.evaluated_ids if images else self.scores), *wanted.shape[1:])
+            rows = self.evaluated_ids if f.name in PER_IMAGE else self.scores
+            shape = (len(rows), *wanted.shape[1:])
             if found.dtype != wanted.dtype or found.shape != shape:
                 raise ValueError(
                     f"{name}: {f.name} is {found.dtype}{list(found.shape)}, expected {wanted.dtype}{list(shape)}: "
@@ -102,5 +106,7 @@ _NONE = PackedDetections(
     np.zeros((0, 4), np.float32),
     np.zeros(0, np.float32),
     np.zeros(0, np.int64),
+    np.zeros(0, np.float32),
+    np.zeros(0, np.float64),
     np.zeros(0, np.float32),
 )

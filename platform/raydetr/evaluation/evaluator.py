@@ -13,8 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from detrs.criterion import Criterion
+from detrs.matcher import NonFiniteError
 from detrs.structures import Detections, Outputs, Predictions, Targets
 from raydetr.data.batch import Batch, to_model
 from raydetr.data.corrupt import CorruptSample
@@ -22,7 +25,6 @@ from raydetr.evaluation.detections import PackedDetections
 from raydetr.shards.manifest import LabelMap
 
 Postprocess = Callable[[Predictions, Tensor], list[Detections]]
-OnOutputs = Callable[[Batch, Outputs, Targets], None]
 
 
 def to_coco_results(
@@ -41,7 +43,7 @@ def to_coco_results(
 
 
 def pack(image_ids: Sequence[int], detections: Sequence[Detections], label_map: LabelMap) -> PackedDetections:
-    """Pack the detections of a batch, with 0 as the time they took; see `to_coco_results`."""
+    """Pack the detections of a batch, without losses and with 0 as all times; see `to_coco_results`."""
     ids = np.array(image_ids, np.int64)
     counts = [len(found.scores) for found in detections]
     # One copy to the host for each kind, because each waits for the device
@@ -54,6 +56,8 @@ def pack(image_ids: Sequence[int], detections: Sequence[Detections], label_map: 
         _to_host([found.scores for found in detections], np.float32, (0,))[known],
         ids,
         np.zeros(len(ids), np.float32),
+        np.zeros(len(ids), np.float64),
+        np.full(len(ids), np.nan, np.float32),
     )
 
 
@@ -78,7 +82,7 @@ def evaluate(
     label_map: LabelMap,
     device: torch.device | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
-    on_outputs: OnOutputs | None = None,
+    criterion: Criterion | None = None,
 ) -> PackedDetections:
     """Run a detector over the batches of this process.
 
@@ -89,18 +93,20 @@ def evaluate(
         label_map: maps labels to category_ids.
         device: of the detector; None: that of its parameters.
         autocast: returns the context of the detector's forward pass.
-        on_outputs: is called with every batch, what the detector returned, and the batch's targets.
+        criterion: computes the loss of each image; None: there are no losses.
 
     Raises:
         ShardError, LoaderError, RemoteError: from `batches`.
     """
     device = device or next(detector.parameters()).device
+    began, parts = time.perf_counter(), []
     with _eval_mode(detector), torch.inference_mode():
-        return PackedDetections.concatenate(
-            _detect(detector, postprocess, batch, label_map, device, autocast, on_outputs)
-            for batch in batches
-            if batch is not None
-        )
+        for batch in batches:
+            if batch is not None:
+                part = _detect(detector, postprocess, batch, label_map, device, autocast, criterion)
+                ended = time.perf_counter() - began
+                parts.append(replace(part, ended=np.full_like(part.ended, ended)))
+    return PackedDetections.concatenate(parts)
 
 
 def _detect(
@@ -110,7 +116,7 @@ def _detect(
     label_map: LabelMap,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[object]],
-    on_outputs: OnOutputs | None,
+    criterion: Criterion | None,
 ) -> PackedDetections:
     began = time.perf_counter()
     images, targets = to_model(batch, device)
@@ -120,9 +126,16 @@ def _detect(
     packed = pack(batch.image_ids.tolist(), detections, label_map)
     # The copies to the host have waited for the device
     seconds = (time.perf_counter() - began) / len(batch.image_ids)
-    if on_outputs is not None:
-        on_outputs(batch, outputs, targets)
-    return replace(packed, seconds=np.full_like(packed.seconds, seconds))
+    packed = replace(packed, seconds=np.full_like(packed.seconds, seconds))
+    return packed if criterion is None else replace(packed, losses=_losses(criterion, outputs, targets))
+
+
+def _losses(criterion: Criterion, outputs: Outputs, targets: Targets) -> NDArray[np.float32]:
+    """Return the loss of each image of a batch; NaN for all of them if one has none."""
+    try:
+        return criterion.by_image(outputs, targets).cpu().numpy().astype(np.float32)
+    except NonFiniteError:  # losses only explain: the scores say whether the model has diverged
+        return np.full(len(targets.counts), np.nan, np.float32)
 
 
 @contextmanager

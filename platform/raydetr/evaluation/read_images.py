@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from raydetr.evaluation.report_images import ReadImage
@@ -25,6 +26,19 @@ def from_shards(shards: Shards) -> ReadImage:
             return None
 
     return read
+
+
+def store_images(shards: Shards, image_ids: Sequence[int], folder: Path) -> None:
+    """Write images of shards as they are, each into a file with its id as the name; corrupt ones are left out.
+
+    Raises:
+        OSError: the shards cannot be reached, or a file cannot be written.
+    """
+    places = np.flatnonzero(np.isin(shards.samples["image_id"], np.array(image_ids, np.int64))).tolist()
+    folder.mkdir(parents=True, exist_ok=True)
+    for place, sample in zip(places, shards.read_many(places), strict=True):
+        if not isinstance(sample, ShardError):
+            (folder / str(shards.samples["image_id"][place])).write_bytes(sample.image)
 
 
 def from_folder(folder: Path, ground_truth: Mapping[str, Any]) -> ReadImage:

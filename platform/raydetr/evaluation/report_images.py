@@ -10,6 +10,7 @@ from PIL import Image
 
 from raydetr.evaluation.analysis import Report
 from raydetr.evaluation.mistakes import Mistake
+from raydetr.shards.images import ImageError, decode_image
 from raydetr.visualization.boxes import Box, Rectangle, coco_boxes, draw_boxes
 from raydetr.visualization.page import jpeg_url
 
@@ -20,6 +21,18 @@ CROP_FACTOR = 2.0  # sides of a crop, by those of the boxes it is about
 MIN_CROP = 96  # pixels
 MIN_ASPECT = 0.7  # of a crop: shorter by longer side, where the image is large enough
 MAX_CAPTION = 64  # letters of `short_caption`
+
+
+def from_encoded(read: Callable[[int], bytes]) -> ReadImage:
+    """Return a function that reads an image by its id, from its encoded form that `read` returns."""
+
+    def decoded(image_id: int) -> Image.Image | None:
+        try:
+            return decode_image(read(image_id))
+        except (ImageError, OSError):  # the report must not end for a picture
+            return None
+
+    return decoded
 
 
 @dataclass(frozen=True)

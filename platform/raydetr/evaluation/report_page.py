@@ -167,9 +167,9 @@ def _counts(report: Report) -> str:
 
 def _speed(speed: Mapping[str, float]) -> str:
     texts = {
-        "median_ms": "{:.1f} ms for an image (median)",
-        "p95_ms": "{:.1f} ms at the 95th percentile",
-        "images_per_second": "{:.1f} images per second and process",
+        "latency_ms": "{:.1f} ms for an image (median)",
+        "latency_p95_ms": "{:.1f} ms at the 95th percentile",
+        "images_per_second": "{:.1f} images per second",
     }
     parts = [text.format(speed[name]) for name, text in texts.items() if name in speed]
     return f"Speed: {', '.join(parts)}." if parts else ""

@@ -22,6 +22,7 @@ from raydetr.config import Engine, OnCorrupt
 from raydetr.evaluation import stored
 from raydetr.evaluation.coco_metrics import ApTable
 from raydetr.evaluation.ground_truth import UNREADABLE, ground_truth, ground_truth_file, store_ground_truth
+from raydetr.evaluation.read_images import store_images
 from raydetr.evaluation.score import INVALID, Request, read_table, score, write_request
 from raydetr.evaluation.score import __name__ as score_module
 from raydetr.evaluation.stored import Evaluated
@@ -50,6 +51,7 @@ class Scored:
 
     evaluated: Evaluated
     table: ApTable
+    speed: Mapping[str, float]  # see `score.speed`
     num_unreadable_records: int
     problem: str | None = None
 
@@ -133,7 +135,7 @@ class Scoring:
         folder = stored.folder_of(self._run, evaluated.position)
         try:
             truth = ground_truth(self._shards, self._policy)
-            parts = [stored.read_arrays(unscored.source or folder, evaluated.num_ranks)]
+            parts = stored.read_parts(unscored.source or folder, evaluated.num_ranks)
             fields = _fields(evaluated, truth.num_unreadable_records)
             files = score(truth.coco, parts, self._engine, fields)
         except OSError as error:
@@ -142,8 +144,7 @@ class Scoring:
                 f"process: {error}. Its detections are in {unscored.source or folder}: `raydetr train --resume "
                 f"{self._run}` tries again"
             ) from error
-        table = read_table(json.loads(files[stored.EVALUATION]))
-        return Scored(evaluated, table, truth.num_unreadable_records, _write(files, folder))
+        return _scored(evaluated, files, truth.num_unreadable_records, _write(files, folder))
 
     def close(self) -> None:
         """End the process, if one runs."""
@@ -187,20 +188,31 @@ class Scoring:
             files = {
                 str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()
             }
-            table = read_table(json.loads(files[stored.EVALUATION]))
-            return Scored(evaluated, table, unreadable, _write(files, folder) or problem)
+            return _scored(evaluated, files, unreadable, _write(files, folder) or problem)
 
     def _explain(self, request: Request, scratch: Path) -> str | None:
         """Write the report of an evaluation, in a process of its own, because it takes more memory than its AP.
 
         Returns:
-            Why there is none: the AP does not depend on it. None: it is written.
+            Why there is none, or why it has no images: the AP does not depend on it. None: it is complete.
         """
+        problem: str | None = None
+        images = scratch / "images"
+
+        def on_started(process: subprocess.Popen[str]) -> None:
+            nonlocal problem
+            assert process.stdout is not None
+            asked = process.stdout.readline()  # empty if the process has failed
+            try:
+                store_images(self._shards, json.loads(asked or "[]"), images)
+            except Exception as error:  # whatever it is: a run must not end for a picture
+                problem = f"the report of an evaluation lacks images: {error}"
+
         try:
-            self._run_process(replace(request, is_report=True), scratch)
+            self._run_process(replace(request, images=str(images)), scratch, on_started)
         except (OSError, ValueError, _ProcessError) as error:
             return f"an evaluation has no report: {error}"
-        return None
+        return problem
 
     def _ground_truth(self, scratch: Path) -> tuple[Path, int]:
         """Return a file of this machine with the ground truth, and how many of its records cannot be read."""
@@ -212,8 +224,18 @@ class Scoring:
             file = ground_truth_file(scratch, self._shards.fingerprint)
         return _local(file, scratch / "ground-truth.json"), unreadable
 
-    def _run_process(self, request: Request, scratch: Path) -> None:
+    def _run_process(
+        self,
+        request: Request,
+        scratch: Path,
+        on_started: Callable[[subprocess.Popen[str]], None] = lambda process: None,
+    ) -> None:
         """Score in a process.
+
+        Args:
+            request: what it is to do.
+            scratch: folder for the request.
+            on_started: is called with the process, before its standard input is closed.
 
         Raises:
             _ProcessError: the process failed.
@@ -226,14 +248,15 @@ class Scoring:
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", score_module, str(file)],
             env={**os.environ, **ONE_THREAD, "PYTHONPATH": paths},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,  # Ctrl-C is for the training, which stops after a step
         )
         if self._is_closed:
             self._process.kill()
+        on_started(self._process)
         _, errors = self._process.communicate()
         status, self._process = self._process.returncode, None
         last = errors.strip().splitlines()[-1] if errors.strip() else ""
@@ -256,6 +279,13 @@ def _fields(evaluated: Evaluated, num_unreadable: int) -> dict[str, Any]:
     """Return what evaluation.json has besides the scores."""
     names = ("position", "step", "epoch", "fingerprint")
     return {name: getattr(evaluated, name) for name in names} | {UNREADABLE: num_unreadable}
+
+
+def _scored(
+    evaluated: Evaluated, files: Mapping[str, bytes], num_unreadable: int, problem: str | None
+) -> Scored:
+    content = json.loads(files[stored.EVALUATION])
+    return Scored(evaluated, read_table(content), content["speed"], num_unreadable, problem)
 
 
 def _write(files: Mapping[str, bytes], folder: Folder) -> str | None:

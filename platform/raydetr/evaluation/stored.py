@@ -4,7 +4,7 @@
     evaluations/POSITION/detections/RANK.npz     packed arrays of one rank
     evaluations/POSITION/detections/complete.json    written after them: by how many ranks, of which shards, ...
     evaluations/POSITION/evaluation.json         written after the scoring: metrics, AP by class, speed
-    evaluations/POSITION/report/                 what explains the AP: numbers, plots, a page
+    evaluations/POSITION/report/                 what explains the AP: numbers, plots, images, a page
 
 The folder detections/ is removed with the checkpoint.
 """
@@ -12,7 +12,7 @@ The folder detections/ is removed with the checkpoint.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,20 +113,29 @@ def read_detections(folder: Folder) -> PackedDetections:
     return read_arrays(folder, evaluated.num_ranks)
 
 
-def read_arrays(folder: Folder, num_ranks: int, image_ids: Iterable[int] | None = None) -> PackedDetections:
-    """Read the arrays of an evaluation by `num_ranks` ranks; with `image_ids`, keep only those of these images.
+def read_parts(folder: Folder, num_ranks: int) -> Iterator[PackedDetections]:
+    """Read the arrays of an evaluation by `num_ranks` ranks, one rank after the other.
 
     Raises:
         ValueError: a file is corrupt.
         OSError: a file is missing, or cannot be read.
     """
-    wanted = None if image_ids is None else list(image_ids)
-    parts = []
     for rank in range(num_ranks):
         file = detections_file(folder, rank)
-        part = PackedDetections.from_npz(file if isinstance(file, Path) else file.read_bytes())
-        parts.append(part if wanted is None else part.of_images(wanted))
-    return PackedDetections.concatenate(parts)
+        yield PackedDetections.from_npz(file if isinstance(file, Path) else file.read_bytes())
+
+
+def read_arrays(folder: Folder, num_ranks: int, image_ids: Iterable[int] | None = None) -> PackedDetections:
+    """Read and join the arrays of an evaluation; with `image_ids`, keep only those of these images.
+
+    Raises:
+        ValueError, OSError: see `read_parts`.
+    """
+    parts = read_parts(folder, num_ranks)
+    if image_ids is None:
+        return PackedDetections.concatenate(parts)
+    wanted = list(image_ids)
+    return PackedDetections.concatenate(part.of_images(wanted) for part in parts)
 
 
 def read_evaluation(folder: Folder) -> Mapping[str, Any] | None:

@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 
-from detrs.structures import Outputs, Targets
 from raydetr.config import ConfigError, DataConfig, RunConfig, absolute_paths, flatten, override, to_dict
 from raydetr.console import print_status
-from raydetr.data.batch import Batch
 from raydetr.data.corrupt import CorruptSample
 from raydetr.data.stream import evaluation_batches
 from raydetr.data.transforms.transform import Transform
@@ -24,7 +22,7 @@ from raydetr.evaluation.detections import PackedDetections
 from raydetr.evaluation.evaluator import drop_blank_batches
 from raydetr.evaluation.evaluator import evaluate as evaluate_batches
 from raydetr.evaluation.ground_truth import GroundTruth, evaluation_warnings, ground_truth
-from raydetr.evaluation.image_losses import image_losses
+from raydetr.evaluation.score import speed
 from raydetr.runs.local import local_world
 from raydetr.shards.reader import Shards, open_shards
 from raydetr.store.folders import Folder
@@ -48,8 +46,7 @@ SETTINGS = (
     "cluster.cpus_per_worker",
 )
 
-# Detections, corrupt images, and losses by image id
-Share = tuple[PackedDetections, list[CorruptSample], dict[int, float]]
+Share = tuple[PackedDetections, list[CorruptSample]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class Evaluation:
     ground_truth: GroundTruth
     detections: PackedDetections
     corrupt: list[CorruptSample]  # images without predictions
-    losses: dict[int, float]  # by image id; empty if they were not asked for
+    speed: dict[str, float]  # see `evaluation.score.speed`
 
     def table(self) -> ApTable:
         """Compute AP.
@@ -106,7 +103,7 @@ def evaluate(
 ) -> Evaluation:
     """Run a checkpoint over the validation shards of its run; see `evaluate_checkpoint`.
 
-    The losses of the images, which `with_losses` asks for, take about a millisecond each.
+    With `with_losses`, the detections have the losses of the images.
     """
     checkpoint = find(location, lambda message: print_status(f"skipped: {message}"))
     config = _configure(checkpoint, overrides or {})
@@ -122,17 +119,17 @@ def evaluate(
         if not has_cluster(config.cluster):
             config = _fit_to_machine(config, overrides or {}, local=False)
         shares = run_on_workers(partial(evaluate_share, config, checkpoint, with_losses), config.cluster)
-    corrupt = [row for _, rows, _ in shares for row in rows]
+    corrupt = [row for _, rows in shares for row in rows]
     truth = ground_truth(shards, config.data.on_corrupt)
     for line in (*map(str, corrupt), *evaluation_warnings(len(corrupt), truth.num_unreadable_records)):
         print_status(f"warning: {line}")
-    detections = PackedDetections.concatenate(share for share, _, _ in shares)
-    losses = {image_id: loss for _, _, found in shares for image_id, loss in found.items()}
-    return Evaluation(config, checkpoint, shards, truth, detections, corrupt, losses)
+    parts = [share for share, _ in shares]
+    detections = PackedDetections.concatenate(parts)
+    return Evaluation(config, checkpoint, shards, truth, detections, corrupt, speed(parts))
 
 
 def evaluate_share(config: RunConfig, checkpoint: Folder, with_losses: bool, world: World) -> Share:
-    """Evaluate this process's share of the split; return its detections, corrupt images and losses.
+    """Evaluate this process's share of the split; return its detections and corrupt images.
 
     The precision is that of the training, except for float16 without a GPU: then it is float32.
 
@@ -154,12 +151,6 @@ def evaluate_share(config: RunConfig, checkpoint: Folder, with_losses: bool, wor
     )
     found: list[CorruptSample] = []
     model = loaded.model
-    losses: dict[int, float] = {}
-
-    def add_losses(batch: Batch, outputs: Outputs, targets: Targets) -> None:
-        found = image_losses(model.criterion, outputs, targets)
-        losses.update(zip(batch.image_ids.tolist(), found, strict=True))
-
     precision = config.optim.precision
     is_supported = precision != "fp16" or world.device.type == "cuda"
     detections = evaluate_batches(
@@ -169,9 +160,9 @@ def evaluate_share(config: RunConfig, checkpoint: Folder, with_losses: bool, wor
         loaded.label_map,
         world.device,
         partial(autocast, precision, world.device) if is_supported else nullcontext,
-        add_losses if with_losses else None,
+        model.criterion if with_losses else None,
     )
-    return detections, found, losses
+    return detections, found
 
 
 def _configure(checkpoint: Folder, overrides: Mapping[str, Any]) -> RunConfig:

@@ -456,6 +456,9 @@ class _Session:
         evaluated, table = scored.evaluated, scored.table
         self.warning = scored.problem or self.warning
         numbers = {name: value for name, value in table.numbers.items() if value >= 0}  # -1: undefined
+        if scored.speed:
+            numbers["latency_ms"] = scored.speed["latency_ms"]
+            numbers["evaluation_images_per_second"] = scored.speed["images_per_second"]
         if not any("epoch" in row and row["position"] == evaluated.position for row in self.metrics.rows):
             self._log(evaluated.step, evaluated.position, {**numbers, "epoch": evaluated.epoch}, "evaluation")
         self.ap = self.metrics.last_ap()

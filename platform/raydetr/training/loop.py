@@ -209,6 +209,8 @@ class Training:
     def evaluate(self, shards: Shards) -> PackedDetections:
         """Evaluate `weights` on this worker's share of a split, in the precision of training.
 
+        With `evaluation.report`, which shows those of the largest, the arrays have the losses of the images.
+
         Raises:
             ShardError: an image is corrupt, and `data.on_corrupt` is "raise".
             RemoteError: a server of shards cannot be reached.
@@ -233,6 +235,7 @@ class Training:
             shards.label_map,
             self.world.device,
             self._autocast,
+            self.criterion if self.config.evaluation.report else None,
         )
         self.corrupt = self._gather_corrupt(replace(row, position=self.position) for row in corrupt)
         return detections

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detrs.structures import Detections, Images, Outputs, Predictions
-from raydetr.data.batch import Batch, Sample, collate
+from detrs.criterion import Criterion, LossConfig
+from detrs.structures import Detections, Images, Outputs, Predictions, Targets
+from raydetr.data.batch import Batch, Sample, collate, to_model
 from raydetr.data.transforms.pixels import LazyImage
 from raydetr.evaluation.coco_metrics import coco_ap
 from raydetr.evaluation.detections import PackedDetections
@@ -74,6 +75,38 @@ def test_results_are_in_pixels_and_category_ids() -> None:
     assert results.boxes_xywh[0].tolist() == pytest.approx([30, 30, 60, 20])
     assert 0 < results.scores[0] < 1
     assert (packed.seconds > 0).all()
+    assert packed.ended[0] == packed.ended[1] < packed.ended[2]
+    assert packed.ended[2] >= packed.seconds.sum()
+    assert packed.image_losses() == {}
+
+
+def test_the_arrays_have_the_loss_of_each_image() -> None:
+    """Also of those beside an image whose loss is not finite, which does not end the evaluation."""
+    criterion = Criterion(LossConfig(), giou_eps=1e-6)
+    batches = [make_batch(0, 1), make_batch(2)]
+    detector = Detector()
+    packed = evaluate(detector, postprocess, iter(batches), LABEL_MAP, criterion=criterion)
+    expected = {}
+    for batch in batches:
+        images, targets = to_model(batch, "cpu")
+        outputs = detector(images)
+        for row, image_id in enumerate(batch.image_ids.tolist()):
+            only = Predictions(outputs.predictions.logits[:, [row]], outputs.predictions.boxes[:, [row]])
+            target = Targets(targets.labels[[row]], targets.boxes[[row]], (1,))
+            expected[image_id] = criterion(Outputs(only), target, 1.0).total.item()
+    assert packed.image_losses() == pytest.approx(expected, rel=1e-6)
+    assert packed.of_images([2]).image_losses() == pytest.approx({2: expected[2]}, rel=1e-6)
+
+    class Diverged(Detector):
+        def forward(self, images: Images) -> Outputs:
+            found = super().forward(images).predictions
+            return Outputs(
+                Predictions(found.logits * (np.nan if len(images.pixels) == 2 else 1), found.boxes)
+            )
+
+    packed = evaluate(Diverged(), postprocess, iter(batches), LABEL_MAP, criterion=criterion)
+    assert packed.image_losses() == pytest.approx({2: expected[2]}, rel=1e-6)
+    assert np.isnan(packed.losses[:2]).all()
 
 
 def test_the_arrays_are_what_the_model_returned_bit_for_bit() -> None:

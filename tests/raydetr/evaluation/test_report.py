@@ -164,12 +164,12 @@ def test_losses_and_speed_are_shown_if_they_are_given() -> None:
     assert "largest losses" not in without["report.html"].decode()
     assert "Speed" not in without["report.html"].decode()
     losses = {image["id"]: float(number) for number, image in enumerate(truth["images"])}
-    report = analyze(truth, results, losses=losses, speed={"median_ms": 12.34, "images_per_second": 81.0})
+    report = analyze(truth, results, losses=losses, speed={"latency_ms": 12.34, "images_per_second": 81.0})
     assert report.losses[0] == (truth["images"][-1]["id"], 39.0)
     assert [loss for _, loss in report.losses] == sorted(losses.values(), reverse=True)[:12]
     files = report_files(report, read_image)
     page = files["report.html"].decode()
-    assert "Speed: 12.3 ms for an image (median), 81.0 images per second and process." in page
+    assert "Speed: 12.3 ms for an image (median), 81.0 images per second." in page
     assert "loss 39" in page
     assert Image.open(BytesIO(files["losses.jpg"])).width > 600
     assert strict_json(files["report.json"])["losses"][0]["file_name"] == '"><b>39</b>.jpg'
@@ -180,8 +180,8 @@ def test_losses_and_speed_are_shown_if_they_are_given() -> None:
     [
         ({"losses": {1: 0.5}}, "a loss is for image 1"),
         ({"losses": {3: float("nan")}}, "the loss of image 3 is nan"),
-        ({"speed": {"ms": 3.0}}, "speed has 'ms': it can have median_ms"),
-        ({"speed": {"p95_ms": float("inf")}}, "p95_ms is inf"),
+        ({"speed": {"ms": 3.0}}, "speed has 'ms': it can have latency_ms"),
+        ({"speed": {"latency_p95_ms": float("inf")}}, "latency_p95_ms is inf"),
     ],
 )
 def test_wrong_losses_and_speed_are_refused(extra: dict[str, Any], message: str) -> None:

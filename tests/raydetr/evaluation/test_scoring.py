@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ from raydetr.evaluation import scoring, stored
 from raydetr.evaluation.coco_metrics import coco_ap
 from raydetr.evaluation.detections import PackedDetections
 from raydetr.evaluation.ground_truth import ground_truth, ground_truth_file
-from raydetr.evaluation.score import Request
+from raydetr.evaluation.read_images import from_shards
+from raydetr.evaluation.report import analyze, report_files
+from raydetr.evaluation.score import Request, speed
 from raydetr.evaluation.scoring import Scored, Scoring, ScoringError, Unscored
 from raydetr.evaluation.stored import Evaluated
-from raydetr.shards.reader import Shards, open_shards
+from raydetr.shards.reader import ShardError, Shards, open_shards
 from raydetr.shards.validation import RawSample
 from raydetr.store.folders import Folder, write_file
+from raydetr.store.retry import RemoteError
 
 POSITION = 96
 
@@ -46,6 +50,8 @@ def detections(val: Shards, seed: int = 0) -> PackedDetections:
         draw.random(len(annotations)).astype(np.float32),
         image_ids,
         np.full(len(image_ids), 0.25, np.float32),
+        np.arange(len(image_ids)) // 4 * 0.5 + 2.0,
+        draw.random(len(image_ids)).astype(np.float32),
     )
 
 
@@ -58,6 +64,42 @@ def write(run: Folder, val: Shards, packed: PackedDetections, num_ranks: int = 2
     evaluated = Evaluated(POSITION, 12, 2, num_ranks, val.fingerprint, {"corrupt_rows": []})
     stored.mark_complete(folder, evaluated)
     return evaluated
+
+
+def images_of(page: str) -> list[str]:
+    return re.findall(r"data:image/jpeg;base64,[^\"]+", page)
+
+
+def times(seconds: list[float], ended: list[float]) -> PackedDetections:
+    """One image per entry, without detections."""
+    of_images = {"evaluated_ids": np.arange(len(ended)), "seconds": np.array(seconds, np.float32),
+                 "ended": np.array(ended), "losses": np.zeros(len(ended), np.float32)}  # fmt: skip
+    return replace(PackedDetections.concatenate([]), **of_images)
+
+
+@pytest.mark.parametrize(
+    ("parts", "latency", "high", "rate"),
+    [
+        # Without the first batch: 3 images in 4 s
+        ([([9.0, 9.0, 0.1, 0.1, 0.2], [2.0, 2.0, 3.0, 3.0, 6.0])], 100.0, 190.0, 0.75),
+        # Two processes: 2 + 1 images, and the slower one took 4 s
+        ([([9.0, 0.1, 0.3], [1.0, 3.0, 5.0]), ([8.0, 0.2], [7.0, 8.0])], 200.0, 290.0, 0.75),
+        # A process with one batch beside one with two: its batch is a first one, too
+        ([([9.0, 0.1], [1.0, 3.0]), ([8.0], [7.0]), ([], [])], 100.0, 100.0, 0.5),
+        # Only first batches: they count, from the start
+        ([([0.1, 0.1], [2.0, 2.0]), ([0.3], [4.0])], 100.0, 280.0, 0.75),
+    ],
+)
+def test_the_first_batch_of_a_process_does_not_count_in_the_speed(
+    parts: list[tuple[list[float], list[float]]], latency: float, high: float, rate: float
+) -> None:
+    found = speed([times(*part) for part in parts])
+    expected = {"latency_ms": latency, "latency_p95_ms": high, "images_per_second": rate}
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_evaluation_without_images_has_no_speed() -> None:
+    assert speed([]) == speed([times([], [])]) == {}
 
 
 class Failures(list[tuple[int, str]]):
@@ -93,13 +135,25 @@ def test_the_process_computes_the_ap_of_the_arrays(run_folder: Folder, val: Shar
     assert content is not None
     assert content["metrics"] == dict(expected.numbers)
     assert content["table"] == expected.to_dict()
-    assert content["speed"] == {"median_ms": 250.0, "p95_ms": 250.0}
+    parts = [packed.of_images(packed.evaluated_ids[rank::2]) for rank in range(2)]
+    assert content["speed"] == scored.speed == speed(parts)
     assert (content["position"], content["epoch"], content["num_images"]) == (POSITION, 2, val.num_samples)
     report = json.loads((stored.folder_of(run_folder, POSITION) / "report" / "report.json").read_text())
     assert report["metrics"]["AP"] == pytest.approx(expected["AP"], abs=1e-12)
+    largest = sorted(packed.image_losses().items(), key=lambda pair: -pair[1])[:12]
+    assert [(row["image_id"], row["loss"]) for row in report["losses"]] == largest
     page = (stored.folder_of(run_folder, POSITION) / "report" / "report.html").read_text()
     assert "Where AP is lost" in page
     assert val.fingerprint in page
+    # The page of `raydetr evaluate --html`, made in one process that reads the shards
+    analyzed = analyze(val.coco(), packed.results(), losses=packed.image_losses(), speed=scored.speed)
+    about = {"step": "12", "epoch": "2", "position": "96", "fingerprint": val.fingerprint}
+    files = report_files(analyzed, from_shards(val), about=about)
+    assert images_of(page) == images_of(files["report.html"].decode())
+    assert len(images_of(page)) == len(analyzed.mistakes) + 12
+    for name in ("mistakes.jpg", "losses.jpg"):
+        found = (stored.folder_of(run_folder, POSITION) / "report" / name).read_bytes()
+        assert found == files[name]
     truth = json.loads(ground_truth_file(run_folder, val.fingerprint).read_text())
     assert [a["bbox"] for a in truth["annotations"]] == [a["bbox"] for a in val.coco()["annotations"]]
 
@@ -111,9 +165,9 @@ def test_a_report_that_fails_does_not_take_the_ap_with_it(
     one = start(tmp_path, val, failures)
     run_process = Scoring._run_process
 
-    def fail(self: Scoring, request: Request, scratch: Path) -> None:
+    def fail(self: Scoring, request: Request, *rest: Any) -> None:
         # Its process ends before it can write anything
-        run_process(self, replace(request, detections=["none"]) if request.is_report else request, scratch)
+        run_process(self, replace(request, detections=["none"]) if request.images else request, *rest)
 
     monkeypatch.setattr(Scoring, "_run_process", fail)
     one.add(write(tmp_path, val, packed))
@@ -128,6 +182,39 @@ def test_a_report_that_fails_does_not_take_the_ap_with_it(
     assert stored.read_evaluation(folder) is not None
     assert not (folder / "report").exists()
     assert failures == []
+
+
+@pytest.mark.parametrize("corrupt", [True, False])
+def test_images_that_cannot_be_read_are_missing_in_the_report(
+    tmp_path: Path, val: Shards, monkeypatch: pytest.MonkeyPatch, corrupt: bool
+) -> None:
+    """Corrupt ones alone, as the evaluation has told; all of them, with the reason, if the server is away."""
+    read_many = Shards.read_many
+
+    def read(self: Shards, indices: Sequence[int]) -> list[RawSample | ShardError]:
+        if not corrupt:
+            raise RemoteError("the server does not answer")
+        return [self.corrupt(indices[0], "it is cut off"), *read_many(self, indices[1:])]
+
+    monkeypatch.setattr("raydetr.shards.reader.Shards.read_many", read)
+    packed, failures = detections(val), Failures()
+    one = start(tmp_path, val, failures)
+    one.add(write(tmp_path, val, packed))
+    scored = wait(one)
+    assert isinstance(scored, Scored)
+    assert scored.table == coco_ap(val.coco(), packed.results())
+    assert failures == []
+    folder = stored.folder_of(tmp_path, POSITION) / "report"
+    page = (folder / "report.html").read_text()
+    if corrupt:
+        assert scored.problem is None
+        assert len(images_of(page)) > 3
+        assert "not readable" in page
+        return
+    assert scored.problem == "the report of an evaluation lacks images: the server does not answer"
+    assert page.count("data:image/jpeg") == 0
+    assert "Where AP is lost" in page
+    assert not (folder / "losses.jpg").exists()
 
 
 def test_the_ground_truth_is_read_from_the_shards_once(

@@ -13,6 +13,8 @@ import torch
 from mlflow_history import fetch_history
 from raydetr.config import ConfigError, RunConfig, from_yaml, override
 from raydetr.data.order import ORDER_VERSION
+from raydetr.evaluation import stored
+from raydetr.evaluation.score import speed
 from raydetr.runs import run
 from raydetr.runs.evaluate import evaluate_checkpoint
 from raydetr.runs.resolve import resolve
@@ -29,7 +31,7 @@ EPOCH = 48  # samples
 
 REPORT_FILES = (
     "report.html", "report.json", "precision_recall.png", "classes.png", "tide.png", "confusion.png",
-    "calibration.png",
+    "calibration.png", "mistakes.jpg", "losses.jpg",
 )  # fmt: skip
 
 
@@ -64,7 +66,8 @@ def test_a_run_leaves_checkpoints_metrics_and_artifacts(tiny_run: RunConfig) -> 
     assert tracked.status == "FINISHED"
     assert tracked.params["optim.lr"] == "0.004"
     assert {
-        "AP/AP", "AP/AP50", "loss/loss", "loss_aux/giou_dn", "lr/backbone", "loss/grad_norm", "time/images_per_second"
+        "AP/AP", "AP/AP50", "loss/loss", "loss_aux/giou_dn", "lr/backbone", "loss/grad_norm", "time/images_per_second",
+        "time/latency_ms", "time/evaluation_images_per_second",
     } <= set(tracked.metrics)  # fmt: skip
     assert set(tracked.artifacts) == {
         "config.yaml", f"environment/{socket.gethostname()}.json", "checkpoint.json", "evaluation/ap.json",
@@ -79,6 +82,14 @@ def test_a_run_leaves_checkpoints_metrics_and_artifacts(tiny_run: RunConfig) -> 
         mlflow_run.fetch_artifact(result.tracking_uri, result.mlflow_run_id, "evaluation/ap.json")
     )
     assert table["AP"] == result.metrics["AP"] == tracked.metrics["AP/AP"]
+    parts = stored.read_parts(stored.folder_of(result.folder, 96), 1)
+    times = speed(parts)
+    assert result.metrics["latency_ms"] == times["latency_ms"] == tracked.metrics["time/latency_ms"]
+    rate = tracked.metrics["time/evaluation_images_per_second"]
+    assert result.metrics["evaluation_images_per_second"] == times["images_per_second"] == rate
+    page = (stored.folder_of(result.folder, 96) / "report" / "report.html").read_text()
+    assert page.count("data:image/jpeg") == 24  # mistakes and largest losses
+    assert page.count("<b>loss ") == 12
     assert [row["name"] for row in table["classes"]] == ["disc", "ring", "square", "triangle"]
     steps = [step for step, _ in fetch_history(result.tracking_uri, result.mlflow_run_id)["loss/loss"]]
     assert steps == [2, 4, 6, 8, 10, 12]

@@ -73,7 +73,12 @@ def after_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], 
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
-    return [event for event in read_events(folder) if event["kind"] == "evaluation"]
+    """The events of evaluations, without how fast they were."""
+    events = [event for event in read_events(folder) if event["kind"] == "evaluation"]
+    for event in events:
+        assert event["metrics"].pop("latency_ms") > 0
+        assert event["metrics"].pop("evaluation_images_per_second") > 0
+    return events
 
 
 def test_training_goes_on_while_an_evaluation_is_scored(
@@ -256,6 +261,28 @@ def test_arrays_that_cannot_be_written_are_scored_all_the_same(
     assert "the detections of this evaluation are scored, but cannot be kept" in err
 
 
+def test_a_report_that_cannot_be_written_does_not_end_the_run(
+    short: RunConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write, folder = scoring.write_file, Path(short.storage.path) / "full"
+
+    def full(path: Path, content: bytes) -> None:
+        if path.suffix == ".jpg":
+            raise OSError(errno.ENOSPC, f"{path}: No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(scoring, "write_file", full)
+    config = override(short, {"optim.epochs": 1, "evaluation.report": True})
+    result = run.start(config, local=True, name="full")
+    (only,) = evaluations(folder)
+    assert only["position"] == EPOCH
+    assert result.metrics["AP"] == only["metrics"]["AP"]
+    assert not (stored.folder_of(folder, EPOCH) / "report" / "losses.jpg").exists()
+    assert "losses.jpg: No space left on device" in " ".join(capsys.readouterr().err.split())
+
+
 class Search:
     """Takes the reports of a session, as a search does."""
 
@@ -291,6 +318,7 @@ def test_a_search_gets_the_ap_before_the_next_step_and_a_plain_run_reports_nothi
     expected = [event["metrics"]["AP"] for event in evaluations(undisturbed.folder)]
     assert [metrics["AP"] for _, metrics in search.reported] == expected
     assert [metrics["epoch"] for _, metrics in search.reported] == [1, 2, 3]
+    assert all(metrics["latency_ms"] > 0 for _, metrics in search.reported)
 
 
 def test_a_search_gets_the_ap_of_an_evaluation_before_a_kill(
