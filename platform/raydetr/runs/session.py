@@ -459,13 +459,16 @@ class _Session:
         if scored.speed:
             numbers["latency_ms"] = scored.speed["latency_ms"]
             numbers["evaluation_images_per_second"] = scored.speed["images_per_second"]
+        train_seconds = self.earlier_seconds + time.perf_counter() - self.began
+        # With the present number of workers, also for the time before a restart with another one
+        numbers["worker_hours"] = train_seconds * self.training.world.size / 3600
         if not any("epoch" in row and row["position"] == evaluated.position for row in self.metrics.rows):
             self._log(evaluated.step, evaluated.position, {**numbers, "epoch": evaluated.epoch}, "evaluation")
         self.ap = self.metrics.last_ap()
         metrics = {
             **evaluated.metrics,
             "unreadable_records": scored.num_unreadable_records,
-            "train_seconds": self.earlier_seconds + time.perf_counter() - self.began,
+            "train_seconds": train_seconds,
             **numbers,
             "table": table.to_dict(),
         }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 _DATA = ("skipped_steps", "corrupt_samples", "unpredicted_images", "unreadable_records")
-_TIME = ("epoch", "images_per_second", "train_seconds", "latency_ms", "evaluation_images_per_second")
+_TIME = (
+    "epoch", "images_per_second", "train_seconds", "latency_ms", "evaluation_images_per_second", "worker_hours",
+)  # fmt: skip
 
 
 def metric_name(name: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from raydetr.config import override
 from raydetr.console import print_status
 from raydetr.store.background import BackgroundThreads
+from raydetr.store.folders import remove_folder
 from raydetr.tracking.events import EventLog
 from raydetr.training import checkpoint
 from raydetr.tune.asha import Asha
@@ -140,6 +141,13 @@ class Coordinator:
             trial = replace(trial, status="failed", cause="it ended without its last evaluation")
         self._record(trial)
         return trial
+
+    def remove_checkpoints(self, trial: Trial) -> None:
+        """Remove the checkpoints of a trial that has ended; print a warning if they cannot be."""
+        try:
+            remove_folder(self._context.trial_folder(trial.number) / checkpoint.CHECKPOINTS)
+        except OSError as error:
+            print_status(f"warning: the checkpoints of trial {trial.number} cannot be removed: {error}")
 
     def interrupt(self) -> None:
         """Record that the trials that run or wait are interrupted."""

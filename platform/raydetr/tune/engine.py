@@ -20,6 +20,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from raydetr.console import print_status
+from raydetr.store.background import BackgroundThreads
 from raydetr.tune import cluster
 from raydetr.tune.coordinator import Coordinator
 from raydetr.tune.trial import SearchContext, as_tune_config, run_trial
@@ -28,7 +29,7 @@ from raydetr.tune.trials import Trial
 # The process of a trial only waits for its workers. It takes a fraction of a resource of the head that nothing else
 # uses: with one CPU per trial, two trials on two CPUs would wait for their workers forever.
 TRIAL_RESOURCES = {"node:__internal_head__": 0.001}
-# From the end of a trial until its placement group is removed: its controller has exited by then, and cannot start
+# From the end of a trial until what it may have left is removed: its controller has exited by then, and cannot start
 # workers again
 RELEASE_DELAY_SECONDS = 15.0
 
@@ -47,6 +48,8 @@ def run_trials(
     coordinator: Coordinator,
     should_stop: Callable[[], bool],
     on_change: Callable[[Trial], None],
+    *,
+    keeps_stopped: bool,
 ) -> None:
     """Run trials until all have ended, or until `should_stop`.
 
@@ -55,8 +58,9 @@ def run_trials(
         coordinator: of the search.
         should_stop: is asked often.
         on_change: is called with a trial that begins, was evaluated or has ended.
+        keeps_stopped: keep the checkpoints of trials that are stopped early.
     """
-    link = _Link(coordinator, on_change, should_stop)
+    link = _Link(coordinator, on_change, should_stop, keeps_stopped)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, context=context), TRIAL_RESOURCES),
         tune_config=tune.TuneConfig(
@@ -94,13 +98,21 @@ class _Link(_Unstored):
     """Connects the objects that Tune calls with the coordinator; maps Tune's ids to the numbers of trials."""
 
     def __init__(
-        self, coordinator: Coordinator, on_change: Callable[[Trial], None], should_stop: Callable[[], bool]
+        self,
+        coordinator: Coordinator,
+        on_change: Callable[[Trial], None],
+        should_stop: Callable[[], bool],
+        keeps_stopped: bool,
     ) -> None:
         self.coordinator, self._on_change, self._should_stop = coordinator, on_change, should_stop
+        self._keeps_stopped = keeps_stopped
+        self._threads = BackgroundThreads(1, "release")
         self.numbers: dict[str, int] = {}
         self.failures: dict[int, str] = {}  # that trials have reported
         self.groups: dict[int, str] = {}  # placement groups of the trials' workers
-        self.to_remove: list[tuple[float, str]] = []  # (monotonic time, placement group)
+        self._to_release: list[
+            tuple[float, Trial, str | None]
+        ] = []  # (monotonic time, trial, placement group)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         proposal = self.coordinator.next()
@@ -128,9 +140,23 @@ class _Link(_Unstored):
             return
         number = self.numbers[trial_id]
         trial = self.coordinator.end(number, self.failures.pop(number, failure))
-        if number in self.groups:
-            self.to_remove.append((time.monotonic() + RELEASE_DELAY_SECONDS, self.groups.pop(number)))
+        self._to_release.append(
+            (time.monotonic() + RELEASE_DELAY_SECONDS, trial, self.groups.pop(number, None))
+        )
         self._on_change(trial)
+
+    def release(self) -> None:
+        """Release what trials may still hold that ended some time ago: in a thread, for Tune's loop must not wait."""
+        while self._to_release and self._to_release[0][0] < time.monotonic():
+            self._threads.submit(self._release, *self._to_release.pop(0)[1:])
+
+    def _release(self, trial: Trial, group: str | None) -> None:
+        # Ray's cleanup releases the workers at once, but it asks the dashboard, which does not always answer. The next
+        # trial would then wait for its workers forever
+        if group is not None:
+            cluster.remove_group(group)
+        if trial.status == "stopped by ASHA" and not self._keeps_stopped:
+            self.coordinator.remove_checkpoints(trial)
 
 
 class _Searcher(Searcher):
@@ -191,14 +217,8 @@ class _Callback(tune.Callback):
         )
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Release the resources that an ended trial may still hold.
-
-        Ray's cleanup releases them at once, but it asks the dashboard, which does not always answer. The next trial
-        would then wait for its workers forever.
-        """
-        waiting = self._link.to_remove
-        while waiting and waiting[0][0] < time.monotonic():
-            cluster.remove_group(waiting.pop(0)[1])
+        """Release what ended trials may still hold."""
+        self._link.release()
 
 
 def _cause(error_file: Path) -> str:

@@ -36,10 +36,8 @@ from raydetr.runs.run_folder import read_config
 from raydetr.runs.run_tracking import log_launch, uploading, without_password
 from raydetr.runs.signals import RunStopped, StopSignals
 from raydetr.shards.reader import Shards
-from raydetr.store.folders import remove_folder
 from raydetr.tracking.events import EventLog, read_events
 from raydetr.tracking.uris import mask_password, tracking_uri
-from raydetr.training import checkpoint
 from raydetr.tune import cluster, engine
 from raydetr.tune.asha import Asha
 from raydetr.tune.check import check_configurations, check_population, check_space
@@ -144,13 +142,16 @@ def resume(
 ) -> SearchResult:
     """Continue a search whose driver was stopped or has died; finished trials are not repeated.
 
-    Trials that were running continue from their newest checkpoint. See `search` for the errors.
+    Trials that were running continue from their newest checkpoint.
 
     Args:
         folder: of the search.
         overrides: of where it runs: `cluster` and `tracking.uri`.
         num_trials: more trials than before; None: as many.
         max_concurrent: None: as before.
+
+    Raises:
+        ConfigError: there is no search, or an override or option cannot change; and the errors of `search`.
     """
     options = read_options(folder)
     for path in overrides or {}:
@@ -282,7 +283,13 @@ def _search(plan: _Plan, *, is_new: bool) -> SearchResult:
         failure: str | None = None
         try:
             with SearchDisplay(context, lambda: coordinator.trials, options.num_trials) as display:
-                engine.run_trials(context, coordinator, stop.is_set, display.on_change)
+                engine.run_trials(
+                    context,
+                    coordinator,
+                    stop.is_set,
+                    display.on_change,
+                    keeps_stopped=options.keep == "all",
+                )
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
             raise
@@ -322,7 +329,7 @@ def _finish(plan: _Plan, coordinator: Coordinator, before: list[LeakedResource])
     best, context = best_trial(trials), plan.context
     for trial in trials:
         _log_end(context, trial, plan.splits)
-    _remove_checkpoints(plan, trials)
+    _remove_checkpoints(plan, coordinator, trials)
     samples = _compared_at(trials)
     result = SearchResult(
         name=context.name,
@@ -332,7 +339,8 @@ def _finish(plan: _Plan, coordinator: Coordinator, before: list[LeakedResource])
         trials=trials,
         command=None if best is None else best_command(plan.config, best, trials, context.folder),
         leaked=tuple(leaked),
-        importance=importance_of(plan.space, trials, samples),
+        # The values of a population change
+        importance={} if plan.options.algorithm == "pbt" else importance_of(plan.space, trials, samples),
     )
     write_result(result, plan.space, plan.config, samples)
     return result
@@ -362,7 +370,7 @@ def _log_end(context: SearchContext, trial: Trial, splits: tuple[Shards, Shards]
         print_status(f"warning: {log.problem}")
 
 
-def _remove_checkpoints(plan: _Plan, trials: Sequence[Trial]) -> None:
+def _remove_checkpoints(plan: _Plan, coordinator: Coordinator, trials: Sequence[Trial]) -> None:
     """Remove the checkpoints that `options.keep` does not keep; those of trials that go on are kept."""
     best = best_trial(trials)
     for trial in trials:
@@ -372,10 +380,7 @@ def _remove_checkpoints(plan: _Plan, trials: Sequence[Trial]) -> None:
             "best": trial == best or trial.status in ("interrupted", "waiting"),
         }[plan.options.keep]
         if not is_kept:
-            try:
-                remove_folder(plan.context.trial_folder(trial.number) / checkpoint.CHECKPOINTS)
-            except OSError as error:
-                print_status(f"warning: the checkpoints of trial {trial.number} cannot be removed: {error}")
+            coordinator.remove_checkpoints(trial)
 
 
 def _release(before: list[LeakedResource]) -> list[LeakedResource]:
