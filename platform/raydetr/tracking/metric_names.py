@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _DATA = ("skipped_steps", "corrupt_samples", "unpredicted_images", "unreadable_records")
-_TIME = ("epoch", "images_per_second", "train_seconds", "evaluation_seconds")
+_TIME = ("epoch", "images_per_second", "train_seconds", "evaluation_seconds", "cpu_seconds")
 
 
 def metric_name(name: str) -> str:
