@@ -65,6 +65,7 @@ def _small(recipe: str, model: ModelConfig) -> RunConfig:
     return override(
         parent.model_copy(update={"recipe": recipe, "model": model}),
         {
+            "data.batch_size": 8,
             "optim.epochs": 4,
             "optim.lr": 1e-3,
             "optim.lr_backbone": 1e-3,
