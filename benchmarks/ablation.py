@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import mean, variance
 from typing import Any
 
-from race import RECIPES, Budget, add_options, markdown, put_into_docs, read_curve
+from race import RECIPES, Budget, add_options, markdown, put_into_docs, read_curve, short
 from scipy.stats import t
 
 from raydetr.console import table
@@ -52,11 +52,12 @@ VARIANTS = (
     Variant("DINO", "contrastive negatives", "negatives", {"model.contrastive_denoising": False}),
     Variant("DINO", "mixed selection", "mixed", {"model.mixed_selection": False}),
     Variant("DINO", "look forward twice", "twice", {"model.look_forward_twice": False}),
-    Variant("Deformable DETR", None, "whole"),
+    Variant("Deformable DETR", None, "whole", {"model.refinement": True}),
     # The level of the models with dense attention
     Variant("Deformable DETR", "several levels", "levels",
-            {"model.strides": [32], "model.num_feature_levels": 1, "model.backbone.dilation": True}),
-    Variant("Deformable DETR", "refinement", "refinement", {"model.refinement": False}),
+            {"model.refinement": True, "model.strides": [32], "model.num_feature_levels": 1,
+             "model.backbone.dilation": True}),
+    Variant("Deformable DETR", "refinement", "refinement"),  # as in the race
     Variant("DAB-DETR", None, "whole"),
     Variant("DAB-DETR", "modulated attention", "modulation", {"model.modulate_attention": False}),
 )  # fmt: skip
@@ -128,7 +129,7 @@ def train(variant: Variant, seed: int, budget: Budget, logs: Path) -> tuple[int,
         RuntimeError: it failed; the message has the end of its output.
     """
     recipe = RECIPES[variant.model]
-    name = f"ablation-{recipe}-{variant.slug}{budget.suffix}-seed{seed}"
+    name = f"ablation-{short(recipe)}-{variant.slug}{budget.suffix}-seed{seed}"
     changes = {**budget.changes(), **variant.changes, "seed": seed}
     program = str(Path(sys.executable).with_name("raydetr"))
     assignments = [f"{path}={json.dumps(value)}" for path, value in changes.items()]

@@ -86,7 +86,7 @@ def main() -> None:
     for number, (model, recipe) in enumerate(RECIPES.items(), 1):
         print(f"{number} of {len(RECIPES)}: {model}", flush=True)
         folders.append(
-            train(override(recipes.find(recipe), budget.changes()), f"race-{recipe}{budget.suffix}")
+            train(override(recipes.find(recipe), budget.changes()), f"race-{short(recipe)}{budget.suffix}")
         )
     curves = {model: read_curve(folder) for model, folder in zip(RECIPES, folders, strict=True)}
     with progress_bar("draws of images") as progress:
@@ -117,6 +117,11 @@ def train(config: RunConfig, name: str) -> Folder:
         return run.start(config, name=name, or_resume=True, warn=False).folder
     except ConfigError as error:
         sys.exit(f"{error}\nOr remove the folder of that run, to train it again")
+
+
+def short(recipe: str) -> str:
+    """Return the part of a recipe's name that names the model."""
+    return recipe.removeprefix("small_")
 
 
 def read_curve(folder: Folder) -> list[Point]:

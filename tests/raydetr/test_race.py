@@ -52,7 +52,7 @@ def test_the_race_is_what_its_runs_have_logged_and_is_not_repeated(tmp_path: Pat
     curves = json.loads((tmp_path / "out/race.json").read_text())
     assert list(curves) == ["DETR", "Conditional DETR", "DAB-DETR", "Deformable DETR", "DINO"]
     for (model, points), recipe in zip(curves.items(), SMALL, strict=True):
-        (run,) = (tmp_path / "runs").glob(f"race-{recipe}-*")
+        (run,) = (tmp_path / "runs").glob(f"race-{recipe.removeprefix('small_')}-*")
         assert [point[0] for point in points] == [32, 64], model
         for samples, ap, ap50, _ in points:
             content = stored.read_evaluation(stored.folder_of(run, samples))
@@ -67,7 +67,7 @@ def test_the_race_is_what_its_runs_have_logged_and_is_not_repeated(tmp_path: Pat
         assert launched["experiment"] == "race"
     assert Image.open(tmp_path / "out/race.png").size == (1100, 420)
     assert "average precision" in first.stdout
-    assert (tmp_path / "out/race.html").read_text().count("race-small_dino") > 1
+    assert (tmp_path / "out/race.html").read_text().count("race-dino") > 1
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.jsonl")}
     again = command("race", tmp_path, "--epochs", "2", "--images", "32")
     assert again.returncode == 0, again.stderr[-3000:]
@@ -92,7 +92,7 @@ def test_the_ablations_end_with_the_ap_of_their_runs(tmp_path: Path) -> None:
             ("dino", "whole", content["models"]["DINO"]["AP"][seed]),
             ("dino", "negatives", content["models"]["DINO"]["without"]["contrastive negatives"]["AP"][seed]),
         ):
-            folder = runs / f"ablation-small_{model}-{slug}-1ep-32images-seed{seed}"
+            folder = runs / f"ablation-{model}-{slug}-1ep-32images-seed{seed}"
             evaluation = stored.read_evaluation(stored.folder_of(folder, 32))
             assert evaluation is not None
             assert evaluation["table"]["AP"] == ap
@@ -100,7 +100,7 @@ def test_the_ablations_end_with_the_ap_of_their_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_fails_ends_the_ablations_with_its_reason(tmp_path: Path) -> None:
-    with Lease(tmp_path / "runs" / "ablation-small_dino-whole-1ep-16images-seed0"):
+    with Lease(tmp_path / "runs" / "ablation-dino-whole-1ep-16images-seed0"):
         done = command("ablation", tmp_path, "--epochs", "1", "--images", "16", "--seeds", "1")
     assert done.returncode != 0
     assert "another process" in done.stderr
