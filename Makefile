@@ -37,7 +37,7 @@ endif
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help quickstart test test-slow parity setup fix check bench chaos cluster-demo tune-demo ui clean always
+.PHONY: help quickstart test test-slow parity setup fix check bench chaos race ablation cluster-demo tune-demo ui clean always
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +77,12 @@ bench-%: setup
 
 chaos: setup ## kill and stop parts of a run at random, and compare it with an undisturbed one; KILLS=20
 	$(python) benchmarks/chaos.py --kills $(KILLS) $(ARGS)
+
+race: setup ## train the models of the five papers with one budget, and compare them
+	$(python) benchmarks/race.py $(ARGS)
+
+ablation: setup ## train them without one of their parts each: what is lost
+	$(python) benchmarks/ablation.py $(ARGS)
 
 cluster-demo: setup ## submit the quickstart to a local cluster that loses a node: the same AP
 	$(python) benchmarks/cluster_demo.py

@@ -148,9 +148,9 @@ def build_backbone(config: BackboneConfig) -> ResNet:
         ValueError: a setting cannot be built, or the weights do not fit; the message names the setting, or the keys
             that are missing and unexpected.
     """
-    if config.dilation and config.name in ("resnet18", "resnet34", "small"):
+    if config.dilation and config.name in ("resnet18", "resnet34"):
         raise ValueError(
-            f"backbone.dilation: not possible with backbone.name={config.name!r}; use resnet50 or resnet101"
+            f"backbone.dilation: not possible with backbone.name={config.name!r}; use resnet50, resnet101 or small"
         )
     if not 0 <= config.num_frozen_stages <= 5:
         raise ValueError(f"backbone.num_frozen_stages: {config.num_frozen_stages} is not between 0 and 5")

@@ -156,7 +156,7 @@ _DINO: Rules = _MULTI_SCALE | {
 
 # A checkpoint belongs to the first architecture whose parameter it has: the order matters
 _SIGNATURES = {
-    "dino": "transformer.tgt_embed.weight",
+    "dino": "transformer.enc_out_class_embed.weight",
     "dab_detr": "refpoint_embed.weight",
     "deformable_detr": "transformer.level_embed",
     "conditional_detr": "transformer.decoder.query_scale.layers.0.weight",

@@ -197,7 +197,7 @@ class Criterion:
         self, outputs: Outputs, targets: Targets, num_boxes: Float[Tensor, ""] | float
     ) -> dict[str, Tensor]:
         denoised = outputs.denoised
-        if denoised is None or denoised.max_targets == 0:
+        if denoised is None or denoised.group_size == 0:
             # Exact zeros, as in the official code, and one per decoder layer
             num_layers = len(outputs.predictions.logits) if self.aux_loss else 1
             zeros = outputs.predictions.boxes.new_zeros(num_layers)
@@ -335,7 +335,7 @@ def cross_entropy(
 def denoising_matches(denoised: Denoised, targets: Targets, num_layers: int) -> Matches:
     """Match positive denoising queries with the targets they were made from, in every layer."""
     _, index = targets.indices()
-    starts = torch.arange(denoised.num_groups, device=index.device)[:, None] * 2 * denoised.max_targets
+    starts = torch.arange(denoised.num_groups, device=index.device)[:, None] * denoised.group_size
     queries = (starts + index).flatten().expand(num_layers, -1)
     rows = torch.arange(len(index), device=index.device).repeat(denoised.num_groups)
     return Matches(queries, rows.expand(num_layers, -1))

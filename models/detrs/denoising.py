@@ -1,4 +1,4 @@
-"""Build contrastive denoising queries: noised targets whose assignment is known (DINO, section 3.3)."""
+"""Build denoising queries: noised targets whose assignment is known (DN-DETR; contrastive: DINO, section 3.3)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GroupRule = Literal["official", "fill"]
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers of one call. The `r` rows are the targets, repeated for both halves of each group."""
+    """Random numbers of one call. The `r` rows are the targets, repeated for each block of each group."""
 
     label_chance: Float[Tensor, " r"]  # in [0, 1): the label is replaced if it is below half of label_noise
     new_labels: Int64[Tensor, " k"]  # for the `k` replaced rows, in order
@@ -38,25 +38,31 @@ class Draws:
 
 @dataclass(frozen=True)
 class NoisedQueries:
-    """Denoising queries in `num_groups` groups of two halves, positives then negatives.
+    """Denoising queries in `num_groups` groups of `num_blocks` blocks: positives and, if there are two, negatives.
 
-    A half has `max_targets` queries, the number of targets of the image with the most. Those of image i after the first
-    `counts[i]` are padding. `labels` are those of the rows, with noise.
+    A block has `max_targets` queries, the number of targets of the image with the most. Those of image i after the
+    first `counts[i]` are padding. `labels` are those of the rows, with noise.
     """
 
     content: Float[Tensor, "b p d"]
     reference: Float[Tensor, "b p 4"]
     labels: Int64[Tensor, " r"]
     num_groups: int
+    num_blocks: int
     max_targets: int
+
+    @property
+    def group_size(self) -> int:
+        """Number of queries of a group."""
+        return self.num_blocks * self.max_targets
 
     @property
     def num_queries(self) -> int:
         """Number of denoising queries per image, `p`."""
-        return 2 * self.num_groups * self.max_targets
+        return self.num_groups * self.group_size
 
 
-class ContrastiveDenoising(nn.Module):
+class Denoising(nn.Module):
     """Turn targets into denoising queries.
 
     Args:
@@ -67,6 +73,8 @@ class ContrastiveDenoising(nn.Module):
         box_noise: largest move of a corner, as a fraction of half the box; negatives move up to twice as far.
         group_rule: "fill": the largest number of groups that fits into `num_denoising`, at least one. "official": the
             same, but if `num_denoising` < 50, then 2 * num_denoising groups, for any number of targets.
+        contrastive: add a negative query to every positive one: a box with more noise, to be rejected. Without, there
+            are only positives, as in DN-DETR; their noise is the same.
     """
 
     def __init__(
@@ -78,8 +86,10 @@ class ContrastiveDenoising(nn.Module):
         label_noise: float,
         box_noise: float,
         group_rule: GroupRule,
+        contrastive: bool = True,
     ) -> None:
         super().__init__()
+        self.num_blocks = 2 if contrastive else 1  # of a group
         self.num_classes, self.num_denoising, self.group_rule = num_classes, num_denoising, group_rule
         self.label_noise, self.box_noise = label_noise, box_noise
         # The last row is unused, as in the official code
@@ -103,20 +113,22 @@ class ContrastiveDenoising(nn.Module):
         """
         max_targets = max(targets.counts, default=0) if max_targets is None else max_targets
         num_groups = self.num_groups(max_targets)
-        labels, boxes = targets.labels.repeat(2 * num_groups), targets.boxes.repeat(2 * num_groups, 1)
-        negative = torch.arange(len(labels), device=labels.device) // max(len(targets.labels), 1) % 2 == 1
+        num_blocks = self.num_blocks * num_groups
+        labels, boxes = targets.labels.repeat(num_blocks), targets.boxes.repeat(num_blocks, 1)
+        block = torch.arange(len(labels), device=labels.device) // max(len(targets.labels), 1)
+        negative = block % self.num_blocks == 1
         if draws is None:
             draws = self.draw(labels)
         labels = self._noise_labels(labels, draws)
         boxes = self._noise_boxes(boxes, negative, draws)
-        shape = (len(targets.counts), 2 * num_groups * max_targets)
-        image, query = _query_indices(targets, num_groups, max_targets)
+        shape = (len(targets.counts), num_blocks * max_targets)
+        image, query = _query_indices(targets, num_blocks, max_targets)
         embedded = self.label_embed(labels)
         # Padding has box logits of 0, as in the official code: boxes of 0.5
         content = embedded.new_zeros(*shape, embedded.shape[-1]).index_put((image, query), embedded)
         reference = boxes.new_full((*shape, 4), 0.5)
         reference = reference.index_put((image, query), inverse_sigmoid(boxes, 1e-3).sigmoid())
-        return NoisedQueries(content, reference, labels, num_groups, max_targets)
+        return NoisedQueries(content, reference, labels, num_groups, self.num_blocks, max_targets)
 
     def draw(self, labels: Int64[Tensor, " r"]) -> Draws:
         """Draw random numbers in the order and precision (float32) of the official code; none for noise that is off."""
@@ -143,7 +155,7 @@ class ContrastiveDenoising(nn.Module):
             max_targets: as in `forward`.
             seeds: one per image.
         """
-        num_blocks = 2 * self.num_groups(max_targets)
+        num_blocks = self.num_blocks * self.num_groups(max_targets)
         chances, labels, signs, fractions = [], [], [], []
         for count, seed in zip(counts, seeds, strict=True):
             generator = torch.Generator().manual_seed(seed)
@@ -192,16 +204,16 @@ def denoising_attn_mask(noised: NoisedQueries, num_queries: int, device: torch.d
         device: of the mask.
     """
     size = noised.num_queries + num_queries
-    group = torch.arange(size, device=device) // max(2 * noised.max_targets, 1)
+    group = torch.arange(size, device=device) // max(noised.group_size, 1)
     matching = torch.arange(size, device=device) >= noised.num_queries
     other_group = (group[:, None] != group) | matching[:, None]
     return other_group & ~matching
 
 
 def _query_indices(
-    targets: Targets, num_groups: int, max_targets: int
+    targets: Targets, num_blocks: int, max_targets: int
 ) -> tuple[Int64[Tensor, " r"], Int64[Tensor, " r"]]:
     """Return the image and the query of each row."""
     image, index = targets.indices()
-    starts = torch.arange(2 * num_groups, device=index.device) * max_targets
-    return image.repeat(2 * num_groups), (starts[:, None] + index).flatten()
+    starts = torch.arange(num_blocks, device=index.device) * max_targets
+    return image.repeat(num_blocks), (starts[:, None] + index).flatten()

@@ -8,7 +8,7 @@ from torch import nn
 
 from detrs.backbone import ResNet
 from detrs.decoder import Decoder
-from detrs.denoising import ContrastiveDenoising, Draws, NoisedQueries, prepend
+from detrs.denoising import Denoising, Draws, NoisedQueries, prepend
 from detrs.encoder import Encoder
 from detrs.neck import Neck
 from detrs.structures import Denoised, Images, Outputs, Predictions, Queries, Targets
@@ -35,7 +35,7 @@ class Detector(nn.Module):
         encoder: Encoder,
         queries: nn.Module,
         decoder: Decoder,
-        denoising: ContrastiveDenoising | None = None,
+        denoising: Denoising | None = None,
         min_tokens: int = 0,
     ) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Detector(nn.Module):
         if noised is None:
             return Outputs(predictions, first_stage)
         dn, predictions = split(predictions, noised.num_queries)
-        return Outputs(predictions, first_stage, Denoised(dn, noised.num_groups, noised.max_targets))
+        return Outputs(predictions, first_stage, Denoised(dn, noised.num_groups, noised.group_size))
 
     def enable_activation_checkpointing(self) -> None:
         """Compute activations again in the backward pass instead of keeping them: slower, with less memory.
@@ -97,9 +97,7 @@ class Detector(nn.Module):
         return sum(-(-height // stride) * -(-width // stride) for stride in (*self.strides, *extra))
 
 
-def with_denoising(
-    queries: Queries, noised: NoisedQueries | None, denoising: ContrastiveDenoising
-) -> Queries:
+def with_denoising(queries: Queries, noised: NoisedQueries | None, denoising: Denoising) -> Queries:
     """Prepend the denoising queries, if any; make the result depend on the label embedding in any case."""
     if noised is not None:
         queries = prepend(noised, queries)

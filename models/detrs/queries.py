@@ -114,19 +114,29 @@ class Proposals(nn.Module):
 
 
 class EncoderBoxes(nn.Module):
-    """Mixed query selection: boxes from the encoder's best tokens, content learned (DINO, section 3.4)."""
+    """Boxes from the encoder's best tokens, and content that is learned: mixed query selection (DINO, section 3.4).
 
-    def __init__(self, num_queries: int, hidden_dim: int, proposals: Proposals) -> None:
+    Without `mixed`, the content is the features of the tokens, without gradient (pure query selection; official code).
+    """
+
+    def __init__(
+        self, num_queries: int, hidden_dim: int, proposals: Proposals, *, mixed: bool = True
+    ) -> None:
         super().__init__()
-        self.proposals, self.content = proposals, nn.Embedding(num_queries, hidden_dim)
-        nn.init.xavier_uniform_(self.content.weight)
+        self.proposals, self.num_queries = proposals, num_queries
+        self.content = nn.Embedding(num_queries, hidden_dim) if mixed else None
+        if self.content is not None:
+            nn.init.xavier_uniform_(self.content.weight)
 
     def forward(self, memory: Memory) -> tuple[Queries, FirstStage]:
         """Return the queries, and the predictions of the encoder for the chosen tokens."""
-        _, logits, boxes, prior = self.proposals(memory)
-        chosen = _best(logits.amax(-1), self.content.num_embeddings)
+        features, logits, boxes, prior = self.proposals(memory)
+        chosen = _best(logits.amax(-1), self.num_queries)
         logits, boxes, prior = (_pick(x, chosen) for x in (logits, boxes, prior))
-        content = self.content.weight.expand(len(logits), -1, -1)
+        if self.content is None:
+            content = _pick(features, chosen).detach()
+        else:
+            content = self.content.weight.expand(len(logits), -1, -1)
         queries = Queries(content, reference=boxes.detach().sigmoid())
         return queries, FirstStage(Predictions(logits[None], boxes.sigmoid()[None]), prior.sigmoid())
 

@@ -101,7 +101,7 @@ class Denoised:
 
     predictions: Predictions
     num_groups: int
-    max_targets: int
+    group_size: int  # queries; the positives come first, in the order of an image's targets
 
 
 @dataclass(frozen=True)

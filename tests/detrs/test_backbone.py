@@ -99,5 +99,8 @@ def test_dilation_keeps_the_resolution() -> None:
     with torch.no_grad():
         *_, third, fourth = build_backbone(BackboneConfig(dilation=True))(torch.randn(1, 3, 64, 64))
     assert third.shape[2:] == fourth.shape[2:] == (4, 4)
+    with torch.no_grad():
+        *_, third, fourth = build_backbone(BackboneConfig("small", dilation=True))(torch.randn(1, 3, 64, 64))
+    assert third.shape[2:] == fourth.shape[2:] == (4, 4)
     with pytest.raises(ValueError, match="dilation"):
         build_backbone(BackboneConfig("resnet18", dilation=True))

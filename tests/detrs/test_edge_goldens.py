@@ -13,7 +13,7 @@ from torch import Tensor
 
 import goldens
 import parity
-from detrs.denoising import ContrastiveDenoising, denoising_attn_mask
+from detrs.denoising import Denoising, denoising_attn_mask
 from detrs.structures import FirstStage, Outputs, Predictions
 from goldens import Golden
 
@@ -81,7 +81,7 @@ def check_gradients(
 def test_noised_queries(name: str, prefix: str) -> None:
     golden = goldens.read(name)
     case = next(x for x in golden.manifest["cdn"] if x["prefix"] == prefix)
-    denoising = ContrastiveDenoising(
+    denoising = Denoising(
         case["num_classes"],
         case["hidden_dim"],
         num_denoising=case["dn_number"],
@@ -111,7 +111,7 @@ def test_noise_is_drawn_in_the_official_order(name: str, prefix: str) -> None:
     golden = goldens.read(name)
     case = next(x for x in golden.manifest["cdn"] if x["prefix"] == prefix)
     expected = goldens.draws(golden, prefix)
-    denoising = ContrastiveDenoising(
+    denoising = Denoising(
         case["num_classes"],
         case["hidden_dim"],
         num_denoising=case["dn_number"],

@@ -12,7 +12,7 @@ import small_models
 from detrs.backbone import BackboneConfig, build_backbone
 from detrs.criterion import Criterion, LossConfig
 from detrs.decoder import Decoder
-from detrs.denoising import ContrastiveDenoising
+from detrs.denoising import Denoising
 from detrs.detector import Detector
 from detrs.layers import box_head, class_head
 from detrs.neck import Neck, PositionEncoding
@@ -53,9 +53,7 @@ def build_dab_deformable(*, two_stage: bool) -> Model:
             refinement="detached",
             eps=1e-3,
         ),
-        ContrastiveDenoising(
-            num_classes, dim, num_denoising=8, label_noise=0.5, box_noise=0.4, group_rule="fill"
-        ),
+        Denoising(num_classes, dim, num_denoising=8, label_noise=0.5, box_noise=0.4, group_rule="fill"),
     )
     criterion = Criterion(LossConfig(), giou_eps=1e-6, denoising=True, first_stage="interm")
     return Model(detector, criterion, functools.partial(best_pairs, num_select=10))

@@ -76,9 +76,10 @@ def meta_detector(model: ModelConfig) -> nn.Module:
         return build(replace(model, num_classes=91)).detector
 
 
-def test_all_recipes_are_official_or_fine_tune_or_quickstart() -> None:
+def test_all_recipes_are_official_or_fine_tune_or_small() -> None:
     names = {recipe.__name__ for recipe in recipes.RECIPES}
-    assert names == {"quickstart", "quickstart_hard", *FINETUNE, *SCHEDULES}
+    small = {f"small_{name}" for name in ("detr", "conditional_detr", "dab_detr", "deformable_detr", "dino")}
+    assert names == {"quickstart", "quickstart_hard", *small, *FINETUNE, *SCHEDULES}
     assert len(recipes.RECIPES) == len(names)
     assert {recipes.find(name).model.architecture for name in FINETUNE} == set(goldens.ARCHITECTURES.values())
 

@@ -47,6 +47,15 @@ CONFIGS: dict[str, ModelConfig] = {
         activation="gelu",
     ),
     "dino": DinoConfig(**SMALL, **LEVELS, num_denoising=8, denoising_groups="fill"),
+    "dino_without": DinoConfig(
+        **SMALL,
+        **LEVELS,
+        num_denoising=8,
+        denoising_groups="fill",
+        contrastive_denoising=False,
+        mixed_selection=False,
+        look_forward_twice=False,
+    ),
     "dino_quickstart": DinoConfig(
         **{**SMALL, "num_encoder_layers": 0},
         **LEVELS,

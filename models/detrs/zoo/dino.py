@@ -23,7 +23,7 @@ from torch import nn
 from detrs.backbone import BackboneConfig, build_backbone
 from detrs.criterion import Criterion, LossConfig
 from detrs.decoder import Decoder
-from detrs.denoising import ContrastiveDenoising, GroupRule
+from detrs.denoising import Denoising, GroupRule
 from detrs.detector import Detector
 from detrs.layers import box_head, class_head, xavier_
 from detrs.neck import Neck, PositionEncoding
@@ -36,6 +36,7 @@ from detrs.zoo.parts import (
     deformable_decoder_layers,
     deformable_encoder,
     level_widths,
+    require_default,
     require_loss,
     require_num_classes,
     require_sizes,
@@ -72,6 +73,11 @@ class DinoConfig:
     denoising_groups: GroupRule = "official"
     label_noise: float = 0.5
     box_noise: float = 0.4
+    # Without these three, as in the ablation of the paper: denoising without negatives (DN-DETR); the
+    # features of the chosen tokens as content (pure query selection); boxes detached between layers, as in the parent
+    contrastive_denoising: bool = True
+    mixed_selection: bool = True
+    look_forward_twice: bool = True
     aux_loss: bool = True
     loss: LossConfig = field(default_factory=LossConfig)
     num_select: int = 300  # detections per image
@@ -86,6 +92,10 @@ def build_dino(config: DinoConfig) -> Model:
     num_classes = require_num_classes(config.num_classes)
     require_sizes(config)
     require_loss(config.loss, "focal", "mal")
+    if config.num_denoising == 0:
+        require_default(config, ("contrastive_denoising",), "with model.num_denoising=0")
+    if config.num_decoder_layers == 1:
+        require_default(config, ("look_forward_twice",), "with model.num_decoder_layers=1")
     classify, regress = class_head(config.hidden_dim, num_classes), box_head(config.hidden_dim)
     # The heads of the encoder start as copies of those of the decoder
     proposals = Proposals(
@@ -99,7 +109,7 @@ def build_dino(config: DinoConfig) -> Model:
             config.num_encoder_layers, config.hidden_dim, config.num_heads, config.num_feature_levels,
             config.num_encoder_points, config.ffn_dim, config.dropout,
         ),
-        EncoderBoxes(config.num_queries, config.hidden_dim, proposals),
+        EncoderBoxes(config.num_queries, config.hidden_dim, proposals, mixed=config.mixed_selection),
         _decoder(config, classify, regress),
         _denoising(config, num_classes),
         min_tokens=config.num_queries,
@@ -143,19 +153,20 @@ def _decoder(config: DinoConfig, classify: nn.Module, regress: nn.Module) -> Dec
         clones(classify, num_pairs),
         clones(regress, num_pairs),
         norm=nn.LayerNorm(config.hidden_dim),
-        refinement="look_forward_twice",
+        refinement="look_forward_twice" if config.look_forward_twice else "detached",
         eps=1e-3,
     )  # fmt: skip
 
 
-def _denoising(config: DinoConfig, num_classes: int) -> ContrastiveDenoising | None:
+def _denoising(config: DinoConfig, num_classes: int) -> Denoising | None:
     if config.num_denoising == 0:
         return None
-    return ContrastiveDenoising(
+    return Denoising(
         num_classes,
         config.hidden_dim,
         num_denoising=config.num_denoising,
         label_noise=config.label_noise,
         box_noise=config.box_noise,
         group_rule=config.denoising_groups,
+        contrastive=config.contrastive_denoising,
     )

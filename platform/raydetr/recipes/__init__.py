@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 
 from raydetr.config import ConfigError, RunConfig, nearest
-from raydetr.recipes import conditional, dab, deformable, detr, dino, finetune
+from raydetr.recipes import conditional, dab, deformable, detr, dino, finetune, small
 from raydetr.recipes.quickstart import quickstart, quickstart_hard
 
 __all__ = ["RECIPES", "find", "quickstart", "quickstart_hard", "summary"]
@@ -19,6 +19,11 @@ __all__ = ["RECIPES", "find", "quickstart", "quickstart_hard", "summary"]
 RECIPES: tuple[Callable[[], RunConfig], ...] = (
     quickstart,
     quickstart_hard,
+    small.small_detr,
+    small.small_conditional_detr,
+    small.small_dab_detr,
+    small.small_deformable_detr,
+    small.small_dino,
     finetune.finetune_dino_r50,
     finetune.finetune_deformable_detr_r50,
     finetune.finetune_dab_detr_r50,

@@ -29,7 +29,7 @@ def quickstart() -> RunConfig:
             eval_batch_size=25,
             train_transform=TransformConfig(horizontal_flip=0.5),
         ),
-        model=small_dino(),
+        model=quickstart_dino(),
         optim=OptimConfig(
             epochs=8,
             lr=4e-3,
@@ -59,7 +59,7 @@ def quickstart_hard() -> RunConfig:
     return easy.model_copy(update={"recipe": "quickstart_hard", "data": data})
 
 
-def small_dino() -> DinoConfig:
+def quickstart_dino() -> DinoConfig:
     """Return a DINO with 0.7 M parameters for 96-pixel images: no encoder, two decoder layers, three levels."""
     return DinoConfig(
         backbone=BackboneConfig(name="small", norm="batch", num_frozen_stages=0),

@@ -163,6 +163,7 @@ class _Session:
         self.drawn: Future[None] | None = None
         self.metrics = Metrics(read_events(run.folder) if self.is_main else ())
         self.earlier_seconds = self.metrics.seconds
+        self.earlier_cpu_seconds = self.metrics.last("cpu_seconds") or 0.0
         self.first_step = training.step
         self.began = time.perf_counter()
         self.shown_at = -1.0
@@ -187,7 +188,7 @@ class _Session:
             self._add_event(kind, step=training.step, position=training.position, workers=training.world.size,
                             total_steps=training.total_steps, samples_per_epoch=training.num_samples,
                             epochs=run.config.optim.epochs)  # fmt: skip
-        self.ap: float | None = self.metrics.last_ap()
+        self.ap: float | None = self.metrics.last("AP")
         if self.is_main:
             training.on_evaluation_batch = lambda: self._show_now_and_then("evaluating")
             if training.lacks_evaluation:
@@ -364,6 +365,8 @@ class _Session:
             "skipped_steps": self.training.skipped_steps,
             "peak_rss_mb": max(self.training.world.all_gather(_peak_rss_mb())),
             "evaluation_seconds": report.seconds,
+            "cpu_seconds": self.earlier_cpu_seconds
+            + sum(self.training.world.all_gather(self.training.cpu_seconds)),
         }
         if self.scoring is not None:
             evaluated = Evaluated(
@@ -463,8 +466,9 @@ class _Session:
         # With the present number of workers, also for the time before a restart with another one
         numbers["worker_hours"] = train_seconds * self.training.world.size / 3600
         if not any("epoch" in row and row["position"] == evaluated.position for row in self.metrics.rows):
-            self._log(evaluated.step, evaluated.position, {**numbers, "epoch": evaluated.epoch}, "evaluation")
-        self.ap = self.metrics.last_ap()
+            spent = {"epoch": evaluated.epoch, "cpu_seconds": evaluated.metrics["cpu_seconds"]}
+            self._log(evaluated.step, evaluated.position, {**numbers, **spent}, "evaluation")
+        self.ap = self.metrics.last("AP")
         metrics = {
             **evaluated.metrics,
             "unreadable_records": scored.num_unreadable_records,

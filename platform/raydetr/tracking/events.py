@@ -219,9 +219,9 @@ class Metrics:
             # An evaluation is logged when it is scored, after later steps, and perhaps after a later evaluation
             insort(self.rows, {**names, **event["metrics"]}, key=lambda row: int(row["position"]))
 
-    def last_ap(self) -> float | None:
-        """Return the AP of the last evaluation; None before the first."""
-        values = [row["AP"] for row in self.rows if "AP" in row]
+    def last(self, name: str) -> float | None:
+        """Return the last value of a metric; None before the first."""
+        values = [row[name] for row in self.rows if name in row]
         return values[-1] if values else None
 
     def curves(self, prefix: str, over: str) -> dict[str, list[tuple[float, float]]]:

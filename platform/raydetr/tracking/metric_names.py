@@ -7,6 +7,7 @@ import re
 _DATA = ("skipped_steps", "corrupt_samples", "unpredicted_images", "unreadable_records")
 _TIME = (
     "epoch", "images_per_second", "train_seconds", "latency_ms", "evaluation_images_per_second", "worker_hours",
+    "cpu_seconds",
 )  # fmt: skip
 
 

@@ -90,6 +90,8 @@ class Training:
         # A process was killed after it had written the checkpoint of this position, and before it had evaluated it
         self.lacks_evaluation = False
         self.skipped_steps = 0  # because of NaN or infinity
+        # CPU time of this process in its steps, with loading and without evaluations; not that of loader processes
+        self.cpu_seconds = 0.0
         self.corrupt_log = CorruptSampleLog()  # all corrupt samples so far
         self.corrupt: tuple[CorruptSample, ...] = ()  # in the last step or evaluation, of all workers
 
@@ -332,7 +334,7 @@ def train(
         num_workers=config.data.num_loader_workers,
         on_corrupt=config.data.on_corrupt,
     )
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     training.detector.train()
     while True:
         outcome = training.train_step(*islice(batches, layout.num_micro_batches))
@@ -341,6 +343,7 @@ def train(
         rate, began = config.data.batch_size / (now - began), now
         is_logged = training.step % config.tracking.log_every_steps == 0
         means = training.mean_terms(outcome) if is_logged and not isinstance(outcome, SkippedStep) else None
+        training.cpu_seconds += time.process_time() - cpu_began
         is_evaluated = training.is_at_evaluation()
         yield StepReport(
             training.step, training.position, means, rate, skipped, training.corrupt, is_evaluated
@@ -350,6 +353,7 @@ def train(
         if is_evaluated:
             yield _evaluate(training, val_shards)
             began = time.perf_counter()
+        cpu_began = time.process_time()
         if training.step >= training.last_step:
             return
 

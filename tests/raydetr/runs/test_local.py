@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
 from raydetr.config import ClusterConfig, ConfigError, RunConfig, override
-from raydetr.runs import overfit
+from raydetr.runs import overfit, run
 from raydetr.runs.local import local_world
+from raydetr.tracking.events import Metrics, read_events
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +47,16 @@ def test_overfitting_takes_the_device_that_is_there(
     many = override(tiny_run, {"cluster.num_workers": 8, "cluster.use_gpu": True})
     config = overfit._few_images(many, None, 4, 10, 64)
     assert (config.cluster.num_workers, config.cluster.use_gpu) == (1, has_gpu)
+
+
+def test_evaluations_have_the_cpu_seconds_of_training_so_far(tiny_run: RunConfig) -> None:
+    """In one process, the clock of the process is the upper bound; a resumed run goes on counting."""
+    config, began = override(tiny_run, {"optim.epochs": 2}), time.process_time()
+    result = run.start(config, local=True)
+    between = time.process_time()
+    run.resume(result.folder, overrides={"optim.epochs": 3}, local=True)
+    ended = time.process_time()
+    rows = [row for row in Metrics(read_events(result.folder)).rows if "AP" in row]
+    first, second, third = (row["cpu_seconds"] for row in rows)
+    assert 0 < first < second < between - began
+    assert 0 < third - second < ended - between

@@ -438,7 +438,7 @@ def test_metrics_of_a_late_evaluation_are_those_of_its_position() -> None:
     late = {"kind": "evaluation", "time": 0.0, "step": 6, "position": 48, "metrics": {"AP": 0.5, "epoch": 1}}
     metrics.add(late)
     metrics.add({"kind": "resumed", "time": time.time(), "position": 48})
-    assert metrics.last_ap() == 0.5
+    assert metrics.last("AP") == 0.5
     assert [row["position"] for row in metrics.rows] == [8, 48, 48]
 
 
@@ -447,5 +447,5 @@ def test_the_last_ap_is_that_of_the_last_evaluation_whichever_was_scored_last() 
     for position, ap in ((48, 0.1), (144, 0.3), (96, 0.2)):
         metrics.add({"kind": "evaluation", "time": 0.0, "step": position // 8, "position": position,
                      "metrics": {"AP": ap, "epoch": position // 48}})  # fmt: skip
-    assert metrics.last_ap() == 0.3
+    assert metrics.last("AP") == 0.3
     assert metrics.curves("AP", "epoch") == {"AP": [(1, 0.1), (2, 0.2), (3, 0.3)]}

@@ -35,7 +35,7 @@ def test_a_resumed_run_does_not_count_steps_after_its_checkpoint(run_folder: Fol
     assert second.flush()
     metrics = Metrics(read_events(run_folder))
     assert [row["step"] for row in metrics.rows] == [10, 20]
-    assert metrics.last_ap() == 0.25
+    assert metrics.last("AP") == 0.25
     log_step(second, 30, loss=2.0)
     metrics = Metrics(read_events(run_folder))
     assert [(row["step"], row.get("loss")) for row in metrics.rows] == [(10, 3.0), (20, None), (30, 2.0)]
