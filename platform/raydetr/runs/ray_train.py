@@ -49,6 +49,11 @@ from raydetr.training.world import World
 RESTART_SECONDS = "20"  # for the start of workers after a failure
 LOST_SECONDS = 60.0  # for the end of workers that can no longer be reached
 
+OUT_OF_MEMORY = (
+    "a process was killed because its node ran out of memory: lower data.batch_size, data.micro_batch_size or "
+    "data.num_loader_workers, use more nodes, or set optim.activation_checkpointing=true"
+)
+
 T = TypeVar("T")
 
 
@@ -276,12 +281,20 @@ def _root_cause(error: BaseException) -> str:
     if isinstance(fatal, FatalError):
         return str(fatal)
     failures = getattr(error, "worker_failures", None)
+    for text in map(str, (failures or {0: error}).values()):
+        if is_out_of_memory(text):
+            return OUT_OF_MEMORY
     if not failures:
         # Ray's text about a dead actor begins with what happened, one about an error ends with it
         lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() if line.strip()]
         return lines[0] if isinstance(error, ray.exceptions.RayActorError) else lines[-1].strip()
     rank, cause = sorted(failures.items())[0]
     return f"worker {rank}: {getattr(cause, 'cause', None) or cause}"
+
+
+def is_out_of_memory(text: str) -> bool:
+    """Return whether Ray's text about a process that died says that the node had too little memory."""
+    return "low on memory" in text or "OUT_OF_MEMORY" in text
 
 
 # --- In the workers ---

@@ -20,6 +20,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from raydetr.console import print_status
+from raydetr.runs.ray_train import OUT_OF_MEMORY, is_out_of_memory
 from raydetr.store.background import BackgroundThreads
 from raydetr.tune import cluster
 from raydetr.tune.coordinator import Coordinator
@@ -40,7 +41,6 @@ SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # `should_stop` ends the search
     "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: no output of Tune's own
 }
-OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "running low on memory", "NODE_OUT_OF_MEMORY")
 
 
 def run_trials(
@@ -226,8 +226,8 @@ def _cause(error_file: Path) -> str:
     error = pickle.loads(error_file.read_bytes())
     inner = getattr(error, "cause", None) or error
     text = str(inner).strip()
-    if any(sign in text for sign in OUT_OF_MEMORY):
-        return "its process was killed because the node ran out of memory"
+    if is_out_of_memory(text):
+        return OUT_OF_MEMORY
     lines = text.splitlines() or [type(inner).__name__]
     # A RayTaskError starts with the traceback and ends with the message
     return lines[-1].strip() if isinstance(inner, RayTaskError) else lines[0]
