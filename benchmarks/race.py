@@ -1,6 +1,6 @@
 """Train the models of the five papers with one budget on the quickstart's data, and compare them.
 
-    make race                                       # under 20 minutes on two cores
+    make race                                       # five runs, one after the other
     make race ARGS="--epochs 1 --images 200"        # a try of the whole command
 
 The runs have two Ray Train workers each and are in runs/, in the MLflow experiment "race". One that is finished is not
