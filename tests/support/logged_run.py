@@ -33,7 +33,7 @@ def log_run(
         experiment=experiment, command=f"raydetr train quickstart --name {folder.name}", tags={"raydetr.kind": kind},
         params=dict(params or {}), datasets=[], files=[], **fields,
     )  # fmt: skip
-    log.append("started", step=0, position=0, workers=1)
+    log.append("started", step=0, position=0, workers=1, samples_per_epoch=1, epochs=100)
     for step, metrics in steps:
         log.append("step", step=step, position=step, metrics=dict(metrics))
     for step, metrics in evaluations:

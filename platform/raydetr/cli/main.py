@@ -116,7 +116,8 @@ def train(
 ) -> None:
     """Train a detector on Ray Train workers, evaluate it, and log everything to MLflow."""
     from raydetr.runs import run
-    from raydetr.runs.schedule import read_schedule, train_schedule
+    from raydetr.runs.schedule import SCHEDULE, read_schedule, resume_schedule, train_schedule
+    from raydetr.store.folders import open_folder
 
     if local:
         _refuse(
@@ -139,6 +140,10 @@ def train(
         raise ConfigError("--resume continues the run in its folder: omit --name")
     elif config is not None:
         raise ConfigError("--resume takes the run's own configuration: omit --config")
+    elif (open_folder(resume) / SCHEDULE).exists():
+        if arguments:
+            raise ConfigError(f"{resume} has a schedule, which decides its settings: omit {arguments[0]}")
+        result = resume_schedule(open_folder(resume), local=local)
     else:
         overrides = configuration.parse_assignments(arguments or [])
         result = run.resume(resume, overrides=overrides, local=local)

@@ -326,7 +326,9 @@ class _RayReporter:
         """Report to Ray Train, from which a search gets the metrics."""
         group = ray.util.get_current_placement_group()  # a search removes it if it stops this run
         assert group is not None
-        ray.train.report({**metrics, "placement_group": group.id.hex()})
+        # Ray Tune stores what it gets, again and again: no tables
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        ray.train.report({**numbers, "placement_group": group.id.hex()})
 
     def show(self, progress: RunProgress) -> None:
         self._actor.update.remote(progress)  # not waited for

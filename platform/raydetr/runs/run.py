@@ -76,7 +76,7 @@ def start(
     train, val = splits
     name = new_name(config.recipe) if name is None else name
     folder = open_folder(config.storage.path) / name
-    _check_new(folder, config, or_resume)
+    check_new(folder, config, or_resume)
     last = checkpoint.newest_valid(folder, lambda message: None) if or_resume else None
     if last is not None:
         return _go_on(last, folder, config, uri if is_uri_given else None, local)
@@ -164,7 +164,7 @@ def _go_on(last: Folder, folder: Folder, config: RunConfig, uri: str | None, loc
         config = override(config, {"tracking.uri": stored.tracking.uri})
     elif mask_password(uri) != tracking_uri(stored):  # a database whose path depends on the machine
         uri = None
-    differing = _differences(stored, config)
+    differing = differences(stored, config)
     if differing:
         listed = "; ".join(f"{path} is {old} there, and {new} here" for path, (old, new) in differing.items())
         remedy = "Give another --name"
@@ -188,7 +188,7 @@ def _go_on(last: Folder, folder: Folder, config: RunConfig, uri: str | None, loc
     return RunResult(folder, tracking_uri(stored), last, metrics, seconds, pending)
 
 
-def _differences(stored: RunConfig, given: RunConfig) -> dict[str, tuple[Any, Any]]:
+def differences(stored: RunConfig, given: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Return the settings in which resolved configurations differ, {path: (stored, given)}, but for those that a start
     decides: a database whose path depends on the machine, the best checkpoint of a run to start from.
     """
@@ -223,13 +223,13 @@ def check_name(name: str) -> None:
         )
 
 
-def _check_new(folder: Folder, config: RunConfig, or_resume: bool) -> None:
+def check_new(folder: Folder, config: RunConfig, or_resume: bool) -> None:
     """Check that there is no run with this name, unless it may go on.
 
     Raises:
         ConfigError: there is one.
     """
-    if or_resume or not folder.exists():
+    if or_resume or not (folder / "config.yaml").exists():
         return
     last = checkpoint.newest_valid(folder, lambda message: None)
     if last is None:

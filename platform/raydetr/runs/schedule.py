@@ -13,15 +13,35 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from raydetr.config import ConfigError, RunConfig, override
-from raydetr.runs import run
+from raydetr.runs import run, run_folder
+from raydetr.runs.resolve import resolve
 from raydetr.runs.result import RunResult
-from raydetr.runs.run_folder import read_config
-from raydetr.store.folders import open_folder
+from raydetr.store.folders import Folder, open_folder, write_file
 from raydetr.training import checkpoint
 from raydetr.user_files import parse_yaml, read_text
 
 Schedule = Mapping[int, Mapping[str, Any]]
+SCHEDULE = "schedule.yaml"  # in the folder of a run
+# What cannot change while a run is trained; the weights of the losses can
+FIXED_IN_A_RUN = (
+    "recipe",
+    "seed",
+    "init.",
+    "data.train",
+    "data.batch_size",
+    "data.micro_batch_size",
+    "optim.epochs",
+    "model.",
+)
+
+
+def can_change(path: str) -> bool:
+    """Return whether a setting can change while a run is trained."""
+    is_loss = path.startswith("model.loss.") and path != "model.loss.kind"
+    return is_loss or not path.startswith((*FIXED_IN_A_RUN, "storage.", "tracking."))
 
 
 def read_schedule(path: Path, config: RunConfig) -> Schedule:
@@ -52,6 +72,9 @@ def read_schedule(path: Path, config: RunConfig) -> Schedule:
             override(config, overrides)
         except ConfigError as error:
             raise ConfigError(f"{path}: epoch {epoch}: {error}") from None
+        fixed = [name for name in overrides if not can_change(name)]
+        if fixed and epoch > 0:
+            raise ConfigError(f"{path}: epoch {epoch}: {fixed[0]} cannot change while a run is trained")
     return dict(sorted(values.items()))
 
 
@@ -74,6 +97,11 @@ def train_schedule(
     """
     name = run.new_name(config.recipe) if name is None else name
     folder = open_folder(config.storage.path) / name
+    run.check_name(name)
+    run.check_new(folder, config, or_resume)
+    if checkpoint.newest_valid(folder, lambda message: None) is not None:
+        _check_same(folder, config, schedule)
+    write_file(folder / SCHEDULE, yaml.safe_dump(_plain(schedule)).encode())
     result: RunResult | None = None
     for epoch, until in pairwise([*schedule, None]):
         assert epoch is not None
@@ -82,10 +110,43 @@ def train_schedule(
             checkpoint.newest_valid(folder, lambda message: None) if result is not None or or_resume else None
         )
         if last is None:
-            result = run.start(part, local=local, name=name, or_resume=or_resume, until_epoch=until)
+            result = run.start(part, local=local, name=name, or_resume=True, until_epoch=until)
         elif until is None or not checkpoint.has_reached(last, until):
             if until is None and checkpoint.is_complete(last, part):
-                return run.start(read_config(folder), local=local, name=name, or_resume=True)  # its result
+                return run.start(
+                    run_folder.read_config(folder), local=local, name=name, or_resume=True
+                )  # its result
             result = run.resume(str(folder), overrides=schedule[epoch], local=local, until_epoch=until)
     assert result is not None
     return result
+
+
+def resume_schedule(folder: Folder, *, local: bool = False) -> RunResult:
+    """Continue a run that has a schedule, in the part where it was; see `run.resume` for the errors."""
+    config = run_folder.read_config(folder)
+    schedule = parse_yaml((folder / SCHEDULE).read_text())
+    return train_schedule(config, schedule, local=local, name=folder.name, or_resume=True)
+
+
+def _plain(schedule: Schedule) -> dict[int, dict[str, Any]]:
+    return {epoch: dict(overrides) for epoch, overrides in schedule.items()}
+
+
+def _check_same(folder: Folder, config: RunConfig, schedule: Schedule) -> None:
+    """Check that the run that is to go on is the one that is asked for.
+
+    Raises:
+        ConfigError: it has another schedule, or other settings beside it.
+    """
+    file = folder / SCHEDULE
+    if not file.exists() or parse_yaml(file.read_text()) != _plain(schedule):
+        raise ConfigError(f"{folder} is a run with another schedule, or without one: give another --name")
+    given, _ = resolve(override(config, schedule[0]))
+    scheduled = {path for overrides in schedule.values() for path in overrides}
+    differing = [
+        path for path in run.differences(run_folder.read_config(folder), given) if path not in scheduled
+    ]
+    if differing:
+        raise ConfigError(
+            f"{folder} is a run with other settings ({', '.join(differing)}): give another --name"
+        )

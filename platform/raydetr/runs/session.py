@@ -359,6 +359,7 @@ class _Session:
         metrics: dict[str, Any] = {
             "epoch": report.epoch,
             "position": report.position,
+            "samples_per_epoch": self.training.num_samples,
             "unpredicted_images": len(report.corrupt),
             "corrupt_rows": [asdict(row) for row in report.corrupt],
             "corrupt_samples": self.training.corrupt_log.num_samples,

@@ -32,7 +32,7 @@ from raydetr.data.order import ORDER_VERSION
 from raydetr.shards.manifest import LabelMap, make_label_map
 from raydetr.shards.reader import Shards
 from raydetr.shards.validation import check_categories
-from raydetr.store.folders import Folder, local_file, open_folder, write_file
+from raydetr.store.folders import Folder, local_file, open_folder, remove_folder, write_file
 from raydetr.store.retry import RemoteError
 from raydetr.training.loop import Training
 from raydetr.user_files import read_file
@@ -189,7 +189,7 @@ def has_reached(folder: Folder, epoch: int) -> bool:
     return read_description(folder).epoch >= epoch and bool(read_metrics(folder))
 
 
-def take_over(run: Folder, source: Folder) -> Folder:
+def take_over(run: Path, source: Folder) -> Path:
     """Make a copy of another run's checkpoint the newest one of a run; return its folder.
 
     The run's own checkpoints at this position and after it are removed. Repeating it changes nothing.
@@ -199,13 +199,17 @@ def take_over(run: Folder, source: Folder) -> Folder:
         OSError: it cannot be read, or the copy cannot be written.
     """
     read_meta(source)
-    target = folder_of(run, position_of(source))
+    # Beside the others, until it is complete: the disk may be full
+    copy = run / CHECKPOINTS / "taken-over"
+    target = copy.with_name(source.name)
+    remove_folder(copy)
+    for name in ("state.pt", METRICS, "meta.json"):
+        with suppress(FileNotFoundError):  # a checkpoint without an evaluation has no metrics
+            write_file(copy / name, (source / name).read_bytes())
     for folder in complete_checkpoints(run):
         if position_of(folder) >= position_of(source):
-            (folder / "meta.json").unlink(missing_ok=True)  # without it, it is no checkpoint
-    for name in ("state.pt", METRICS, "meta.json"):  # as `write` does, meta.json last
-        with suppress(FileNotFoundError):  # a checkpoint without an evaluation has no metrics
-            write_file(target / name, (source / name).read_bytes())
+            remove_folder(folder)
+    copy.rename(target)
     return target
 
 

@@ -34,8 +34,8 @@ class Asha:
         last = trial.evaluations[-1]
         if last.epoch >= trial.epochs or last.get("AP") is None:
             return False
-        rung = self._rung(last.position)
-        if rung is None or any(self._rung(each.position) == rung for each in trial.evaluations[:-1]):
+        rung = self._rung(last.samples)
+        if rung is None or any(self._rung(each.samples) == rung for each in trial.evaluations[:-1]):
             return False
         # As an evaluation is what counts, the rungs of other trials are those that they had reached by then
         reached = [self._score_at(other, rung, last.time) for other in others if other.number != trial.number]
@@ -45,15 +45,15 @@ class Asha:
         cutoff = np.percentile(scores, 100 * (1 - 1 / self.reduction_factor))
         return bool(last.metrics["AP"] < cutoff)
 
-    def _rung(self, position: int) -> int | None:
-        """Return the number of the highest rung at or below a position; None below the first."""
-        number, samples = None, self.grace_samples
-        while samples <= position:
+    def _rung(self, samples: int) -> int | None:
+        """Return the number of the highest rung that is reached after so many samples; None before the first."""
+        number, needed = None, self.grace_samples
+        while needed <= samples:
             number = 0 if number is None else number + 1
-            samples *= self.reduction_factor
+            needed *= self.reduction_factor
         return number
 
     def _score_at(self, trial: Trial, rung: int, before: float) -> float | None:
         """Return the AP of a trial at its first evaluation on a rung, if that was `before`."""
-        found = next((each for each in trial.evaluations if self._rung(each.position) == rung), None)
+        found = next((each for each in trial.evaluations if self._rung(each.samples) == rung), None)
         return found.get("AP") if isinstance(found, Evaluation) and found.time <= before else None

@@ -13,17 +13,14 @@ from raydetr.config import ConfigError, RunConfig, flatten, override, to_dict
 from raydetr.data.splits import open_splits
 from raydetr.doctor import examine
 from raydetr.runs.resolve import fit_to_data
-from raydetr.shards.reader import Shards
+from raydetr.runs.schedule import can_change
+from raydetr.shards.reader import ShardError, Shards
 from raydetr.training import checkpoint, init_weights
 from raydetr.training.optim import parameter_groups
 from raydetr.tune.space import Space
 
 # Learning rates, and the group of parameters that has them
 GROUPS = {"optim.lr_backbone": "backbone", "optim.lr_sampling": "sampling"}
-# What a member of a population cannot change while it is trained
-FIXED_IN_A_RUN = (
-    "seed", "init.", "data.train", "data.batch_size", "data.micro_batch_size", "optim.epochs", "model.",
-)  # fmt: skip
 
 
 def check_space(space: Space, config: RunConfig, splits: tuple[Shards, Shards]) -> None:
@@ -36,13 +33,13 @@ def check_space(space: Space, config: RunConfig, splits: tuple[Shards, Shards]) 
 
     Raises:
         ConfigError: a value cannot be trained, or a path has no effect.
-        OSError, ValueError: training shards or a checkpoint cannot be used.
+        OSError: training shards or a checkpoint cannot be read now.
     """
     _check_effects(space, config)
     for path, value, drawn in space.examples():
         try:
             _check(override(config, drawn), drawn, splits)
-        except (ConfigError, checkpoint.CheckpointError) as error:
+        except (ConfigError, checkpoint.CheckpointError, ShardError, FileNotFoundError) as error:
             raise ConfigError(f"{space.path}: {path}={value!r}: {error}") from None
 
 
@@ -52,12 +49,23 @@ def check_configurations(
     """Check the configurations that a search will draw, as far as they are known before it starts.
 
     Raises:
-        ConfigError: one of them contradicts itself.
+        ConfigError: one of them cannot be trained.
     """
+    seen = set()
     for number, overrides in enumerate(drawn, start=1):
+        # Values of ranges of real numbers do not decide whether a model can be built, which takes long for thousands
+        listed = {
+            path: v
+            for path, v in overrides.items()
+            if space.distributions[path].kind in ("choice", "randint")
+        }
+        is_new = repr(listed) not in seen
+        seen.add(repr(listed))
         try:
-            override(config, overrides)
-        except ConfigError as error:
+            chosen = override(config, overrides)
+            if is_new:
+                _check(chosen, listed, splits)
+        except (ConfigError, checkpoint.CheckpointError) as error:
             shown = ", ".join(f"{path}={value}" for path, value in overrides.items())
             raise ConfigError(
                 f"{space.path}: trial {number} would have {shown}: {error}. Let one depend on the other with `when`"
@@ -75,8 +83,7 @@ def check_population(space: Space) -> None:
             raise ConfigError(
                 f"{space.path}: {path}: a population has no conditions: omit `when`, or use another --algorithm"
             )
-        is_loss = path.startswith("model.loss.") and path != "model.loss.kind"
-        if path.startswith(FIXED_IN_A_RUN) and not is_loss:
+        if not can_change(path):
             raise ConfigError(
                 f"{space.path}: {path} cannot change while a run is trained, as pbt does: search it with another "
                 "--algorithm"

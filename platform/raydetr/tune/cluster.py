@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ray.experimental import internal_kv
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.state import list_actors, list_placement_groups
 from ray.util.state.exception import RayStateApiException
@@ -19,6 +20,9 @@ from raydetr.runs.ray_cluster import LaunchError
 CLEANUP_TIMEOUT_SECONDS = 20.0  # for Ray's own cleanup after a search, which polls once per second
 # Ray's own actors: one for all jobs of a cluster, which holds no resources and lives as long as the cluster
 RAY_SERVICES = ("_AutoscalingCoordinatorActor",)
+LIVING = ("DEPENDENCIES_UNREADY", "PENDING_CREATION", "ALIVE", "RESTARTING")  # states of an actor
+WAITING_PREFIX = "raydetr-search-waits:"
+WAITING_SECONDS = 30.0  # without a sign, after which a search that waited counts as dead
 STATE_LIMIT = 10_000  # largest number of actors and placement groups in an answer of the state API
 
 
@@ -92,9 +96,17 @@ def list_leaked_resources(job_id: str) -> list[LeakedResource]:
     Raises:
         RayStateApiException, ConnectionError: the dashboard does not answer.
     """
-    actors = list_actors(
-        _address(), filters=[("job_id", "=", job_id), ("state", "!=", "DEAD")], limit=STATE_LIMIT, detail=True
-    )
+    # Ray applies "!=" after its limit, which the dead actors of a long search reach
+    actors = [
+        actor
+        for state in LIVING
+        for actor in list_actors(
+            _address(),
+            filters=[("job_id", "=", job_id), ("state", "=", state)],
+            limit=STATE_LIMIT,
+            detail=True,
+        )
+    ]
     groups = list_placement_groups(
         _address(),
         filters=[("creator_job_id", "=", job_id), ("state", "!=", "REMOVED")],
@@ -131,6 +143,36 @@ def release_leaked_resources(job_id: str, before: list[LeakedResource]) -> list[
         if resource.kind == "placement group":
             remove_group(resource.id)
     return leaked
+
+
+class Turns:
+    """Lets searches on one cluster take turns: none begins a trial while one of another search waits for workers.
+
+    A search with small trials would take every worker that becomes free, and one with large trials would wait for ever.
+    The cluster's key-value store has the time at which each search that waits was seen last.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._key = f"{WAITING_PREFIX}{name}".encode()
+        self._is_waiting = False
+        self.must_wait = False  # for another search
+
+    def update(self, is_waiting: bool) -> None:
+        """Tell whether a trial of this search waits for workers, and look whether one of another search does."""
+        if is_waiting:
+            internal_kv._internal_kv_put(self._key, str(time.time()).encode(), overwrite=True)
+        elif self._is_waiting:
+            internal_kv._internal_kv_del(self._key)
+        self._is_waiting = is_waiting
+        others = [key for key in internal_kv._internal_kv_list(WAITING_PREFIX) if key != self._key]
+        seen = [internal_kv._internal_kv_get(key) for key in others]
+        self.must_wait = any(
+            each is not None and time.time() - float(each) < WAITING_SECONDS for each in seen
+        )
+
+    def close(self) -> None:
+        """Tell that no trial of this search waits any more."""
+        self.update(is_waiting=False)
 
 
 def remove_group(group_id: str) -> None:

@@ -76,6 +76,7 @@ class Coordinator:
         self._context, self._algorithm, self._asha, self._log = context, algorithm, asha, log
         self._max_concurrent = max_concurrent
         self.trials = dict(trials)
+        self._judge_last_evaluations()
         self._to_go_on = [
             number for number, trial in self.trials.items() if trial.status in ("running", "interrupted")
         ]
@@ -83,6 +84,7 @@ class Coordinator:
         self._stopped: set[int] = set()  # by ASHA, and not ended yet
         self._threads = BackgroundThreads(1, "checkpoints")
         self._copying: tuple[Proposal, Future[None]] | None = None
+        self.is_held = False  # a trial of another search waits for workers: begin nothing new
 
     @property
     def is_done(self) -> bool:
@@ -95,7 +97,8 @@ class Coordinator:
         """Return what to begin now; None: nothing."""
         if self._copying is not None:
             return self._copied()
-        if len(self.running) >= self._max_concurrent:
+        # At least one trial of this search goes on, or waits in its turn
+        if len(self.running) >= self._max_concurrent or (self.is_held and self.running):
             return None
         if self._to_go_on:
             number = self._to_go_on.pop(0)
@@ -117,7 +120,8 @@ class Coordinator:
         if any(each.position == metrics["position"] for each in trial.evaluations):
             return False  # of a trial that goes on, which reports its last one again
         numbers = kept_metrics(metrics)
-        evaluation = Evaluation(metrics["position"], metrics["epoch"], time.time(), numbers)
+        samples = metrics["epoch"] * metrics["samples_per_epoch"]
+        evaluation = Evaluation(metrics["position"], samples, metrics["epoch"], time.time(), numbers)
         trial = replace(trial, evaluations=(*trial.evaluations, evaluation))
         self.trials[number] = trial
         if self._asha is not None and self._asha.stops(trial, self.trials.values()):
@@ -149,8 +153,17 @@ class Coordinator:
         except OSError as error:
             print_status(f"warning: the checkpoints of trial {trial.number} cannot be removed: {error}")
 
+    def _judge_last_evaluations(self) -> None:
+        """Stop the trials whose last evaluation the driver before this one did not see."""
+        for trial in list(self.trials.values()):
+            if self._asha is None or trial.status not in OPEN or not trial.evaluations:
+                continue
+            if self._asha.stops(trial, self.trials.values()):
+                self.trials[trial.number] = replace(trial, status="stopped by ASHA")
+                log_end(self._log, self.trials[trial.number])
+
     def interrupt(self) -> None:
-        """Record that the trials that run or wait are interrupted."""
+        """Record that the trials that run are interrupted."""
         for trial in list(self.trials.values()):
             if trial.status == "running":
                 self._record(replace(trial, status="interrupted"))

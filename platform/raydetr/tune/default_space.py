@@ -35,9 +35,10 @@ def _entries(config: RunConfig) -> Iterator[str]:
         yield _loguniform("optim.weight_decay", optim.weight_decay, 10)
     if optim.clip_max_norm is not None:
         yield f"optim.clip_max_norm: {{choice: [{optim.clip_max_norm:g}, {10 * optim.clip_max_norm:g}, null]}}"
-    yield "# More queries find more objects of crowded images, and cost time"
     queries = model.num_queries
-    yield f"model.num_queries: {{choice: [{max(1, queries // 2)}, {queries}, {2 * queries}]}}"
+    if config.init.checkpoint is None:  # it has queries of its own
+        yield "# More queries find more objects of crowded images, and cost time"
+        yield f"model.num_queries: {{choice: [{max(1, queries // 2)}, {queries}, {2 * queries}]}}"
     yield "# The weights of the losses: class, L1 of the box, GIoU"
     for name in ("class_weight", "box_weight", "giou_weight"):
         value = getattr(model.loss, name)

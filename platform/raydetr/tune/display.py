@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -26,6 +27,7 @@ from raydetr.tune.trials import Trial, rank_trials
 LOOK_SECONDS = 2.0  # between two looks at the events
 TABLE_SECONDS = 60.0  # between two tables where there is no terminal
 STARTING_SECONDS = 20.0  # until a trial without workers is said to wait
+WAITING = "waiting for workers"
 NUM_BEST = 3  # trials that have ended which a table has, beside those that run
 
 
@@ -38,6 +40,11 @@ class Progress:
     seconds_left: float | None
     note: str = ""  # what it waits for
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it waits for workers."""
+        return self.note.startswith(WAITING)
+
 
 class SearchDisplay:
     """Shows trials while the block runs; a thread reads their events.
@@ -46,6 +53,7 @@ class SearchDisplay:
         context: of the search.
         trials: returns its trials.
         num_trials: how many it will have.
+        on_waiting: is called at each look, with whether a trial waits for workers.
         stream: default: standard error.
     """
 
@@ -54,9 +62,11 @@ class SearchDisplay:
         context: SearchContext,
         trials: Callable[[], Mapping[int, Trial]],
         num_trials: int,
+        on_waiting: Callable[[bool], None],
         stream: TextIO | None = None,
     ) -> None:
         self._context, self._trials, self._num_trials = context, trials, num_trials
+        self._on_waiting = on_waiting
         self._console = Console(file=stream or sys.stderr)
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
         self._records: dict[int, _Reading] = {}
@@ -64,6 +74,7 @@ class SearchDisplay:
         self._shown_at = time.monotonic()
         self._began: dict[int, float] = {}
         self._told_waiting: dict[int, str] = {}
+        self._problem: str | None = None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._work, name="search display", daemon=True)
 
@@ -79,7 +90,8 @@ class SearchDisplay:
         self._done.set()
         self._thread.join(LOOK_SECONDS)
         if self._console.is_terminal:
-            self._live.stop()
+            with suppress(OSError):
+                self._live.stop()
 
     def on_change(self, trial: Trial) -> None:
         """Print a line about a trial that begins, was evaluated or has ended."""
@@ -93,17 +105,26 @@ class SearchDisplay:
             self.note(f"trial {trial.number}  {_numbers(trial)}  {describe_overrides(trial)}")
         else:
             self._began.pop(trial.number, None)
+            self._records.pop(trial.number, None)
             self.note(f"trial {trial.number}  {trial.status}" + (f": {trial.cause}" if trial.cause else ""))
 
     def note(self, line: str) -> None:
         """Print a line that stays, above the table."""
-        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+        with suppress(OSError, ValueError):  # a terminal or a pipe that is gone must not end the search
+            self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def _work(self) -> None:
         while not self._done.wait(LOOK_SECONDS):
-            running = [trial for trial in dict(self._trials()).values() if trial.status == "running"]
-            progress = {trial.number: self._look(trial) for trial in running}
-            self._show(progress)
+            try:
+                running = [trial for trial in dict(self._trials()).values() if trial.status == "running"]
+                progress = {trial.number: self._look(trial) for trial in running}
+                self._show(progress)
+                self._on_waiting(any(each.is_waiting for each in progress.values()))
+            except Exception as error:  # of any type: what is shown must not be the last one silently
+                problem = f"warning: the trials cannot be shown: {type(error).__name__}: {error}"
+                if problem != self._problem:
+                    self._problem = problem
+                    self.note(problem)
 
     def _show(self, progress: Mapping[int, Progress]) -> None:
         for number, each in progress.items():
@@ -162,7 +183,7 @@ class _Reading:
         """Return what a trial whose process began `seconds` ago waits for; an empty text if it does not wait."""
         record = self.record
         if record.last is not None and record.last["kind"] == "waiting":
-            return str(record.last["reason"])
+            return f"{WAITING}: {record.last['reason']}"
         is_training = (
             record.launch is not None
             and record.start is not None
@@ -177,7 +198,7 @@ class _Reading:
             return f"starting; the cluster does not answer: {str(error).splitlines()[0]}"
         if free >= cluster.num_workers:
             return "starting"
-        return f"waiting for workers: it needs {need}, and there is room for {free} now"
+        return f"{WAITING}: it needs {need}, and there is room for {free} now"
 
 
 def progress_table(trials: Sequence[Trial], progress: Mapping[int, Progress], num_trials: int) -> str:

@@ -24,7 +24,7 @@ from raydetr.runs.ray_train import OUT_OF_MEMORY, is_out_of_memory
 from raydetr.store.background import BackgroundThreads
 from raydetr.tune import cluster
 from raydetr.tune.coordinator import Coordinator
-from raydetr.tune.trial import SearchContext, as_tune_config, run_trial
+from raydetr.tune.trial import TUNE, SearchContext, as_tune_config, run_trial
 from raydetr.tune.trials import Trial
 
 # The process of a trial only waits for its workers. It takes a fraction of a resource of the head that nothing else
@@ -48,8 +48,7 @@ def run_trials(
     coordinator: Coordinator,
     should_stop: Callable[[], bool],
     on_change: Callable[[Trial], None],
-    *,
-    keeps_stopped: bool,
+    on_released: Callable[[Trial], None],
 ) -> None:
     """Run trials until all have ended, or until `should_stop`.
 
@@ -58,16 +57,16 @@ def run_trials(
         coordinator: of the search.
         should_stop: is asked often.
         on_change: is called with a trial that begins, was evaluated or has ended.
-        keeps_stopped: keep the checkpoints of trials that are stopped early.
+        on_released: is called in a thread with a trial some time after its end, when its processes have ended.
     """
-    link = _Link(coordinator, on_change, should_stop, keeps_stopped)
+    link = _Link(coordinator, on_change, should_stop, on_released)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, context=context), TRIAL_RESOURCES),
         tune_config=tune.TuneConfig(
             metric="AP", mode="max", scheduler=_Scheduler(link), search_alg=_Searcher(link), num_samples=-1
         ),
         run_config=tune.RunConfig(
-            name="tune",
+            name=TUNE,
             storage_path=str(context.folder),
             callbacks=[_Callback(link)],
             verbose=0,
@@ -78,10 +77,11 @@ def run_trials(
     )
     # The table of trials already has Tune's messages and the errors of trials
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    (context.folder / TUNE).mkdir(exist_ok=True)
     try:
         tuner.fit()
     finally:
-        shutil.rmtree(context.folder / "tune", ignore_errors=True)  # Tune's own files
+        shutil.rmtree(context.folder / TUNE, ignore_errors=True)  # Tune's own files
 
 
 class _Unstored:
@@ -102,10 +102,10 @@ class _Link(_Unstored):
         coordinator: Coordinator,
         on_change: Callable[[Trial], None],
         should_stop: Callable[[], bool],
-        keeps_stopped: bool,
+        on_released: Callable[[Trial], None],
     ) -> None:
         self.coordinator, self._on_change, self._should_stop = coordinator, on_change, should_stop
-        self._keeps_stopped = keeps_stopped
+        self._on_released = on_released
         self._threads = BackgroundThreads(1, "release")
         self.numbers: dict[str, int] = {}
         self.failures: dict[int, str] = {}  # that trials have reported
@@ -115,6 +115,8 @@ class _Link(_Unstored):
         ] = []  # (monotonic time, trial, placement group)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self._should_stop():  # while nothing runs, Tune does not ask the stopper
+            return str(Searcher.FINISHED)
         proposal = self.coordinator.next()
         if proposal is None:
             return None if self.coordinator.may_propose else str(Searcher.FINISHED)
@@ -155,8 +157,7 @@ class _Link(_Unstored):
         # trial would then wait for its workers forever
         if group is not None:
             cluster.remove_group(group)
-        if trial.status == "stopped by ASHA" and not self._keeps_stopped:
-            self.coordinator.remove_checkpoints(trial)
+        self._on_released(trial)
 
 
 class _Searcher(Searcher):
@@ -208,22 +209,22 @@ class _Callback(tune.Callback):
         self._link.end(trial.trial_id)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._link.end(trial.trial_id, _cause(Path(trial.pickled_error_file)))
+        self._link.end(trial.trial_id, _cause(trial))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number = self._link.numbers[trial.trial_id]
-        print_status(
-            f"trial {number}  its process has died, and is started again: {_cause(Path(trial.pickled_error_file))}"
-        )
+        print_status(f"trial {number}  its process has died, and is started again: {_cause(trial)}")
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Release what ended trials may still hold."""
         self._link.release()
 
 
-def _cause(error_file: Path) -> str:
+def _cause(trial: Any) -> str:
     """Return the error of a trial's process in one line."""
-    error = pickle.loads(error_file.read_bytes())
+    if trial.pickled_error_file is None:  # an error of Tune's own
+        return "Ray Tune has ended its process"
+    error = pickle.loads(Path(trial.pickled_error_file).read_bytes())
     inner = getattr(error, "cause", None) or error
     text = str(inner).strip()
     if is_out_of_memory(text):

@@ -112,7 +112,8 @@ def log_proposal(log: EventLog, proposal: Proposal) -> None:
 
 def log_end(log: EventLog, trial: Trial) -> None:
     """Log how a trial, or a generation of it, has ended."""
-    log.append(ENDED, number=trial.number, status=trial.status, cause=trial.cause)
+    position = trial.evaluations[-1].position if trial.evaluations else 0
+    log.append(ENDED, number=trial.number, status=trial.status, cause=trial.cause, position=position)
 
 
 def read_trials(folder: Path, config: RunConfig, trial_folder: Callable[[int], Path]) -> dict[int, Trial]:
@@ -127,7 +128,8 @@ def read_trials(folder: Path, config: RunConfig, trial_folder: Callable[[int], P
         OSError: they cannot be read.
     """
     trials: dict[int, Trial] = {}
-    for event in sorted(read_events(folder), key=lambda event: event["time"]):
+    ends: dict[int, int] = {}
+    for event in read_events(folder):  # one driver after the other, each with a segment of its own
         if event["kind"] == PROPOSED:
             number = event["number"]
             proposal = Proposal(number, event["overrides"], event["until_epoch"], event["takes_over"])
@@ -141,17 +143,26 @@ def read_trials(folder: Path, config: RunConfig, trial_folder: Callable[[int], P
         elif event["kind"] == ENDED:
             number, status = event["number"], event["status"]
             trials[number] = replace(trials[number], status=status, cause=event["cause"])
-    return {
-        number: replace(trial, evaluations=read_evaluations(read_events(trial_folder(number))))
-        for number, trial in sorted(trials.items())
-    }
+            ends[number] = event["position"]
+    for number, trial in trials.items():
+        evaluations = read_evaluations(read_events(trial_folder(number)))
+        if trial.status == "stopped by ASHA":  # its workers went on for some seconds
+            evaluations = tuple(each for each in evaluations if each.position <= ends[number])
+        trials[number] = replace(trial, evaluations=evaluations)
+    return dict(sorted(trials.items()))
 
 
 def read_evaluations(events: Iterable[Event]) -> tuple[Evaluation, ...]:
     """Return the evaluations in the events of a trial, by position."""
     found: dict[int, Evaluation] = {}
+    samples_per_epoch = 0
     for event in events:
+        if event["kind"] in ("started", "resumed"):
+            samples_per_epoch = event["samples_per_epoch"]
         if event["kind"] == "evaluation":
             metrics, position = event["metrics"], event["position"]
-            found[position] = Evaluation(position, metrics["epoch"], event["time"], kept_metrics(metrics))
+            samples = metrics["epoch"] * samples_per_epoch
+            found[position] = Evaluation(
+                position, samples, metrics["epoch"], event["time"], kept_metrics(metrics)
+            )
     return tuple(evaluation for _, evaluation in sorted(found.items()))

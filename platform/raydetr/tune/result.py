@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from matplotlib.figure import Figure
 
 from raydetr import recipes
 from raydetr.config import ConfigError, RunConfig, flatten, override, parse_assignments, to_dict, to_yaml
-from raydetr.console import table
+from raydetr.console import print_status, table
 from raydetr.store.folders import write_file
 from raydetr.tracking.upload_state import read_run_id
 from raydetr.tune.cluster import LeakedResource
@@ -96,17 +97,17 @@ def trial_table(trials: Sequence[Trial], options: SearchOptions) -> str:
     return "\n".join([table([head, *rows]), *failed])
 
 
-def write_result(result: SearchResult, space: Space, config: RunConfig, samples: int) -> list[str]:
-    """Write the result to the folder of the search; return the names of the files.
+def write_result(result: SearchResult, space: Space, config: RunConfig, samples: int) -> None:
+    """Write the result to the folder of the search: the texts first, then the pictures.
 
     Args:
         result: of the search.
         space: of the search.
         config: as the user gave it, without the password in `tracking.uri`.
-        samples: the position at which trials are compared for the importance of the paths.
+        samples: after which trials are compared for the importance of the paths.
 
     Raises:
-        OSError: a file cannot be written.
+        OSError: a text cannot be written.
     """
     trials, best = result.trials, result.best
     contents: dict[str, bytes] = {
@@ -117,23 +118,41 @@ def write_result(result: SearchResult, space: Space, config: RunConfig, samples:
         contents[BEST] = to_yaml(override(config, best.overrides)).encode()
         if result.options.algorithm == "pbt":
             contents[SCHEDULE] = schedule_yaml(best, trials).encode()
-        contents[CURVES] = plot_png(search_plots.plot_curves([_curve(trial) for trial in trials]))
-        axes = [
-            search_plots.Axis(path, one.kind, one.values, [trial.overrides.get(path) for trial in trials])
-            for path, one in space.distributions.items()
-        ]
-        contents[PARALLEL] = plot_png(search_plots.plot_parallel(axes, [trial.AP for trial in trials]))
-    if result.importance:
-        contents[IMPORTANCE] = plot_png(search_plots.plot_importance(result.importance, samples))
-    objective = result.options.objective
-    if objective is not None and (front := pareto_front(trials, objective)):
-        points = [(trial.number, trial.last(objective), trial.AP) for trial in trials]
-        contents[FRONT] = plot_png(
-            search_plots.plot_front(points, {trial.number for trial in front}, objective)
-        )
     for name, content in contents.items():
         write_file(result.folder / name, content)
-    return list(contents)
+    pictures = _pictures(result, space, samples) if best is not None else {}
+    for name, draw in pictures.items():
+        try:
+            write_file(result.folder / name, plot_png(draw()))
+        except Exception as error:  # of any type: a picture must not cost the result
+            print_status(f"warning: no {name}: {type(error).__name__}: {error}")
+
+
+def _pictures(result: SearchResult, space: Space, samples: int) -> dict[str, Callable[[], Figure]]:
+    trials, objective = result.trials, result.options.objective
+    pictures: dict[str, Callable[[], Figure]] = {
+        CURVES: lambda: search_plots.plot_curves([_curve(trial) for trial in trials]),
+        PARALLEL: lambda: search_plots.plot_parallel(_axes(space, trials), [trial.AP for trial in trials]),
+    }
+    if result.importance:
+        pictures[IMPORTANCE] = lambda: search_plots.plot_importance(result.importance, samples)
+    if objective is not None and (front := pareto_front(trials, objective)):
+        points = [(trial.number, trial.last(objective), trial.AP) for trial in trials]
+        numbers = {trial.number for trial in front}
+        pictures[FRONT] = lambda: search_plots.plot_front(points, numbers, objective)
+    return pictures
+
+
+def _axes(space: Space, trials: Sequence[Trial]) -> list[search_plots.Axis]:
+    return [
+        search_plots.Axis(
+            path,
+            one.kind,
+            one.values,
+            [trial.overrides[path] if space.is_drawn(path, trial.overrides) else None for trial in trials],
+        )
+        for path, one in space.distributions.items()
+    ]
 
 
 def importance_of(space: Space, trials: Sequence[Trial], samples: int) -> Mapping[str, float]:
@@ -142,7 +161,7 @@ def importance_of(space: Space, trials: Sequence[Trial], samples: int) -> Mappin
 
 
 def _curve(trial: Trial) -> search_plots.TrialCurve:
-    points = [(each.position, AP) for each in trial.evaluations if (AP := each.get("AP")) is not None]
+    points = [(each.samples, AP) for each in trial.evaluations if (AP := each.get("AP")) is not None]
     return search_plots.TrialCurve(trial.number, trial.status, points)
 
 

@@ -114,7 +114,7 @@ def _as_optuna(space: Space, trial: Trial, objective: Objective | None) -> optun
     costs = [] if objective is None else [trial.last(objective)]
     values = [value for value in (trial.AP, *costs) if value is not None]
     is_complete = trial.status == "finished" and len(values) == 1 + len(costs)
-    scores = {each.position: each.metrics["AP"] for each in trial.evaluations if each.get("AP") is not None}
+    scores = {each.samples: each.metrics["AP"] for each in trial.evaluations if each.get("AP") is not None}
     if is_complete:
         state = TrialState.COMPLETE
     elif trial.status in ("running", "waiting", "interrupted"):
@@ -156,9 +156,9 @@ def importances(space: Space, trials: Iterable[Trial], samples: int) -> Mapping[
     Args:
         space: of the search.
         trials: of the search.
-        samples: the position at which trials are compared; those without an evaluation there do not count.
+        samples: after which trials are compared; those without an evaluation there do not count.
     """
-    rated = [(trial, AP) for trial in trials if (AP := trial.AP_at(position=samples)) is not None]
+    rated = [(trial, AP) for trial in trials if (AP := trial.AP_at(samples=samples)) is not None]
     if len(rated) < 4 or len({AP for _, AP in rated}) == 1:
         return {}
     study = as_study(space, [])

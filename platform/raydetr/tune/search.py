@@ -37,6 +37,7 @@ from raydetr.runs.run_tracking import log_launch, uploading, without_password
 from raydetr.runs.signals import RunStopped, StopSignals
 from raydetr.shards.reader import Shards
 from raydetr.tracking.events import EventLog, read_events
+from raydetr.tracking.mlflow_run import param_text
 from raydetr.tracking.uris import mask_password, tracking_uri
 from raydetr.tune import cluster, engine
 from raydetr.tune.asha import Asha
@@ -45,7 +46,7 @@ from raydetr.tune.cluster import LeakedResource
 from raydetr.tune.coordinator import Algorithm, Coordinator, Sampling
 from raydetr.tune.display import SearchDisplay
 from raydetr.tune.population import Population
-from raydetr.tune.record import SearchOptions, read_options, read_trials, write_options
+from raydetr.tune.record import OPTIONS, SearchOptions, read_options, read_trials, write_options
 from raydetr.tune.result import SearchResult, best_command, importance_of, write_result
 from raydetr.tune.samplers import GridSampler, RandomSampler, TpeSampler
 from raydetr.tune.space import Space, read_space
@@ -123,10 +124,11 @@ def search(
     run.print_warnings(resolved, *splits)
     name = run.new_name(f"tune-{config.recipe}") if name is None else name
     folder = Path(resolved.storage.path) / name
-    if folder.exists() and or_resume:
-        _check_same(folder, config, space_file)
-        return resume(folder, overrides={"cluster.address": config.cluster.address})
-    if folder.exists():
+    is_there = (folder / OPTIONS).exists()  # otherwise its driver was killed before it had begun
+    if is_there and or_resume:
+        return resume(folder, **_check_same(folder, config, space_file, options))
+    is_run = (folder / CONFIG).exists() and not (folder / SPACE).exists()
+    if is_there or is_run:
         raise ConfigError(
             f"{folder} exists: continue it with `raydetr tune --resume {folder}`, or give another --name"
         )
@@ -181,23 +183,35 @@ def resume(
     return _search(_Plan(without_password(config), resolved, splits, space, options, context), is_new=False)
 
 
-def _check_same(folder: Path, config: RunConfig, space_file: Path) -> None:
-    """Check that a search that is to go on is the one that is asked for.
+def _check_same(folder: Path, config: RunConfig, space_file: Path, options: SearchOptions) -> dict[str, Any]:
+    """Check that a search that is to go on is the one that is asked for; return the arguments of `resume`.
 
     Raises:
-        ConfigError: it has another configuration or space.
+        ConfigError: it has another configuration, other options, or another space.
     """
+    before = read_options(folder)
+    changed = replace(
+        options, max_concurrent=before.max_concurrent, num_trials=before.num_trials, base=before.base
+    )
     stored, given = flatten(to_dict(from_yaml(folder / CONFIG))), flatten(to_dict(config))
     differing = [
         path for path, value in given.items() if stored.get(path) != value and not path.startswith("cluster.")
     ]
+    differing += [name for name, value in vars(before).items() if vars(changed)[name] != value]
     if read_text(folder / SPACE) != read_text(space_file):
         differing.append(f"the space {space_file}")
+    if options.num_trials < before.num_trials or (
+        options.num_trials > before.num_trials and options.algorithm in ("grid", "pbt")
+    ):
+        differing.append("the number of trials")
     if differing:
         raise ConfigError(
             f"{folder} is a search with other settings: {', '.join(differing)}. Continue it with "
             f"`raydetr tune --resume {folder}`, or give another --name"
         )
+    places = {path: value for path, value in given.items() if path.startswith("cluster.")}
+    more = options.num_trials if options.num_trials > before.num_trials else None
+    return {"overrides": places, "num_trials": more, "max_concurrent": options.max_concurrent}
 
 
 def _context(resolved: RunConfig, folder: Path) -> SearchContext:
@@ -219,6 +233,11 @@ def _check_options(
         assert options.interval is not None
         if options.interval >= epochs:
             raise ConfigError(f"--interval {options.interval}: give less than optim.epochs={epochs}")
+    if algorithm in ("asha", "bohb") and options.grace_epochs >= epochs:
+        raise ConfigError(
+            f"--grace-epochs {options.grace_epochs} leaves no epoch of optim.epochs={epochs} in which a trial could be "
+            "stopped: give less, or use --algorithm random or tpe"
+        )
     if algorithm == "grid":
         configurations = space.grid()
         check_configurations(space, config, splits, configurations)
@@ -234,7 +253,7 @@ def _algorithm(plan: _Plan) -> tuple[Algorithm, Asha | None]:
     options, space, config = plan.options, plan.space, plan.resolved
     asha = None
     if options.algorithm in ("asha", "bohb"):
-        grace = min(options.grace_epochs, config.optim.epochs) * plan.splits[0].num_samples
+        grace = options.grace_epochs * plan.splits[0].num_samples
         asha = Asha(grace, options.reduction_factor)
     match options.algorithm:
         case "pbt":
@@ -265,14 +284,13 @@ def _search(plan: _Plan, *, is_new: bool) -> SearchResult:
         if num_concurrent < options.max_concurrent:
             print_status(f"{num_concurrent} trials fit on the cluster at once, not {options.max_concurrent}")
         before = cluster.list_leaked_resources(_job_id())
-        if is_new:
-            folder.mkdir(parents=True)
-            (folder / CONFIG).write_text(to_yaml(plan.config))
-            (folder / SPACE).write_text(plan.space.text)
-        write_options(folder, options)
         print_status(f"search {folder}")
         log = EventLog(folder)
-        stack.enter_context(Lease(folder))
+        stack.enter_context(Lease(folder))  # before anything of the search is written
+        if is_new:
+            (folder / SPACE).write_text(plan.space.text)
+            (folder / CONFIG).write_text(to_yaml(plan.config))
+        write_options(folder, options)  # last: with them, it can be resumed
         trials = {} if is_new else read_trials(folder, context.config, context.trial_folder)
         algorithm, asha = _algorithm(plan)
         coordinator = Coordinator(context, algorithm, asha, log, trials, num_concurrent)
@@ -282,14 +300,23 @@ def _search(plan: _Plan, *, is_new: bool) -> SearchResult:
         _log_search(log, plan)
         failure: str | None = None
         try:
-            with SearchDisplay(context, lambda: coordinator.trials, options.num_trials) as display:
+            turns = cluster.Turns(f"{context.name}-{_job_id()}")
+
+            def on_waiting(is_waiting: bool) -> None:
+                turns.update(is_waiting)
+                coordinator.is_held = turns.must_wait
+
+            with SearchDisplay(
+                context, lambda: coordinator.trials, options.num_trials, on_waiting
+            ) as display:
                 engine.run_trials(
                     context,
                     coordinator,
                     stop.is_set,
                     display.on_change,
-                    keeps_stopped=options.keep == "all",
+                    lambda trial: _after_end(plan, coordinator, trial),
                 )
+            turns.close()
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
             raise
@@ -300,7 +327,10 @@ def _search(plan: _Plan, *, is_new: bool) -> SearchResult:
     if not coordinator.is_done:
         print_status(result.to_text())
         number = stop.signal
-        assert number is not None
+        if number is None:
+            raise SearchError(
+                f"Ray Tune has ended before the search: continue with `raydetr tune --resume {folder}`"
+            )
         raise RunStopped(
             f"{context.name} was stopped by {number.name}: continue with `raydetr tune --resume {folder}`",
             128 + number,
@@ -348,7 +378,7 @@ def _finish(plan: _Plan, coordinator: Coordinator, before: list[LeakedResource])
 
 def _compared_at(trials: Sequence[Trial]) -> int:
     """Return the largest number of samples after which all trials that were evaluated have an evaluation."""
-    return min((trial.evaluations[-1].position for trial in trials if trial.evaluations), default=0)
+    return min((trial.evaluations[-1].samples for trial in trials if trial.evaluations), default=0)
 
 
 def _log_end(context: SearchContext, trial: Trial, splits: tuple[Shards, Shards]) -> None:
@@ -368,6 +398,14 @@ def _log_end(context: SearchContext, trial: Trial, splits: tuple[Shards, Shards]
     log.append(EVENTS[trial.status], reason=trial.status, tags={ENDED_TAG: description})
     if not log.flush():
         print_status(f"warning: {log.problem}")
+
+
+def _after_end(plan: _Plan, coordinator: Coordinator, trial: Trial) -> None:
+    """Log how a trial has ended, and remove what is not to be kept of it; called in a thread."""
+    if trial.status in ("stopped by ASHA", "failed"):
+        _log_end(plan.context, trial, plan.splits)
+    if trial.status == "stopped by ASHA" and plan.options.keep != "all":
+        coordinator.remove_checkpoints(trial)
 
 
 def _remove_checkpoints(plan: _Plan, coordinator: Coordinator, trials: Sequence[Trial]) -> None:
@@ -407,8 +445,12 @@ def _log_result(log: EventLog, result: SearchResult, *, is_complete: bool, failu
     best = result.best
     if best is not None:
         fields |= {
-            "params": {f"best.{path}": value for path, value in best.overrides.items()},
-            "tags": {"raydetr.best_trial": best.name, "raydetr.best_command": result.command},
+            # Tags, because MLflow does not let params change: a search that goes on may find a better trial
+            "tags": {
+                "raydetr.best_trial": best.name,
+                "raydetr.best_command": result.command,
+                **{f"best.{path}": param_text(value) for path, value in best.overrides.items()},
+            },
             "metrics": {"AP": best.AP, "AP50": best.AP50},
             "step": 0,
         }

@@ -29,6 +29,7 @@ from raydetr.user_files import parse_yaml, read_text
 Kind = Literal["uniform", "loguniform", "randint", "choice"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 WHEN, OTHERWISE = "when", "otherwise"
+MAX_GRID = 10_000  # combinations
 
 _OTHER_DATA = "trials on other images cannot be compared; run one search per data set"
 _NO_EFFECT = "it has no effect on what a trial learns; set it on the command line"
@@ -134,7 +135,7 @@ class Space:
         """Return all configurations of the space, the last path varying fastest.
 
         Raises:
-            ConfigError: it has a distribution of real numbers.
+            ConfigError: it has a distribution of real numbers, or too many combinations.
         """
         values = {}
         for path, distribution in self.distributions.items():
@@ -146,13 +147,17 @@ class Space:
             low, high = distribution.values[0], distribution.values[-1]
             is_range = distribution.kind == "randint"
             values[path] = list(range(low, high + 1)) if is_range else list(distribution.values)
-        configurations = []
+        if (size := math.prod(map(len, values.values()))) > MAX_GRID:
+            raise ConfigError(
+                f"{self.path}: the grid has {size:,} combinations, and at most {MAX_GRID:,} are possible: list fewer "
+                "values, or search with another --algorithm"
+            )
+        configurations = {}
         for chosen in itertools.product(*values.values()):
             by_path = dict(zip(values, chosen, strict=True))
             drawn = self.draw(lambda path, distribution, by_path=by_path: by_path[path])  # type: ignore[misc]
-            if drawn not in configurations:  # paths that are not drawn do not multiply it
-                configurations.append(drawn)
-        return configurations
+            configurations[repr(drawn)] = drawn  # paths that are not drawn do not multiply it
+        return list(configurations.values())
 
     def examples(self) -> Iterator[tuple[str, Any, dict[str, Any]]]:
         """Yield each value to be checked: path, value, and a configuration that has it.
@@ -332,12 +337,24 @@ def _check_values(config: RunConfig, space: Space) -> None:
 
 def _absolute(space: Space, base: Path) -> Space:
     """Return the space with the values that name files or folders made absolute, starting from `base`."""
-    rules, distributions = path_settings(), dict(space.distributions)
-    for path in distributions.keys() & rules.keys():
-        distribution, make_absolute = distributions[path], rules[path]
+    rules = path_settings()
+
+    def absolute(path: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        rule = rules.get(path)
+        if rule is None:
+            return values
         try:
-            values = [value if value is None else make_absolute(value, base) for value in distribution.values]
+            return tuple(value if value is None else rule(value, base) for value in values)
         except ValueError as error:
             raise ConfigError(f"{path} {error}") from None
-        distributions[path] = replace(distribution, values=tuple(values))
+
+    distributions = {
+        path: replace(
+            one,
+            values=absolute(path, one.values),
+            when=None if one.when is None else (one.when[0], absolute(*one.when)),
+            otherwise=absolute(path, one.otherwise),
+        )
+        for path, one in space.distributions.items()
+    }
     return replace(space, distributions=distributions)

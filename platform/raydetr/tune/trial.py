@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,10 +16,11 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from raydetr.config import RunConfig, flatten, override, to_dict
 from raydetr.runs import run
 from raydetr.runs.lease import LeaseError
-from raydetr.runs.run_folder import read_config
+from raydetr.runs.run_folder import read_config, write_config
 from raydetr.training import checkpoint
 from raydetr.tune.trials import Proposal
 
+TUNE = "tune"  # folder of Ray Tune's own files in that of a search, while it runs
 LEASE_SECONDS = 90.0  # until the lease of a process that was killed is free
 # Settings of where a run is: a search that goes on may be elsewhere
 _PLACES = ("storage.", "tracking.", "init.", "model.backbone.weights", "recipe")
@@ -56,6 +58,8 @@ def run_trial(tune_config: Mapping[str, Any], context: SearchContext) -> None:
     A failure of the run is reported: Tune, which would start the trial again, does that only if this process dies.
     """
     proposal = Proposal(**json.loads(tune_config["proposal"]))
+    # Temporary folders are in one that the search removes: a process that ASHA stops cannot do that itself
+    tempfile.tempdir = str(context.folder / TUNE)
     try:
         _train(proposal, context)
     except Exception as error:  # of any type; the search goes on with the other trials
@@ -71,14 +75,16 @@ def _is_told(error: Exception) -> bool:
 def _train(proposal: Proposal, context: SearchContext) -> None:
     config = override(context.config, proposal.overrides)
     folder, name = context.trial_folder(proposal.number), context.trial_name(proposal.number)
-    last = checkpoint.newest_valid(folder, lambda message: None)
     epoch = proposal.until_epoch or config.optim.epochs
-    if last is not None and checkpoint.has_reached(last, epoch):  # killed after its last checkpoint
-        tune.report(checkpoint.read_metrics(last) | {"placement_group": None})
-        return
     callbacks: list[Any] = [TuneReportCallback()]  # type: ignore[no-untyped-call]
     deadline = time.monotonic() + LEASE_SECONDS
     while True:
+        last = checkpoint.newest_valid(folder, lambda message: None)
+        if last is not None and checkpoint.has_reached(last, epoch):  # killed after its last checkpoint
+            tune.report(checkpoint.read_metrics(last) | {"placement_group": None})
+            return
+        if last is not None and not (folder / "config.yaml").exists():  # it took over before its first start
+            write_config(folder, config)
         try:
             if last is None:
                 run.start(config, name=name, or_resume=True, kind="trial", warn=False, callbacks=callbacks,

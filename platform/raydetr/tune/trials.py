@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 
 # waiting: between two generations of a population
 Status = Literal["running", "waiting", "finished", "stopped by ASHA", "failed", "interrupted"]
-STATUS_ORDER: tuple[Status, ...] = (
-    "finished", "stopped by ASHA", "waiting", "interrupted", "running", "failed",
-)  # fmt: skip
+RANKS: dict[Status, int] = {
+    "finished": 0, "waiting": 1, "interrupted": 1, "running": 1, "stopped by ASHA": 2, "failed": 3,
+}  # fmt: skip
 # What can be minimized beside AP
 Objective = Literal["latency_ms", "worker_hours"]
 
@@ -27,9 +27,14 @@ def kept_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation of a trial."""
+    """An evaluation of a trial.
 
-    position: int  # samples seen
+    With other batch sizes an epoch ends at other positions, because the last batch reaches into the next epoch: trials
+    are compared by `samples`.
+    """
+
+    position: int  # of the run
+    samples: int  # of completed epochs
     epoch: int
     time: float  # in seconds since 1970
     metrics: Mapping[str, float]
@@ -88,9 +93,9 @@ class Trial:
         """AP at IoU 0.50 of the last evaluation."""
         return self.last("AP50")
 
-    def AP_at(self, *, position: int) -> float | None:
-        """Return the AP of the first evaluation at a position, or after it."""
-        return next((each.get("AP") for each in self.evaluations if each.position >= position), None)
+    def AP_at(self, *, samples: int) -> float | None:
+        """Return the AP of the first evaluation after so many samples."""
+        return next((each.get("AP") for each in self.evaluations if each.samples >= samples), None)
 
     def last(self, name: str) -> float | None:
         """Return a metric of the last evaluation; None without one, or if it is undefined."""
@@ -100,17 +105,17 @@ class Trial:
         """Return plain values for JSON."""
         names = ("number", "name", "overrides", "status", "epoch", "epochs", "AP", "AP50", "cause")
         points = [
-            {"position": each.position, "epoch": each.epoch, "time": each.time, **each.metrics}
+            {"samples": each.samples, "epoch": each.epoch, "time": each.time, **each.metrics}
             for each in self.evaluations
         ]
         return {name: getattr(self, name) for name in names} | {"evaluations": points}
 
 
 def rank_trials(trials: Iterable[Trial]) -> tuple[Trial, ...]:
-    """Sort trials, best first: by status (finished trials before stopped ones), then by AP."""
+    """Sort trials, best first: finished ones, those that go on, those stopped early; each by AP."""
 
     def rank(trial: Trial) -> tuple[int, float, int]:
-        return STATUS_ORDER.index(trial.status), math.inf if trial.AP is None else -trial.AP, trial.number
+        return RANKS[trial.status], math.inf if trial.AP is None else -trial.AP, trial.number
 
     return tuple(sorted(trials, key=rank))
 

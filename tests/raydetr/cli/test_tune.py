@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,9 +26,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Keep what would be searched, instead of starting it."""
     plans: list[Any] = []
 
-    def keep(plan: Any, *, is_new: bool) -> None:
+    def keep(plan: Any, *, is_new: bool) -> SimpleNamespace:
         plans.append((plan, is_new))
-        raise RuntimeError("not started")
+        return SimpleNamespace(to_text=lambda: "kept", pending_upload=None)
 
     monkeypatch.setattr(search, "_search", keep)
     return plans
@@ -106,7 +107,7 @@ def test_a_search_with_this_name_goes_on_only_if_it_is_the_same(
     (folder / "config.yaml").write_text((files / "run.yaml").read_text())
     (folder / "space.yaml").write_text((files / "space.yaml").read_text())
     write_options(folder, SearchOptions(num_trials=5, base=str(files)))
-    words = ("tune", "--config", "run.yaml", "--space", "space.yaml", "--name", "mine")
+    words = ("tune", "--config", "run.yaml", "--space", "space.yaml", "--name", "mine", "--trials", 5)
     assert "exists: continue it with `raydetr tune --resume" in raydetr(*words).err
     raydetr(*words, "--or-resume")
     (plan, is_new), = started  # fmt: skip
@@ -114,6 +115,8 @@ def test_a_search_with_this_name_goes_on_only_if_it_is_the_same(
     assert (plan.options.num_trials, plan.context.folder) == (5, folder)
     other = raydetr(*words, "--or-resume", "optim.epochs=9")
     assert "is a search with other settings: optim.epochs" in other.err
+    assert "the number of trials" in raydetr(*words[:-1], 4, "--or-resume").err
+    assert "grace_epochs" in raydetr(*words, "--or-resume", "--grace-epochs", 2).err
     (files / "space.yaml").write_text("optim.lr: {loguniform: [1.0e-3, 2.0e-2]}\n")
     assert "the space space.yaml" in raydetr(*words, "--or-resume").err
     assert len(started) == 1

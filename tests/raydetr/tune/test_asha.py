@@ -42,7 +42,9 @@ def test_it_stops_the_same_trials_as_ray_tune(grace: int, factor: int) -> None:
                 break
             time += 1.0
             epoch, AP = trials[number].epoch + 1, round(generator.random(), 2)
-            one = Evaluation(epoch * SAMPLES + generator.randint(0, 5), epoch, time, {"AP": AP})
+            one = Evaluation(
+                epoch * SAMPLES + generator.randint(0, 5), epoch * SAMPLES, epoch, time, {"AP": AP}
+            )
             trials[number] = replace(trials[number], evaluations=(*trials[number].evaluations, one))
             result: dict[str, Any] = {"epoch": epoch, "AP": AP}
             expected = reference.on_trial_result(None, fakes[number], result)  # type: ignore[arg-type]
@@ -57,16 +59,17 @@ def test_trials_with_other_epochs_are_compared_after_the_same_samples() -> None:
     """A batch of another size reaches an epoch some samples later, and another data set has other epochs."""
     asha = Asha(grace_samples=100, reduction_factor=2)
     long = replace(
-        trial(1, 8), evaluations=(Evaluation(104, 1, 1.0, {"AP": 0.5}), Evaluation(208, 2, 2.0, {"AP": 0.9}))
+        trial(1, 8),
+        evaluations=(Evaluation(104, 100, 1, 1.0, {"AP": 0.5}), Evaluation(208, 200, 2, 2.0, {"AP": 0.9})),
     )
-    short = replace(trial(2, 4), evaluations=(Evaluation(112, 1, 3.0, {"AP": 0.6}),))
+    short = replace(trial(2, 4), evaluations=(Evaluation(112, 100, 1, 3.0, {"AP": 0.6}),))
     assert not asha.stops(short, [long, short])  # 0.6 against 0.5 at 104, not 0.9 at 208
-    worse = replace(trial(3, 4), evaluations=(Evaluation(112, 1, 4.0, {"AP": 0.4}),))
+    worse = replace(trial(3, 4), evaluations=(Evaluation(112, 100, 1, 4.0, {"AP": 0.4}),))
     assert asha.stops(worse, [long, short, worse])
 
 
 def test_the_last_epoch_and_an_undefined_AP_never_stop_a_trial() -> None:
     asha = Asha(grace_samples=100, reduction_factor=2)
-    good = replace(trial(1, 4), evaluations=(Evaluation(100, 1, 1.0, {"AP": 0.9}),))
-    for evaluation in (Evaluation(100, 4, 2.0, {"AP": 0.1}), Evaluation(100, 1, 2.0, {})):
+    good = replace(trial(1, 4), evaluations=(Evaluation(100, 100, 1, 1.0, {"AP": 0.9}),))
+    for evaluation in (Evaluation(100, 100, 4, 2.0, {"AP": 0.1}), Evaluation(100, 100, 1, 2.0, {})):
         assert not asha.stops(replace(trial(2, 4), evaluations=(evaluation,)), [good])

@@ -9,6 +9,7 @@ import pytest
 
 from raydetr import recipes
 from raydetr.config import ConfigError, RunConfig, override
+from raydetr.runs import run
 from raydetr.runs.resolve import resolve
 from raydetr.tune.check import check_configurations, check_population, check_space
 from raydetr.tune.default_space import default_space
@@ -57,6 +58,33 @@ def test_a_value_that_cannot_be_trained_is_refused(
         check(tmp_path, config, text)
     for part in parts:
         assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "model.hidden_dim: {choice: [60, 64]}\nmodel.num_heads: {choice: [4, 16]}",
+            "hidden_dim=60, .*num_heads=16",
+        ),
+        ("data.batch_size: {choice: [1, 8]}\nmodel.backbone.norm: {choice: [frozen, batch]}", "leaves 1 of"),
+    ],
+)
+def test_values_that_only_together_cannot_be_trained_are_refused(
+    tiny_run: RunConfig, tmp_path: Path, text: str, reason: str
+) -> None:
+    config = override(
+        tiny_run, {"cluster.num_workers": 2, "model.num_heads": 4, "model.backbone.norm": "frozen"}
+    )
+    with pytest.raises(ConfigError, match=rf"trial \d+ would have .*{reason}"):
+        check(tmp_path, config, text)
+
+
+def test_the_default_space_of_a_fine_tuning_fits_its_checkpoint(tiny_run: RunConfig, tmp_path: Path) -> None:
+    """The queries of a checkpoint have a number of their own."""
+    trained = run.start(override(tiny_run, {"optim.epochs": 1}), local=True, name="trained")
+    config = override(tiny_run, {"init.checkpoint": str(trained.folder)})
+    check(tmp_path, config, default_space(config))
 
 
 def test_what_can_be_trained_passes(tiny_run: RunConfig, tmp_path: Path) -> None:
@@ -110,6 +138,7 @@ def test_the_default_space_of_every_recipe_is_valid_and_can_be_drawn(
     space = read_space(tmp_path / "space.yaml", config)
     for number in range(5):
         override(config, space.draw_random(random.Random(number)))
-    assert {"optim.lr", "model.num_queries", "model.loss.class_weight"} <= space.distributions.keys()
+    assert {"optim.lr", "model.loss.class_weight"} <= space.distributions.keys()
+    assert ("model.num_queries" in space.distributions) == (config.init.checkpoint is None)
     has_sampling = config.model.architecture in ("conditional_detr", "deformable_detr", "dino")
     assert ("optim.lr_sampling" in space.distributions) == has_sampling

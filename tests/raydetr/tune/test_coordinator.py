@@ -45,9 +45,12 @@ def evaluate(made: Coordinator, number: int, epoch: int, AP: float) -> bool:
     """Report an evaluation, as the run of the trial does: to its own events, and to the search."""
     metrics: dict[str, Any] = {"AP": AP, "AP50": 2 * AP}
     log = EventLog(made._context.trial_folder(number))
+    log.append("started", step=0, position=0, samples_per_epoch=48, epochs=4, workers=1)
     log.append("evaluation", step=3 * epoch, position=48 * epoch, metrics={"epoch": epoch, **metrics})
     assert log.flush()
-    return made.add_evaluation(number, {"epoch": epoch, "position": 48 * epoch, "time": "text", **metrics})
+    return made.add_evaluation(
+        number, {"epoch": epoch, "position": 48 * epoch, "samples_per_epoch": 48, "time": "text", **metrics}
+    )
 
 
 def flush(made: Coordinator) -> None:
@@ -112,6 +115,38 @@ def test_asha_decides_the_same_after_a_restart(context: SearchContext) -> None:
     second.next()
     assert evaluate(second, 2, 1, 0.4)
     assert second.end(2).status == "stopped by ASHA"
+
+
+def test_an_evaluation_that_the_driver_did_not_see_is_judged_by_the_next_one(context: SearchContext) -> None:
+    """The worker had logged it, and the driver was killed before the report arrived."""
+    asha = Asha(48, 2)
+    first = coordinator(context, asha=asha)
+    for _ in range(2):
+        first.next()
+    evaluate(first, 1, 1, 0.5)
+    flush(first)
+    unseen = EventLog(context.trial_folder(2))
+    unseen.append("started", step=0, position=0, samples_per_epoch=48, epochs=4, workers=1)
+    unseen.append("evaluation", step=3, position=48, metrics={"epoch": 1, "AP": 0.4})
+    assert unseen.flush()
+    second = coordinator(context, asha=asha)
+    assert second.trials[2].status == "stopped by ASHA"
+    assert [each.number for each in (second.next(), second.next()) if each] == [1, 3]
+
+
+def test_evaluations_of_workers_that_went_on_after_the_stop_do_not_count(context: SearchContext) -> None:
+    asha = Asha(48, 2)
+    first = coordinator(context, asha=asha)
+    for _ in range(2):
+        first.next()
+    evaluate(first, 1, 1, 0.5)
+    evaluate(first, 2, 1, 0.4)
+    first.end(2)
+    log = EventLog(context.trial_folder(2))
+    log.append("evaluation", step=6, position=96, metrics={"epoch": 2, "AP": 0.9})
+    assert log.flush()
+    flush(first)
+    assert coordinator(context, asha=asha).trials[2].AP == 0.4
 
 
 def test_a_report_that_comes_twice_counts_once(context: SearchContext) -> None:

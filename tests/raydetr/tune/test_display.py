@@ -23,9 +23,11 @@ def trial(number: int, lr: float, **fields: object) -> Trial:
 
 
 def test_the_table_has_what_runs_and_the_best_of_what_has_ended() -> None:
-    evaluation = (Evaluation(96, 2, 0.0, {"AP": 0.25}),)
+    evaluation = (Evaluation(96, 96, 2, 0.0, {"AP": 0.25}),)
     ended = [
-        trial(n, 0.1 * n, status="stopped by ASHA", evaluations=(Evaluation(48, 1, 0.0, {"AP": 0.01 * n}),))
+        trial(
+            n, 0.1 * n, status="stopped by ASHA", evaluations=(Evaluation(48, 48, 1, 0.0, {"AP": 0.01 * n}),)
+        )
         for n in (3, 4, 5, 6)
     ]
     trials = [trial(1, 0.1, evaluations=evaluation), trial(2, 0.2), *ended, trial(7, 1.0, status="failed")]
@@ -63,7 +65,8 @@ def test_progress_comes_from_the_events_and_a_trial_without_workers_says_so(
     log.append("step", position=120, step=15, metrics={"loss": 1.0})
     assert log.flush()
     stream = io.StringIO()
-    with SearchDisplay(context, lambda: trials, 2, stream) as shown:
+    waiting: list[bool] = []
+    with SearchDisplay(context, lambda: trials, 2, waiting.append, stream) as shown:
         for each in trials.values():
             shown.on_change(each)
         deadline = time.monotonic() + 20
@@ -74,6 +77,7 @@ def test_progress_comes_from_the_events_and_a_trial_without_workers_says_so(
                 trials[2], status="failed", cause="its process was killed because the node ran out of memory"
             )
         )
+    assert waiting[-1]  # so that other searches do not begin new trials
     lines = stream.getvalue().splitlines()
     assert lines[:2] == ["trial 1  starts  optim.lr=0.1", "trial 2  starts  optim.lr=0.2"]
     assert "trial 2  waiting for workers: it needs 2 x 1 CPUs, and there is room for 1 now" in lines

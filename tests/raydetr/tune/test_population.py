@@ -25,7 +25,7 @@ def ended(trial: Trial, AP: float | None) -> Trial:
     end = trial.proposals[-1].until_epoch or 6
     if AP is None:
         return replace(trial, status="failed", cause="NaN")
-    evaluation = Evaluation(end * 100, end, 0.0, {"AP": AP})
+    evaluation = Evaluation(end * 100, end * 100, end, 0.0, {"AP": AP})
     status = "finished" if end == 6 else "waiting"
     return replace(trial, status=status, evaluations=(*trial.evaluations, evaluation))  # type: ignore[arg-type]
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shlex
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,26 @@ import pytest
 
 from raydetr import recipes
 from raydetr.cli.arguments import read_config
-from raydetr.config import override
+from raydetr.config import from_yaml, override
 from raydetr.tune.record import SearchOptions
-from raydetr.tune.result import SearchResult, best_command, train_command, trial_table
+from raydetr.tune.result import (
+    SearchResult,
+    best_command,
+    importance_of,
+    train_command,
+    trial_table,
+    write_result,
+)
+from raydetr.tune.space import Distribution, Space
 from raydetr.tune.trials import Evaluation, Proposal, Status, Trial, rank_trials
+from raydetr.visualization import search_plots
 
 
 def trial(
     number: int, lr: float, status: Status, epoch: int = 0, AP: float | None = None, **metrics: float
 ) -> Trial:
     numbers = metrics if AP is None else {"AP": AP, **metrics}
-    evaluations = (Evaluation(48 * epoch, epoch, 0.0, numbers),) if epoch else ()
+    evaluations = (Evaluation(48 * epoch, 48 * epoch, epoch, 0.0, numbers),) if epoch else ()
     cause = "too hot" if status == "failed" else None
     proposal = Proposal(number, {"optim.lr": lr})
     return Trial(f"search-{number:03d}", (proposal,), 4, status, evaluations, cause)
@@ -99,3 +109,62 @@ def test_the_command_for_a_configuration_without_a_recipe_has_its_file(tmp_path:
     given = recipes.quickstart().model_copy(update={"recipe": "mine"})
     command = train_command(given, {"optim.lr": 0.5}, tmp_path / "config.yaml")
     assert command == f"raydetr train --config {tmp_path / 'config.yaml'} optim.lr=0.5"
+
+
+def test_a_result_is_written_with_pictures_also_for_values_that_are_not_drawn(tmp_path: Path) -> None:
+    """Outside its range, `otherwise` has no place on an axis, and no logarithm if it is 0."""
+    space = Space(tmp_path / "space.yaml", "", {
+        "optim.schedule": Distribution("choice", ("step", "cosine")),
+        "optim.weight_decay": Distribution("loguniform", (1e-5, 1e-3), ("optim.schedule", ("cosine",)), (0.0,)),
+        "optim.lr": Distribution("loguniform", (1e-5, 1e-3)),
+    })  # fmt: skip
+    trials = []
+    for number in range(1, 9):
+        overrides = space.draw_random(random.Random(number))
+        metrics = {"AP": 0.1 * number, "AP50": 0.2, "latency_ms": 10.0 * number}
+        evaluation = Evaluation(48, 48, 1, 0.0, metrics)
+        proposal = Proposal(number, overrides)
+        trials.append(Trial(f"search-{number:03d}", (proposal,), 1, "finished", (evaluation,)))
+    assert any(trial.overrides["optim.weight_decay"] == 0.0 for trial in trials)
+    options = SearchOptions("tpe", 8, objective="latency_ms")
+    ranked = rank_trials(trials)
+    importance = importance_of(space, ranked, 48)
+    assert importance  # of the paths that all trials have
+    result = SearchResult(
+        "search", tmp_path, "sqlite:///x", options, ranked, "raydetr train ...", (), importance
+    )
+    given = override(recipes.quickstart(), {"optim.min_lr_ratio": 0.0})
+    write_result(result, space, given, 48)
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {
+        "trials.txt",
+        "trials.json",
+        "best.yaml",
+        "curves.png",
+        "parallel.png",
+        "importance.png",
+        "front.png",
+    }
+    best = from_yaml(tmp_path / "best.yaml")
+    assert best.optim.lr == trials[-1].overrides["optim.lr"]
+
+
+def test_a_picture_that_fails_does_not_cost_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(search_plots, "plot_curves", fail)
+    space = Space(tmp_path / "space.yaml", "", {"optim.lr": Distribution("uniform", (0.1, 1.0))})
+    result = SearchResult(
+        "s", tmp_path, "sqlite:///x", SearchOptions(), rank_trials(TRIALS), "raydetr train", (), {}
+    )
+    write_result(result, space, recipes.quickstart(), 48)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "trials.txt",
+        "trials.json",
+        "best.yaml",
+        "parallel.png",
+    }
+    assert "no curves.png: RuntimeError: no fonts" in capfd.readouterr().err

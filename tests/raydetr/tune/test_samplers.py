@@ -20,7 +20,7 @@ SPACE = Space(Path("space.yaml"), "", {
 
 
 def trial(number: int, overrides: dict[str, object], status: Status = "finished", **metrics: float) -> Trial:
-    evaluations = (Evaluation(100, 1, 0.0, metrics),) if metrics else ()
+    evaluations = (Evaluation(104, 100, 1, 0.0, metrics),) if metrics else ()
     return Trial(f"search-{number:03d}", (Proposal(number, overrides),), 1, status, evaluations)
 
 

@@ -199,7 +199,8 @@ def check_mlflow(database: Path, folder: Path, trials: dict[int, dict[str, Any]]
         (best,)
     ]
     params = dict(query(database, "select key, value from params where run_uuid = ?", parent))
-    assert (params["best.optim.lr"], params["search.optim.lr"]) == ("0.004", "choice [0.004, 1e-09, 1e+30]")
+    tags = dict(query(database, "select key, value from tags where run_uuid = ?", parent))
+    assert (tags["best.optim.lr"], params["search.optim.lr"]) == ("0.004", "choice [0.004, 1e-09, 1e+30]")
     artifacts = {path.name for path in (database.parent / "mlflow-artifacts" / parent).rglob("*")}
     assert {"space.yaml", "config.yaml", "trials.txt", "trials.json", "best.yaml", "curves.png"} <= artifacts
 

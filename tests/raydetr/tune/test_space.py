@@ -91,6 +91,27 @@ def test_paths_of_files_become_absolute_where_the_search_starts(tmp_path: Path) 
     assert space.distributions["data.train"].values == ("/home/me/one", "/home/me/two")
 
 
+def test_paths_of_files_in_conditions_become_absolute_too(tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(
+        "init.checkpoint: {choice: [weights/a, null]}\n"
+        "optim.lr: {choice: [0.1, 0.2], when: {init.checkpoint: weights/a}}\n"
+        "optim.schedule: {choice: [cosine, step]}\n"
+        "model.backbone.weights: {choice: [b, c], when: {optim.schedule: cosine}, otherwise: d}\n"
+    )
+    config = override(recipes.quickstart(), {"optim.min_lr_ratio": 0.0})
+    space = read_space(tmp_path / "space.yaml", config, Path("/home/me"))
+    assert space.distributions["optim.lr"].when == ("init.checkpoint", ("/home/me/weights/a",))
+    assert space.distributions["model.backbone.weights"].otherwise == ("/home/me/d",)
+    drawn = [space.draw_random(random.Random(number)) for number in range(20)]
+    assert {("optim.lr" in each) == (each["init.checkpoint"] is not None) for each in drawn} == {True}
+
+
+def test_a_grid_that_nobody_can_train_is_refused(tmp_path: Path) -> None:
+    space = read(tmp_path, "model.num_queries: {randint: [1, 20000]}")
+    with pytest.raises(ConfigError, match="the grid has 20,000 combinations"):
+        space.grid()
+
+
 def test_the_example_fits_the_recipe_it_is_for() -> None:
     space = read_space(JOBS / "space_quickstart.yaml", recipes.quickstart())
     assert set(space.distributions) == set(yaml.safe_load(space.text))
