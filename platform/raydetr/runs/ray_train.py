@@ -243,7 +243,7 @@ def fit(trainer: TorchTrainer) -> ray.train.Result:
     """
     try:
         result = trainer.fit()
-    except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         cause = getattr(error, "controller_failure", None)
         raise LaunchError(
             f"the workers failed: {_root_cause(error)}",
