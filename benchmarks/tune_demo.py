@@ -27,7 +27,7 @@ optim.weight_decay: {choice: [0.0, 1.0e-4, 1.0e-2]}
 model.num_queries: {randint: [15, 40]}
 model.loss.kind: {choice: [mal, focal]}
 """
-TRIALS, EPOCHS, IMAGES = 10, 6, 800
+TRIALS, EPOCHS, IMAGES = 10, 9, 500
 OUT = Path("build/tune-demo.json")
 
 
