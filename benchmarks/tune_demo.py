@@ -28,7 +28,7 @@ model.num_queries: {randint: [15, 40]}
 model.loss.kind: {choice: [mal, focal]}
 """
 TRIALS, EPOCHS, IMAGES = 10, 9, 500
-GRACE_EPOCHS = 3  # before that, AP is below 0.1 and says little about the end
+GRACE_EPOCHS = 3  # earlier, the order of the trials says little about that at the end
 OUT = Path("build/tune-demo.json")
 
 
