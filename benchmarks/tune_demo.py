@@ -28,6 +28,7 @@ model.num_queries: {randint: [15, 40]}
 model.loss.kind: {choice: [mal, focal]}
 """
 TRIALS, EPOCHS, IMAGES = 10, 9, 500
+GRACE_EPOCHS = 3  # earlier, the order of the trials says little about that at the end
 OUT = Path("build/tune-demo.json")
 
 
@@ -74,7 +75,7 @@ def run(config: RunConfig, space: Path, algorithm: str) -> tuple[SearchResult, f
     """Search with as many trials at once as there are cores; return the result, and the seconds it took."""
     cores = len(os.sched_getaffinity(0))
     began = time.perf_counter()
-    options = SearchOptions(algorithm, num_trials=TRIALS, max_concurrent=cores)  # type: ignore[arg-type]
+    options = SearchOptions(algorithm, TRIALS, cores, GRACE_EPOCHS)  # type: ignore[arg-type]
     result = search(config, space, options)
     print(result.to_text())
     return result, time.perf_counter() - began
