@@ -55,22 +55,18 @@ def tune(
         fixed = {"--space": space, "--algorithm": algorithm, "--grace-epochs": grace_epochs, "--keep": keep,
                  "--reduction-factor": reduction_factor, "--interval": interval, "--objective": objective,
                  "--config": config, "--name": name}  # fmt: skip
-        for option, value in fixed.items():
-            if value is not None:
-                raise ConfigError(f"--resume continues a search with its own options: omit {option}")
+        _refuse(fixed)
         overrides = parse_assignments(arguments or [])
         outcome = search.resume(resume, overrides=overrides, num_trials=trials, max_concurrent=concurrent)
     else:
-        if space is None:
-            raise ConfigError("--space FILE is missing: `raydetr space RECIPE` prints one to begin with")
-        if or_resume and name is None:
-            raise ConfigError("--or-resume needs the name of the search: add --name NAME")
         options = search_options(
             algorithm=algorithm, trials=trials, concurrent=concurrent, grace_epochs=grace_epochs,
             reduction_factor=reduction_factor, interval=interval, objective=objective, keep=keep,
         )  # fmt: skip
         chosen = read_config(arguments or [], config)
-        outcome = search.search(chosen, space, options, name=name, or_resume=or_resume)
+        outcome = search.search(
+            chosen, _given(space), options, name=_named(name, or_resume), or_resume=or_resume
+        )
     typer.echo(outcome.to_text())
     if outcome.pending_upload is not None:
         raise typer.Exit(INCOMPLETE)
@@ -81,3 +77,36 @@ def space(arguments: RecipeAndOverrides = None, config: ConfigFile = None) -> No
     from raydetr.tune.default_space import default_space
 
     typer.echo(default_space(read_config(arguments or [], config)), nl=False)
+
+
+def _refuse(fixed: dict[str, object]) -> None:
+    """Check that no option is given that has no effect on a search that is resumed.
+
+    Raises:
+        ConfigError: one is.
+    """
+    for option, value in fixed.items():
+        if value is not None:
+            raise ConfigError(f"--resume continues a search with its own options: omit {option}")
+
+
+def _given(space: Path | None) -> Path:
+    """Return the file of the space.
+
+    Raises:
+        ConfigError: it is not given.
+    """
+    if space is None:
+        raise ConfigError("--space FILE is missing: `raydetr space RECIPE` prints one to begin with")
+    return space
+
+
+def _named(name: str | None, or_resume: bool) -> str | None:
+    """Return the name of the search.
+
+    Raises:
+        ConfigError: it is missing, and a search with this name is to go on.
+    """
+    if or_resume and name is None:
+        raise ConfigError("--or-resume needs the name of the search: add --name NAME")
+    return name

@@ -54,6 +54,9 @@ AUGMENTATION = (
 )
 
 
+MAX_INTEGER = 2**31  # no tensor has a size beyond it
+
+
 class TransformConfig(Section):
     """Augmentation and resize of an image before it is batched.
 
@@ -297,4 +300,6 @@ class RunConfig(Section):
         }.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} is {value}: give a finite number")
+            if isinstance(value, int) and abs(value) >= MAX_INTEGER:
+                raise ValueError(f"{name} is {value}: give a number below {MAX_INTEGER:,}")
         return model

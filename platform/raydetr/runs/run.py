@@ -229,7 +229,7 @@ def check_new(folder: Folder, config: RunConfig, or_resume: bool) -> None:
     Raises:
         ConfigError: there is one.
     """
-    if or_resume or not (folder / "config.yaml").exists():
+    if or_resume or not folder.exists():
         return
     last = checkpoint.newest_valid(folder, lambda message: None)
     if last is None:

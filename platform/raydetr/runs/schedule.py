@@ -98,7 +98,10 @@ def train_schedule(
     name = run.new_name(config.recipe) if name is None else name
     folder = open_folder(config.storage.path) / name
     run.check_name(name)
-    run.check_new(folder, config, or_resume)
+    if (folder / "config.yaml").exists() or not (
+        folder / SCHEDULE
+    ).exists():  # a start that failed has only this
+        run.check_new(folder, config, or_resume)
     if checkpoint.newest_valid(folder, lambda message: None) is not None:
         _check_same(folder, config, schedule)
     write_file(folder / SCHEDULE, yaml.safe_dump(_plain(schedule)).encode())

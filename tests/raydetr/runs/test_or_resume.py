@@ -146,8 +146,8 @@ def test_what_a_start_decides_is_no_difference(by_steps: RunConfig, tmp_path: Pa
     """Such as the number of classes, absolute paths, and the place of a database."""
     stored, _ = resolve(by_steps)
     given, _ = resolve(override(by_steps, {"tracking.uri": "sqlite:///elsewhere.db"}))
-    assert run._differences(stored, given) == {}
+    assert run.differences(stored, given) == {}
     given, _ = resolve(override(by_steps, {"tracking.uri": "http://127.0.0.1:9"}))
-    assert list(run._differences(stored, given)) == ["tracking.uri"]
+    assert list(run.differences(stored, given)) == ["tracking.uri"]
     (tmp_path / "copy.yaml").write_text(to_yaml(stored))
-    assert run._differences(from_yaml(tmp_path / "copy.yaml"), stored) == {}
+    assert run.differences(from_yaml(tmp_path / "copy.yaml"), stored) == {}

@@ -176,6 +176,7 @@ def test_a_corrupt_sample_stops_the_run_at_once(
     assert not train_workers(cluster)
 
 
+@pytest.mark.slow
 def test_too_many_corrupt_samples_stop_all_workers_with_a_complete_log(
     cluster: Cluster, corrupt: tuple[RunConfig, list[tuple[Path, str]]]
 ) -> None:

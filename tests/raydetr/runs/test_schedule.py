@@ -37,6 +37,7 @@ def test_settings_change_at_their_epoch_and_the_run_is_one(tiny_run: RunConfig, 
     assert positions == [48, 96, 144, 192]
 
 
+@pytest.mark.slow
 def test_a_schedule_without_changes_gives_the_same_weights_as_a_run(tiny_run: RunConfig) -> None:
     schedule = {0: {}, 1: {}, 3: {}}
     parts = train_schedule(tiny_run, schedule, local=True, name="parts")

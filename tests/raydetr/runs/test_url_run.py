@@ -75,7 +75,8 @@ def test_a_run_at_a_url_is_the_run_on_a_disk(
     rows = [
         [row for row in Metrics(read_events(each.folder)).rows if "AP" in row] for each in (result, on_disk)
     ]
-    assert all(row.pop("cpu_seconds") > 0 for each in rows for row in each)
+    for name in ("cpu_seconds", "worker_hours", "latency_ms", "evaluation_images_per_second"):
+        assert all(row.pop(name) > 0 for each in rows for row in each)
     assert rows[0] == rows[1]
     assert (result.folder / "predictions.png").exists()
     assert (result.folder / "curves.png").exists()

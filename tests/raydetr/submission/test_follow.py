@@ -166,7 +166,7 @@ def test_a_job_of_ray_job_submit_is_submitted_again(capsys: pytest.CaptureFixtur
     stopped = details(JobStatus.STOPPED)
     stopped.metadata = None
     assert follow.follow(MadeCluster([stopped], [["x"]]), "run-1") == 3  # type: ignore[arg-type]
-    assert "submit its command again: a run with a --name goes on" in " ".join(
+    assert "submit its command again: a run or a search with a --name goes on" in " ".join(
         capsys.readouterr().err.split()
     )
 

@@ -80,6 +80,7 @@ def test_values_that_only_together_cannot_be_trained_are_refused(
         check(tmp_path, config, text)
 
 
+@pytest.mark.slow
 def test_the_default_space_of_a_fine_tuning_fits_its_checkpoint(tiny_run: RunConfig, tmp_path: Path) -> None:
     """The queries of a checkpoint have a number of their own."""
     trained = run.start(override(tiny_run, {"optim.epochs": 1}), local=True, name="trained")

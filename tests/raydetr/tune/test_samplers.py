@@ -52,6 +52,7 @@ def test_a_resumed_search_draws_the_same(sampler: Sampler) -> None:
     assert conditional["cosine"] > 0.0
 
 
+@pytest.mark.slow
 def test_tpe_finds_better_values_than_random_search() -> None:
     def mean_of_last(make: type[RandomSampler] | type[TpeSampler]) -> float:
         last = []
