@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -79,7 +80,7 @@ def space(arguments: RecipeAndOverrides = None, config: ConfigFile = None) -> No
     typer.echo(default_space(read_config(arguments or [], config)), nl=False)
 
 
-def _refuse(fixed: dict[str, object]) -> None:
+def _refuse(fixed: Mapping[str, object]) -> None:
     """Check that no option is given that has no effect on a search that is resumed.
 
     Raises:
