@@ -384,7 +384,7 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(shards: Pat
         job = search(head, shards, space, *arguments, max_failures=3)
         wait_for_line(job, "trial 1  epoch 1/")
         for process in head.processes():
-            if process.name().startswith("ray::ImplicitFunc"):
+            if process.name().startswith("ray::Implicit"):
                 process.kill()
         _, errors = job.communicate()
         assert job.returncode == 0, errors
