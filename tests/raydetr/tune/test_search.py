@@ -371,31 +371,3 @@ def test_two_searches_on_one_cluster_take_turns(shards: Path, tmp_path: Path) ->
     assert [len(times) for times in started.values()] == [4, 4]
     assert min(started["second"]) < max(started["first"])  # it did not wait until the first had ended
     assert "waiting for workers: it needs 1 x 1 CPUs, and there is room for 0 now" in outputs[1][1]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(shards: Path, tmp_path: Path) -> None:
-    """Its workers end with it."""
-    space = tmp_path / "space.yaml"
-    space.write_text("optim.lr: {loguniform: [1.0e-3, 1.0e-2]}\n")
-    arguments = ("--algorithm", "random", "--trials", "1", "--name", "s", "optim.epochs=6")
-    with ray_head(num_cpus=1) as head:
-        job = search(head, shards, space, *arguments, max_failures=3)
-        wait_for_line(job, "trial 1  epoch 1/")
-        for process in head.processes():
-            if process.name().startswith("ray::Implicit"):
-                process.kill()
-        _, errors = job.communicate()
-        assert job.returncode == 0, errors
-        check_nothing_is_left(head)
-    assert "its process has died, and is started again" in errors
-    events = read_events(tmp_path / "s/s-001")
-    resumed = [event["position"] for event in events if event["kind"] == "resumed"]
-    assert len(resumed) == 1
-    assert resumed[0] >= 64
-    trial = read_trials(tmp_path / "s")[1]
-    assert (trial["status"], [each["epoch"] for each in trial["evaluations"]]) == (
-        "finished",
-        [1, 2, 3, 4, 5, 6],
-    )
