@@ -239,8 +239,4 @@ def fraction(value: float | None) -> str:
 
 
 def _numbers(trial: Trial) -> str:
-    numbers = (("AP", trial.AP), ("AP50", trial.AP50))
-    return "  ".join(
-        [f"epoch {trial.epoch}/{trial.epochs}"]
-        + [f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in numbers]
-    )
+    return f"epoch {trial.epoch}/{trial.epochs}  AP {fraction(trial.AP)}  AP50 {fraction(trial.AP50)}"

@@ -19,7 +19,6 @@ from ray.exceptions import RayTaskError
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from raydetr.console import print_status
 from raydetr.runs.ray_train import OUT_OF_MEMORY, is_out_of_memory
 from raydetr.store.background import BackgroundThreads
 from raydetr.tune import cluster
@@ -49,6 +48,7 @@ def run_trials(
     should_stop: Callable[[], bool],
     on_change: Callable[[Trial], None],
     on_released: Callable[[Trial], None],
+    note: Callable[[str], None],
 ) -> None:
     """Run trials until all have ended, or until `should_stop`.
 
@@ -58,6 +58,7 @@ def run_trials(
         should_stop: is asked often.
         on_change: is called with a trial that begins, was evaluated or has ended.
         on_released: is called in a thread with a trial some time after its end, when its processes have ended.
+        note: prints a line.
     """
     link = _Link(coordinator, on_change, should_stop, on_released)
     tuner = tune.Tuner(
@@ -68,7 +69,7 @@ def run_trials(
         run_config=tune.RunConfig(
             name=TUNE,
             storage_path=str(context.folder),
-            callbacks=[_Callback(link)],
+            callbacks=[_Callback(link, note)],
             verbose=0,
             # Of a trial's process, whose run starts its own workers again. Only a process that dies is a failure here
             failure_config=tune.FailureConfig(max_failures=context.config.cluster.max_failures),
@@ -201,9 +202,9 @@ class _Stopper(_Unstored, tune.Stopper):
         return self._should_stop()
 
 
-class _Callback(tune.Callback):
-    def __init__(self, link: _Link) -> None:
-        self._link = link
+class _Callback(_Unstored, tune.Callback):
+    def __init__(self, link: _Link, note: Callable[[str], None]) -> None:
+        self._link, self._note = link, note
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._link.end(trial.trial_id)
@@ -213,7 +214,7 @@ class _Callback(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number = self._link.numbers[trial.trial_id]
-        print_status(f"trial {number}  its process has died, and is started again: {_cause(trial)}")
+        self._note(f"trial {number}  its process has died, and is started again: {_cause(trial)}")
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Release what ended trials may still hold."""

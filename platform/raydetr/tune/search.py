@@ -315,6 +315,7 @@ def _search(plan: _Plan, *, is_new: bool) -> SearchResult:
                     stop.is_set,
                     display.on_change,
                     lambda trial: _after_end(plan, coordinator, trial),
+                    display.note,
                 )
             turns.close()
         except Exception as error:
@@ -372,7 +373,10 @@ def _finish(plan: _Plan, coordinator: Coordinator, before: list[LeakedResource])
         # The values of a population change
         importance={} if plan.options.algorithm == "pbt" else importance_of(plan.space, trials, samples),
     )
-    write_result(result, plan.space, plan.config, samples)
+    try:
+        write_result(result, plan.space, plan.config, samples)
+    except OSError as error:  # a full disk, perhaps: the result is printed, and the end is logged
+        print_status(f"warning: the result is not complete in {context.folder}: {error}")
     return result
 
 

@@ -216,9 +216,11 @@ def test_a_search_that_a_signal_stops_reports_its_results_and_goes_on(
     space = tmp_path / "space.yaml"
     space.write_text(SPACE)
     with ray_head(num_cpus=2) as head:
+        # An epoch takes tenths of a second: enough of them for the signal to come before the end
         job = search(
-            head, shards, space, "--trials", "2", "--concurrent", "2", "--name", "s", "optim.epochs=6"
-        )
+            head, shards, space, "--algorithm", "random", "--trials", "2", "--concurrent", "2", "--name", "s",
+            "optim.epochs=40",
+        )  # fmt: skip
         wait_for_line(job, "epoch 1/")
         job.send_signal(number)
         _, errors = job.communicate()
@@ -236,7 +238,7 @@ def test_a_search_that_a_signal_stops_reports_its_results_and_goes_on(
     assert trials[1]["status"] == "finished"
     before, after = (each[1]["evaluations"][0] for each in (stopped, trials))
     assert after | {"time": 0} == before | {"time": 0}
-    assert trials[1]["evaluations"][-1]["epoch"] == 6
+    assert trials[1]["evaluations"][-1]["epoch"] == 40
 
 
 @pytest.mark.slow
@@ -335,7 +337,9 @@ def check_replay(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_searches_on_one_cluster_take_turns(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_two_searches_on_one_cluster_take_turns(shards: Path, tmp_path: Path, num_workers: int) -> None:
+    """Also if the trials of the second need both CPUs at once, and those of the first one each."""
     folders = {name: tmp_path / name for name in ("first", "second")}
     arguments = (
         "--algorithm",
@@ -353,7 +357,8 @@ def test_two_searches_on_one_cluster_take_turns(shards: Path, tmp_path: Path) ->
         for folder in folders.values():
             folder.mkdir()
             (folder / "space.yaml").write_text("optim.lr: {loguniform: [1.0e-3, 1.0e-2]}\n")
-            jobs.append(search(head, shards, folder / "space.yaml", *arguments))
+            workers = num_workers if jobs else 1
+            jobs.append(search(head, shards, folder / "space.yaml", *arguments, num_workers=workers))
             if len(jobs) == 1:
                 wait_for_line(jobs[0], "trial 1  epoch 1/")  # it has all CPUs
         outputs = [job.communicate() for job in jobs]
@@ -370,4 +375,29 @@ def test_two_searches_on_one_cluster_take_turns(shards: Path, tmp_path: Path) ->
     }
     assert [len(times) for times in started.values()] == [4, 4]
     assert min(started["second"]) < max(started["first"])  # it did not wait until the first had ended
-    assert "waiting for workers: it needs 1 x 1 CPUs, and there is room for 0 now" in outputs[1][1]
+    assert f"waiting for workers: it needs {num_workers} x 1 CPUs, and there is room for " in outputs[1][1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(shards: Path, tmp_path: Path) -> None:
+    """Its workers end with it."""
+    space = tmp_path / "space.yaml"
+    space.write_text("optim.lr: {loguniform: [1.0e-3, 1.0e-2]}\n")
+    arguments = ("--algorithm", "random", "--trials", "1", "--name", "s", "optim.epochs=80")
+    with ray_head(num_cpus=1) as head:
+        job = search(head, shards, space, *arguments, max_failures=3)
+        wait_for_line(job, "trial 1  epoch 1/")
+        killed = [process for process in head.processes() if process.name().startswith("ray::Implicit")]
+        assert len(killed) == 1
+        killed[0].kill()
+        _, errors = job.communicate()
+        assert job.returncode == 0, errors
+        check_nothing_is_left(head)
+    assert "trial 1  its process has died, and is started again" in errors
+    resumed = [event["position"] for event in read_events(tmp_path / "s/s-001") if event["kind"] == "resumed"]
+    assert len(resumed) == 1
+    assert resumed[0] >= 64
+    trial = read_trials(tmp_path / "s")[1]
+    assert trial["status"] == "finished"
+    assert [each["epoch"] for each in trial["evaluations"]] == list(range(1, 81))
