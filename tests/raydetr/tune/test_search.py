@@ -50,14 +50,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def search(
-    head: RayHead, shards: Path, space: Path, *arguments: str, max_failures: int = 0
+    head: RayHead, shards: Path, space: Path, *arguments: str, num_workers: int = 1, max_failures: int = 0
 ) -> subprocess.Popen[str]:
     """Start the job; its runs are stored in the folder of the space."""
     return tune(
         head,
         *("quickstart", "--space", str(space), *arguments),
         *(f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.synthetic=null"),
-        *("cluster.num_workers=1", f"cluster.max_failures={max_failures}", "evaluation.every_epochs=1"),
+        *(f"cluster.num_workers={num_workers}", f"cluster.max_failures={max_failures}"),
+        "evaluation.every_epochs=1",
         *("optim.max_skipped_steps=0", "evaluation.report=false", "tracking.register_model=false"),
         *(f"seed={SEED}", f"cluster.address={head.address}", f"storage.path={space.parent}"),
     )
