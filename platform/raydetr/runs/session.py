@@ -356,6 +356,7 @@ class _Session:
         if report.corrupt:
             self._on_corrupt(report, report.corrupt)
         arrays = self._write_detections(report)
+        spent = self.training.world.all_gather((_peak_rss_mb(), self.training.cpu_seconds))
         metrics: dict[str, Any] = {
             "epoch": report.epoch,
             "position": report.position,
@@ -364,10 +365,9 @@ class _Session:
             "corrupt_rows": [asdict(row) for row in report.corrupt],
             "corrupt_samples": self.training.corrupt_log.num_samples,
             "skipped_steps": self.training.skipped_steps,
-            "peak_rss_mb": max(self.training.world.all_gather(_peak_rss_mb())),
+            "peak_rss_mb": max(memory for memory, _ in spent),
             "evaluation_seconds": report.seconds,
-            "cpu_seconds": self.earlier_cpu_seconds
-            + sum(self.training.world.all_gather(self.training.cpu_seconds)),
+            "cpu_seconds": self.earlier_cpu_seconds + sum(seconds for _, seconds in spent),
         }
         if self.scoring is not None:
             evaluated = Evaluated(

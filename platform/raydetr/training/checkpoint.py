@@ -209,6 +209,7 @@ def take_over(run: Path, source: Folder) -> Path:
     for folder in complete_checkpoints(run):
         if position_of(folder) >= position_of(source):
             remove_folder(folder)
+    remove_folder(target)  # of a process that was killed before it was complete
     copy.rename(target)
     return target
 
