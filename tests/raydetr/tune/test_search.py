@@ -334,6 +334,9 @@ def check_replay(
     steps = read_schedule(schedule, config)
     result = train_schedule(config, steps, local=True, name="replayed")
     assert result.metrics["AP"] == trial["AP"]
+    # The schedule of the best trial, as the search has written it
+    best = train_schedule(config, read_schedule(folder / "s/schedule.yaml", config), local=True, name="best")
+    assert best.metrics["AP"] == max(each["AP"] for each in read_trials(folder / "s").values())
     last = folder / f"s/{trial['name']}/checkpoints/000000000256"
     assert read_meta(result.checkpoint).state_crc32 == read_meta(last).state_crc32  # weights, moments and EMA
 
