@@ -30,6 +30,11 @@ def table(rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def counted(count: int, singular: str, plural: str | None = None) -> str:
+    """Format a count with its noun: `1 image`, `1,204 images`."""
+    return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
+
+
 def print_status(text: str) -> None:
     """Print a line for the user on standard error; standard output is for results."""
     _print_line(Console(stderr=True), text)

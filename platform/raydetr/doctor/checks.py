@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from raydetr.doctor.findings import Example, Finding, Integers, Level, TrainingTarget, counted
+from raydetr.console import counted
+from raydetr.doctor.findings import Example, Finding, Integers, Level, TrainingTarget
 from raydetr.doctor.scan import Flags, ScannedSplit, Split
 from raydetr.shards.coco import listed
 from raydetr.shards.manifest import MAX_LABEL

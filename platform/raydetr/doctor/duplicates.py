@@ -11,7 +11,8 @@ import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from raydetr.doctor.findings import MAX_EXAMPLES, Example, Finding, Integers, counted
+from raydetr.console import counted
+from raydetr.doctor.findings import MAX_EXAMPLES, Example, Finding, Integers
 from raydetr.doctor.scan import ScannedSplit
 
 Hashes = npt.NDArray[np.uint64]

@@ -8,9 +8,10 @@ from itertools import combinations
 
 import numpy as np
 
+from raydetr.console import counted
 from raydetr.doctor import checks
 from raydetr.doctor.duplicates import duplicate_findings
-from raydetr.doctor.findings import LEVELS, Finding, Integers, Level, TrainingTarget, counted
+from raydetr.doctor.findings import LEVELS, Finding, Integers, Level, TrainingTarget
 from raydetr.doctor.report import Report
 from raydetr.doctor.scan import ScannedSplit, Split, scan
 from raydetr.process_pool import Progress

@@ -66,11 +66,6 @@ class Finding:
         return f"{', '.join(self.splits)}: {self.text}: {self.remedy}"
 
 
-def counted(count: int, singular: str, plural: str | None = None) -> str:
-    """Format a count with its noun: `1 image`, `1,204 images`."""
-    return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
-
-
 # --- The training that the data is examined for ---
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raydetr.console import print_status, table
+from raydetr.console import counted, print_status, table
 from raydetr.doctor.checks import SMALL, TINY, small_per_class
-from raydetr.doctor.findings import LEVELS, Finding, Place, TrainingTarget, counted
+from raydetr.doctor.findings import LEVELS, Finding, Place, TrainingTarget
 from raydetr.doctor.scan import ScannedSplit, is_valid_box, read_unchecked
 from raydetr.shards.images import ImageError, decode_image
 from raydetr.shards.manifest import MAX_LABEL

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
+from raydetr.console import counted
 from raydetr.evaluation.analysis import Report
 from raydetr.evaluation.mistakes import Mistake
 from raydetr.shards.images import ImageError, decode_image
@@ -130,7 +131,7 @@ def loss_images(report: Report, read_image: ReadImage) -> Iterator[ImageWithCapt
     for image_id, loss in report.losses:
         found = coco_boxes(report.results.of_image(image_id).to_coco(), report.names, report.min_score)
         objects = _objects(report, image_id)
-        text = f"{files[image_id]}; {len(objects)} objects, {len(found)} detections"
+        text = f"{files[image_id]}; {counted(len(objects), 'object')}, {counted(len(found), 'detection')}"
         yield ImageWithCaption(f"loss {loss:.3g}", text, read_image(image_id), (*found, *objects))
 
 

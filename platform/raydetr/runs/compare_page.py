@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from raydetr.console import counted
 from raydetr.evaluation.bootstrap import CONFIDENCE
 from raydetr.evaluation.coco_metrics import NAMES
 from raydetr.evaluation.disagreement import Disagreement, disagreements
@@ -236,7 +237,7 @@ def _picture(
     names = {category["id"]: category["name"] for category in truth["categories"]}
     objects = [a for a in truth["annotations"] if a["image_id"] == row.image_id]
     panel = draw_boxes(image, coco_boxes(objects, names), IMAGE_SIDE)
-    panels = [(f"ground truth: {_counted(row.num_objects, 'object')}", jpeg_url(panel))]
+    panels = [(f"ground truth: {counted(row.num_objects, 'object')}", jpeg_url(panel))]
     for side, (run, threshold) in enumerate(zip(runs, thresholds, strict=True)):
         assert run.detections is not None
         boxes = coco_boxes(_rows(run.detections, row.image_id), names, threshold)
@@ -252,7 +253,3 @@ def _rows(detections: Detections, image_id: int) -> list[dict[str, Any]]:
         results.category_ids.tolist(), results.boxes_xywh.tolist(), results.scores.tolist(), strict=True
     )
     return [{"category_id": category, "bbox": box, "score": score} for category, box, score in columns]
-
-
-def _counted(number: int, unit: str) -> str:
-    return f"{number} {unit}{'' if number == 1 else 's'}"
