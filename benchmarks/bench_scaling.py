@@ -3,9 +3,10 @@
     make bench-scaling
 
 Trains DETR with ResNet-50, whose batch norms are frozen, and the quickstart's model, whose batch norms are trained and
-therefore synchronized in every layer. One thread per worker; in turns a bare loop over `Training.train_step`, a run in
-this process, a run with one Ray Train worker and one with two. Rates are medians over the runs of a kind, without the
-first steps of each. The targets are for the first model. Prints a table and writes build/bench/scaling.json, a list of
+therefore synchronized in every layer. One thread per worker; in turns a bare loop over `Training.train_step`, two such
+loops at once with half of the batch each and without communication, a run in this process, a run with one Ray Train
+worker and one with two. Rates are medians over the runs of a kind, without the first steps of each. The targets are for
+the first model. Prints a table and writes build/bench/scaling.json, a list of
 {case, value, unit, target}; exits with 1 if a target is missed. Needs two free cores.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -51,16 +53,19 @@ MIN_SCALING, MAX_OVERHEAD, MAX_WAIT = 0.85, 0.03, 0.01
 def main() -> None:
     """Measure all cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--side", type=int, default=480, help="of the images of DETR, in pixels")
     arguments = parser.parse_args()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="scaling-") as name:
-        models = configure(Path(name))
+        models = configure(Path(name), arguments.side)
         ray.init(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False)
         try:
-            rows = measure_rates("DETR, ResNet-50", models[0], arguments.rounds, has_targets=True)
+            rows = measure_rates(
+                f"DETR, ResNet-50, {arguments.side} px", models[0], arguments.rounds, has_targets=True
+            )
             rows += measure_rates("quickstart", models[1], arguments.rounds, has_targets=False)
             rows += measure_costs(models[1], Path(name))
         finally:
@@ -89,8 +94,11 @@ def is_reached(row: dict[str, Any]) -> bool:
     return bool(row["value"] >= limit if relation == ">=" else row["value"] <= limit)
 
 
-def configure(work: Path) -> list[RunConfig]:
-    """Write small data; return the configurations of the two models, which are evaluated at the end only."""
+def configure(work: Path, side: int) -> list[RunConfig]:
+    """Write small data; return the configurations of the two models, which are evaluated at the end only.
+
+    `side` is that of the images of the first one, in pixels.
+    """
     write_drawn_shards(work, IMAGES, EVALUATED)
     common = {
         "data.train": str(work / "train"),
@@ -102,9 +110,9 @@ def configure(work: Path) -> list[RunConfig]:
         "tracking.register_model": False,
     }
     resnet = {
-        "data.batch_size": 16, "data.num_loader_workers": 0, "data.train_transform.scale_per": "image",
-        "data.train_transform.short_sides": [256], "data.train_transform.max_side": 256, "optim.precision": "fp32",
-        "optim.epochs": 2, "optim.lr_drop_epochs": [], "evaluation.every_epochs": 2, "tracking.log_every_steps": 1,
+        "data.batch_size": 8, "data.num_loader_workers": 0, "data.train_transform.scale_per": "image",
+        "data.train_transform.short_sides": [side], "data.train_transform.max_side": side, "optim.precision": "fp32",
+        "optim.epochs": 1, "optim.lr_drop_epochs": [], "evaluation.every_epochs": 1, "tracking.log_every_steps": 1,
         "init.checkpoint": None,
     }  # fmt: skip
     small = {
@@ -121,6 +129,7 @@ def measure_rates(name: str, config: RunConfig, rounds: int, *, has_targets: boo
     """Return the rates of the bare loop and the runs, and their ratios."""
     kinds = {
         "bare": lambda: bare_rate(config),
+        "pair": lambda: pair_rate(config),
         "local": lambda: run_rate(config, local=True),
         "one": lambda: run_rate(config, local=False),
         "two": lambda: run_rate(override(config, {"cluster.num_workers": 2}), local=False),
@@ -133,6 +142,7 @@ def measure_rates(name: str, config: RunConfig, rounds: int, *, has_targets: boo
         print(f"{name}, round {number + 1} of {rounds}: images/s: {rates}", flush=True)
     # Ratios of neighbors: the machine may become slower or faster meanwhile
     scaling = median(two / (2 * one) for one, two in zip(found["one"], found["two"], strict=True))
+    bound = median(pair / (2 * bare) for bare, pair in zip(found["bare"], found["pair"], strict=True))
     overhead = {
         kind: median(bare / own - 1 for bare, own in zip(found["bare"], found[kind], strict=True))
         for kind in ("local", "one")
@@ -144,6 +154,7 @@ def measure_rates(name: str, config: RunConfig, rounds: int, *, has_targets: boo
         case(f"{name}: run with one Ray Train worker", median(found["one"]), "images/s"),
         case(f"{name}: run with two Ray Train workers", median(found["two"]), "images/s"),
         case(f"{name}: two workers over twice one worker", scaling, "ratio", at_least),
+        case(f"{name}: two bare loops at once over twice one", bound, "ratio"),
         case(f"{name}: overhead of a run in one process", overhead["local"], "share", at_most),
         case(f"{name}: overhead of a run with one worker", overhead["one"], "share", at_most),
     ]
@@ -167,6 +178,13 @@ def bare_rate(config: RunConfig) -> float:
         if number % config.tracking.log_every_steps == 0:
             times.append(time.time())
     return rate(config, times)
+
+
+def pair_rate(config: RunConfig) -> float:
+    """Return the images per second of two bare loops at once, each with half of the batch."""
+    half = override(config, {"data.batch_size": config.data.batch_size // 2})
+    with multiprocessing.get_context("spawn").Pool(2, torch.set_num_threads, (1,)) as pool:
+        return sum(pool.map(bare_rate, [half, half], chunksize=1))
 
 
 def run_rate(config: RunConfig, *, local: bool) -> float:
