@@ -14,6 +14,7 @@ import pytest
 from raydetr.cli.main import main
 from raydetr.tracking.uris import default_uri
 
+JOBS = Path(__file__).parents[3] / "jobs"
 CODE = "from raydetr.cli.main import main; main()"
 TRAIN = (
     "train",
@@ -76,7 +77,49 @@ def test_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In this process, because the imports of each would take seconds."""
+    error = error_of(words, tmp_path, tiny_data, monkeypatch, capsys)
+    assert len(error.splitlines()) <= 3
+    assert message in " ".join(error.split())
+
+
+@pytest.mark.parametrize(
+    ("space", "settings", "message"),
+    [
+        ("data.batch_size: {choice: [4, 1]}", ("cluster.num_workers=2",), "data.batch_size=1"),
+        ("model.hidden_dim: {choice: [64, 65]}", (), "model.hidden_dim=65"),
+        ("optim.precision: {choice: [fp32, fp16]}", ("cluster.use_gpu=false",), "is for GPUs"),
+        ("init.checkpoint: {choice: [nowhere, null]}", (), "nowhere"),
+        ("tracking.uri: {choice: [a, b]}", (), "tracking.uri"),
+        ("optim.lr: {loguniform: [0, 1]}", (), "optim.lr"),
+        ("optim.lr: 0.1", (), "optim.lr"),
+        ("optim.lr: {choice: [", (), "space.yaml"),
+    ],
+)
+def test_a_space_that_cannot_be_searched(
+    space: str,
+    settings: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    tiny_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "space.yaml"
+    file.write_text(space)
+    words = ("tune", *TRAIN[1:], *settings, "--space", str(file), "--trials", "2")
+    error = error_of(words, tmp_path, tiny_data, monkeypatch, capsys)
+    assert message in " ".join(error.split())
+    assert not (tmp_path / "runs").exists()
+
+
+def error_of(
+    words: Sequence[str],
+    tmp_path: Path,
+    tiny_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> str:
+    """Return the error of a command; call it in this process, because the imports of each would take seconds."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(sys, "argv", ["raydetr", *arguments_of(tmp_path, tiny_data, words)])
@@ -87,10 +130,27 @@ def test_one_line(
     errors = capsys.readouterr().err
     assert ended.value.code == 1, errors
     assert "Traceback" not in errors
-    error = errors[errors.index("error: ") :]
-    assert len(error.splitlines()) <= 3
-    assert message in " ".join(error.split())
     assert list((tmp_path / "here").iterdir()) == []
+    return errors[errors.index("error: ") :]
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        ("train_detector.py", (*TRAIN[1:], "cluster.address=127.0.0.1:9"), "no connection"),
+        ("tune_detector.py", (*TRAIN[1:], "--space", "TMP"), "not a regular file"),
+    ],
+)
+def test_a_job_that_cannot_start(
+    script: str, words: tuple[str, ...], message: str, tmp_path: Path, tiny_data: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, str(JOBS / script), *arguments_of(tmp_path, tiny_data, words)],
+        capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert message in done.stderr
 
 
 @pytest.mark.slow  # it waits for an answer
