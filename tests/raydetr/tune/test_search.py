@@ -20,8 +20,10 @@ from PIL import Image
 
 from drawn_shards import write_drawn_shards
 from ray_head import RayHead, ray_head
+from ray_nodes import ray_nodes
 from raydetr.cli.arguments import read_config
 from raydetr.config import from_yaml, override
+from raydetr.runs import run
 from raydetr.runs.schedule import read_schedule, train_schedule
 from raydetr.runs.state import list_runs, state_of
 from raydetr.tracking.events import read_events
@@ -407,3 +409,90 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(shards: Pat
     trial = read_trials(tmp_path / "s")[1]
     assert trial["status"] == "finished"
     assert [each["epoch"] for each in trial["evaluations"]] == list(range(1, 81))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_search_for_two_objectives_shows_its_pareto_front(shards: Path, tmp_path: Path) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text("optim.lr: {loguniform: [1.0e-4, 1.0e-2]}\nmodel.num_queries: {choice: [10, 300]}\n")
+    arguments = ("--algorithm", "tpe", "--objective", "latency_ms", "--trials", "5", "--name", "s")
+    with ray_head(num_cpus=2) as head:
+        job = search(head, shards, space, *arguments, "optim.epochs=2")
+        _, errors = job.communicate()
+        assert job.returncode == 0, errors
+        check_nothing_is_left(head)
+    trials = read_trials(tmp_path / "s")
+    assert {trial["status"] for trial in trials.values()} == {"finished"}
+    rated = {
+        number: (trial["AP"], trial["evaluations"][-1]["latency_ms"]) for number, trial in trials.items()
+    }
+    assert all(latency > 0 for _, latency in rated.values())
+    expected = {
+        number
+        for number, (own, latency) in rated.items()
+        if not any(
+            (score > own and cost <= latency) or (score >= own and cost < latency)
+            for score, cost in rated.values()
+        )
+    }
+    rows = (tmp_path / "s/trials.txt").read_text().splitlines()[1:6]
+    assert {int(row.split()[0]) for row in rows if " front " in row} == expected
+    with Image.open(tmp_path / "s/front.png") as picture:
+        assert picture.size[0] > 300
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_bohb_stops_trials_and_draws_by_what_they_have_shown(shards: Path, tmp_path: Path) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text("optim.lr: {loguniform: [1.0e-9, 1.0e-2]}\n")
+    arguments = ("--algorithm", "bohb", "--trials", "6", "--name", "s", "--reduction-factor", "2")
+    with ray_head(num_cpus=2) as head:
+        job = search(head, shards, space, *arguments, "optim.epochs=4")
+        _, errors = job.communicate()
+        assert job.returncode == 0, errors
+        check_nothing_is_left(head)
+    trials = read_trials(tmp_path / "s")
+    assert len(trials) == 6
+    finished = [trial for trial in trials.values() if trial["status"] == "finished"]
+    stopped = [trial for trial in trials.values() if trial["status"] == "stopped by ASHA"]
+    assert finished
+    assert stopped
+    assert len(finished) + len(stopped) == 6
+    assert {trial["epoch"] for trial in stopped} <= {1, 2}  # the rungs
+    assert {trial["epoch"] for trial in finished} == {4}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning:ray")
+def test_a_node_lost_in_a_search_changes_no_result(shards: Path, tmp_path: Path) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text("optim.lr: {loguniform: [1.0e-3, 1.0e-2]}\n")
+    with ray_nodes(2, cpus=1) as nodes:
+        job = subprocess.Popen(
+            [
+                *(sys.executable, "jobs/tune_detector.py", "quickstart", "--space", str(space)),
+                *("--algorithm", "random", "--trials", "2", "--concurrent", "2", "--name", "s"),
+                *(f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.synthetic=null"),
+                *("cluster.num_workers=1", f"cluster.address={nodes.address}", f"storage.path={tmp_path}"),
+                *("optim.epochs=40", "evaluation.every_epochs=20", "evaluation.report=false"),
+                *("storage.checkpoint_steps=8", "tracking.register_model=false", f"seed={SEED}"),
+            ],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        wait_for_line(job, "trial 1  epoch 20/")
+        nodes.remove_node(nodes.workers[-1], allow_graceful=False)
+        nodes.add_node(num_cpus=1)
+        _, errors = job.communicate()
+        assert job.returncode == 0, errors
+    trials = read_trials(tmp_path / "s")
+    assert [trials[number]["status"] for number in (1, 2)] == ["finished", "finished"]
+    events = [event for number in (1, 2) for event in read_events(tmp_path / f"s/s-{number:03d}")]
+    assert [event["kind"] for event in events].count("restart") == 1
+    for trial in trials.values():  # an undisturbed run of each configuration
+        config = from_yaml(tmp_path / "s" / trial["name"] / "config.yaml")
+        changes = {"cluster.address": None, "storage.path": str(tmp_path / "undisturbed")}
+        result = run.start(override(config, changes), local=True, name=trial["name"])
+        assert result.metrics["AP"] == trial["AP"]
