@@ -157,6 +157,7 @@ def test_a_raycluster_has_the_same_fields() -> None:
     assert check(cluster)[0] == ["spec.entrypoint: no such key"]
 
 
+@pytest.mark.slow
 def test_a_value_of_another_kind_at_any_place_is_no_traceback() -> None:
     # A dot would be a step of the path
     places = [path for path in paths(load(KUBERAY)) if "nvidia" not in path and path != "kind"]

@@ -137,7 +137,9 @@ def test_all_mistakes_are_reported_at_once() -> None:
     assert len(check(cluster)[0]) == 5
 
 
-@pytest.mark.parametrize("file", [AWS, GCP], ids=["aws", "gcp"])
+@pytest.mark.parametrize(
+    "file", [pytest.param(AWS, id="aws"), pytest.param(GCP, id="gcp", marks=pytest.mark.slow)]
+)
 def test_a_value_of_another_kind_at_any_place_is_no_traceback(file: Path) -> None:
     # A dot would be a step of the path
     places = [path for path in paths(load(file)) if "~" not in path]

@@ -159,6 +159,7 @@ def corrupt(two_workers: RunConfig, tmp_path: Path) -> tuple[RunConfig, list[tup
     return config, [corrupt_sample(shards, index) for index in (5, 20, 41)]
 
 
+@pytest.mark.slow
 def test_a_corrupt_sample_stops_the_run_at_once(
     cluster: Cluster, corrupt: tuple[RunConfig, list[tuple[Path, str]]]
 ) -> None:
