@@ -26,7 +26,7 @@ from raydetr.training.checkpoint import CheckpointError, load_for_inference
 from raydetr.tune.space import read_space
 from small_checkpoint import CATEGORIES, write_checkpoint
 
-NUM_CASES = 150  # of each kind
+NUM_CASES = 100  # of each kind
 NUM_OVERRIDES = 60
 NUM_STARTS = 48  # each that is accepted builds a model
 TOKENS = [
