@@ -2,11 +2,12 @@
 
     make bench-tracking
 
-Trains the quickstart's model in this process on one thread; in turns without an upload (as a trial of a search, which
-the search uploads), with SQLite, and with a server that answers after 5 seconds, is frozen, or absent. Rates are those
-between the first and the last logged step; their ratios are medians over the rounds, each with the training without an
-upload of the same round. Prints a table and writes build/bench/tracking.json, a list of {case, value, unit, target};
-exits with 1 if a target is missed. Needs two free cores.
+Trains the quickstart's model in this process on one thread, and logs every step; in turns without an upload (as a trial
+of a search, which the search uploads), with SQLite, and with a server that answers at once, after 5 seconds, is frozen,
+or absent. Each case is compared with the trainings without an upload that took turns with it: by the wall time between
+the first and the last logged step, of the fastest ones, because the machine is never faster than the program; and by
+the CPU time of the process that trains, median of the rounds. Prints a table and writes build/bench/tracking.json, a
+list of {case, value, unit, target}; exits with 1 if a target is missed. Needs two free cores.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -62,10 +64,10 @@ def main() -> None:
         finally:
             proxy.stop()
             server.kill()
-    print(f"\n{'case':<40} {'cost':>8}  target")
+    print(f"\n{'case':<50} {'cost':>8}  target")
     for row in rows:
         missed = "" if row["value"] <= MAX_COST else " !"
-        print(f"{row['case']:<40} {row['value']:8.2%}  <= {MAX_COST:.0%}{missed}")
+        print(f"{row['case']:<50} {row['value']:8.2%}  <= {MAX_COST:.0%}{missed}")
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(rows, indent=1) + "\n")
     sys.exit(0 if all(row["value"] <= MAX_COST for row in rows) else 1)
@@ -88,49 +90,62 @@ def configure(work: Path, epochs: int) -> RunConfig:
 def measure(config: RunConfig, server: MlflowServer, proxy: MlflowProxy, rounds: int) -> list[dict[str, Any]]:
     """Return how much slower each case is than training without an upload."""
 
-    def slow() -> float:
+    def slow() -> Spent:
         proxy.delay = SLOW_SECONDS
         try:
-            return rate(override(config, {"tracking.uri": proxy.uri}))
+            return train(override(config, {"tracking.uri": proxy.uri}))
         finally:
             proxy.delay = 0.0
 
-    def frozen() -> float:
+    def frozen() -> Spent:
         server.freeze()
         try:
-            return rate(override(config, {"tracking.uri": server.uri}))
+            return train(override(config, {"tracking.uri": server.uri}))
         finally:
             server.thaw()
 
     cases = {
-        "SQLite": lambda: rate(config),
-        "a server": lambda: rate(override(config, {"tracking.uri": server.uri})),
+        "SQLite": lambda: train(config),
+        "a server": lambda: train(override(config, {"tracking.uri": server.uri})),
         "a server that answers after 5 s": slow,
         "a server that is frozen": frozen,
-        "a server that is not there": lambda: rate(override(config, {"tracking.uri": "http://127.0.0.1:9"})),
+        "a server that is not there": lambda: train(override(config, {"tracking.uri": "http://127.0.0.1:9"})),
     }
-    costs: dict[str, list[float]] = {name: [] for name in cases}
+    spent: dict[str, list[tuple[Spent, Spent]]] = {name: [] for name in cases}
     for number in range(rounds):
         for name, measure_case in cases.items():
-            alone, own = rate(config, is_uploaded=False), measure_case()
-            costs[name].append(alone / own - 1)
-        shown = ", ".join(f"{name} {values[-1]:.1%}" for name, values in costs.items())
+            spent[name].append((train(config, is_uploaded=False), measure_case()))
+        shown = ", ".join(
+            f"{name} {own.wall / alone.wall - 1:.1%}" for name, [*_, (alone, own)] in spent.items()
+        )
         print(f"round {number + 1} of {rounds}: {shown}", flush=True)
-    return [
-        {"case": name, "value": median(values), "unit": "ratio", "target": ["<=", MAX_COST]}
-        for name, values in costs.items()
-    ]
+    rows = []
+    for name, pairs in spent.items():
+        wall = min(own.wall for _, own in pairs) / min(alone.wall for alone, _ in pairs) - 1
+        cpu = median(own.cpu / alone.cpu - 1 for alone, own in pairs)
+        for kind, cost in (("wall time", wall), ("CPU time", cpu)):
+            rows.append(
+                {"case": f"{name}: {kind}", "value": cost, "unit": "ratio", "target": ["<=", MAX_COST]}
+            )
+    return rows
 
 
-def rate(config: RunConfig, *, is_uploaded: bool = True) -> float:
-    """Return the images per second of a run."""
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of a training: between two steps, and of the CPU in all steps."""
+
+    wall: float
+    cpu: float
+
+
+def train(config: RunConfig, *, is_uploaded: bool = True) -> Spent:
+    """Train; return the time it took."""
     result = run.start(
         config, local=True, name=f"run-{next(_numbers)}", kind="run" if is_uploaded else "trial", warn=False
     )
     steps = [event for event in read_events(result.folder) if event["kind"] == "step"][WARM_UP:]
-    seconds = steps[-1]["time"] - steps[0]["time"]
     time.sleep(1)  # processes of the run end
-    return (steps[-1]["position"] - steps[0]["position"]) / seconds
+    return Spent(steps[-1]["time"] - steps[0]["time"], result.metrics["cpu_seconds"])
 
 
 if __name__ == "__main__":
