@@ -68,6 +68,8 @@ _COMMON: Rules = {
 
 _DENSE: Rules = _COMMON | {
     r"neck\.projections\.0\.(.*)": ("input_proj.{0}",),
+    r"neck\.position\.rows\.(.*)": ("backbone.1.row_embed.{0}",),
+    r"neck\.position\.columns\.(.*)": ("backbone.1.col_embed.{0}",),
     r"encoder\.layers\.(\d+)\.attention\.in_proj\.(.*)": (_ENCODER + ".self_attn.in_proj_{1}",),
     r"encoder\.layers\.(\d+)\.attention\.out_proj\.(.*)": (_ENCODER + ".self_attn.out_proj.{1}",),
     r"encoder\.norm\.(.*)": ("transformer.encoder.norm.{0}",),
@@ -107,20 +109,22 @@ _CONDITIONAL_FAMILY: Rules = (
 
 _CONDITIONAL: Rules = _CONDITIONAL_FAMILY | {
     r"queries\.point\.(.*)": ("transformer.decoder.ref_point_head.{0}",),
+    r"queries\.points\.(.*)": (
+        "transformer.decoder.ref_points.{0}",
+    ),  # a name of our own: only the paper has them
     r"decoder\.box_heads\.0\.(.*)": ("bbox_embed.{0}",),
 }
 
+_ANCHORS = "refpoint_embed.weight"  # boxes; with fixed centers, two of our tensors are its halves
+_HALVES = (f"{_ANCHORS}[:, :2]", f"{_ANCHORS}[:, 2:]")
+_FIXED_POINTS: Rules = {r"queries\.points": _HALVES[:1], r"queries\.anchors\.weight": _HALVES[1:]}
+
 _DAB: Rules = _CONDITIONAL_FAMILY | {
     r"encoder\.position_scale\.(.*)": ("transformer.encoder.query_scale.{0}",),
-    r"queries\.anchors\.weight": ("refpoint_embed.weight",),
+    r"queries\.anchors\.weight": (_ANCHORS,),
     r"queries\.patterns\.weight": ("transformer.patterns.weight",),
     r"decoder\.query_position\.embed\.(.*)": ("transformer.decoder.ref_point_head.{0}",),
     r"decoder\.query_position\.sides\.(.*)": ("transformer.decoder.ref_anchor_head.{0}",),
-}
-
-_DAB_HEADS: dict[bool, Rules] = {
-    True: {r"decoder\.box_heads\.0\.(.*)": ("bbox_embed.{0}", "transformer.decoder.bbox_embed.{0}")},
-    False: {r"decoder\.box_heads\.(.*)": ("bbox_embed.{0}", "transformer.decoder.bbox_embed.{0}")},
 }
 
 _MULTI_SCALE: Rules = _COMMON | {
@@ -353,7 +357,13 @@ def rules(config: ModelConfig) -> Rules:
         case ConditionalDetrConfig():
             return _CONDITIONAL
         case DabDetrConfig():
-            return _DAB | _DAB_HEADS[config.shared_box_heads]
+            pattern = (
+                r"decoder\.box_heads\.0\.(.*)" if config.shared_box_heads else r"decoder\.box_heads\.(.*)"
+            )
+            # Only refinement needs the box heads inside the decoder
+            modules = ("", "transformer.decoder.") if config.refinement else ("",)
+            box_heads = {pattern: tuple(f"{module}bbox_embed.{{0}}" for module in modules)}
+            return _DAB | box_heads | (_FIXED_POINTS if config.fixed_points else {})
         case DinoConfig():
             prefixes = ("{kind}_embed", "transformer.decoder.{kind}_embed")
             return _DINO | _heads(prefixes, prefixes, layers if config.shared_heads else None)
@@ -385,7 +395,10 @@ def official_names(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple
 def to_official(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert to an official state dict, with shared tensors under all their names."""
     names = official_names(config, state)
-    return {official: state[ours] for ours in state for official in names[ours]}
+    converted = {official: state[ours] for ours in state for official in names[ours]}
+    if _HALVES[0] in converted:
+        converted[_ANCHORS] = torch.cat([converted.pop(half) for half in _HALVES], dim=1)
+    return converted
 
 
 def from_official(
@@ -399,6 +412,10 @@ def from_official(
     """
     names = official_names(config, own)
     expected = {name: ours for ours, group in names.items() for name in group}
+    if _HALVES[0] in expected and _ANCHORS in official:
+        points, sides = official[_ANCHORS][..., :2], official[_ANCHORS][..., 2:]
+        official = {**official, _HALVES[0]: points, _HALVES[1]: sides}
+        del official[_ANCHORS]
     missing, unexpected = sorted(expected.keys() - official.keys()), sorted(official.keys() - expected.keys())
     common = expected.keys() & official.keys()
     shapes = sorted(name for name in common if official[name].shape != own[expected[name]].shape)

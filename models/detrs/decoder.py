@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -18,11 +18,14 @@ Refinement = Literal["none", "detached", "look_forward_twice"]
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, cross-attention and feed-forward, with layer norm after them (before with `pre_norm`)."""
+    """Self-attention, cross-attention and feed-forward, with layer norm after them (before with `pre_norm`).
+
+    Without `self_attention`, queries do not interact (an option of DAB-DETR's official code).
+    """
 
     def __init__(
         self,
-        self_attention: nn.Module,
+        self_attention: nn.Module | None,
         cross_attention: nn.Module,
         feed_forward: FeedForward,
         hidden_dim: int,
@@ -32,7 +35,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attention, self.cross_attention = self_attention, cross_attention
         self.feed_forward, self.pre_norm = feed_forward, pre_norm
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(hidden_dim) for _ in range(3))
+        self.norm1 = None if self_attention is None else nn.LayerNorm(hidden_dim)
+        self.norm2, self.norm3 = nn.LayerNorm(hidden_dim), nn.LayerNorm(hidden_dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -43,14 +47,16 @@ class DecoderLayer(nn.Module):
         attn_mask: Bool[Tensor, "q q"] | None,
     ) -> Float[Tensor, "b q d"]:
         """Return the new content of the queries."""
+        self_attention, norm1 = self.self_attention, self.norm1
+        if self_attention is not None and norm1 is not None:
+            x = self._add(x, norm1, lambda y: self_attention(y, position, attn_mask))
+        x = self._add(x, self.norm2, lambda y: self.cross_attention(y, position, memory))
+        return self._add(x, self.norm3, self.feed_forward)
+
+    def _add(self, x: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         if self.pre_norm:
-            x = x + self.dropout(self.self_attention(self.norm1(x), position, attn_mask))
-            x = x + self.dropout(self.cross_attention(self.norm2(x), position, memory))
-            out: Tensor = x + self.dropout(self.feed_forward(self.norm3(x)))
-            return out
-        x = self.norm1(x + self.dropout(self.self_attention(x, position, attn_mask)))
-        x = self.norm2(x + self.dropout(self.cross_attention(x, position, memory)))
-        out = self.norm3(x + self.dropout(self.feed_forward(x)))
+            return x + self.dropout(sublayer(norm(x)))
+        out: Tensor = norm(x + self.dropout(sublayer(x)))
         return out
 
 
@@ -66,6 +72,7 @@ class Decoder(nn.Module):
             gradient, are the references of the next (Deformable DETR, A.4). "look_forward_twice": the next layer
             attends at detached references too, but its boxes pass gradients to this layer (DINO, section 3.5).
         eps: clamp of `inverse_sigmoid` for references; it differs between the papers.
+        refine_sides: refined references are boxes; False: points.
     """
 
     def __init__(
@@ -78,11 +85,12 @@ class Decoder(nn.Module):
         norm: nn.Module | None,
         refinement: Refinement,
         eps: float,
+        refine_sides: bool = True,
     ) -> None:
         super().__init__()
         self.layers, self.query_position = layers, query_position
         self.class_heads, self.box_heads = nn.ModuleList(class_heads), nn.ModuleList(box_heads)
-        self.norm, self.refinement, self.eps = norm, refinement, eps
+        self.norm, self.refinement, self.eps, self.refine_sides = norm, refinement, eps, refine_sides
         self.activation_checkpointing = False
 
     def forward(self, queries: Queries, memory: Memory) -> Predictions:
@@ -103,6 +111,7 @@ class Decoder(nn.Module):
                 # The official code refines from the output before the norm
                 same = self.norm is None and self.refinement == "detached"
                 refined = boxes[-1] if same else decode_boxes(box_head(x), reference, self.eps)
+                refined = refined if self.refine_sides else refined[..., :2]
                 reference = refined.detach()
                 start = refined if self.refinement == "look_forward_twice" else reference
         return Predictions(torch.stack(logits), torch.stack(boxes))

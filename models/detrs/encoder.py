@@ -42,7 +42,7 @@ class Encoder(nn.Module):
 
     Args:
         layers: the layers, in order.
-        norm: applied to the output of the last layer (DETR's pre-norm variant).
+        norm: applied to the output of the last layer (DETR's pre-norm variant, an option of DAB-DETR).
         position_scale: computes the factor of the position encoding from the tokens, in every layer (DAB-DETR).
     """
 

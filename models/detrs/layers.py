@@ -102,18 +102,23 @@ def sine_encoding(
 
 
 def image_encoding(
-    padding_mask: Bool[Tensor, "b h w"], dim: int, temperature: float, offset: float, dtype: torch.dtype
+    padding_mask: Bool[Tensor, "b h w"],
+    dim: int,
+    temperatures: tuple[float, float],
+    offset: float,
+    dtype: torch.dtype,
 ) -> Float[Tensor, "b h w e"]:
     """Return the sine encoding (y, then x; `dim` features each) of the position of every pixel in the unpadded image.
 
     The position is the number of the pixel, counted from 1 and shifted by `offset`, divided by the number of unpadded
-    pixels.
+    pixels. `temperatures` are those of y and x.
     """
     inside = (~padding_mask).to(dtype)
     y, x = inside.cumsum(1), inside.cumsum(2)
     y = (y + offset) / (y[:, -1:, :] + 1e-6)
     x = (x + offset) / (x[:, :, -1:] + 1e-6)
-    return sine_encoding(torch.stack((y, x), dim=-1), dim, temperature)
+    encodings = [sine_encoding(z[..., None], dim, t) for z, t in zip((y, x), temperatures, strict=True)]
+    return torch.cat(encodings, dim=-1)
 
 
 @functools.lru_cache(maxsize=64)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from detrs.layers import image_encoding
 from detrs.structures import Memory
 
+MAX_LEARNED_SIDE = 50  # of the official code: 1600 pixels at stride 32
+
 
 @dataclass(frozen=True)
 class PositionEncoding:
@@ -20,6 +22,36 @@ class PositionEncoding:
 
     temperature: float = 10000.0
     offset: float = 0.0
+    temperature_y: float | None = None  # of the vertical axis; None: the same
+
+
+class LearnedEncoding(nn.Module):
+    """A learned vector per column and one per row of the feature map: the halves of a token's position encoding.
+
+    Source: DETR's official code (`position_embedding=learned`). The padding of an image has no influence on them.
+    """
+
+    def __init__(self, hidden_dim: int) -> None:
+        super().__init__()
+        self.columns = nn.Embedding(MAX_LEARNED_SIDE, hidden_dim // 2)
+        self.rows = nn.Embedding(MAX_LEARNED_SIDE, hidden_dim // 2)
+        nn.init.uniform_(self.columns.weight)
+        nn.init.uniform_(self.rows.weight)
+
+    def forward(self, height: int, width: int) -> Float[Tensor, "h w d"]:
+        """Return the encoding of a feature map of this size.
+
+        Raises:
+            ValueError: it has more rows or columns than there are vectors.
+        """
+        if max(height, width) > MAX_LEARNED_SIDE:
+            raise ValueError(
+                f"model.position_encoding: 'learned' has vectors for {MAX_LEARNED_SIDE} rows and columns, and this "
+                f"feature map is {width} wide and {height} high: use smaller images, or 'sine'"
+            )
+        rows = self.rows.weight[:height, None].expand(-1, width, -1)
+        columns = self.columns.weight[:width].expand(height, -1, -1)
+        return torch.cat((columns, rows), dim=-1)
 
 
 class Neck(nn.Module):
@@ -30,7 +62,7 @@ class Neck(nn.Module):
         hidden_dim: channels of a token.
         num_levels: levels of the memory. Levels beyond those of the backbone are strided 3x3 convolutions: the first
             of the last backbone feature, each further one of the level before it.
-        position: the sine encoding; None: zeros, for models without an encoder.
+        position: the sine encoding, or a learned one; None: zeros, for models without an encoder.
         group_norm: normalize the projections (Deformable DETR, DINO).
         level_embed: add a learned vector per level to the position. Only an encoder uses it.
     """
@@ -40,7 +72,7 @@ class Neck(nn.Module):
         widths: Sequence[int],
         hidden_dim: int,
         num_levels: int,
-        position: PositionEncoding | None,
+        position: PositionEncoding | LearnedEncoding | None,
         *,
         group_norm: bool,
         level_embed: bool,
@@ -95,8 +127,12 @@ class Neck(nn.Module):
             return torch.zeros(1, dtype=dtype, device=mask.device).expand(
                 *mask.flatten(1).shape, self.hidden_dim
             )
-        temperature, offset = self.position.temperature, self.position.offset
-        pos = image_encoding(mask, self.hidden_dim // 2, temperature, offset, dtype).flatten(1, 2)
+        if isinstance(self.position, LearnedEncoding):
+            return self.position(*mask.shape[1:]).flatten(0, 1).expand(len(mask), -1, -1)
+        x, y = self.position.temperature, self.position.temperature_y
+        temperatures = (x if y is None else y, x)
+        pos = image_encoding(mask, self.hidden_dim // 2, temperatures, self.position.offset, dtype)
+        pos = pos.flatten(1, 2)
         return pos if self.level_embed is None else pos + self.level_embed[level]
 
 

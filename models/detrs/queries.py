@@ -14,44 +14,76 @@ from detrs.layers import Mlp, full_precision, inverse_sigmoid, sine_encoding
 from detrs.structures import FirstStage, Memory, Predictions, Queries
 
 ProposalScore = Literal["first_class", "best_class"]
+PointSource = Literal["predicted", "learned"]
 
 
 class PositionQueries(nn.Module):
     """Learned positions; the content starts at zero (DETR).
 
-    With `point`, a reference point is predicted from the position (Conditional DETR, section 3.3).
+    With `point`, every query has a reference point (Conditional DETR, section 3.3): "predicted" from its position, or
+    "learned", as a parameter of its own.
     """
 
-    def __init__(self, num_queries: int, hidden_dim: int, *, point: bool) -> None:
+    def __init__(self, num_queries: int, hidden_dim: int, *, point: PointSource | None) -> None:
         super().__init__()
         self.embed = nn.Embedding(num_queries, hidden_dim)
-        self.point = Mlp(hidden_dim, hidden_dim, 2) if point else None
+        self.point = Mlp(hidden_dim, hidden_dim, 2) if point == "predicted" else None
+        self.points = nn.Embedding(num_queries, 2) if point == "learned" else None
 
     def forward(self, memory: Memory) -> tuple[Queries, None]:
         """Return the same queries for every image."""
-        pos = self.embed.weight.expand(len(memory.tokens), -1, -1)
-        reference = None if self.point is None else full_precision(self.point(pos)).sigmoid()
+        pos, reference = self.embed.weight, None
+        if self.point is not None:
+            reference = full_precision(self.point(pos)).sigmoid()
+        elif self.points is not None:
+            reference = self.points.weight.sigmoid()
+        pos = pos.expand(len(memory.tokens), -1, -1)
+        if reference is not None:
+            reference = reference.expand(len(pos), -1, -1)
         return Queries(torch.zeros_like(pos), pos, reference), None
 
 
 class AnchorQueries(nn.Module):
-    """Learned boxes (DAB-DETR, section 4.1); the content starts at zero.
+    """Learned boxes (DAB-DETR, section 4.1), or points only; the content starts at zero.
 
-    With `num_patterns`, every box is combined with each of `num_patterns` learned contents (Anchor DETR).
-    `random_points` initializes the centers uniformly over the image; they are trained like all others.
+    Args:
+        num_queries: number of boxes.
+        hidden_dim: width of a query.
+        num_patterns: each box is combined with this many learned contents (Anchor DETR); 0: one content of zeros.
+        random_points: initialize the centers uniformly over the image.
+        fixed_points: do not train the centers (appendix H); requires random ones, and sides.
+        sides: learn width and height too.
     """
 
-    def __init__(self, num_queries: int, hidden_dim: int, num_patterns: int, *, random_points: bool) -> None:
+    points: Tensor
+
+    def __init__(
+        self,
+        num_queries: int,
+        hidden_dim: int,
+        num_patterns: int,
+        *,
+        random_points: bool,
+        fixed_points: bool = False,
+        sides: bool = True,
+    ) -> None:
         super().__init__()
-        self.anchors, self.hidden_dim = nn.Embedding(num_queries, 4), hidden_dim
+        self.hidden_dim, self.fixed_points = hidden_dim, fixed_points
+        self.anchors = nn.Embedding(num_queries, 4 if sides and not fixed_points else 2)
         self.patterns = nn.Embedding(num_patterns, hidden_dim) if num_patterns else None
         if random_points:
-            centers = torch.rand(num_queries, 2)
-            self.anchors.weight.data[:, :2] = inverse_sigmoid(centers, 1e-3)
+            centers = inverse_sigmoid(torch.rand(num_queries, 2), 1e-3)
+            if fixed_points:
+                self.register_buffer("points", centers)
+            else:
+                self.anchors.weight.data[:, :2] = centers
 
     def forward(self, memory: Memory) -> tuple[Queries, None]:
         """Return the same queries for every image; all boxes of the first pattern come first."""
-        reference, num_anchors = self.anchors.weight.sigmoid(), self.anchors.num_embeddings
+        boxes, num_anchors = self.anchors.weight, self.anchors.num_embeddings
+        if self.fixed_points:
+            boxes = torch.cat((self.points, boxes), dim=1)
+        reference = boxes.sigmoid()
         content = reference.new_zeros(num_anchors, self.hidden_dim)
         if self.patterns is not None:
             content = self.patterns.weight.repeat_interleave(num_anchors, dim=0)

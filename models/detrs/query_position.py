@@ -66,7 +66,7 @@ class PointPosition(nn.Module):
 
 
 class ModulatedAnchorPosition(nn.Module):
-    """Position and spatial query computed from the reference box (DAB-DETR, section 4).
+    """Position and spatial query computed from the reference box (DAB-DETR, section 4), or from a point.
 
     Args:
         hidden_dim: width of a query.
@@ -74,12 +74,15 @@ class ModulatedAnchorPosition(nn.Module):
         scale: factor of the spatial query: "elementwise" or "scalar", computed from the content from the
             second layer on; "learned", one vector per layer.
         modulate: scale the attention by the box's width and height (eq. 6).
+        sides: the references are boxes, not points.
     """
 
-    def __init__(self, hidden_dim: int, num_layers: int, scale: PositionScale, *, modulate: bool) -> None:
+    def __init__(
+        self, hidden_dim: int, num_layers: int, scale: PositionScale, *, modulate: bool, sides: bool = True
+    ) -> None:
         super().__init__()
         self.hidden_dim = hidden_dim
-        self.embed = Mlp(2 * hidden_dim, hidden_dim, hidden_dim)
+        self.embed = Mlp(2 * hidden_dim if sides else hidden_dim, hidden_dim, hidden_dim)
         width = 1 if scale == "scalar" else hidden_dim
         learned = scale == "learned"
         self.scale = nn.Embedding(num_layers, width) if learned else Mlp(hidden_dim, hidden_dim, width)
@@ -90,10 +93,10 @@ class ModulatedAnchorPosition(nn.Module):
         layer: int,
         content: Float[Tensor, "b q d"],
         queries: Queries,
-        reference: Float[Tensor, "b q 4"],
+        reference: Float[Tensor, "b q k"],
         memory: Memory,
     ) -> QueryPosition:
-        """Encode the box for this layer."""
+        """Encode the box or point for this layer."""
         encoding = box_encoding(reference, self.hidden_dim // 2)
         spatial = encoding[..., : self.hidden_dim]  # of (y, x)
         if isinstance(self.scale, nn.Embedding):
@@ -128,7 +131,10 @@ class AnchorPosition(nn.Module):
         return QueryPosition(self.embed(encoding), reference=reference)
 
 
-def box_encoding(boxes: Float[Tensor, "b q 4"], dim: int) -> Float[Tensor, "b q e"]:
-    """Return the sine encoding of boxes in the order (y, x, w, h), `dim` features each."""
-    x, y, width, height = boxes.unbind(-1)
-    return sine_encoding(torch.stack((y, x, width, height), dim=-1), dim)
+def box_encoding(boxes: Float[Tensor, "b q k"], dim: int) -> Float[Tensor, "b q e"]:
+    """Return the sine encoding of boxes in the order (y, x, w, h), or of points in the order (y, x).
+
+    There are `dim` features for each.
+    """
+    x, y, *sides = boxes.unbind(-1)
+    return sine_encoding(torch.stack((y, x, *sides), dim=-1), dim)

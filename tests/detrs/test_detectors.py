@@ -210,7 +210,27 @@ def test_images_with_fewer_tokens_than_queries_are_padded(size: tuple[int, int])
             (kind(num_classes=3, loss=LossConfig("cross_entropy")), "loss.kind.*no no-object class")
             for kind in (ConditionalDetrConfig, DabDetrConfig, DeformableDetrConfig, DinoConfig)
         ),
-        (DetrConfig(num_classes=3, loss=LossConfig("focal")), "loss.kind.*use cross_entropy"),
+        (
+            DetrConfig(num_classes=3, num_select=50),
+            "num_select.*no effect with model.loss.kind=cross_entropy",
+        ),
+        (
+            DetrConfig(num_classes=3, loss=LossConfig("focal", no_object_weight=0.2)),
+            "no_object_weight.*no effect",
+        ),
+        (
+            DabDetrConfig(num_classes=3, anchor="point"),
+            "modulate_attention: must be false with model.anchor=point",
+        ),
+        (DabDetrConfig(num_classes=3, fixed_points=True), "fixed_points: requires model.random_points"),
+        (DabDetrConfig(num_classes=3, num_decoder_layers=1, refinement=False), "refinement.*no effect"),
+        *(
+            (
+                DabDetrConfig(num_classes=3, position_encoding="learned", **temperature),
+                "temperature.*no effect",
+            )
+            for temperature in ({"position_temperature": 10.0}, {"position_temperature_y": 20.0})
+        ),
         (DetrConfig(num_classes=3, loss=LossConfig("cross_entropy", gamma=1.0)), "loss.gamma.*no effect"),
         (
             DinoConfig(num_classes=3, loss=LossConfig(no_object_weight=0.2)),

@@ -124,20 +124,25 @@ DIFFERENCES: dict[tuple[str, str], dict[str, tuple[Any, Any]]] = {
         "loss.class_weight": (1.0, 2.0),
         "loss.class_cost": (1.0, 2.0),
     },
-    ("small_conditional_detr", "small_dab_detr"): {"architecture": ("conditional_detr", "dab_detr")},
+    ("small_conditional_detr", "small_dab_detr"): {
+        "architecture": ("conditional_detr", "dab_detr"),
+        "activation": ("relu", "prelu"),
+    },
     ("small_dab_detr", "small_deformable_detr"): {
         "architecture": ("dab_detr", "deformable_detr"),
+        "refinement": (True, False),
         "backbone.dilation": (True, False),
     },
     ("small_deformable_detr", "small_dino"): {"architecture": ("deformable_detr", "dino")},
 }  # fmt: skip
 # Settings that one of two models does not have, because its paper does not have what they set
 OWN = {
-    "small_detr": {"pre_norm"},
-    "small_conditional_detr": {"num_select"},
+    "small_detr": {"num_select", "position_encoding", "activation", "pre_norm"},
+    "small_conditional_detr": {"num_select", "position_encoding", "activation", "reference_point"},
     "small_dab_detr": {
-        "num_select", "position_temperature", "activation", "num_patterns", "random_points", "modulate_attention",
-        "position_scale", "keep_query_position", "shared_box_heads",
+        "num_select", "position_encoding", "position_temperature", "position_temperature_y", "activation",
+        "encoder_norm", "decoder_self_attention", "num_patterns", "anchor", "random_points", "fixed_points",
+        "refinement", "modulate_attention", "position_scale", "keep_query_position", "shared_box_heads",
     },
     "small_deformable_detr": {
         "num_select", "strides", "num_feature_levels", "refinement", "two_stage", "proposal_score", "num_points",

@@ -22,6 +22,7 @@ from raydetr.training.optim import lr_factor, parameter_groups
 # Full-size official model -> recipes that train it
 TRAINED_BY = {
     "detr": ["detr_r50_500ep", "detr_r50_150ep"],
+    "detr_focal_dc5": ["detr_r50_dc5_plus_50ep"],
     "conditional_detr": ["conditional_detr_r50_50ep"],
     "dab_detr": ["dab_detr_r50_50ep"],
     "dab_detr_3pat": ["dab_detr_r50_3patterns_50ep"],
@@ -39,6 +40,8 @@ SCHEDULES = {
     "detr_r50_500ep": (500, 400, 64),
     "detr_r50_150ep": (150, 100, 16),
     "detr_r50_dc5_500ep": (500, 400, 64),
+    "detr_r50_dc5_50ep": (50, 40, 64),
+    "detr_r50_dc5_plus_50ep": (50, 40, 64),
     "detr_r101_500ep": (500, 400, 64),
     "detr_r101_dc5_500ep": (500, 400, 64),
     "conditional_detr_r50_50ep": (50, 40, 16),
@@ -49,8 +52,11 @@ SCHEDULES = {
     "dab_detr_r50_3patterns_50ep": (50, 40, 16),
     "dab_detr_r50_dc5_50ep": (50, 40, 16),
     "dab_detr_r50_dc5_3patterns_50ep": (50, 40, 16),
+    "dab_detr_r50_dc5_random_points_50ep": (50, 40, 16),
     "dab_detr_r101_50ep": (50, 40, 16),
+    "dab_detr_r101_3patterns_50ep": (50, 40, 16),
     "dab_detr_r101_dc5_50ep": (50, 40, 16),
+    "dab_detr_r101_dc5_3patterns_50ep": (50, 40, 16),
     "deformable_detr_r50_50ep": (50, 40, 32),
     "deformable_detr_r50_refine_50ep": (50, 40, 32),
     "deformable_detr_r50_two_stage_50ep": (50, 40, 32),
@@ -94,8 +100,19 @@ def test_the_model_is_the_official_one(full: str, recipe: str) -> None:
 
 @pytest.mark.parametrize(("full", "recipe"), [(full, names[0]) for full, names in TRAINED_BY.items()])
 def test_every_parameter_has_its_official_rate_and_groups_are_few(full: str, recipe: str) -> None:
-    optimizer, optim = manifest_of(full)["optimizer"], recipes.find(recipe).optim
-    model = recipes.find(recipe).model
+    check_rates_of_parameters(full, recipes.find(recipe).model, recipes.find(recipe).optim)
+
+
+def test_a_learned_position_encoding_has_the_rate_of_the_backbone() -> None:
+    """In the official code it is a part of the backbone."""
+    recipe = recipes.find("detr_r50_500ep")
+    check_rates_of_parameters(
+        "detr_learned", replace(recipe.model, position_encoding="learned"), recipe.optim
+    )
+
+
+def check_rates_of_parameters(full: str, model: ModelConfig, optim: OptimConfig) -> None:
+    optimizer = manifest_of(full)["optimizer"]
     parameters = dict(meta_detector(model).named_parameters())
     groups = parameter_groups(parameters.items(), optim)
     assert len(groups) <= 3
@@ -278,6 +295,13 @@ def changes(before: RunConfig, after: RunConfig) -> set[str]:
         ("deformable_detr_r50_refine_50ep", "deformable_detr_r50_two_stage_50ep", {"model.two_stage"}),
         ("detr_r50_500ep", "detr_r50_dc5_500ep", {"model.backbone.dilation", "data.eval_batch_size"}),
         ("dab_detr_r50_50ep", "dab_detr_r50_3patterns_50ep", {"model.num_patterns"}),
+        ("dab_detr_r50_dc5_50ep", "dab_detr_r50_dc5_random_points_50ep", {"model.random_points"}),
+        ("detr_r50_dc5_500ep", "detr_r50_dc5_50ep", {"optim.epochs", "optim.lr_drop_epochs"}),
+        (
+            "detr_r50_dc5_50ep",
+            "detr_r50_dc5_plus_50ep",
+            {"model.num_queries", "model.loss.kind", "model.loss.class_weight", "model.loss.class_cost"},
+        ),
     ],
 )
 def test_a_variant_changes_only_what_its_name_implies(parent: str, variant: str, paths: set[str]) -> None:

@@ -98,8 +98,11 @@ def config_of(args: dict[str, Any], architecture: str, options: dict[str, Any] |
 
 
 def _shared(args: dict[str, Any]) -> dict[str, Any]:
+    num_frozen_stages = 2 if args["lr_backbone"] > 0 else 5
     return {
-        "backbone": BackboneConfig(args["backbone"], dilation=args["dilation"]),
+        "backbone": BackboneConfig(
+            args["backbone"], num_frozen_stages=num_frozen_stages, dilation=args["dilation"]
+        ),
         "hidden_dim": args["hidden_dim"],
         "num_heads": args["nheads"],
         "num_encoder_layers": args["enc_layers"],
@@ -123,34 +126,54 @@ def _loss(args: dict[str, Any]) -> LossConfig:
     )
 
 
+def _dense(args: dict[str, Any]) -> dict[str, Any]:
+    kinds = {"v2": "sine", "sine": "sine", "v3": "learned", "learned": "learned"}
+    num_classes = {"coco": 91, "coco_panoptic": 250}.get(args["dataset_file"], 20)
+    return {
+        "num_classes": num_classes,
+        "position_encoding": kinds[args["position_embedding"]],
+        **_shared(args),
+    }
+
+
 def _detr(args: dict[str, Any], options: dict[str, Any]) -> DetrConfig:
-    coefficients = {"cls_loss_coef": 1.0, "focal_alpha": 0.25}  # not arguments of this architecture
-    loss = dataclasses.replace(
-        _loss(coefficients | args), kind="cross_entropy", no_object_weight=float(args["eos_coef"])
-    )
-    return DetrConfig(num_classes=91, pre_norm=args["pre_norm"], loss=loss, **_shared(args))
+    if "focal_alpha" in args:  # DETR-DC5+; the official repository of DETR has no focal loss
+        loss = _loss(args)
+    else:
+        loss = _loss({"cls_loss_coef": 1.0, "focal_alpha": 0.25} | args)
+        loss = dataclasses.replace(loss, kind="cross_entropy", no_object_weight=float(args["eos_coef"]))
+    activation = options.get("activation", "relu")
+    return DetrConfig(activation=activation, pre_norm=args["pre_norm"], loss=loss, **_dense(args))
 
 
 def _conditional(args: dict[str, Any], options: dict[str, Any]) -> ConditionalDetrConfig:
-    return ConditionalDetrConfig(num_classes=91, loss=_loss(args), **_shared(args))
+    activation = options.get("activation", "relu")
+    return ConditionalDetrConfig(activation=activation, loss=_loss(args), **_dense(args))
 
 
 def _dab(args: dict[str, Any], options: dict[str, Any]) -> DabDetrConfig:
-    assert args["pe_temperatureH"] == args["pe_temperatureW"]
+    options = args | options  # some are arguments of the constructors only
     scales = {"cond_elewise": "elementwise", "cond_scalar": "scalar", "fix_elewise": "learned"}
+    temperatures: dict[str, Any] = {}
+    if args["position_embedding"] in ("v2", "sine"):
+        x, y = float(args["pe_temperatureW"]), float(args["pe_temperatureH"])
+        temperatures = {"position_temperature": x, "position_temperature_y": None if x == y else y}
     return DabDetrConfig(
-        num_classes=91,
-        position_temperature=float(args["pe_temperatureH"]),
         activation=args["transformer_activation"],
+        encoder_norm=args["pre_norm"],
+        decoder_self_attention=not options.get("rm_self_attn_decoder", False),
         num_patterns=args["num_patterns"],
+        anchor="point" if options.get("query_dim", 4) == 2 else "box",
         random_points=args["random_refpoints_xy"],
+        refinement=options.get("iter_update", True),
         modulate_attention=options.get("modulate_hw_attn", True),
         position_scale=scales[options.get("query_scale_type", "cond_elewise")],
         keep_query_position=options.get("keep_query_pos", False),
         shared_box_heads=not options.get("bbox_embed_diff_each_layer", False),
         num_select=args["num_select"],
         loss=_loss(args),
-        **_shared(args),
+        **temperatures,
+        **_dense(args),
     )
 
 

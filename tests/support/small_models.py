@@ -34,7 +34,13 @@ LEVELS: dict[str, Any] = {"num_feature_levels": 3, "num_points": 2, "num_encoder
 CONFIGS: dict[str, ModelConfig] = {
     "detr": DetrConfig(**SMALL),
     "detr_pre_norm": DetrConfig(**SMALL, pre_norm=True),
+    "detr_focal": DetrConfig(
+        **SMALL, position_encoding="learned", activation="gelu", loss=LossConfig(class_weight=2.0)
+    ),
     "conditional": ConditionalDetrConfig(**SMALL),
+    "conditional_learned_points": ConditionalDetrConfig(
+        **SMALL, position_encoding="learned", reference_point="learned"
+    ),
     "dab": DabDetrConfig(**SMALL),
     "dab_scalar": DabDetrConfig(**SMALL, position_scale="scalar", shared_box_heads=False),
     "dab_patterns": DabDetrConfig(
@@ -46,6 +52,16 @@ CONFIGS: dict[str, ModelConfig] = {
         keep_query_position=True,
         activation="gelu",
     ),
+    "dab_fixed_points": DabDetrConfig(
+        **SMALL,
+        position_temperature_y=40.0,
+        encoder_norm=True,
+        decoder_self_attention=False,
+        random_points=True,
+        fixed_points=True,
+    ),
+    "dab_no_refinement": DabDetrConfig(**SMALL, refinement=False, shared_box_heads=False),
+    "dab_points": DabDetrConfig(**SMALL, anchor="point", modulate_attention=False, random_points=True),
     "dino": DinoConfig(**SMALL, **LEVELS, num_denoising=8, denoising_groups="fill"),
     "dino_without": DinoConfig(
         **SMALL,

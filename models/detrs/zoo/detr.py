@@ -5,10 +5,14 @@ and targets one to one, so that no duplicates have to be suppressed.
 
 It is the root of the family: dense attention on one feature level, content that starts at zero, learned positions,
 boxes predicted directly, softmax with a no-object class.
+
+Variants: learned position encoding, pre-norm and DC5 of the official code; a sigmoid class loss without a no-object
+class (DETR-DC5+, a baseline in table 1 of the Deformable DETR paper).
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -19,11 +23,22 @@ from detrs.backbone import BackboneConfig, build_backbone
 from detrs.criterion import Criterion, LossConfig
 from detrs.decoder import Decoder, DecoderLayer
 from detrs.detector import Detector
-from detrs.layers import FeedForward, Mlp, xavier_
-from detrs.postprocess import best_classes
+from detrs.layers import Mlp, class_head, xavier_
+from detrs.postprocess import best_classes, best_pairs
 from detrs.queries import PositionQueries
 from detrs.query_position import LearnedPosition
-from detrs.zoo.parts import Model, dense_encoder, dense_neck, require_loss, require_num_classes, require_sizes
+from detrs.zoo.parts import (
+    Activation,
+    Model,
+    PositionKind,
+    dense_encoder,
+    dense_neck,
+    feed_forward_of,
+    require_default,
+    require_loss,
+    require_num_classes,
+    require_sizes,
+)
 
 
 @dataclass(frozen=True)
@@ -38,16 +53,19 @@ class DetrConfig:
     architecture: Literal["detr"] = "detr"
     num_classes: int | None = None  # None: taken from the data; "no object" is not counted
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    position_encoding: PositionKind = "sine"  # learned: feature maps of up to 50x50
     hidden_dim: int = 256
     num_heads: int = 8
     num_encoder_layers: int = 6
     num_decoder_layers: int = 6
     ffn_dim: int = 2048
     dropout: float = 0.1
+    activation: Activation = "relu"
     pre_norm: bool = False
     num_queries: int = 100
     aux_loss: bool = True
     loss: LossConfig = field(default_factory=lambda: LossConfig("cross_entropy", class_cost=1.0))
+    num_select: int = 100  # detections per image with a sigmoid loss; with cross_entropy, each query is one
 
 
 def build_detr(config: DetrConfig) -> Model:
@@ -58,24 +76,30 @@ def build_detr(config: DetrConfig) -> Model:
     """
     num_classes = require_num_classes(config.num_classes)
     require_sizes(config)
-    require_loss(config.loss, "cross_entropy")
+    require_loss(config.loss, "cross_entropy", "focal", "mal")
+    softmax = config.loss.kind == "cross_entropy"
+    if softmax:
+        require_default(config, ("num_select",), "with model.loss.kind=cross_entropy")
     detector = Detector(
         build_backbone(config.backbone),
         (32,),
-        dense_neck(config.backbone, config.hidden_dim, temperature=10000.0),
+        dense_neck(config.backbone, config.hidden_dim, config.position_encoding),
         dense_encoder(
             config.num_encoder_layers,
             config.hidden_dim,
             config.num_heads,
             config.ffn_dim,
             config.dropout,
+            activation=config.activation,
             pre_norm=config.pre_norm,
+            final_norm=config.pre_norm,
         ),
-        PositionQueries(config.num_queries, config.hidden_dim, point=False),
+        PositionQueries(config.num_queries, config.hidden_dim, point=None),
         _decoder(config, num_classes),
     )
     criterion = Criterion(config.loss, giou_eps=0.0, aux_loss=config.aux_loss)
-    return Model(detector, criterion, best_classes)
+    postprocess = best_classes if softmax else functools.partial(best_pairs, num_select=config.num_select)
+    return Model(detector, criterion, postprocess)
 
 
 def _decoder(config: DetrConfig, num_classes: int) -> Decoder:
@@ -84,7 +108,7 @@ def _decoder(config: DetrConfig, num_classes: int) -> Decoder:
         DecoderLayer(
             SelfAttention(dim, config.num_heads, config.dropout),
             DenseAttention(dim, config.num_heads, config.dropout),
-            FeedForward(dim, config.ffn_dim, config.dropout, nn.ReLU()),
+            feed_forward_of(dim, config.ffn_dim, config.dropout, config.activation),
             dim,
             config.dropout,
             config.pre_norm,
@@ -92,10 +116,11 @@ def _decoder(config: DetrConfig, num_classes: int) -> Decoder:
         for _ in range(config.num_decoder_layers)
     )
     xavier_(layers)
+    has_no_object = config.loss.kind == "cross_entropy"
     return Decoder(
         layers,
         LearnedPosition(),
-        [nn.Linear(dim, num_classes + 1)],
+        [nn.Linear(dim, num_classes + 1) if has_no_object else class_head(dim, num_classes)],
         [Mlp(dim, dim, dim, 4)],
         norm=nn.LayerNorm(dim),
         refinement="none",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -23,10 +23,19 @@ from detrs.decoder import DecoderLayer
 from detrs.detector import STRIDES, Detector
 from detrs.encoder import Encoder, EncoderLayer
 from detrs.layers import FeedForward, Mlp, xavier_
-from detrs.neck import Neck, PositionEncoding
+from detrs.neck import LearnedEncoding, Neck, PositionEncoding
 from detrs.structures import Detections, Predictions
 
 Postprocess = Callable[[Predictions, Int[Tensor, "b 2"]], list[Detections]]
+Activation = Literal["relu", "gelu", "prelu", "selu"]
+PositionKind = Literal["sine", "learned"]
+
+_ACTIVATIONS: dict[Activation, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "prelu": nn.PReLU,
+    "selu": nn.SELU,
+}
 
 
 @dataclass(frozen=True)
@@ -114,9 +123,14 @@ def level_widths(backbone: BackboneConfig, strides: tuple[int, ...]) -> list[int
     return [backbone.widths[STRIDES.index(stride)] for stride in strides]
 
 
-def dense_neck(backbone: BackboneConfig, hidden_dim: int, temperature: float) -> Neck:
+def dense_neck(
+    backbone: BackboneConfig,
+    hidden_dim: int,
+    kind: PositionKind,
+    sine: PositionEncoding | None = None,
+) -> Neck:
     """Build a neck with one level, layer4, projected without a norm, as in DETR."""
-    position = PositionEncoding(temperature)
+    position = LearnedEncoding(hidden_dim) if kind == "learned" else sine or PositionEncoding()
     return Neck([backbone.widths[-1]], hidden_dim, 1, position, group_norm=False, level_embed=False)
 
 
@@ -127,24 +141,30 @@ def dense_encoder(
     ffn_dim: int,
     dropout: float,
     *,
-    activation: type[nn.Module] = nn.ReLU,
+    activation: Activation = "relu",
     pre_norm: bool = False,
+    final_norm: bool = False,
     scale_position: bool = False,
 ) -> Encoder:
     """Build an encoder with dense attention, initialized as in the official code."""
 
     def layer() -> EncoderLayer:
-        feed_forward = FeedForward(hidden_dim, ffn_dim, dropout, activation())
+        feed_forward = feed_forward_of(hidden_dim, ffn_dim, dropout, activation)
         attention = DenseAttention(hidden_dim, num_heads, dropout)
         return EncoderLayer(attention, feed_forward, hidden_dim, dropout, pre_norm)
 
     encoder = Encoder(
         (layer() for _ in range(num_layers)),
-        norm=nn.LayerNorm(hidden_dim) if pre_norm else None,
+        norm=nn.LayerNorm(hidden_dim) if final_norm else None,
         position_scale=Mlp(hidden_dim, hidden_dim, hidden_dim) if scale_position else None,
     )
     xavier_(encoder)
     return encoder
+
+
+def feed_forward_of(hidden_dim: int, ffn_dim: int, dropout: float, activation: Activation) -> FeedForward:
+    """Build a feed-forward with an activation by its name."""
+    return FeedForward(hidden_dim, ffn_dim, dropout, _ACTIVATIONS[activation]())
 
 
 def conditional_decoder_layers(
@@ -154,15 +174,16 @@ def conditional_decoder_layers(
     ffn_dim: int,
     dropout: float,
     *,
-    activation: type[nn.Module] = nn.ReLU,
+    activation: Activation = "relu",
+    self_attention: bool = True,
     add_position: bool = False,
 ) -> nn.ModuleList:
     """Build decoder layers with conditional cross-attention; the first layer, or all, add the query positions."""
     layers = nn.ModuleList(
         DecoderLayer(
-            SeparateSelfAttention(hidden_dim, num_heads, dropout),
+            SeparateSelfAttention(hidden_dim, num_heads, dropout) if self_attention else None,
             ConditionalAttention(hidden_dim, num_heads, dropout, add_position=add_position or i == 0),
-            FeedForward(hidden_dim, ffn_dim, dropout, activation()),
+            feed_forward_of(hidden_dim, ffn_dim, dropout, activation),
             hidden_dim,
             dropout,
         )

@@ -24,7 +24,7 @@ from detrs.checkpoints import (
     recognize_architecture,
     require_finite,
 )
-from detrs.zoo import DetrConfig, ModelConfig
+from detrs.zoo import ModelConfig
 from raydetr import recipes
 from raydetr.config import RunConfig, nearest, override, to_dict
 from raydetr.shards.coco import read_categories
@@ -173,7 +173,7 @@ def _count_classes(model: ModelConfig, own: Mapping[str, Tensor], official: Mapp
     given = official.get(official_names(model, own)[head][0])
     if given is None or not given.shape:
         return 91
-    return max(1, given.shape[0] - isinstance(model, DetrConfig))  # minus DETR's "no object"
+    return max(1, given.shape[0] - (model.loss.kind == "cross_entropy"))  # minus "no object"
 
 
 def _meta_state(model: ModelConfig, num_classes: int) -> dict[str, Tensor]:

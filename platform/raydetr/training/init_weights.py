@@ -36,7 +36,12 @@ _IGNORED = (
     "dropout",
     "aux_loss",
     "num_select",
-    "loss.",
+    "loss.class_",
+    "loss.box_",
+    "loss.giou_",
+    "loss.alpha",
+    "loss.gamma",
+    "loss.no_object",
     "backbone.weights",
     "backbone.num_frozen",
 )
@@ -124,7 +129,8 @@ def _take_rows(
     assert num_own is not None
     taken = own.clone()
     taken[list(rows)] = given[list(rows.values())]
-    taken[num_own:] = given[num_given:]
+    if len(own) - num_own == len(given) - num_given:  # a sigmoid head has none
+        taken[num_own:] = given[num_given:]
     return taken
 
 

@@ -14,6 +14,8 @@ from raydetr.config import OptimConfig
 
 # Parameters of sampling offsets and reference points, which have a rate of their own (Deformable DETR, A.4: a tenth)
 SAMPLING_NAMES = ("sampling_offsets", "queries.point.")
+# With the backbone's rate; in the official code, a learned position encoding is a part of the backbone
+BACKBONE_NAMES = ("backbone.", "neck.position.")
 
 
 def build_optimizer(detector: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
@@ -57,7 +59,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def _kind(name: str) -> str:
-    if name.startswith("backbone."):
+    if name.startswith(BACKBONE_NAMES):
         return "backbone"
     return "sampling" if any(word in name for word in SAMPLING_NAMES) else "rest"
 

@@ -85,6 +85,25 @@ def test_rows_are_taken_by_the_names_of_the_classes(name: str, tiny_run: RunConf
         )  # "no object", and the label that is not a class
 
 
+@pytest.mark.parametrize(("start", "name"), [("detr", "detr_focal"), ("detr_focal", "detr")])
+def test_class_heads_with_and_without_a_no_object_class(
+    start: str, name: str, tiny_run: RunConfig, tmp_path: Path
+) -> None:
+    given = replace(small_models.CONFIGS[start], position_encoding="sine", activation="relu")
+    model = replace(small_models.CONFIGS[name], position_encoding="sine", activation="relu")
+    weights = checkpoint_of(tiny_run, given, tmp_path / "old")
+    config = with_model(tiny_run, model, tmp_path / "old")
+    (line,) = (line for line in init_weights.summarize(config, NOWHERE) if "other settings" in line)
+    assert "loss.kind is" in line
+    torch.manual_seed(6)
+    detector = build(model).detector
+    new = detector.state_dict()["decoder.class_heads.0.bias"].clone()
+    init_weights.load(detector, config, labels_of([category["name"] for category in CLASSES]))
+    bias = detector.state_dict()["decoder.class_heads.0.bias"]
+    assert torch.equal(bias[:4], weights["decoder.class_heads.0.bias"][:4])
+    assert torch.equal(bias[4:], new[4:])
+
+
 def test_ids_with_a_gap_do_not_move_the_labels(tiny_run: RunConfig, tmp_path: Path) -> None:
     """The same names in the same order under other ids, as from another export of the data."""
     model = small_models.CONFIGS["dino"]
