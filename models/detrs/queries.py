@@ -39,11 +39,21 @@ class AnchorQueries(nn.Module):
 
     With `num_patterns`, every box is combined with each of `num_patterns` learned contents (Anchor DETR).
     `random_points` initializes the centers uniformly over the image; they are trained like all others.
+    With `learned_content`, every box has a learned content, to which that of a pattern is added (DAB-Deformable-DETR).
     """
 
-    def __init__(self, num_queries: int, hidden_dim: int, num_patterns: int, *, random_points: bool) -> None:
+    def __init__(
+        self,
+        num_queries: int,
+        hidden_dim: int,
+        num_patterns: int,
+        *,
+        random_points: bool,
+        learned_content: bool = False,
+    ) -> None:
         super().__init__()
         self.anchors, self.hidden_dim = nn.Embedding(num_queries, 4), hidden_dim
+        self.content = nn.Embedding(num_queries, hidden_dim) if learned_content else None
         self.patterns = nn.Embedding(num_patterns, hidden_dim) if num_patterns else None
         if random_points:
             centers = torch.rand(num_queries, 2)
@@ -53,9 +63,13 @@ class AnchorQueries(nn.Module):
         """Return the same queries for every image; all boxes of the first pattern come first."""
         reference, num_anchors = self.anchors.weight.sigmoid(), self.anchors.num_embeddings
         content = reference.new_zeros(num_anchors, self.hidden_dim)
+        if self.content is not None:
+            content = self.content.weight
         if self.patterns is not None:
-            content = self.patterns.weight.repeat_interleave(num_anchors, dim=0)
-            reference = reference.repeat(self.patterns.num_embeddings, 1)
+            num_patterns = self.patterns.num_embeddings
+            content = content.repeat(num_patterns, 1)
+            content = content + self.patterns.weight.repeat_interleave(num_anchors, dim=0)
+            reference = reference.repeat(num_patterns, 1)
         content, reference = (x.expand(len(memory.tokens), -1, -1) for x in (content, reference))
         return Queries(content, reference=reference), None
 

@@ -26,7 +26,7 @@ def test_model(name: str, fused: bool, dtype: torch.dtype) -> None:
     this, tolerance = run(name, dtype, fused), parity.TOLERANCES[dtype]
     assert torch.equal(this.images.padding_mask, this.golden.tensor("mask"))
     parity.check_outputs(this, tolerance)
-    parity.check_losses(this.losses, this.golden.manifest, tolerance)
+    parity.check_losses(this.model.criterion, this.losses, this.golden.manifest, tolerance)
     parity.check_matches(this)
     parity.check_detections(this, tolerance)
     parity.check_gradients(this, tolerance)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,13 +9,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from detrs.attention import (
-    ConditionalAttention,
-    DeformableAttention,
-    DenseAttention,
-    SelfAttention,
-    SeparateSelfAttention,
-)
+from detrs.attention import ConditionalAttention, DenseAttention, SeparateSelfAttention
 from detrs.backbone import BackboneConfig
 from detrs.criterion import Criterion, LossConfig
 from detrs.decoder import DecoderLayer
@@ -170,61 +163,3 @@ def conditional_decoder_layers(
     )
     xavier_(layers)
     return layers
-
-
-def deformable_encoder(
-    num_layers: int,
-    hidden_dim: int,
-    num_heads: int,
-    num_levels: int,
-    num_points: int,
-    ffn_dim: int,
-    dropout: float,
-) -> Encoder:
-    """Build an encoder with deformable attention, initialized as in the official code."""
-
-    def layer() -> EncoderLayer:
-        attention = DeformableAttention(hidden_dim, num_heads, num_levels, num_points)
-        feed_forward = FeedForward(hidden_dim, ffn_dim, dropout, nn.ReLU())
-        return EncoderLayer(attention, feed_forward, hidden_dim, dropout, pre_norm=False)
-
-    encoder = Encoder(layer() for _ in range(num_layers))
-    initialize_(encoder)
-    return encoder
-
-
-def deformable_decoder_layers(
-    num_layers: int,
-    hidden_dim: int,
-    num_heads: int,
-    num_levels: int,
-    num_points: int,
-    ffn_dim: int,
-    dropout: float,
-) -> nn.ModuleList:
-    """Build decoder layers with deformable cross-attention, initialized as in the official code."""
-    layers = nn.ModuleList(
-        DecoderLayer(
-            SelfAttention(hidden_dim, num_heads, dropout),
-            DeformableAttention(hidden_dim, num_heads, num_levels, num_points),
-            FeedForward(hidden_dim, ffn_dim, dropout, nn.ReLU()),
-            hidden_dim,
-            dropout,
-        )
-        for _ in range(num_layers)
-    )
-    initialize_(layers)
-    return layers
-
-
-def initialize_(transformer: nn.Module) -> None:
-    """Initialize all parameters with Xavier, then those of deformable attention in its own way."""
-    xavier_(transformer)
-    for module in transformer.modules():
-        if isinstance(module, DeformableAttention):
-            module.reset_parameters()
-
-
-def clones(module: nn.Module, number: int) -> list[nn.Module]:
-    """Return copies with equal values, to be trained separately."""
-    return [copy.deepcopy(module) for _ in range(number)]
