@@ -87,7 +87,12 @@ CONFIGS: dict[str, ModelConfig] = {
     ),
     "deformable_two_stage_only": DeformableDetrConfig(**SMALL, **LEVELS, two_stage=True),
     "deformable_anchors": DeformableDetrConfig(
-        **SMALL, **LEVELS, refinement=True, anchors=True, num_patterns=2, random_points=True
+        **{**SMALL, "num_queries": 5},
+        **LEVELS,
+        refinement=True,
+        anchors=True,
+        num_patterns=2,
+        random_points=True,
     ),
     "deformable_single_scale": DeformableDetrConfig(**SMALL, strides=(32,), num_feature_levels=1),
 }
