@@ -147,25 +147,33 @@ _DEFORMABLE: Rules = _MULTI_SCALE | {
     r"queries\.point\.(.*)": ("transformer.reference_points.{0}",),
     r"queries\.project\.(.*)": ("transformer.pos_trans.{0}",),
     r"queries\.norm\.(.*)": ("transformer.pos_trans_norm.{0}",),
+    # DAB-Deformable-DETR
+    r"queries\.content\.weight": ("tgt_embed.weight",),
+    r"queries\.anchors\.weight": ("refpoint_embed.weight",),
+    r"queries\.patterns\.weight": ("patterns_embed.weight",),
+    r"decoder\.query_position\.embed\.(.*)": ("transformer.decoder.ref_point_head.{0}",),
+    r"decoder\.query_position\.scale\.(.*)": ("transformer.decoder.query_scale.{0}",),
 }
 
 _DINO: Rules = _MULTI_SCALE | {
     r"queries\.content\.weight": ("transformer.tgt_embed.weight",),
-    r"queries\.proposals\.class_head\.(.*)": ("transformer.enc_out_class_embed.{0}",),
-    r"queries\.proposals\.box_head\.(.*)": ("transformer.enc_out_bbox_embed.{0}",),
+    r"queries\.anchors\.weight": ("transformer.refpoint_embed.weight",),
     r"decoder\.query_position\.embed\.(.*)": ("transformer.decoder.ref_point_head.{0}",),
     r"denoising\.label_embed\.weight": ("label_enc.weight",),
 }
 
 
-# A checkpoint belongs to the first architecture whose parameter it has: the order matters
+# A checkpoint belongs to the first architecture of which it has a parameter: the order matters
 _SIGNATURES = {
-    "dino": "transformer.enc_out_class_embed.weight",
-    "dab_detr": "refpoint_embed.weight",
-    "deformable_detr": "transformer.level_embed",
-    "conditional_detr": "transformer.decoder.query_scale.layers.0.weight",
-    "detr": "transformer.decoder.layers.0.multihead_attn.in_proj_weight",
+    "dino": ("transformer.enc_out_class_embed.weight", "transformer.refpoint_embed.weight"),
+    "deformable_detr": ("transformer.level_embed",),
+    "dab_detr": ("refpoint_embed.weight",),
+    "conditional_detr": ("transformer.decoder.query_scale.layers.0.weight",),
+    "detr": ("transformer.decoder.layers.0.multihead_attn.in_proj_weight",),
 }
+
+# Of the official DINO, also where it has no effect, without denoising
+_LABEL_EMBED = "label_enc.weight"
 
 # Our names of the tensors whose size depends on the number of classes
 CLASS_DEPENDENT = re.compile(
@@ -176,7 +184,7 @@ CLASS_DEPENDENT = re.compile(
 def recognize_architecture(official: Iterable[str]) -> str | None:
     """Return the architecture that these official parameter names belong to, or None."""
     names = set(official)
-    return next((architecture for architecture, name in _SIGNATURES.items() if name in names), None)
+    return next((kind for kind, signature in _SIGNATURES.items() if names & set(signature)), None)
 
 
 @dataclass(frozen=True)
@@ -350,7 +358,6 @@ def _differs(official: Mapping[str, Tensor], names: tuple[str, ...], own: Tensor
 
 def rules(config: ModelConfig) -> Rules:
     """Return the rules of a model; a shared head has one official name per layer."""
-    layers = range(config.num_decoder_layers)
     match config:
         case DetrConfig():
             return _DETR
@@ -365,19 +372,9 @@ def rules(config: ModelConfig) -> Rules:
             box_heads = {pattern: tuple(f"{module}bbox_embed.{{0}}" for module in modules)}
             return _DAB | box_heads | (_FIXED_POINTS if config.fixed_points else {})
         case DinoConfig():
-            prefixes = ("{kind}_embed", "transformer.decoder.{kind}_embed")
-            return _DINO | _heads(prefixes, prefixes, layers if config.shared_heads else None)
+            return _DINO | _dino_heads(config)
         case DeformableDetrConfig():
-            all_prefixes: tuple[str, ...] = ("{kind}_embed", "transformer.decoder.{kind}_embed")
-            class_prefixes = all_prefixes if config.two_stage else all_prefixes[:1]
-            box_prefixes = all_prefixes if config.refinement else all_prefixes[:1]
-            heads = _heads(class_prefixes, box_prefixes, None if config.refinement else layers)
-            # The heads of the encoder follow those of the decoder layers
-            for kind, names in (("class", class_prefixes), ("box", box_prefixes)):
-                heads[rf"queries\.proposals\.{kind}_head\.(.*)"] = tuple(
-                    f"{_prefix(prefix, kind)}.{len(layers)}.{{0}}" for prefix in names
-                )
-            return _DEFORMABLE | heads
+            return _DEFORMABLE | _deformable_heads(config)
 
 
 def official_names(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -393,11 +390,17 @@ def official_names(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple
 
 
 def to_official(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert to an official state dict, with shared tensors under all their names."""
+    """Convert to an official state dict, with shared tensors under all their names.
+
+    A DINO without denoising gets the label embedding that the official model has nevertheless, of zeros.
+    """
     names = official_names(config, state)
-    converted = {official: state[ours] for ours in state for official in names[ours]}
+    converted = {name: state[ours] for ours in state for name in names[ours]}
     if _HALVES[0] in converted:
         converted[_ANCHORS] = torch.cat([converted.pop(half) for half in _HALVES], dim=1)
+    if not _uses_label_embed(config):
+        classes = state["decoder.class_heads.0.weight"]
+        converted[_LABEL_EMBED] = classes.new_zeros(classes.shape[0] + 1, classes.shape[1])
     return converted
 
 
@@ -405,6 +408,8 @@ def from_official(
     config: ModelConfig, official: Mapping[str, Tensor], own: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Convert from an official state dict; `own` is the state dict of the model, for names and shapes.
+
+    The label embedding of DINO is omitted for a model without denoising.
 
     Raises:
         ValueError: names are missing or unexpected, shapes differ, weights are integers, or the values under the names
@@ -416,6 +421,8 @@ def from_official(
         points, sides = official[_ANCHORS][..., :2], official[_ANCHORS][..., 2:]
         official = {**official, _HALVES[0]: points, _HALVES[1]: sides}
         del official[_ANCHORS]
+    if not _uses_label_embed(config):
+        official = {name: value for name, value in official.items() if name != _LABEL_EMBED}
     missing, unexpected = sorted(expected.keys() - official.keys()), sorted(official.keys() - expected.keys())
     common = expected.keys() & official.keys()
     shapes = sorted(name for name in common if official[name].shape != own[expected[name]].shape)
@@ -440,21 +447,58 @@ def from_official(
     return {ours: official[group[0]] for ours, group in names.items()}
 
 
-def _heads(class_prefixes: tuple[str, ...], box_prefixes: tuple[str, ...], shared_by: range | None) -> Rules:
-    heads: Rules = {}
-    for kind, prefixes in (("class", class_prefixes), ("box", box_prefixes)):
-        pattern = rf"decoder\.{kind}_heads\.(\d+)\.(.*)"
-        if shared_by is None:
-            heads[pattern] = tuple(f"{_prefix(prefix, kind)}.{{0}}.{{1}}" for prefix in prefixes)
-        else:
-            heads[pattern] = tuple(
-                f"{_prefix(prefix, kind)}.{layer}.{{1}}" for prefix in prefixes for layer in shared_by
-            )
+def _uses_label_embed(config: ModelConfig) -> bool:
+    return not isinstance(config, DinoConfig) or config.num_denoising > 0
+
+
+def _dino_heads(config: DinoConfig) -> Rules:
+    layers, heads = range(config.num_decoder_layers), Rules()
+    for kind, official, shared, encoder_shares in (
+        ("class", "class_embed", config.shared_class_heads, config.encoder_shares_class_head),
+        ("box", "bbox_embed", config.shared_box_heads, config.encoder_shares_box_head),
+    ):
+        prefixes, encoder = (official, f"transformer.decoder.{official}"), f"transformer.enc_out_{official}"
+        heads |= _heads(kind, prefixes, layers if shared else None, (encoder,), encoder_shares=encoder_shares)
     return heads
 
 
-def _prefix(template: str, kind: str) -> str:
-    return template.format(kind="bbox" if kind == "box" else kind)
+def _deformable_heads(config: DeformableDetrConfig) -> Rules:
+    layers, heads = range(config.num_decoder_layers), Rules()
+    for kind, official, in_decoder in (
+        ("class", "class_embed", config.two_stage),
+        ("box", "bbox_embed", config.refinement),
+    ):
+        prefixes = (official, f"transformer.decoder.{official}") if in_decoder else (official,)
+        # The heads of the encoder follow those of the decoder layers
+        encoder = tuple(f"{prefix}.{len(layers)}" for prefix in prefixes) if config.two_stage else ()
+        shared_by = None if config.refinement else layers
+        heads |= _heads(kind, prefixes, shared_by, encoder, encoder_shares=not config.refinement)
+    return heads
+
+
+def _heads(
+    kind: str,
+    prefixes: tuple[str, ...],
+    shared_by: range | None,
+    encoder: tuple[str, ...],
+    *,
+    encoder_shares: bool,
+) -> Rules:
+    """Return the rules of the heads of decoder and encoder; a head of both has all names under both of ours."""
+    first_stage = rf"queries\.proposals\.{kind}_head\.(.*)"
+    if shared_by is None:
+        layered = {
+            rf"decoder\.{kind}_heads\.(\d+)\.(.*)": tuple(f"{prefix}.{{0}}.{{1}}" for prefix in prefixes)
+        }
+        return layered | {first_stage: _parameters(encoder)}
+    decoder = tuple(f"{prefix}.{layer}" for prefix in prefixes for layer in shared_by)
+    if encoder_shares:
+        decoder = encoder = decoder + encoder
+    return {rf"decoder\.{kind}_heads\.0\.(.*)": _parameters(decoder), first_stage: _parameters(encoder)}
+
+
+def _parameters(modules: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{module}.{{0}}" for module in modules)
 
 
 def _some(names: list[str]) -> str:

@@ -14,7 +14,8 @@ from detrs.boxes import to_cxcywh, to_xyxy
 from detrs.layers import inverse_sigmoid
 from detrs.structures import Queries, Targets
 
-GroupRule = Literal["official", "fill"]
+GroupRule = Literal["official", "fill", "fixed"]
+BoxNoise = Literal["corners", "center_and_size"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Draws:
 
     label_chance: Float[Tensor, " r"]  # in [0, 1): the label is replaced if it is below half of label_noise
     new_labels: Int64[Tensor, " k"]  # for the `k` replaced rows, in order
-    signs: Float[Tensor, "r 4"]  # 0 or 1: the direction in which a corner coordinate moves
+    signs: Float[Tensor, "r 4"]  # 0 or 1: the direction in which a coordinate moves
     fractions: Float[Tensor, "r 4"]  # in [0, 1): of the largest move
 
     def to(self, device: torch.device) -> Draws:
@@ -72,9 +73,13 @@ class Denoising(nn.Module):
         label_noise: twice the probability that a label is replaced by a random one.
         box_noise: largest move of a corner, as a fraction of half the box; negatives move up to twice as far.
         group_rule: "fill": the largest number of groups that fits into `num_denoising`, at least one. "official": the
-            same, but if `num_denoising` < 50, then 2 * num_denoising groups, for any number of targets.
+            same, but if `num_denoising` < 50, then 2 * num_denoising groups, for any number of targets. "fixed":
+            `num_denoising` groups, for any number of targets (the `scalar` of DN-DETR).
         contrastive: add a negative query to every positive one: a box with more noise, to be rejected. Without, there
-            are only positives, as in DN-DETR; their noise is the same.
+            are only positives, as in DN-DETR.
+        box_noise_kind: what moves. "corners": both corners, each coordinate on its own (DINO). "center_and_size": the
+            center by at most `box_noise` times half a side, width and height by at most `box_noise` times themselves
+            (DN-DETR, section 4.2); only without negatives.
     """
 
     def __init__(
@@ -87,11 +92,13 @@ class Denoising(nn.Module):
         box_noise: float,
         group_rule: GroupRule,
         contrastive: bool = True,
+        box_noise_kind: BoxNoise = "corners",
     ) -> None:
         super().__init__()
+        assert box_noise_kind == "corners" or not contrastive
         self.num_blocks = 2 if contrastive else 1  # of a group
         self.num_classes, self.num_denoising, self.group_rule = num_classes, num_denoising, group_rule
-        self.label_noise, self.box_noise = label_noise, box_noise
+        self.label_noise, self.box_noise, self.box_noise_kind = label_noise, box_noise, box_noise_kind
         # The last row is unused, as in the official code
         self.label_embed = nn.Embedding(num_classes + 1, hidden_dim)
 
@@ -99,6 +106,8 @@ class Denoising(nn.Module):
         """Return the number of groups of a batch with at most `max_targets` targets per image."""
         if max_targets == 0:
             return 1
+        if self.group_rule == "fixed":
+            return self.num_denoising
         if self.group_rule == "official" and self.num_denoising < 50:
             return max(2 * self.num_denoising, 1)
         return max(self.num_denoising // max_targets, 1)
@@ -176,10 +185,12 @@ class Denoising(nn.Module):
     def _noise_boxes(
         self, boxes: Float[Tensor, "r 4"], negative: Bool[Tensor, " r"], draws: Draws
     ) -> Float[Tensor, "r 4"]:
-        half = (boxes[:, 2:] / 2).repeat(1, 2)
         fractions = draws.fractions.to(boxes.dtype) + negative[:, None]
-        moves = (2 * draws.signs.to(boxes.dtype) - 1) * fractions * half * self.box_noise
-        return to_cxcywh((to_xyxy(boxes) + moves).clamp(min=0, max=1))
+        moves = (2 * draws.signs.to(boxes.dtype) - 1) * fractions * self.box_noise
+        sides = boxes[:, 2:]
+        if self.box_noise_kind == "center_and_size":
+            return (boxes + moves * torch.cat((sides / 2, sides), dim=1)).clamp(min=0, max=1)
+        return to_cxcywh((to_xyxy(boxes) + moves * (sides / 2).repeat(1, 2)).clamp(min=0, max=1))
 
 
 def prepend(noised: NoisedQueries, queries: Queries) -> Queries:

@@ -53,6 +53,7 @@ class AnchorQueries(nn.Module):
         random_points: initialize the centers uniformly over the image.
         fixed_points: do not train the centers (appendix H); requires random ones, and sides.
         sides: learn width and height too.
+        learned_content: each box has a learned content, to which that of a pattern is added (DAB-Deformable-DETR).
     """
 
     points: Tensor
@@ -66,10 +67,12 @@ class AnchorQueries(nn.Module):
         random_points: bool,
         fixed_points: bool = False,
         sides: bool = True,
+        learned_content: bool = False,
     ) -> None:
         super().__init__()
         self.hidden_dim, self.fixed_points = hidden_dim, fixed_points
         self.anchors = nn.Embedding(num_queries, 4 if sides and not fixed_points else 2)
+        self.content = nn.Embedding(num_queries, hidden_dim) if learned_content else None
         self.patterns = nn.Embedding(num_patterns, hidden_dim) if num_patterns else None
         if random_points:
             centers = inverse_sigmoid(torch.rand(num_queries, 2), 1e-3)
@@ -85,9 +88,13 @@ class AnchorQueries(nn.Module):
             boxes = torch.cat((self.points, boxes), dim=1)
         reference = boxes.sigmoid()
         content = reference.new_zeros(num_anchors, self.hidden_dim)
+        if self.content is not None:
+            content = self.content.weight
         if self.patterns is not None:
-            content = self.patterns.weight.repeat_interleave(num_anchors, dim=0)
-            reference = reference.repeat(self.patterns.num_embeddings, 1)
+            num_patterns = self.patterns.num_embeddings
+            content = content.repeat(num_patterns, 1)
+            content = content + self.patterns.weight.repeat_interleave(num_anchors, dim=0)
+            reference = reference.repeat(num_patterns, 1)
         content, reference = (x.expand(len(memory.tokens), -1, -1) for x in (content, reference))
         return Queries(content, reference=reference), None
 

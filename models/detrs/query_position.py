@@ -110,12 +110,16 @@ class ModulatedAnchorPosition(nn.Module):
 
 
 class AnchorPosition(nn.Module):
-    """Position embedding computed from the reference box (DAB-DETR, eq. 3; DINO)."""
+    """Position embedding computed from the reference box (DAB-DETR, eq. 3; DINO).
 
-    def __init__(self, hidden_dim: int) -> None:
+    With `scale`, it is multiplied by a function of the content from the second layer on (DAB-Deformable-DETR).
+    """
+
+    def __init__(self, hidden_dim: int, *, scale: bool = False) -> None:
         super().__init__()
         self.hidden_dim = hidden_dim
         self.embed = Mlp(2 * hidden_dim, hidden_dim, hidden_dim)
+        self.scale = Mlp(hidden_dim, hidden_dim, hidden_dim) if scale else None
 
     def forward(
         self,
@@ -128,7 +132,10 @@ class AnchorPosition(nn.Module):
         """Encode the box relative to the finest level, padding included, as the official code does."""
         finest = memory.valid_ratios[:, None, 0]
         encoding = box_encoding(reference * torch.cat((finest, finest), dim=-1), self.hidden_dim // 2)
-        return QueryPosition(self.embed(encoding), reference=reference)
+        pos = self.embed(encoding)
+        if self.scale is not None and layer > 0:
+            pos = pos * self.scale(content)
+        return QueryPosition(pos, reference=reference)
 
 
 def box_encoding(boxes: Float[Tensor, "b q k"], dim: int) -> Float[Tensor, "b q e"]:

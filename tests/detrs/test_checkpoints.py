@@ -27,8 +27,9 @@ FULL = goldens.names("full")
 
 
 def full_config(manifest: dict[str, Any]) -> ModelConfig:
-    architecture = goldens.ARCHITECTURES[manifest["official_repo"].split("/")[1]]
-    return goldens.config_of(manifest["args"], architecture, manifest["constructor_options"])
+    return goldens.config_of(
+        manifest["args"], goldens.architecture_of(manifest), manifest["constructor_options"]
+    )
 
 
 def meta_detector(config: ModelConfig) -> nn.Module:
@@ -49,17 +50,19 @@ def test_every_official_name_is_ours(name: str) -> None:
     groups = official_names(config, detector.state_dict()).values()
     aliases = {first: sorted(others) for first, *others in groups if others}
     assert aliases == {first: sorted(x) for first, x in manifest["aliases_first_name_wins"].items()}
-    assert sum(p.numel() for p in detector.parameters()) == manifest["n_params_total"]
+    without = sum(official[key].numel() for key in goldens.without_effect(config))
+    assert sum(p.numel() for p in detector.parameters()) + without == manifest["n_params_total"]
     trained = sum(p.numel() for p in detector.parameters() if p.requires_grad)
-    assert trained == manifest["n_params_trainable"]
+    assert trained + without == manifest["n_params_trainable"]
 
 
 @pytest.mark.parametrize("name", FULL)
 def test_round_trip_is_lossless(name: str) -> None:
     config = full_config(goldens.read(name).manifest)
-    own = meta_detector(config).state_dict()
+    own = meta_detector(config).state_dict(keep_vars=True)
     # One number per tensor stands for its values; expand gives the shape without the memory.
-    state = {key: torch.tensor(float(i)).expand(value.shape) for i, (key, value) in enumerate(own.items())}
+    numbers = {id(value): float(i) for i, value in enumerate(own.values())}
+    state = {key: torch.tensor(numbers[id(value)]).expand(value.shape) for key, value in own.items()}
     back = from_official(config, to_official(config, state), own)
     assert back.keys() == state.keys()
     assert all(back[key].flatten()[0] == state[key].flatten()[0] for key in state)
@@ -99,7 +102,7 @@ def test_initial_values_are_distributed_as_the_official_ones(name: str) -> None:
     official = to_official(config, build(config).detector.state_dict())
     compared = 0
     for key, (mean, std, low, high) in manifest["init_stats_seed0"].items():
-        if key.startswith("backbone"):
+        if key.startswith("backbone") or key in goldens.without_effect(config):
             continue  # loaded from ImageNet weights
         check_distribution(key, official[key], mean, std, low, high)
         compared += 1
@@ -125,7 +128,8 @@ def check_distribution(key: str, value: Tensor, mean: float, std: float, low: fl
 
 SMALL = [
     "detr", "detr_focal", "conditional", "conditional_learned_points", "dab", "dab_fixed_points", "dab_no_refinement",
-    "deformable_two_stage", "dino",
+    "deformable_two_stage", "deformable_two_stage_only", "deformable_anchors", "dino", "dino_without_two_stage",
+    "dino_one_head",
 ]  # fmt: skip
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
+import goldens
 import small_models
 from detrs.criterion import denoising_matches
 from detrs.denoising import Denoising, Draws, denoising_attn_mask
 from detrs.structures import Denoised, Predictions, Targets
 from detrs.zoo import DinoConfig, build
+from goldens import Golden
 
 DINO = small_models.CONFIGS["dino"]
 CONTRASTIVE = pytest.mark.parametrize("contrastive", [True, False])
@@ -22,6 +25,37 @@ def denoising(*, contrastive: bool) -> Denoising:
     return Denoising(
         4, 8, num_denoising=9, label_noise=0.6, box_noise=0.4, group_rule="fill", contrastive=contrastive
     ).double()
+
+
+@pytest.mark.parametrize("case", goldens.read("dn_detr").manifest["cases"], ids=lambda case: case["prefix"])
+def test_without_negatives_the_queries_are_those_of_the_official_dn_detr(case: dict[str, Any]) -> None:
+    golden, prefix = goldens.read("dn_detr"), case["prefix"]
+    module = Denoising(
+        91, 7, num_denoising=case["scalar"], label_noise=2 * case["label_noise_scale"],
+        box_noise=case["box_noise_scale"], group_rule="fixed", contrastive=False, box_noise_kind="center_and_size",
+    ).double()  # fmt: skip
+    module.label_embed.weight.data.copy_(goldens.rule_weight("label_enc.weight", (92, 7)))
+    objects = goldens.packed_targets(golden.arrays, len(case["n_targets"]), torch.float64, prefix)
+    noised = module(objects, dn_detr_draws(golden, prefix, case["scalar"] * len(objects.labels)))
+    assert noised.num_groups == case["scalar"]
+    assert noised.num_queries == case["pad_size"]
+    assert torch.equal(noised.labels, golden.tensor(f"{prefix}known_labels"))
+    # The last of the official columns is the indicator of denoising queries, which DINO has not
+    content = golden.tensor(f"{prefix}query_label")[..., :-1]
+    torch.testing.assert_close(noised.content, content, rtol=0, atol=1e-12)
+    reference = golden.tensor(f"{prefix}query_bbox").sigmoid()
+    torch.testing.assert_close(noised.reference, reference, rtol=0, atol=1e-12)
+    mask = denoising_attn_mask(noised, golden.manifest["num_queries"], torch.device("cpu"))
+    assert torch.equal(mask, golden.tensor(f"{prefix}attn_mask"))
+
+
+def dn_detr_draws(golden: Golden, prefix: str, num_rows: int) -> Draws:
+    """Return the draws in our form: DN-DETR draws the moves uniformly from [-1, 1), as 2u - 1."""
+    found = [golden.tensor(name) for name in sorted(golden.arrays) if name.startswith(f"{prefix}draw")]
+    flat, wide = [x for x in found if x.dim() == 1], [x for x in found if x.dim() == 2]
+    label_chance, new_labels = flat or (torch.ones(num_rows), torch.zeros(0, dtype=torch.int64))
+    move = 2 * wide[0] - 1 if wide else torch.zeros(num_rows, 4)
+    return Draws(label_chance, new_labels, (move >= 0).double(), move.abs())
 
 
 def targets() -> Targets:
@@ -146,7 +180,9 @@ def test_without_mixed_selection_the_content_is_that_of_the_chosen_tokens() -> N
 @pytest.mark.parametrize("twice", [True, False])
 def test_the_boxes_of_a_layer_train_the_layer_before_only_by_looking_forward_twice(twice: bool) -> None:
     torch.manual_seed(0)
-    config = dataclasses.replace(DINO, shared_heads=False, look_forward_twice=twice)
+    config = dataclasses.replace(
+        DINO, shared_class_heads=False, shared_box_heads=False, look_forward_twice=twice
+    )
     detector = build(config).detector.eval()
     head = detector.decoder.box_heads[0]
     for parameter in head.parameters():

@@ -36,7 +36,7 @@ def test_case(name: str, case_name: str, dtype: torch.dtype) -> None:
     outputs, leaves = synthetic_outputs(golden, case, dtype)
     targets = goldens.packed_targets(golden.arrays, len(case["n_targets"]), dtype, f"{case_name}/")
     losses = model.criterion(outputs, targets, float(max(sum(targets.counts), 1)))
-    parity.check_losses(losses, case, tolerance)
+    parity.check_losses(model.criterion, losses, case, tolerance)
     found = parity.matched_pairs(model, outputs, targets)
     assert found == parity.expected_pairs(case["matcher_indices"])
     losses.total.backward()

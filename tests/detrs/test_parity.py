@@ -5,6 +5,8 @@ All settings are read from the manifests of the goldens, so that other goldens o
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -15,18 +17,37 @@ from parity import Run
 
 NAMES = goldens.names("model")
 DEFORMABLE = [name for name in NAMES if goldens.read(name).architecture in ("deformable_detr", "dino")]
+# Of their variants, some are tested in one form only, and others only among the slow tests
+DEFORMABLE_MAIN = {
+    "deformable_detr", "deformable_detr_refine", "deformable_detr_single_scale", "deformable_detr_two_stage",
+    "deformable_detr_two_stage_narrow", "dino_4scale", "dino_4scale_narrow", "dino_4scale_narrow_train_dn",
+    "dino_4scale_train_dn",
+}  # fmt: skip
+ONE_FORM = {
+    "dab_deformable_detr_narrow",
+    "dino_encoder_heads_shared_narrow",
+    "dino_no_two_stage_narrow_train_dn",
+}
 
 
-@parity.DTYPES
+def case(name: str, fused: bool, dtype: torch.dtype) -> Any:
+    is_main = name not in DEFORMABLE or name in DEFORMABLE_MAIN
+    is_fast = is_main or (name in ONE_FORM and fused and dtype == torch.float64)
+    marks = [] if is_fast else [pytest.mark.slow]
+    return pytest.param(name, fused, dtype, id=f"{name}-{fused}-{dtype}", marks=marks)
+
+
 @pytest.mark.parametrize(
-    ("name", "fused"), [(name, True) for name in NAMES] + [(name, False) for name in DEFORMABLE]
+    ("name", "fused", "dtype"),
+    [case(name, True, dtype) for name in NAMES for dtype in parity.TOLERANCES]
+    + [case(name, False, dtype) for name in DEFORMABLE for dtype in parity.TOLERANCES],
 )
 def test_model(name: str, fused: bool, dtype: torch.dtype) -> None:
     """Deformable attention is tested in both forms; the models use the fused one."""
     this, tolerance = run(name, dtype, fused), parity.TOLERANCES[dtype]
     assert torch.equal(this.images.padding_mask, this.golden.tensor("mask"))
     parity.check_outputs(this, tolerance)
-    parity.check_losses(this.losses, this.golden.manifest, tolerance)
+    parity.check_losses(this.model.criterion, this.losses, this.golden.manifest, tolerance)
     parity.check_matches(this)
     parity.check_detections(this, tolerance)
     parity.check_gradients(this, tolerance)

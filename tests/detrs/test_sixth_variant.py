@@ -20,7 +20,8 @@ from detrs.postprocess import best_pairs
 from detrs.queries import AnchorQueries, EncoderBoxes, Proposals
 from detrs.query_position import AnchorPosition
 from detrs.zoo import Model
-from detrs.zoo.parts import deformable_decoder_layers, deformable_encoder, level_widths
+from detrs.zoo.deformable_parts import deformable_decoder_layers, deformable_encoder
+from detrs.zoo.parts import level_widths
 
 
 def build_dab_deformable(*, two_stage: bool) -> Model:

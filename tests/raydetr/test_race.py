@@ -146,12 +146,13 @@ OWN = {
     },
     "small_deformable_detr": {
         "num_select", "strides", "num_feature_levels", "refinement", "two_stage", "proposal_score", "num_points",
-        "num_encoder_points",
+        "num_encoder_points", "anchors", "num_patterns", "random_points",
     },
     "small_dino": {
-        "num_select", "strides", "num_feature_levels", "position_temperature", "num_points", "num_encoder_points",
-        "proposal_size", "shared_heads", "num_denoising", "denoising_groups", "label_noise", "box_noise",
-        "contrastive_denoising", "mixed_selection", "look_forward_twice",
+        "num_select", "strides", "num_feature_levels", "position_temperature", "position_offset", "num_points",
+        "num_encoder_points", "two_stage", "mixed_selection", "proposal_size", "encoder_shares_class_head",
+        "encoder_shares_box_head", "shared_class_heads", "shared_box_heads", "look_forward_twice", "num_denoising",
+        "denoising_groups", "contrastive_denoising", "label_noise", "box_noise", "box_noise_kind",
     },
 }  # fmt: skip
 

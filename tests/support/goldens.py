@@ -60,12 +60,18 @@ class Golden:
 
     @property
     def architecture(self) -> str:
-        repository = (self.manifest.get("official_repo") or self.manifest["repo"]).split("/")[1]
-        return ARCHITECTURES[repository]
+        return architecture_of(self.manifest)
 
     def tensor(self, name: str, dtype: torch.dtype = torch.float64) -> Tensor:
         value = torch.from_numpy(self.arrays[name])
         return value.to(dtype) if value.is_floating_point() else value
+
+
+def architecture_of(manifest: dict[str, Any]) -> str:
+    """Return our architecture of an official run; two models of the repository of DAB-DETR have different ones."""
+    if manifest.get("args", {}).get("modelname") == "dab_deformable_detr":
+        return "deformable_detr"
+    return ARCHITECTURES[(manifest.get("official_repo") or manifest["repo"]).split("/")[1]]
 
 
 def names(kind: str) -> list[str]:
@@ -179,7 +185,17 @@ def _dab(args: dict[str, Any], options: dict[str, Any]) -> DabDetrConfig:
 
 def _deformable(args: dict[str, Any], options: dict[str, Any]) -> DeformableDetrConfig:
     single = args["num_feature_levels"] == 1
+    anchors: dict[str, Any] = {}
+    if args.get("modelname") == "dab_deformable_detr":  # refinement is no argument, but a default
+        settings = {"with_box_refine": True} | args | options
+        args = settings
+        anchors = {
+            "anchors": True,
+            "num_patterns": settings["num_patterns"],
+            "random_points": settings["random_refpoints_xy"],
+        }
     return DeformableDetrConfig(
+        **anchors,
         num_classes=91,
         strides=(32,) if single else (8, 16, 32),
         num_feature_levels=args["num_feature_levels"],
@@ -193,16 +209,24 @@ def _deformable(args: dict[str, Any], options: dict[str, Any]) -> DeformableDetr
 
 
 def _dino(args: dict[str, Any], options: dict[str, Any]) -> DinoConfig:
-    assert args["pe_temperatureH"] == args["pe_temperatureW"]
+    x, y = float(args["pe_temperatureW"]), float(args["pe_temperatureH"])
+    two_stage = args["two_stage_type"] == "standard"
     return DinoConfig(
         num_classes=args["num_classes"],
         strides=tuple(4 * 2**index for index in args["return_interm_indices"]),
         num_feature_levels=args["num_feature_levels"],
-        position_temperature=float(args["pe_temperatureH"]),
+        position_temperature=x,
+        position_temperature_y=None if x == y else y,
         num_points=args["dec_n_points"],
         num_encoder_points=args["enc_n_points"],
-        proposal_size=float(args["two_stage_default_hw"]),
-        shared_heads=args["dec_pred_bbox_embed_share"],
+        # The official code does not use two_stage_default_hw: the proposals have its default, 0.05
+        two_stage=two_stage,
+        mixed_selection=args["embed_init_tgt"] or not two_stage,
+        encoder_shares_class_head=two_stage and args["two_stage_class_embed_share"],
+        encoder_shares_box_head=two_stage and args["two_stage_bbox_embed_share"],
+        shared_class_heads=args["dec_pred_class_embed_share"],
+        shared_box_heads=args["dec_pred_bbox_embed_share"],
+        look_forward_twice=not args["use_detached_boxes_dec_out"],
         num_denoising=args["dn_number"] if args["use_dn"] else 0,
         label_noise=float(args["dn_label_noise_ratio"]),
         box_noise=float(args["dn_box_noise_scale"]),
@@ -210,6 +234,13 @@ def _dino(args: dict[str, Any], options: dict[str, Any]) -> DinoConfig:
         loss=_loss(args),
         **_shared(args),
     )
+
+
+def without_effect(config: ModelConfig) -> set[str]:
+    """Return the official parameters that have no effect in such a model, and that ours does not have."""
+    if isinstance(config, DinoConfig) and config.num_denoising == 0:
+        return {"label_enc.weight"}
+    return set()
 
 
 def build_filled(config: ModelConfig, dtype: torch.dtype) -> Model:

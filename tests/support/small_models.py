@@ -77,14 +77,38 @@ CONFIGS: dict[str, ModelConfig] = {
         **LEVELS,
         num_denoising=8,
         denoising_groups="fill",
-        shared_heads=False,
+        shared_class_heads=False,
+        shared_box_heads=False,
         loss=LossConfig("mal", class_weight=2.0, gamma=1.5),
+    ),
+    "dino_without_two_stage": DinoConfig(
+        **SMALL,
+        **LEVELS,
+        num_denoising=2,
+        denoising_groups="fixed",
+        contrastive_denoising=False,
+        box_noise_kind="center_and_size",
+        two_stage=False,
+        shared_box_heads=False,
+        look_forward_twice=False,
+    ),
+    "dino_one_head": DinoConfig(
+        **SMALL, **LEVELS, num_denoising=0, encoder_shares_class_head=True, encoder_shares_box_head=True
     ),
     "deformable": DeformableDetrConfig(**SMALL, **LEVELS),
     "deformable_refine": DeformableDetrConfig(**SMALL, **LEVELS, refinement=True),
     "deformable_two_stage": DeformableDetrConfig(**SMALL, **LEVELS, refinement=True, two_stage=True),
     "deformable_two_stage_best_class": DeformableDetrConfig(
         **SMALL, **LEVELS, refinement=True, two_stage=True, proposal_score="best_class"
+    ),
+    "deformable_two_stage_only": DeformableDetrConfig(**SMALL, **LEVELS, two_stage=True),
+    "deformable_anchors": DeformableDetrConfig(
+        **{**SMALL, "num_queries": 5},
+        **LEVELS,
+        refinement=True,
+        anchors=True,
+        num_patterns=2,
+        random_points=True,
     ),
     "deformable_single_scale": DeformableDetrConfig(**SMALL, strides=(32,), num_feature_levels=1),
 }

@@ -28,6 +28,7 @@ from detrs.layers import box_head, class_head, xavier_
 from detrs.postprocess import best_pairs
 from detrs.queries import PointSource, PositionQueries
 from detrs.query_position import PointPosition
+from detrs.zoo.checks import require_loss, require_num_classes, require_sizes
 from detrs.zoo.parts import (
     Activation,
     Model,
@@ -35,9 +36,6 @@ from detrs.zoo.parts import (
     conditional_decoder_layers,
     dense_encoder,
     dense_neck,
-    require_loss,
-    require_num_classes,
-    require_sizes,
 )
 
 

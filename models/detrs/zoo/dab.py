@@ -29,6 +29,7 @@ from detrs.neck import PositionEncoding
 from detrs.postprocess import best_pairs
 from detrs.queries import AnchorQueries
 from detrs.query_position import ModulatedAnchorPosition, PositionScale
+from detrs.zoo.checks import require_default, require_loss, require_num_classes, require_sizes
 from detrs.zoo.parts import (
     Activation,
     Model,
@@ -36,10 +37,6 @@ from detrs.zoo.parts import (
     conditional_decoder_layers,
     dense_encoder,
     dense_neck,
-    require_default,
-    require_loss,
-    require_num_classes,
-    require_sizes,
 )
 
 

@@ -27,18 +27,8 @@ from detrs.layers import Mlp, class_head, xavier_
 from detrs.postprocess import best_classes, best_pairs
 from detrs.queries import PositionQueries
 from detrs.query_position import LearnedPosition
-from detrs.zoo.parts import (
-    Activation,
-    Model,
-    PositionKind,
-    dense_encoder,
-    dense_neck,
-    feed_forward_of,
-    require_default,
-    require_loss,
-    require_num_classes,
-    require_sizes,
-)
+from detrs.zoo.checks import require_default, require_loss, require_num_classes, require_sizes
+from detrs.zoo.parts import Activation, Model, PositionKind, dense_encoder, dense_neck, feed_forward_of
 
 
 @dataclass(frozen=True)

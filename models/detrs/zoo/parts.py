@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from detrs.attention import (
-    ConditionalAttention,
-    DeformableAttention,
-    DenseAttention,
-    SelfAttention,
-    SeparateSelfAttention,
-)
+from detrs.attention import ConditionalAttention, DenseAttention, SeparateSelfAttention
 from detrs.backbone import BackboneConfig
-from detrs.criterion import Criterion, LossConfig
+from detrs.criterion import Criterion
 from detrs.decoder import DecoderLayer
 from detrs.detector import STRIDES, Detector
 from detrs.encoder import Encoder, EncoderLayer
@@ -48,68 +41,6 @@ class Model:
     detector: Detector
     criterion: Criterion
     postprocess: Postprocess
-
-
-def require_num_classes(num_classes: int | None) -> int:
-    """Return the number of classes.
-
-    Raises:
-        ValueError: it is missing, or less than 1.
-    """
-    if num_classes is None or num_classes < 1:
-        raise ValueError(
-            f"model.num_classes: {num_classes}; give the number of classes of the data, at least 1"
-        )
-    return num_classes
-
-
-def require_sizes(config: Any) -> None:
-    """Check the sizes of an architecture: positive numbers, and a width that can be divided.
-
-    Raises:
-        ValueError: a number is not positive, or the width cannot be divided among the heads and among the coordinates
-            of a sine encoding.
-    """
-    for name in ("num_heads", "num_decoder_layers", "num_queries"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"model.{name}: {getattr(config, name)} is not positive")
-    if config.hidden_dim % config.num_heads or config.hidden_dim % 4:
-        raise ValueError(
-            f"model.hidden_dim: {config.hidden_dim} is not a multiple of 4 and of num_heads, {config.num_heads}"
-        )
-
-
-def require_loss(loss: LossConfig, *kinds: str) -> None:
-    """Check that the class loss fits the class head, and that no setting of another loss is set.
-
-    Raises:
-        ValueError: it does not, or a setting has no effect.
-    """
-    if loss.kind not in kinds:
-        head = "has a no-object class" if "cross_entropy" in kinds else "has no no-object class"
-        raise ValueError(
-            f"model.loss.kind: {loss.kind!r}, but the class head {head}: use {' or '.join(kinds)}"
-        )
-    ignored = ("alpha", "gamma") if loss.kind == "cross_entropy" else ("no_object_weight",)
-    require_default(loss, ignored, f"with model.loss.kind={loss.kind}", prefix="model.loss")
-
-
-def require_default(config: Any, names: Sequence[str], where: str, prefix: str = "model") -> None:
-    """Check that settings have their default where they have no effect.
-
-    Args:
-        config: a dataclass.
-        names: of its fields.
-        where: when they have no effect, for the message.
-        prefix: of the names, for the message.
-
-    Raises:
-        ValueError: one has another value.
-    """
-    defaults = {field.name: field.default for field in fields(config)}
-    for name in names:
-        if getattr(config, name) != defaults[name]:
-            raise ValueError(f"{prefix}.{name}: {getattr(config, name)!r} has no effect {where}: omit it")
 
 
 def level_widths(backbone: BackboneConfig, strides: tuple[int, ...]) -> list[int]:
@@ -191,61 +122,3 @@ def conditional_decoder_layers(
     )
     xavier_(layers)
     return layers
-
-
-def deformable_encoder(
-    num_layers: int,
-    hidden_dim: int,
-    num_heads: int,
-    num_levels: int,
-    num_points: int,
-    ffn_dim: int,
-    dropout: float,
-) -> Encoder:
-    """Build an encoder with deformable attention, initialized as in the official code."""
-
-    def layer() -> EncoderLayer:
-        attention = DeformableAttention(hidden_dim, num_heads, num_levels, num_points)
-        feed_forward = FeedForward(hidden_dim, ffn_dim, dropout, nn.ReLU())
-        return EncoderLayer(attention, feed_forward, hidden_dim, dropout, pre_norm=False)
-
-    encoder = Encoder(layer() for _ in range(num_layers))
-    initialize_(encoder)
-    return encoder
-
-
-def deformable_decoder_layers(
-    num_layers: int,
-    hidden_dim: int,
-    num_heads: int,
-    num_levels: int,
-    num_points: int,
-    ffn_dim: int,
-    dropout: float,
-) -> nn.ModuleList:
-    """Build decoder layers with deformable cross-attention, initialized as in the official code."""
-    layers = nn.ModuleList(
-        DecoderLayer(
-            SelfAttention(hidden_dim, num_heads, dropout),
-            DeformableAttention(hidden_dim, num_heads, num_levels, num_points),
-            FeedForward(hidden_dim, ffn_dim, dropout, nn.ReLU()),
-            hidden_dim,
-            dropout,
-        )
-        for _ in range(num_layers)
-    )
-    initialize_(layers)
-    return layers
-
-
-def initialize_(transformer: nn.Module) -> None:
-    """Initialize all parameters with Xavier, then those of deformable attention in its own way."""
-    xavier_(transformer)
-    for module in transformer.modules():
-        if isinstance(module, DeformableAttention):
-            module.reset_parameters()
-
-
-def clones(module: nn.Module, number: int) -> list[nn.Module]:
-    """Return copies with equal values, to be trained separately."""
-    return [copy.deepcopy(module) for _ in range(number)]

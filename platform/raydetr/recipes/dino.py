@@ -2,6 +2,8 @@
 
 All have a learning rate of 1e-4, 1e-5 in the backbone, and 16 images per batch. It drops after 11 of 12, 20 of 24
 or 30 of 36 epochs.
+
+Two more recipes have the settings with which other libraries reach a higher AP in 12 epochs.
 """
 
 from __future__ import annotations
@@ -64,4 +66,49 @@ def dino_r50_5scale_36ep() -> RunConfig:
     return override(dino_r50_4scale_36ep(), {"recipe": "dino_r50_5scale_36ep", **_FIVE_SCALES})
 
 
+def dino_r50_4scale_12ep_300dn() -> RunConfig:
+    """DINO, 4 scales, ResNet-50, 12 epochs (Zhang et al. 2022) with the settings of detrex; its AP 49.5.
+
+    300 denoising queries instead of 100, with less noise in labels and more in boxes; the position encoding of
+    Deformable DETR; heads for each layer; only the stem of the backbone is frozen. Source: detrex,
+    projects/dino/configs/dino_r50_4scale_12ep_300dn.py. Cost: 279 GFLOPs per image.
+    Command: `raydetr train dino_r50_4scale_12ep_300dn`.
+    """
+    changes = {
+        **_OTHER_LIBRARIES,
+        "model.label_noise": 0.2,
+        "model.backbone.num_frozen_stages": 1,
+    }
+    return override(dino_r50_4scale_12ep(), {"recipe": "dino_r50_4scale_12ep_300dn", **changes})
+
+
+def dino_r50_4scale_12ep_improved() -> RunConfig:
+    """DINO, 4 scales, ResNet-50, 12 epochs (Zhang et al. 2022) with the settings of mmdetection; its AP 50.1.
+
+    300 denoising queries instead of 100, with more noise in boxes; the position encoding, the weight of the class loss
+    and the learning rates of Deformable DETR; heads for each layer; nothing in the backbone is frozen but its norms.
+    Source: mmdetection 3.x, configs/dino/dino-4scale_r50_improved_8xb2-12e_coco.py. Cost: 279 GFLOPs per image.
+    Command: `raydetr train dino_r50_4scale_12ep_improved`.
+    """
+    changes = {
+        **_OTHER_LIBRARIES,
+        "model.backbone.num_frozen_stages": 0,
+        "model.loss.class_weight": 2.0,
+        "optim.lr": 2e-4,
+        "optim.lr_backbone": 2e-5,
+        "optim.lr_sampling": 2e-5,
+    }
+    return override(dino_r50_4scale_12ep(), {"recipe": "dino_r50_4scale_12ep_improved", **changes})
+
+
 _FIVE_SCALES = {"model.strides": [4, 8, 16, 32], "model.num_feature_levels": 5}
+
+# What detrex and mmdetection have in common; in both, every decoder layer has heads of its own
+_OTHER_LIBRARIES = {
+    "model.num_denoising": 300,
+    "model.box_noise": 1.0,
+    "model.position_temperature": 10000.0,
+    "model.position_offset": -0.5,
+    "model.shared_class_heads": False,
+    "model.shared_box_heads": False,
+}
