@@ -25,6 +25,7 @@ PANEL = 2.1  # inches; of the longer side of an image
 DPI = 110
 OBJECT = "#00e676"  # of detections and targets
 START = "#ffffff"  # of the reference that a query starts from
+MAPS = "inferno"  # color map of attention maps
 WEIGHTS = "plasma"  # color map of weights: dark is low, yellow is high
 LAYERS = "autumn_r"  # of layers: yellow is the first, red the last
 POSITIVE, NEGATIVE = "#40c4ff", "#ff5252"
@@ -69,12 +70,15 @@ class BoxesByLayer:
 
 def draw_maps(image: Image.Image, rows: Sequence[MapRow], columns: Sequence[str]) -> Figure:
     """Draw attention over the image in gray: brighter is more attention; each map has its own scale."""
-    figure, grid = _grid(image, [row.name for row in rows], columns, gray=True)
+    figure, grid = _grid(image, [row.name for row in rows], columns)
     for row, panels in zip(rows, grid, strict=True):
         for i, (panel, values) in enumerate(zip(panels, row.maps, strict=True)):
             extent = (0, image.width, image.height, 0)
             scaled = values / max(float(values.max()), 1e-12)
-            panel.imshow(scaled, cmap="inferno", vmin=0, vmax=1, alpha=0.7, extent=extent, interpolation="bicubic")
+            seen = np.clip(1.3 * scaled, 0.0, 0.85)  # the image stays visible where there is no attention
+            panel.imshow(
+                scaled, cmap=MAPS, vmin=0, vmax=1, alpha=seen, extent=extent, interpolation="bilinear"
+            )
             _box(panel, row.box_xyxy, OBJECT, linewidth=1.2)
             if row.points is not None:
                 panel.plot(*row.points[i], "+", color=START, markersize=7, markeredgewidth=1.4)
@@ -83,7 +87,7 @@ def draw_maps(image: Image.Image, rows: Sequence[MapRow], columns: Sequence[str]
 
 def draw_samples(image: Image.Image, rows: Sequence[SampleRow], columns: Sequence[str]) -> Figure:
     """Draw sampled points, colored by weight, with the reference; the scale of a row starts at 0."""
-    figure, grid = _grid(image, [row.name for row in rows], columns, gray=True)
+    figure, grid = _grid(image, [row.name for row in rows], columns, extra_width=0.75)
     for row, panels in zip(rows, grid, strict=True):
         highest = max(float(samples.weights.max()) for samples in row.columns)
         points = None
@@ -107,7 +111,7 @@ def draw_boxes_by_layer(
     """Draw the boxes of each query after every layer, and the reference that it starts from."""
     num_columns = min(num_columns, len(queries))
     num_rows = -(-len(queries) // num_columns)
-    figure, grid = _grid(image, [""] * num_rows, [""] * num_columns, gray=True, extra_height=0.35)
+    figure, grid = _grid(image, [""] * num_rows, [""] * num_columns, extra_height=0.35)
     panels = [panel for panels in grid for panel in panels]
     colors = _layer_colors(len(queries[0].boxes_xyxy))
     for panel, query in zip(panels, queries, strict=False):
@@ -120,7 +124,9 @@ def draw_boxes_by_layer(
         panel.remove()
     entries = [Line2D([], [], color=color, label=f"layer {i}") for i, color in enumerate(colors, 1)]
     if queries[0].start is not None:
-        entries.insert(0, Line2D([], [], color="#999999", linestyle="--", label="start"))
+        is_box = len(queries[0].start) == 4
+        style = {"linestyle": "--"} if is_box else {"linestyle": "", "marker": "+", "markersize": 8}
+        entries.insert(0, Line2D([], [], color="#999999", label="start", **style))
     figure.legend(handles=entries, loc="outside lower center", ncols=min(len(entries), 7), fontsize=8, frameon=False)
     return figure
 
@@ -130,7 +136,7 @@ def draw_proposals(
 ) -> Figure:
     """Draw the priors of proposals, colored by level, and their boxes, colored by score."""
     figure, ((left, right),) = _grid(
-        image, [""], ["priors of the tokens", "boxes and scores"], gray=True, scale=1.6, extra_height=0.35
+        image, [""], ["priors of the tokens", "boxes and scores"], scale=1.6, extra_height=0.35
     )
     present = sorted(set(levels.tolist()))
     colors = dict(zip(present, matplotlib.colormaps["cool"](np.linspace(0, 1, len(present))), strict=True))
@@ -166,7 +172,7 @@ def draw_denoising(
         denoised_xyxy: [t, 4], after the last layer.
     """
     columns = [name for name, _ in blocks] + ["positives, denoised"]
-    figure, (panels,) = _grid(image, [""], columns, gray=True, scale=1.25)
+    figure, (panels,) = _grid(image, [""], columns, scale=1.25)
     colors = [POSITIVE, NEGATIVE][: len(blocks)] + [POSITIVE]
     for panel, boxes, color in zip(panels, [*(b for _, b in blocks), denoised_xyxy], colors, strict=True):
         for target, box in zip(targets_xyxy, boxes, strict=True):
@@ -201,24 +207,22 @@ def _grid(
     rows: Sequence[str],
     columns: Sequence[str],
     *,
-    gray: bool,
     scale: float = 1.0,
+    extra_width: float = 0.0,
     extra_height: float = 0.0,
 ) -> tuple[Figure, list[list[Axes]]]:
-    """Return a figure with the image in every panel."""
+    """Return a figure with the image, in gray, in every panel."""
     side = PANEL * scale / max(image.size)
     width, height = image.width * side, image.height * side
-    size = (len(columns) * width + 0.4, len(rows) * height + 0.35 + extra_height)
+    size = (len(columns) * width + 0.3 + extra_width, len(rows) * height + 0.35 + extra_height)
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)  # type: ignore[union-attr]
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
-    pixels = np.asarray(image.convert("RGB"))
-    if gray:
-        luminance = pixels @ np.array([0.299, 0.587, 0.114])
-        pixels = np.repeat((0.75 * luminance + 20).astype(np.uint8)[..., None], 3, axis=2)
+    pixels = np.asarray(image.convert("L"))
     for i, panels in enumerate(grid):
         for j, panel in enumerate(panels):
-            panel.imshow(pixels, extent=(0, image.width, image.height, 0), interpolation="bilinear")
+            extent = (0, image.width, image.height, 0)
+            panel.imshow(pixels, cmap="gray", vmin=-30, vmax=300, extent=extent, interpolation="bilinear")
             panel.set(xlim=(0, image.width), ylim=(image.height, 0), xticks=[], yticks=[], autoscale_on=False)
             if i == 0:
                 panel.set_title(columns[j], fontsize=9)
