@@ -24,7 +24,7 @@ from raydetr.inference.explain import explain_image
 from raydetr.runs import run
 from raydetr.store.folders import Folder
 
-OUT = Path("docs/models")
+OUT = Path("docs")
 SIDE = 192  # pixels; of the images of the models with dense attention
 DENSE = ("DETR", "Conditional DETR", "DAB-DETR")
 IMAGES = Path("build/quickstart/coco/val")
@@ -77,7 +77,7 @@ def draw(model: str, name: str, folder: Folder, out: Path) -> None:
         for picture in explain_image(str(folder), IMAGES / SAMPLE, drawn, num_detections=NUM_DETECTIONS):
             kind = Path(picture.name).stem
             if kind in KEPT[model]:
-                target = out / f"{name}-{kind}.jpg"
+                target = out / f"models-{name}-{kind}.jpg"
                 shutil.copyfile(drawn / picture.name, target)
                 with Image.open(target) as written:
                     size = f"{written.width}x{written.height}, {target.stat().st_size / 1000:.0f} kB"

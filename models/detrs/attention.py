@@ -244,7 +244,9 @@ def on_levels(reference: Float[Tensor, "b q k"], memory: Memory) -> Float[Tensor
     return reference[:, :, None] * ratios[:, None]
 
 
-def _output(module: PackedAttention | SeparateSelfAttention | ConditionalAttention, inputs: DenseInputs) -> Tensor:
+def _output(
+    module: PackedAttention | SeparateSelfAttention | ConditionalAttention, inputs: DenseInputs
+) -> Tensor:
     dropout = module.dropout if module.training else 0.0
     out: Tensor = module.out_proj(attend(inputs, module.num_heads, dropout))
     return out

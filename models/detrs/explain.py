@@ -30,7 +30,7 @@ class DenseWeights:
     """Attention of every query to every token, per head; each row of each head sums up to 1.
 
     Conditional attention adds a content and a spatial part before the softmax. `content` and `spatial` are the softmax
-    of one part alone, as in figures 1 and 4 of Conditional DETR; None for other modules.
+    of one part alone, as in the figures of Conditional DETR; None for other modules.
     """
 
     combined: Float[Tensor, "b m q s"]

@@ -31,7 +31,9 @@ def best_classes(predictions: Predictions, sizes: Int[Tensor, "b 2"]) -> list[De
     scores, labels = full_precision(predictions.logits[-1]).softmax(-1)[..., :-1].max(-1)
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     boxes = _to_pixels(predictions.boxes[-1], sizes)
-    return [Detections(scores[i], labels[i, order[i]], boxes[i, order[i]], order[i]) for i in range(len(boxes))]
+    return [
+        Detections(scores[i], labels[i, order[i]], boxes[i, order[i]], order[i]) for i in range(len(boxes))
+    ]
 
 
 def _to_pixels(boxes: Float[Tensor, "b q 4"], sizes: Int[Tensor, "b 2"]) -> Float[Tensor, "b q 4"]:

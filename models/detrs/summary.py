@@ -30,7 +30,7 @@ class Part:
 
 
 def summarize(config: ModelConfig, height: int, width: int) -> list[Part]:
-    """Return the parts of a model in the order in which they run; they have no parameter in common.
+    """Return the parts of a model in the order in which they run; a parameter that is shared is of the first.
 
     Multiply-adds are counted by torch for an image without padding, as half of its "flops". Not counted are sums,
     products of elements, norms, and the reading of values by deformable attention. In training, denoising queries are
@@ -48,31 +48,35 @@ def summarize(config: ModelConfig, height: int, width: int) -> list[Part]:
         # torch's counter fails with no_grad
         detector = zoo.build(config).detector.eval().requires_grad_(False)
         images = Images(torch.empty(1, 3, height, width), torch.empty(1, height, width, dtype=torch.bool))
-    names = {module: f"Detector.{name}" for name, module in detector.named_modules()}
     parts = _parts(detector)
+    names = {module: f"Detector.{name}" for name, module in detector.named_modules()}
     with FlopCounterMode(display=False) as counter, recorded(m for _, ms in parts for m in ms) as calls:
         detector(images)
-    counts = counter.get_flop_counts()
-    found = []
+    flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    flops_of = {name: sum(flops.get(names[module], 0) for module in modules) for name, modules in parts}
+    # The rest of the decoder: heads that are shared with the encoder have its flops too
+    inside = sum(count for name, count in flops_of.items() if name.startswith("decoder") and name != HEADS)
+    flops_of[HEADS] = flops["Detector.decoder"] - inside
+    found, seen = [], set[nn.Parameter]()
     for name, modules in parts:
-        flops = sum(sum(counts.get(names[module], {}).values()) for module in modules)
-        num_parameters = sum(parameter.numel() for parameter in nn.ModuleList(modules).parameters())
+        own = set(nn.ModuleList(modules).parameters()) - seen
+        seen |= own
         shown = modules if name == HEADS else modules[-1:]
-        shapes = list(dict.fromkeys(_shape(calls[module][-1][1]) for module in shown if calls[module]))
-        found.append(Part(name, ", ".join(shapes) or "-", num_parameters, flops // 2))
+        shapes = dict.fromkeys(_shape(calls[module][-1][1]) for module in shown if calls[module])
+        num_parameters = sum(parameter.numel() for parameter in own)
+        found.append(Part(name, ", ".join(shapes) or "-", num_parameters, flops_of[name] // 2))
     return found
 
 
 def _parts(detector: Detector) -> list[tuple[str, list[nn.Module]]]:
     """Return names and modules, which together have all parameters; the last module computes the part's output."""
-    backbone, encoder, decoder = detector.backbone, detector.encoder, detector.decoder
-    around = [each for each in (encoder.norm, encoder.position_scale) if isinstance(each, nn.Module)]
-    norms = [each for each in (decoder.norm,) if each is not None]
+    backbone, decoder, layers = detector.backbone, detector.decoder, detector.encoder.layers
+    norms = [] if decoder.norm is None else [decoder.norm]
     parts: list[tuple[str, list[nn.Module]]] = [
         ("backbone.stem", [backbone.conv1, backbone.bn1, backbone.pool]),
         *((f"backbone.layer{i}", [getattr(backbone, f"layer{i}")]) for i in range(1, 5)),
         ("neck", [detector.neck]),
-        (_layers("encoder", len(encoder.layers)), [*around, *encoder.layers]),
+        (_layers("encoder", len(layers)), [detector.encoder]),
         ("queries", [detector.queries]),
         ("decoder.query_position", [decoder.query_position]),
         (_layers("decoder", len(decoder.layers)), [*norms, *decoder.layers]),

@@ -121,7 +121,9 @@ def test_values_at_the_points_are_the_output_of_deformable_attention(num_coordin
     on_levels = points.locations * memory.valid_ratios[:, None, None, :, None]
     attended = deform_attn_reference(inputs.value, SHAPES, on_levels, points.weights)
     torch.testing.assert_close(module.output_proj(attended), module(*arguments), rtol=0, atol=1e-10)
-    torch.testing.assert_close(points.weights.sum((-1, -2)), torch.ones(2, QUERIES, HEADS), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        points.weights.sum((-1, -2)), torch.ones(2, QUERIES, HEADS), rtol=0, atol=1e-12
+    )
 
 
 def test_a_point_without_offsets_is_at_the_reference() -> None:
@@ -164,8 +166,9 @@ def test_recording_changes_nothing(name: str) -> None:
 
 def test_hooks_are_removed_after_an_error() -> None:
     detector, images = detector_and_images("detr")
-    with pytest.raises(RuntimeError):
-        explain(detector, Images(images.pixels[:, :2], images.padding_mask))
+    detector.decoder.box_heads[0] = torch.nn.Linear(3, 4)
+    with pytest.raises(RuntimeError, match="shapes"):
+        explain(detector, images)
     assert not any(module._forward_hooks for module in detector.modules())
 
 

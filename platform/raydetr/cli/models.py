@@ -74,7 +74,9 @@ def _size_of(config: RunConfig) -> tuple[int, int, str]:
     if not transform.short_sides:
         if is_synthetic:
             return SIDE, SIDE, "that of the synthetic data"
-        raise ConfigError("data.val_transform.short_sides is empty: images keep their size: add --size 800x1280")
+        raise ConfigError(
+            "data.val_transform.short_sides is empty: images keep their size: add --size 800x1280"
+        )
     (short,) = transform.short_sides
     if is_synthetic:
         return short, short, "data.val_transform, square as the synthetic data"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +125,7 @@ def _draw(
         pictures: list[tuple[str, str, Figure | Image.Image]] = [
             (
                 DETECTIONS,
-                f"The {counted(len(best), 'detection')} with the best scores, whose queries the other pictures explain.",
+                f"The {counted(len(best), 'detection')} with the best scores, whose queries the others explain.",
                 draw_boxes(image, boxes),
             )
         ]
@@ -173,7 +172,9 @@ def _draw_dense(
             each.title,
             each.xyxy,
             np.stack([_on_grid(layer[each.query], found) for layer in maps]),
-            None if points[0] is None else np.stack([layer[each.query] for layer in points if layer is not None]),
+            None
+            if points[0] is None
+            else np.stack([layer[each.query] for layer in points if layer is not None]),
         )
         for each in best
     ]
@@ -200,11 +201,15 @@ def _draw_heads(image: Image.Image, found: Explanation, shown: Detected) -> tupl
         if kind is not None:
             maps = np.stack([_on_grid(head, found) for head in kind[0, :, shown.query]])
             label = name if weights.spatial is not None else shown.title
-            rows.append(drawing.MapRow(label, shown.xyxy, maps, None if point is None else np.tile(point, (len(maps), 1))))
+            rows.append(
+                drawing.MapRow(
+                    label, shown.xyxy, maps, None if point is None else np.tile(point, (len(maps), 1))
+                )
+            )
     columns = [f"head {i}" for i in range(1, len(rows[0].maps) + 1)]
     caption = f"Cross-attention of the query of {shown.title} in the last decoder layer, head by head"
     if weights.spatial is not None:
-        caption += ": from the spatial part alone, the content part alone, and both (figures 1 and 4 of Conditional DETR)"
+        caption += ": from the spatial part alone, the content part alone, and both, as in Conditional DETR"
     return "heads.jpg", f"{caption}.", drawing.draw_maps(image, rows, columns)
 
 
@@ -223,8 +228,8 @@ def _draw_sampled(
     return [
         (
             "points.jpg",
-            "Sampled points of each detection's query in each decoder layer, of all heads and levels, colored by attention "
-            "weight; + is the center of the reference.",
+            "Sampled points of each detection's query in each decoder layer, of all heads and levels, colored by "
+            "attention weight; + is the center of the reference.",
             drawing.draw_samples(image, rows, [f"layer {i}" for i in layers]),
         ),
         (
@@ -239,13 +244,14 @@ def _draw_sampled(
     ]
 
 
-def _samples(
-    layer: LayerRecord, query: int, image: Image.Image, level: int | None = None
-) -> drawing.Samples:
+def _samples(layer: LayerRecord, query: int, image: Image.Image, level: int | None = None) -> drawing.Samples:
     """Return the points of a query, of one level or all."""
     assert isinstance(layer.attention, SampledPoints)
     assert layer.reference is not None
-    locations, weights = layer.attention.locations[0, query], layer.attention.weights[0, query]  # [m, l, p, ...]
+    locations, weights = (
+        layer.attention.locations[0, query],
+        layer.attention.weights[0, query],
+    )  # [m, l, p, ...]
     if level is not None:
         locations, weights = locations[:, level], weights[:, level]
     return drawing.Samples(
@@ -265,7 +271,11 @@ def _draw_layers(image: Image.Image, found: Explanation, best: list[Detected]) -
         )
         for each in best
     ]
-    start = "" if first is None else f", and the reference {'point' if first.shape[-1] == 2 else 'box'} it starts from"
+    start = (
+        ""
+        if first is None
+        else f", and the reference {'point' if first.shape[-1] == 2 else 'box'} it starts from"
+    )
     caption = f"The box of each detection's query after each decoder layer{start}."
     return "boxes.jpg", caption, drawing.draw_boxes_by_layer(image, queries)
 
@@ -284,8 +294,8 @@ def _draw_proposals(image: Image.Image, found: Explanation) -> tuple[str, str, F
         proposals.levels[0, kept].cpu().numpy(),
     )
     caption = (
-        f"The encoder's {len(kept)} best proposals of {proposals.scores.shape[1]}: the square priors around their tokens, "
-        "by level, and the boxes that it makes of them, with their scores."
+        f"The encoder's {len(kept)} best proposals of {proposals.scores.shape[1]}: the square priors around their "
+        "tokens, by level, and the boxes that it makes of them, with their scores."
     )
     return "proposals.jpg", caption, figure
 
@@ -327,8 +337,8 @@ def _draw_denoising(
     return [
         (
             "denoising.jpg",
-            f"Denoising queries of the first group, {about}: the positives{negatives} and the boxes that the decoder makes "
-            "of the positives.",
+            f"Denoising queries of the first group, {about}: the positives{negatives} and the boxes that the decoder "
+            "makes of the positives.",
             figure,
         ),
         (

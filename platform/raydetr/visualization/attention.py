@@ -105,9 +105,7 @@ def draw_samples(image: Image.Image, rows: Sequence[SampleRow], columns: Sequenc
     return figure
 
 
-def draw_boxes_by_layer(
-    image: Image.Image, queries: Sequence[BoxesByLayer], num_columns: int = 4
-) -> Figure:
+def draw_boxes_by_layer(image: Image.Image, queries: Sequence[BoxesByLayer], num_columns: int = 4) -> Figure:
     """Draw the boxes of each query after every layer, and the reference that it starts from."""
     num_columns = min(num_columns, len(queries))
     num_rows = -(-len(queries) // num_columns)
@@ -127,7 +125,9 @@ def draw_boxes_by_layer(
         is_box = len(queries[0].start) == 4
         style = {"linestyle": "--"} if is_box else {"linestyle": "", "marker": "+", "markersize": 8}
         entries.insert(0, Line2D([], [], color="#999999", label="start", **style))
-    figure.legend(handles=entries, loc="outside lower center", ncols=min(len(entries), 7), fontsize=8, frameon=False)
+    figure.legend(
+        handles=entries, loc="outside lower center", ncols=min(len(entries), 7), fontsize=8, frameon=False
+    )
     return figure
 
 
@@ -173,7 +173,7 @@ def draw_denoising(
     """
     columns = [name for name, _ in blocks] + ["positives, denoised"]
     figure, (panels,) = _grid(image, [""], columns, scale=1.25)
-    colors = [POSITIVE, NEGATIVE][: len(blocks)] + [POSITIVE]
+    colors = [*[POSITIVE, NEGATIVE][: len(blocks)], POSITIVE]
     for panel, boxes, color in zip(panels, [*(b for _, b in blocks), denoised_xyxy], colors, strict=True):
         for target, box in zip(targets_xyxy, boxes, strict=True):
             _box(panel, target, OBJECT, linewidth=1.2, linestyle="--")
@@ -186,7 +186,9 @@ def draw_mask(mask: NDArray[np.bool_], num_groups: int, group_size: int) -> Figu
     figure = Figure(figsize=(4.2, 4.2), dpi=DPI, layout="constrained")
     panel = figure.subplots()
     allowed: Colormap = ListedColormap(["#f3d9d9", "#2f5d9b"])
-    panel.imshow(~mask, cmap=allowed, vmin=0, vmax=1, interpolation="nearest", extent=(0, len(mask), len(mask), 0))
+    panel.imshow(
+        ~mask, cmap=allowed, vmin=0, vmax=1, interpolation="nearest", extent=(0, len(mask), len(mask), 0)
+    )
     for group in range(1, num_groups + 1):
         last = group == num_groups
         for line in (panel.axhline, panel.axvline):
