@@ -8,6 +8,7 @@ A new variant is one more line of ROWS. Counts are those of `raydetr model`, for
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,10 +135,13 @@ def count(recipe: str, sizes: Sequence[tuple[int, int]]) -> tuple[int, list[int]
     name, *settings = recipe.split()
     config = override(recipes.find(name), parse_assignments(settings)).model
     config = dataclasses.replace(config, num_classes=NUM_CLASSES)
-    counted = [summarize(config, height, width) for height, width in sizes]
+    counted = [_summarize(config, height, width) for height, width in sizes]
     return sum(part.num_parameters for part in counted[0]), [
         sum(part.multiply_adds for part in parts) for parts in counted
     ]
+
+
+_summarize = functools.cache(summarize)  # some recipes differ in their schedule only
 
 
 if __name__ == "__main__":

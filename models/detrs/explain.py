@@ -92,8 +92,7 @@ def explain(detector: Detector, images: Images) -> Explanation:
             of `detrs.attention`.
         images: the batch.
     """
-    attentions = [layer.cross_attention for layer in detector.decoder.layers]
-    assert all(isinstance(module, nn.Module) for module in attentions)
+    attentions: list[Any] = [layer.cross_attention for layer in detector.decoder.layers]
     proposals = getattr(detector.queries, "proposals", None)
     with recorded([*attentions, *([] if proposals is None else [proposals])]) as calls, torch.no_grad():
         outputs = detector(images)
@@ -221,4 +220,5 @@ def _softmax(
     logits = query @ key.transpose(-1, -2) / width**0.5
     if attn_mask is not None:
         logits = logits.masked_fill(attn_mask, -torch.inf)
-    return logits.softmax(-1)
+    weights: Tensor = logits.softmax(-1)
+    return weights

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle as Patch
 from numpy.typing import NDArray
@@ -77,7 +78,7 @@ def draw_maps(image: Image.Image, rows: Sequence[MapRow], columns: Sequence[str]
             scaled = values / max(float(values.max()), 1e-12)
             seen = np.clip(1.3 * scaled, 0.0, 0.85)  # the image stays visible where there is no attention
             panel.imshow(
-                scaled, cmap=MAPS, vmin=0, vmax=1, alpha=seen, extent=extent, interpolation="bilinear"
+                scaled, cmap=MAPS, vmin=0, vmax=1, alpha=seen, extent=extent, interpolation="bicubic"
             )
             _box(panel, row.box_xyxy, OBJECT, linewidth=1.2)
             if row.points is not None:
@@ -214,11 +215,11 @@ def _grid(
     extra_height: float = 0.0,
 ) -> tuple[Figure, list[list[Axes]]]:
     """Return a figure with the image, in gray, in every panel."""
-    side = PANEL * scale / max(image.size)
-    width, height = image.width * side, image.height * side
+    # Of a thin image, the panel is wider than the image: a title has to fit
+    width, height = (PANEL * scale * max(side / max(image.size), 0.35) for side in image.size)
     size = (len(columns) * width + 0.3 + extra_width, len(rows) * height + 0.35 + extra_height)
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)  # type: ignore[union-attr]
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+    figure = Figure(figsize=size, dpi=DPI, layout=layout)
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
     pixels = np.asarray(image.convert("L"))
     for i, panels in enumerate(grid):
