@@ -37,10 +37,10 @@ endif
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help quickstart test test-slow parity setup fix check bench chaos race ablation cluster-demo tune-demo ui clean always
+.PHONY: help quickstart test test-slow parity setup fix check bench chaos race ablation cluster-demo tune-demo docs-models docs-pictures ui clean always
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: setup ## generate data, train with two Ray workers, evaluate, log to MLflow
 	$(python) jobs/quickstart.py $(ARGS)
@@ -89,6 +89,12 @@ cluster-demo: setup ## submit the quickstart to a local cluster that loses a nod
 
 tune-demo: setup ## search the quickstart's hyperparameters, and count the epochs that ASHA saves; ARGS=--full
 	$(python) benchmarks/tune_demo.py $(ARGS)
+
+docs-models: setup ## count parameters and multiply-adds of all models, for the table in docs/models.md
+	$(python) benchmarks/docs_models.py
+
+docs-pictures: setup ## draw the pictures in docs/models.md, with the models of make race
+	$(python) benchmarks/docs_pictures.py $(ARGS)
 
 ui: setup ## show the runs in MLflow's web interface, on this machine only
 	@test -f runs/mlflow.db || { echo "there is no run yet (no runs/mlflow.db): run make quickstart first" >&2; exit 1; }

@@ -240,7 +240,7 @@ def rank_batches(folder: Path) -> tuple[list[tuple[list[int], list[Any]]], Any]:
     arrays = (share.scores, share.category_ids - 1, share.boxes_xyxy)
     images = list(zip(*(torch.from_numpy(array).split(NUM_DETECTIONS) for array in arrays), strict=True))
     ids = share.evaluated_ids.tolist()
-    detections = [Detections(*image) for image in images]
+    detections = [Detections(*image, queries=torch.arange(len(image[0]))) for image in images]
     return [(ids[at : at + 8], detections[at : at + 8]) for at in range(0, len(ids), 8)], label_map
 
 

@@ -7,6 +7,7 @@ the content is the tokens of the memory, so that cross-attention becomes self-at
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,23 +20,41 @@ from detrs.query_position import QueryPosition
 from detrs.structures import Memory
 
 
-def attend(
-    query: Float[Tensor, "b q d"],
-    key: Float[Tensor, "b s d"],
-    value: Float[Tensor, "b s v"],
-    num_heads: int,
-    attn_mask: Bool[Tensor, "*n s"] | None,
-    dropout: float,
-) -> Float[Tensor, "b q v"]:
-    """Compute multi-head scaled dot-product attention.
+@dataclass(frozen=True)
+class DenseInputs:
+    """The input of dense attention after its projections; the heads are consecutive slices of the last dimension.
 
     `attn_mask` broadcasts to [b, heads, q, s] and is True where a query must not attend to a key.
     """
+
+    query: Float[Tensor, "b q d"]
+    key: Float[Tensor, "b s d"]
+    value: Float[Tensor, "b s v"]
+    attn_mask: Bool[Tensor, "*n s"] | None
+
+
+@dataclass(frozen=True)
+class SampledInputs:
+    """The input of deformable attention after its projections: the arguments of `detrs.ops.deform_attn_fused`."""
+
+    value: Float[Tensor, "b s m d"]
+    reference: Float[Tensor, "b q l k"]
+    offsets: Float[Tensor, "b q m l p 2"]
+    logits: Float[Tensor, "b q m l p"]
+
+
+def attend(inputs: DenseInputs, num_heads: int, dropout: float) -> Float[Tensor, "b q v"]:
+    """Compute multi-head scaled dot-product attention."""
     # F.scaled_dot_product_attention has the opposite convention: True where a query may attend
-    may_attend = None if attn_mask is None else ~attn_mask
-    q, k, v = (x.view(*x.shape[:2], num_heads, -1).transpose(1, 2) for x in (query, key, value))
+    may_attend = None if inputs.attn_mask is None else ~inputs.attn_mask
+    q, k, v = (split_heads(x, num_heads) for x in (inputs.query, inputs.key, inputs.value))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend, dropout_p=dropout)
     return out.transpose(1, 2).flatten(2)
+
+
+def split_heads(x: Float[Tensor, "b n d"], num_heads: int) -> Float[Tensor, "b m n e"]:
+    """Return the part of each head."""
+    return x.view(*x.shape[:2], num_heads, -1).transpose(1, 2)
 
 
 class PackedAttention(nn.Module):
@@ -48,12 +67,10 @@ class PackedAttention(nn.Module):
         nn.init.zeros_(self.in_proj.bias)
         nn.init.zeros_(self.out_proj.bias)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> DenseInputs:
         weights, biases = self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3)
         q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
-        dropout = self.dropout if self.training else 0.0
-        out: Tensor = self.out_proj(attend(q, k, v, self.num_heads, attn_mask, dropout))
-        return out
+        return DenseInputs(q, k, v, attn_mask)
 
 
 class SelfAttention(PackedAttention):
@@ -63,8 +80,14 @@ class SelfAttention(PackedAttention):
         self, content: Float[Tensor, "b q d"], position: QueryPosition, attn_mask: Bool[Tensor, "q q"] | None
     ) -> Float[Tensor, "b q d"]:
         """Attend among the queries; `attn_mask[i, j]` is True where query i must not attend to query j."""
+        return _output(self, self.project(content, position, attn_mask))
+
+    def project(
+        self, content: Float[Tensor, "b q d"], position: QueryPosition, attn_mask: Bool[Tensor, "q q"] | None
+    ) -> DenseInputs:
+        """Return what `attend` gets."""
         query = content + position.pos
-        return self._attend(query, query, content, attn_mask)
+        return self._project(query, query, content, attn_mask)
 
 
 class DenseAttention(PackedAttention):
@@ -74,8 +97,14 @@ class DenseAttention(PackedAttention):
         self, content: Float[Tensor, "b q d"], position: QueryPosition, memory: Memory
     ) -> Float[Tensor, "b q d"]:
         """Attend to the tokens that are not padding."""
+        return _output(self, self.project(content, position, memory))
+
+    def project(
+        self, content: Float[Tensor, "b q d"], position: QueryPosition, memory: Memory
+    ) -> DenseInputs:
+        """Return what `attend` gets."""
         mask = memory.key_padding_mask[:, None, None, :]
-        return self._attend(content + position.pos, memory.tokens + memory.pos, memory.tokens, mask)
+        return self._project(content + position.pos, memory.tokens + memory.pos, memory.tokens, mask)
 
 
 class SeparateSelfAttention(nn.Module):
@@ -93,12 +122,15 @@ class SeparateSelfAttention(nn.Module):
         self, content: Float[Tensor, "b q d"], position: QueryPosition, attn_mask: Bool[Tensor, "q q"] | None
     ) -> Float[Tensor, "b q d"]:
         """Attend among the queries; `attn_mask[i, j]` is True where query i must not attend to query j."""
+        return _output(self, self.project(content, position, attn_mask))
+
+    def project(
+        self, content: Float[Tensor, "b q d"], position: QueryPosition, attn_mask: Bool[Tensor, "q q"] | None
+    ) -> DenseInputs:
+        """Return what `attend` gets."""
         query = self.content_query(content) + self.pos_query(position.pos)
         key = self.content_key(content) + self.pos_key(position.pos)
-        dropout = self.dropout if self.training else 0.0
-        attended = attend(query, key, self.value(content), self.num_heads, attn_mask, dropout)
-        out: Tensor = self.out_proj(attended)
-        return out
+        return DenseInputs(query, key, self.value(content), attn_mask)
 
 
 class ConditionalAttention(nn.Module):
@@ -121,17 +153,20 @@ class ConditionalAttention(nn.Module):
         self, content: Float[Tensor, "b q d"], position: QueryPosition, memory: Memory
     ) -> Float[Tensor, "b q d"]:
         """Attend to the tokens that are not padding."""
+        return _output(self, self.project(content, position, memory))
+
+    def project(
+        self, content: Float[Tensor, "b q d"], position: QueryPosition, memory: Memory
+    ) -> DenseInputs:
+        """Return what `attend` gets: the first half of each head is the content part, the second the spatial part."""
         assert position.spatial is not None
         query, key = self.content_query(content), self.content_key(memory.tokens)
         key_pos = self.pos_key(memory.pos)
         if self.pos_query is not None:
             query, key = query + self.pos_query(position.pos), key + key_pos
         query = self._concat(query, self.spatial_query(position.spatial))
-        key, value = self._concat(key, key_pos), self.value(memory.tokens)
-        mask, dropout = memory.key_padding_mask[:, None, None, :], self.dropout if self.training else 0.0
-        attended = attend(query, key, value, self.num_heads, mask, dropout)
-        out: Tensor = self.out_proj(attended)
-        return out
+        key, mask = self._concat(key, key_pos), memory.key_padding_mask[:, None, None, :]
+        return DenseInputs(query, key, self.value(memory.tokens), mask)
 
     def _concat(
         self, content: Float[Tensor, "b n d"], spatial: Float[Tensor, "b n d"]
@@ -183,6 +218,16 @@ class DeformableAttention(nn.Module):
         self, content: Float[Tensor, "b q d"], position: QueryPosition, memory: Memory
     ) -> Float[Tensor, "b q d"]:
         """Attend to the sampled points. Positions, weights and sums are float32 or wider, whatever the values are."""
+        inputs = self.project(content, position, memory)
+        deform_attn = deform_attn_fused if self.fused else deform_attn_unfused
+        attended = deform_attn(inputs.value, memory.shapes, inputs.reference, inputs.offsets, inputs.logits)
+        out: Tensor = self.output_proj(attended)
+        return out
+
+    def project(
+        self, content: Float[Tensor, "b q d"], position: QueryPosition, memory: Memory
+    ) -> SampledInputs:
+        """Return what the operator gets, with `memory.shapes`."""
         query = content + position.pos
         samples = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)
         logits = full_precision(self.attention_weights(query)).view(samples)
@@ -190,16 +235,21 @@ class DeformableAttention(nn.Module):
         value = self.value_proj(memory.tokens).masked_fill(memory.key_padding_mask[..., None], 0)
         value = value.view(*value.shape[:2], self.num_heads, value.shape[2] // self.num_heads)
         assert position.reference is not None
-        reference = on_levels(position.reference, memory)
-        deform_attn = deform_attn_fused if self.fused else deform_attn_unfused
-        out: Tensor = self.output_proj(deform_attn(value, memory.shapes, reference, offsets, logits))
-        return out
+        return SampledInputs(value, on_levels(position.reference, memory), offsets, logits)
 
 
 def on_levels(reference: Float[Tensor, "b q k"], memory: Memory) -> Float[Tensor, "b q l k"]:
     """Convert points or boxes from relative to the image to relative to each padded level."""
     ratios = memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)
     return reference[:, :, None] * ratios[:, None]
+
+
+def _output(
+    module: PackedAttention | SeparateSelfAttention | ConditionalAttention, inputs: DenseInputs
+) -> Tensor:
+    dropout = module.dropout if module.training else 0.0
+    out: Tensor = module.out_proj(attend(inputs, module.num_heads, dropout))
+    return out
 
 
 def _linear(hidden_dim: int) -> nn.Linear:

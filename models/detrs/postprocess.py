@@ -23,7 +23,7 @@ def best_pairs(predictions: Predictions, sizes: Int[Tensor, "b 2"], num_select: 
     best, pairs = scores.flatten(1).topk(min(num_select, scores[0].numel()), dim=1)
     queries, labels = pairs // num_classes, pairs % num_classes
     boxes = _to_pixels(predictions.boxes[-1], sizes)
-    return [Detections(best[i], labels[i], boxes[i, queries[i]]) for i in range(len(boxes))]
+    return [Detections(best[i], labels[i], boxes[i, queries[i]], queries[i]) for i in range(len(boxes))]
 
 
 def best_classes(predictions: Predictions, sizes: Int[Tensor, "b 2"]) -> list[Detections]:
@@ -31,7 +31,9 @@ def best_classes(predictions: Predictions, sizes: Int[Tensor, "b 2"]) -> list[De
     scores, labels = full_precision(predictions.logits[-1]).softmax(-1)[..., :-1].max(-1)
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     boxes = _to_pixels(predictions.boxes[-1], sizes)
-    return [Detections(scores[i], labels[i, order[i]], boxes[i, order[i]]) for i in range(len(boxes))]
+    return [
+        Detections(scores[i], labels[i, order[i]], boxes[i, order[i]], order[i]) for i in range(len(boxes))
+    ]
 
 
 def _to_pixels(boxes: Float[Tensor, "b q 4"], sizes: Int[Tensor, "b 2"]) -> Float[Tensor, "b q 4"]:

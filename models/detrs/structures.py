@@ -85,6 +85,9 @@ class Detections:
     scores: Float[Tensor, " k"]
     labels: Int64[Tensor, " k"]
     boxes_xyxy: Float[Tensor, "k 4"]
+    queries: Int64[
+        Tensor, " k"
+    ]  # that the detections come from; with sigmoid scores, a query can have several classes
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,17 @@ from pathlib import Path
 import torch
 
 from detrs import zoo
+from detrs.zoo import ModelConfig
 from raydetr.config import to_dict
 from raydetr.recipes import quickstart
 
 CATEGORIES = [{"id": 3, "name": "disc"}, {"id": 7, "name": "ring"}, {"id": 9, "name": "square"}]
 
 
-def write_checkpoint(folder: Path, label_map: str = "contiguous") -> Path:
-    """Write a checkpoint of a small untrained model."""
+def write_checkpoint(folder: Path, label_map: str = "contiguous", model: ModelConfig | None = None) -> Path:
+    """Write a checkpoint of a small untrained model; default: that of the quickstart."""
     config = quickstart()
+    config = config if model is None else config.model_copy(update={"model": model})
     num_classes = 3 if label_map == "contiguous" else 10
     model = dataclasses.replace(config.model, num_classes=num_classes)
     data = config.data.model_copy(update={"label_map": label_map})

@@ -18,6 +18,7 @@ from raydetr import recipes
 from raydetr.cli.arguments import ConfigFile, RecipeAndOverrides, read_config
 from raydetr.cli.cluster import cluster_app
 from raydetr.cli.jobs import jobs_app, submit_app
+from raydetr.cli.models import explain, model
 from raydetr.cli.runs import compare, list_runs, watch
 from raydetr.cli.shards import shards_app
 from raydetr.cli.track import INCOMPLETE, track_app
@@ -43,6 +44,8 @@ app.command("watch")(watch)
 app.command("compare")(compare)
 app.command("tune")(tune)
 app.command("space")(space)
+app.command("explain")(explain)
+app.command("model")(model)
 
 # Settings of a cluster that have no effect in one process
 LOCAL_IGNORES = (

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from raydetr.data.batch import Sample, collate, to_model
+from raydetr.data.batch import Batch, Sample, collate, to_model
 from raydetr.data.transforms.transform import Transform
 from raydetr.evaluation.evaluator import to_coco_results
 from raydetr.process_pool import Progress
@@ -89,7 +89,7 @@ def predict(
             if progress:
                 progress(image_id, len(files))
             try:
-                image, is_rotated = _open(file)
+                image, is_rotated = open_image(file)
             except ImageError as error:
                 failed.append(f"{file}: {error}")
                 continue
@@ -167,11 +167,7 @@ def detect(
     loaded: LoadedModel, image: Image.Image, image_id: int, device: torch.device
 ) -> list[dict[str, Any]]:
     """Detect objects in one RGB image; return all detections as COCO results, best first."""
-    transform = Transform(loaded.config.data.val_transform)
-    resized, boxes, _ = transform(np.array(image), np.zeros((0, 4)), seed=0, position=0)
-    labels = np.zeros(0, np.int64)
-    sample = Sample(resized, labels, boxes, image_id, original_size=(image.height, image.width))
-    batch = collate([sample], position=0)
+    batch = to_batch(loaded, image, image_id)
     with torch.inference_mode():
         inputs, _ = to_model(batch, device)
         outputs = loaded.model.detector(inputs)
@@ -179,7 +175,16 @@ def detect(
     return to_coco_results([image_id], detections, loaded.label_map)
 
 
-def _open(file: Path) -> tuple[Image.Image, bool]:
+def to_batch(loaded: LoadedModel, image: Image.Image, image_id: int) -> Batch:
+    """Return a batch of one RGB image, resized as in the evaluation of the model."""
+    transform = Transform(loaded.config.data.val_transform)
+    resized, boxes, _ = transform(np.array(image), np.zeros((0, 4)), seed=0, position=0)
+    labels = np.zeros(0, np.int64)
+    sample = Sample(resized, labels, boxes, image_id, original_size=(image.height, image.width))
+    return collate([sample], position=0)
+
+
+def open_image(file: Path) -> tuple[Image.Image, bool]:
     """Return the image in RGB, and whether its EXIF orientation, which is not applied, rotates or flips it.
 
     Raises:

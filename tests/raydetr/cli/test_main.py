@@ -30,7 +30,7 @@ def raydetr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 def test_help_lists_every_command_with_a_line(raydetr) -> None:
     text = raydetr("--help").out
     for command in ("synthetic-data", "shards", "train", "evaluate", "predict", "overfit", "recipes", "config",
-                    "tune", "compare", "doctor"):  # fmt: skip
+                    "tune", "compare", "doctor", "explain", "model"):  # fmt: skip
         assert command in text
         assert raydetr(command, "--help").code == 0
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ def postprocess(predictions: Predictions, sizes: Tensor) -> list[Detections]:
     scores, labels = predictions.logits[-1].sigmoid().max(-1)
     center, extent = predictions.boxes[-1][..., :2], predictions.boxes[-1][..., 2:] / 2
     boxes = torch.cat([center - extent, center + extent], dim=-1) * sizes.flip(1).repeat(1, 2)[:, None]
-    return [Detections(*parts) for parts in zip(scores, labels, boxes, strict=True)]
+    queries = torch.arange(scores.shape[1]).expand(len(scores), -1)
+    return [Detections(*parts) for parts in zip(scores, labels, boxes, queries, strict=True)]
 
 
 def make_batch(*image_ids: int) -> Batch:
@@ -115,7 +116,7 @@ def test_the_arrays_are_what_the_model_returned_bit_for_bit() -> None:
 
     def keep(predictions: Predictions, sizes: Tensor) -> list[Detections]:
         found = postprocess(predictions, sizes)
-        odd = [Detections(d.scores, d.labels, d.boxes_xyxy * 1.2345678 + 0.1) for d in found]
+        odd = [replace(d, boxes_xyxy=d.boxes_xyxy * 1.2345678 + 0.1) for d in found]
         kept.extend(odd)
         return odd
 

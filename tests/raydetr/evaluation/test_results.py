@@ -10,13 +10,14 @@ LABEL_MAP = LabelMap("contiguous", (3, 7), ("disc", "ring"))
 
 
 def detections(scores: list[float], labels: list[int], boxes: list[list[float]]) -> Detections:
-    return Detections(torch.tensor(scores), torch.tensor(labels), torch.tensor(boxes).reshape(-1, 4))
+    queries = torch.arange(len(scores))
+    return Detections(torch.tensor(scores), torch.tensor(labels), torch.tensor(boxes).reshape(-1, 4), queries)
 
 
 def test_boxes_become_xywh_and_labels_category_ids() -> None:
     found = [
         detections([0.75, 0.5], [1, 0], [[10.0, 20.0, 40.0, 30.0], [0.0, 0.0, 1.5, 2.5]]),
-        Detections(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)),
+        detections([], [], []),
     ]
     assert to_coco_results([5, 6], found, LABEL_MAP) == [
         {"image_id": 5, "category_id": 7, "bbox": [10.0, 20.0, 30.0, 10.0], "score": 0.75},
