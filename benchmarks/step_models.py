@@ -22,12 +22,14 @@ from detrs.zoo import ModelConfig
 NUM_CLASSES = 91
 NUM_OBJECTS = 7  # of an image; COCO has 7.3 on average
 MODELS: dict[str, ModelConfig] = {
-    "detr": detrs.DetrConfig(NUM_CLASSES),
-    "conditional_detr": detrs.ConditionalDetrConfig(NUM_CLASSES),
-    "dab_detr": detrs.DabDetrConfig(NUM_CLASSES),
-    "deformable_detr": detrs.DeformableDetrConfig(NUM_CLASSES, refinement=True),
-    "deformable_detr_two_stage": detrs.DeformableDetrConfig(NUM_CLASSES, refinement=True, two_stage=True),
-    "dino": detrs.DinoConfig(NUM_CLASSES),
+    "detr": detrs.DetrConfig(num_classes=NUM_CLASSES),
+    "conditional_detr": detrs.ConditionalDetrConfig(num_classes=NUM_CLASSES),
+    "dab_detr": detrs.DabDetrConfig(num_classes=NUM_CLASSES),
+    "deformable_detr": detrs.DeformableDetrConfig(num_classes=NUM_CLASSES, refinement=True),
+    "deformable_detr_two_stage": detrs.DeformableDetrConfig(
+        num_classes=NUM_CLASSES, refinement=True, two_stage=True
+    ),
+    "dino": detrs.DinoConfig(num_classes=NUM_CLASSES),
 }
 # The class heads of transformers' Deformable DETR with refinement are one module, ours (and the official ones) are six
 EXTRA_PARAMETERS = {"deformable_detr": 5 * (256 + 1) * NUM_CLASSES}

@@ -55,14 +55,15 @@ class CudaClock:
 
     def now(self) -> torch.cuda.Event:
         """Return an instant."""
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
         """Return the time between two instants; wait until the device has passed both."""
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds / 1e3
 
 
 def clock_of(device: torch.device) -> Clock:
@@ -121,7 +122,7 @@ class StepTimer:
 
     def _enter(self, name: str) -> None:
         recorded = record_function(name)
-        recorded.__enter__()
+        recorded.__enter__()  # type: ignore[no-untyped-call]
         self._parts.append((name, recorded))
         self._mark()
 
