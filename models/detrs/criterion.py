@@ -87,6 +87,7 @@ class Criterion:
     ) -> None:
         self.config, self.giou_eps, self.aux_loss, self.denoising = config, giou_eps, aux_loss, denoising
         self.first_stage, self.first_stage_labels = first_stage, first_stage_labels
+        self.match = match  # `raydetr profile` measures it
         softmax = config.kind == "cross_entropy"
         # The "mal" loss is matched with the focal cost too, whose gamma is 2
         self.costs = Costs(
@@ -120,7 +121,7 @@ class Criterion:
         terms: dict[str, Tensor] = {}
         totals = []
         for (name, predictions, labels), matches in zip(
-            groups, match([(p, labels) for _, p, labels in groups], targets, self.costs), strict=True
+            groups, self.match([(p, labels) for _, p, labels in groups], targets, self.costs), strict=True
         ):
             matched = _index(matches, labels, targets)
             losses = self._score(predictions, matched, targets, num_boxes, class_weight)
@@ -147,7 +148,7 @@ class Criterion:
         """
         last = Predictions(outputs.predictions.logits[-1:], outputs.predictions.boxes[-1:])
         last = _to_full_precision(last)
-        (matches,) = match([(last, targets.labels)], targets, self.costs)
+        (matches,) = self.match([(last, targets.labels)], targets, self.costs)
         matched = _index(matches, targets.labels, targets)
         boxes = last.boxes[0, matched.image[0], matched.query[0]]
         target_boxes = targets.boxes[matched.target[0]].to(boxes.dtype)

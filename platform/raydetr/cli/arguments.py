@@ -23,6 +23,12 @@ RecipeAndOverrides = Annotated[
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Configuration file, instead of a recipe.")]
 
+# Settings of a cluster that have no effect in one process
+LOCAL_IGNORES = (
+    "cluster.num_workers", "cluster.address", "cluster.max_failures", "cluster.min_workers", "cluster.wait_minutes",
+    "cluster.stall_minutes", "cluster.bf16_gradients",
+)  # fmt: skip
+
 # Options of a search; those that are not given have the defaults of `raydetr.tune.record.SearchOptions`
 SpaceFile = Annotated[
     Path | None,
@@ -115,3 +121,15 @@ def read_config(arguments: list[str], config_file: Path | None) -> RunConfig:
         raise ConfigError("name a recipe first (see `raydetr recipes`), or give --config FILE")
     chosen = recipes.find(named[0]) if config_file is None else configuration.from_yaml(config_file)
     return configuration.override(chosen, configuration.parse_assignments(arguments[len(named) :]))
+
+
+def refuse(arguments: list[str], prefixes: tuple[str, ...], where: str) -> None:
+    """Check that no override is of a setting that has no effect.
+
+    Raises:
+        ConfigError: the arguments contain one.
+    """
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if "=" in argument and name.startswith(prefixes):
+            raise ConfigError(f"{name} has no effect {where}: omit it")

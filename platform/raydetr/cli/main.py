@@ -15,10 +15,11 @@ import typer
 
 from raydetr import config as configuration
 from raydetr import recipes
-from raydetr.cli.arguments import ConfigFile, RecipeAndOverrides, read_config
+from raydetr.cli.arguments import LOCAL_IGNORES, ConfigFile, RecipeAndOverrides, read_config, refuse
 from raydetr.cli.cluster import cluster_app
 from raydetr.cli.jobs import jobs_app, submit_app
 from raydetr.cli.models import explain, model
+from raydetr.cli.profile import profile
 from raydetr.cli.runs import compare, list_runs, watch
 from raydetr.cli.shards import shards_app
 from raydetr.cli.track import INCOMPLETE, track_app
@@ -42,16 +43,11 @@ app.add_typer(track_app, name="track")
 app.command("runs")(list_runs)
 app.command("watch")(watch)
 app.command("compare")(compare)
+app.command("profile")(profile)
 app.command("tune")(tune)
 app.command("space")(space)
 app.command("explain")(explain)
 app.command("model")(model)
-
-# Settings of a cluster that have no effect in one process
-LOCAL_IGNORES = (
-    "cluster.num_workers", "cluster.address", "cluster.max_failures", "cluster.min_workers", "cluster.wait_minutes",
-    "cluster.stall_minutes", "cluster.bf16_gradients",
-)  # fmt: skip
 
 Local = Annotated[bool, typer.Option("--local", help="Run in this process, without Ray: for debugging.")]
 
@@ -123,11 +119,7 @@ def train(
     from raydetr.store.folders import open_folder
 
     if local:
-        _refuse(
-            arguments or [],
-            LOCAL_IGNORES,
-            "with --local",
-        )
+        refuse(arguments or [], LOCAL_IGNORES, "with --local")
     if or_resume and name is None:
         raise ConfigError("--or-resume needs the name of the run: add --name NAME")
     if resume is not None and schedule is not None:
@@ -186,7 +178,7 @@ def evaluate(
     from raydetr.cli import evaluate as command
 
     if local:
-        _refuse(overrides or [], ("cluster.num_workers", "cluster.address"), "with --local")
+        refuse(overrides or [], ("cluster.num_workers", "cluster.address"), "with --local")
     options = command.Options(data, results, images, html, out, local)
     typer.echo(command.run(checkpoint, overrides or [], options))
 
@@ -257,7 +249,7 @@ def overfit(
     from raydetr.runs.overfit import OVERFIT_DECIDES
     from raydetr.runs.overfit import overfit as run_overfit
 
-    _refuse(arguments or [], OVERFIT_DECIDES, "on overfitting, which sets it")
+    refuse(arguments or [], OVERFIT_DECIDES, "on overfitting, which sets it")
     chosen = read_config(arguments or [], config)
     outcome = run_overfit(chosen, data, num_images=images, num_steps=steps, long_side=long_side, out=out)
     typer.echo(outcome.to_text())
@@ -294,18 +286,6 @@ def doctor(
     text, may_start = command.run(data or [], options)
     typer.echo(text)
     raise typer.Exit(0 if may_start else 1)
-
-
-def _refuse(arguments: list[str], prefixes: tuple[str, ...], where: str) -> None:
-    """Check that no override is of a setting that has no effect.
-
-    Raises:
-        ConfigError: the arguments contain one.
-    """
-    for argument in arguments:
-        name = argument.partition("=")[0]
-        if "=" in argument and name.startswith(prefixes):
-            raise ConfigError(f"{name} has no effect {where}: omit it")
 
 
 def main() -> None:

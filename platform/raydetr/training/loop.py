@@ -86,6 +86,9 @@ class Training:
         self.until_epoch: int | None = None  # where training ends for now; None: at its end
         self.should_stop: Callable[[], bool] = lambda: False  # asked before every step, on every worker
         self.on_evaluation_batch: Callable[[], None] = lambda: None  # called for every batch of an evaluation
+        self.part: Callable[[str], AbstractContextManager[object]] = (
+            nullcontext  # entered for each part of a step
+        )
         self.is_stopping = False  # a worker was asked to stop; the same on every worker
         # A process was killed after it had written the checkpoint of this position, and before it had evaluated it
         self.lacks_evaluation = False
@@ -160,15 +163,17 @@ class Training:
             # Accumulate in this process, and communicate once, with the last micro-batch
             with nullcontext() if batch is micro_batches[-1] else self._no_sync():
                 losses.append(self._forward_and_backward(batch, counts))
-        self.scaler.unscale_(self.optimizer)
-        norm = self._clip()  # of the averaged gradient: the same on every worker, so all decide alike
+        with self.part("clipping"):
+            self.scaler.unscale_(self.optimizer)
+            norm = self._clip()  # of the averaged gradient: the same on every worker, so all decide alike
         outcome: dict[str, Tensor] | SkippedStep
         totals = counts.wait()
         # One copy to the host instead of three, because each waits for the device
         flags = torch.stack((torch.isfinite(norm), totals.num_corrupt > 0, totals.num_stopping > 0))
         is_finite, is_corrupt, self.is_stopping = flags.tolist()
         if is_finite:
-            self._update()
+            with self.part("optimizer"):
+                self._update()
             outcome = {**_sum_terms(losses), "grad_norm": norm}
         else:
             outcome = self._skip(micro_batches, losses)
@@ -182,28 +187,32 @@ class Training:
         """Add the gradient of a micro-batch; return its part of the loss."""
         # Dropout draws from the global generators
         torch.manual_seed(self.random_seed(batch.positions[0] if batch.positions else batch.position))
-        images, targets = to_model(batch, self.world.device)
+        with self.part("transfer"):
+            images, targets = to_model(batch, self.world.device)
         denoising = self.detector.denoising
         draws, max_targets = None, None
         if denoising is not None:
             max_targets = counts.wait().max_targets()
             seeds = [self.random_seed(position) for position in batch.positions]
-            draws = denoising.draw_by_image(batch.counts, max_targets, seeds).to(self.world.device)
+            with self.part("denoising"):
+                draws = denoising.draw_by_image(batch.counts, max_targets, seeds).to(self.world.device)
         # Synchronized statistics are the same on all workers, and stay so
         norms = BatchNormSnapshot(self.detector) if batch.is_blank and self.world.size == 1 else None
         with self._autocast():
             outputs = self.replica(images, targets, draws, max_targets)
         totals = counts.wait()
         # Returns NaN instead of raising: the other workers would wait forever for the gradient of this one
-        loss = compute_loss(
-            self.criterion,
-            outputs,
-            targets,
-            totals.num_boxes,
-            self.criterion.total_class_weight(totals.num_matched, totals.num_queries),
-            is_blank=batch.is_blank,
-        )
-        torch.autograd.backward(self.scaler.scale(loss.total))
+        with self.part("criterion"):
+            loss = compute_loss(
+                self.criterion,
+                outputs,
+                targets,
+                totals.num_boxes,
+                self.criterion.total_class_weight(totals.num_matched, totals.num_queries),
+                is_blank=batch.is_blank,
+            )
+        with self.part("backward"):
+            torch.autograd.backward(self.scaler.scale(loss.total))
         if norms is not None:
             norms.restore()
         return StepLoss(loss.total.detach(), loss.terms, loss.error)
@@ -324,16 +333,7 @@ def train(
     if training.step >= training.last_step:
         return
     layout = Layout(config.data.batch_size, world.size, config.data.micro_batch_size)
-    batches = train_batches(
-        train_shards,
-        seed=config.seed,
-        position=training.position,
-        layout=layout,
-        rank=world.rank,
-        transform=Transform(config.data.train_transform),
-        num_workers=config.data.num_loader_workers,
-        on_corrupt=config.data.on_corrupt,
-    )
+    batches = training_batches(config, train_shards, layout, rank=world.rank, position=training.position)
     began, cpu_began = time.perf_counter(), time.process_time()
     training.detector.train()
     while True:
@@ -356,6 +356,22 @@ def train(
         cpu_began = time.process_time()
         if training.step >= training.last_step:
             return
+
+
+def training_batches(
+    config: RunConfig, shards: Shards, layout: Layout, *, rank: int, position: int
+) -> Iterator[Batch]:
+    """Yield the micro-batches of a rank from a position on, indefinitely; see `train_batches`."""
+    return train_batches(
+        shards,
+        seed=config.seed,
+        position=position,
+        layout=layout,
+        rank=rank,
+        transform=Transform(config.data.train_transform),
+        num_workers=config.data.num_loader_workers,
+        on_corrupt=config.data.on_corrupt,
+    )
 
 
 def _evaluate(training: Training, val_shards: Shards) -> EvaluationReport:
