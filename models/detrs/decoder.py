@@ -54,9 +54,11 @@ class DecoderLayer(nn.Module):
         return self._add(x, self.norm3, self.feed_forward)
 
     def _add(self, x: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        out: Tensor
         if self.pre_norm:
-            return x + self.dropout(sublayer(norm(x)))
-        out: Tensor = norm(x + self.dropout(sublayer(x)))
+            out = x + self.dropout(sublayer(norm(x)))
+        else:
+            out = norm(x + self.dropout(sublayer(x)))
         return out
 
 
