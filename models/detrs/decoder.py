@@ -54,11 +54,8 @@ class DecoderLayer(nn.Module):
         return self._add(x, self.norm3, self.feed_forward)
 
     def _add(self, x: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        out: Tensor
-        if self.pre_norm:
-            out = x + self.dropout(sublayer(norm(x)))
-        else:
-            out = norm(x + self.dropout(sublayer(x)))
+        added: Tensor = x + self.dropout(sublayer(norm(x) if self.pre_norm else x))
+        out: Tensor = added if self.pre_norm else norm(added)
         return out
 
 

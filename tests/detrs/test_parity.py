@@ -5,6 +5,8 @@ All settings are read from the manifests of the goldens, so that other goldens o
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,10 +18,29 @@ from parity import Run
 NAMES = goldens.names("model")
 DEFORMABLE = [name for name in NAMES if goldens.read(name).architecture in ("deformable_detr", "dino")]
 
+# Of the variants of the dense models, most are tested only among the slow tests
+SLOW_DENSE = {
+    "conditional_detr_gelu", "dab_detr_no_update", "dab_detr_points", "dab_detr_points_no_update",
+    "dab_detr_scalar_random", "detr_focal_dc5", "detr_learned",
+}  # fmt: skip
+FLOAT64_DENSE = {
+    "conditional_detr_learned_dc5",
+    "dab_detr_learned_prenorm_dc5",
+    "dab_detr_no_self_attn",
+    "detr_learned_prenorm_dc5",
+}
 
-@parity.DTYPES
+
+def case(name: str, fused: bool, dtype: torch.dtype) -> Any:
+    is_slow = name in SLOW_DENSE or (name in FLOAT64_DENSE and dtype != torch.float64)
+    marks = [pytest.mark.slow] if is_slow else []
+    return pytest.param(name, fused, dtype, id=f"{name}-{fused}-{dtype}", marks=marks)
+
+
 @pytest.mark.parametrize(
-    ("name", "fused"), [(name, True) for name in NAMES] + [(name, False) for name in DEFORMABLE]
+    ("name", "fused", "dtype"),
+    [case(name, True, dtype) for name in NAMES for dtype in parity.TOLERANCES]
+    + [case(name, False, dtype) for name in DEFORMABLE for dtype in parity.TOLERANCES],
 )
 def test_model(name: str, fused: bool, dtype: torch.dtype) -> None:
     """Deformable attention is tested in both forms; the models use the fused one."""
