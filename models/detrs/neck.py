@@ -128,8 +128,8 @@ class Neck(nn.Module):
                 *mask.flatten(1).shape, self.hidden_dim
             )
         if isinstance(self.position, LearnedEncoding):
-            vectors: Tensor = self.position(*mask.shape[1:])
-            return vectors.flatten(0, 1).expand(len(mask), -1, -1)
+            learned: Tensor = self.position(*mask.shape[1:])
+            return learned.flatten(0, 1).expand(len(mask), -1, -1)
         x, y = self.position.temperature, self.position.temperature_y
         temperatures = (x if y is None else y, x)
         pos = image_encoding(mask, self.hidden_dim // 2, temperatures, self.position.offset, dtype)

@@ -111,6 +111,8 @@ def test_initial_values_are_distributed_as_the_official_ones(name: str) -> None:
 
 def check_distribution(key: str, value: Tensor, mean: float, std: float, low: float, high: float) -> None:
     number = value.numel()
+    if number == 1 and not key.endswith("activation.weight"):
+        return  # a random number alone has no distribution
     if std == 0:
         assert value.min().item() == pytest.approx(low, abs=1e-5), key
         assert value.max().item() == pytest.approx(high, abs=1e-5), key

@@ -36,6 +36,24 @@ def case(name: str, fused: bool, dtype: torch.dtype) -> Any:
     marks = [] if is_fast else [pytest.mark.slow]
     return pytest.param(name, fused, dtype, id=f"{name}-{fused}-{dtype}", marks=marks)
 
+# Of the variants of the dense models, most are tested only among the slow tests
+SLOW_DENSE = {
+    "conditional_detr_gelu", "dab_detr_no_update", "dab_detr_points", "dab_detr_points_no_update",
+    "dab_detr_scalar_random", "detr_focal_dc5", "detr_learned",
+}  # fmt: skip
+FLOAT64_DENSE = {
+    "conditional_detr_learned_dc5",
+    "dab_detr_learned_prenorm_dc5",
+    "dab_detr_no_self_attn",
+    "detr_learned_prenorm_dc5",
+}
+
+
+def case(name: str, fused: bool, dtype: torch.dtype) -> Any:
+    is_slow = name in SLOW_DENSE or (name in FLOAT64_DENSE and dtype != torch.float64)
+    marks = [pytest.mark.slow] if is_slow else []
+    return pytest.param(name, fused, dtype, id=f"{name}-{fused}-{dtype}", marks=marks)
+
 
 @pytest.mark.parametrize(
     ("name", "fused", "dtype"),
