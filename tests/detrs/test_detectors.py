@@ -80,9 +80,14 @@ def test_shapes(name: str) -> None:
         assert image.boxes_xyxy.shape == (len(image.scores), 4)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("dino")])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if not name.startswith("dino") and name != "deformable_anchors"]
+)
 def test_padding_has_no_influence(name: str) -> None:
-    """Padded and unpadded batches give equal predictions. (DINO's positions depend on padding by design.)"""
+    """Padded and unpadded batches give equal predictions, except where boxes are encoded relative to the padding.
+
+    The official DINO and DAB-Deformable-DETR do this.
+    """
     torch.manual_seed(0)
     detector = build(small_models.CONFIGS[name]).detector.double().eval()
     pixels = torch.randn(1, 3, 64, 64, dtype=torch.float64)
