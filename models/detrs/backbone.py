@@ -127,7 +127,7 @@ class ResNet(nn.Module):
             block, config.widths[2], config.widths[3], depths[3], 1 if config.dilation else 2,
             2 if config.dilation else 1, norm,
         )  # fmt: skip
-        self.activation_checkpointing = False
+        self.dilation, self.activation_checkpointing = config.dilation, False
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -93,8 +93,10 @@ class Detector(nn.Module):
         return height, width
 
     def _num_tokens(self, height: int, width: int) -> int:
-        extra = [self.strides[-1] * 2**i for i in range(1, 1 + self.neck.num_levels - len(self.strides))]
-        return sum(-(-height // stride) * -(-width // stride) for stride in (*self.strides, *extra))
+        # A dilated layer4 has the resolution of layer3
+        strides = [min(stride, 16) if self.backbone.dilation else stride for stride in self.strides]
+        strides += [strides[-1] * 2**i for i in range(1, 1 + self.neck.num_levels - len(strides))]
+        return sum(-(-height // stride) * -(-width // stride) for stride in strides)
 
 
 def with_denoising(queries: Queries, noised: NoisedQueries | None, denoising: Denoising) -> Queries:

@@ -94,7 +94,16 @@ def test_names_of_one_tensor_must_agree() -> None:
         from_official(config, official | {alias: torch.ones_like(official[alias])}, own)
 
 
-@pytest.mark.parametrize("name", FULL)
+# Their parts with initial values of their own are in other variants
+SLOW_INITIAL = (
+    "full_dab_deformable_detr_3pat", "full_deformable_detr_two_stage_no_refine", "full_dino_encoder_heads_shared_no_dn",
+    "full_dino_pure_selection_heads_per_layer",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_INITIAL)) for name in FULL]
+)
 def test_initial_values_are_distributed_as_the_official_ones(name: str) -> None:
     manifest = goldens.read(name).manifest
     config = full_config(manifest)

@@ -179,10 +179,14 @@ def test_nan_in_targets_names_the_image() -> None:
         model.criterion(model.detector.eval()(images), dataclasses.replace(targets, boxes=boxes), 3.0)
 
 
-@pytest.mark.parametrize("size", [(16, 16), (8, 300), (300, 9)])
-def test_images_with_fewer_tokens_than_queries_are_padded(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("size", "dilation"), [((16, 16), False), ((8, 300), False), ((300, 9), False), ((16, 16), True)]
+)
+def test_images_with_fewer_tokens_than_queries_are_padded(size: tuple[int, int], dilation: bool) -> None:
     """The result is that of a batch that was padded before, as beside a larger image."""
-    model = build(dataclasses.replace(small_models.CONFIGS["dino"], num_queries=90))
+    config = dataclasses.replace(small_models.CONFIGS["dino"], num_queries=90)
+    backbone = dataclasses.replace(config.backbone, dilation=dilation)
+    model = build(dataclasses.replace(config, backbone=backbone))
     images, _ = small_models.batch((1,), size=size)
     outputs = model.detector.eval()(images)
     assert outputs.predictions.logits.shape[2] == 90

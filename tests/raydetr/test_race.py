@@ -133,7 +133,10 @@ DIFFERENCES: dict[tuple[str, str], dict[str, tuple[Any, Any]]] = {
         "refinement": (True, False),
         "backbone.dilation": (True, False),
     },
-    ("small_deformable_detr", "small_dino"): {"architecture": ("deformable_detr", "dino")},
+    ("small_deformable_detr", "small_dino"): {
+        "architecture": ("deformable_detr", "dino"),
+        "two_stage": (False, True),
+    },
 }  # fmt: skip
 # Settings that one of two models does not have, because its paper does not have what they set
 OWN = {
