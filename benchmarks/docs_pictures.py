@@ -28,7 +28,7 @@ OUT = Path("docs")
 SIDE = 192  # pixels; of the images of the models with dense attention
 DENSE = ("DETR", "Conditional DETR", "DAB-DETR")
 IMAGES = Path("build/quickstart/coco/val")
-SAMPLE = "000008.jpg"
+SAMPLE = "000014.jpg"
 NUM_DETECTIONS = 2
 # Of the pictures that `raydetr explain` draws
 KEPT = {

@@ -35,7 +35,7 @@ from raydetr.visualization.boxes import Box, draw_boxes
 
 Array = NDArray[np.floating[Any]]
 
-NUM_PROPOSALS = 20  # drawn, of the best
+NUM_PROPOSALS = 10  # drawn, of the best
 NUM_DETECTIONS = 3
 DETECTIONS = "detections.jpg"
 QUALITY = 90  # of the JPEG files
