@@ -17,40 +17,23 @@ from parity import Run
 
 NAMES = goldens.names("model")
 DEFORMABLE = [name for name in NAMES if goldens.read(name).architecture in ("deformable_detr", "dino")]
-# Of their variants, some are tested in one form only, and others only among the slow tests
-DEFORMABLE_MAIN = {
-    "deformable_detr", "deformable_detr_refine", "deformable_detr_single_scale", "deformable_detr_two_stage",
-    "deformable_detr_two_stage_narrow", "dino_4scale", "dino_4scale_narrow", "dino_4scale_narrow_train_dn",
-    "dino_4scale_train_dn",
-}  # fmt: skip
-ONE_FORM = {
-    "dab_deformable_detr_narrow",
-    "dino_encoder_heads_shared_narrow",
+# Of the variants, some are tested in float64 and one form only, and others only among the slow tests
+FLOAT64 = {
+    "conditional_detr_learned_dc5", "dab_deformable_detr_narrow", "dab_detr_learned_prenorm_dc5",
+    "dab_detr_no_self_attn", "detr_learned_prenorm_dc5", "dino_encoder_heads_shared_narrow",
     "dino_no_two_stage_narrow_train_dn",
-}
-
-
-def case(name: str, fused: bool, dtype: torch.dtype) -> Any:
-    is_main = name not in DEFORMABLE or name in DEFORMABLE_MAIN
-    is_fast = is_main or (name in ONE_FORM and fused and dtype == torch.float64)
-    marks = [] if is_fast else [pytest.mark.slow]
-    return pytest.param(name, fused, dtype, id=f"{name}-{fused}-{dtype}", marks=marks)
-
-# Of the variants of the dense models, most are tested only among the slow tests
-SLOW_DENSE = {
-    "conditional_detr_gelu", "dab_detr_no_update", "dab_detr_points", "dab_detr_points_no_update",
-    "dab_detr_scalar_random", "detr_focal_dc5", "detr_learned",
 }  # fmt: skip
-FLOAT64_DENSE = {
-    "conditional_detr_learned_dc5",
-    "dab_detr_learned_prenorm_dc5",
-    "dab_detr_no_self_attn",
-    "detr_learned_prenorm_dc5",
-}
+SLOW = {
+    "conditional_detr_gelu", "dab_deformable_detr_narrow_opts", "dab_detr_no_update", "dab_detr_points",
+    "dab_detr_points_no_update", "dab_detr_scalar_random", "deformable_detr_single_scale_dc5",
+    "deformable_detr_two_stage_no_refine_narrow", "detr_focal_dc5", "detr_learned", "dino_box_heads_narrow",
+    "dino_class_heads_narrow", "dino_look_forward_once_narrow", "dino_no_dn_narrow", "dino_no_two_stage_narrow",
+    "dino_pure_selection_narrow",
+}  # fmt: skip
 
 
 def case(name: str, fused: bool, dtype: torch.dtype) -> Any:
-    is_slow = name in SLOW_DENSE or (name in FLOAT64_DENSE and dtype != torch.float64)
+    is_slow = name in SLOW or (name in FLOAT64 and not (fused and dtype == torch.float64))
     marks = [pytest.mark.slow] if is_slow else []
     return pytest.param(name, fused, dtype, id=f"{name}-{fused}-{dtype}", marks=marks)
 
