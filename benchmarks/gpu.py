@@ -59,8 +59,8 @@ class Stage:
 
     @property
     def results(self) -> Path:
-        """The file that the program may write."""
-        return OUT / f"{self.name}.json"
+        """The file that the program may write: a list of rows, or a dict with `rows`."""
+        return ROOT / "build" / "bench" / "step.json" if self.name == "step" else OUT / f"{self.name}.json"
 
 
 STAGES = (
@@ -187,7 +187,7 @@ def command_of(stage: Stage, official: Path | None) -> list[str]:
             command += ["--device", "cuda", "--seconds", "0.6", "--json", str(stage.results)]
             command += ["--official", str(OFFICIAL_MODULE)] if OFFICIAL_MODULE.exists() else []
         case "step":
-            command += ["--device", "cuda", "--minutes", "1", "--json", str(stage.results)]
+            command += ["--device", "cuda", "--minutes", "1"]
         case _:
             command += ["--json", str(stage.results)]
     return command
@@ -213,6 +213,7 @@ def run_stage(stage: Stage, command: list[str], environment: dict[str, str], lim
     """Run a stage until it ends, or for `limit` seconds; show its output and keep it in a file."""
     outcome = Outcome(stage.name, stage.title, "failed", limit=round(limit, 1), command=" ".join(command))
     lines: list[str] = []
+    stage.results.unlink(missing_ok=True)
     start = time.monotonic()
     process = subprocess.Popen(
         command,
@@ -306,8 +307,9 @@ def to_markdown(machine: Mapping[str, Any], outcomes: Sequence[Outcome], seconds
         )
     for outcome in outcomes:
         lines += ["", f"## {outcome.name}", ""]
-        rows = outcome.results if isinstance(outcome.results, list) else []
-        if rows and all(isinstance(row, dict) for row in rows):
+        results = outcome.results
+        rows = results.get("rows") if isinstance(results, dict) else results
+        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
             lines += [*table(rows), ""]
         if outcome.last_lines:
             lines += ["```text", *outcome.last_lines, "```"]

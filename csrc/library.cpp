@@ -190,13 +190,19 @@ void run_forward(const Inputs& in, const Tensor& out) {
   cpu::forward(problem);
 }
 
+// Returns whether there are no images, queries, heads, channels or samples: no kernel runs, and all results
+// are zero.
+bool is_empty(const Inputs& in) {
+  return in.value.numel() == 0 || in.locations.numel() == 0;
+}
+
 Tensor forward(const Inputs& given) {
   check(given);
   const Inputs in = given.packed();
   const Tensor& value = in.value;
-  Tensor out =
-      torch::stable::new_empty(value, {value.size(0), in.locations.size(1), value.size(2) * value.size(3)});
-  if (out.numel() == 0) return out;
+  const std::vector<int64_t> size = {value.size(0), in.locations.size(1), value.size(2) * value.size(3)};
+  if (is_empty(in)) return torch::stable::new_zeros(value, size);
+  Tensor out = torch::stable::new_empty(value, size);
   bool is_double = value.scalar_type() == ScalarType::Double;
   is_double ? run_forward<double>(in, out) : run_forward<float>(in, out);
   return out;
@@ -239,8 +245,7 @@ Gradients backward(const Tensor& grad_out, const Inputs& given, bool reference_n
   if (reference_needs_grad)
     by_head = {in.value.size(0), in.locations.size(1), in.value.size(2), in.locations.size(3),
                in.reference->size(3)};
-  // Without images, queries, heads or channels no kernel runs, and all gradients are zero.
-  const bool empty = grad_out.numel() == 0;
+  const bool empty = is_empty(in);
   auto new_gradient = [&](const Tensor& like) {
     return empty ? torch::stable::new_zeros(like, like.sizes())
                  : torch::stable::new_empty(like, like.sizes());
