@@ -42,7 +42,7 @@ try:
     found["memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
     torch.ones(8, device="cuda").sum().item()
 except Exception as error:
-    found["gpu"], found["reason"] = None, str(error).splitlines()[0]
+    found["gpu"], found["reason"] = None, str(error).split(". ")[0].splitlines()[0]
 print(json.dumps(found))
 """
 

@@ -81,10 +81,10 @@ struct Corners {
     return Corners({across, level.width_index, valid}, {down, level.height_index, valid}, level);
   }
 
-  // 1 inside the level, 0 outside.
-  DETRS_INLINE Real inside(int corner) const {
-    return (corner & 2 ? down.after_inside : down.before_inside) *
-           (corner & 1 ? across.after_inside : across.before_inside);
+  // A mask: whether the corner is inside the level.
+  DETRS_INLINE auto inside(int corner) const {
+    return ((corner & 2 ? down.after_inside : down.before_inside) > 0) &
+           ((corner & 1 ? across.after_inside : across.before_inside) > 0);
   }
 
   // 0 outside the level.
@@ -109,22 +109,25 @@ struct SampleGrads {
   Real x, y, weight;
 };
 
-// Applies the product rule: from `dots`, grad_out . value at each corner, to the gradients of location and
-// weight. The dot of a corner outside the level does not count, although it may be NaN: it was computed from
-// another token.
+// Applies the product rule: from `dot`, grad_out . value at each corner, to the gradients of location and
+// weight. NaN is not hidden, and does not come from outside: the token of a corner outside is that of one
+// inside, unless the whole sample is outside, which has no gradient.
 template <class Real, class Int>
-DETRS_INLINE SampleGrads<Real> differentiate(const Corners<Real, Int>& corners, const Real (&dots)[4],
+DETRS_INLINE SampleGrads<Real> differentiate(const Corners<Real, Int>& corners, const Real (&dot)[4],
                                              Real weight, const LevelSize<Real, Int>& level) {
   const Neighbors<Real, Int>&across = corners.across, &down = corners.down;
   const Real zero = {};
-  Real dot[4];
-  for (int corner = 0; corner < 4; corner++) dot[corner] = corners.inside(corner) > 0 ? dots[corner] : zero;
+  const auto is_outside = across.before_inside + across.after_inside == 0;
+  Real along_top = across.after_inside * dot[1] - across.before_inside * dot[0];
+  Real along_bottom = across.after_inside * dot[3] - across.before_inside * dot[2];
+  Real along_left = down.after_inside * dot[2] - down.before_inside * dot[0];
+  Real along_right = down.after_inside * dot[3] - down.before_inside * dot[1];
   Real top = across.before_factor * dot[0] + across.after_factor * dot[1];
   Real bottom = across.before_factor * dot[2] + across.after_factor * dot[3];
-  Real along_x = down.before_factor * (dot[1] - dot[0]) + down.after_factor * (dot[3] - dot[2]);
-  Real along_y = across.before_factor * (dot[2] - dot[0]) + across.after_factor * (dot[3] - dot[1]);
-  return {along_x * weight * level.width, along_y * weight * level.height,
-          down.before_factor * top + down.after_factor * bottom};
+  Real x = (down.before_factor * along_top + down.after_factor * along_bottom) * weight * level.width;
+  Real y = (across.before_factor * along_left + across.after_factor * along_right) * weight * level.height;
+  Real of_weight = down.before_factor * top + down.after_factor * bottom;
+  return {is_outside ? zero : x, is_outside ? zero : y, is_outside ? zero : of_weight};
 }
 
 }  // namespace

@@ -258,8 +258,7 @@ inline void for_corners_inside(const BlockLevels<T>& levels, const Block<T>& blo
     const int64_t first = sample / lanes_of<T>() * lanes_of<T>();
     const auto corners = corners_of(levels, block, first);
     for (int corner = 0; corner < 4; corner++)
-      if (corners.inside(corner)[sample - first] > 0 || block.factor[corner][sample] != 0)
-        use(sample, corner);
+      if (corners.inside(corner)[sample - first] || block.factor[corner][sample] != 0) use(sample, corner);
   }
 }
 

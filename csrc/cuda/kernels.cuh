@@ -147,14 +147,15 @@ __device__ __forceinline__ Sample<T> load_sample(const Call<T>& call, const Row&
                                                  const Softmax<T>& softmax, int at) {
   const Problem<T>& problem = call.problem;
   Sample<T> sample;
-  sample.index = row.index * call.num_samples + at;
-  const auto given = load_pair(problem.locations + 2 * sample.index);
-  sample.weight = __ldg(problem.weights + sample.index);
   const int level_index =
       static_cast<int>(static_cast<unsigned>(at) / static_cast<unsigned>(call.num_points));
   const Level<T> level = call.levels[level_index];
   sample.level = {static_cast<T>(level.width), static_cast<T>(level.height), level.width, level.height,
                   level.start};
+  // Here, and not above, so that backward_kernel does not spill
+  sample.index = row.index * call.num_samples + at;
+  const auto given = load_pair(problem.locations + 2 * sample.index);
+  sample.weight = __ldg(problem.weights + sample.index);
   T x = given.x, y = given.y;
   if (problem.reference_size != 0) {
     const T* reference =
@@ -182,7 +183,7 @@ __device__ __forceinline__ void store_corners(const Sample<T>& sample, T weight,
   for (int corner = 0; corner < 4; corner++) {
     tokens.at[corner] = corners.token[corner];
     factors.at[corner] = corners.bilinear_factor(corner) * weight;
-    if (kMarkOutside && !(corners.inside(corner) > 0) && factors.at[corner] == 0) tokens.at[corner] = -1;
+    if (kMarkOutside && !corners.inside(corner) && factors.at[corner] == 0) tokens.at[corner] = -1;
   }
   shared.tokens[slot][at] = tokens, shared.factors[slot][at] = factors;
 }

@@ -38,10 +38,8 @@ def test_same_numbers(backend: str, name: str) -> None:
     run("compare_compiled.py", backend, name)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["dino", *(pytest.param(name, marks=pytest.mark.slow) for name in ("detr", "deformable_two_stage"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dino", "detr", "deformable_two_stage"])
 def test_seven_image_sizes_are_two_graphs_and_one_exported_program(name: str) -> None:
     """The second graph is for square images, where torch takes height and width for one number."""
     assert int(run("dynamic_sizes.py", name)) <= 2

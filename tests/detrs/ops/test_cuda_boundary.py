@@ -136,9 +136,12 @@ def test_setup_builds_for_the_gpus_of_torchs_variable(compiler):
 
 
 OLD_GPU = """
+import dataclasses
 import warnings
 import torch
 import detrs.ops.native as native
+native._status = dataclasses.replace(native._status, oldest_gpu=(8, 0))
+is_available = torch.cuda.is_available
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_capability = lambda index: (7, 5) if index else (8, 0)
 torch.cuda.get_device_name = lambda index: "Tesla T4"
@@ -148,6 +151,7 @@ with warnings.catch_warnings(record=True) as caught:
     assert not native.supports_gpu(1) and not native.supports_gpu(1)
 (warning,) = caught
 print(warning.message)
+torch.cuda.is_available = is_available  # the compiler asks too
 compiled = torch.compile(lambda x: x + native.supports_gpu(0), backend="eager", fullgraph=True)
 assert compiled(torch.ones(1)) == 2
 """
