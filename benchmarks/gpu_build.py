@@ -98,7 +98,10 @@ def compile_official(module: Path) -> None:
     files = [*source.glob("*.cpp"), *source.rglob("cuda/*.cu"), *source.rglob("cpu/*.cpp")]
     nvcc = os.path.join(os.environ["CUDA_HOME"], "bin", "nvcc")  # noqa: PTH118
     capability = "".join(map(str, torch.cuda.get_device_capability()))
+    # The packages that torch's wheel brings have the headers of cuSPARSE and others, which nvcc may come without
+    packaged = Path(torch.__file__).parents[1].glob("nvidia/*/include")
     include = [f"-I{path}" for path in (source, *include_paths("cuda"), get_path("include"))]
+    include += [f"-idirafter{path}" for path in packaged]
     flags = ["-O3", "-std=c++17", "-DWITH_CUDA", f"-DTORCH_EXTENSION_NAME={module.stem}", "-w", *include]
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
 

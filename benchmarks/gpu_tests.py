@@ -34,19 +34,19 @@ class Recorder:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._counts = {"passed": 0, "failed": 0, "skipped": 0}
+        self.counts = {"passed": 0, "failed": 0, "skipped": 0}
         self._rows: list[dict[str, Any]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count a test once: in its call, or in the phase that ends it."""
         if report.when != "call" and report.passed:
             return
-        self._counts[report.outcome] += 1
+        self.counts[report.outcome] += 1
         if not report.passed or report.duration > SLOW_SECONDS:
             row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 1)}
             self._rows.append({**row, "message": _last_line(report)})
         if self._path is not None:
-            total = ", ".join(f"{count} {outcome}" for outcome, count in self._counts.items())
+            total = ", ".join(f"{count} {outcome}" for outcome, count in self.counts.items())
             rows = [{"test": "all", "outcome": total}, *self._rows]
             self._path.write_text(json.dumps(rows, indent=1) + "\n")
 
@@ -77,7 +77,9 @@ def main() -> None:
     # compute-sanitizer has a stage of its own
     selected = ["-m", "gpu", "-k", "not sanitizer"]
     options = ["-c", str(settings), "--rootdir", str(ROOT), *selected, *rest]
-    sys.exit(pytest.main([*options, *files], plugins=[Recorder(args.json)]))
+    recorder = Recorder(args.json)
+    code = pytest.main([*options, *files], plugins=[recorder])
+    sys.exit(int(code) or (0 if recorder.counts["passed"] else "no test has run"))
 
 
 def missing_module(path: Path) -> str:
