@@ -101,7 +101,7 @@ def compile_official(module: Path) -> None:
     # The packages that torch's wheel brings have the headers of cuSPARSE and others, which nvcc may come without
     packaged = Path(torch.__file__).parents[1].glob("nvidia/*/include")
     include = [f"-I{path}" for path in (source, *include_paths("cuda"), get_path("include"))]
-    include += [f"-idirafter{path}" for path in packaged]
+    include += [f"-I{path}" for path in packaged]
     flags = ["-O3", "-std=c++17", "-DWITH_CUDA", f"-DTORCH_EXTENSION_NAME={module.stem}", "-w", *include]
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
 

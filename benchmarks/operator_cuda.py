@@ -102,9 +102,13 @@ def find_contenders(official: Path | None) -> Iterator[Contender]:
             yield contender
     if official is None:
         print("the official kernel is left out: give its module as --official PATH", flush=True)
-    else:
+        return
+    try:
         module = load_module(official)
-        yield Contender("official", lambda shapes: official_operator(module, shapes))
+    except ImportError as error:
+        print(f"the official kernel is left out: {error}", flush=True)
+        return
+    yield Contender("official", lambda shapes: official_operator(module, shapes))
 
 
 def _levels(shapes: Shapes) -> tuple[Tensor, Tensor]:

@@ -242,11 +242,21 @@ inline void for_channel_runs(const ChannelRange& channels, const Use& use) {
   for (; first < channels.last; first++) use(Width<1>(), first);
 }
 
+// Every row is checked, so this must be fast: vectors, and one branch.
 template <class T>
 inline bool all_finite(const T* numbers, int64_t count) {
-  int other = 0;
-  for (int64_t i = 0; i < count; i++) other |= !(numbers[i] - numbers[i] == 0);
-  return other == 0;
+  constexpr int kLanes = lanes_of<T>();
+  Indices<T> others = {};
+  int64_t at = 0;
+  for (; at + kLanes <= count; at += kLanes) {
+    const Numbers<T> loaded = load<kLanes>(numbers + at);
+    others |= loaded - loaded != 0;  // NaN or infinity minus itself is NaN
+  }
+  uint64_t words[sizeof(others) / sizeof(uint64_t)], any = 0;
+  __builtin_memcpy(words, &others, sizeof(others));
+  for (uint64_t word : words) any |= word;
+  for (; at < count; at++) any |= numbers[at] - numbers[at] != 0;
+  return any == 0;
 }
 
 // Calls use(sample, corner) for the corners of a block that count: all except those outside the level, where
