@@ -371,10 +371,12 @@ inline void scatter(Width<N>, Block<T>& block, const HeadView<T>& head, const St
   if constexpr (kPart != Part::value) finish_dots<kLanes>(block, first_channel == 0);
 }
 
-// As scatter, but without the corners outside the level, and slow. `differentiate` ignores the dots of those.
+// As scatter, but without the corners outside the level, slow, and not inlined for the same reason as
+// forward_row_inside. `differentiate` ignores the dots of those corners.
 template <Part kPart, class T, class Stored>
-inline void scatter_inside(const BlockLevels<T>& levels, Block<T>& block, const HeadView<T>& head,
-                           const Stored* value, const ChannelRange& channels, const T* grad_out) {
+__attribute__((noinline, cold)) void scatter_inside(const BlockLevels<T>& levels, Block<T>& block,
+                                                    const HeadView<T>& head, const Stored* value,
+                                                    const ChannelRange& channels, const T* grad_out) {
   for_corners_inside(levels, block, [&](int64_t sample, int corner) {
     const int64_t token = block.token[corner][sample];
     T dot = 0;
@@ -479,6 +481,17 @@ inline void for_blocks(const Problem<T>& problem, int64_t row, const Scratch<T>&
   }
 }
 
+// Computes the sums of a row again, without the corners outside the level. Not inlined: it is rarely needed,
+// and would slow down forward_rows.
+template <class Stored, class T>
+__attribute__((noinline, cold)) void forward_row_inside(const Problem<T>& problem, const HeadView<T>& head,
+                                                        const Stored* value, int64_t row,
+                                                        const Scratch<T>& scratch, Block<T>& block, T* sums) {
+  for_blocks(problem, row, scratch, block, [&](const SampleRange& range, const BlockLevels<T>& levels) {
+    gather_inside(levels, block, value, head.stride, problem.num_channels, sums, range.first == 0);
+  });
+}
+
 template <class Stored, class T>
 inline void forward_rows(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* buffer) {
   const Scratch<T> scratch(problem, buffer);
@@ -496,11 +509,7 @@ inline void forward_rows(const Problem<T>& problem, const HeadView<T>& head, con
         gather(width, block, value + channel, head.stride, sums + channel, range.first == 0);
       });
     });
-    if (!all_finite(sums, num_channels)) {
-      for_blocks(problem, row, scratch, block, [&](const SampleRange& range, const BlockLevels<T>& levels) {
-        gather_inside(levels, block, value, head.stride, num_channels, sums, range.first == 0);
-      });
-    }
+    if (!all_finite(sums, num_channels)) forward_row_inside(problem, head, value, row, scratch, block, sums);
     if (!convert) continue;
     with_storage(problem.storage, T(), [&](auto stored) {
       narrow_all(sums, static_cast<decltype(stored)*>(problem.out) + row * num_channels, num_channels);

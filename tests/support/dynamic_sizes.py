@@ -1,4 +1,4 @@
-"""Compile and export a small model for images of any size: `python dynamic_sizes.py NAME`.
+"""Compile and export a small model for images of any size, and compile it in training: `python dynamic_sizes.py NAME`.
 
 This is a separate program, because the type checks that pytest adds to every function cannot be compiled.
 """
@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 import small_models
@@ -60,7 +61,19 @@ def main(name: str) -> None:
             for function in (exported, compiled):
                 for one, other in zip(function(images.pixels, images.padding_mask), expected, strict=True):
                     torch.testing.assert_close(one, other)
+    check_training(predict.detector)
     print(graphs)
+
+
+def check_training(detector: nn.Module) -> None:
+    """Assert that a step with targets is one graph; denoising queries are drawn before, as the platform does."""
+    images, targets = small_models.batch((2, 1))
+    arguments: list[Any] = [images, targets]
+    if detector.denoising is not None:
+        arguments += [detector.denoising.draw_by_image(targets.counts, 2, seeds=(0, 1)), 2]
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(detector.train())(*arguments)
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
 
 
 if __name__ == "__main__":
