@@ -59,14 +59,13 @@ def report_operator() -> str:
 
     print(native_status().reason, flush=True)
     try:
-        from raydetr.doctor.machine import environment_report
+        from raydetr.doctor.machine import gpu_lines, operator_lines, read_machine, torch_line
     except ModuleNotFoundError as error:
-        print(f"raydetr doctor is left out: {error}", flush=True)
+        print(f"what raydetr doctor says is left out: {error}", flush=True)
     else:
-        try:
-            print(environment_report().to_text(), flush=True)
-        except ValueError as error:  # raydetr is not installed here
-            print(f"raydetr doctor is left out: {error}", flush=True)
+        machine = read_machine()
+        for line in (torch_line(machine), *operator_lines(native_status(), machine), *gpu_lines(machine)):
+            print(f"{line.state:<5} {line.subject}: {line.found}", flush=True)
     if "cuda" not in native_status().devices:
         return f"there are no native kernels for the GPU: {native_status().reason}"
     return "" if supports_gpu(torch.cuda.current_device()) else "this GPU is too old for the native kernels"
