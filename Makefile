@@ -4,6 +4,7 @@
 #   make test VENV=/tmp/environment        use another virtual environment
 #   make parity GOLDEN=/path/to/goldens    compare with other golden values, in the format of tests/golden
 #   make setup PYTHON=python3.12           use another interpreter
+#   make gpu PYTHON=python3 OFFICIAL=DIR   use this Python as it is; DIR holds the source of the official kernel
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup     torch without CUDA, far smaller
 
 VENV ?= .venv
@@ -12,6 +13,7 @@ ARGS ?=
 PORT ?= 5000
 KILLS ?= 20
 GOLDEN ?= tests/golden
+OFFICIAL ?=
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -37,7 +39,7 @@ endif
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help quickstart test test-slow parity setup fix check bench chaos race ablation cluster-demo tune-demo docs-models docs-pictures ui clean always
+.PHONY: help quickstart test test-slow parity setup fix check bench gpu chaos race ablation cluster-demo tune-demo docs-models docs-pictures ui clean always
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +76,10 @@ bench: $(patsubst benchmarks/bench_%.py,bench-%,$(wildcard benchmarks/bench_*.py
 bench-%: export RAYDETR_COCO_TINY := $(or $(RAYDETR_COCO_TINY),$(abspath $(wildcard ../shared/coco_tiny)))
 bench-%: setup
 	$(python) benchmarks/bench_$*.py $(ARGS)
+
+# Nothing is installed: it is for machines with a GPU and without network.
+gpu: ## check and measure everything that needs a GPU, in nine minutes: build/gpu/report.md; PYTHON=python3
+	$(or $(PYTHON),python3) benchmarks/gpu.py $(if $(OFFICIAL),--official '$(OFFICIAL)') $(ARGS)
 
 chaos: setup ## kill and stop parts of a run at random, and compare it with an undisturbed one; KILLS=20
 	$(python) benchmarks/chaos.py --kills $(KILLS) $(ARGS)
@@ -129,6 +135,6 @@ $(installed): pyproject.toml constraints.txt $(if_of_another_clone)
 	@echo 'done; `source $(VENV)/bin/activate` puts raydetr on the path'
 
 # A change in csrc/ rebuilds only the operator.
-$(operator): setup.py $(operator_files) | $(installed)
+$(operator): setup.py csrc/build.py $(operator_files) | $(installed)
 	$(python) setup.py --quiet build_ext --inplace --force
 	@touch $@

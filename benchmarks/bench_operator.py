@@ -4,12 +4,13 @@ The fused form is compared with our plain form, including softmax and location a
 
     make bench-operator                      all cases
     make bench-operator ARGS="--only decoder --seconds 2"
-    make bench-operator ARGS="--official PATH"    on a GPU, also against the official kernel, built manually
+    make bench-operator ARGS="--device cuda --official PATH"    only the GPU, also against the official kernel
 
 It prints a table and writes build/bench/operator.json, a list of {case, direction, threads, ours_ms, baseline_ms,
 ratio}, and build/bench/operator_memory.json, a list of {case, ours_mb, baseline_mb, ratio}. Ratios are medians over
 pairs of consecutive runs, so that a busy machine slows both. Times are CPU time for one thread, wall time for several,
-and CUDA events on a GPU.
+and the device's on a GPU (operator_cuda.py), where rows also have `baseline`, the name of the other side, and
+`share_of_bandwidth`: the time that a copy of all inputs and outputs would take, divided by ours.
 """
 
 from __future__ import annotations
@@ -182,10 +183,16 @@ def measure_memory(case: Case) -> dict[str, object]:
 
 def print_row(row: dict[str, object]) -> None:
     """Print one line of the table; times in ms, memory in MB."""
+    if "error" in row:
+        print(f"{row['case']:<36}{row['direction']:<18}{row['baseline']} failed: {row['error']}", flush=True)
+        return
     ours, baseline = (row.get(f"{side}_ms", row.get(f"{side}_mb")) for side in ("ours", "baseline"))
     what, threads = row.get("direction", "peak memory"), row.get("threads", 1)
+    against = (
+        f"  {row['baseline']}, {row['share_of_bandwidth']:.0%} of bandwidth" if "baseline" in row else ""
+    )
     print(
-        f"{row['case']:<36}{what:<18}{threads:>7}{ours:>11.3f}{baseline:>11.3f}{row['ratio']:>9.2f}",
+        f"{row['case']:<36}{what:<18}{threads:>7}{ours:>11.3f}{baseline:>11.3f}{row['ratio']:>9.2f}{against}",
         flush=True,
     )
 
@@ -212,12 +219,18 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=4.0, help="per row")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="measure only there; default: on both, if possible"
+    )
     parser.add_argument("--official", type=Path, help="the official kernel's module (.so), for the GPU")
+    parser.add_argument("--json", type=Path, default=OUT, help=f"where to write the rows (default: {OUT})")
     parser.add_argument("--peak", type=int, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak is not None:
         print(peak_megabytes(CASES[args.peak[0]], args.peak[1]))
         return
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU")
     cases = [case for case in CASES if args.only in case.name]
     if not cases:
         parser.error(
@@ -225,17 +238,30 @@ def main() -> None:
         )
     print(f"{cpu_name()}, {os.cpu_count()} cores, torch {torch.__version__}, {native_status().reason}")
     print(f"{'case':<36}{'direction':<18}{'threads':>7}{'ours':>11}{'baseline':>11}{'ratio':>9}")
-    rows = measure_all(cases, args.threads, args.seconds)
-    if torch.cuda.is_available():
-        rows += measure_on_gpu(LEVELS_22K, make_inputs, args.seconds, args.official, print_row)
+    rows = [] if args.device == "cuda" else measure_all(cases, args.threads, args.seconds)
+    write(args.json, rows)
+
+    def show(row: dict[str, object]) -> None:
+        rows.append(row)
+        print_row(row)
+        write(args.json, rows)  # after every row: the benchmark may be stopped
+
+    if args.device != "cpu" and torch.cuda.is_available():
+        measure_on_gpu(LEVELS_22K, make_inputs, args.seconds, args.official, show)
+    if args.device == "cuda":
+        return
     memory = []
     if sys.platform == "linux":
         memory = [measure_memory(case) for case in cases if case.num_queries is None]
     for row in memory:
         print_row(row)
-    for path, content in ((OUT, rows), (MEMORY_OUT, memory)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n")
+    write(MEMORY_OUT, memory)
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> None:
+    """Write rows as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

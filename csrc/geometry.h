@@ -81,6 +81,12 @@ struct Corners {
     return Corners({across, level.width_index, valid}, {down, level.height_index, valid}, level);
   }
 
+  // A mask: whether the corner is inside the level.
+  DETRS_INLINE auto inside(int corner) const {
+    return ((corner & 2 ? down.after_inside : down.before_inside) > 0) &
+           ((corner & 1 ? across.after_inside : across.before_inside) > 0);
+  }
+
   // 0 outside the level.
   DETRS_INLINE Real bilinear_factor(int corner) const {
     return (corner & 2 ? down.after_factor : down.before_factor) *
@@ -104,20 +110,24 @@ struct SampleGrads {
 };
 
 // Applies the product rule: from `dot`, grad_out . value at each corner, to the gradients of location and
-// weight.
+// weight. NaN is not hidden, and does not come from outside: the token of a corner outside is that of one
+// inside, unless the whole sample is outside, which has no gradient.
 template <class Real, class Int>
 DETRS_INLINE SampleGrads<Real> differentiate(const Corners<Real, Int>& corners, const Real (&dot)[4],
                                              Real weight, const LevelSize<Real, Int>& level) {
   const Neighbors<Real, Int>&across = corners.across, &down = corners.down;
+  const Real zero = {};
+  const auto is_outside = across.before_inside + across.after_inside == 0;
   Real along_top = across.after_inside * dot[1] - across.before_inside * dot[0];
   Real along_bottom = across.after_inside * dot[3] - across.before_inside * dot[2];
   Real along_left = down.after_inside * dot[2] - down.before_inside * dot[0];
   Real along_right = down.after_inside * dot[3] - down.before_inside * dot[1];
   Real top = across.before_factor * dot[0] + across.after_factor * dot[1];
   Real bottom = across.before_factor * dot[2] + across.after_factor * dot[3];
-  return {(down.before_factor * along_top + down.after_factor * along_bottom) * weight * level.width,
-          (across.before_factor * along_left + across.after_factor * along_right) * weight * level.height,
-          down.before_factor * top + down.after_factor * bottom};
+  Real x = (down.before_factor * along_top + down.after_factor * along_bottom) * weight * level.width;
+  Real y = (across.before_factor * along_left + across.after_factor * along_right) * weight * level.height;
+  Real of_weight = down.before_factor * top + down.after_factor * bottom;
+  return {is_outside ? zero : x, is_outside ? zero : y, is_outside ? zero : of_weight};
 }
 
 }  // namespace

@@ -90,13 +90,17 @@ void check_devices(const Inputs& in) {
                   "tensors on different devices");
 }
 
+#ifdef DETRS_WITH_CUDA
 void check_cuda_sizes(const Inputs& in) {
   const int64_t num_channels = in.value.size(3);
   STD_TORCH_CHECK(num_channels % 4 == 0 && num_channels <= 128,
                   "the CUDA kernels need a number of channels that is a multiple of 4, at most 128");
   STD_TORCH_CHECK(in.value.size(2) < (1 << 20), "2^20 heads or more");
   STD_TORCH_CHECK(in.locations.size(3) * in.locations.size(4) < (int64_t(1) << 31), "2^31 samples or more");
+  STD_TORCH_CHECK(in.locations.size(3) <= cuda::kMaxLevels, "shapes: found ", in.locations.size(3),
+                  " levels, expected at most ", cuda::kMaxLevels, " on CUDA");
 }
+#endif
 
 // Throws unless all sizes are consistent: the kernels do not check them.
 void check(const Inputs& in) {
@@ -108,7 +112,9 @@ void check(const Inputs& in) {
   STD_TORCH_CHECK(same, "value, shapes, locations and weights disagree");
   check_levels(in.value, in.shapes);
   check_devices(in);
+#ifdef DETRS_WITH_CUDA
   if (in.value.is_cuda()) check_cuda_sizes(in);
+#endif
   ScalarType expected = arithmetic_type(storage_of(in.value));
   STD_TORCH_CHECK(in.locations.scalar_type() == expected && in.weights.scalar_type() == expected,
                   "locations and weights must be float64 with a float64 value, else float32");
@@ -146,31 +152,31 @@ Problem<T> problem_of(const Inputs& in) {
 }
 
 #ifdef DETRS_WITH_CUDA
-// Returns torch's current CUDA stream. The function for it is in libtorch_cuda. It is looked up at run time,
-// because a library that is linked with libtorch_cuda cannot be loaded by a torch without CUDA. RTLD_NOLOAD:
-// torch has loaded it already, since there are CUDA tensors.
-void* current_stream(int32_t device) {
-  using Function = AOTITorchError (*)(int32_t, void**);
+using StreamFunction = AOTITorchError (*)(int32_t, void**);
+
+// Returns torch's function for its current CUDA stream, which is in libtorch_cuda. It is looked up at run
+// time, because a library that is linked with libtorch_cuda cannot be loaded by a torch without CUDA.
+// RTLD_NOLOAD: torch has loaded it already, since there are CUDA tensors.
+StreamFunction find_stream_function() {
   void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-  auto function = library == nullptr
-                      ? nullptr
-                      : reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  void* function = library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
   STD_TORCH_CHECK(function != nullptr, "this version of torch does not export its current CUDA stream");
+  return reinterpret_cast<StreamFunction>(function);
+}
+
+void* current_stream(int32_t device) {
+  static const StreamFunction function = find_stream_function();  // looked up once
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
   return stream;
 }
 
-// Calls run(level buffer, stream) on the device of the tensors. The buffer comes from torch's caching
-// allocator and is released while the kernel may still run. This is safe: it can only be reused by later work
-// on the same stream.
+// Calls run(stream) on the device of the tensors.
 template <class Run>
 void on_cuda(const Inputs& in, const Run& run) {
   const int32_t device = in.value.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
-  Tensor buffer = torch::stable::new_empty(in.locations, {cuda::level_buffer_size(in.locations.size(3))},
-                                           ScalarType::Byte);
-  run(buffer.mutable_data_ptr(), current_stream(device));
+  run(current_stream(device));
 }
 #endif
 
@@ -179,18 +185,24 @@ void run_forward(const Inputs& in, const Tensor& out) {
   Problem<T> problem = problem_of<T>(in);
   problem.out = out.mutable_data_ptr();
 #ifdef DETRS_WITH_CUDA
-  if (in.value.is_cuda())
-    return on_cuda(in, [&](void* buffer, void* stream) { cuda::forward(problem, buffer, stream); });
+  if (in.value.is_cuda()) return on_cuda(in, [&](void* stream) { cuda::forward(problem, stream); });
 #endif
   cpu::forward(problem);
+}
+
+// Returns whether there are no images, queries, heads, channels or samples: no kernel runs, and all results
+// are zero.
+bool is_empty(const Inputs& in) {
+  return in.value.numel() == 0 || in.locations.numel() == 0;
 }
 
 Tensor forward(const Inputs& given) {
   check(given);
   const Inputs in = given.packed();
   const Tensor& value = in.value;
-  Tensor out =
-      torch::stable::new_empty(value, {value.size(0), in.locations.size(1), value.size(2) * value.size(3)});
+  const std::vector<int64_t> size = {value.size(0), in.locations.size(1), value.size(2) * value.size(3)};
+  if (is_empty(in)) return torch::stable::new_zeros(value, size);
+  Tensor out = torch::stable::new_empty(value, size);
   bool is_double = value.scalar_type() == ScalarType::Double;
   is_double ? run_forward<double>(in, out) : run_forward<float>(in, out);
   return out;
@@ -211,8 +223,7 @@ void run_backward(const Tensor& grad_out, const Inputs& in, const Gradients& gra
   problem.grad_reference =
       wants_reference ? static_cast<T*>(gradients.reference.mutable_data_ptr()) : nullptr;
 #ifdef DETRS_WITH_CUDA
-  if (in.value.is_cuda())
-    return on_cuda(in, [&](void* buffer, void* stream) { cuda::backward(problem, buffer, stream); });
+  if (in.value.is_cuda()) return on_cuda(in, [&](void* stream) { cuda::backward(problem, stream); });
 #endif
   cpu::backward(problem);
 }
@@ -234,14 +245,21 @@ Gradients backward(const Tensor& grad_out, const Inputs& given, bool reference_n
   if (reference_needs_grad)
     by_head = {in.value.size(0), in.locations.size(1), in.value.size(2), in.locations.size(3),
                in.reference->size(3)};
+  const bool empty = is_empty(in);
+  auto new_gradient = [&](const Tensor& like) {
+    return empty ? torch::stable::new_zeros(like, like.sizes())
+                 : torch::stable::new_empty(like, like.sizes());
+  };
   // The CUDA kernels add to grad_value, so it starts as zeros. The CPU code clears it itself, if it adds to
   // it directly.
-  Gradients gradients{in.value.is_cuda()
-                          ? torch::stable::new_zeros(in.value, in.value.sizes(), value_grad_type)
-                          : torch::stable::new_empty(in.value, in.value.sizes()),
-                      torch::stable::new_empty(in.locations, in.locations.sizes()),
-                      torch::stable::new_empty(in.weights, in.weights.sizes()),
-                      torch::stable::new_zeros(in.locations, by_head)};
+  Gradients gradients{
+      in.value.is_cuda() ? torch::stable::new_zeros(in.value, in.value.sizes(), value_grad_type)
+                         : new_gradient(in.value),
+      new_gradient(in.locations), new_gradient(in.weights), torch::stable::new_zeros(in.locations, by_head)};
+  if (empty) {
+    gradients.value = torch::stable::to(gradients.value, storage);
+    return gradients;
+  }
   const Tensor packed_grad = pack(grad_out);
   storage == ScalarType::Double ? run_backward<double>(packed_grad, in, gradients)
                                 : run_backward<float>(packed_grad, in, gradients);
@@ -312,7 +330,7 @@ void implement(Library& library) {
   library.impl("deform_attn_fused_backward", TORCH_BOX(&deform_attn_fused_backward));
 }
 
-// setup.py defines the GPUs that the library has kernels for, such as "sm_80 sm_90 compute_90", or the reason
+// build.py defines the GPUs that the library has kernels for, such as "sm_80 sm_90 compute_90", or the reason
 // why there are none.
 std::string cuda_targets() {
 #ifdef DETRS_WITH_CUDA
@@ -334,17 +352,18 @@ std::string cuda_note() {
 }  // namespace detrs
 
 STABLE_TORCH_LIBRARY(detrs, library) {
-  library.def("deform_attn(Tensor value, int[] shapes, Tensor locations, Tensor weights) -> Tensor");
+  library.def("deform_attn(Tensor value, SymInt[] shapes, Tensor locations, Tensor weights) -> Tensor");
   library.def(
-      "deform_attn_backward(Tensor grad_out, Tensor value, int[] shapes, Tensor locations, Tensor weights) "
+      "deform_attn_backward(Tensor grad_out, Tensor value, SymInt[] shapes, Tensor locations, Tensor "
+      "weights) "
       "-> (Tensor grad_value, Tensor grad_locations, Tensor grad_weights)");
   library.def(
-      "deform_attn_fused(Tensor value, int[] shapes, Tensor reference, Tensor offsets, Tensor logits) -> "
+      "deform_attn_fused(Tensor value, SymInt[] shapes, Tensor reference, Tensor offsets, Tensor logits) -> "
       "Tensor");
   // grad_reference is per head, [images, queries, heads, levels, 2 or 4], or empty if it is not needed.
   // Python sums over the heads.
   library.def(
-      "deform_attn_fused_backward(Tensor grad_out, Tensor value, int[] shapes, Tensor reference, Tensor "
+      "deform_attn_fused_backward(Tensor grad_out, Tensor value, SymInt[] shapes, Tensor reference, Tensor "
       "offsets, "
       "Tensor logits, bool reference_needs_grad) "
       "-> (Tensor grad_value, Tensor grad_reference, Tensor grad_offsets, Tensor grad_logits)");

@@ -1,6 +1,6 @@
-// Divides the work among threads and selects the instruction set. In the backward pass, one thread computes a
-// complete (image, head): threads never write to the same memory, so there are no atomics, and the order of
-// all sums is independent of the number of threads.
+// Divides the work among threads and selects the instruction set. In the backward pass, one thread computes
+// grad_value of a complete (image, head), or of some of its channels: threads never write to the same memory,
+// so there are no atomics, and the order of all sums is independent of the number of threads.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -92,8 +92,20 @@ bool should_pack(const Problem<T>& problem) {
 }
 
 template <class T>
-void forward_packed(const Problem<T>& problem) {
-  torch::stable::parallel_for(0, problem.num_images * problem.num_heads, 1, [&](int64_t begin, int64_t end) {
+int64_t num_heads_of_all_images(const Problem<T>& problem) {
+  return problem.num_images * problem.num_heads;
+}
+
+// Returns whether threads would have nothing to do if each computed complete heads.
+template <class T>
+bool has_idle_threads(const Problem<T>& problem) {
+  return num_heads_of_all_images(problem) < int64_t(torch::stable::get_num_threads());
+}
+
+// Each thread packs one head at a time.
+template <class T>
+void forward_by_head(const Problem<T>& problem) {
+  torch::stable::parallel_for(0, num_heads_of_all_images(problem), 1, [&](int64_t begin, int64_t end) {
     ScratchBuffer<T> scratch(problem);
     Buffer<T> packed(head_size(problem));
     for (int64_t task = begin; task < end; task++) {
@@ -105,9 +117,10 @@ void forward_packed(const Problem<T>& problem) {
   });
 }
 
-template <class T>
-void forward_in_place(const Problem<T>& problem) {
-  constexpr int64_t kQueries = 64;  // of a task
+// Calls use(rows, scratch) for 64 queries of a head at a time, on all threads.
+template <class T, class Use>
+void for_queries(const Problem<T>& problem, const Use& use) {
+  constexpr int64_t kQueries = 64;
   const int64_t tasks_per_head = (problem.num_queries + kQueries - 1) / kQueries;
   const int64_t num_tasks = problem.num_images * tasks_per_head * problem.num_heads;
   torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
@@ -115,9 +128,76 @@ void forward_in_place(const Problem<T>& problem) {
     for (int64_t task = begin; task < end; task++) {
       int64_t part = task / problem.num_heads % tasks_per_head,
               last = std::min((part + 1) * kQueries, problem.num_queries);
-      Rows rows{task / problem.num_heads / tasks_per_head, task % problem.num_heads, part * kQueries, last};
-      kernels<T>().forward(problem, view_in_place(problem, rows.image, rows.head), rows, scratch.begin());
+      const Rows rows{task / problem.num_heads / tasks_per_head, task % problem.num_heads, part * kQueries,
+                      last};
+      use(rows, scratch.begin());
     }
+  });
+}
+
+template <class T>
+void forward_in_place(const Problem<T>& problem) {
+  for_queries(problem, [&](const Rows& rows, T* scratch) {
+    kernels<T>().forward(problem, view_in_place(problem, rows.image, rows.head), rows, scratch);
+  });
+}
+
+// Copies of all heads, for threads that share them: of value, of its gradient, of both or of none.
+template <class T>
+class PackedHeads {
+ public:
+  PackedHeads(const Problem<T>& problem, bool pack_value, bool pack_grad)
+      : problem_(problem),
+        pack_value_(pack_value),
+        pack_grad_(pack_grad),
+        buffer_((pack_value + pack_grad) * num_heads_of_all_images(problem) * head_size(problem)) {
+    for_heads([&](int64_t image, int64_t head) {
+      if (pack_value_) kernels<T>().pack(problem_, image, head, value(image, head));
+      if (pack_grad_) std::fill_n(grad(image, head), head_size(problem_), T(0));
+    });
+  }
+
+  HeadView<T> view(const Rows& rows) const {
+    HeadView<T> view = view_in_place(problem_, rows.image, rows.head);
+    if (pack_value_)
+      view.value = value(rows.image, rows.head), view.storage = storage_of<T>(),
+      view.stride = problem_.num_channels;
+    if (pack_grad_) view.grad_value = grad(rows.image, rows.head), view.grad_stride = problem_.num_channels;
+    return view;
+  }
+
+  void unpack_grad() const {
+    if (!pack_grad_) return;
+    for_heads(
+        [&](int64_t image, int64_t head) { kernels<T>().unpack(problem_, image, head, grad(image, head)); });
+  }
+
+ private:
+  template <class Use>
+  void for_heads(const Use& use) const {
+    torch::stable::parallel_for(0, num_heads_of_all_images(problem_), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; task++)
+        use(task / problem_.num_heads, task % problem_.num_heads);
+    });
+  }
+  T* value(int64_t image, int64_t head) const {
+    return buffer_.begin() + (image * problem_.num_heads + head) * head_size(problem_);
+  }
+  T* grad(int64_t image, int64_t head) const {
+    const int64_t values = pack_value_ ? num_heads_of_all_images(problem_) * head_size(problem_) : 0;
+    return value(image, head) + values;
+  }
+
+  const Problem<T>& problem_;
+  const bool pack_value_, pack_grad_;
+  const Buffer<T> buffer_;
+};
+
+template <class T>
+void forward_by_queries(const Problem<T>& problem) {
+  const PackedHeads<T> packed(problem, true, false);
+  for_queries(problem, [&](const Rows& rows, T* scratch) {
+    kernels<T>().forward(problem, packed.view(rows), rows, scratch);
   });
 }
 
@@ -148,19 +228,9 @@ void backward_head(const Problem<T>& problem, const Rows& rows, T* packed_value,
   if (packed_grad != nullptr) kernels<T>().unpack(problem, rows.image, rows.head, packed_grad);
 }
 
-}  // namespace
-
 template <class T>
-void forward(const Problem<T>& problem) {
-  should_pack(problem) ? forward_packed(problem) : forward_in_place(problem);
-}
-
-template <class T>
-void backward(const Problem<T>& problem) {
-  // Half precision is always summed in a packed T: in place, every addition would round.
-  const bool pack_value = should_pack(problem), pack_grad = pack_value || problem.storage != storage_of<T>();
-  if (!pack_grad) clear_grad_value(problem);
-  torch::stable::parallel_for(0, problem.num_images * problem.num_heads, 1, [&](int64_t begin, int64_t end) {
+void backward_by_head(const Problem<T>& problem, bool pack_value, bool pack_grad) {
+  torch::stable::parallel_for(0, num_heads_of_all_images(problem), 1, [&](int64_t begin, int64_t end) {
     ScratchBuffer<T> scratch(problem);
     Buffer<T> packed((pack_value + pack_grad) * head_size(problem));
     T* packed_value = pack_value ? packed.begin() : nullptr;
@@ -170,6 +240,49 @@ void backward(const Problem<T>& problem) {
       backward_head(problem, rows, packed_value, packed_grad, scratch.begin());
     }
   });
+}
+
+// Computes grad_value by head and channels, and then the other gradients by head and queries. All sums have
+// the order of backward_by_head.
+template <class T>
+void backward_by_channels(const Problem<T>& problem, bool pack_value, bool pack_grad) {
+  constexpr int64_t kChannels = 8;  // of a part, or a multiple
+  const PackedHeads<T> packed(problem, pack_value, pack_grad);
+  const int64_t num_heads = num_heads_of_all_images(problem), num_threads = torch::stable::get_num_threads();
+  const int64_t most = (problem.num_channels + kChannels - 1) / kChannels;
+  const int64_t wanted = std::min((num_threads + num_heads - 1) / num_heads, most);
+  const int64_t channels_per_part = (most + wanted - 1) / wanted * kChannels;
+  const int64_t parts_per_head = (problem.num_channels + channels_per_part - 1) / channels_per_part;
+  torch::stable::parallel_for(0, num_heads * parts_per_head, 1, [&](int64_t begin, int64_t end) {
+    ScratchBuffer<T> scratch(problem);
+    for (int64_t task = begin; task < end; task++) {
+      const int64_t head = task / parts_per_head, first = task % parts_per_head * channels_per_part;
+      const Rows rows{head / problem.num_heads, head % problem.num_heads, 0, problem.num_queries};
+      const ChannelRange channels{first, std::min(first + channels_per_part, problem.num_channels)};
+      kernels<T>().value_grads(problem, packed.view(rows), rows, channels, scratch.begin());
+    }
+  });
+  packed.unpack_grad();
+  for_queries(problem, [&](const Rows& rows, T* scratch) {
+    kernels<T>().sample_grads(problem, packed.view(rows), rows, scratch);
+  });
+}
+
+}  // namespace
+
+template <class T>
+void forward(const Problem<T>& problem) {
+  if (!should_pack(problem)) return forward_in_place(problem);
+  has_idle_threads(problem) ? forward_by_queries(problem) : forward_by_head(problem);
+}
+
+template <class T>
+void backward(const Problem<T>& problem) {
+  // Half precision is always summed in a packed T: in place, every addition would round.
+  const bool pack_value = should_pack(problem), pack_grad = pack_value || problem.storage != storage_of<T>();
+  if (!pack_grad) clear_grad_value(problem);
+  has_idle_threads(problem) ? backward_by_channels(problem, pack_value, pack_grad)
+                            : backward_by_head(problem, pack_value, pack_grad);
 }
 
 const char* instruction_set() {

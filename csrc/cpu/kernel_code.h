@@ -231,15 +231,45 @@ inline void compute_corners(const BlockLevels<T>& levels, Block<T>& block) {
 template <int N>
 struct Width {};
 
-// Splits the channels into runs of 32, 16, 8, 4 and 1 and calls use(Width<N>, first channel) for each.
+// Splits channels into runs of 32, 16, 8, 4 and 1 and calls use(Width<N>, first channel) for each.
 template <class Use>
-inline void for_channel_runs(int64_t num_channels, const Use& use) {
-  int64_t first = 0;
-  for (; first + 32 <= num_channels; first += 32) use(Width<32>(), first);
-  for (; first + 16 <= num_channels; first += 16) use(Width<16>(), first);
-  for (; first + 8 <= num_channels; first += 8) use(Width<8>(), first);
-  for (; first + 4 <= num_channels; first += 4) use(Width<4>(), first);
-  for (; first < num_channels; first++) use(Width<1>(), first);
+inline void for_channel_runs(const ChannelRange& channels, const Use& use) {
+  int64_t first = channels.first;
+  for (; first + 32 <= channels.last; first += 32) use(Width<32>(), first);
+  for (; first + 16 <= channels.last; first += 16) use(Width<16>(), first);
+  for (; first + 8 <= channels.last; first += 8) use(Width<8>(), first);
+  for (; first + 4 <= channels.last; first += 4) use(Width<4>(), first);
+  for (; first < channels.last; first++) use(Width<1>(), first);
+}
+
+// Every row is checked, so this must be fast: vectors, and one branch.
+template <class T>
+inline bool all_finite(const T* numbers, int64_t count) {
+  constexpr int kLanes = lanes_of<T>();
+  Indices<T> others = {};
+  int64_t at = 0;
+  for (; at + kLanes <= count; at += kLanes) {
+    const Numbers<T> loaded = load<kLanes>(numbers + at);
+    others |= loaded - loaded != 0;  // NaN or infinity minus itself is NaN
+  }
+  uint64_t words[sizeof(others) / sizeof(uint64_t)], any = 0;
+  __builtin_memcpy(words, &others, sizeof(others));
+  for (uint64_t word : words) any |= word;
+  for (; at < count; at++) any |= numbers[at] - numbers[at] != 0;
+  return any == 0;
+}
+
+// Calls use(sample, corner) for the corners of a block that count: all except those outside the level, where
+// the token is another one. The kernels read that token all the same and multiply it by 0, which is as good
+// unless it is NaN or infinite. A NaN weight counts everywhere.
+template <class T, class Use>
+inline void for_corners_inside(const BlockLevels<T>& levels, const Block<T>& block, const Use& use) {
+  for (int64_t sample = 0; sample < block.count; sample++) {
+    const int64_t first = sample / lanes_of<T>() * lanes_of<T>();
+    const auto corners = corners_of(levels, block, first);
+    for (int corner = 0; corner < 4; corner++)
+      if (corners.inside(corner)[sample - first] || block.factor[corner][sample] != 0) use(sample, corner);
+  }
 }
 
 // sums[0..N) = (or +=) sum over the block's samples and corners of factor * value
@@ -270,6 +300,17 @@ inline void gather(Width<N>, const Block<T>& block, const Stored* value, int64_t
   top_sums.store_ordered(sums);
 }
 
+// As gather for all channels, but without the corners outside the level, and slow.
+template <class T, class Stored>
+inline void gather_inside(const BlockLevels<T>& levels, const Block<T>& block, const Stored* value,
+                          int64_t stride, int64_t num_channels, T* sums, bool is_first) {
+  for (int64_t i = 0; is_first && i < num_channels; i++) sums[i] = 0;
+  for_corners_inside(levels, block, [&](int64_t sample, int corner) {
+    const Stored* from = value + block.token[corner][sample] * stride;
+    for (int64_t i = 0; i < num_channels; i++) sums[i] += block.factor[corner][sample] * widen(from[i]);
+  });
+}
+
 // Sums the lanes of `partial` and adds them to `dot`, which holds the sums of earlier channel runs.
 template <int N, class T>
 inline void finish_dots(Block<T>& block, bool is_first_run) {
@@ -287,8 +328,11 @@ inline void finish_dots(Block<T>& block, bool is_first_run) {
   }
 }
 
+// What a backward kernel computes; see Kernels.
+enum class Part { all, value, samples };
+
 // grad_value += factor * grad_out, and dot = grad_out . value, at every corner
-template <int N, class T, class Stored>
+template <Part kPart, int N, class T, class Stored>
 inline void scatter(Width<N>, Block<T>& block, const HeadView<T>& head, const Stored* __restrict value,
                     int64_t first_channel, const T* grad_out) {
   typedef Run<Stored, T, N> Values;
@@ -304,23 +348,45 @@ inline void scatter(Width<N>, Block<T>& block, const HeadView<T>& head, const St
 #pragma GCC unroll 4
     for (int corner = 0; corner < 4; corner++) {
       const int64_t token = block.token[corner][sample], offset = token * stride;
-      const auto values = Values::load_wide(value + offset);
-      // Where value is stored in the type of the gradient, both are packed or neither is: they have one
-      // stride.
-      T* grad_at = grad_value + (std::is_same_v<Stored, T> ? offset : token * grad_stride);
-      T factor = block.factor[corner][sample];
-      auto partial = ordered_grad.vector[0] * values.vector[0];
+      if constexpr (kPart != Part::value) {
+        const auto values = Values::load_wide(value + offset);
+        auto partial = ordered_grad.vector[0] * values.vector[0];
 #pragma GCC unroll 8
-      for (int i = 1; i < kVectors; i++) partial += ordered_grad.vector[i] * values.vector[i];
-      store<kLanes>(partials + (corner * kBlock + sample) * kLanes, partial);
+        for (int i = 1; i < kVectors; i++) partial += ordered_grad.vector[i] * values.vector[i];
+        store<kLanes>(partials + (corner * kBlock + sample) * kLanes, partial);
+      }
+      if constexpr (kPart != Part::samples) {
+        // Where value is stored in the type of the gradient, both are packed or neither is: they have one
+        // stride.
+        T* grad_at = grad_value + (std::is_same_v<Stored, T> ? offset : token * grad_stride);
+        T factor = block.factor[corner][sample];
 #pragma GCC unroll 8
-      for (int i = 0; i < kVectors; i++) {
-        T* to = grad_at + i * kLanes;
-        store<kLanes>(to, load<kLanes>(to) + factor * grad[i]);
+        for (int i = 0; i < kVectors; i++) {
+          T* to = grad_at + i * kLanes;
+          store<kLanes>(to, load<kLanes>(to) + factor * grad[i]);
+        }
       }
     }
   }
-  finish_dots<kLanes>(block, first_channel == 0);
+  if constexpr (kPart != Part::value) finish_dots<kLanes>(block, first_channel == 0);
+}
+
+// As scatter, but without the corners outside the level, slow, and not inlined for the same reason as
+// forward_row_inside. `differentiate` ignores the dots of those corners.
+template <Part kPart, class T, class Stored>
+__attribute__((noinline, cold)) void scatter_inside(const BlockLevels<T>& levels, Block<T>& block,
+                                                    const HeadView<T>& head, const Stored* value,
+                                                    const ChannelRange& channels, const T* grad_out) {
+  for_corners_inside(levels, block, [&](int64_t sample, int corner) {
+    const int64_t token = block.token[corner][sample];
+    T dot = 0;
+    for (int64_t i = channels.first; i < channels.last; i++) {
+      if constexpr (kPart != Part::value) dot += grad_out[i] * widen(value[token * head.stride + i]);
+      if constexpr (kPart != Part::samples)
+        head.grad_value[token * head.grad_stride + i] += block.factor[corner][sample] * grad_out[i];
+    }
+    block.dot[corner][sample] = dot;
+  });
 }
 
 // Computes the gradients of x, y and weight from the dots of the corners, and stores them in dot[0..3).
@@ -415,6 +481,17 @@ inline void for_blocks(const Problem<T>& problem, int64_t row, const Scratch<T>&
   }
 }
 
+// Computes the sums of a row again, without the corners outside the level. Not inlined: it is rarely needed,
+// and would slow down forward_rows.
+template <class Stored, class T>
+__attribute__((noinline, cold)) void forward_row_inside(const Problem<T>& problem, const HeadView<T>& head,
+                                                        const Stored* value, int64_t row,
+                                                        const Scratch<T>& scratch, Block<T>& block, T* sums) {
+  for_blocks(problem, row, scratch, block, [&](const SampleRange& range, const BlockLevels<T>& levels) {
+    gather_inside(levels, block, value, head.stride, problem.num_channels, sums, range.first == 0);
+  });
+}
+
 template <class Stored, class T>
 inline void forward_rows(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* buffer) {
   const Scratch<T> scratch(problem, buffer);
@@ -428,10 +505,11 @@ inline void forward_rows(const Problem<T>& problem, const HeadView<T>& head, con
     prefetch_ahead(problem, problem.out, row, num_channels * bytes_of(problem.storage));
     for (int64_t i = 0; problem.num_samples() == 0 && i < num_channels; i++) sums[i] = 0;
     for_blocks(problem, row, scratch, block, [&](const SampleRange& range, const BlockLevels<T>&) {
-      for_channel_runs(num_channels, [&](auto width, int64_t channel) {
+      for_channel_runs({0, num_channels}, [&](auto width, int64_t channel) {
         gather(width, block, value + channel, head.stride, sums + channel, range.first == 0);
       });
     });
+    if (!all_finite(sums, num_channels)) forward_row_inside(problem, head, value, row, scratch, block, sums);
     if (!convert) continue;
     with_storage(problem.storage, T(), [&](auto stored) {
       narrow_all(sums, static_cast<decltype(stored)*>(problem.out) + row * num_channels, num_channels);
@@ -445,8 +523,9 @@ void forward(const Problem<T>& problem, const HeadView<T>& head, const Rows& row
                [&](auto stored) { forward_rows<decltype(stored)>(problem, head, rows, buffer); });
 }
 
-template <class Stored, class T>
-inline void backward_rows(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* buffer) {
+template <Part kPart, class Stored, class T>
+inline void backward_rows(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows,
+                          const ChannelRange& channels, T* buffer) {
   const Scratch<T> scratch(problem, buffer);
   const Stored* value = static_cast<const Stored*>(head.value);
   const int64_t num_channels = problem.num_channels;
@@ -463,22 +542,44 @@ inline void backward_rows(const Problem<T>& problem, const HeadView<T>& head, co
         widen_all(given, scratch.channels, num_channels);
       });
     }
+    const bool finite = all_finite(grad_out, num_channels);
     for_blocks(problem, row, scratch, block, [&](const SampleRange& range, const BlockLevels<T>& levels) {
-      for_channel_runs(num_channels, [&](auto width, int64_t channel) {
-        scatter(width, block, head, value + channel, channel, grad_out);
-      });
+      if (finite) {
+        for_channel_runs(channels, [&](auto width, int64_t channel) {
+          scatter<kPart>(width, block, head, value + channel, channel, grad_out);
+        });
+      } else {
+        scatter_inside<kPart>(levels, block, head, value, channels, grad_out);
+      }
+      if constexpr (kPart == Part::value) return;
       differentiate_block(levels, block);
       if (fused) offset_grads(problem, range, levels, block);
       store_sample_grads(problem, range, block);
     });
-    if (fused) logit_grads(problem, row, scratch);
+    if (fused && kPart != Part::value) logit_grads(problem, row, scratch);
   }
 }
 
 template <class T>
 void backward(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* buffer) {
-  with_storage(head.storage, T(),
-               [&](auto stored) { backward_rows<decltype(stored)>(problem, head, rows, buffer); });
+  with_storage(head.storage, T(), [&](auto stored) {
+    backward_rows<Part::all, decltype(stored)>(problem, head, rows, {0, problem.num_channels}, buffer);
+  });
+}
+
+template <class T>
+void value_grads(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows,
+                 const ChannelRange& channels, T* buffer) {
+  with_storage(head.storage, T(), [&](auto stored) {
+    backward_rows<Part::value, decltype(stored)>(problem, head, rows, channels, buffer);
+  });
+}
+
+template <class T>
+void sample_grads(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* buffer) {
+  with_storage(head.storage, T(), [&](auto stored) {
+    backward_rows<Part::samples, decltype(stored)>(problem, head, rows, {0, problem.num_channels}, buffer);
+  });
 }
 
 // Returns the first element of one head of one image in value and grad_value.
@@ -509,7 +610,8 @@ void unpack(const Problem<T>& problem, int64_t image, int64_t head, const T* pac
 
 template <class T>
 constexpr Kernels<T> table() {
-  return {scratch_size<T>, prepare_scratch<T>, forward<T>, backward<T>, pack<T>, unpack<T>};
+  return {scratch_size<T>, prepare_scratch<T>, forward<T>, backward<T>,
+          value_grads<T>,  sample_grads<T>,    pack<T>,    unpack<T>};
 }
 
 }  // namespace

@@ -33,6 +33,11 @@ struct Rows {
   int64_t image, head, first_query, last_query;
 };
 
+// A range of the channels of a head.
+struct ChannelRange {
+  int64_t first, last;
+};
+
 template <class T>
 struct Kernels {
   // A thread owns a scratch buffer of this many T. It prepares it once per call, and uses it for all its
@@ -41,6 +46,10 @@ struct Kernels {
   void (*prepare_scratch)(const Problem<T>&, T* buffer);
   void (*forward)(const Problem<T>&, const HeadView<T>&, const Rows&, T* buffer);
   void (*backward)(const Problem<T>&, const HeadView<T>&, const Rows&, T* buffer);
+  // The two halves of `backward`, which threads can compute at the same time: the gradient of value, for some
+  // of the channels, and all other gradients.
+  void (*value_grads)(const Problem<T>&, const HeadView<T>&, const Rows&, const ChannelRange&, T* buffer);
+  void (*sample_grads)(const Problem<T>&, const HeadView<T>&, const Rows&, T* buffer);
   // pack copies one head of value to contiguous [tokens, channels] of T; unpack copies the other way, to
   // grad_value.
   void (*pack)(const Problem<T>&, int64_t image, int64_t head, T* packed);

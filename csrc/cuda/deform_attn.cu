@@ -1,8 +1,6 @@
 // Chooses the kernel for a call and launches it.
-#include <algorithm>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "deform_attn.h"
 #include "kernels.cuh"
@@ -19,20 +17,7 @@ void check(cudaError_t status) {
 }
 
 template <class T>
-std::vector<Level<T>> levels_of(const int64_t* shapes, int64_t num_levels) {
-  std::vector<Level<T>> levels;
-  int64_t start = 0;
-  for (int64_t level = 0; level < num_levels; level++) {
-    const int64_t height = shapes[2 * level], width = shapes[2 * level + 1];
-    levels.push_back({static_cast<int>(height), static_cast<int>(width), static_cast<int>(start),
-                      1 / static_cast<T>(height), 1 / static_cast<T>(width)});
-    start += height * width;
-  }
-  return levels;
-}
-
-template <class T>
-Call<T> call_of(const Problem<T>& problem, void* level_buffer, cudaStream_t stream) {
+Call<T> call_of(const Problem<T>& problem) {
   Call<T> call{};
   call.problem = problem;
   call.num_samples = static_cast<int>(problem.num_samples());
@@ -40,14 +25,12 @@ Call<T> call_of(const Problem<T>& problem, void* level_buffer, cudaStream_t stre
   call.token_stride = static_cast<uint32_t>(problem.num_heads * problem.num_channels);
   call.image_stride = problem.num_tokens * problem.num_heads * problem.num_channels;
   call.half_step = static_cast<T>(0.5) / static_cast<T>(problem.num_points);
-  const std::vector<Level<T>> levels = levels_of<T>(problem.shapes, problem.num_levels);
-  if (problem.num_levels <= kParameterLevels) {
-    std::copy(levels.begin(), levels.end(), call.levels);
-  } else {
-    const size_t size = levels.size() * sizeof(Level<T>);
-    // From pageable memory CUDA copies to a staging buffer before it returns: `levels` may be freed then.
-    check(cudaMemcpyAsync(level_buffer, levels.data(), size, cudaMemcpyHostToDevice, stream));
-    call.more_levels = static_cast<const Level<T>*>(level_buffer);
+  int64_t start = 0;
+  for (int64_t level = 0; level < problem.num_levels; level++) {
+    const int64_t height = problem.shapes[2 * level], width = problem.shapes[2 * level + 1];
+    call.levels[level] = {static_cast<int>(height), static_cast<int>(width), static_cast<int>(start),
+                          1 / static_cast<T>(height), 1 / static_cast<T>(width)};
+    start += height * width;
   }
   return call;
 }
@@ -105,13 +88,9 @@ void launch(const Kernel& kernel, Call<T> call, int64_t rows_per_block, size_t s
 
 }  // namespace
 
-int64_t level_buffer_size(int64_t num_levels) {
-  return num_levels <= kParameterLevels ? 0 : num_levels * static_cast<int64_t>(sizeof(Level<double>));
-}
-
 template <class T>
-void forward(const Problem<T>& problem, void* level_buffer, void* stream) {
-  const Call<T> call = call_of(problem, level_buffer, static_cast<cudaStream_t>(stream));
+void forward(const Problem<T>& problem, void* stream) {
+  const Call<T> call = call_of(problem);
   with_division(problem, [&](auto division) {
     using D = decltype(division);
     launch(forward_kernel<typename D::Stored, D::kVector, D::kLanes>, call, kRows<D::kLanes>,
@@ -120,8 +99,8 @@ void forward(const Problem<T>& problem, void* level_buffer, void* stream) {
 }
 
 template <class T>
-void backward(const Problem<T>& problem, void* level_buffer, void* stream) {
-  const Call<T> call = call_of(problem, level_buffer, static_cast<cudaStream_t>(stream));
+void backward(const Problem<T>& problem, void* stream) {
+  const Call<T> call = call_of(problem);
   with_division(problem, [&](auto division) {
     using D = decltype(division);
     launch(backward_kernel<typename D::Stored, D::kVector, D::kLanes>, call, kRows<D::kLanes>,
@@ -129,9 +108,9 @@ void backward(const Problem<T>& problem, void* level_buffer, void* stream) {
   });
 }
 
-template void forward(const Problem<float>&, void*, void*);
-template void forward(const Problem<double>&, void*, void*);
-template void backward(const Problem<float>&, void*, void*);
-template void backward(const Problem<double>&, void*, void*);
+template void forward(const Problem<float>&, void*);
+template void forward(const Problem<double>&, void*);
+template void backward(const Problem<float>&, void*);
+template void backward(const Problem<double>&, void*);
 
 }  // namespace detrs::cuda

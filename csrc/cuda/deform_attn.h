@@ -6,18 +6,18 @@
 
 namespace detrs::cuda {
 
-// Returns the bytes of device memory that a call needs for its levels; usually 0.
-int64_t level_buffer_size(int64_t num_levels);
+// Levels are kernel parameters, of which there are 4 KB: a graph capture records them by value.
+constexpr int kMaxLevels = 32;
 
 // Launch the kernels on a CUDA stream (a cudaStream_t) of the current device, and return without waiting for
 // them. All pointers are to device memory and aligned to 16 bytes, except `shapes`, which is in host memory.
 // grad_value is of type T for every storage, since gradients are summed there; it and grad_reference must be
-// zero before the call. num_channels is a multiple of 4, at most 128. Throw std::runtime_error with the
-// message of CUDA.
+// zero before the call. num_channels is a multiple of 4, from 4 to 128, and num_levels at most kMaxLevels.
+// Throw std::runtime_error with the message of CUDA.
 template <class T>
-void forward(const Problem<T>& problem, void* level_buffer, void* stream);
+void forward(const Problem<T>& problem, void* stream);
 
 template <class T>
-void backward(const Problem<T>& problem, void* level_buffer, void* stream);
+void backward(const Problem<T>& problem, void* stream);
 
 }  // namespace detrs::cuda

@@ -3,6 +3,7 @@
 
 #include "../deform_attn.h"
 #include "../geometry.h"
+#include "deform_attn.h"
 #include "storage.cuh"
 
 namespace detrs::cuda {
@@ -25,7 +26,6 @@ struct Level {
   int height, width, start;
   T pixel_height, pixel_width;  // 1 / height and 1 / width
 };
-constexpr int kParameterLevels = 16;  // up to this many are kernel parameters; more are in device memory
 
 // Parameters of a kernel: the problem, and numbers that the host computes once. The kernels would otherwise
 // compute them in every thread, or in loops.
@@ -33,12 +33,11 @@ template <class T>
 struct Call {
   Problem<T> problem;
   int num_samples, num_points;
-  uint32_t blocks_per_head;     // blocks for the queries of one head and image
-  uint32_t token_stride;        // elements from one token to the next
-  int64_t image_stride;         // elements from one image to the next
-  T half_step;                  // fused, boxes: 1 / 2 / num_points
-  const Level<T>* more_levels;  // all levels, in device memory, if more than kParameterLevels; else null
-  Level<T> levels[kParameterLevels];
+  uint32_t blocks_per_head;  // blocks for the queries of one head and image
+  uint32_t token_stride;     // elements from one token to the next
+  int64_t image_stride;      // elements from one image to the next
+  T half_step;               // fused, boxes: 1 / 2 / num_points
+  Level<T> levels[kMaxLevels];
 };
 
 // A row belongs to kLanes neighboring lanes of a warp; each lane has kVector of its channels.
@@ -148,15 +147,15 @@ __device__ __forceinline__ Sample<T> load_sample(const Call<T>& call, const Row&
                                                  const Softmax<T>& softmax, int at) {
   const Problem<T>& problem = call.problem;
   Sample<T> sample;
+  const int level_index =
+      static_cast<int>(static_cast<unsigned>(at) / static_cast<unsigned>(call.num_points));
+  const Level<T> level = call.levels[level_index];
+  sample.level = {static_cast<T>(level.width), static_cast<T>(level.height), level.width, level.height,
+                  level.start};
+  // Here, and not above, so that backward_kernel does not spill
   sample.index = row.index * call.num_samples + at;
   const auto given = load_pair(problem.locations + 2 * sample.index);
   sample.weight = __ldg(problem.weights + sample.index);
-  const int level_index =
-      static_cast<int>(static_cast<unsigned>(at) / static_cast<unsigned>(call.num_points));
-  const Level<T> level =
-      call.more_levels == nullptr ? call.levels[level_index] : call.more_levels[level_index];
-  sample.level = {static_cast<T>(level.width), static_cast<T>(level.height), level.width, level.height,
-                  level.start};
   T x = given.x, y = given.y;
   if (problem.reference_size != 0) {
     const T* reference =
@@ -172,8 +171,9 @@ __device__ __forceinline__ Sample<T> load_sample(const Call<T>& call, const Row&
 }
 
 // Passes the corners of a sample to the other lanes of the row. `weight` is that of the sample, or 0 if the
-// row must add nothing.
-template <class T, class Shared>
+// row must add nothing. With kMarkOutside, the token of a corner outside the level becomes -1; not that of a
+// NaN weight, which counts everywhere.
+template <bool kMarkOutside, class T, class Shared>
 __device__ __forceinline__ void store_corners(const Sample<T>& sample, T weight, int slot, int at,
                                               Shared& shared) {
   const Corners<T, int>& corners = sample.corners;
@@ -183,6 +183,7 @@ __device__ __forceinline__ void store_corners(const Sample<T>& sample, T weight,
   for (int corner = 0; corner < 4; corner++) {
     tokens.at[corner] = corners.token[corner];
     factors.at[corner] = corners.bilinear_factor(corner) * weight;
+    if (kMarkOutside && !corners.inside(corner) && factors.at[corner] == 0) tokens.at[corner] = -1;
   }
   shared.tokens[slot][at] = tokens, shared.factors[slot][at] = factors;
 }
@@ -205,6 +206,40 @@ struct Channels {
   }
 };
 
+// Sums the samples of a row, for the channels of this lane. Corners outside the level have factor 0. Their
+// token is another one: what is read there does not count, unless it is NaN or infinite and kSkipOutside is
+// false.
+template <bool kSkipOutside, int kLanes, int kVector, class Stored, class T, class Shared>
+__device__ __forceinline__ void sum_samples(const Call<T>& call, const Row& row, const Softmax<T>& softmax,
+                                            const Channels<Stored>& value, Shared& shared,
+                                            T (&sums)[kVector]) {
+#pragma unroll
+  for (int i = 0; i < kVector; i++) sums[i] = 0;
+  for (int first = 0; first < call.num_samples; first += kPass<kLanes>) {
+    const int count = min(kPass<kLanes>, call.num_samples - first);
+#pragma unroll 1
+    for (int at = row.lane; at < count; at += kLanes) {
+      const Sample<T> sample = load_sample(call, row, softmax, first + at);
+      store_corners<kSkipOutside>(sample, sample.weight, row.slot, at, shared);
+    }
+    __syncwarp();  // all samples are in shared memory
+#pragma unroll(kSkipOutside ? 1 : 2)
+    for (int at = 0; at < count; at++) {
+      const Four<int> tokens = shared.tokens[row.slot][at];
+      const Four<T> factors = shared.factors[row.slot][at];
+#pragma unroll
+      for (int corner = 0; corner < 4; corner++) {
+        if (kSkipOutside && tokens.at[corner] < 0) continue;
+        T numbers[kVector];
+        load(value.at(tokens.at[corner]), numbers);
+#pragma unroll
+        for (int i = 0; i < kVector; i++) sums[i] += factors.at[corner] * numbers[i];
+      }
+    }
+    __syncwarp();  // all lanes have read them: the next pass may overwrite
+  }
+}
+
 template <class Stored, int kVector, int kLanes>
 __global__ void __launch_bounds__(kThreads, kBlocks<Arithmetic<Stored>, kVector>)
     forward_kernel(const __grid_constant__ Call<Arithmetic<Stored>> call) {
@@ -218,29 +253,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Arithmetic<Stored>, kVector>
   Softmax<T> softmax = {};
   if (problem.reference_size != 0) softmax = Softmax<T>::template of_row<kLanes>(call, row);
 
-  T sums[kVector] = {};
-  for (int first = 0; first < call.num_samples; first += kPass<kLanes>) {
-    const int count = min(kPass<kLanes>, call.num_samples - first);
-#pragma unroll 1
-    for (int at = row.lane; at < count; at += kLanes) {
-      const Sample<T> sample = load_sample(call, row, softmax, first + at);
-      store_corners(sample, sample.weight, row.slot, at, shared);
-    }
-    __syncwarp();  // all samples are in shared memory
-#pragma unroll 2
-    for (int at = 0; at < count; at++) {
-      const Four<int> tokens = shared.tokens[row.slot][at];
-      const Four<T> factors = shared.factors[row.slot][at];
+  T sums[kVector];
+  sum_samples<false, kLanes>(call, row, softmax, value, shared, sums);
+  bool is_nan = false;  // as it is after 0 times NaN or infinity
 #pragma unroll
-      for (int corner = 0; corner < 4; corner++) {
-        T numbers[kVector];
-        load(value.at(tokens.at[corner]), numbers);
-#pragma unroll
-        for (int i = 0; i < kVector; i++) sums[i] += factors.at[corner] * numbers[i];
-      }
-    }
-    __syncwarp();  // all lanes have read them: the next pass may overwrite
-  }
+  for (int i = 0; i < kVector; i++) is_nan = is_nan || sums[i] != sums[i];
+  if (__any_sync(kWarp, is_nan)) sum_samples<true, kLanes>(call, row, softmax, value, shared, sums);
   if (row.exists && has_channels)
     store(sums, static_cast<Stored*>(problem.out) + row.index * problem.num_channels + channel);
 }
@@ -341,7 +359,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Arithmetic<Stored>, kVector>
 #pragma unroll 1
     for (int at = row.lane; at < count; at += kLanes) {
       const Sample<T> sample = load_sample(call, row, softmax, first + at);
-      store_corners(sample, row.exists ? sample.weight : 0, row.slot, at, shared);
+      store_corners<false>(sample, row.exists ? sample.weight : 0, row.slot, at, shared);
     }
     __syncwarp();  // all samples are in shared memory
     for (int at = 0; at < count; at++) {

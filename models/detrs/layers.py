@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from typing import Any
@@ -96,7 +95,9 @@ def sine_encoding(
 
     Source: DETR, A.4; the frequencies are `temperature ** (2i / dim)`, the scale is 2 pi.
     """
-    frequencies = _frequencies(dim, temperature, coordinates.dtype, coordinates.device)
+    # Not cached: torch.export would leave a tensor without numbers in the cache
+    powers = torch.arange(dim // 2, dtype=coordinates.dtype, device=coordinates.device) * 2 / dim
+    frequencies = temperature**powers
     angles = coordinates[..., None] * (2 * math.pi) / frequencies
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-3)
 
@@ -119,11 +120,3 @@ def image_encoding(
     x = (x + offset) / (x[:, :, -1:] + 1e-6)
     encodings = [sine_encoding(z[..., None], dim, t) for z, t in zip((y, x), temperatures, strict=True)]
     return torch.cat(encodings, dim=-1)
-
-
-@functools.lru_cache(maxsize=64)
-def _frequencies(dim: int, temperature: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # The cache outlives the call: a tensor created in inference mode could not be used in training
-    with torch.inference_mode(False):
-        powers = torch.arange(dim // 2, dtype=dtype, device=device) * 2 / dim
-        return temperature**powers

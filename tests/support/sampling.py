@@ -55,3 +55,25 @@ def assert_close_to_largest(found: Sequence[Tensor], expected: Sequence[Tensor],
     for one, other in zip(found, expected, strict=True):
         limit = tolerance * float(1 + other.abs().max()) if other.numel() else 0
         torch.testing.assert_close(one.to(other.dtype), other, rtol=0, atol=limit)
+
+
+def plant_nonfinite(tensor: Tensor, seed: int = 0) -> Tensor:
+    """Return a copy in which a tenth of the vectors along the last axis hold NaN or infinity, each in one place."""
+    generator = torch.Generator().manual_seed(seed)
+    planted = tensor.clone()
+    vectors = planted.view(-1, planted.shape[-1])
+    for number, vector in enumerate(torch.randperm(len(vectors), generator=generator)[: len(vectors) // 10]):
+        wild = (torch.nan, torch.inf, -torch.inf)[number % 3]
+        vectors[vector, number % vectors.shape[1]] = wild
+    return planted
+
+
+def assert_finite_in_the_same_places(
+    found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float
+) -> None:
+    """Assert that NaN or infinity is where it is expected, and that all other numbers are close."""
+    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+        finite = other.isfinite()
+        wrong = int((one.isfinite() != finite).sum())
+        assert wrong == 0, f"tensor {index}: {wrong} of {finite.numel()} numbers are wrongly finite or not"
+        assert_close_to_largest([one[finite]], [other[finite]], tolerance)

@@ -1,11 +1,13 @@
 """Load the native library and register its operators with torch. No other module touches the library.
 
-The library (csrc/, built by setup.py) registers `torch.ops.detrs.*`. This module adds fake kernels, gradients and
+The library (csrc/, built by csrc/build.py) registers `torch.ops.detrs.*`. This module adds fake kernels, gradients and
 autocast.
 """
 
 from __future__ import annotations
 
+import functools
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -29,13 +31,15 @@ class NativeStatus:
 
     `devices` are the device types with native kernels; all others use the pure-torch reference. "cuda" is among them if
     the library was built with nvcc, whether or not this machine has a GPU. `instruction_set` is that of the CPU
-    kernels: "avx512", "avx2" or "baseline". `reason` is a sentence to print.
+    kernels: "avx512", "avx2" or "baseline". `reason` is a sentence to print. `oldest_gpu` is the compute capability
+    from which on GPUs can run the kernels, (8, 0) unless it was built otherwise; None without kernels for GPUs.
     """
 
     devices: tuple[str, ...]
     instruction_set: str | None
     library: Path
     reason: str
+    oldest_gpu: tuple[int, int] | None = None
 
 
 def native_status() -> NativeStatus:
@@ -64,7 +68,9 @@ def _load() -> NativeStatus:
     instruction_set, targets = torch.ops.detrs.instruction_set(), torch.ops.detrs.cuda_targets()
     if targets:
         reason = f"native kernels for {instruction_set}, and for GPUs: {targets}"
-        return NativeStatus(("cpu", "cuda"), instruction_set, library, reason)
+        # A GPU compiles the PTX of an older one
+        oldest = min(int(target) for target in re.findall(r"compute_(\d+)", targets))
+        return NativeStatus(("cpu", "cuda"), instruction_set, library, reason, (oldest // 10, oldest % 10))
     reason = f"native kernels for {instruction_set}; none for GPUs: {torch.ops.detrs.cuda_note()}"
     return NativeStatus(("cpu",), instruction_set, library, reason)
 
@@ -97,9 +103,32 @@ def _installed_packages() -> Iterator[Path]:
 
 def has_kernels(value: Tensor) -> bool:
     """Return whether native kernels support `value`, [N, S, M, D]. On CUDA, D must be a multiple of 4, at most 128."""
+    if value.device.type not in _status.devices:
+        return False
+    if value.device.type != "cuda":
+        return True
     num_channels = value.shape[3]
-    fits = value.device.type != "cuda" or (num_channels % 4 == 0 and num_channels <= 128)
-    return fits and value.device.type in _status.devices
+    return num_channels % 4 == 0 and num_channels <= 128 and supports_gpu(value.device.index)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def supports_gpu(index: int) -> bool:
+    """Return whether the library has kernels for this GPU of the machine; warn once if it is too old."""
+    oldest = _status.oldest_gpu
+    if oldest is None or not torch.cuda.is_available():
+        return oldest is not None  # fake tensors can be on a GPU that the machine does not have
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= oldest:
+        return True
+    warnings.warn(
+        f"deformable attention runs in pure torch, several times slower: {torch.cuda.get_device_name(index)} has"
+        f" compute capability {capability[0]}.{capability[1]}, and the native kernels need"
+        f" {oldest[0]}.{oldest[1]} or newer.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
 
 
 def _register() -> None:

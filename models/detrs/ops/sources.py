@@ -1,4 +1,4 @@
-"""Identify the sources of the native library, for setup.py, which has no torch, and for `native`."""
+"""Identify the sources of the native library, for csrc/build.py, which has no torch, and for `native`."""
 
 from __future__ import annotations
 

@@ -193,10 +193,19 @@ def operator_lines(status: NativeStatus, machine: Machine) -> Iterator[Environme
     if not machine.gpus:
         yield EnvironmentLine(gpu, "ok", "not needed: there is no GPU that torch can use")
     elif "cuda" in status.devices:
-        yield EnvironmentLine(gpu, "ok", status.reason)
+        yield _gpu_operator_line(gpu, status, machine)
     else:
         remedy = f"install the CUDA toolkit (nvcc) that fits torch and run `{BUILD}` again"
         yield EnvironmentLine(gpu, "note", slow, remedy)
+
+
+def _gpu_operator_line(subject: str, status: NativeStatus, machine: Machine) -> EnvironmentLine:
+    oldest = status.oldest_gpu or (0, 0)
+    old = [gpu.name for gpu in machine.gpus if divmod(int(gpu.capability.removeprefix("sm_")), 10) < oldest]
+    if not old:
+        return EnvironmentLine(subject, "ok", status.reason)
+    found = f"pure torch on {', '.join(old)}: the kernels need compute capability {oldest[0]}.{oldest[1]}"
+    return EnvironmentLine(subject, "note", found, "use a newer GPU: several times faster")
 
 
 def cores_line(machine: Machine) -> EnvironmentLine:

@@ -91,9 +91,10 @@ def kernels() -> list[Kernel]:
 
 def test_every_kernel_exists_for_every_gpu():
     assert set(machine_code()) <= set(TARGETS)
-    newest = machine_code()[-1].removeprefix("sm_")
-    assert f"compute_{newest}" in native_status().reason.split(), "no PTX for later GPUs"
-    assert f".target sm_{newest}" in read_binary("-ptx")
+    ptx = read_binary("-ptx")
+    for target in (machine_code()[0], machine_code()[-1]):  # the oldest, and for later GPUs the newest
+        assert target.replace("sm", "compute") in native_status().reason.split()
+        assert f".target {target}" in ptx
     parts = re.split(r"arch = (sm_\d+)", read_binary("--dump-resource-usage"))
     num_kernels = {
         target: len(re.findall(r"_kernelI", text))
@@ -154,6 +155,6 @@ def test_instructions_of_a_sample(kernels, direction):
     ]
     loads = r"LDG\.E\.128"
     loops = [loop for loop in kernel.loops() if any(re.search(loads, line) for line in loop)]
-    inner = min(loops, key=len)
-    num_samples = sum(re.search(loads, line) is not None for line in inner) / 4
-    assert len(inner) / num_samples <= MOST_INSTRUCTIONS[direction, "float"]
+    # The fastest of the loops: that of rows with NaN is slower
+    per_sample = [4 * len(loop) / sum(re.search(loads, line) is not None for line in loop) for loop in loops]
+    assert min(per_sample) <= MOST_INSTRUCTIONS[direction, "float"]

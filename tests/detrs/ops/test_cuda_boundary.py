@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from detrs.ops import deform_attn, deform_attn_fused, native, native_status
 from detrs.ops.native import has_kernels
+from fresh_interpreter import run_python
 
 ROOT = Path(__file__).parents[3]
 SHAPES = ((5, 7), (3, 2))
@@ -89,10 +90,9 @@ def test_deterministic_algorithms_are_possible_on_the_cpu():
 
 
 def find_nvcc(**environment: str) -> str:
-    """Return what `find_nvcc` of setup.py finds in such an environment, without building."""
+    """Return what `find_nvcc` of csrc/build.py finds in such an environment, without building."""
     code = (
-        "import setuptools; setuptools.setup = lambda **_: None\n"
-        "import runpy; found = runpy.run_path('setup.py')['find_nvcc']()\n"
+        "import runpy; found = runpy.run_path('csrc/build.py')['find_nvcc']()\n"
         "print(found if isinstance(found, str) else ' '.join([*found.flags, found.target_names]))"
     )
     result = subprocess.run(
@@ -120,9 +120,48 @@ def compiler(tmp_path):
 def test_setup_builds_for_the_gpus_that_the_compiler_knows(compiler):
     found = find_nvcc(PATH="/usr/bin:/bin", NVCC=str(compiler("12.4")))
     assert "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90" in found
-    assert found.endswith("-gencode=arch=compute_90,code=compute_90 sm_80 sm_90 compute_90")
+    ptx = "-gencode=arch=compute_80,code=compute_80 -gencode=arch=compute_90,code=compute_90"
+    assert found.endswith(f"{ptx} sm_80 sm_90 compute_80 compute_90")
     assert "sm_75" not in found
     assert "sm_121" not in found
+
+
+def test_setup_builds_for_the_gpus_of_torchs_variable(compiler):
+    nvcc = {"PATH": "/usr/bin:/bin", "NVCC": str(compiler("12.4"))}
+    assert find_nvcc(**nvcc, TORCH_CUDA_ARCH_LIST="7.5;9.0+PTX").endswith(" sm_90 compute_90")
+    assert "supported none of the targeted GPUs" in find_nvcc(**nvcc, TORCH_CUDA_ARCH_LIST="7.5")
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        find_nvcc(**nvcc, TORCH_CUDA_ARCH_LIST="Hopper")
+    assert "TORCH_CUDA_ARCH_LIST=Hopper: expected numbers" in failed.value.stderr
+
+
+OLD_GPU = """
+import dataclasses
+import warnings
+import torch
+import detrs.ops.native as native
+native._status = dataclasses.replace(native._status, oldest_gpu=(8, 0))
+is_available = torch.cuda.is_available
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_capability = lambda index: (7, 5) if index else (8, 0)
+torch.cuda.get_device_name = lambda index: "Tesla T4"
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert native.supports_gpu(0) and not caught
+    assert not native.supports_gpu(1) and not native.supports_gpu(1)
+(warning,) = caught
+print(warning.message)
+torch.cuda.is_available = is_available  # the compiler asks too
+compiled = torch.compile(lambda x: x + native.supports_gpu(0), backend="eager", fullgraph=True)
+assert compiled(torch.ones(1)) == 2
+"""
+
+
+@needs_cuda_build
+def test_a_gpu_that_is_too_old_gets_pure_torch_and_one_warning():
+    result = run_python(OLD_GPU)
+    assert result.returncode == 0, result.stderr
+    assert "Tesla T4 has compute capability 7.5, and the native kernels need 8.0 or newer" in result.stdout
 
 
 def test_setup_reports_why_there_are_no_kernels_for_gpus(compiler, tmp_path):

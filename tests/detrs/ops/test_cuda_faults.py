@@ -50,8 +50,8 @@ FAULTS = {
     ),
     "lanes that return early": Fault(
         "cuda/kernels.cuh",
-        "  T sums[kVector] = {};",
-        "  if (PLANTED && !has_channels) return;\n  T sums[kVector] = {};",
+        "  T sums[kVector];",
+        "  if (PLANTED && !has_channels) return;\n  T sums[kVector];",
         "lanes wait for others that have finished",
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,13 @@ from detrs.ops import (
     native_status,
 )
 from emulated_cases import CHANNELS, PYRAMID
-from fresh_interpreter import run_python
-from sampling import assert_close_to_largest, random_inputs
+from fresh_interpreter import MODELS, run_python
+from sampling import (
+    assert_close_to_largest,
+    assert_finite_in_the_same_places,
+    plant_nonfinite,
+    random_inputs,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,8 +57,8 @@ def results(function, shapes, inputs, dtype=None) -> list[Tensor]:
     """Return output and gradients, computed in `dtype` if given."""
     leaves = [tensor.to(dtype or tensor.dtype).requires_grad_() for tensor in inputs]
     out = function(leaves[0], shapes, *leaves[1:])
-    generator = torch.Generator("cuda").manual_seed(0)
-    grad_out = torch.randn(out.shape, generator=generator, device="cuda").to(inputs[0].dtype).to(out.dtype)
+    generator = torch.Generator().manual_seed(0)
+    grad_out = torch.randn(out.shape, generator=generator).to(inputs[0].dtype).to(out.device, out.dtype)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
 
 
@@ -129,6 +135,70 @@ def test_nothing_to_do(sizes):
     assert torch.count_nonzero(found[1]) == 0
 
 
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("num_channels", [12, 32])
+def test_nan_and_infinity_reach_no_location_outside_their_level(dtype, num_channels):
+    sizes = {"num_channels": num_channels, "num_queries": 37, "margin": 0.6}
+    for function, reference, inputs in (
+        (deform_attn, deform_attn_reference, plain_inputs(PYRAMID, dtype=dtype, **sizes)),
+        (deform_attn_fused, deform_attn_fused_reference, fused_inputs(PYRAMID, dtype=dtype, **sizes)),
+    ):
+        given = [plant_nonfinite(inputs[0].cpu()).cuda(), *inputs[1:]]
+        # The reference runs on the CPU, where grid_sample does not read what is outside
+        expected = results(reference, PYRAMID, [tensor.cpu() for tensor in given], torch.float64)
+        found = [tensor.cpu() for tensor in results(function, PYRAMID, given)]
+        assert not expected[0].isfinite().all()
+        assert_finite_in_the_same_places(found, expected, max(ROUNDING[dtype], 2e-4))
+
+
+@pytest.mark.parametrize("num_levels", [4, 17, 32])
+def test_graph_capture(num_levels):
+    """A replay computes with new inputs, also long after the call that was captured has returned."""
+    shapes = tuple((1 + i % 3, 1 + i % 2) for i in range(num_levels))
+    static, fresh = (fused_inputs(shapes, num_channels=32, num_queries=50, seed=seed) for seed in (0, 1))
+    leaves = [tensor.requires_grad_() for tensor in static]
+
+    def step() -> list[Tensor]:
+        out = deform_attn_fused(leaves[0], shapes, *leaves[1:])
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for leaf, tensor in zip(leaves, fresh, strict=True):
+            leaf.copy_(tensor)
+    graph.replay()
+    torch.cuda.synchronize()
+    found = [tensor.detach().clone() for tensor in captured]
+    assert_close_to_largest(found, [tensor.detach() for tensor in step()], 1e-5)
+
+
+def test_more_levels_than_there_can_be_are_an_error():
+    shapes = ((1, 1),) * 33
+    with pytest.raises(RuntimeError, match="shapes: found 33 levels, expected at most 32 on CUDA"):
+        deform_attn(*plain_inputs(shapes)[:1], shapes, *plain_inputs(shapes)[1:])
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_locations_in_float32(half):
+    value, *samples = fused_inputs(PYRAMID)
+    expected = deform_attn_fused(value.to(half), PYRAMID, *samples)
+    with torch.autocast("cuda", half):
+        found = deform_attn_fused(value.to(half), PYRAMID, *samples)
+        operator = torch.ops.detrs.deform_attn_fused(value.to(half), SIZES, *(s.to(half) for s in samples))
+    assert found.dtype == operator.dtype == half
+    assert torch.equal(found, expected)
+    assert torch.equal(
+        operator, deform_attn_fused(value.to(half), PYRAMID, *(s.to(half).float() for s in samples))
+    )
+
+
 def test_opcheck():
     value, locations, weights = (tensor.requires_grad_() for tensor in plain_inputs(PYRAMID))
     arguments = (value, SIZES, locations, weights)
@@ -185,13 +255,16 @@ def test_compiles_into_one_graph():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 def test_compute_sanitizer_finds_nothing(tool):
     """Run the small sizes under compute-sanitizer."""
     command = shutil.which("compute-sanitizer", path="/usr/local/cuda/bin:/usr/bin:/usr/local/bin")
     if command is None:
         pytest.skip("compute-sanitizer is not installed")
-    tests = [str(Path(__file__)), "-q", "-p", "no:cacheprovider", "-k", "small_sizes or nothing_to_do"]
-    arguments = [command, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", *tests]
-    result = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=280)
+    program = Path(__file__).parents[3] / "benchmarks" / "gpu_sanitizer.py"
+    arguments = [command, "--tool", tool, "--error-exitcode", "9", sys.executable, str(program), "--kernels"]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(MODELS)}
+    result = subprocess.run(
+        arguments, env=environment, capture_output=True, text=True, check=False, timeout=280
+    )
     assert result.returncode == 0, result.stdout[-4000:]

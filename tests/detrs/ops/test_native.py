@@ -150,17 +150,66 @@ def test_strides_do_not_matter():
         assert torch.equal(one, other)
 
 
-def test_the_number_of_threads_does_not_change_a_bit():
+@pytest.mark.parametrize("num_channels", [32, 36])
+@pytest.mark.parametrize("num_queries", [100, 2600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_does_not_change_a_bit(dtype, num_queries, num_channels):
     shapes = ((40, 50), (20, 25), (10, 13))
-    inputs = random_inputs(shapes, num_channels=32, num_queries=2600, num_points=4, dtype=torch.float32)
+    sizes = {"num_channels": num_channels, "num_queries": num_queries, "num_points": 4}
+    inputs = random_inputs(shapes, dtype=torch.float32, **sizes)
+    inputs = [inputs[0].to(dtype), *inputs[1:]]
     before = torch.get_num_threads()
     results = []
-    for num_threads in (1, 2, 3, 16):
+    for num_threads in (1, 2, 3, 7, 16):  # there are 6 heads
         torch.set_num_threads(num_threads)
         results.append(forward_and_gradients(deform_attn, shapes, inputs))
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+THREADS = """
+from pathlib import Path
+import torch
+from detrs.ops import deform_attn
+from sampling import random_inputs
+
+def processor_times():
+    # nanoseconds of each thread
+    return {path.parent.name: int(path.read_text().split()[0]) for path in Path("/proc/self/task").glob("*/schedstat")}
+
+torch.set_num_threads(2)
+shapes = ((40, 50), (20, 25))
+inputs = random_inputs(shapes, num_images=1, num_heads=1, num_channels=32, num_queries=QUERIES, dtype=torch.float32)
+leaves = [tensor.requires_grad_() for tensor in inputs]
+
+def run(backward):
+    for _ in range(40):
+        out = deform_attn(leaves[0], shapes, *leaves[1:])
+        if backward:
+            torch.ops.detrs.deform_attn_backward(
+                grad_out, leaves[0], [40, 50, 20, 25], leaves[1], leaves[2]
+            )
+
+with torch.no_grad():
+    grad_out = torch.ones_like(deform_attn(leaves[0], shapes, *leaves[1:]))
+    for backward in (False, True):
+        run(backward)
+        before = processor_times()
+        run(backward)
+        spent = {thread: time - before.get(thread, 0) for thread, time in processor_times().items()}
+        print(sorted(spent.values())[-2] / sum(spent.values()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
+@pytest.mark.parametrize("num_queries", [300, 3000])
+def test_one_head_of_one_image_is_divided_among_threads(num_queries):
+    result = run_python(THREADS.replace("QUERIES", str(num_queries)), OMP_WAIT_POLICY="passive")
+    assert result.returncode == 0, result.stderr
+    shares = [float(line) for line in result.stdout.splitlines()]
+    assert len(shares) == 2
+    assert min(shares) > 0.15, shares
 
 
 def test_gradcheck():

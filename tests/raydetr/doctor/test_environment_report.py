@@ -89,8 +89,12 @@ def test_gpu_kernels_are_reported_where_there_is_a_gpu() -> None:
     _, line = machine.operator_lines(NATIVE, with_gpu)
     assert (line.subject, line.state) == ("operator on the GPU", "note")
     assert "nvcc" in str(line.remedy)
-    _, line = machine.operator_lines(dataclasses.replace(NATIVE, devices=("cpu", "cuda")), with_gpu)
+    with_kernels = dataclasses.replace(NATIVE, devices=("cpu", "cuda"), oldest_gpu=(8, 0))
+    _, line = machine.operator_lines(with_kernels, with_gpu)
     assert line.state == "ok"
+    old = dataclasses.replace(H200, name="Tesla T4", capability="sm_75")
+    _, line = machine.operator_lines(with_kernels, modified(gpus=(H200, old)))
+    assert (line.state, "pure torch on Tesla T4" in line.found) == ("note", True)
 
 
 def test_a_busy_gpu_is_a_note() -> None:

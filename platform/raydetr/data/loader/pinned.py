@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import TYPE_CHECKING
 
 import torch
 
-from raydetr.data.batch import Canvas
+if TYPE_CHECKING:
+    from raydetr.data.batch import Canvas
 
 log = logging.getLogger(__name__)
 

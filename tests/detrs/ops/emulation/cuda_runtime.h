@@ -178,7 +178,7 @@ inline void run_lane() {
   _longjmp(scheduler.place, 1);
 }
 
-// Waits for the warp; returns the value `given` of lane `partner`.
+// Waits for the warp; returns the value `given` of lane `partner`, or with partner -1 whether one is not 0.
 inline uint64_t exchange(uint64_t given, int partner, int line) {
   const int me = static_cast<int>(threadIdx.x), warp = me / kWarpSize, first = warp * kWarpSize;
   lanes[me].given = given, lanes[me].waits_at = line;
@@ -191,7 +191,8 @@ inline uint64_t exchange(uint64_t given, int partner, int line) {
     let_warp_run(first);
   }
   switch_fiber(lanes[me].fiber, scheduler);
-  return lanes[first + partner].taken;
+  if (partner >= 0) return lanes[first + partner].taken;
+  return std::any_of(&lanes[first], &lanes[first] + kWarpSize, [](const Lane& lane) { return lane.taken; });
 }
 
 inline void run_block(unsigned num_lanes) {
@@ -252,18 +253,16 @@ T __shfl_xor_sync(unsigned, T number, int mask, int line = __builtin_LINE()) {
   return number;
 }
 
+inline bool __any_sync(unsigned, bool given, int line = __builtin_LINE()) {
+  return emulation::exchange(given, -1, line);
+}
+
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorNoKernelImageForDevice = 209;
-enum cudaMemcpyKind { cudaMemcpyHostToDevice };
 
 inline const char* cudaGetErrorString(cudaError_t) {
   return "none";
-}
-
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t) {
-  std::memcpy(to, from, size);
-  return cudaSuccess;
 }
 
 struct cudaLaunchConfig_t {

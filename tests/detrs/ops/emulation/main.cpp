@@ -72,13 +72,12 @@ void run(const Header& header, std::FILE* cases, std::FILE* results) {
   problem.grad_locations = const_cast<T*>(numbers(grad_locations));
   problem.grad_weights = const_cast<T*>(numbers(grad_weights));
   if (header.wants_reference_grad) problem.grad_reference = const_cast<T*>(numbers(grad_reference));
-  std::vector<char> level_buffer(detrs::cuda::level_buffer_size(header.num_levels));
 
   using emulation::Order;
   emulation::order.kind = header.order < 2 ? static_cast<Order::Kind>(header.order) : Order::random;
   emulation::order.generator.seed(static_cast<unsigned>(header.order));
-  detrs::cuda::forward(problem, level_buffer.data(), nullptr);
-  detrs::cuda::backward(problem, level_buffer.data(), nullptr);
+  detrs::cuda::forward(problem, nullptr);
+  detrs::cuda::backward(problem, nullptr);
   for (const auto* tensor : {&out, &grad_value, &grad_reference, &grad_locations, &grad_weights})
     write(results, *tensor);
 }
