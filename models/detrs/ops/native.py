@@ -111,7 +111,7 @@ def has_kernels(value: Tensor) -> bool:
     return num_channels % 4 == 0 and num_channels <= 128 and supports_gpu(value.device.index)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @functools.cache
 def supports_gpu(index: int) -> bool:
     """Return whether the library has kernels for this GPU of the machine; warn once if it is too old."""
