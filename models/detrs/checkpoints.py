@@ -109,9 +109,8 @@ _CONDITIONAL_FAMILY: Rules = (
 
 _CONDITIONAL: Rules = _CONDITIONAL_FAMILY | {
     r"queries\.point\.(.*)": ("transformer.decoder.ref_point_head.{0}",),
-    r"queries\.points\.(.*)": (
-        "transformer.decoder.ref_points.{0}",
-    ),  # a name of our own: only the paper has them
+    # A name of our own: only the paper has learned points
+    r"queries\.points\.(.*)": ("transformer.decoder.ref_points.{0}",),
     r"decoder\.box_heads\.0\.(.*)": ("bbox_embed.{0}",),
 }
 
@@ -393,7 +392,7 @@ def official_names(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple
 
 
 def to_official(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert to an official state dict, with shared tensors under all their names."""
+    """Convert to an official state dict, with shared tensors under all their names, and halves as one tensor."""
     names = official_names(config, state)
     converted = {official: state[ours] for ours in state for official in names[ours]}
     if _HALVES[0] in converted:
