@@ -109,9 +109,8 @@ _CONDITIONAL_FAMILY: Rules = (
 
 _CONDITIONAL: Rules = _CONDITIONAL_FAMILY | {
     r"queries\.point\.(.*)": ("transformer.decoder.ref_point_head.{0}",),
-    r"queries\.points\.(.*)": (
-        "transformer.decoder.ref_points.{0}",
-    ),  # a name of our own: only the paper has them
+    # A name of our own: only the paper has learned points
+    r"queries\.points\.(.*)": ("transformer.decoder.ref_points.{0}",),
     r"decoder\.box_heads\.0\.(.*)": ("bbox_embed.{0}",),
 }
 
@@ -392,7 +391,7 @@ def official_names(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple
 def to_official(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert to an official state dict, with shared tensors under all their names.
 
-    A DINO without denoising gets the label embedding that the official model has nevertheless, of zeros.
+    Parts of one official tensor are joined. A DINO without denoising gets the label embedding that the official model has nevertheless, of zeros.
     """
     names = official_names(config, state)
     converted = {name: state[ours] for ours in state for name in names[ours]}
