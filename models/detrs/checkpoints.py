@@ -391,7 +391,8 @@ def official_names(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple
 def to_official(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert to an official state dict, with shared tensors under all their names.
 
-    Parts of one official tensor are joined. A DINO without denoising gets the label embedding that the official model has nevertheless, of zeros.
+    Parts of one official tensor are joined. A DINO without denoising gets the label embedding that the official model
+    has nevertheless, of zeros.
     """
     names = official_names(config, state)
     converted = {name: state[ours] for ours in state for name in names[ours]}
