@@ -111,10 +111,17 @@ def has_kernels(value: Tensor) -> bool:
     return num_channels % 4 == 0 and num_channels <= 128 and supports_gpu(value.device.index)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
 def supports_gpu(index: int) -> bool:
     """Return whether the library has kernels for this GPU of the machine; warn once if it is too old."""
+    return _is_new_enough(index)
+
+
+# As torch.compiler.assume_constant_result marks it, which would import the compiler: a compiled graph calls it once
+supports_gpu.__dict__["_dynamo_marked_constant"] = True
+
+
+@functools.cache
+def _is_new_enough(index: int) -> bool:
     oldest = _status.oldest_gpu
     if oldest is None or not torch.cuda.is_available():
         return oldest is not None  # fake tensors can be on a GPU that the machine does not have
@@ -126,7 +133,7 @@ def supports_gpu(index: int) -> bool:
         f" compute capability {capability[0]}.{capability[1]}, and the native kernels need"
         f" {oldest[0]}.{oldest[1]} or newer.",
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=3,
     )
     return False
 
