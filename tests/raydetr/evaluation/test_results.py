@@ -11,7 +11,8 @@ LABEL_MAP = LabelMap("contiguous", (3, 7), ("disc", "ring"))
 
 def detections(scores: list[float], labels: list[int], boxes: list[list[float]]) -> Detections:
     queries = torch.arange(len(scores))
-    return Detections(torch.tensor(scores), torch.tensor(labels), torch.tensor(boxes).reshape(-1, 4), queries)
+    found = torch.tensor(labels, dtype=torch.int64)
+    return Detections(torch.tensor(scores), found, torch.tensor(boxes).reshape(-1, 4), queries)
 
 
 def test_boxes_become_xywh_and_labels_category_ids() -> None:
