@@ -1,8 +1,8 @@
 """Benchmark whole training steps: the models of the five papers with ResNet-50, in turns with transformers'.
 
-    make bench-step                                        the CPU: all models, 800 and 320 px, one and all threads
+    make bench-step                                        the CPU: all models, 320 and 800 px, one and all threads
     make bench-step ARGS="--models detr dino --sizes 320 --threads 1"
-    make bench-step ARGS="--only models"                   or variants, or loader
+    make bench-step ARGS="--only models"                   or variants, or loader; they come first, and are short
     make bench-step ARGS="--device cuda --minutes 2"       a GPU: fp32, TF32, bf16
 
 A step is forward pass, criterion, backward pass, clipping and AdamW, on one batch in memory, with new weights. The
@@ -51,10 +51,10 @@ from detrs.ops import native_status
 from raydetr.environment import cpu_name
 
 OUT = Path("build/bench/step.json")
-SIZES = {800: (800, 1066), 320: (320, 426)}
+SIZES = {320: (320, 426), 800: (800, 1066)}
 MIN_ROUNDS = 3
 COMPILED = ("detr", "deformable_detr")  # on the CPU, compiling takes longer than all else
-KINDS = ("models", "variants", "loader")
+KINDS = ("variants", "loader", "models")
 
 Row = dict[str, Any]
 
@@ -122,16 +122,16 @@ def main() -> None:
     else:
         print(f"transformers {library.__version__}")
     print(HEADER)
-    sizes = [(size, SIZES[size]) for size in args.sizes]
+    sizes = [(size, SIZES[size]) for size in sorted(args.sizes)]
     if on_gpu:
-        measure_on_gpu(report, args.models, sizes[:1], args.precisions, args.batch, args.rounds)
+        measure_on_gpu(report, args.models, sizes[-1:], args.precisions, args.batch, args.rounds)
         return
-    if "models" in args.only:
-        measure_models(report, args.models, sizes, args.threads, args.seconds)
     if "variants" in args.only:
-        measure_variants(report, args.models, sizes[-1], args.threads, args.seconds)
+        measure_variants(report, args.models, sizes[0], args.threads, args.seconds)
     if "loader" in args.only:
         measure_loader(report, args.models[0], args.seconds)
+    if "models" in args.only:
+        measure_models(report, args.models, sizes, args.threads, args.seconds)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -143,11 +143,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--sizes", nargs="+", type=int, choices=SIZES, default=list(SIZES))
     parser.add_argument("--minutes", type=float, default=25.0, help="rows after this time are left out")
-    cpu = parser.add_argument_group("on the CPU, one image a step")
+    cpu = parser.add_argument_group("on the CPU, one image a step; variants: the smallest of --sizes")
     cpu.add_argument("--only", nargs="+", choices=KINDS, default=KINDS)
     cpu.add_argument("--threads", nargs="+", type=int, default=sorted({1, os.cpu_count() or 1}))
     cpu.add_argument("--seconds", type=float, default=8.0, help="per row, but at least three rounds")
-    gpu = parser.add_argument_group("on a GPU, the first size")
+    gpu = parser.add_argument_group("on a GPU, the largest of --sizes")
     gpu.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     gpu.add_argument("--batch", type=int, default=2, help="images a step")
     gpu.add_argument("--rounds", type=int, default=5, help="steps per row and side")
@@ -213,6 +213,8 @@ def measure_fused(name: str, shape: tuple[int, int], threads: int, seconds: floa
     torch.set_num_threads(threads)
     batch = make_batch(*shape, num_images=1)
     steps = [our_step(MODELS[name], batch, fused=fused) for fused in (True, False)]
+    for step in steps:
+        step()
     return summarize(time_in_turns(steps, seconds), 1) | {"baseline": "plain operator"}
 
 
@@ -224,6 +226,8 @@ def measure_compiled(name: str, shape: tuple[int, int], threads: int, seconds: f
     began = time.perf_counter()
     steps[0]()
     compile_s = time.perf_counter() - began
+    for step in steps:
+        step()
     return summarize(time_in_turns(steps, seconds), 1) | {"baseline": "eager", "compile_s": compile_s}
 
 
@@ -244,10 +248,8 @@ def measure_loader(report: Report, name: str, seconds: float) -> None:
 
 
 def time_in_turns(steps: list[Callable[[], object]] | list[Step], seconds: float) -> list[list[float]]:
-    """Return the seconds of each step, in turns until `seconds` have passed, but at least three rounds, after one."""
+    """Return the seconds of each step, in turns until `seconds` have passed, but at least three rounds."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    for step in steps:
-        step()
     times: list[list[float]] = [[] for _ in steps]
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[0]) < MIN_ROUNDS:

@@ -31,8 +31,10 @@ MODELS: dict[str, ModelConfig] = {
     ),
     "dino": detrs.DinoConfig(num_classes=NUM_CLASSES),
 }
-# The class heads of transformers' Deformable DETR with refinement are one module, ours (and the official ones) are six
+# What ours has in addition, and the official code too: transformers has one class head for all layers of Deformable
+# DETR with refinement, and no loss of the proposals in two-stage, so that it does not train the heads of the encoder
 EXTRA_PARAMETERS = {"deformable_detr": 5 * (256 + 1) * NUM_CLASSES}
+EXTRA_TERMS = {"deformable_detr_two_stage": {"loss_ce_enc", "loss_bbox_enc", "loss_giou_enc"}}
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ class FrozenBatchNorm(nn.Module):
         """Scale and shift each channel."""
         scale = self.weight * (self.running_var + 1e-5).rsqrt()
         shift = self.bias - self.running_mean * scale
-        return x * scale[:, None, None] + shift[:, None, None]
+        # One pass over the activations instead of two
+        return torch.addcmul(shift[:, None, None], x, scale[:, None, None])
 
 
 class BasicBlock(nn.Module):

@@ -110,6 +110,10 @@ def test_other_work_than_the_anchor_is_an_error(models: ModuleType) -> None:
 
     ours = side(100, 10, "loss_ce", "loss_ce_0")
     models.check_same_work("detr", ours, side(100, 10, "loss_ce", "loss_ce_0"))
+    with_proposals = side(100, 10, "loss_ce", "loss_ce_enc", "loss_bbox_enc", "loss_giou_enc")
+    models.check_same_work("deformable_detr_two_stage", with_proposals, side(100, 10, "loss_ce"))
+    with pytest.raises(ValueError, match="loss_ce_enc"):
+        models.check_same_work("deformable_detr", with_proposals, side(-116_835, 10, "loss_ce"))
     for anchor, message in (
         (side(90, 10, "loss_ce", "loss_ce_0"), "trains 10 parameters more"),
         (side(100, 20, "loss_ce", "loss_ce_0"), "10 queries, transformers 20"),
