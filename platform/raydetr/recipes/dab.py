@@ -58,7 +58,7 @@ def dab_detr_r50_dc5_random_points_50ep() -> RunConfig:
 
 
 def dab_detr_r101_50ep() -> RunConfig:
-    """DAB-DETR, ResNet-101, 50 epochs on COCO (Liu et al. 2022); official AP 43.5.
+    """DAB-DETR, ResNet-101, 50 epochs on COCO (Liu et al. 2022); AP 43.5.
 
     Cost: 174 GFLOPs per image. Command: `raydetr train dab_detr_r101_50ep`.
     """
@@ -67,7 +67,7 @@ def dab_detr_r101_50ep() -> RunConfig:
 
 
 def dab_detr_r101_dc5_50ep() -> RunConfig:
-    """DAB-DETR-DC5, ResNet-101, 50 epochs on COCO (Liu et al. 2022); official AP 45.8.
+    """DAB-DETR-DC5, ResNet-101, 50 epochs on COCO (Liu et al. 2022); AP 45.8.
 
     Cost: 282 GFLOPs per image. Command: `raydetr train dab_detr_r101_dc5_50ep`.
     """
@@ -78,7 +78,7 @@ def dab_detr_r101_dc5_50ep() -> RunConfig:
 def dab_detr_r101_3patterns_50ep() -> RunConfig:
     """DAB-DETR with 3 pattern embeddings, ResNet-101, 50 epochs on COCO (Liu et al. 2022); AP 44.1.
 
-    Cost: 179 GFLOPs per image. Command: `raydetr train dab_detr_r101_3patterns_50ep`.
+    Command: `raydetr train dab_detr_r101_3patterns_50ep`.
     """
     changes = {"model.num_patterns": 3}
     return override(dab_detr_r101_50ep(), {"recipe": "dab_detr_r101_3patterns_50ep", **changes})
@@ -87,7 +87,7 @@ def dab_detr_r101_3patterns_50ep() -> RunConfig:
 def dab_detr_r101_dc5_3patterns_50ep() -> RunConfig:
     """DAB-DETR-DC5, 3 pattern embeddings, ResNet-101, 50 epochs on COCO (Liu et al. 2022); AP 46.6.
 
-    Cost: 296 GFLOPs per image. Command: `raydetr train dab_detr_r101_dc5_3patterns_50ep`.
+    Command: `raydetr train dab_detr_r101_dc5_3patterns_50ep`.
     """
     changes = {"model.num_patterns": 3}
     return override(dab_detr_r101_dc5_50ep(), {"recipe": "dab_detr_r101_dc5_3patterns_50ep", **changes})
