@@ -38,9 +38,19 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
         ConfigError: a key is unknown, missing, or has a value of the wrong type.
     """
     try:
-        return RunConfig.model_validate(values)
+        return RunConfig.model_validate(_renamed(values))
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
+
+
+def _renamed(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the values of a run of an earlier version under the names of today."""
+    model = values.get("model")
+    if not isinstance(model, Mapping) or "shared_heads" not in model:
+        return values
+    shared = {"shared_class_heads": model["shared_heads"], "shared_box_heads": model["shared_heads"]}
+    others = {name: value for name, value in model.items() if name != "shared_heads"}
+    return {**values, "model": shared | others}
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -36,6 +36,9 @@ def test_a_run_without_later_settings_is_resumed(short_run: RunResult) -> None:
         del config["model"]["loss"]["no_object_weight"]  # of a part of it
         del config["optim"]["max_skipped_steps"]
         del config["data"]["remote"]
+        # One setting that is now two
+        config["model"]["shared_heads"] = config["model"].pop("shared_class_heads")
+        del config["model"]["shared_box_heads"]
 
     rewrite_config(short_run, forget)
     resumed = run.resume(short_run.folder, overrides={"optim.epochs": 2}, local=True)
