@@ -253,7 +253,7 @@ def run_stage(stage: Stage, command: list[str], environment: dict[str, str], lim
 def copy_lines(process: subprocess.Popen[str], path: Path, lines: list[str]) -> None:
     """Copy the output of a process to the terminal, to a file and to `lines`."""
     assert process.stdout is not None
-    with path.open("w") as file:
+    with process.stdout, path.open("w") as file:
         for line in process.stdout:
             lines.append(line.rstrip("\n"))
             print(line, end="", flush=True)

@@ -198,7 +198,8 @@ def test_proposals_are_those_that_became_queries(name: str) -> None:
     # The side of a prior is doubled with every level
     sides = proposals.size * 2.0 ** found.proposals.levels[..., None]
     torch.testing.assert_close(found.proposals.priors[..., 2:], sides.expand(-1, -1, 2), rtol=1e-9, atol=0)
-    assert len(set(found.proposals.levels.flatten().tolist())) > 1
+    if name != "deformable_two_stage_best_class":  # whose best tokens are all on the finest level
+        assert len(set(found.proposals.levels.flatten().tolist())) > 1
 
 
 def test_other_models_have_neither_proposals_nor_denoising_queries() -> None:

@@ -46,10 +46,10 @@ def test_figures_that_the_page_calls_equal_are_within_a_percent(table: list[list
     checked = 0
     for model, option, *cells in table[2:]:
         is_claimed = model in ("DETR", "Conditional DETR") or (model, option) == ("Deformable DETR", "R50")
-        if is_claimed and cells[-1] != "-":
+        if is_claimed and cells[-1] != "-" and "DC5+" not in option:
             checked += 1
             assert float(cells[ours - 2]) == pytest.approx(float(cells[-1]), rel=0.01), (model, option)
-    assert checked == 10
+    assert checked == 11
 
 
 def test_the_page_shows_the_pictures_of_the_command(script: Any) -> None:

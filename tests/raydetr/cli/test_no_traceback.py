@@ -138,7 +138,10 @@ def error_of(
     ("script", "words", "message"),
     [
         ("train_detector.py", (*TRAIN[1:], "cluster.address=127.0.0.1:9"), "no connection"),
-        ("tune_detector.py", (*TRAIN[1:], "--space", "TMP"), "not a regular file"),
+        pytest.param(
+            *("tune_detector.py", (*TRAIN[1:], "--space", "TMP"), "not a regular file"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_job_that_cannot_start(

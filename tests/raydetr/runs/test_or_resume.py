@@ -105,7 +105,14 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again_in_its_folder_
     assert from_yaml(folder / "config.yaml").optim.lr == 1e-4
 
 
-@pytest.mark.parametrize("left", [[], ["config.yaml"], ["config.yaml", "mlflow.json"]])
+@pytest.mark.parametrize(
+    "left",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        pytest.param(["config.yaml"], marks=pytest.mark.slow),
+        ["config.yaml", "mlflow.json"],
+    ],
+)
 def test_a_driver_that_died_while_it_made_the_folder(by_steps: RunConfig, left: list[str]) -> None:
     """Of the files that a start writes, any may be there."""
     config = override(by_steps, {"optim.epochs": 1})

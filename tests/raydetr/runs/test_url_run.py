@@ -139,7 +139,7 @@ def test_a_server_without_an_answer_does_not_stop_training(
     def outage() -> None:
         wait_until(lambda: checkpoint.complete_checkpoints(folder))
         fault.append(Fault("busy"))
-        time.sleep(6)
+        time.sleep(12)
         fault.clear()
 
     thread = threading.Thread(target=outage)

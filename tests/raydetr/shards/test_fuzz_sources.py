@@ -277,7 +277,13 @@ def raydetr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind in ("coco", "webdataset") else [pytest.mark.slow])
+        for kind in FORMATS
+    ],
+)
 def test_faulty_data_sets_are_refused_or_usable(raydetr: CommandLine, tmp_path: Path, kind: str) -> None:
     contents = photographs(os.environ.get("RAYDETR_COCO_TINY"))
     source = FORMATS[kind](tmp_path / "healthy", contents)

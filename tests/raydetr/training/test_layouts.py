@@ -139,10 +139,11 @@ def test_accumulation_is_the_same_training(
 @pytest.mark.parametrize(
     "layouts",
     [
-        [Layout(BATCH, 2), Layout(BATCH, 2, micro_batch=1)],
-        [Layout(BATCH, 4), Layout(BATCH, 4, micro_batch=1)],  # shares of 1 and 2 images
+        pytest.param([Layout(BATCH, 2), Layout(BATCH, 2, micro_batch=1)], id="2 workers"),
+        pytest.param(  # shares of 1 and 2 images
+            [Layout(BATCH, 4), Layout(BATCH, 4, micro_batch=1)], id="4 workers", marks=pytest.mark.slow
+        ),
     ],
-    ids=["2 workers", "4 workers"],
 )
 def test_several_workers_are_the_same_training(
     layouts: list[Layout], config: RunConfig, tmp_path: Path, single_process: dict[str, Any]
