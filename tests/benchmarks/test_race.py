@@ -155,7 +155,8 @@ OWN = {
         "num_select", "strides", "num_feature_levels", "position_temperature", "position_temperature_y",
         "position_offset", "num_points", "num_encoder_points", "two_stage", "mixed_selection", "proposal_size",
         "encoder_shares_class_head", "encoder_shares_box_head", "shared_class_heads", "shared_box_heads",
-        "look_forward_twice", "num_denoising", "denoising_groups", "contrastive_denoising", "label_noise", "box_noise", "box_noise_kind",
+        "look_forward_twice", "num_denoising", "denoising_groups", "contrastive_denoising", "label_noise",
+        "box_noise", "box_noise_kind",
     },
 }  # fmt: skip
 

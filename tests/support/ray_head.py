@@ -65,7 +65,13 @@ class RayHead:
 
     def processes(self) -> list[psutil.Process]:
         """List the processes of this cluster, including workers and drivers."""
-        return [process for process in psutil.process_iter() if str(self.folder) in _command(process)]
+        named = [process for process in psutil.process_iter() if str(self.folder) in _command(process)]
+        # Workers have other command lines, such as ray::IDLE, and are children of their raylet
+        found = dict.fromkeys(named)
+        for process in named:
+            with suppress(psutil.NoSuchProcess):
+                found |= dict.fromkeys(process.children(recursive=True))
+        return list(found)
 
 
 @contextmanager

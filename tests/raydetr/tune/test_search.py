@@ -106,9 +106,10 @@ def query(database: Path, sql: str, *values: str) -> list[tuple[Any, ...]]:
 
 
 def drivers_and_workers(head: RayHead) -> list[str]:
-    """The names of all Ray processes except the services of the cluster."""
+    """The names of all Ray processes except the services of the cluster, and workers that it keeps for later."""
+    services = ("AutoscalingCoordinator", "DashboardAgent", "RuntimeEnvAgent", "ray::IDLE")
     names = [process.name() for process in head.processes()]
-    return [name for name in names if name.startswith("ray::") and "AutoscalingCoordinator" not in name]
+    return [name for name in names if name.startswith("ray::") and not any(each in name for each in services)]
 
 
 @pytest.mark.timeout(900)  # a minute; much longer on a busy machine
