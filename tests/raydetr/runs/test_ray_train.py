@@ -81,17 +81,16 @@ def kill_a_worker_after(cluster: Cluster, epoch: Path, killed: list[int]) -> Non
 
 def test_a_run_with_a_killed_worker_ends_in_the_same_bits(cluster: Cluster, two_workers: RunConfig) -> None:
     """Also with loader processes, which only the workers of the killed run have."""
-    unbroken = run.start(override(two_workers, {"optim.epochs": 6}))
+    # Few evaluations: scoring has the lowest priority, and waits for the other tests
+    two_workers = override(
+        two_workers, {"optim.epochs": 6, "evaluation.every_epochs": 3, "storage.checkpoint_steps": 6}
+    )
+    unbroken = run.start(two_workers)
     killed: list[int] = []
     first_epoch = checkpoint.folder_of(Path(two_workers.storage.path) / "hit", 48)
     killer = threading.Thread(target=kill_a_worker_after, args=(cluster, first_epoch, killed))
     killer.start()
-    settings = {
-        "optim.epochs": 6,
-        "data.num_loader_workers": 1,
-        "tracking.upload": True,
-        "evaluation.report": True,
-    }
+    settings = {"data.num_loader_workers": 1, "tracking.upload": True, "evaluation.report": True}
     hit = run.start(override(two_workers, settings), name="hit")
     killer.join()
     assert killed, "the run ended before it could be hit"
