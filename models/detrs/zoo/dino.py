@@ -36,10 +36,7 @@ from detrs.zoo.parts import Model
 
 @dataclass(frozen=True)
 class DinoConfig:
-    """Settings of DINO. The default is the 4-scale R50 model of the paper.
-
-    It has 46.9 M parameters with 91 classes.
-    """
+    """Settings of DINO. The default is the 4-scale R50 model of the paper, 46.9 M parameters with 91 classes."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
@@ -90,21 +87,21 @@ def build_dino(config: DinoConfig) -> Model:
     dim, num_layers = config.hidden_dim, config.num_decoder_layers
     class_heads = clones(class_head(dim, num_classes), 1 if config.shared_class_heads else num_layers)
     box_heads = clones(box_head(dim), 1 if config.shared_box_heads else num_layers)
+    # Before the other parts, so that a seed draws the weights that it always has
+    proposals = _proposals(config, class_heads[0], box_heads[0]) if config.two_stage else None
     detector = Detector(
         build_backbone(config.backbone),
         config.strides,
         deformable_neck(
             config.backbone, config.strides, config.hidden_dim, config.num_feature_levels,
-            PositionEncoding(
-                config.position_temperature, config.position_offset, config.position_temperature_y
-            ),
+            PositionEncoding(config.position_temperature, config.position_offset, config.position_temperature_y),
             has_encoder=config.num_encoder_layers > 0, level_embed=config.num_feature_levels > 1,
         ),
         deformable_encoder(
             config.num_encoder_layers, config.hidden_dim, config.num_heads, config.num_feature_levels,
             config.num_encoder_points, config.ffn_dim, config.dropout,
         ),
-        _queries(config, class_heads[0], box_heads[0]),
+        _queries(config, proposals),
         _decoder(config, class_heads, box_heads),
         _denoising(config, num_classes),
         min_tokens=config.num_queries if config.two_stage else 0,
@@ -139,20 +136,22 @@ def _check(config: DinoConfig) -> None:
         )
 
 
-def _queries(config: DinoConfig, classify: nn.Module, regress: nn.Module) -> nn.Module:
-    dim, num_queries = config.hidden_dim, config.num_queries
-    if not config.two_stage:
-        queries = AnchorQueries(num_queries, dim, 0, random_points=False, learned_content=True)
-        xavier_(queries)
-        return queries
+def _proposals(config: DinoConfig, classify: nn.Module, regress: nn.Module) -> Proposals:
     # Unless they are shared, the heads of the encoder start as copies of those of the decoder
-    proposals = Proposals(
-        dim,
-        classify if config.encoder_shares_class_head else clones(classify, 1)[0],
-        regress if config.encoder_shares_box_head else clones(regress, 1)[0],
-        config.proposal_size,
-    )
-    return EncoderBoxes(num_queries, dim, proposals, mixed=config.mixed_selection)
+    if not config.encoder_shares_class_head:
+        (classify,) = clones(classify, 1)
+    if not config.encoder_shares_box_head:
+        (regress,) = clones(regress, 1)
+    return Proposals(config.hidden_dim, classify, regress, config.proposal_size)
+
+
+def _queries(config: DinoConfig, proposals: Proposals | None) -> nn.Module:
+    dim, num_queries = config.hidden_dim, config.num_queries
+    if proposals is not None:
+        return EncoderBoxes(num_queries, dim, proposals, mixed=config.mixed_selection)
+    queries = AnchorQueries(num_queries, dim, 0, random_points=False, learned_content=True)
+    xavier_(queries)
+    return queries
 
 
 def _decoder(config: DinoConfig, class_heads: list[nn.Module], box_heads: list[nn.Module]) -> Decoder:
