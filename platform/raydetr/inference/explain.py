@@ -304,6 +304,9 @@ def _draw_denoising(
     image: Image.Image, images: Images, loaded: LoadedModel, best: list[Detected]
 ) -> list[tuple[str, str, Figure | Image.Image]]:
     """Draw the denoising queries that a training step would make if the detections were its targets."""
+    denoising = loaded.model.detector.denoising
+    if denoising is None:
+        return []
     scale = np.array([image.width, image.height] * 2)
     corners = np.stack([each.xyxy for each in best]) / scale
     corners = corners.clip(0, 1)
@@ -314,9 +317,6 @@ def _draw_denoising(
         torch.tensor(boxes, dtype=images.pixels.dtype, device=device),
         (len(best),),
     )
-    denoising = loaded.model.detector.denoising
-    if denoising is None:
-        return []
     seeds = [0]  # the same picture every time
     draws = denoising.draw_by_image(targets.counts, len(best), seeds).to(device)
     record = explain_denoising(loaded.model.detector, images, targets, draws)

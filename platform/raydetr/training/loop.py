@@ -86,9 +86,8 @@ class Training:
         self.until_epoch: int | None = None  # where training ends for now; None: at its end
         self.should_stop: Callable[[], bool] = lambda: False  # asked before every step, on every worker
         self.on_evaluation_batch: Callable[[], None] = lambda: None  # called for every batch of an evaluation
-        self.part: Callable[[str], AbstractContextManager[object]] = (
-            nullcontext  # entered for each part of a step
-        )
+        # Entered for each part of a step; `raydetr profile` measures them
+        self.part: Callable[[str], AbstractContextManager[object]] = nullcontext
         self.is_stopping = False  # a worker was asked to stop; the same on every worker
         # A process was killed after it had written the checkpoint of this position, and before it had evaluated it
         self.lacks_evaluation = False

@@ -76,9 +76,8 @@ class StepTimer:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._parts: list[
-            tuple[str, Any]
-        ] = []  # that were entered and not left, with their ranges in a trace
+        # Those that were entered and not left, with their ranges in a trace
+        self._parts: list[tuple[str, Any]] = []
         self._marks: list[tuple[Any, str]] = []
         self._starts: list[int] = []  # the marks with which steps start
 
