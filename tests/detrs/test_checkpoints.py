@@ -13,14 +13,8 @@ from torch import Tensor, nn
 
 import goldens
 import small_models
-from detrs.checkpoints import (
-    from_official,
-    load_official,
-    official_names,
-    read_official,
-    recognize_architecture,
-    to_official,
-)
+from detrs.checkpoints import load_official, read_official
+from detrs.official_names import from_official, official_names, recognize_architecture, to_official
 from detrs.zoo import ModelConfig, build
 
 FULL = goldens.names("full")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import goldens
-from detrs.checkpoints import official_names
+from detrs.official_names import official_names
 from detrs.zoo import Model, ModelConfig
 
 DTYPES = [

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import small_models
-from detrs.checkpoints import from_official, to_official
 from detrs.neck import LearnedEncoding
+from detrs.official_names import from_official, to_official
 from detrs.queries import AnchorQueries, PositionQueries
 from detrs.query_position import QueryPosition
 from detrs.zoo import BackboneConfig, ConditionalDetrConfig, DabDetrConfig, DetrConfig, Model, build

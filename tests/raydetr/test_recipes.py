@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import goldens
-from detrs.checkpoints import official_names
+from detrs.official_names import official_names
 from detrs.zoo import ModelConfig, build
 from raydetr import recipes
 from raydetr.config import OptimConfig, RunConfig, flatten, override, to_dict

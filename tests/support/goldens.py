@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detrs.checkpoints import official_names
 from detrs.denoising import Draws
+from detrs.official_names import official_names
 from detrs.structures import Images, Targets
 from detrs.zoo import (
     BackboneConfig,

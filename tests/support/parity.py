@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import goldens
-from detrs.checkpoints import official_names
 from detrs.criterion import Criterion, Losses
 from detrs.matcher import match
+from detrs.official_names import official_names
 from detrs.structures import Detections, Images, Outputs, Predictions, Targets
 from detrs.zoo import Model, ModelConfig
 from goldens import Golden

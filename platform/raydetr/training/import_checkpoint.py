@@ -16,14 +16,8 @@ import torch
 from torch import Tensor
 
 from detrs import zoo
-from detrs.checkpoints import (
-    OfficialFile,
-    from_official,
-    official_names,
-    read_official,
-    recognize_architecture,
-    require_finite,
-)
+from detrs.checkpoints import OfficialFile, read_official, require_finite
+from detrs.official_names import from_official, official_names, recognize_architecture
 from detrs.zoo import ModelConfig
 from raydetr import recipes
 from raydetr.config import RunConfig, nearest, override, to_dict

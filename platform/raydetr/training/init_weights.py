@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from detrs import zoo
-from detrs.checkpoints import CLASS_DEPENDENT
+from detrs.official_names import CLASS_DEPENDENT
 from detrs.zoo import ModelConfig
 from raydetr.config import ConfigError, RunConfig
 from raydetr.locations import scheme_of

@@ -17,7 +17,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import goldens
-from detrs.checkpoints import to_official
+from detrs.official_names import to_official
 from detrs.zoo import build
 from raydetr import recipes
 from raydetr.cli.main import app
