@@ -66,7 +66,12 @@ def base_folder() -> Path:
     """Return the folder at which relative paths start: in a Ray job not the working directory, which is a copy that
     is deleted afterwards.
     """
-    return Path.home() / "raydetr" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path.cwd()
+    return Path.home() / "raydetr" if in_ray_job() else Path.cwd()
+
+
+def in_ray_job() -> bool:
+    """Return whether this process is the driver of a submitted Ray job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def sqlite_file(uri: str) -> Path | None:

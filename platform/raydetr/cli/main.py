@@ -22,7 +22,7 @@ from raydetr.cli.models import explain, model
 from raydetr.cli.profile import profile
 from raydetr.cli.runs import compare, list_runs, watch
 from raydetr.cli.shards import shards_app
-from raydetr.cli.track import INCOMPLETE, track_app
+from raydetr.cli.track import exit_if_incomplete, track_app
 from raydetr.cli.tune import space, tune
 from raydetr.config import ConfigError
 from raydetr.console import print_status, progress_bar
@@ -143,8 +143,7 @@ def train(
         overrides = configuration.parse_assignments(arguments or [])
         result = run.resume(resume, overrides=overrides, local=local)
     typer.echo(result.to_text())
-    if result.pending_upload is not None:
-        raise typer.Exit(INCOMPLETE)
+    exit_if_incomplete(result.pending_upload)
 
 
 @app.command()

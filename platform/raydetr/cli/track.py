@@ -6,10 +6,24 @@ from typing import Annotated
 
 import typer
 
+from raydetr.locations import in_ray_job
+
 track_app = typer.Typer(help="Send to MLflow what it lacks of runs.", no_args_is_help=True)
 
 # Exit code of a command whose run is complete in its folder, but not in MLflow
 INCOMPLETE = 5
+
+
+def exit_if_incomplete(pending_upload: str | None) -> None:
+    """End with INCOMPLETE if MLflow lacks something of a run or a search; its warning says what.
+
+    A Ray job ends with 0, because with any other code it has failed, and what repeats failed jobs would start it again.
+
+    Raises:
+        typer.Exit: so it is.
+    """
+    if pending_upload is not None and not in_ray_job():
+        raise typer.Exit(INCOMPLETE)
 
 
 @track_app.command()

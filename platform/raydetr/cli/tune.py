@@ -23,7 +23,7 @@ from raydetr.cli.arguments import (
     read_config,
     search_options,
 )
-from raydetr.cli.track import INCOMPLETE
+from raydetr.cli.track import exit_if_incomplete
 from raydetr.config import ConfigError, parse_assignments
 
 
@@ -69,8 +69,7 @@ def tune(
             chosen, _given(space), options, name=_named(name, or_resume), or_resume=or_resume
         )
     typer.echo(outcome.to_text())
-    if outcome.pending_upload is not None:
-        raise typer.Exit(INCOMPLETE)
+    exit_if_incomplete(outcome.pending_upload)
 
 
 def space(arguments: RecipeAndOverrides = None, config: ConfigFile = None) -> None:

@@ -105,7 +105,7 @@ def evaluate(
 
     With `with_losses`, the detections have the losses of the images.
     """
-    checkpoint = find(location, lambda message: print_status(f"skipped: {message}"))
+    checkpoint = find(location)
     config = _configure(checkpoint, overrides or {})
     shards = _open(config.data)
     _check_categories(checkpoint, shards)

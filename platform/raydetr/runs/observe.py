@@ -133,7 +133,7 @@ class _Observer:
             case "stack":
                 return f"worker {event['worker']} was at: {_last_line(event['stack'])}"
             case "restart":
-                return f"restart {self._record.restarts}: {event['reason']}"
+                return f"restart {self._record.restarts}, from {self._at(event)}: {event['reason']}"
             case "waiting" | "preempted" | "stalled" as kind:
                 self._phase = kind
                 return f"{kind}: {event['reason']}"

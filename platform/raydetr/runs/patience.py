@@ -50,7 +50,7 @@ class Failures:
     def __init__(self, limit: int, log: EventLog) -> None:
         self._limit, self._log = limit, log
         self._since_progress: list[str] = []
-        self._position = -1
+        self._reached = -1
         self.number = 0  # of all failures
 
     @property
@@ -58,15 +58,20 @@ class Failures:
         """Seconds before the next start: none after the first failure since the last progress."""
         return min(FAILURE_PAUSE * (2.0 ** (len(self._since_progress) - 1) - 1), MAX_PAUSE)
 
-    def add(self, error: LaunchError, position: int) -> None:
-        """Log a failure of the workers, which had reached a position.
+    def add(self, error: LaunchError, reached: int, position: int) -> None:
+        """Log a failure of the workers.
+
+        Args:
+            error: why they have failed.
+            reached: position that they had reached.
+            position: of the checkpoint that they are to go on from; 0: none.
 
         Raises:
             LaunchError: the workers are not started again.
         """
-        if position > self._position:
+        if reached > self._reached:
             self._since_progress = []
-        self._position = max(position, self._position)
+        self._reached = max(reached, self._reached)
         self._since_progress.append(str(error))
         self.number += 1
         if error.is_fatal:
@@ -80,4 +85,4 @@ class Failures:
             )
         self._log.append("restart", reason=str(error), failures_since_progress=count, position=position)
         most = f" of {self._limit}" if self._limit >= 0 else ""
-        print_status(f"{error}; starting them again ({count}{most} without progress)")
+        print_status(f"{error}; starting them again from position {position} ({count}{most} without progress)")

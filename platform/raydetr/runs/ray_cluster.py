@@ -20,7 +20,7 @@ from ray.autoscaler.sdk import request_resources
 from raydetr.clusters.nodes import SQLITE_REASON
 from raydetr.config import ClusterConfig, ConfigError
 from raydetr.console import print_status
-from raydetr.locations import sqlite_file
+from raydetr.locations import in_ray_job, sqlite_file
 from raydetr.runs.ray_address import check_address
 from raydetr.runs.signals import StopSignals
 from raydetr.tracking.events import EventLog
@@ -69,7 +69,7 @@ def connected(cluster: ClusterConfig) -> Iterator[str]:
         yield "existing"
         return
     address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a job is on its cluster
+    if not in_ray_job():  # a job is on its cluster
         check_address(address)
     ray.init(
         address=address,

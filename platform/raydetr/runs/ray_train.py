@@ -80,12 +80,8 @@ def train_on_ray(run: Run, callbacks: Sequence[Any], stop: StopSignals, log: Eve
         failures, room = Failures(cluster.max_failures, log), Room(cluster, log)
         storage = StoragePatience(run, stop, log)
         num_workers, start_timeout = cluster.num_workers, None
+        last = storage.call(lambda: checkpoint.newest_valid(run.folder))
         while not stop.is_set():
-            last = storage.call(
-                lambda: checkpoint.newest_valid(
-                    run.folder, lambda message: print_status(f"skipped: {message}")
-                )
-            )
             resumed = dataclasses.replace(run, resume_from=last or run.resume_from)
             start = Start(resumed, num_workers, failures.number)
             try:
@@ -93,14 +89,16 @@ def train_on_ray(run: Run, callbacks: Sequence[Any], stop: StopSignals, log: Eve
                     start.fit(callbacks, display, stop, log)
                 if storage.call(lambda: _is_over(run)) or stop.is_set():
                     return
+                last = storage.call(lambda: checkpoint.newest_valid(run.folder))
             except LaunchError as error:
                 if stop.is_set():
                     return
                 if error.is_waiting:
                     room.add_start_in_vain()
                 else:
-                    written = storage.call(lambda: checkpoint.complete_checkpoints(run.folder)) or []
-                    failures.add(error, max([start.position, *map(checkpoint.position_of, written)]))
+                    last = storage.call(lambda: checkpoint.newest_valid(run.folder))
+                    position = 0 if last is None else checkpoint.position_of(last)
+                    failures.add(error, max(start.position, position), position)
                     stop.sleep(failures.pause)
             if start.position >= 0:
                 room.forget()

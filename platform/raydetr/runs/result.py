@@ -5,8 +5,10 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,33 @@ from raydetr.evaluation.coco_metrics import ApTable
 from raydetr.evaluation.ground_truth import evaluation_warnings
 from raydetr.store.folders import Folder
 from raydetr.tracking.description import PICTURES
+from raydetr.tracking.events import Event
 from raydetr.tracking.upload_state import page_of, read_run_id
 from raydetr.tracking.uris import default_uri
 from raydetr.training import checkpoint
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a run took, over all of its drivers."""
+
+    seconds: float  # with start-up and restarts, without the time between its drivers
+    num_restarts: int  # of the workers
+    num_resumes: int  # by another driver
+
+    @staticmethod
+    def of(events: Iterable[Event]) -> Effort:
+        """Return what a run with these events took."""
+        ordered = sorted(events, key=lambda event: float(event["time"]))
+        kinds = Counter(event["kind"] for event in ordered)
+        # That a driver has died is logged by a command that finds it out later
+        during = [event for event in ordered if event["kind"] != "lost"]
+        seconds = sum(
+            after["time"] - before["time"]
+            for before, after in pairwise(during)
+            if after["kind"] != "launched"
+        )
+        return Effort(seconds, kinds["restart"], max(0, kinds["launched"] - 1))
 
 
 @dataclass(frozen=True)
@@ -28,7 +54,7 @@ class RunResult:
     tracking_uri: str
     checkpoint: Folder
     metrics: Mapping[str, Any]  # AP, AP50, ..., table, peak_rss_mb, train_seconds
-    seconds: float
+    effort: Effort
     pending_upload: str | None = None  # what MLflow lacks
 
     @property
@@ -57,7 +83,7 @@ class RunResult:
         activate = "" if shutil.which("raydetr") else f"\n  source {sys.prefix}/bin/activate"
         return f"""
 {table.to_text()}
-{warnings}trained and evaluated in {metrics["train_seconds"]:.0f} s ({self.seconds:.0f} s with start-up), \
+{warnings}trained and evaluated in {metrics["train_seconds"]:.0f} s ({self._describe_effort()}), \
 peak memory {metrics["peak_rss_mb"]:.0f} MB per worker
 
 run         {self.folder}
@@ -72,6 +98,16 @@ next:{activate}
   raydetr compare {folder} OTHER_RUN
   raydetr train RECIPE optim.lr=2e-4  # change a setting; `raydetr config RECIPE` prints all
 """
+
+    def _describe_effort(self) -> str:
+        effort, images = self.effort, self.metrics["position"]
+        counts = [f"{effort.seconds:.0f} s with start-up", f"{images} images"]
+        counts += [
+            f"{what} {number} time{'' if number == 1 else 's'}"
+            for what, number in (("workers restarted", effort.num_restarts), ("resumed", effort.num_resumes))
+            if number
+        ]
+        return ", ".join(counts)
 
     def _ui_command(self) -> str:
         """Return the command that shows the run: `make ui` for the default database, or the page on a server."""

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,16 +17,17 @@ from raydetr.console import print_status
 from raydetr.doctor import examine
 from raydetr.doctor.findings import TrainingTarget
 from raydetr.locations import sqlite_file
-from raydetr.runs.lease import Lease, LeaseError
+from raydetr.runs.lease import DriverWatch, Lease, LeaseError
 from raydetr.runs.local import train_locally
 from raydetr.runs.resolve import resolve
-from raydetr.runs.result import RunResult
+from raydetr.runs.result import Effort, RunResult
 from raydetr.runs.run_folder import Run, read_config, write_config
 from raydetr.runs.run_tracking import Kind, log_launch, uploading, without_password
 from raydetr.runs.signals import RunStopped, StopSignals
+from raydetr.runs.state import is_run
 from raydetr.shards.reader import Shards
 from raydetr.store.folders import Folder, open_folder
-from raydetr.tracking.events import EventLog, read_events
+from raydetr.tracking.events import EventLog, EventReader, read_events
 from raydetr.tracking.upload_state import is_uploaded
 from raydetr.tracking.uris import mask_password, tracking_uri
 from raydetr.training import checkpoint, init_weights
@@ -117,9 +117,7 @@ def resume(
         LeaseError: another process drives the run.
         RunStopped: a signal stopped the run.
     """
-    folder = open_folder(location)
-    if not (folder / "config.yaml").exists():
-        raise ConfigError(f"{folder}: not the folder of a run, storage.path/NAME (config.yaml is missing)")
+    folder = _run_at(location)
     for path in overrides or {}:
         if path.startswith(_FIXED):
             raise ConfigError(f"{path} has no effect on a run that is resumed: omit it, or start a new run")
@@ -129,7 +127,7 @@ def resume(
         config = override(config, {"tracking.uri": None})
     stored_uri, config = tracking_uri(config), without_password(config)
     with Lease(folder) as lease:  # before anything of the run is changed
-        last = checkpoint.newest_valid(folder, lambda message: print_status(f"skipped: {message}"))
+        last = checkpoint.newest_valid(folder)
         if last is None:
             raise checkpoint.CheckpointError(
                 f"{folder}: no complete checkpoint to resume from; start a new run"
@@ -144,6 +142,27 @@ def resume(
             print_status(f"changed for the resumed run: {path} from {old} to {new}")
         run = Run(config, folder, last, bool(callbacks), until_epoch)
         return _execute(run, lease, splits, uri or stored_uri, kind, local, callbacks)
+
+
+def _run_at(location: str | Path) -> Folder:
+    """Return the folder of a run that a user names: RUN, or RUN/last.
+
+    Raises:
+        ConfigError: it is none, or the user names another checkpoint than the newest.
+    """
+    folder = open_folder(location)
+    if folder.name == checkpoint.LAST and (folder.parent / "config.yaml").exists():
+        return folder.parent
+    if (folder / "config.yaml").exists():
+        return folder
+    is_checkpoint = (folder / "meta.json").exists()
+    run = folder.parent.parent if is_checkpoint else folder.parent
+    if (is_checkpoint or folder.name == checkpoint.BEST) and (run / "config.yaml").exists():
+        raise ConfigError(
+            f"{folder}: a run goes on from its newest checkpoint: give {run}; to start a new run from the weights of "
+            f"this one, set init.checkpoint={folder}"
+        )
+    raise ConfigError(f"{folder}: not the folder of a run, storage.path/NAME (config.yaml is missing)")
 
 
 def _go_on(last: Folder, folder: Folder, config: RunConfig, uri: str | None, local: bool) -> RunResult:
@@ -184,8 +203,7 @@ def _go_on(last: Folder, folder: Folder, config: RunConfig, uri: str | None, loc
         with uploading(folder, stored, uri or tracking_uri(stored), "run") as uploads:
             pass  # it sends what an earlier driver could not
         pending = uploads.pending
-    seconds = events[-1]["time"] - events[0]["time"]
-    return RunResult(folder, tracking_uri(stored), last, metrics, seconds, pending)
+    return RunResult(folder, tracking_uri(stored), last, metrics, Effort.of(events), pending)
 
 
 def differences(stored: RunConfig, given: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -236,7 +254,13 @@ def check_new(folder: Folder, config: RunConfig, or_resume: bool) -> None:
         kinds = {event["kind"] for event in read_events(folder)}
         if "launched" in kinds and "started" not in kinds:  # a start that failed before its first step
             return
-        raise ConfigError(f"{folder} exists and has no checkpoint: remove it, or give another --name")
+        if not is_run(folder):
+            raise ConfigError(f"{folder} exists, and is not a run: remove it, or give another --name")
+        if DriverWatch(folder).is_alive():
+            raise ConfigError(f"{folder}: another process drives this run: give another --name")
+        raise ConfigError(
+            f"{folder} exists and has no checkpoint: start it again with --or-resume, or give another --name"
+        )
     if checkpoint.is_complete(last, config):
         raise ConfigError(
             f"{folder}: this run is finished; give another --name, or `raydetr evaluate {folder}`"
@@ -266,7 +290,6 @@ def _execute(
     local: bool,
     callbacks: Sequence[Any] = (),
 ) -> RunResult:
-    began = time.perf_counter()
     write_config(run.folder, run.config)
     log = EventLog(run.folder)
     log_launch(log, run.folder, run.config, splits, kind)
@@ -278,8 +301,8 @@ def _execute(
         else:
             log.append("stopped", reason=f"after epoch {run.last_epoch}, to go on")
             _flush(log)
-    seconds = time.perf_counter() - began
-    return RunResult(run.folder, mask_password(uri), last, metrics, seconds, uploads.pending)
+    effort = Effort.of(EventReader(run.folder, all_steps=False).read())
+    return RunResult(run.folder, mask_password(uri), last, metrics, effort, uploads.pending)
 
 
 def _train(run: Run, lease: Lease, log: EventLog, local: bool, callbacks: Sequence[Any]) -> Folder:
@@ -292,7 +315,7 @@ def _train(run: Run, lease: Lease, log: EventLog, local: bool, callbacks: Sequen
                 from raydetr.runs.ray_train import train_on_ray  # Ray takes seconds to import
 
                 train_on_ray(run, callbacks, stop, log)
-            last = checkpoint.newest_valid(run.folder, lambda message: print_status(f"skipped: {message}"))
+            last = checkpoint.newest_valid(run.folder)
             if lease.is_lost():
                 raise LeaseError(
                     f"{run.folder}: another process has taken this run over, because this one gave no sign for a minute"

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from raydetr.config import RunConfig, flatten, override, to_dict
 from raydetr.console import print_status
 from raydetr.environment import git_state
+from raydetr.locations import in_ray_job
 from raydetr.shards.reader import Shards
 from raydetr.store.folders import Folder
 from raydetr.tracking.events import EventLog, read_events
@@ -49,7 +50,7 @@ def log_launch(
     git = git_state(Path(__file__).parent)
     tags = {
         "mlflow.source.name": sys.argv[0],
-        "mlflow.source.type": "JOB" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else "LOCAL",
+        "mlflow.source.type": "JOB" if in_ray_job() else "LOCAL",
         "raydetr.kind": kind,
         "raydetr.folder": str(folder),
     } | ({"mlflow.source.git.commit": git["revision"]} if git else {})

@@ -9,8 +9,8 @@ from __future__ import annotations
 import resource
 import socket
 import time
-from collections.abc import Collection, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -45,6 +45,7 @@ SHOW_SECONDS = 0.5  # between two updates of the progress
 EVALUATION_WAITS = 60.0  # seconds, for the checkpoint before it
 EVENTS_WAIT = 10.0  # seconds, for the events before a checkpoint; it is written then in any case
 QUICK_SECONDS = 5.0  # of an outage, for what is not worth more
+WRITE_WAITS = 60.0  # seconds, for a file of an evaluation, which may be large
 
 
 class Reporter(Protocol):
@@ -159,6 +160,7 @@ class _Session:
         self.unscored: list[Unscored] = []
         # Arrays of evaluations, by position, that could not be written into the run's folder
         self.temporary: dict[int, TemporaryDirectory[str]] = {}
+        self.writing = BackgroundThreads(1, "files")
         self.drawing = BackgroundThreads(1, "pictures")
         self.drawn: Future[None] | None = None
         self.metrics = Metrics(read_events(run.folder) if self.is_main else ())
@@ -205,10 +207,9 @@ class _Session:
                 case EvaluationReport():
                     self._on_evaluation(report)
         if self.writer is not None:
-            if self.training.is_stopping:  # the resumed run scores what is not scored yet
-                self._take_scores()
-            else:
-                self._wait_for_scores()
+            if not self.training.is_stopping:
+                self._wait_for_scores(or_stop=True)
+            self._take_scores()  # the resumed run scores what is not scored yet
             self._show("writing the checkpoint")
             self.writer.finish()
             if self.drawn is not None:
@@ -320,9 +321,20 @@ class _Session:
         if not self.is_main:
             return
         try:
-            self.training.corrupt_log.write(self.quick_folder)
+            self._write(lambda: self.training.corrupt_log.write(self.quick_folder))
         except OSError as error:  # a full disk, perhaps: the events and the checkpoints have the rows, too
             self.corrupt_log_problem = f"{self.folder / CORRUPT_LOG} cannot be written: {error}"
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """Write in a thread, and wait for it, but not for ever: a mounted folder may not answer at all.
+
+        Raises:
+            OSError: it cannot be written, or not within WRITE_WAITS.
+        """
+        future = self.writing.submit(write)
+        if not wait([future], WRITE_WAITS).done:
+            raise TimeoutError(f"{self.folder} does not answer")
+        future.result()
 
     # --- Evaluations ---
 
@@ -330,8 +342,9 @@ class _Session:
         """Prepare for the evaluation at a position, which a process that was killed may have begun before."""
         assert self.writer is not None
         self.writer.expect(position)
+        folder = stored.folder_of(self.quick_folder, position)
         with suppress(OSError):  # the arrays of this evaluation will replace the others
-            stored.discard(stored.folder_of(self.quick_folder, position))
+            self._write(lambda: stored.discard(folder))
 
     def _add_unscored(self, last: Evaluated | None) -> None:
         """Score what a process that was killed had evaluated, and not scored: `last`, and earlier evaluations."""
@@ -400,7 +413,7 @@ class _Session:
         folder = stored.folder_of(self.quick_folder, report.position)
         problem: str | None = None
         try:
-            write_file(stored.detections_file(folder, world.rank), content)
+            self._write(lambda: write_file(stored.detections_file(folder, world.rank), content))
         except OSError as error:  # a full disk, perhaps: it must not end the run
             problem = str(error)
         problem = next((each for each in world.all_gather(problem) if each is not None), None)
@@ -416,11 +429,11 @@ class _Session:
         return arrays
 
     def _mark_complete(self, evaluated: Evaluated) -> None:
+        folder = stored.folder_of(self.quick_folder, evaluated.position)
         try:
-            stored.mark_complete(stored.folder_of(self.quick_folder, evaluated.position), evaluated)
-        except (
-            OSError
-        ) as error:  # if this process is killed before the scoring is done, it is evaluated again
+            self._write(lambda: stored.mark_complete(folder, evaluated))
+        except OSError as error:
+            # If this process is killed before the scoring is done, it is evaluated again
             self.warning = str(error)
 
     def _on_failed_scoring(self, position: int, reason: str) -> None:
@@ -439,12 +452,17 @@ class _Session:
                 self.unscored.append(outcome)
         return metrics
 
-    def _wait_for_scores(self) -> dict[int, dict[str, Any]]:
-        """Record all evaluations, when the run ends, or a search is to choose by them; return their metrics."""
+    def _wait_for_scores(self, *, or_stop: bool = False) -> dict[int, dict[str, Any]]:
+        """Record all evaluations, when the run ends, or a search is to choose by them; return their metrics.
+
+        With `or_stop`, until the run is to stop.
+        """
         assert self.scoring is not None
         assert self.writer is not None
         metrics: dict[int, dict[str, Any]] = {}
         while self.scoring.num_waiting:
+            if or_stop and self.reporter.should_stop():
+                return metrics
             self._show_now_and_then("scoring")
             self.writer.check()
             metrics |= self._take_scores(SHOW_SECONDS)

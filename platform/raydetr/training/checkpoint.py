@@ -12,10 +12,11 @@ from __future__ import annotations
 import errno
 import io
 import json
+import platform
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch.utils._pytree import tree_map
 from detrs import zoo
 from detrs.checkpoints import UNREADABLE, require_finite, to_state_dict, unreadable_because
 from raydetr.config import ConfigError, RunConfig, flatten, from_dict, to_dict
+from raydetr.console import print_status
 from raydetr.data.corrupt import CorruptSampleLog
 from raydetr.data.order import ORDER_VERSION
 from raydetr.shards.manifest import LabelMap, make_label_map
@@ -65,6 +67,7 @@ class Meta:
     state_crc32: int
     format: int = FORMAT
     order: int = 1  # version of the order of samples; missing in the first checkpoints
+    versions: dict[str, str] = field(default_factory=dict)  # of the programs that wrote it
 
 
 _META = TypeAdapter(Meta)
@@ -105,6 +108,7 @@ def capture(training: Training, shards: Shards) -> tuple[State, dict[str, Any]]:
         "epoch": min(training.position // training.num_samples, training.config.optim.epochs),
         "position": training.position,
         "order": ORDER_VERSION,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
     copied: State = tree_map(lambda x: x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x, state)
     return copied, meta
@@ -155,16 +159,33 @@ def complete_checkpoints(run: Folder) -> list[Folder]:
     return sorted((path for path in found if path.name.isdecimal()), reverse=True)
 
 
-def newest_valid(run: Folder, on_skipped: Callable[[str], None]) -> Folder | None:
+def print_skipped(message: str) -> None:
+    """Print why a checkpoint is passed over."""
+    print_status(f"skipped: {message}")
+
+
+def newest_valid(run: Folder, on_skipped: Callable[[str], None] = print_skipped) -> Folder | None:
     """Return the newest checkpoint of a run whose files are as they were written; None if there is none.
 
-    Restarts, resumes and other commands choose by this function.
+    Restarts, resumes and other commands choose by this function, or by `best_valid`.
 
     Args:
         run: folder of the run.
         on_skipped: is called with a message for each newer checkpoint that is corrupt.
     """
-    for folder in complete_checkpoints(run):
+    return _first_valid(complete_checkpoints(run), on_skipped)
+
+
+def best_valid(run: Folder) -> Folder | None:
+    """Return the checkpoint with the highest AP of those whose files are as they were written; None if there is none.
+
+    A line is printed for each better one that is corrupt.
+    """
+    return _first_valid(_by_ap(run), print_skipped)
+
+
+def _first_valid(folders: Iterable[Folder], on_skipped: Callable[[str], None]) -> Folder | None:
+    for folder in folders:
         try:
             read_meta(folder)
         except CheckpointError as error:
@@ -215,9 +236,18 @@ def take_over(run: Path, source: Folder) -> Path:
 
 
 def best(run: Folder) -> Folder | None:
-    """Return the checkpoint of a run with the highest AP, of equal ones the newest; None without an evaluation."""
+    """Return the checkpoint of a run with the highest AP, of equal ones the newest; None without an evaluation.
+
+    Its files are not verified.
+    """
+    return next(iter(_by_ap(run)), None)
+
+
+def _by_ap(run: Folder) -> list[Folder]:
+    """Return the evaluated checkpoints of a run, the best first, of equal ones the newest."""
     scored = [(read_metrics(folder).get("AP", -1.0), folder) for folder in complete_checkpoints(run)]
-    return max((pair for pair in scored if pair[0] >= 0), default=(0.0, None))[1]
+    scored.sort(key=lambda pair: pair[0], reverse=True)  # stable: the newest are first
+    return [folder for ap, folder in scored if ap >= 0]
 
 
 def read_metrics(folder: Folder) -> dict[str, Any]:
@@ -229,13 +259,12 @@ def read_metrics(folder: Folder) -> dict[str, Any]:
     return metrics
 
 
-def find(location: str | Path, on_skipped: Callable[[str], None] = lambda message: None) -> Folder:
-    """Return the folder of a checkpoint that a user names.
+def find(location: str | Path) -> Folder:
+    """Return the folder of a checkpoint that a user names. Of a run, a corrupt one is passed over with a line.
 
     Args:
         location: folder or URL of a checkpoint; RUN/best or RUN/last; or RUN, which means its best one, or without an
             evaluation its last.
-        on_skipped: see `newest_valid`.
 
     Raises:
         CheckpointError: there is none.
@@ -244,8 +273,8 @@ def find(location: str | Path, on_skipped: Callable[[str], None] = lambda messag
     name, run = (path.name, path.parent) if path.name in (BEST, LAST) else (BEST, path)
     if (path / "meta.json").exists() or not (run / "config.yaml").exists():
         return path
-    found = best(run) if name == BEST else None
-    found = found or (newest_valid(run, on_skipped) if name == LAST or run == path else None)
+    found = best_valid(run) if name == BEST else None
+    found = found or (newest_valid(run) if name == LAST or run == path else None)
     if found is None:
         missing = "evaluated" if name == BEST and run != path else "complete"
         raise CheckpointError(f"{run}: this run has no {missing} checkpoint")

@@ -84,7 +84,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.precision == "fp16")
         self.position = 0
         self.until_epoch: int | None = None  # where training ends for now; None: at its end
-        self.should_stop: Callable[[], bool] = lambda: False  # asked before every step, on every worker
+        self.should_stop: Callable[[], bool] = lambda: False  # asked on every worker, before every batch
         self.on_evaluation_batch: Callable[[], None] = lambda: None  # called for every batch of an evaluation
         # Entered for each part of a step; `raydetr profile` measures them
         self.part: Callable[[str], AbstractContextManager[object]] = nullcontext
@@ -216,10 +216,13 @@ class Training:
             norms.restore()
         return StepLoss(loss.total.detach(), loss.terms, loss.error)
 
-    def evaluate(self, shards: Shards) -> PackedDetections:
+    def evaluate(self, shards: Shards) -> PackedDetections | None:
         """Evaluate `weights` on this worker's share of a split, in the precision of training.
 
         With `evaluation.report`, which shows those of the largest, the arrays have the losses of the images.
+
+        Returns:
+            The detections; None, on every worker, if one was asked to stop before it was done.
 
         Raises:
             ShardError: an image is corrupt, and `data.on_corrupt` is "raise".
@@ -241,17 +244,23 @@ class Training:
         detections = evaluate(
             self.weights,
             self.model.postprocess,
-            drop_blank_batches(self._ticking(batches), corrupt),
+            drop_blank_batches(self._until_stopped(batches), corrupt),
             shards.label_map,
             self.world.device,
             self._autocast,
             self.criterion if self.config.evaluation.report else None,
         )
+        self.is_stopping = any(self.world.all_gather(self.is_stopping))
+        if self.is_stopping:
+            return None
         self.corrupt = self._gather_corrupt(replace(row, position=self.position) for row in corrupt)
         return detections
 
-    def _ticking(self, batches: Iterable[Batch | None]) -> Iterator[Batch | None]:
+    def _until_stopped(self, batches: Iterable[Batch | None]) -> Iterator[Batch | None]:
         for batch in batches:
+            if self.should_stop():
+                self.is_stopping = True
+                return
             self.on_evaluation_batch()
             yield batch
 
@@ -328,8 +337,8 @@ def train(
     """
     config, world = training.config, training.world
     if training.lacks_evaluation:
-        yield _evaluate(training, val_shards)
-    if training.step >= training.last_step:
+        yield from _evaluate(training, val_shards)
+    if training.is_stopping or training.step >= training.last_step:
         return
     layout = Layout(config.data.batch_size, world.size, config.data.micro_batch_size)
     batches = training_batches(config, train_shards, layout, rank=world.rank, position=training.position)
@@ -350,10 +359,10 @@ def train(
         if training.is_stopping:
             return
         if is_evaluated:
-            yield _evaluate(training, val_shards)
+            yield from _evaluate(training, val_shards)
             began = time.perf_counter()
         cpu_began = time.process_time()
-        if training.step >= training.last_step:
+        if training.is_stopping or training.step >= training.last_step:
             return
 
 
@@ -373,14 +382,17 @@ def training_batches(
     )
 
 
-def _evaluate(training: Training, val_shards: Shards) -> EvaluationReport:
+def _evaluate(training: Training, val_shards: Shards) -> Iterator[EvaluationReport]:
+    """Evaluate, and yield the report; none if a worker is asked to stop meanwhile: the resumed run evaluates again."""
     epoch = training.finished_epoch()
     assert epoch is not None
     began = time.perf_counter()
     detections = training.evaluate(val_shards)
+    if detections is None:
+        return
     seconds = time.perf_counter() - began
     training.lacks_evaluation = False
-    return EvaluationReport(training.step, epoch, training.position, detections, seconds, training.corrupt)
+    yield EvaluationReport(training.step, epoch, training.position, detections, seconds, training.corrupt)
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:

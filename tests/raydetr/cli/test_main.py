@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 from command_line import CommandLine
 from raydetr import recipes
 from raydetr.cli import main as cli
+from raydetr.cli.track import exit_if_incomplete
 from raydetr.config import from_yaml, override
 from raydetr.shards.source import coco_source
 from raydetr.shards.writer import write_source
@@ -223,3 +225,13 @@ def test_or_resume_needs_a_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     done = CommandLine(monkeypatch, capsys, "train")("quickstart", "--or-resume")
     assert done.code == 1
     assert done.err == "error: --or-resume needs the name of the run: add --name NAME"
+
+
+def test_a_run_that_mlflow_lacks_is_incomplete_and_a_job_has_succeeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    exit_if_incomplete(None)
+    with pytest.raises(typer.Exit) as ended:
+        exit_if_incomplete("3 metric values")
+    assert ended.value.exit_code == 5
+    # Ray sets it for the driver of a job, and what repeats a failed job would start the run again
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    exit_if_incomplete("3 metric values")

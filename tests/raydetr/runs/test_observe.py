@@ -74,7 +74,7 @@ def test_a_run_is_followed_to_its_end(played: PlayedRun, tmp_path: Path) -> None
         ("corrupt", {"position": 170, "sample": "a.jpg is cut off"}, "warning: corrupt: a.jpg is cut off"),
         ("stalled", {"reason": "no progress for 60 minutes"}, "stalled: no progress for 60 minutes"),
         ("stack", {"worker": "rank-1", "stack": "Thread 1\n  File a\n  File b\n"}, "worker rank-1 was at: File b"),
-        ("restart", {"reason": "worker 1 died", "position": 160}, "restart 1: worker 1 died"),
+        ("restart", {"reason": "worker 1 died", "position": 160}, "restart 1, from epoch 1.60: worker 1 died"),
         ("layout", {"workers": 1, "reason": "a node is missing"}, "goes on with 1 worker: a node is missing"),
         ("resumed", started(160), "training goes on from epoch 1.60, 1 worker"),
         ("evaluation", evaluation(2, 0.125), "evaluated at epoch 2.00: AP 0.125\n"),

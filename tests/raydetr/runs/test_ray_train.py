@@ -94,6 +94,11 @@ def test_a_run_with_a_killed_worker_ends_in_the_same_bits(cluster: Cluster, two_
     hit = run.start(override(two_workers, settings), name="hit")
     killer.join()
     assert killed, "the run ended before it could be hit"
+    (restart,), (resumed,) = (
+        [event for event in read_events(hit.folder) if event["kind"] == kind] for kind in ("restart", "resumed")
+    )
+    assert restart["position"] == resumed["position"] >= 48
+    assert "workers restarted 1 time)" in " ".join(hit.to_text().split())
     weights, expected = states(hit.checkpoint), states(unbroken.checkpoint)
     assert weights.keys() == expected.keys()
     for name in weights:

@@ -18,6 +18,7 @@ from raydetr.evaluation.score import speed
 from raydetr.runs import run
 from raydetr.runs.evaluate import evaluate_checkpoint
 from raydetr.runs.resolve import resolve
+from raydetr.runs.result import Effort
 from raydetr.shards.source import coco_source
 from raydetr.shards.writer import write_source
 from raydetr.tracking import mlflow_run
@@ -157,6 +158,47 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tiny_run: RunConfig) -> No
     )
     assert checkpoint.find(result.folder / "last") == at(result.folder, 4) == result.checkpoint
     assert evaluate_checkpoint(result.folder / "best", None, local=True)["AP"] == scores[best]
+
+
+def test_a_corrupt_best_checkpoint_is_passed_over_with_a_line(
+    tiny_run: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run.start(override(tiny_run, {"optim.epochs": 2}), local=True)
+    for epoch, ap in ((1, 0.5), (2, 0.25)):
+        metrics = checkpoint.read_metrics(at(result.folder, epoch)) | {"AP": ap}
+        (at(result.folder, epoch) / "metrics.json").write_text(json.dumps(metrics))
+    assert checkpoint.find(result.folder) == at(result.folder, 1)
+    state = at(result.folder, 1) / "state.pt"
+    state.write_bytes(state.read_bytes()[:-1] + b"x")
+    capsys.readouterr()
+    for location in (result.folder, result.folder / "best"):
+        assert checkpoint.find(location) == at(result.folder, 2)
+        assert f"skipped: {state}: checksum differs" in " ".join(capsys.readouterr().err.split())
+    (at(result.folder, 2) / "state.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="this run has no evaluated checkpoint"):
+        checkpoint.find(result.folder / "best")
+
+
+def test_a_run_is_resumed_from_its_newest_checkpoint_only(tiny_run: RunConfig) -> None:
+    short = override(tiny_run, {"optim.epochs": 1})
+    folder = run.start(short, local=True).folder
+    for location in (folder / "best", at(folder, 1)):
+        with pytest.raises(ConfigError, match=rf"goes on from its newest checkpoint: give {folder};"):
+            run.resume(location, overrides={"optim.epochs": 2}, local=True)
+    longer = run.resume(folder / "last", overrides={"optim.epochs": 2}, local=True)
+    assert checkpoint.read_meta(longer.checkpoint).position == 96
+    assert checkpoint.read_meta(longer.checkpoint).versions["torch"] == torch.__version__
+    text = " ".join(longer.to_text().split())
+    assert "s with start-up, 96 images, resumed 1 time), peak memory" in text
+
+
+def test_what_a_run_took_is_that_of_all_its_drivers() -> None:
+    kinds = [
+        ("launched", 100.0), ("started", 110.0), ("restart", 130.0), ("resumed", 140.0), ("step", 150.0),
+        ("lost", 5000.0), ("launched", 9000.0), ("resumed", 9010.0), ("restart", 9020.0), ("finished", 9030.0),
+    ]  # fmt: skip
+    events = [{"kind": kind, "time": time} for kind, time in kinds]
+    assert Effort.of(events[::-1]) == Effort(seconds=50.0 + 30.0, num_restarts=2, num_resumes=1)
 
 
 def test_more_epochs_of_a_finished_run_continue_from_its_end(tiny_run: RunConfig) -> None:

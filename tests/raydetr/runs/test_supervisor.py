@@ -127,7 +127,8 @@ def test_a_lost_node_is_replaced_by_fewer_workers_until_one_joins(
     (restart,) = events(folder, "restart")
     assert restart["failures_since_progress"] == 1
     err = " ".join(capsys.readouterr().err.split())
-    assert "starting them again (1 of 3 without progress)" in err
+    assert f"starting them again from position {restart['position']} (1 of 3 without progress)" in err
+    assert restart["position"] == resumed[0][1] > 0
     assert "waiting for 2 workers" in err
     assert "going on with 1 of 2 workers" in err
     assert "going on with 2 workers" in err
@@ -264,13 +265,13 @@ def test_failures_are_counted_since_the_last_progress(tmp_path: Path) -> None:
     log = EventLog(tmp_path)
     failures = patience.Failures(2, log)
     for position in (-1, -1, 48, 48, 96, 144, 144):
-        failures.add(LaunchError(f"at {position}"), position)
+        failures.add(LaunchError(f"at {position}"), position, max(position, 0))
     assert log.flush()
     with pytest.raises(LaunchError, match="failed 3 times without progress"):
-        failures.add(LaunchError("at 144"), 144)
+        failures.add(LaunchError("at 144"), 144, 144)
     assert [event["failures_since_progress"] for event in read_events(tmp_path)] == [1, 2, 1, 2, 1, 1, 2]
     with pytest.raises(LaunchError, match="a data fault"):
-        patience.Failures(5, EventLog(tmp_path)).add(LaunchError("a data fault", is_fatal=True), 0)
+        patience.Failures(5, EventLog(tmp_path)).add(LaunchError("a data fault", is_fatal=True), 0, 0)
 
 
 # --- The driver ---

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ import torch
 
 from raydetr.config import ConfigError, RunConfig, override, to_yaml
 from raydetr.runs import lease as lease_module
-from raydetr.runs import run
+from raydetr.runs import run, session
 from raydetr.runs.fatal_errors import FatalError, StopAtFatalErrors
 from raydetr.runs.lease import LeaseError
 from raydetr.runs.signals import RunStopped, StopSignals
 from raydetr.shards.reader import ShardError, open_shards
-from raydetr.tracking.events import Metrics, read_events
-from raydetr.training import checkpoint, checkpoint_writer
+from raydetr.tracking.events import EventLog, Metrics, read_events
+from raydetr.training import checkpoint, checkpoint_writer, loop
 from raydetr.training.checkpoint_writer import StorageError
 
 EPOCH = 48  # samples
@@ -132,8 +132,6 @@ def test_a_killed_or_stopped_process_goes_on_in_the_middle_of_an_epoch(
 def test_a_run_that_was_killed_while_it_evaluated_evaluates_again(
     by_steps: RunConfig, unbroken: run.RunResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from raydetr.training import loop
-
     def die(*args: object, **keywords: object) -> None:
         raise KeyboardInterrupt
 
@@ -149,6 +147,52 @@ def test_a_run_that_was_killed_while_it_evaluated_evaluates_again(
     assert_same_state(resumed.checkpoint, unbroken.checkpoint)
     scores = [event["metrics"]["AP"] for event in events(folder, "evaluation")]
     assert scores == [event["metrics"]["AP"] for event in events(unbroken.folder, "evaluation")]
+
+
+def test_a_signal_breaks_off_an_evaluation_that_the_resumed_run_makes_again(
+    by_steps: RunConfig, unbroken: run.RunResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation_batches = loop.evaluation_batches
+
+    def signalled(*arguments: Any, **settings: Any) -> Iterator[Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluation_batches(*arguments, **settings)
+
+    folder = Path(by_steps.storage.path) / "hit"
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "evaluation_batches", signalled)
+        with pytest.raises(RunStopped, match=f"hit was stopped by SIGTERM at position {EPOCH}: continue with"):
+            run.start(by_steps, local=True, name="hit")
+        assert events(folder, "evaluation") == []
+        with pytest.raises(RunStopped, match=f"at position {EPOCH}: continue with"):
+            run.resume(folder, local=True)  # it begins with the evaluation
+    assert [event["step"] for event in events(folder, "step")][-1] == 6
+    resumed = run.resume(folder, local=True)
+    assert_same_state(resumed.checkpoint, unbroken.checkpoint)
+    assert resumed.metrics["AP"] == unbroken.metrics["AP"]
+    assert [event["position"] for event in events(folder, "evaluation")] == [EPOCH, 2 * EPOCH]
+    assert "resumed 2 times" in " ".join(resumed.to_text().split())
+
+
+def test_a_signal_at_the_end_does_not_wait_for_scores(
+    by_steps: RunConfig, unbroken: run.RunResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show = session._Session._show_now_and_then
+
+    def signalled(self: Any, phase: str) -> None:
+        if phase == "scoring":
+            os.kill(os.getpid(), signal.SIGTERM)
+        show(self, phase)
+
+    folder = Path(by_steps.storage.path) / "hit"
+    with monkeypatch.context() as patched:
+        patched.setattr(session._Session, "_show_now_and_then", signalled)
+        with pytest.raises(RunStopped, match=f"stopped by SIGTERM at position {2 * EPOCH}: continue with"):
+            run.start(by_steps, local=True, name="hit")
+    resumed = run.resume(folder, local=True)
+    assert resumed.metrics["AP"] == unbroken.metrics["AP"]
+    assert events(folder, "resumed")[0]["position"] == 2 * EPOCH
+    assert len(events(folder, "step")) == len(events(unbroken.folder, "step"))
 
 
 def test_a_changed_learning_rate_and_weight_decay_take_effect_on_a_resumed_run(tiny_run: RunConfig) -> None:
@@ -297,6 +341,38 @@ def test_a_storage_that_does_not_answer_stops_a_run_at_its_limit(
         answer.set()
 
 
+def test_training_goes_on_while_a_mounted_folder_does_not_answer(
+    by_steps: RunConfig,
+    unbroken: run.RunResult,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It answers again once steps were trained after the evaluation whose files it did not take."""
+    answers, write_file, train_step = threading.Event(), session.write_file, loop.Training.train_step
+    waited: list[bool] = []
+
+    def hang(path: Path, content: bytes) -> None:
+        if "detections" in str(path) and by_steps.storage.path in str(path):
+            waited.append(answers.wait(60))
+        write_file(path, content)
+
+    def step(self: loop.Training, *batches: Any) -> Any:
+        outcome = train_step(self, *batches)
+        if self.position > EPOCH + 8:
+            answers.set()
+        return outcome
+
+    monkeypatch.setattr(session, "write_file", hang)
+    monkeypatch.setattr(session, "WRITE_WAITS", 0.2)
+    monkeypatch.setattr(loop.Training, "train_step", step)
+    result = run.start(by_steps, local=True, name="hanging")
+    assert waited == [True, True]
+    assert_same_state(result.checkpoint, unbroken.checkpoint)
+    scores = [event["metrics"]["AP"] for event in events(result.folder, "evaluation")]
+    assert scores == [event["metrics"]["AP"] for event in events(unbroken.folder, "evaluation")]
+    assert "hanging does not answer" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_disk_that_changes_what_it_stores_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,10 +431,23 @@ def test_resuming_a_run_that_is_going_on_is_refused(by_steps: RunConfig, tmp_pat
         process.communicate()
 
 
-def test_a_folder_without_a_checkpoint_can_be_removed(tiny_run: RunConfig) -> None:
-    (Path(tiny_run.storage.path) / "left").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="left exists and has no checkpoint: remove it"):
+def test_a_folder_without_a_checkpoint_says_what_to_do(tiny_run: RunConfig) -> None:
+    folder = Path(tiny_run.storage.path) / "left"
+    folder.mkdir(parents=True)
+    with pytest.raises(ConfigError, match="left exists, and is not a run: remove it"):
         run.start(tiny_run, local=True, name="left")
+    log = EventLog(folder)
+    log.append("launched")
+    log.append("started", position=0)
+    assert log.flush()
+    with pytest.raises(ConfigError, match="left exists and has no checkpoint: start it again with --or-resume"):
+        run.start(tiny_run, local=True, name="left")
+    with (
+        lease_module.Lease(folder),  # in its first minutes
+        pytest.raises(ConfigError, match="left: another process drives this run: give another --name"),
+    ):
+        run.start(tiny_run, local=True, name="left")
+    assert run.start(override(tiny_run, {"optim.epochs": 1}), local=True, name="left", or_resume=True)
 
 
 def test_names_that_are_not_those_of_a_folder_are_refused(tiny_run: RunConfig) -> None:
