@@ -114,8 +114,8 @@ def image_encoding(
     The position is the number of the pixel, counted from 1 and shifted by `offset`, divided by the number of unpadded
     pixels. `temperatures` are those of y and x.
     """
-    inside = (~padding_mask).to(dtype)
-    y, x = inside.cumsum(1), inside.cumsum(2)
+    inside = ~padding_mask
+    y, x = inside.cumsum(1).to(dtype), inside.cumsum(2).to(dtype)  # of integers: deterministic on a GPU, too
     y = (y + offset) / (y[:, -1:, :] + 1e-6)
     x = (x + offset) / (x[:, :, -1:] + 1e-6)
     encodings = [sine_encoding(z[..., None], dim, t) for z, t in zip((y, x), temperatures, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,7 @@ from detrs.zoo import (
 DEVICE = "cuda"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 LR, CLIP, NUM_BOXES = 1e-4, 0.1, 5.0
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the GPU is used; for deterministic steps
 
 SMALL = [pytest.param(config, (64, 96), id=name) for name, config in small_models.CONFIGS.items()]
 FULL = [
@@ -112,3 +114,26 @@ def test_a_step_equals_that_on_the_cpu_in_float64(config: ModelConfig, size: tup
             torch.cat([g.flatten() for g in step.gradients.values()]) for step in (single, expected)
         )
         assert float((one - other).norm() / other.norm()) < 1e-2
+
+
+@pytest.mark.parametrize(("config", "size"), [*SMALL, *FULL])
+def test_deterministic_steps_end_in_the_same_bits(config: ModelConfig, size: tuple[int, int]) -> None:
+    """As with `cluster.deterministic`: an operation without a fixed order is an error of torch."""
+    torch.manual_seed(0)
+    model = build(config)
+    images, targets = small_models.batch((2, 3), size=size)
+    denoising = model.detector.denoising
+    draws = None if denoising is None else denoising.draw_by_image(targets.counts, 3, seeds=(0, 1))
+    steps = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(3):
+            torch.manual_seed(1)  # of dropout
+            steps.append(train_step(model, images, targets, draws, DEVICE, torch.float32))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for step in steps[1:]:
+        assert torch.equal(step.loss, steps[0].loss)
+        for name, gradient in steps[0].gradients.items():
+            assert torch.equal(step.gradients[name], gradient), name
+            assert torch.equal(step.weights[name], steps[0].weights[name]), name

@@ -24,8 +24,9 @@ def deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tenso
     bits of bfloat16 are too few for a location. Autocast does not change the result.
 
     A location outside its level reads zero and has no gradient. The native kernels treat NaN and infinity as outside.
-    On the CPU, the result is independent of the number of threads. On CUDA, gradients are summed in no fixed order,
-    which is an error under `torch.use_deterministic_algorithms(True)`. There is no second derivative.
+    On the CPU, the result is independent of the number of threads. On CUDA, the gradient of `value` is summed in no
+    fixed order, unless `torch.use_deterministic_algorithms(True)` is set: then in one, far slower. There is no second
+    derivative.
 
     Args:
         value: [N, S, M, D], one vector per image, token and head.

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detrs.ops.fixed_order import grad_value_in_fixed_order
+from detrs.ops.reference import Shapes, sampling_locations, sampling_weights
 from detrs.ops.sources import SUFFIX, digest_sources
 
 LIBRARY = Path(__file__).with_name("_C.so")
@@ -201,9 +203,11 @@ def _save_for_backward(ctx: Any, inputs: tuple[Tensor, list[int], Tensor, Tensor
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
     value, locations, weights = ctx.saved_tensors
-    _check_determinism(value)
     grads = torch.ops.detrs.deform_attn_backward(grad_out, value, ctx.shapes, locations, weights)
-    return grads[0], None, grads[1], grads[2]
+    grad_value = grads[0]
+    if _adds_in_any_order(value):
+        grad_value = grad_value_in_fixed_order(grad_out, value, _pairs(ctx.shapes), locations, weights)
+    return grad_value, None, grads[1], grads[2]
 
 
 def _fake_fused_forward(
@@ -235,25 +239,25 @@ def _save_for_fused_backward(
 
 def _fused_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, Tensor | None, Tensor, Tensor]:
     value, reference, offsets, logits = ctx.saved_tensors
-    _check_determinism(value)
     needed = ctx.needs_input_grad[2]
     grads = torch.ops.detrs.deform_attn_fused_backward(
         grad_out, value, ctx.shapes, reference, offsets, logits, needed
     )
-    return grads[0], None, grads[1].sum(2) if needed else None, grads[2], grads[3]
+    grad_value = grads[0]
+    if _adds_in_any_order(value):
+        shapes = _pairs(ctx.shapes)
+        locations, weights = sampling_locations(shapes, reference, offsets), sampling_weights(logits)
+        grad_value = grad_value_in_fixed_order(grad_out, value, shapes, locations, weights)
+    return grad_value, None, grads[1].sum(2) if needed else None, grads[2], grads[3]
 
 
-def _check_determinism(value: Tensor) -> None:
-    """Raise or warn on CUDA if torch shall be deterministic: threads add to grad_value in varying order."""
-    if value.device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
-        return
-    problem = (
-        "the backward pass of deform_attn on CUDA is not deterministic, and torch.use_deterministic_algorithms(True) is"
-        " set. Train on the CPU, where it is, or allow it: torch.use_deterministic_algorithms(True, warn_only=True)"
-    )
-    if not torch.is_deterministic_algorithms_warn_only_enabled():
-        raise RuntimeError(problem)
-    warnings.warn(problem, UserWarning, stacklevel=2)
+def _adds_in_any_order(value: Tensor) -> bool:
+    """Return whether the kernel's gradient of `value` cannot be used, because torch is to be deterministic."""
+    return value.device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
+
+
+def _pairs(sizes: list[int]) -> Shapes:
+    return tuple(zip(sizes[::2], sizes[1::2], strict=True))
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> None:

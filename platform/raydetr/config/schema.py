@@ -217,6 +217,8 @@ class ClusterConfig(Section):
     address: str | None = None  # None: the cluster of this job, or else a new one on this machine
     num_workers: PositiveInt = 1
     use_gpu: bool = False
+    # On GPUs, the same run ends in the same bits, as on CPUs; slower
+    deterministic: bool = False
     cpus_per_worker: PositiveInt = 1
     max_failures: int = Field(default=3, ge=-1)  # of the workers, without progress in between; -1: unlimited
     min_workers: PositiveInt | None = (
@@ -232,6 +234,8 @@ class ClusterConfig(Section):
 
     @model_validator(mode="after")
     def _check_effects(self) -> Self:
+        if self.deterministic and not self.use_gpu:
+            raise ValueError("deterministic has no effect without use_gpu: CPUs are deterministic; omit it")
         if self.bf16_gradients and self.num_workers == 1:
             raise ValueError("bf16_gradients has no effect with num_workers 1: omit it")
         if self.min_workers is not None and self.min_workers >= self.num_workers:

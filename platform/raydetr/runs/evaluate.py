@@ -12,7 +12,16 @@ from typing import Any
 
 import torch
 
-from raydetr.config import ConfigError, DataConfig, RunConfig, absolute_paths, flatten, override, to_dict
+from raydetr.config import (
+    ClusterConfig,
+    ConfigError,
+    DataConfig,
+    RunConfig,
+    absolute_paths,
+    flatten,
+    override,
+    to_dict,
+)
 from raydetr.console import print_status
 from raydetr.data.corrupt import CorruptSample
 from raydetr.data.stream import evaluation_batches
@@ -172,8 +181,8 @@ def _configure(checkpoint: Folder, overrides: Mapping[str, Any]) -> RunConfig:
             raise ConfigError(f"{path} has no effect on an evaluation: omit it; these have: {names}")
     config = run_config(checkpoint, read_meta(checkpoint))
     # The cluster of the training may be gone, and is not the one of whoever evaluates
-    unused = {"cluster.address": None, "cluster.min_workers": None, "cluster.bf16_gradients": False}
-    config = override(config, unused)
+    unused = ("address", "min_workers", "bf16_gradients", "deterministic")
+    config = override(config, {f"cluster.{name}": ClusterConfig.model_fields[name].default for name in unused})
     return absolute_paths(override(config, overrides), Path.cwd())
 
 

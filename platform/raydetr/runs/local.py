@@ -12,16 +12,18 @@ from raydetr.config import ClusterConfig, ConfigError
 from raydetr.console import Display, RunProgress
 from raydetr.runs.run_folder import Run
 from raydetr.runs.session import run_session
-from raydetr.training.world import World
+from raydetr.training.world import World, make_deterministic
 
 
 def local_world(cluster: ClusterConfig) -> World:
-    """Return this process as a world of one, on the GPU with `cluster.use_gpu`, and set its number of threads.
+    """Return this process as a world of one, on the GPU with `cluster.use_gpu`, and configure torch for it.
 
     Raises:
         ConfigError: `cluster.use_gpu` is set, and there is no GPU.
     """
     torch.set_num_threads(cluster.cpus_per_worker)
+    if cluster.deterministic:
+        make_deterministic()
     if cluster.use_gpu and not torch.cuda.is_available():
         raise ConfigError(
             "cluster.use_gpu is true, but torch finds no GPU on this machine: set cluster.use_gpu=false, or see "

@@ -44,7 +44,7 @@ from raydetr.runs.watch import ABORT_SECONDS, STACKS, Watch
 from raydetr.store.folders import Folder, with_retry_seconds, write_file
 from raydetr.tracking.events import EventLog
 from raydetr.training import checkpoint
-from raydetr.training.world import World
+from raydetr.training.world import World, make_deterministic
 
 RESTART_SECONDS = "20"  # for the start of workers after a failure
 LOST_SECONDS = 60.0  # for the end of workers that can no longer be reached
@@ -301,6 +301,8 @@ def is_out_of_memory(text: str) -> bool:
 def _train(run: Run, actor: Any) -> None:
     """Train as one worker."""
     _check_storage(run.folder)
+    if run.config.cluster.deterministic:
+        make_deterministic()
     world = _world(run.config.cluster.cpus_per_worker)
     run_session(run, world, _RayReporter(actor, run.folder / STACKS / f"rank-{world.rank}.txt"))
 

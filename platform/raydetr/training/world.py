@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def make_deterministic() -> None:
+    """Let all GPU kernels of this process compute the same bits again (`cluster.deterministic`).
+
+    torch then raises an error at an operation that has no such kernel. To be called before the GPU is used.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # otherwise sums depend on what else is running
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing reads such memory
+    torch.backends.cudnn.benchmark = False
 
 
 @dataclass(frozen=True)

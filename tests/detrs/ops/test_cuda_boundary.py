@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from detrs.ops import deform_attn, deform_attn_fused, native, native_status
+from detrs.ops import deform_attn, deform_attn_fused, deform_attn_reference, native, native_status
+from detrs.ops.fixed_order import grad_value_in_fixed_order
 from detrs.ops.native import has_kernels
 from fresh_interpreter import run_python
 
@@ -61,9 +62,15 @@ def test_other_numbers_of_channels_use_pure_torch_on_a_gpu(num_channels, native)
 
 @needs_cuda_build
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_deterministic_backward_on_a_gpu_is_an_error_or_a_warning(monkeypatch, fused):
+def test_a_deterministic_backward_on_a_gpu_adds_in_a_fixed_order(monkeypatch, fused):
     """Call backward as autograd does, which itself cannot run on CUDA tensors without a GPU."""
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    calls = []
+
+    def spy(grad_out, value, shapes, *samples):
+        calls.append(shapes)
+        return grad_value_in_fixed_order(grad_out, value, shapes, *samples)
+
+    monkeypatch.setattr(native, "grad_value_in_fixed_order", spy)
     with FakeTensorMode():
         value, locations, weights = fake_inputs()
         saved = [value, locations, weights]
@@ -71,12 +78,44 @@ def test_a_deterministic_backward_on_a_gpu_is_an_error_or_a_warning(monkeypatch,
             saved.insert(1, torch.empty(2, 5, 2, 4, device="cuda"))
         context = SimpleNamespace(saved_tensors=saved, shapes=[5, 7, 3, 2], needs_input_grad=[True] * 5)
         backward = native._fused_backward if fused else native._backward
-        with pytest.raises(RuntimeError, match=r"on CUDA is not deterministic.*warn_only=True"):
-            backward(context, torch.empty(2, 5, 24, device="cuda"))
-        monkeypatch.setattr(torch, "is_deterministic_algorithms_warn_only_enabled", lambda: True)
-        with pytest.warns(UserWarning, match="on CUDA is not deterministic"):
-            gradients = backward(context, torch.empty(2, 5, 24, device="cuda"))
+        backward(context, torch.empty(2, 5, 24, device="cuda"))
+        assert not calls
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        gradients = backward(context, torch.empty(2, 5, 24, device="cuda"))
+    assert calls == [((5, 7), (3, 2))]
     assert gradients[0].shape == value.shape
+    assert gradients[0].device == value.device
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_gradient_in_a_fixed_order_is_that_of_the_reference(dtype):
+    """Also at the edges of a level, outside, at NaN and infinity, with one pixel, and without queries."""
+    shapes = ((5, 7), (3, 2), (1, 1))
+    torch.manual_seed(0)
+    for num_queries in (9, 0):
+        value = torch.randn(2, 42, 3, 8, dtype=torch.float64).to(dtype).requires_grad_()
+        locations = torch.rand(2, num_queries, 3, 3, 4, 2, dtype=torch.float64) * 1.6 - 0.3
+        weights = torch.randn(2, num_queries, 3, 3, 4, dtype=torch.float64)
+        grad_out = torch.randn(2, num_queries, 24, dtype=torch.float64)
+        if num_queries:
+            locations[0, 0, 0, 0] = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.5 / 7, 0.5 / 5], [1.0, 0.0]])
+        reference = deform_attn_reference(value.double(), shapes, locations, weights)
+        (expected,) = torch.autograd.grad(reference, value, grad_out)
+        samples = [tensor if dtype == torch.float64 else tensor.float() for tensor in (locations, weights)]
+        found = grad_value_in_fixed_order(grad_out, value.detach(), shapes, *samples)
+        assert found.dtype == dtype
+        torch.testing.assert_close(
+            found, expected, **({"rtol": 0, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2})
+        )
+        if num_queries:  # as the kernels: outside
+            for bad in (float("nan"), float("inf"), -float("inf")):
+                lost, without = locations.clone(), weights.clone()
+                lost[1, 2], without[1, 2] = bad, 0
+                gradients = [
+                    grad_value_in_fixed_order(grad_out, value.detach(), shapes, lost, weights),
+                    grad_value_in_fixed_order(grad_out, value.detach(), shapes, locations, without),
+                ]
+                torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
 def test_deterministic_algorithms_are_possible_on_the_cpu():
