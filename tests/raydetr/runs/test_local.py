@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -30,6 +31,21 @@ def test_the_cpu_is_used_unless_a_gpu_is_asked_for(monkeypatch: pytest.MonkeyPat
 def test_a_gpu_is_used_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert local_world(ClusterConfig(use_gpu=True, num_workers=8)).device == torch.device("cuda")
+
+
+def test_a_deterministic_gpu_is_set_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    local_world(ClusterConfig(use_gpu=True))
+    assert not torch.are_deterministic_algorithms_enabled()
+    local_world(ClusterConfig(use_gpu=True, deterministic=True))
+    try:
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is removed afterwards
 
 
 def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

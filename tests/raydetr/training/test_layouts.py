@@ -254,9 +254,11 @@ def test_gradients_in_bfloat16_are_rounded_and_the_same_on_all_workers(
         assert torch.equal(value, second["state"][key]), key
 
 
-def test_bfloat16_gradients_of_one_worker_are_refused(tiny_run: RunConfig) -> None:
+def test_settings_of_a_cluster_without_effect_are_refused(tiny_run: RunConfig) -> None:
     with pytest.raises(ConfigError, match="bf16_gradients has no effect with num_workers 1"):
         override(tiny_run, {"cluster.bf16_gradients": True})
+    with pytest.raises(ConfigError, match="deterministic has no effect without use_gpu"):
+        override(tiny_run, {"cluster.deterministic": True})
     with pytest.raises(ConfigError, match="min_workers 2 has no effect with num_workers 2"):
         override(tiny_run, {"cluster.num_workers": 2, "cluster.min_workers": 2})
     with pytest.raises(ConfigError, match="micro_batch_size 8 has no effect with batch_size 8"):
