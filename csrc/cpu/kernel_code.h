@@ -93,7 +93,7 @@ void prepare_scratch(const Problem<T>& problem, T* buffer) {
 }
 
 template <class T>
-inline int64_t row_index(const Problem<T>& problem, const Rows& rows, int64_t query) {
+DETRS_INLINE int64_t row_index(const Problem<T>& problem, const Rows& rows, int64_t query) {
   return (rows.image * problem.num_queries + query) * problem.num_heads + rows.head;
 }
 
@@ -101,7 +101,7 @@ inline int64_t row_index(const Problem<T>& problem, const Rows& rows, int64_t qu
 // num_heads rows apart, which the hardware prefetcher does not predict. A prefetch past the end of the tensor
 // is harmless.
 template <class T>
-inline void prefetch_ahead(const Problem<T>& problem, const void* tensor, int64_t row, int64_t row_bytes) {
+DETRS_INLINE void prefetch_ahead(const Problem<T>& problem, const void* tensor, int64_t row, int64_t row_bytes) {
   const char* ahead = static_cast<const char*>(tensor) + (row + 4 * problem.num_heads) * row_bytes;
   for (int64_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(ahead + at);
 }
@@ -115,7 +115,7 @@ struct RowInputs {
 // They are read in complete vectors, beyond the end of the row. Only the last rows of the tensors have
 // nothing behind them: those are copied to the scratch buffer first.
 template <class T>
-inline RowInputs<T> row_inputs(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch) {
+DETRS_INLINE RowInputs<T> row_inputs(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch) {
   const int64_t count = problem.num_samples();
   const int64_t num_rows = problem.num_images * problem.num_queries * problem.num_heads;
   const RowInputs<T> inputs{problem.locations + 2 * row * count, problem.weights + row * count};
@@ -129,7 +129,7 @@ inline RowInputs<T> row_inputs(const Problem<T>& problem, int64_t row, const Scr
 
 // scratch.weights = softmax of the logits of the row.
 template <class T>
-inline void softmax_row(const T* logits, int64_t count, const Scratch<T>& scratch) {
+DETRS_INLINE void softmax_row(const T* logits, int64_t count, const Scratch<T>& scratch) {
   constexpr int kLanes = lanes_of<T>();
   const Numbers<T> zero = {};
   Indices<T> lane_indices;
@@ -162,7 +162,7 @@ inline void softmax_row(const T* logits, int64_t count, const Scratch<T>& scratc
 // Loads x, y and weight of a block. The compiler turns loops over a constant number of lanes into vector
 // instructions.
 template <class T>
-inline void load_samples(const T* __restrict locations, const T* __restrict weights, Block<T>& block) {
+DETRS_INLINE void load_samples(const T* __restrict locations, const T* __restrict weights, Block<T>& block) {
   constexpr int kLanes = lanes_of<T>();
   for (int64_t at = 0; at < block.count; at += kLanes) {
     store<kLanes>(block.weight + at, load<kLanes>(weights + at));
@@ -174,13 +174,13 @@ inline void load_samples(const T* __restrict locations, const T* __restrict weig
 }
 
 template <class T>
-inline const T* row_reference(const Problem<T>& problem, int64_t row) {
+DETRS_INLINE const T* row_reference(const Problem<T>& problem, int64_t row) {
   return problem.reference + row / problem.num_heads * problem.num_levels * problem.reference_size;
 }
 
 // Fused: replaces the offsets, which load_samples has put into x and y, by locations.
 template <class T>
-inline void compute_locations(const Problem<T>& problem, const T* reference, const BlockLevels<T>& levels,
+DETRS_INLINE void compute_locations(const Problem<T>& problem, const T* reference, const BlockLevels<T>& levels,
                               Block<T>& block) {
   constexpr int kLanes = lanes_of<T>();
   const int64_t size = problem.reference_size;
@@ -208,7 +208,7 @@ struct SampleRange {
 
 // Returns the corners of a vector of samples, starting with sample `at`.
 template <class T>
-inline auto corners_of(const BlockLevels<T>& levels, const Block<T>& block, int64_t at) {
+DETRS_INLINE auto corners_of(const BlockLevels<T>& levels, const Block<T>& block, int64_t at) {
   constexpr int kLanes = lanes_of<T>();
   return Corners<Numbers<T>, Indices<T>>::at(load<kLanes>(block.x + at), load<kLanes>(block.y + at),
                                              levels.size[at / kLanes]);
@@ -216,7 +216,7 @@ inline auto corners_of(const BlockLevels<T>& levels, const Block<T>& block, int6
 
 // Computes tokens and factors of the corners.
 template <class T>
-inline void compute_corners(const BlockLevels<T>& levels, Block<T>& block) {
+DETRS_INLINE void compute_corners(const BlockLevels<T>& levels, Block<T>& block) {
   constexpr int kLanes = lanes_of<T>();
   for (int64_t at = 0; at < block.count; at += kLanes) {
     const auto corners = corners_of(levels, block, at);
@@ -233,7 +233,7 @@ struct Width {};
 
 // Splits channels into runs of 32, 16, 8, 4 and 1 and calls use(Width<N>, first channel) for each.
 template <class Use>
-inline void for_channel_runs(const ChannelRange& channels, const Use& use) {
+DETRS_INLINE void for_channel_runs(const ChannelRange& channels, const Use& use) {
   int64_t first = channels.first;
   for (; first + 32 <= channels.last; first += 32) use(Width<32>(), first);
   for (; first + 16 <= channels.last; first += 16) use(Width<16>(), first);
@@ -244,7 +244,7 @@ inline void for_channel_runs(const ChannelRange& channels, const Use& use) {
 
 // Every row is checked, so this must be fast: vectors, and one branch.
 template <class T>
-inline bool all_finite(const T* numbers, int64_t count) {
+DETRS_INLINE bool all_finite(const T* numbers, int64_t count) {
   constexpr int kLanes = lanes_of<T>();
   Indices<T> others = {};
   int64_t at = 0;
@@ -274,7 +274,7 @@ inline void for_corners_inside(const BlockLevels<T>& levels, const Block<T>& blo
 
 // sums[0..N) = (or +=) sum over the block's samples and corners of factor * value
 template <int N, class T, class Stored>
-inline void gather(Width<N>, const Block<T>& block, const Stored* value, int64_t stride, T* sums,
+DETRS_INLINE void gather(Width<N>, const Block<T>& block, const Stored* value, int64_t stride, T* sums,
                    bool is_first) {
   typedef Run<Stored, T, N> Values;
   // Two independent sums, over the top and the bottom corners, hide the latency of the additions.
@@ -313,7 +313,7 @@ inline void gather_inside(const BlockLevels<T>& levels, const Block<T>& block, c
 
 // Sums the lanes of `partial` and adds them to `dot`, which holds the sums of earlier channel runs.
 template <int N, class T>
-inline void finish_dots(Block<T>& block, bool is_first_run) {
+DETRS_INLINE void finish_dots(Block<T>& block, bool is_first_run) {
   for (int corner = 0; corner < 4; corner++) {
     const T* partial = block.partial + corner * kBlock * N;
     T* dot = block.dot[corner];
@@ -333,7 +333,7 @@ enum class Part { all, value, samples };
 
 // grad_value += factor * grad_out, and dot = grad_out . value, at every corner
 template <Part kPart, int N, class T, class Stored>
-inline void scatter(Width<N>, Block<T>& block, const HeadView<T>& head, const Stored* __restrict value,
+DETRS_INLINE void scatter(Width<N>, Block<T>& block, const HeadView<T>& head, const Stored* __restrict value,
                     int64_t first_channel, const T* grad_out) {
   typedef Run<Stored, T, N> Values;
   constexpr int kLanes = Values::kLanes, kVectors = Values::kVectors;
@@ -391,7 +391,7 @@ __attribute__((noinline, cold)) void scatter_inside(const BlockLevels<T>& levels
 
 // Computes the gradients of x, y and weight from the dots of the corners, and stores them in dot[0..3).
 template <class T>
-inline void differentiate_block(const BlockLevels<T>& levels, Block<T>& block) {
+DETRS_INLINE void differentiate_block(const BlockLevels<T>& levels, Block<T>& block) {
   constexpr int kLanes = lanes_of<T>();
   for (int64_t at = 0; at < block.count; at += kLanes) {
     const Numbers<T> dot[] = {load<kLanes>(block.dot[0] + at), load<kLanes>(block.dot[1] + at),
@@ -405,7 +405,7 @@ inline void differentiate_block(const BlockLevels<T>& levels, Block<T>& block) {
 }
 
 template <class T>
-inline void store_sample_grads(const Problem<T>& problem, const SampleRange& range, const Block<T>& block) {
+DETRS_INLINE void store_sample_grads(const Problem<T>& problem, const SampleRange& range, const Block<T>& block) {
   const int64_t first = range.row * problem.num_samples() + range.first, count = range.count;
   const T* __restrict grad_x = block.dot[0], * __restrict grad_y = block.dot[1];
   T* __restrict grad_locations = problem.grad_locations + 2 * first;
@@ -422,7 +422,7 @@ inline void store_sample_grads(const Problem<T>& problem, const SampleRange& ran
 // Fused, before store_sample_grads: computes the gradient of the reference, and that of offsets from that of
 // locations.
 template <class T>
-inline void offset_grads(const Problem<T>& problem, const SampleRange& range, const BlockLevels<T>& levels,
+DETRS_INLINE void offset_grads(const Problem<T>& problem, const SampleRange& range, const BlockLevels<T>& levels,
                          Block<T>& block) {
   const int64_t size = problem.reference_size;
   if (problem.grad_reference != nullptr) {
@@ -445,7 +445,7 @@ inline void offset_grads(const Problem<T>& problem, const SampleRange& range, co
 
 // Fused, at the end of a row: computes the gradients of logits from those of weights.
 template <class T>
-inline void logit_grads(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch) {
+DETRS_INLINE void logit_grads(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch) {
   constexpr int kLanes = lanes_of<T>();
   const int64_t count = problem.num_samples();
   const T* __restrict weights = scratch.weights;
@@ -463,7 +463,7 @@ inline void logit_grads(const Problem<T>& problem, int64_t row, const Scratch<T>
 
 // Fills the block with each part of a row in turn, and calls use(range, levels).
 template <class T, class Use>
-inline void for_blocks(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch, Block<T>& block,
+DETRS_INLINE void for_blocks(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch, Block<T>& block,
                        const Use& use) {
   const bool fused = problem.reference_size != 0;
   const int64_t count = problem.num_samples();
