@@ -13,6 +13,10 @@ namespace {
 // in the L1 cache.
 constexpr int64_t kBlock = 32;
 
+// For the loops over rows: whatever they call is inlined, and not only what the compiler takes for worth it.
+// Out of line, the vectors of a sample would go through memory, which costs a quarter of the time.
+#define DETRS_FLAT inline __attribute__((flatten))
+
 // One number per sample, for as many samples as a vector holds.
 template <class T>
 using Numbers = typename Simd<T, lanes_of<T>()>::Vector;
@@ -93,7 +97,7 @@ void prepare_scratch(const Problem<T>& problem, T* buffer) {
 }
 
 template <class T>
-DETRS_INLINE int64_t row_index(const Problem<T>& problem, const Rows& rows, int64_t query) {
+inline int64_t row_index(const Problem<T>& problem, const Rows& rows, int64_t query) {
   return (rows.image * problem.num_queries + query) * problem.num_heads + rows.head;
 }
 
@@ -101,7 +105,7 @@ DETRS_INLINE int64_t row_index(const Problem<T>& problem, const Rows& rows, int6
 // num_heads rows apart, which the hardware prefetcher does not predict. A prefetch past the end of the tensor
 // is harmless.
 template <class T>
-DETRS_INLINE void prefetch_ahead(const Problem<T>& problem, const void* tensor, int64_t row, int64_t row_bytes) {
+inline void prefetch_ahead(const Problem<T>& problem, const void* tensor, int64_t row, int64_t row_bytes) {
   const char* ahead = static_cast<const char*>(tensor) + (row + 4 * problem.num_heads) * row_bytes;
   for (int64_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(ahead + at);
 }
@@ -115,7 +119,7 @@ struct RowInputs {
 // They are read in complete vectors, beyond the end of the row. Only the last rows of the tensors have
 // nothing behind them: those are copied to the scratch buffer first.
 template <class T>
-DETRS_INLINE RowInputs<T> row_inputs(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch) {
+inline RowInputs<T> row_inputs(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch) {
   const int64_t count = problem.num_samples();
   const int64_t num_rows = problem.num_images * problem.num_queries * problem.num_heads;
   const RowInputs<T> inputs{problem.locations + 2 * row * count, problem.weights + row * count};
@@ -129,7 +133,7 @@ DETRS_INLINE RowInputs<T> row_inputs(const Problem<T>& problem, int64_t row, con
 
 // scratch.weights = softmax of the logits of the row.
 template <class T>
-DETRS_INLINE void softmax_row(const T* logits, int64_t count, const Scratch<T>& scratch) {
+inline void softmax_row(const T* logits, int64_t count, const Scratch<T>& scratch) {
   constexpr int kLanes = lanes_of<T>();
   const Numbers<T> zero = {};
   Indices<T> lane_indices;
@@ -162,7 +166,7 @@ DETRS_INLINE void softmax_row(const T* logits, int64_t count, const Scratch<T>& 
 // Loads x, y and weight of a block. The compiler turns loops over a constant number of lanes into vector
 // instructions.
 template <class T>
-DETRS_INLINE void load_samples(const T* __restrict locations, const T* __restrict weights, Block<T>& block) {
+inline void load_samples(const T* __restrict locations, const T* __restrict weights, Block<T>& block) {
   constexpr int kLanes = lanes_of<T>();
   for (int64_t at = 0; at < block.count; at += kLanes) {
     store<kLanes>(block.weight + at, load<kLanes>(weights + at));
@@ -174,13 +178,13 @@ DETRS_INLINE void load_samples(const T* __restrict locations, const T* __restric
 }
 
 template <class T>
-DETRS_INLINE const T* row_reference(const Problem<T>& problem, int64_t row) {
+inline const T* row_reference(const Problem<T>& problem, int64_t row) {
   return problem.reference + row / problem.num_heads * problem.num_levels * problem.reference_size;
 }
 
 // Fused: replaces the offsets, which load_samples has put into x and y, by locations.
 template <class T>
-DETRS_INLINE void compute_locations(const Problem<T>& problem, const T* reference, const BlockLevels<T>& levels,
+inline void compute_locations(const Problem<T>& problem, const T* reference, const BlockLevels<T>& levels,
                               Block<T>& block) {
   constexpr int kLanes = lanes_of<T>();
   const int64_t size = problem.reference_size;
@@ -208,7 +212,7 @@ struct SampleRange {
 
 // Returns the corners of a vector of samples, starting with sample `at`.
 template <class T>
-DETRS_INLINE auto corners_of(const BlockLevels<T>& levels, const Block<T>& block, int64_t at) {
+inline auto corners_of(const BlockLevels<T>& levels, const Block<T>& block, int64_t at) {
   constexpr int kLanes = lanes_of<T>();
   return Corners<Numbers<T>, Indices<T>>::at(load<kLanes>(block.x + at), load<kLanes>(block.y + at),
                                              levels.size[at / kLanes]);
@@ -216,7 +220,7 @@ DETRS_INLINE auto corners_of(const BlockLevels<T>& levels, const Block<T>& block
 
 // Computes tokens and factors of the corners.
 template <class T>
-DETRS_INLINE void compute_corners(const BlockLevels<T>& levels, Block<T>& block) {
+inline void compute_corners(const BlockLevels<T>& levels, Block<T>& block) {
   constexpr int kLanes = lanes_of<T>();
   for (int64_t at = 0; at < block.count; at += kLanes) {
     const auto corners = corners_of(levels, block, at);
@@ -233,7 +237,7 @@ struct Width {};
 
 // Splits channels into runs of 32, 16, 8, 4 and 1 and calls use(Width<N>, first channel) for each.
 template <class Use>
-DETRS_INLINE void for_channel_runs(const ChannelRange& channels, const Use& use) {
+inline void for_channel_runs(const ChannelRange& channels, const Use& use) {
   int64_t first = channels.first;
   for (; first + 32 <= channels.last; first += 32) use(Width<32>(), first);
   for (; first + 16 <= channels.last; first += 16) use(Width<16>(), first);
@@ -242,21 +246,35 @@ DETRS_INLINE void for_channel_runs(const ChannelRange& channels, const Use& use)
   for (; first < channels.last; first++) use(Width<1>(), first);
 }
 
-// Every row is checked, so this must be fast: vectors, and one branch.
+// Tells whether all of the numbers that were added are finite. Every row is checked, so adding must be fast:
+// vectors, and no branch.
 template <class T>
-DETRS_INLINE bool all_finite(const T* numbers, int64_t count) {
-  constexpr int kLanes = lanes_of<T>();
-  Indices<T> others = {};
-  int64_t at = 0;
-  for (; at + kLanes <= count; at += kLanes) {
-    const Numbers<T> loaded = load<kLanes>(numbers + at);
-    others |= loaded - loaded != 0;  // NaN or infinity minus itself is NaN
+struct FiniteCheck {
+  Indices<T> others = {};  // not 0 in the lanes that had NaN or infinity
+  bool has_other = false;  // among the numbers beyond the last complete vector
+
+  void add(const T* numbers, int64_t count) {
+    constexpr int kLanes = lanes_of<T>();
+    int64_t at = 0;
+    for (; at + kLanes <= count; at += kLanes) {
+      const Numbers<T> loaded = load<kLanes>(numbers + at);
+      others |= loaded - loaded != 0;  // NaN or infinity minus itself is NaN
+    }
+    for (; at < count; at++) has_other |= numbers[at] - numbers[at] != 0;
   }
-  uint64_t words[sizeof(others) / sizeof(uint64_t)], any = 0;
-  __builtin_memcpy(words, &others, sizeof(others));
-  for (uint64_t word : words) any |= word;
-  for (; at < count; at++) any |= numbers[at] - numbers[at] != 0;
-  return any == 0;
+  bool all_finite() const {
+    uint64_t words[sizeof(others) / sizeof(uint64_t)], any = has_other;
+    __builtin_memcpy(words, &others, sizeof(others));
+    for (uint64_t word : words) any |= word;
+    return any == 0;
+  }
+};
+
+template <class T>
+inline bool all_finite(const T* numbers, int64_t count) {
+  FiniteCheck<T> check;
+  check.add(numbers, count);
+  return check.all_finite();
 }
 
 // Calls use(sample, corner) for the corners of a block that count: all except those outside the level, where
@@ -274,7 +292,7 @@ inline void for_corners_inside(const BlockLevels<T>& levels, const Block<T>& blo
 
 // sums[0..N) = (or +=) sum over the block's samples and corners of factor * value
 template <int N, class T, class Stored>
-DETRS_INLINE void gather(Width<N>, const Block<T>& block, const Stored* value, int64_t stride, T* sums,
+inline void gather(Width<N>, const Block<T>& block, const Stored* value, int64_t stride, T* sums,
                    bool is_first) {
   typedef Run<Stored, T, N> Values;
   // Two independent sums, over the top and the bottom corners, hide the latency of the additions.
@@ -313,7 +331,7 @@ inline void gather_inside(const BlockLevels<T>& levels, const Block<T>& block, c
 
 // Sums the lanes of `partial` and adds them to `dot`, which holds the sums of earlier channel runs.
 template <int N, class T>
-DETRS_INLINE void finish_dots(Block<T>& block, bool is_first_run) {
+inline void finish_dots(Block<T>& block, bool is_first_run) {
   for (int corner = 0; corner < 4; corner++) {
     const T* partial = block.partial + corner * kBlock * N;
     T* dot = block.dot[corner];
@@ -333,7 +351,7 @@ enum class Part { all, value, samples };
 
 // grad_value += factor * grad_out, and dot = grad_out . value, at every corner
 template <Part kPart, int N, class T, class Stored>
-DETRS_INLINE void scatter(Width<N>, Block<T>& block, const HeadView<T>& head, const Stored* __restrict value,
+inline void scatter(Width<N>, Block<T>& block, const HeadView<T>& head, const Stored* __restrict value,
                     int64_t first_channel, const T* grad_out) {
   typedef Run<Stored, T, N> Values;
   constexpr int kLanes = Values::kLanes, kVectors = Values::kVectors;
@@ -372,7 +390,7 @@ DETRS_INLINE void scatter(Width<N>, Block<T>& block, const HeadView<T>& head, co
 }
 
 // As scatter, but without the corners outside the level, slow, and not inlined for the same reason as
-// forward_row_inside. `differentiate` ignores the dots of those corners.
+// forward_rows_inside. `differentiate` ignores the dots of those corners.
 template <Part kPart, class T, class Stored>
 __attribute__((noinline, cold)) void scatter_inside(const BlockLevels<T>& levels, Block<T>& block,
                                                     const HeadView<T>& head, const Stored* value,
@@ -391,7 +409,7 @@ __attribute__((noinline, cold)) void scatter_inside(const BlockLevels<T>& levels
 
 // Computes the gradients of x, y and weight from the dots of the corners, and stores them in dot[0..3).
 template <class T>
-DETRS_INLINE void differentiate_block(const BlockLevels<T>& levels, Block<T>& block) {
+inline void differentiate_block(const BlockLevels<T>& levels, Block<T>& block) {
   constexpr int kLanes = lanes_of<T>();
   for (int64_t at = 0; at < block.count; at += kLanes) {
     const Numbers<T> dot[] = {load<kLanes>(block.dot[0] + at), load<kLanes>(block.dot[1] + at),
@@ -405,7 +423,7 @@ DETRS_INLINE void differentiate_block(const BlockLevels<T>& levels, Block<T>& bl
 }
 
 template <class T>
-DETRS_INLINE void store_sample_grads(const Problem<T>& problem, const SampleRange& range, const Block<T>& block) {
+inline void store_sample_grads(const Problem<T>& problem, const SampleRange& range, const Block<T>& block) {
   const int64_t first = range.row * problem.num_samples() + range.first, count = range.count;
   const T* __restrict grad_x = block.dot[0], * __restrict grad_y = block.dot[1];
   T* __restrict grad_locations = problem.grad_locations + 2 * first;
@@ -422,7 +440,7 @@ DETRS_INLINE void store_sample_grads(const Problem<T>& problem, const SampleRang
 // Fused, before store_sample_grads: computes the gradient of the reference, and that of offsets from that of
 // locations.
 template <class T>
-DETRS_INLINE void offset_grads(const Problem<T>& problem, const SampleRange& range, const BlockLevels<T>& levels,
+inline void offset_grads(const Problem<T>& problem, const SampleRange& range, const BlockLevels<T>& levels,
                          Block<T>& block) {
   const int64_t size = problem.reference_size;
   if (problem.grad_reference != nullptr) {
@@ -445,7 +463,7 @@ DETRS_INLINE void offset_grads(const Problem<T>& problem, const SampleRange& ran
 
 // Fused, at the end of a row: computes the gradients of logits from those of weights.
 template <class T>
-DETRS_INLINE void logit_grads(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch) {
+inline void logit_grads(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch) {
   constexpr int kLanes = lanes_of<T>();
   const int64_t count = problem.num_samples();
   const T* __restrict weights = scratch.weights;
@@ -463,7 +481,7 @@ DETRS_INLINE void logit_grads(const Problem<T>& problem, int64_t row, const Scra
 
 // Fills the block with each part of a row in turn, and calls use(range, levels).
 template <class T, class Use>
-DETRS_INLINE void for_blocks(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch, Block<T>& block,
+inline void for_blocks(const Problem<T>& problem, int64_t row, const Scratch<T>& scratch, Block<T>& block,
                        const Use& use) {
   const bool fused = problem.reference_size != 0;
   const int64_t count = problem.num_samples();
@@ -481,40 +499,63 @@ DETRS_INLINE void for_blocks(const Problem<T>& problem, int64_t row, const Scrat
   }
 }
 
-// Computes the sums of a row again, without the corners outside the level. Not inlined: it is rarely needed,
-// and would slow down forward_rows.
 template <class Stored, class T>
-__attribute__((noinline, cold)) void forward_row_inside(const Problem<T>& problem, const HeadView<T>& head,
-                                                        const Stored* value, int64_t row,
-                                                        const Scratch<T>& scratch, Block<T>& block, T* sums) {
-  for_blocks(problem, row, scratch, block, [&](const SampleRange& range, const BlockLevels<T>& levels) {
-    gather_inside(levels, block, value, head.stride, problem.num_channels, sums, range.first == 0);
+inline void sum_row(const Problem<T>& problem, const HeadView<T>& head, const Stored* value, int64_t row,
+                          const Scratch<T>& scratch, Block<T>& block, T* sums) {
+  for (int64_t i = 0; problem.num_samples() == 0 && i < problem.num_channels; i++) sums[i] = 0;
+  for_blocks(problem, row, scratch, block, [&](const SampleRange& range, const BlockLevels<T>&) {
+    for_channel_runs({0, problem.num_channels}, [&](auto width, int64_t channel) {
+      gather(width, block, value + channel, head.stride, sums + channel, range.first == 0);
+    });
   });
 }
 
+template <class T>
+inline void store_row(const Problem<T>& problem, int64_t row, const T* sums) {
+  with_storage(problem.storage, T(), [&](auto stored) {
+    narrow_all(sums, static_cast<decltype(stored)*>(problem.out) + row * problem.num_channels,
+               problem.num_channels);
+  });
+}
+
+// Computes the rows again that are not finite, without the corners outside the level. Not inlined: it is
+// rarely needed, and would slow down forward_rows.
 template <class Stored, class T>
-inline void forward_rows(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* buffer) {
+__attribute__((noinline, cold)) void forward_rows_inside(const Problem<T>& problem, const HeadView<T>& head,
+                                                         const Rows& rows, const Scratch<T>& scratch) {
+  const Stored* value = static_cast<const Stored*>(head.value);
+  const int64_t num_channels = problem.num_channels;
+  Block<T> block = {};
+  for (int64_t query = rows.first_query; query < rows.last_query; query++) {
+    const int64_t row = row_index(problem, rows, query);
+    T* sums = scratch.channels;
+    // Not what is stored: float16 may have overflowed, and a row must not depend on others of the same call
+    sum_row(problem, head, value, row, scratch, block, sums);
+    if (all_finite(sums, num_channels)) continue;
+    for_blocks(problem, row, scratch, block, [&](const SampleRange& range, const BlockLevels<T>& levels) {
+      gather_inside(levels, block, value, head.stride, num_channels, sums, range.first == 0);
+    });
+    store_row(problem, row, sums);
+  }
+}
+
+template <class Stored, class T>
+DETRS_FLAT void forward_rows(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* buffer) {
   const Scratch<T> scratch(problem, buffer);
   const Stored* value = static_cast<const Stored*>(head.value);
   const int64_t num_channels = problem.num_channels;
   const bool convert = problem.storage != storage_of<T>();
+  FiniteCheck<T> check;
   Block<T> block = {};
   for (int64_t query = rows.first_query; query < rows.last_query; query++) {
     const int64_t row = row_index(problem, rows, query);
     T* sums = convert ? scratch.channels : static_cast<T*>(problem.out) + row * num_channels;
     prefetch_ahead(problem, problem.out, row, num_channels * bytes_of(problem.storage));
-    for (int64_t i = 0; problem.num_samples() == 0 && i < num_channels; i++) sums[i] = 0;
-    for_blocks(problem, row, scratch, block, [&](const SampleRange& range, const BlockLevels<T>&) {
-      for_channel_runs({0, num_channels}, [&](auto width, int64_t channel) {
-        gather(width, block, value + channel, head.stride, sums + channel, range.first == 0);
-      });
-    });
-    if (!all_finite(sums, num_channels)) forward_row_inside(problem, head, value, row, scratch, block, sums);
-    if (!convert) continue;
-    with_storage(problem.storage, T(), [&](auto stored) {
-      narrow_all(sums, static_cast<decltype(stored)*>(problem.out) + row * num_channels, num_channels);
-    });
+    sum_row(problem, head, value, row, scratch, block, sums);
+    check.add(sums, num_channels);
+    if (convert) store_row(problem, row, sums);
   }
+  if (!check.all_finite()) forward_rows_inside<Stored>(problem, head, rows, scratch);
 }
 
 template <class T>
@@ -524,7 +565,7 @@ void forward(const Problem<T>& problem, const HeadView<T>& head, const Rows& row
 }
 
 template <Part kPart, class Stored, class T>
-inline void backward_rows(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows,
+DETRS_FLAT void backward_rows(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows,
                           const ChannelRange& channels, T* buffer) {
   const Scratch<T> scratch(problem, buffer);
   const Stored* value = static_cast<const Stored*>(head.value);
