@@ -501,7 +501,7 @@ inline void for_blocks(const Problem<T>& problem, int64_t row, const Scratch<T>&
 
 template <class Stored, class T>
 inline void sum_row(const Problem<T>& problem, const HeadView<T>& head, const Stored* value, int64_t row,
-                          const Scratch<T>& scratch, Block<T>& block, T* sums) {
+                    const Scratch<T>& scratch, Block<T>& block, T* sums) {
   for (int64_t i = 0; problem.num_samples() == 0 && i < problem.num_channels; i++) sums[i] = 0;
   for_blocks(problem, row, scratch, block, [&](const SampleRange& range, const BlockLevels<T>&) {
     for_channel_runs({0, problem.num_channels}, [&](auto width, int64_t channel) {
@@ -540,7 +540,8 @@ __attribute__((noinline, cold)) void forward_rows_inside(const Problem<T>& probl
 }
 
 template <class Stored, class T>
-DETRS_FLAT void forward_rows(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* buffer) {
+DETRS_FLAT void forward_rows(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows,
+                             T* buffer) {
   const Scratch<T> scratch(problem, buffer);
   const Stored* value = static_cast<const Stored*>(head.value);
   const int64_t num_channels = problem.num_channels;
@@ -566,7 +567,7 @@ void forward(const Problem<T>& problem, const HeadView<T>& head, const Rows& row
 
 template <Part kPart, class Stored, class T>
 DETRS_FLAT void backward_rows(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows,
-                          const ChannelRange& channels, T* buffer) {
+                              const ChannelRange& channels, T* buffer) {
   const Scratch<T> scratch(problem, buffer);
   const Stored* value = static_cast<const Stored*>(head.value);
   const int64_t num_channels = problem.num_channels;
