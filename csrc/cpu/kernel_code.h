@@ -13,6 +13,10 @@ namespace {
 // in the L1 cache.
 constexpr int64_t kBlock = 32;
 
+// For the loops over rows: whatever they call is inlined, and not only what the compiler takes for worth it.
+// Out of line, the vectors of a sample would go through memory, which costs a quarter of the time.
+#define DETRS_FLAT inline __attribute__((flatten))
+
 // One number per sample, for as many samples as a vector holds.
 template <class T>
 using Numbers = typename Simd<T, lanes_of<T>()>::Vector;
@@ -242,21 +246,35 @@ inline void for_channel_runs(const ChannelRange& channels, const Use& use) {
   for (; first < channels.last; first++) use(Width<1>(), first);
 }
 
-// Every row is checked, so this must be fast: vectors, and one branch.
+// Tells whether all of the numbers that were added are finite. Every row is checked, so adding must be fast:
+// vectors, and no branch.
+template <class T>
+struct FiniteCheck {
+  Indices<T> others = {};  // not 0 in the lanes that had NaN or infinity
+  bool has_other = false;  // among the numbers beyond the last complete vector
+
+  void add(const T* numbers, int64_t count) {
+    constexpr int kLanes = lanes_of<T>();
+    int64_t at = 0;
+    for (; at + kLanes <= count; at += kLanes) {
+      const Numbers<T> loaded = load<kLanes>(numbers + at);
+      others |= loaded - loaded != 0;  // NaN or infinity minus itself is NaN
+    }
+    for (; at < count; at++) has_other |= numbers[at] - numbers[at] != 0;
+  }
+  bool all_finite() const {
+    uint64_t words[sizeof(others) / sizeof(uint64_t)], any = has_other;
+    __builtin_memcpy(words, &others, sizeof(others));
+    for (uint64_t word : words) any |= word;
+    return any == 0;
+  }
+};
+
 template <class T>
 inline bool all_finite(const T* numbers, int64_t count) {
-  constexpr int kLanes = lanes_of<T>();
-  Indices<T> others = {};
-  int64_t at = 0;
-  for (; at + kLanes <= count; at += kLanes) {
-    const Numbers<T> loaded = load<kLanes>(numbers + at);
-    others |= loaded - loaded != 0;  // NaN or infinity minus itself is NaN
-  }
-  uint64_t words[sizeof(others) / sizeof(uint64_t)], any = 0;
-  __builtin_memcpy(words, &others, sizeof(others));
-  for (uint64_t word : words) any |= word;
-  for (; at < count; at++) any |= numbers[at] - numbers[at] != 0;
-  return any == 0;
+  FiniteCheck<T> check;
+  check.add(numbers, count);
+  return check.all_finite();
 }
 
 // Calls use(sample, corner) for the corners of a block that count: all except those outside the level, where
@@ -372,7 +390,7 @@ inline void scatter(Width<N>, Block<T>& block, const HeadView<T>& head, const St
 }
 
 // As scatter, but without the corners outside the level, slow, and not inlined for the same reason as
-// forward_row_inside. `differentiate` ignores the dots of those corners.
+// forward_rows_inside. `differentiate` ignores the dots of those corners.
 template <Part kPart, class T, class Stored>
 __attribute__((noinline, cold)) void scatter_inside(const BlockLevels<T>& levels, Block<T>& block,
                                                     const HeadView<T>& head, const Stored* value,
@@ -481,40 +499,64 @@ inline void for_blocks(const Problem<T>& problem, int64_t row, const Scratch<T>&
   }
 }
 
-// Computes the sums of a row again, without the corners outside the level. Not inlined: it is rarely needed,
-// and would slow down forward_rows.
 template <class Stored, class T>
-__attribute__((noinline, cold)) void forward_row_inside(const Problem<T>& problem, const HeadView<T>& head,
-                                                        const Stored* value, int64_t row,
-                                                        const Scratch<T>& scratch, Block<T>& block, T* sums) {
-  for_blocks(problem, row, scratch, block, [&](const SampleRange& range, const BlockLevels<T>& levels) {
-    gather_inside(levels, block, value, head.stride, problem.num_channels, sums, range.first == 0);
+inline void sum_row(const Problem<T>& problem, const HeadView<T>& head, const Stored* value, int64_t row,
+                    const Scratch<T>& scratch, Block<T>& block, T* sums) {
+  for (int64_t i = 0; problem.num_samples() == 0 && i < problem.num_channels; i++) sums[i] = 0;
+  for_blocks(problem, row, scratch, block, [&](const SampleRange& range, const BlockLevels<T>&) {
+    for_channel_runs({0, problem.num_channels}, [&](auto width, int64_t channel) {
+      gather(width, block, value + channel, head.stride, sums + channel, range.first == 0);
+    });
   });
 }
 
+template <class T>
+inline void store_row(const Problem<T>& problem, int64_t row, const T* sums) {
+  with_storage(problem.storage, T(), [&](auto stored) {
+    narrow_all(sums, static_cast<decltype(stored)*>(problem.out) + row * problem.num_channels,
+               problem.num_channels);
+  });
+}
+
+// Computes the rows again that are not finite, without the corners outside the level. Not inlined: it is
+// rarely needed, and would slow down forward_rows.
 template <class Stored, class T>
-inline void forward_rows(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows, T* buffer) {
+__attribute__((noinline, cold)) void forward_rows_inside(const Problem<T>& problem, const HeadView<T>& head,
+                                                         const Rows& rows, const Scratch<T>& scratch) {
+  const Stored* value = static_cast<const Stored*>(head.value);
+  const int64_t num_channels = problem.num_channels;
+  Block<T> block = {};
+  for (int64_t query = rows.first_query; query < rows.last_query; query++) {
+    const int64_t row = row_index(problem, rows, query);
+    T* sums = scratch.channels;
+    // Not what is stored: float16 may have overflowed, and a row must not depend on others of the same call
+    sum_row(problem, head, value, row, scratch, block, sums);
+    if (all_finite(sums, num_channels)) continue;
+    for_blocks(problem, row, scratch, block, [&](const SampleRange& range, const BlockLevels<T>& levels) {
+      gather_inside(levels, block, value, head.stride, num_channels, sums, range.first == 0);
+    });
+    store_row(problem, row, sums);
+  }
+}
+
+template <class Stored, class T>
+DETRS_FLAT void forward_rows(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows,
+                             T* buffer) {
   const Scratch<T> scratch(problem, buffer);
   const Stored* value = static_cast<const Stored*>(head.value);
   const int64_t num_channels = problem.num_channels;
   const bool convert = problem.storage != storage_of<T>();
+  FiniteCheck<T> check;
   Block<T> block = {};
   for (int64_t query = rows.first_query; query < rows.last_query; query++) {
     const int64_t row = row_index(problem, rows, query);
     T* sums = convert ? scratch.channels : static_cast<T*>(problem.out) + row * num_channels;
     prefetch_ahead(problem, problem.out, row, num_channels * bytes_of(problem.storage));
-    for (int64_t i = 0; problem.num_samples() == 0 && i < num_channels; i++) sums[i] = 0;
-    for_blocks(problem, row, scratch, block, [&](const SampleRange& range, const BlockLevels<T>&) {
-      for_channel_runs({0, num_channels}, [&](auto width, int64_t channel) {
-        gather(width, block, value + channel, head.stride, sums + channel, range.first == 0);
-      });
-    });
-    if (!all_finite(sums, num_channels)) forward_row_inside(problem, head, value, row, scratch, block, sums);
-    if (!convert) continue;
-    with_storage(problem.storage, T(), [&](auto stored) {
-      narrow_all(sums, static_cast<decltype(stored)*>(problem.out) + row * num_channels, num_channels);
-    });
+    sum_row(problem, head, value, row, scratch, block, sums);
+    check.add(sums, num_channels);
+    if (convert) store_row(problem, row, sums);
   }
+  if (!check.all_finite()) forward_rows_inside<Stored>(problem, head, rows, scratch);
 }
 
 template <class T>
@@ -524,8 +566,8 @@ void forward(const Problem<T>& problem, const HeadView<T>& head, const Rows& row
 }
 
 template <Part kPart, class Stored, class T>
-inline void backward_rows(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows,
-                          const ChannelRange& channels, T* buffer) {
+DETRS_FLAT void backward_rows(const Problem<T>& problem, const HeadView<T>& head, const Rows& rows,
+                              const ChannelRange& channels, T* buffer) {
   const Scratch<T> scratch(problem, buffer);
   const Stored* value = static_cast<const Stored*>(head.value);
   const int64_t num_channels = problem.num_channels;
