@@ -208,8 +208,8 @@ def _anchor(config: ModelConfig) -> nn.Module:
             )
         case _:
             raise ValueError(f"transformers has no {config.architecture}")
-    # It freezes all of its own ResNet, of DAB-DETR nothing, and of timm's what we and the official code freeze: the stem
-    # and the first stage
+    # It freezes all of its own ResNet, of DAB-DETR nothing, and of timm's what we and the official code freeze: the
+    # stem and the first stage
     for name, parameter in network.named_parameters():
         if ".backbone." in name:
             parameter.requires_grad_(".stages." in name and ".stages.0." not in name)

@@ -14,7 +14,7 @@ from detrs.ops.reference import Shapes
 
 
 def grad_value_in_fixed_order(
-    grad_out: Float[Tensor, "n q m*d"],
+    grad_out: Float[Tensor, "n q c"],
     value: Float[Tensor, "n s m d"],
     shapes: Shapes,
     locations: Float[Tensor, "n q m l p 2"],
@@ -26,7 +26,7 @@ def grad_value_in_fixed_order(
     from. On CUDA, `index_add` sorts what it adds under `torch.use_deterministic_algorithms(True)`.
 
     Args:
-        grad_out: gradient of the output.
+        grad_out: gradient of the output; c = m*d.
         value, shapes, locations, weights: arguments of `deform_attn_reference`.
     """
     num_images, num_queries, num_heads = locations.shape[:3]

@@ -182,7 +182,9 @@ def _configure(checkpoint: Folder, overrides: Mapping[str, Any]) -> RunConfig:
     config = run_config(checkpoint, read_meta(checkpoint))
     # The cluster of the training may be gone, and is not the one of whoever evaluates
     unused = ("address", "min_workers", "bf16_gradients", "deterministic")
-    config = override(config, {f"cluster.{name}": ClusterConfig.model_fields[name].default for name in unused})
+    config = override(
+        config, {f"cluster.{name}": ClusterConfig.model_fields[name].default for name in unused}
+    )
     return absolute_paths(override(config, overrides), Path.cwd())
 
 

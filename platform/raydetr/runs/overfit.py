@@ -85,7 +85,7 @@ def overfit(
     overfit_result = OverfitResult(
         AP=result.metrics["AP"],
         AP50=result.metrics["AP50"],
-        seconds=round(result.seconds, 1),
+        seconds=round(result.effort.seconds, 1),
         images=num_images,
         steps=num_steps,
         predictions=str(grid) if is_drawn else None,

@@ -85,4 +85,6 @@ class Failures:
             )
         self._log.append("restart", reason=str(error), failures_since_progress=count, position=position)
         most = f" of {self._limit}" if self._limit >= 0 else ""
-        print_status(f"{error}; starting them again from position {position} ({count}{most} without progress)")
+        print_status(
+            f"{error}; starting them again from position {position} ({count}{most} without progress)"
+        )

@@ -26,7 +26,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydetr.config import ClusterConfig
-from raydetr.console import Display, RunActor, RunProgress, print_status
+from raydetr.console import Display, RunActor, RunProgress
 from raydetr.runs.fatal_errors import FatalError, StopAtFatalErrors
 from raydetr.runs.patience import Failures, StoragePatience
 from raydetr.runs.ray_cluster import (

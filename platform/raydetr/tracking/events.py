@@ -7,11 +7,11 @@ was killed, is ignored.
 Kinds of events: `launched` (a driver starts or resumes the run: its name, settings, data, tags), `started`, `resumed`
 (a process trains from `position` on), `environment` and `system` (of a node: versions; metrics of processor, memory and
 GPUs), `step` (metrics of a step), `evaluation`, `checkpoint`, `checkpoint_failed`, `scoring_failed` (a try to score an
-evaluation), `corrupt`, `restart` (the workers are started again: why, and from which `position`), `waiting` (for resources),
-`preempted` (a node will be taken away), `layout` (another number of workers), `stalled` (no progress), `stack` (of a
-stalled worker), `files` (of the run, which are new), `finished`, `stopped`,
-`failed`, `lost` (its driver died; another command found that out). A search has `trial` (what is trained next) and
-`trial_ended`; a trial that continues the checkpoint of another has `taken_over`.
+evaluation), `corrupt`, `restart` (the workers are started again: why, and from which position), `waiting` (for
+resources), `preempted` (a node will be taken away), `layout` (another number of workers), `stalled` (no progress),
+`stack` (of a stalled worker), `files` (of the run, which are new), `finished`, `stopped`, `failed`, `lost` (its driver
+died; another command found that out). A search has `trial` (what is trained next) and `trial_ended`; a trial that
+continues the checkpoint of another has `taken_over`.
 """
 
 from __future__ import annotations

@@ -105,7 +105,9 @@ def test_the_gradient_in_a_fixed_order_is_that_of_the_reference(dtype):
         found = grad_value_in_fixed_order(grad_out, value.detach(), shapes, *samples)
         assert found.dtype == dtype
         torch.testing.assert_close(
-            found, expected, **({"rtol": 0, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2})
+            found,
+            expected,
+            **({"rtol": 0, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-2}),
         )
         if num_queries:  # as the kernels: outside
             for bad in (float("nan"), float("inf"), -float("inf")):

@@ -227,7 +227,9 @@ def test_or_resume_needs_a_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert done.err == "error: --or-resume needs the name of the run: add --name NAME"
 
 
-def test_a_run_that_mlflow_lacks_is_incomplete_and_a_job_has_succeeded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_mlflow_lacks_is_incomplete_and_a_job_has_succeeded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     exit_if_incomplete(None)
     with pytest.raises(typer.Exit) as ended:
         exit_if_incomplete("3 metric values")

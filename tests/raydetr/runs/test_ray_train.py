@@ -95,7 +95,8 @@ def test_a_run_with_a_killed_worker_ends_in_the_same_bits(cluster: Cluster, two_
     killer.join()
     assert killed, "the run ended before it could be hit"
     (restart,), (resumed,) = (
-        [event for event in read_events(hit.folder) if event["kind"] == kind] for kind in ("restart", "resumed")
+        [event for event in read_events(hit.folder) if event["kind"] == kind]
+        for kind in ("restart", "resumed")
     )
     assert restart["position"] == resumed["position"] >= 48
     assert "workers restarted 1 time)" in " ".join(hit.to_text().split())

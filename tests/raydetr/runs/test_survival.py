@@ -161,7 +161,9 @@ def test_a_signal_breaks_off_an_evaluation_that_the_resumed_run_makes_again(
     folder = Path(by_steps.storage.path) / "hit"
     with monkeypatch.context() as patched:
         patched.setattr(loop, "evaluation_batches", signalled)
-        with pytest.raises(RunStopped, match=f"hit was stopped by SIGTERM at position {EPOCH}: continue with"):
+        with pytest.raises(
+            RunStopped, match=f"hit was stopped by SIGTERM at position {EPOCH}: continue with"
+        ):
             run.start(by_steps, local=True, name="hit")
         assert events(folder, "evaluation") == []
         with pytest.raises(RunStopped, match=f"at position {EPOCH}: continue with"):
@@ -437,10 +439,12 @@ def test_a_folder_without_a_checkpoint_says_what_to_do(tiny_run: RunConfig) -> N
     with pytest.raises(ConfigError, match="left exists, and is not a run: remove it"):
         run.start(tiny_run, local=True, name="left")
     log = EventLog(folder)
-    log.append("launched")
+    log.append("launched", key="0" * 32)
     log.append("started", position=0)
     assert log.flush()
-    with pytest.raises(ConfigError, match="left exists and has no checkpoint: start it again with --or-resume"):
+    with pytest.raises(
+        ConfigError, match="left exists and has no checkpoint: start it again with --or-resume"
+    ):
         run.start(tiny_run, local=True, name="left")
     with (
         lease_module.Lease(folder),  # in its first minutes
