@@ -41,7 +41,7 @@ def undisturbed(short: RunConfig) -> run.RunResult:
     return run.start(short, local=True, name="undisturbed")
 
 
-def die(*_: object) -> None:
+def die(*arguments: object, **settings: object) -> None:
     raise KeyboardInterrupt
 
 
