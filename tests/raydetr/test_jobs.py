@@ -200,6 +200,13 @@ def test_ctrl_c_detaches_and_a_stopped_job_is_resumed_in_its_run(
     assert [event["position"] for event in events(folder, "resumed")] == [position]
     assert mlflow_runs(tiny_run) == [("hit", "FINISHED")]
     assert [path.parent.name for path in tiny_run.storage.path.glob("*/config.yaml")] == ["hit"]
+    # The commit of the checkout, without its .git
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    launches = events(folder, "launched")
+    assert {launch["tags"]["mlflow.source.git.commit"] for launch in launches} == {commit}
+    (described,) = events(folder, "environment")[-1]["json_files"].values()
+    assert described["git"]["revision"] == commit
 
     listed = raydetr(bare_head, "jobs", "list").stdout.splitlines()
     rows = {line.split()[0]: line.split()[1:3] for line in listed[1:]}
