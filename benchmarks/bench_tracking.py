@@ -123,6 +123,7 @@ def measure(config: RunConfig, server: MlflowServer, proxy: MlflowProxy, rounds:
     for number in range(rounds):
         for name, measure_case in cases.items():
             alone, own = train(config, is_uploaded=False), measure_case()
+            time.sleep(SLOW_SECONDS)  # requests of the process that was killed at its end arrive
             uri = own.run.tracking_uri
             check_upload(own.run, server.uri if uri == NOWHERE else uri)
             spent[name].append((alone, own))
