@@ -202,9 +202,9 @@ def _send(cluster: Cluster, entrypoint: str, metadata: dict[str, str], folder: P
     environment: dict[str, Any] = {"env_vars": {STOP_WAIT: str(STOP_SECONDS)}}
     if folder is not None:
         environment["working_dir"] = str(folder)
-    # .git is not uploaded
-    if metadata[SOURCE] == "checkout" and (git := git_state(folder / CHECKOUT.parent)) is not None:
-        environment["env_vars"][GIT_VARIABLE] = json.dumps(git)
+        git = git_state(folder / CHECKOUT.parent)  # Ray does not upload .git
+        if git is not None:
+            environment["env_vars"][GIT_VARIABLE] = json.dumps(git)
     with cluster.errors():
         cluster.client.submit_job(
             entrypoint=entrypoint, submission_id=name, runtime_env=environment, metadata=metadata
