@@ -6,7 +6,8 @@ Trains the quickstart's model in this process on one thread, and logs every step
 of a search, which the search uploads), with SQLite, and with a server that answers at once, after 5 seconds, is frozen,
 or absent. Each case is compared with the trainings without an upload that took turns with it: by the wall time between
 the first and the last logged step, of the fastest ones, because the machine is never faster than the program; and by
-the CPU time of the process that trains, median of the rounds. Prints a table and writes build/bench/tracking.json, a
+the CPU time of the process that trains, median of the rounds. After each training, the server answers again, and what
+it lacks is uploaded: then it has every value of the events once. Prints a table and writes build/bench/tracking.json, a
 list of {case, value, unit, target}; exits with 1 if a target is missed. Needs two free cores.
 """
 
@@ -19,12 +20,14 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from mlflow import MlflowClient
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 
@@ -34,14 +37,19 @@ from mlflow_server import MlflowServer
 from raydetr import recipes
 from raydetr.config import RunConfig, override
 from raydetr.runs import run
+from raydetr.runs.result import RunResult
 from raydetr.tracking import upload_process
 from raydetr.tracking.events import read_events
+from raydetr.tracking.metric_names import metric_name
+from raydetr.tracking.upload_state import read_run_id
+from raydetr.tracking.uploader import KEY_TAG, Uploader
 
 OUT = Path("build/bench/tracking.json")
 IMAGES, BATCH = 64, 16
 WARM_UP = 2  # logged steps
 MAX_COST = 0.01
 SLOW_SECONDS = 5.0
+NOWHERE = "http://127.0.0.1:9"  # nothing listens there
 _numbers = itertools.count()
 
 
@@ -109,12 +117,16 @@ def measure(config: RunConfig, server: MlflowServer, proxy: MlflowProxy, rounds:
         "a server": lambda: train(override(config, {"tracking.uri": server.uri})),
         "a server that answers after 5 s": slow,
         "a server that is frozen": frozen,
-        "a server that is not there": lambda: train(override(config, {"tracking.uri": "http://127.0.0.1:9"})),
+        "a server that is not there": lambda: train(override(config, {"tracking.uri": NOWHERE})),
     }
     spent: dict[str, list[tuple[Spent, Spent]]] = {name: [] for name in cases}
     for number in range(rounds):
         for name, measure_case in cases.items():
-            spent[name].append((train(config, is_uploaded=False), measure_case()))
+            alone, own = train(config, is_uploaded=False), measure_case()
+            time.sleep(SLOW_SECONDS)  # requests of the process that was killed at its end arrive
+            uri = own.run.tracking_uri
+            check_upload(own.run, server.uri if uri == NOWHERE else uri)
+            spent[name].append((alone, own))
         shown = ", ".join(
             f"{name} {own.wall / alone.wall - 1:.1%}" for name, [*_, (alone, own)] in spent.items()
         )
@@ -136,6 +148,7 @@ class Spent:
 
     wall: float
     cpu: float
+    run: RunResult
 
 
 def train(config: RunConfig, *, is_uploaded: bool = True) -> Spent:
@@ -145,7 +158,32 @@ def train(config: RunConfig, *, is_uploaded: bool = True) -> Spent:
     )
     steps = [event for event in read_events(result.folder) if event["kind"] == "step"][WARM_UP:]
     time.sleep(1)  # processes of the run end
-    return Spent(steps[-1]["time"] - steps[0]["time"], result.metrics["cpu_seconds"])
+    return Spent(steps[-1]["time"] - steps[0]["time"], result.metrics["cpu_seconds"], result)
+
+
+def check_upload(run: RunResult, uri: str) -> None:
+    """Upload what MLflow lacks of a training; check that it then has one run, with every value of the events once.
+
+    Raises:
+        RuntimeError: it has less, or more.
+    """
+    Uploader(run.folder, uri).sync()
+    client, run_id, events = MlflowClient(uri), read_run_id(run.folder), read_events(run.folder)
+    assert run_id is not None
+    logged = client.get_run(run_id)
+    key = logged.data.tags[KEY_TAG]
+    runs = client.search_runs([logged.info.experiment_id], f"tags.`{KEY_TAG}` = '{key}'")
+    found = {name: len(client.get_metric_history(run_id, name)) for name in logged.data.metrics}
+    expected = Counter(metric_name(name) for event in events for name in event.get("metrics") or ())
+    if len(runs) != 1 or found != expected:
+        differences = {
+            name: (found.get(name, 0), expected[name])
+            for name in {*found, *expected}
+            if found.get(name) != expected[name]
+        }
+        raise RuntimeError(
+            f"{run.name}: {len(runs)} runs in MLflow instead of 1, numbers of values that differ: {differences}"
+        )
 
 
 if __name__ == "__main__":

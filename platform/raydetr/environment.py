@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -12,9 +13,11 @@ from typing import Any
 
 import torch
 
+GIT_VARIABLE = "RAYDETR_GIT"  # of a job that runs a copy of a checkout: its `git_state`, as JSON
+
 
 def describe_environment() -> dict[str, Any]:
-    """Return the environment as plain values for JSON; `git` is None outside a checkout of this package."""
+    """Return the environment as plain values for JSON; `git` is that of `own_git_state`."""
     return {
         "python": sys.version,
         "platform": platform.platform(),
@@ -22,9 +25,18 @@ def describe_environment() -> dict[str, Any]:
         "num_cpus": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
-        "git": git_state(Path(__file__).parent),
+        "git": own_git_state(),
         "packages": dict(sorted((d.name, d.version) for d in metadata.distributions())),
     }
+
+
+def own_git_state() -> dict[str, Any] | None:
+    """Return revision and dirty flag of this package's checkout, or of that from which this job was submitted.
+
+    None if this package is not in a checkout.
+    """
+    submitted = os.environ.get(GIT_VARIABLE)
+    return git_state(Path(__file__).parent) if submitted is None else json.loads(submitted)
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

@@ -6,9 +6,10 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
-from raydetr.environment import describe_environment, git_state
+from raydetr.environment import GIT_VARIABLE, describe_environment, git_state
 
 
 def test_versions_and_hardware_are_plain_values() -> None:
@@ -39,3 +40,11 @@ def test_the_git_state_has_revision_and_dirty_flag(tmp_path: Path) -> None:
     state = git_state(package)
     assert state is not None
     assert state["dirty"] is True
+
+
+def test_a_job_has_the_git_state_of_the_checkout_it_was_submitted_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state = {"revision": "0123abcd", "dirty": True}
+    monkeypatch.setenv(GIT_VARIABLE, json.dumps(state))
+    assert describe_environment()["git"] == state

@@ -91,7 +91,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 240) -> None:
 
 
 def mlflow_runs(config: RunConfig) -> list[tuple[str, str]]:
-    with closing(sqlite3.connect(config.storage.path / "mlflow.db")) as connection:
+    with closing(sqlite3.connect(Path(config.storage.path) / "mlflow.db")) as connection:
         return connection.execute("select name, status from runs order by name").fetchall()
 
 
@@ -152,7 +152,7 @@ def test_a_submitted_job_trains_evaluates_and_leaves_a_checkpoint_and_an_mlflow_
 def test_ctrl_c_detaches_and_a_stopped_job_is_resumed_in_its_run(
     bare_head: RayHead, tiny_run: RunConfig
 ) -> None:
-    folder = tiny_run.storage.path / "hit"
+    folder = Path(tiny_run.storage.path) / "hit"
     arguments = quickstart(
         tiny_run, "optim.epochs=100", "evaluation.every_epochs=100", "storage.checkpoint_steps=2"
     )
@@ -199,7 +199,14 @@ def test_ctrl_c_detaches_and_a_stopped_job_is_resumed_in_its_run(
     assert re.search(r"^[a-z].*  epoch 100.00/100  step 600/600  ", resumed.stdout, re.MULTILINE)
     assert [event["position"] for event in events(folder, "resumed")] == [position]
     assert mlflow_runs(tiny_run) == [("hit", "FINISHED")]
-    assert [path.parent.name for path in tiny_run.storage.path.glob("*/config.yaml")] == ["hit"]
+    assert [path.parent.name for path in Path(tiny_run.storage.path).glob("*/config.yaml")] == ["hit"]
+    # The commit of the checkout, without its .git
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    launches = events(folder, "launched")
+    assert {launch["tags"]["mlflow.source.git.commit"] for launch in launches} == {commit}
+    (described,) = events(folder, "environment")[-1]["json_files"].values()
+    assert described["git"]["revision"] == commit
 
     listed = raydetr(bare_head, "jobs", "list").stdout.splitlines()
     rows = {line.split()[0]: line.split()[1:3] for line in listed[1:]}
@@ -278,7 +285,7 @@ def test_a_stop_waits_for_a_last_checkpoint_that_takes_longer_than_rays_three_se
                 *("--name", name),
             )
         assert done.returncode == 0, done.stdout + done.stderr
-        folder = tiny_run.storage.path / name
+        folder = Path(tiny_run.storage.path) / name
         wait_until(lambda folder=folder: checkpoint.complete_checkpoints(folder))  # a step has just begun
         before = checkpoint.position_of(checkpoint.complete_checkpoints(folder)[0])
         stopped = raydetr(bare_head, "jobs", "stop", name)
@@ -311,7 +318,7 @@ def test_a_job_that_is_submitted_again_after_the_head_died_goes_on(
         tiny_run, "optim.epochs=60", "evaluation.every_epochs=60", "storage.checkpoint_steps=2"
     )
     command = ["submit", "train", *arguments, "--name", "hit"]
-    folder = tiny_run.storage.path / "hit"
+    folder = Path(tiny_run.storage.path) / "hit"
     with ray_head(num_cpus=2, python=bare_python) as head:
         following = subprocess.Popen(
             [RAYDETR, *command, "--address", head.dashboard],
@@ -343,7 +350,7 @@ def test_a_job_that_is_submitted_again_after_the_head_died_goes_on(
         assert f"{folder}: this run is finished" in finished.stdout
     assert mlflow_runs(tiny_run) == [("hit", "FINISHED"), ("undisturbed", "FINISHED")]
     checksums = {
-        read_meta(max((tiny_run.storage.path / name / "checkpoints").iterdir())).state_crc32
+        read_meta(max((Path(tiny_run.storage.path) / name / "checkpoints").iterdir())).state_crc32
         for name in ("hit", "undisturbed")
     }
     assert len(checksums) == 1
@@ -375,7 +382,7 @@ def test_a_wheel_submits_to_a_cluster_that_has_it_installed(tiny_run: RunConfig,
         again = raydetr(head, "jobs", "resume", "mine", program=program, cwd=tmp_path)
         assert again.returncode == 0, again.stdout + again.stderr
         assert "this run is finished" in again.stdout
-    folder = tiny_run.storage.path / "mine"
+    folder = Path(tiny_run.storage.path) / "mine"
     assert (folder / "last").exists() or checkpoint.newest_valid(folder, pytest.fail) is not None
     assert mlflow_runs(tiny_run) == [("mine", "FINISHED")]
 

@@ -23,6 +23,7 @@ def log_run(
     params: Mapping[str, Any] | None = None,
     steps: Sequence[tuple[int, Mapping[str, float]]] = (),
     evaluations: Sequence[tuple[int, Mapping[str, float]]] = (),
+    datasets: Sequence[Mapping[str, Any]] = (),
     end: str | None = "finished",
     **fields: Any,
 ) -> EventLog:
@@ -31,7 +32,7 @@ def log_run(
     log.append(
         "launched", type=kind, key=uuid.uuid4().hex, name=folder.name, recipe="quickstart", uri=uri,
         experiment=experiment, command=f"raydetr train quickstart --name {folder.name}", tags={"raydetr.kind": kind},
-        params=dict(params or {}), datasets=[], files=[], **fields,
+        params=dict(params or {}), datasets=datasets, files=[], **fields,
     )  # fmt: skip
     log.append("started", step=0, position=0, workers=1, samples_per_epoch=1, epochs=100)
     for step, metrics in steps:

@@ -34,8 +34,7 @@ def sync(
     ] = None,
 ) -> None:
     """Upload the events of runs and searches, with their trials; what MLflow has is not sent again."""
-    from raydetr.runs.sync import sync_run
+    from raydetr.runs.sync import sync_runs
 
-    for run in runs:
-        for line in sync_run(run, uri):
-            typer.echo(line)
+    for line in sync_runs(runs, uri):
+        typer.echo(line)

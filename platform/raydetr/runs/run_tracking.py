@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from raydetr.config import RunConfig, flatten, override, to_dict
 from raydetr.console import print_status
-from raydetr.environment import git_state
+from raydetr.environment import own_git_state
 from raydetr.locations import in_ray_job
 from raydetr.shards.reader import Shards
 from raydetr.store.folders import Folder
@@ -47,7 +47,7 @@ def log_launch(
     """
     earlier = [event for event in read_events(folder) if event["kind"] == "launched"]
     # As in MLflow's own runs; a run that is resumed keeps the name of who started it
-    git = git_state(Path(__file__).parent)
+    git = own_git_state()
     tags = {
         "mlflow.source.name": sys.argv[0],
         "mlflow.source.type": "JOB" if in_ray_job() else "LOCAL",

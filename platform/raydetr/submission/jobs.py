@@ -17,6 +17,7 @@ from ray.job_submission import JobDetails
 
 from raydetr.config import ConfigError
 from raydetr.console import duration, print_status, table
+from raydetr.environment import GIT_VARIABLE, git_state
 from raydetr.runs.run import check_name
 from raydetr.submission.cluster import Cluster, ClusterError
 from raydetr.submission.upload import CHECKOUT, find_upload
@@ -201,6 +202,9 @@ def _send(cluster: Cluster, entrypoint: str, metadata: dict[str, str], folder: P
     environment: dict[str, Any] = {"env_vars": {STOP_WAIT: str(STOP_SECONDS)}}
     if folder is not None:
         environment["working_dir"] = str(folder)
+        git = git_state(folder / CHECKOUT.parent)  # Ray does not upload .git
+        if git is not None:
+            environment["env_vars"][GIT_VARIABLE] = json.dumps(git)
     with cluster.errors():
         cluster.client.submit_job(
             entrypoint=entrypoint, submission_id=name, runtime_env=environment, metadata=metadata

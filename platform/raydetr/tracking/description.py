@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raydetr.store.folders import Folder
-from raydetr.tracking.events import Event, read_events
+from raydetr.tracking.events import Event, EventReader
 
 CURVES, PREDICTIONS = "curves.png", "predictions.png"
 PICTURES = PREDICTIONS, CURVES  # in the folder of a run, of its last evaluation
@@ -22,7 +22,7 @@ def describe(run: Folder, launch: Event, run_id: str) -> str:
         launch: its first event.
         run_id: of the MLflow run, whose artifacts have the pictures.
     """
-    events = read_events(run)
+    events = EventReader(run, all_steps=False).read()
     evaluations = [event for event in events if event["kind"] == "evaluation"]
     evaluations.sort(key=lambda event: int(event["step"]))  # not always scored in this order
     text = [f"**{launch['recipe']}** in `{run}`", ""]

@@ -128,19 +128,16 @@ def connect(uri: str) -> MlflowClient:
     if file is None:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(file):
+    with locked(str(file.absolute())):  # MLflow's own lock ends before its migrations are complete
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)  # creates the tables, or brings them up to date
     return client
 
 
 @contextmanager
-def _lock(file: Path) -> Iterator[None]:
-    """Keep other processes of this machine from creating the tables of a database at the same time.
-
-    MLflow's own lock ends before its migrations are complete.
-    """
-    digest = hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:16]
+def locked(name: str) -> Iterator[None]:
+    """Let one process of this machine at a time create what has this name, a database or the MLflow run of a folder."""
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
     with Path(tempfile.gettempdir(), f"raydetr-mlflow-{os.getuid()}-{digest}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -25,6 +25,7 @@ from raydetr.tracking.events import Event, EventReader
 from raydetr.tracking.metric_names import metric_name
 from raydetr.tracking.mlflow_run import (
     connect,
+    locked,
     param_text,
     store_file,
     tracking_errors,
@@ -75,8 +76,8 @@ class Uploader:
         self._evaluated_steps = set(self._state.evaluated_steps)
         self._metrics: list[Metric] = []  # to be sent
         self._files: dict[str, Folder | bytes] = {}  # to be sent, by artifact path
-        self._events: list[Event] = []  # whose params, tags, inputs and status are to be sent
-        self._evaluated: int | None = None  # position of the newest evaluation whose files are to be sent
+        self._events: list[Event] = []  # whose params, tags, inputs and status, or new AP, are to be sent
+        self._evaluated: int | None = None  # position of the newest evaluation, if its files are to be sent
         self._is_checked = False  # the database, by this uploader
 
     def _place(self) -> str:
@@ -165,9 +166,10 @@ class Uploader:
             self._files[name] = self._run / name
         for name, value in event.get("json_files", {}).items():
             self._files[name] = json.dumps(value, indent=1, allow_nan=False).encode()
-        if kind == "evaluation":
-            self._evaluated = max(event["position"], self._evaluated or 0)
-        if kind in STATUS or any(name in event for name in ("params", "tags", "datasets")):
+        # The files of an evaluation that is scored late do not replace those of a newer one
+        if kind == "evaluation" and int(event["step"]) >= max(self._evaluated_steps, default=0):
+            self._evaluated = event["position"]
+        if kind in (*STATUS, "evaluation") or any(name in event for name in ("params", "tags", "datasets")):
             self._events.append(event)
 
     def _new_ones(self, event: Event, names: Collection[str]) -> list[str]:
@@ -224,17 +226,19 @@ class Uploader:
             return sorted(active)
 
         self._state.experiment_id = experiment
-        if existing := find():
-            return self._keep(existing[0])
-        tags = {KEY_TAG: launch["key"]} | ({"mlflow.parentRunId": parent} if parent else {})
-        created = client.create_run(
-            experiment, start_time=int(launch["time"] * 1000), tags=tags, run_name=launch["name"]
-        ).info.run_id
-        first = find()[0]  # another process may have created one at the same time
-        if first != created:
-            client.delete_tag(created, KEY_TAG)  # so that nobody finds it, and asks to restore it
-            client.delete_run(created)
-        self._keep(first)
+        # The driver and `raydetr track sync` may both be the first one
+        with locked(_absolute(self._run)):
+            if existing := find():
+                return self._keep(existing[0])
+            tags = {KEY_TAG: launch["key"]} | ({"mlflow.parentRunId": parent} if parent else {})
+            created = client.create_run(
+                experiment, start_time=int(launch["time"] * 1000), tags=tags, run_name=launch["name"]
+            ).info.run_id
+            first = find()[0]  # a process on another machine may have created one at the same time
+            if first != created:
+                client.delete_tag(created, KEY_TAG)  # so that nobody finds it, and asks to restore it
+                client.delete_run(created)
+            self._keep(first)
 
     def _keep(self, run_id: str) -> None:
         self._state.run_id, self._state.uri = run_id, self._place()
@@ -321,17 +325,23 @@ class Uploader:
             register_best(client, uri, self._run, self._run_id, name)
 
     def _send_status(self, client: MlflowClient) -> None:
-        """Set the status of the last start or end, and describe the run for people."""
+        """Describe the run for people after a start, an evaluation or an end; set the status of a start or end."""
         last = self._last_status()
-        if last is None:
+        if last is None and not any(event["kind"] == "evaluation" for event in self._events):
             return
         text = describe(self._run, self._first_launch(), self._run_id)
         client.set_tag(self._run_id, "mlflow.note.content", text[:TAG_LENGTH])
+        if last is None:
+            return
         status = STATUS[last["kind"]]
         if status == "RUNNING":
             client.update_run(self._run_id, status=status)
         else:
             client.set_terminated(self._run_id, status=status, end_time=int(last["time"] * 1000))
+
+
+def _absolute(run: Folder) -> str:
+    return str(run.absolute() if isinstance(run, Path) else run)
 
 
 def _experiment_id(client: MlflowClient, uri: str, experiment: str) -> str:

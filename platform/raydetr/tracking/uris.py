@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 HIDDEN = "***"
 # By whether the URI is that of a server: in the URI of a database, a password may contain slashes
-_USER_AND_PASSWORD = {True: r"(://[^/@:]*):([^/@]*)@", False: r"(://[^/@:]*):([^@]*)@"}
+_USER_AND_PASSWORD = {True: r"(://[^/@:]*:)([^/@]*)(@)", False: r"(://[^/@:]*:)([^@]*)(@)"}
+# As in ?user=me&password=...; drivers of databases also have sslpassword, passwd and pwd
+_IN_QUERY = r"(?i)([?&]\w*(?:password|passwd|pwd)=)([^&#]+)()"
 
 
 class TrackingError(RuntimeError):
@@ -35,13 +37,22 @@ def tracking_uri(config: RunConfig) -> str:
 
 def mask_password(uri: str) -> str:
     """Return the URI with *** in place of its password."""
-    return re.sub(_USER_AND_PASSWORD[uri.startswith(("http://", "https://"))], rf"\1:{HIDDEN}@", uri)
+    for pattern in _patterns(uri):
+        uri = re.sub(pattern, rf"\1{HIDDEN}\3", uri)
+    return uri
 
 
 def hide_password(text: str, uri: str) -> str:
-    """Return a message, such as the error of a library, with *** in place of the password of a URI that is in it."""
-    found = re.search(_USER_AND_PASSWORD[uri.startswith(("http://", "https://"))], uri)
-    return text if found is None else text.replace(f":{found[2]}@", f":{HIDDEN}@")
+    """Return a message, such as the error of a library, with *** in place of the passwords of a URI that is in it."""
+    for pattern in _patterns(uri):
+        for before, password, after in re.findall(pattern, uri):
+            text = text.replace(f"{before[-1]}{password}{after}", f"{before[-1]}{HIDDEN}{after}")
+    return text
+
+
+def _patterns(uri: str) -> tuple[str, str]:
+    """Return the patterns of passwords in a URI: what is before, the password, and what is after it."""
+    return _USER_AND_PASSWORD[uri.startswith(("http://", "https://"))], _IN_QUERY
 
 
 def storable_uri(uri: str, run: Folder) -> str:
@@ -73,13 +84,14 @@ def restore_uri(stored: str, run: Folder) -> str:
     Raises:
         TrackingError: the password of a database is not known.
     """
-    if f":{HIDDEN}@" not in stored:
+    if f":{HIDDEN}@" not in stored and f"={HIDDEN}" not in stored:
         return absolute_uri(stored, run)
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
     if mask_password(given) == stored:
         return given
-    if stored.startswith(("http://", "https://")):
-        return re.sub(r"://[^/@]*@", "://", stored)  # MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD
+    without_user = re.sub(r"://[^/@]*@", "://", stored)
+    if stored.startswith(("http://", "https://")) and HIDDEN not in without_user:
+        return without_user  # MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD
     raise TrackingError(
         f"the password of {stored} is not stored: set MLFLOW_TRACKING_URI to the complete URI"
     )

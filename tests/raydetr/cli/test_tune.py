@@ -138,3 +138,12 @@ def test_more_trials_and_another_cluster_for_a_search_that_goes_on(
     assert plan.resolved.cluster.cpus_per_worker == 2
     assert plan.space.distributions["init.checkpoint"].values == ("/home/me/a", None)
     assert from_yaml(folder / "config.yaml").cluster.cpus_per_worker == 1
+
+
+def test_the_exit_code_tells_that_mlflow_lacks_something(
+    raydetr: CommandLine, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = SimpleNamespace(to_text=lambda: "the table", pending_upload="3 metric values")
+    monkeypatch.setattr(search, "_search", lambda plan, *, is_new: outcome)
+    done = raydetr("tune", "--config", "run.yaml", "--space", "space.yaml")
+    assert (done.code, done.out) == (5, "the table\n")

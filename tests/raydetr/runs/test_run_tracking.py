@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import getpass
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,13 @@ from mlflow import MlflowClient
 
 from raydetr.config import RunConfig, override
 from raydetr.locations import sqlite_file
-from raydetr.runs import run
+from raydetr.runs import run, session
 from raydetr.runs.run_folder import read_config
 from raydetr.runs.run_tracking import Uploads, log_launch
-from raydetr.runs.sync import sync_run
+from raydetr.runs.sync import sync_runs
 from raydetr.tracking import mlflow_run
 from raydetr.tracking.events import EventLog, read_events
+from raydetr.tracking.system_metrics import SystemMetrics
 from raydetr.tracking.uris import default_uri
 
 # SQLAlchemy 2.1 deprecates an option that MLflow 3.17 uses
@@ -39,17 +42,26 @@ def short(tiny_run: RunConfig) -> RunConfig:
 
 
 def test_a_run_that_is_uploaded_later(
-    short: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    short: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(session, "SystemMetrics", partial(SystemMetrics, interval_seconds=0.05))
     result = run.start(override(short, {"tracking.upload": False}), local=True)
     assert result.pending_upload is None
     assert f"MLflow: nothing is sent before `raydetr track sync {result.folder}`" in " ".join(
         capsys.readouterr().err.split()
     )
     assert not Path(short.storage.path, "mlflow.db").exists()
-    assert [line.partition(": ")[2][:4] for line in sync_run(str(result.folder))] == ["sent"]
+    assert [line.partition(": ")[2][:4] for line in sync_runs([str(result.folder)])] == ["sent"]
     tracked = mlflow_run.fetch_run(default_uri(short.storage.path), result.name)
     assert tracked.metrics["AP/AP"] == result.metrics["AP"]
+    for name in ("cpu_utilization_percentage", "system_memory_usage_megabytes"):
+        assert f"system/{socket.gethostname()}/{name}" in tracked.metrics
+    assert tracked.tags["mlflow.user"] == getpass.getuser()
+    assert tracked.tags["mlflow.source.name"] == sys.argv[0]
+    assert tracked.tags["mlflow.source.type"] == "LOCAL"
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    assert tracked.tags.get("mlflow.source.git.commit", "") == commit
 
 
 def test_a_password_is_nowhere(

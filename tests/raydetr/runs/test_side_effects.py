@@ -14,7 +14,7 @@ from raydetr.config import RunConfig, override
 from raydetr.inference.predict import predict
 from raydetr.runs import pictures, run
 from raydetr.runs.overfit import overfit
-from raydetr.runs.sync import sync_run
+from raydetr.runs.sync import sync_runs
 from raydetr.tracking import description, mlflow_run
 from raydetr.tracking.uris import default_uri
 from raydetr.training import nonfinite
@@ -53,12 +53,12 @@ def test_a_run_without_its_server_is_complete_and_uploaded_later(
     longer = run.resume(result.folder, overrides={"optim.epochs": 2}, local=True)
     assert_is_complete(longer)
     uri = default_uri(tmp_path / "later")
-    (line,) = sync_run(str(result.folder), uri)
+    (line,) = sync_runs([str(result.folder)], uri)
     assert line.startswith(f"{result.name}: sent ")
     tracked = mlflow_run.fetch_run(uri, result.name)
     assert tracked.status == "FINISHED"
     assert tracked.metrics["AP/AP"] == longer.metrics["AP"]
-    assert list(sync_run(str(result.folder), uri)) == [f"{result.name}: complete"]
+    assert list(sync_runs([str(result.folder)], uri)) == [f"{result.name}: complete"]
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from ray_nodes import ray_nodes
 from raydetr.config import ConfigError, RunConfig, override
 from raydetr.runs import run
 from raydetr.runs.ray_cluster import check_tracking
-from raydetr.runs.sync import sync_run
+from raydetr.runs.sync import sync_runs
 from raydetr.tracking import mlflow_run
 from raydetr.training import checkpoint
 
@@ -218,7 +218,7 @@ def test_a_run_on_several_machines_trains_while_the_server_is_down(
     result = run.start(override(tiny_run, {"tracking.uri": NOWHERE, "optim.epochs": 1}), name="untracked")
     assert result.pending_upload is not None
     uri = f"http://{own_address()}:{server.port}"
-    assert ["sent" in line for line in sync_run(str(result.folder), uri)] == [True]
+    assert ["sent" in line for line in sync_runs([str(result.folder)], uri)] == [True]
     logged = MlflowClient(uri).get_run(result.mlflow_run_id)
     assert logged.info.status == "FINISHED"
     assert "AP" in " ".join(logged.data.metrics)

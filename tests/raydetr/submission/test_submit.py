@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from ray.job_submission import JobDetails, JobStatus
 from command_line import CommandLine
 from raydetr import recipes
 from raydetr.config import ConfigError, to_yaml
+from raydetr.environment import GIT_VARIABLE
 from raydetr.submission import cluster, jobs
 
 
@@ -110,6 +113,28 @@ def test_a_checkout_is_uploaded_and_its_files_are_named_as_they_are(
     assert refused.code == 1
     assert "a-run: the job a-run is pending with this run" in refused.err
     assert submit("train", "--config", config, "--name", "b-run", "--detach").code == 0
+
+
+def test_a_checkout_is_uploaded_without_git_but_with_its_commit(
+    kept: KeptCluster, submit: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=someone", "-c", "user.email=someone@example.org"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/train_detector.py").touch()
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    submit("train", "quickstart", "--name", "a-run", "--detach")
+    (tmp_path / "jobs/train_detector.py").write_text("changed")
+    jobs.resume(kept, "a-run", tmp_path)  # type: ignore[arg-type]
+    revision = git("rev-parse", "HEAD")
+    sent = [json.loads(each["runtime_env"]["env_vars"][GIT_VARIABLE]) for each in kept.sent]
+    assert sent == [{"revision": revision, "dirty": False}, {"revision": revision, "dirty": True}]
 
 
 def test_a_run_without_files_uploads_nothing_and_has_a_name_of_its_own(

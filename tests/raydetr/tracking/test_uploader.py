@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from mlflow_proxy import MlflowProxy
 from mlflow_server import MlflowServer
 from postgres_server import PASSWORD, PostgresServer, find_programs
 from raydetr.locations import sqlite_file
+from raydetr.runs.sync import sync_runs
 from raydetr.tracking import mlflow_run
 from raydetr.tracking.events import EventLog
 from raydetr.tracking.metric_names import metric_name
@@ -38,6 +40,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarnin
 
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens
 STEPS = [(step, {"loss": 1 / step, "lr/backbone": 1e-5}) for step in range(1, 41)]
+DATASET = {"name": "coco", "fingerprint": "0123456789abcdef" * 4, "source": "/data/coco", "context": "training",
+           "profile": {"num_images": 80}}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -84,16 +88,13 @@ def runs_named(uri: str, name: str) -> list[Any]:
 
 
 def test_a_run_from_beginning_to_end(database: str, tmp_path: Path) -> None:
-    fingerprint = "0123456789abcdef" * 4
-    dataset = {"name": "coco", "fingerprint": fingerprint, "source": "/data/coco", "context": "training",
-               "profile": {"num_images": 80}}  # fmt: skip
     folder = tmp_path / "search" / "trial"
     log_run(folder.parent, database, kind="search")
     params = {"optim.lr": 2e-4, "data.short_sides": [480, 640], "optim.clip_max_norm": None, "long": "x" * 9000,
               **{f"p{number}": number for number in range(250)}}  # fmt: skip
     log = log_run(folder, database, kind="trial", params=params, steps=STEPS,
                   evaluations=[(40, {"AP": 0.5, "AP50": 0.75})], end=None)  # fmt: skip
-    log.append("launched", type="trial", datasets=[dataset], tags={}, params={"optim.lr": 1e-3})
+    log.append("launched", type="trial", datasets=[DATASET], tags={}, params={"optim.lr": 1e-3})
     log.append("environment", json_files={"environment/node-1.json": {"python": "3.11"}})
     log.append("system", step=40, metrics={"system/node-1/cpu_utilization_percentage": 50.0})
     write_table(folder, 40, {"disc": 0.5})
@@ -118,7 +119,7 @@ def test_a_run_from_beginning_to_end(database: str, tmp_path: Path) -> None:
     assert run.data.params["long"].endswith("config.yaml has the complete value)")
     assert run.data.tags[CHANGED_TAG] == "optim.lr: 0.0002 -> 0.001"
     (logged,) = run.inputs.dataset_inputs
-    assert (logged.dataset.name, logged.dataset.digest) == ("coco", fingerprint[:36])
+    assert (logged.dataset.name, logged.dataset.digest) == ("coco", "0123456789abcdef0123456789abcdef0123")
     names = {
         f"{folder}/{file.path}".strip("/")
         for folder in ("", "environment", "evaluation")
@@ -142,13 +143,19 @@ def test_sending_everything_again_changes_nothing(
     uri = server.uri if store == "server" else database
     folder = tmp_path / "again"
     steps = [(step, {"loss": 1 / step, "grad_norm": math.nan}) for step in range(1, 400)]
-    log_run(folder, uri, steps=steps, evaluations=[(400, {"AP": 0.5})])
+    datasets = [DATASET, {**DATASET, "fingerprint": "f" * 64, "context": "validation"}]
+    log_run(folder, uri, steps=steps, evaluations=[(400, {"AP": 0.5})], datasets=datasets)
     run_id = upload(folder)
     before = points(uri, run_id)
     assert len(before["loss/loss"]) == 399
     (folder / STATE).unlink()
     assert upload(folder) == run_id
     assert str(points(uri, run_id)) == str(before)  # as text, because NaN differs from itself
+    inputs = MlflowClient(uri).get_run(run_id).inputs.dataset_inputs
+    assert sorted((each.dataset.digest, [(tag.key, tag.value) for tag in each.tags]) for each in inputs) == [
+        (DATASET["fingerprint"][:36], [("mlflow.data.context", "training")]),
+        ("f" * 36, [("mlflow.data.context", "validation")]),
+    ]
 
 
 def test_steps_that_are_trained_again_are_there_once(database: str, tmp_path: Path) -> None:
@@ -183,12 +190,33 @@ def test_an_evaluation_that_is_scored_late_is_there(database: str, tmp_path: Pat
     run = MlflowClient(database).get_run(run_id)
     assert run.data.metrics["AP/AP"] == 0.5
     assert "| last | 20 | 0.500 | 0.600 |" in run.data.tags["mlflow.note.content"]
+    table = (folder / "evaluations" / "20" / "ap.json").read_bytes()
+    assert mlflow_run.fetch_artifact(database, run_id, "evaluation/ap.json") == table
     # The first one again, by a process that starts from an older checkpoint
     log.append("resumed", step=5, position=5, workers=1)
     log.append("evaluation", step=10, position=10, metrics={"epoch": 10, "AP": 0.26})
     assert log.flush()
     upload(folder)
-    assert len(points(database, run_id)["AP/AP"]) == 2
+    for _ in range(2):
+        assert len(points(database, run_id)["AP/AP"]) == 2
+        assert mlflow_run.fetch_artifact(database, run_id, "evaluation/ap.json") == table
+        (folder / STATE).unlink()  # everything again, with the same result
+        upload(folder)
+
+
+def test_the_description_has_every_evaluation_while_the_run_goes_on(database: str, tmp_path: Path) -> None:
+    folder = tmp_path / "going-on"
+    log = log_run(folder, database, end=None)
+    uploader = Uploader(folder)
+    uploader.sync()
+    for epoch, ap in ((1, 0.25), (2, 0.5), (3, 0.375)):
+        log.append("evaluation", step=epoch, position=epoch, metrics={"epoch": epoch, "AP": ap})
+        assert log.flush()
+        uploader.sync()
+        run = MlflowClient(database).get_run(uploader.ensure_run())
+        assert f"| last | {epoch} | {ap:.3f} |" in run.data.tags["mlflow.note.content"]
+        assert run.info.status == "RUNNING"
+    assert "| best | 2 | 0.500 |" in run.data.tags["mlflow.note.content"]
 
 
 def test_two_values_of_one_step_are_there(database: str, tmp_path: Path) -> None:
@@ -293,6 +321,29 @@ def test_a_run_that_two_processes_created_is_found(database: str, tmp_path: Path
     client.delete_run(later.info.run_id)
     (folder / STATE).unlink()
     assert upload(folder) == run_id
+
+
+def test_two_first_uploads_at_the_same_time_create_one_run(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as that of the driver, and `raydetr track sync`: the second one begins while the first one creates."""
+    folder = tmp_path / "both"
+    log_run(folder, database, steps=STEPS)
+    create, others = MlflowClient.create_run, []
+
+    def create_slowly(client: MlflowClient, *arguments: Any, **settings: Any) -> Any:
+        others.append(threading.Thread(target=Uploader(folder).sync))
+        if len(others) == 1:
+            others[0].start()
+            others[0].join(1.0)  # if nothing keeps it, it has created one by then
+        return create(client, *arguments, **settings)
+
+    monkeypatch.setattr(MlflowClient, "create_run", create_slowly)
+    run_id = upload(folder)
+    others[0].join(60)
+    assert len(others) == 1  # the second one found what the first one created
+    assert [run.info.run_id for run in runs_named(database, "both")] == [run_id] == [read_run_id(folder)]
+    assert len(points(database, run_id)["loss/loss"]) == 40
 
 
 def test_the_answer_to_the_creation_is_lost(proxy: MlflowProxy, tmp_path: Path) -> None:
@@ -548,6 +599,47 @@ def test_a_trial_that_cannot_be_uploaded_does_not_stop_the_others(database: str,
         assert (found.info.status, found.data.tags["mlflow.parentRunId"]) == ("FINISHED", parent)
 
 
+def test_a_search_whose_end_mlflow_has_not_seen_is_sent_later(server: MlflowServer, tmp_path: Path) -> None:
+    search = tmp_path / "search"
+    outcome = {"trials.txt": "trial  AP", "trials.json": "[]", "best.yaml": "recipe: quickstart\n"}
+    log = log_run(search, NOWHERE, kind="search", params={"search.optim.lr": "loguniform"}, end=None)
+    for number in (1, 2):
+        log_run(
+            search / f"trial-{number}", NOWHERE, kind="trial", params={"optim.lr": number / 1000}, steps=STEPS,
+            evaluations=[(40, {"AP": number / 4})],
+        )  # fmt: skip
+    for name, text in outcome.items():
+        (search / name).write_text(text)
+    log.append("files", files=list(outcome))
+    log.append("finished")
+    assert log.flush()
+    pending = UploadProcess(search, NOWHERE, lambda problem: None).finish()
+    assert pending is not None
+    assert NOWHERE in pending
+
+    lines = list(sync_runs([str(search)], server.uri))
+    assert [line.partition(":")[0] for line in lines] == ["search", "trial-1", "trial-2"]
+    client = MlflowClient(server.uri)
+    (parent,) = runs_named(server.uri, "search")
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params == {"search.optim.lr": "loguniform"}
+    for name, text in outcome.items():
+        assert mlflow_run.fetch_artifact(server.uri, parent.info.run_id, name).decode() == text
+    query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    children = client.search_runs([parent.info.experiment_id], query)
+    found = {
+        run.info.run_name: (run.info.status, run.data.params, run.data.metrics["AP/AP"]) for run in children
+    }
+    assert found == {
+        "trial-1": ("FINISHED", {"optim.lr": "0.001"}, 0.25),
+        "trial-2": ("FINISHED", {"optim.lr": "0.002"}, 0.5),
+    }
+    assert all(len(points(server.uri, run.info.run_id)["loss/loss"]) == 40 for run in children)
+    assert list(sync_runs([str(search)], server.uri)) == [
+        f"{name}: complete" for name in ("search", "trial-1", "trial-2")
+    ]
+
+
 def test_postgres(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     programs = find_programs()
     if programs is None:
@@ -605,7 +697,9 @@ def test_names_are_grouped() -> None:
 
 def test_passwords_are_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "runs" / "run"
-    for uri in ("http://me:secret@host:5000", "postgresql://me:secret/@host/mlflow", "http://:secret@host"):
+    for uri in ("http://me:secret@host:5000", "postgresql://me:secret/@host/mlflow", "http://:secret@host",
+                "postgresql://host/mlflow?user=me&password=secret", "mysql://host/mlflow?PASSWD=secret&charset=utf8",
+                "postgresql://me:secret@host/mlflow?sslpassword=secret/"):  # fmt: skip
         stored = storable_uri(uri, run)
         assert "secret" not in stored
         assert mask_password(uri) == stored
@@ -613,13 +707,27 @@ def test_passwords_are_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert restore_uri(stored, run) == uri
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert restore_uri("http://me:***@host:5000", run) == "http://host:5000"
-    with pytest.raises(TrackingError, match="MLFLOW_TRACKING_URI"):
-        restore_uri("postgresql://me:***@host/mlflow", run)
-    for uri in ("http://host:5000", "http://host:5000/a@b", "databricks", "postgresql://me@host:5432/mlflow"):
+    for uri in ("postgresql://me:***@host/mlflow", "postgresql://host/mlflow?user=me&password=***"):
+        with pytest.raises(TrackingError, match="MLFLOW_TRACKING_URI"):
+            restore_uri(uri, run)
+    for uri in (
+        "http://host:5000",
+        "postgresql://host/mlflow?passfile=/home/me/.pgpass",
+        "http://host:5000/a@b",
+        "databricks",
+        "postgresql://me@host:5432/mlflow",
+    ):
         assert storable_uri(uri, run) == uri
 
 
-@pytest.mark.parametrize("uri", ["http://me:s3cr3t@host:5000", "postgresql://me:s3cr3t@host/mlflow"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://me:s3cr3t@host:5000",
+        "postgresql://me:s3cr3t@host/mlflow",
+        "postgresql://host/mlflow?user=me&password=s3cr3t",
+    ],
+)
 def test_passwords_are_not_in_errors(uri: str) -> None:
     with pytest.raises(TrackingError) as caught, mlflow_run.tracking_errors(uri, "upload"):
         raise OSError(f"API request to {uri}/api failed")  # as MLflow's
