@@ -143,7 +143,9 @@ def test_unknown_run(uri: str) -> None:
 def contents(folder: Path) -> dict[str, tuple[bytes, int] | None]:
     """Content and time of all files; None for folders."""
     return {
-        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else None
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+        if path.is_file()
+        else None
         for path in folder.rglob("*")
     }
 
