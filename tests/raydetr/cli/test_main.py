@@ -159,7 +159,11 @@ def test_a_checkpoint_is_refused_on_data_with_other_categories(raydetr, tmp_path
     assert "other categories" in refused.err
 
 
-def test_overfit_writes_its_numbers_and_image_grid(raydetr, tmp_path: Path) -> None:
+def test_overfit_writes_its_numbers_and_image_grid(
+    raydetr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It takes all cores, and threads that wait for each other beside other tests take ten times as long
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
     raydetr("synthetic-data", "--out", "shapes", "--num-train", 8, "--num-val", 1)
     write_source(
         coco_source(Path("shapes/train"), Path("shapes/annotations/instances_train.json")), Path("shards")
