@@ -12,12 +12,12 @@ from drawn_shards import write_drawn_shards
 from faulty_proxy import FaultyProxy
 from made_coco import write_coco
 from object_stores import BUCKET, CREDENTIALS, S3Server
-from raydetr import recipes
-from raydetr.config import RunConfig, override
+from raydetr.config import RunConfig
 from raydetr.shards.reader import Shards, open_shards
 from raydetr.shards.source import coco_source
 from raydetr.shards.writer import write_source
 from raydetr.store.folders import Folder, open_folder
+from tiny_runs import tiny_config
 
 
 @pytest.fixture(scope="session")
@@ -55,26 +55,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_run(tiny_data: Path, tmp_path: Path) -> RunConfig:
     """Configure the quickstart on the tiny data: 4 epochs of 6 steps, evaluated after each, one worker."""
-    return override(
-        recipes.quickstart(),
-        {
-            "data.train": str(tiny_data / "train"),
-            "data.val": str(tiny_data / "val"),
-            "data.synthetic": None,
-            "data.batch_size": 8,
-            "data.eval_batch_size": 5,
-            "optim.epochs": 4,
-            "evaluation.every_epochs": 1,
-            "cluster.num_workers": 1,
-            "storage.path": str(tmp_path / "runs"),
-            "storage.keep_checkpoints": 9,
-            "tracking.log_every_steps": 2,
-            # They take seconds
-            "evaluation.report": False,
-            "tracking.upload": False,
-            "tracking.register_model": False,
-        },
-    )
+    return tiny_config(tiny_data, tmp_path / "runs")
 
 
 # --- Folders of runs ---

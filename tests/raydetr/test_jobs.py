@@ -131,6 +131,7 @@ def test_a_submitted_job_trains_evaluates_and_leaves_a_checkpoint_and_an_mlflow_
                 "data.synthetic=null",
             ),
             *(f"data.train={tmp_path / 'train'}", f"data.val={tmp_path / 'val'}"),
+            *("tracking.register_model=false", "evaluation.report=false"),  # they take seconds
             f"storage.path={tmp_path / 'runs'}",
         )
         assert done.returncode == 0, done.stdout + done.stderr

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from raydetr.config import ConfigError, parse_assignments
 from raydetr.console import print_status
 from raydetr.locations import is_remote
-from raydetr.store.output_folder import check_out_file
+from raydetr.store.output_folder import atomic_folder, check_out_file, check_out_folder
 
 if TYPE_CHECKING:
     from raydetr.evaluation.coco_metrics import ApTable
@@ -27,8 +27,14 @@ class Options:
     results: Path | None = None
     images: Path | None = None
     html: Path | None = None
+    report: Path | None = None
     out: Path | None = None
     local: bool = False
+
+    @property
+    def explains(self) -> bool:
+        """Whether the page or the folder of the report is asked for."""
+        return self.html is not None or self.report is not None
 
 
 def run(checkpoint: str | None, overrides: list[str], options: Options) -> str:
@@ -42,6 +48,8 @@ def run(checkpoint: str | None, overrides: list[str], options: Options) -> str:
     for path in (options.out, options.html):
         if path is not None:
             check_out_file(path)
+    if options.report is not None:
+        check_out_folder(options.report)
     if options.results is not None:
         return _evaluate_results(checkpoint, options.results, options)
     if checkpoint is None:
@@ -58,16 +66,16 @@ def _evaluate_checkpoint(checkpoint: str, overrides: list[str], options: Options
     data = options.data
     if data is not None and assignments.setdefault("data.val", data) != data:
         raise ConfigError(f"--data {data} and data.val={assignments['data.val']} are given: keep one")
-    found = evaluate(checkpoint, assignments, local=options.local, with_losses=options.html is not None)
+    found = evaluate(checkpoint, assignments, local=options.local, with_losses=options.explains)
     table = found.table()
-    if options.html is not None:
+    if options.explains:
         from raydetr.evaluation.read_images import from_shards
         from raydetr.evaluation.report import analyze
 
         results, losses = found.detections.results(), found.detections.image_losses()
         report = analyze(found.ground_truth.coco, results, losses=losses, speed=found.speed)
         about = {"checkpoint": str(found.checkpoint), "data": found.shards.location}
-        _write_page(options.html, report, from_shards(found.shards), checkpoint, about)
+        _write_report(options, report, from_shards(found.shards), checkpoint, about)
     return _finish(table, options)
 
 
@@ -78,8 +86,8 @@ def _evaluate_results(checkpoint: str | None, results: Path, options: Options) -
         raise ConfigError("--local has no effect with --results: nothing runs on Ray; omit it")
     if options.data is None:
         raise ConfigError("--results needs the ground truth: add --data SHARDS, or --data instances.json")
-    if options.images is not None and options.html is None:
-        raise ConfigError("--images has no effect without --html, which shows them")
+    if options.images is not None and not options.explains:
+        raise ConfigError("--images has no effect without --html or --report, which show them")
     from raydetr.evaluation.report import analyze
     from raydetr.evaluation.results_file import read_results
 
@@ -88,9 +96,9 @@ def _evaluate_results(checkpoint: str | None, results: Path, options: Options) -
     for line in warnings:
         print_status(f"warning: {line}")
     report = analyze(truth, found)
-    if options.html is not None:
+    if options.explains:
         about = {"results": str(results.absolute()), "data": options.data}
-        _write_page(options.html, report, read_image, results, about)
+        _write_report(options, report, read_image, results, about)
     return _finish(report.table, options)
 
 
@@ -125,14 +133,21 @@ def _ground_truth(data: str, images: Path | None) -> tuple[dict[str, Any], ReadI
     return truth, from_folder(images, truth)
 
 
-def _write_page(
-    path: Path, report: Report, read_image: ReadImage | None, name: object, about: Mapping[str, str]
+def _write_report(
+    options: Options, report: Report, read_image: ReadImage | None, name: object, about: Mapping[str, str]
 ) -> None:
+    """Write the page of --html, and the folder of --report."""
     from raydetr.evaluation.report import PAGE, report_files
 
     files = report_files(report, read_image, title=f"Evaluation of {name}", about=about)
-    path.write_bytes(files[PAGE])
-    print_status(f"wrote {path}")
+    if options.html is not None:
+        options.html.write_bytes(files[PAGE])
+        print_status(f"wrote {options.html}")
+    if options.report is not None:
+        with atomic_folder(options.report, last=PAGE) as folder:
+            for file, content in files.items():
+                (folder / file).write_bytes(content)
+        print_status(f"wrote {options.report}")
 
 
 def _finish(table: ApTable, options: Options) -> str:

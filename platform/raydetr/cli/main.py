@@ -165,10 +165,15 @@ def evaluate(
         Path | None, typer.Option(help="COCO results of any tool (JSON), instead of a checkpoint.")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Folder with the images of a COCO annotation file, for --html.")
+        Path | None,
+        typer.Option(help="Folder with the images of a COCO annotation file, for --html and --report."),
     ] = None,
     html: Annotated[
         Path | None, typer.Option(help="Explain the evaluation in a page: errors, classes, images.")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Folder, empty or new, for the page, its numbers as JSON, its plots and images."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the AP table to this JSON file.")] = None,
     local: Local = False,
@@ -178,7 +183,7 @@ def evaluate(
 
     if local:
         refuse(overrides or [], ("cluster.num_workers", "cluster.address"), "with --local")
-    options = command.Options(data, results, images, html, out, local)
+    options = command.Options(data, results, images, html, report, out, local)
     typer.echo(command.run(checkpoint, overrides or [], options))
 
 

@@ -64,13 +64,20 @@ def log_launch(
         recipe=config.recipe,
         uri=storable_uri(tracking_uri(config), folder),
         experiment=experiment_of(config),
-        command=shlex.join([Path(sys.argv[0]).name, *map(_mask_argument, sys.argv[1:])]),
+        command=_command(),
         upload=config.tracking.upload,
         model=config.recipe if kind == "run" and config.tracking.register_model else None,
         tags=tags,
         **{"params": flatten(to_dict(config)), "datasets": _datasets(splits), "files": ["config.yaml"]}
         | fields,
     )
+
+
+def _command() -> str:
+    """Return the command line of this program, without passwords, as it can be pasted into the folder where it ran."""
+    program = sys.argv[0]
+    words = ["python", program] if program.endswith(".py") else [Path(program).name]
+    return shlex.join([*words, *map(_mask_argument, sys.argv[1:])])
 
 
 def without_password(config: RunConfig) -> RunConfig:

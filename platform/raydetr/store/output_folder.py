@@ -32,7 +32,7 @@ def atomic_folder(out: Path, *, last: str) -> Iterator[Path]:
         OSError: writing failed (disk full, no permission); nothing is left behind.
     """
     existed = out.exists()
-    _raise_if_occupied(out)
+    check_out_folder(out)
     partial = out / PARTIAL
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -66,7 +66,7 @@ def resumable_folder(out: Path) -> Iterator[Path]:
     existed = out.exists()
     partial = out / PARTIAL
     if not partial.is_dir():
-        _raise_if_occupied(out)
+        check_out_folder(out)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = (partial / LOCK).open("ab")
@@ -75,7 +75,7 @@ def resumable_folder(out: Path) -> Iterator[Path]:
     with lock:
         _lock(out, lock.fileno())
         _undo_publish(out)
-        _raise_if_occupied(out)
+        check_out_folder(out)
         try:
             for entry in partial.glob("*.tmp"):
                 entry.unlink()
@@ -138,6 +138,24 @@ def check_out_file(path: Path) -> None:
         raise ValueError(f"{path}: is a folder: name a file")
 
 
+def check_out_folder(out: Path) -> None:
+    """Raise before minutes of work if `out` is neither an empty folder nor a new one.
+
+    What an interrupted writer has left there (`.partial`) does not count.
+
+    Raises:
+        ValueError: it is a file, or holds something.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file, not a folder: name another output folder")
+    found = [entry.name for entry in out.iterdir() if entry.name != PARTIAL] if out.is_dir() else []
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise ValueError(
+            f"{out} is not empty (it holds {min(found)}{more}): name another output folder, or remove it"
+        )
+
+
 def _undo_publish(out: Path) -> None:
     """Move back what an interrupted `publish` had renamed."""
     listing = out / PARTIAL / PUBLISHING
@@ -174,14 +192,3 @@ def _remove(out: Path, existed: bool) -> None:
 
 def _interrupted(out: Path, error: OSError, remedy: str) -> OSError:
     return OSError(error.errno, f"{out}: writing stopped ({error.strerror or error}); {remedy}")
-
-
-def _raise_if_occupied(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file, not a folder: name another output folder")
-    found = [entry.name for entry in out.iterdir() if entry.name != PARTIAL] if out.is_dir() else []
-    if found:
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        raise ValueError(
-            f"{out} is not empty (it holds {min(found)}{more}): name another output folder, or remove it"
-        )

@@ -9,9 +9,10 @@ import logging
 import math
 import os
 import re
+import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,6 +30,7 @@ for _name, _value in {
 from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import Run, ViewType  # noqa: E402
 from mlflow.store.db import utils as db_utils  # noqa: E402
+from mlflow.store.db.base_sql_model import Base  # noqa: E402
 
 from raydetr.locations import sqlite_file  # noqa: E402
 from raydetr.tracking.uris import TrackingError, hide_password, mask_password  # noqa: E402
@@ -144,15 +146,32 @@ def locked(name: str) -> Iterator[None]:
 
 
 def _connect_to_read(uri: str) -> MlflowClient:
-    """Return a client that only reads: it does not create a missing SQLite database.
+    """Return a client that only reads.
+
+    MLflow's own client would create a SQLite database that is missing, and tables in one that lacks them: it would turn
+    any other file into a database of MLflow, and upgrade that of an older MLflow without a backup.
 
     Raises:
-        TrackingError: there is no such database.
+        TrackingError: there is no such database, or it is not one of this version of MLflow.
+        sqlite3.Error: the file is no SQLite database.
     """
     file = sqlite_file(uri)
-    if file and not file.is_file():
-        raise TrackingError(f"{file}: no such MLflow database; a run creates one in its storage.path")
+    if file is not None:
+        _check_tables(file, uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _check_tables(file: Path, uri: str) -> None:
+    if not file.is_file():
+        raise TrackingError(f"{file}: no such MLflow database; a run creates one in its storage.path")
+    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
+        found = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    missing = set(Base.metadata.tables) - found
+    if missing:
+        raise TrackingError(
+            f"{file}: is not a database of this version of MLflow: it has no table {min(missing)}. If it is one of an "
+            f"older version, copy the file and run `mlflow db upgrade {uri}`"
+        )
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from raydetr.shards.source import coco_source
 from raydetr.shards.writer import write_source
 
 ROOT = Path(__file__).parents[3]
+PLOTS = ["calibration.png", "classes.png", "confusion.png", "precision_recall.png", "tide.png"]
 
 
 @pytest.fixture
@@ -46,6 +47,10 @@ def perfect(annotations: Path) -> list[dict[str, Any]]:
     return [*found, {**found[0], "bbox": [0, 0, 2, 2], "score": 0.95}]
 
 
+def file_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_results_of_another_tool_against_shards_and_against_a_file(
     evaluate: CommandLine, data: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -54,30 +59,48 @@ def test_results_of_another_tool_against_shards_and_against_a_file(
         ("--data", data["shards"], "--html", pages[0]),
         ("--data", data["annotations"], "--images", data["images"], "--html", pages[1]),
         ("--data", data["annotations"], "--html", pages[2], "--out", tmp_path / "ap.json"),
+        ("--data", data["shards"], "--report", tmp_path / "new" / "shards"),
+        ("--data", data["annotations"], "--report", tmp_path / "plain"),
     ]
     texts = []
     for options in runs:
         done = evaluate("--results", data["results"], *options)
         assert done.code == 0, done.err
         texts.append(done.out)
-    assert texts[0] == texts[1] == texts[2]
+    assert set(texts) == {texts[0]}
     assert "AR100  1.000" in texts[0]
     contents = [page.read_text() for page in pages]
     assert [content.count("data:image/jpeg") for content in contents] == [1, 1, 0]
     assert all("background: no object here" in content for content in contents)
     assert "Evaluation of" in contents[0]
-    assert json.loads((tmp_path / "ap.json").read_text())["AR100"] == pytest.approx(1.0)
+    table = json.loads((tmp_path / "ap.json").read_text())
+    assert table["AR100"] == pytest.approx(1.0)
+    with_images, without = tmp_path / "new" / "shards", tmp_path / "plain"
+    assert file_names(with_images) == sorted([*PLOTS, "mistakes.jpg", "report.html", "report.json"])
+    assert file_names(without) == sorted([*PLOTS, "report.html", "report.json"])
+    assert (with_images / "report.html").read_text() == contents[0]
+    assert (without / "report.html").read_text() == contents[2]
+    numbers = json.loads((without / "report.json").read_text())
+    known = {name: value for name, value in numbers["metrics"].items() if value is not None}
+    assert "AP" in known
+    assert known == {name: table[name] for name in known}
+    assert [row["name"] for row in numbers["classes"]] == [row["name"] for row in table["classes"]]
 
 
-def test_the_page_of_a_checkpoint(evaluate: CommandLine, data: dict[str, Path], tmp_path: Path) -> None:
+def test_the_report_of_a_checkpoint(evaluate: CommandLine, data: dict[str, Path], tmp_path: Path) -> None:
     checkpoint = small_checkpoint.write_checkpoint(tmp_path / "checkpoint")
     meta = json.loads((checkpoint / "meta.json").read_text())
     meta["categories"] = load_coco(data["annotations"]).categories
     (checkpoint / "meta.json").write_text(json.dumps(meta))
-    page = tmp_path / "report.html"
-    done = evaluate(checkpoint, "--data", data["shards"], "--local", "--html", page)
+    page, report = tmp_path / "report.html", tmp_path / "report"
+    done = evaluate(checkpoint, "--data", data["shards"], "--local", "--html", page, "--report", report)
     assert done.code == 0, done.err
     text = page.read_text()
+    assert file_names(report) == sorted([*PLOTS, "losses.jpg", "mistakes.jpg", "report.html", "report.json"])
+    assert (report / "report.html").read_text() == text
+    numbers = json.loads((report / "report.json").read_text())
+    assert (numbers["counts"]["images"], len(numbers["losses"])) == (24, 12)
+    assert numbers["speed"]["images_per_second"] > 0
     assert text.count("<b>loss ") > 1
     assert f"Evaluation of {checkpoint}" in text
     assert str(data["shards"]) in text
@@ -100,7 +123,7 @@ def test_the_page_of_a_checkpoint(evaluate: CommandLine, data: dict[str, Path], 
         ),
         (
             ["--results", "{results}", "--data", "{annotations}", "--images", "."],
-            "has no effect without --html",
+            "has no effect without --html or --report",
         ),
         (
             ["--results", "{results}", "--data", "{annotations}", "--images", "none", "--html", "x.html"],
@@ -134,6 +157,18 @@ def test_options_that_contradict_each_other(
     assert done.code == 1
     assert message in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_something_is_refused_first(
+    evaluate: CommandLine, data: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "report.json").write_text("{}")
+    done = evaluate("no such run", "--report", tmp_path)
+    assert done.code == 1
+    assert f"{tmp_path} is not empty (it holds report.json): name another output folder" in done.err
+    done = evaluate("no such run", "--report", data["results"])
+    assert f"{data['results']} is a file, not a folder" in done.err
+    assert file_names(tmp_path) == ["report.json"]
 
 
 def test_results_need_neither_ray_nor_mlflow(data: dict[str, Path]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from command_line import CommandLine
 from raydetr.cli.main import main
 from raydetr.tracking.uris import default_uri
 
@@ -24,6 +25,7 @@ TRAIN = (
     "data.val=VAL",
     "storage.path=RUNS",
 )
+CHEAP = ("evaluation.report=false", "tracking.register_model=false")
 
 
 def arguments_of(tmp_path: Path, tiny_data: Path, words: Sequence[str]) -> list[str]:
@@ -137,7 +139,11 @@ def error_of(
 @pytest.mark.parametrize(
     ("script", "words", "message"),
     [
-        ("train_detector.py", (*TRAIN[1:], "cluster.address=127.0.0.1:9"), "no connection"),
+        ("train_detector.py", (*TRAIN[1:], "optim.lrr=1"), "did you mean optim.lr?"),
+        pytest.param(
+            *("train_detector.py", (*TRAIN[1:], "cluster.address=127.0.0.1:9"), "no connection"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             *("tune_detector.py", (*TRAIN[1:], "--space", "TMP"), "not a regular file"),
             marks=pytest.mark.slow,
@@ -166,14 +172,8 @@ def test_a_port_of_something_else(tmp_path: Path, tiny_data: Path) -> None:
     assert "does not answer as the head of a Ray cluster" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "uri",
-    [
-        pytest.param("oracle://host/db", marks=pytest.mark.slow),
-        pytest.param("postgresql://me@127.0.0.1:1/db", marks=pytest.mark.slow),
-        "http://127.0.0.1:9",
-    ],
-)
+@pytest.mark.slow  # tests/raydetr/runs/test_run_tracking.py has a quicker one
+@pytest.mark.parametrize("uri", ["oracle://host/db", "postgresql://me@127.0.0.1:1/db", "http://127.0.0.1:9"])
 def test_a_run_without_its_tracking(uri: str, tmp_path: Path, tiny_data: Path) -> None:
     settings = ("optim.epochs=1", "data.limit_images=8", "data.batch_size=8", "--local", "--name", "alone")
     done = call(tmp_path, tiny_data, *TRAIN, *settings, f"tracking.uri={uri}")
@@ -187,9 +187,15 @@ def test_a_run_without_its_tracking(uri: str, tmp_path: Path, tiny_data: Path) -
     assert call(tmp_path, tiny_data, *sync).returncode == 0
 
 
-def test_a_start_that_fails_can_be_repeated(tmp_path: Path, tiny_data: Path) -> None:
+def test_a_start_that_fails_can_be_repeated(
+    tmp_path: Path,
+    tiny_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     settings = ("optim.epochs=1", "data.limit_images=8", "data.batch_size=8", "--name", "again")
-    refused = call(tmp_path, tiny_data, *TRAIN, *settings, "cluster.address=127.0.0.1:9")
-    assert refused.returncode == 1
-    done = call(tmp_path, tiny_data, *TRAIN, *settings, "--local")
-    assert done.returncode == 0, done.stderr
+    words = arguments_of(tmp_path, tiny_data, (*TRAIN, *settings, "tracking.upload=false", *CHEAP))
+    raydetr = CommandLine(monkeypatch, capsys)
+    assert raydetr(*words, "cluster.address=127.0.0.1:9").code == 1
+    done = raydetr(*words, "--local")
+    assert done.code == 0, done.err

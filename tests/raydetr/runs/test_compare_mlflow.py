@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from evaluated_run import make_detections, write_evaluated_run
 from logged_run import log_run, upload, write_table
+from mlflow_server import MlflowServer
 from printed_tables import cells
 from raydetr.runs.compare import compare
 from raydetr.shards.reader import Shards, open_shards
@@ -19,10 +24,24 @@ from raydetr.tracking.uris import TrackingError, default_uri
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
 
 
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return an MLflow database with three runs, whose folders are gone."""
-    uri = default_uri(tmp_path_factory.mktemp("runs"))
+@pytest.fixture(scope="module", params=["sqlite", "server"])
+def uri(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Return the URI of an MLflow database, or of a server, with three runs, whose folders are gone."""
+    if request.param == "sqlite":
+        uri = default_uri(tmp_path_factory.mktemp("runs"))
+        _upload_three(uri, tmp_path_factory)
+        yield uri
+        return
+    server = MlflowServer(tmp_path_factory.mktemp("server"))
+    server.start()
+    try:
+        _upload_three(server.uri, tmp_path_factory)
+        yield server.uri
+    finally:
+        server.kill()
+
+
+def _upload_three(uri: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     for name, ap, classes, params in (
         ("base", 0.5, {"disc": 0.25, "ring [8]": 0.75}, {"optim.lr": 1e-4, "seed": 0}),
         ("better", 0.625, {"disc": 0.5, "ring [8]": 0.75}, {"optim.lr": 2e-4, "seed": 0, "new": None}),
@@ -31,7 +50,6 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("folders") / "empty"
     log_run(folder, uri, experiment="other", end=None)
     upload(folder)
-    return uri
 
 
 def _upload(folder: Path, uri: str, ap: float, classes: dict[str, float], params: dict[str, object]) -> str:
@@ -117,3 +135,52 @@ def test_an_id_leads_to_the_folder_that_can_be_reached(tmp_path: Path, tiny_data
 def test_unknown_run(uri: str) -> None:
     with pytest.raises(ValueError, match="'gone'"):
         compare(["base", "gone"], uri)
+
+
+# --- Nothing is written ---
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int] | None]:
+    """Content and time of all files; None for folders."""
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+        if path.is_file()
+        else None
+        for path in folder.rglob("*")
+    }
+
+
+def test_lookups_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the database, nor the artifacts, nor the working folder, nor that of temporary files."""
+    uri = default_uri(tmp_path / "runs")
+    ids = [
+        _upload(tmp_path / "runs" / name, uri, ap, {"disc": ap}, {"seed": 0})
+        for name, ap in (("base", 0.5), ("better", 0.625))
+    ]
+    for name in ("here", "temporary"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    before = contents(tmp_path)
+    assert "runs/mlflow.db" in before
+    assert any(name.endswith("evaluation/ap.json") for name in before)
+    assert [run.name for run in compare(["base", ids[1]], uri).runs] == ["base", "better"]
+    assert len(compare([], uri, query="params.seed = '0'").runs) == 2
+    with pytest.raises(ValueError, match="'gone'"):
+        compare(["gone"], uri)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["empty", "of another program", "no database"])
+def test_a_file_that_is_no_database_of_mlflow_is_not_made_one(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "other.db"
+    file.touch()
+    if kind == "of another program":
+        with closing(sqlite3.connect(file)) as database:
+            database.execute("CREATE TABLE metrics (value REAL)")
+    elif kind == "no database":
+        file.write_text("text " * 200)
+    before = contents(tmp_path)
+    with pytest.raises(TrackingError, match=r"other\.db.*(is not a database|has no table)"):
+        compare(["base"], f"sqlite:///{file}")
+    assert contents(tmp_path) == before

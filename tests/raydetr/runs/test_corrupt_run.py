@@ -16,7 +16,6 @@ from torch import Tensor
 import small_models
 from corrupt_shards import corrupt_sample
 from detrs import zoo
-from mlflow_history import fetch_history
 from raydetr.config import ConfigError, RunConfig, from_dict, override, to_dict
 from raydetr.data.batch import Batch, blank_batch, collate, to_model
 from raydetr.data.corrupt import CorruptSample, CorruptSampleLog, TooManyCorruptError
@@ -28,8 +27,7 @@ from raydetr.data.transforms.transform import Transform
 from raydetr.runs import run
 from raydetr.runs.evaluate import evaluate_checkpoint
 from raydetr.shards.reader import ShardError, open_shards
-from raydetr.tracking import mlflow_run
-from raydetr.tracking.uris import default_uri
+from raydetr.tracking.events import Metrics, read_events
 from raydetr.training import checkpoint
 from raydetr.training.loop import Training
 from raydetr.training.world import World
@@ -239,8 +237,7 @@ def expected_rows(config: RunConfig, action: str) -> list[tuple[Any, ...]]:
 def test_a_run_continues_and_logs_corrupt_samples(
     corrupt_run: RunConfig, policy: str, action: str, loaders: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"data.num_loader_workers": loaders, "tracking.upload": True}
-    config = with_policy(corrupt_run, policy, **settings)
+    config = with_policy(corrupt_run, policy, **{"data.num_loader_workers": loaders})
     result = run.start(config, local=True)
     rows = rows_of(result.folder)
     assert [
@@ -249,8 +246,8 @@ def test_a_run_continues_and_logs_corrupt_samples(
     assert all("crc32" in row["reason"] and row["offset"] % 512 == 0 for row in rows)
     assert result.metrics["corrupt_samples"] == 5  # those of the second epoch are the same as in the first
     assert result.metrics["unpredicted_images"] == 2
-    tracked = fetch_history(result.tracking_uri, result.mlflow_run_id)
-    assert [value for _, value in tracked["data/corrupt_samples"]][-1] == 5
+    logged = [row for row in Metrics(read_events(result.folder)).rows if "corrupt_samples" in row]
+    assert logged[-1]["corrupt_samples"] == 5
     assert CorruptSampleLog.from_dicts(rows).rows == state_of(result.checkpoint)
     errors = capsys.readouterr().err
     assert "warning: corrupt: " in errors
@@ -309,7 +306,7 @@ def test_a_resumed_run_keeps_the_corrupt_log(corrupt_run: RunConfig) -> None:
 
 @pytest.mark.parametrize(("limit", "last"), [(0, 1), (3, 4)])
 def test_too_many_stop_the_run(corrupt_run: RunConfig, limit: int, last: int) -> None:
-    config = with_policy(corrupt_run, "mask", **{"data.max_corrupt": limit, "tracking.upload": True})
+    config = with_policy(corrupt_run, "mask", **{"data.max_corrupt": limit})
     with pytest.raises(TooManyCorruptError) as caught:
         run.start(config, local=True)
     (folder,) = Path(config.storage.path).glob("quickstart-*")
@@ -319,7 +316,7 @@ def test_too_many_stop_the_run(corrupt_run: RunConfig, limit: int, last: int) ->
     assert f"and data.max_corrupt allows {limit}; {folder}/corrupt_samples.jsonl lists them" in message
     assert all(f"{row['shard']}: sample {row['key']} at byte {row['offset']}" in message for row in rows)
     assert "Copy these shards again" in message
-    assert mlflow_run.fetch_run(default_uri(config.storage.path), folder.name).status == "FAILED"
+    assert [event["kind"] for event in read_events(folder)].count("failed") == 1
     assert len(rows) >= last
 
 

@@ -17,24 +17,15 @@ from raydetr.runs.evaluate import SETTINGS, evaluate_checkpoint
 from raydetr.runs.run import RunResult
 from raydetr.shards.reader import open_shards
 from raydetr.training.world import World
+from tiny_runs import tiny_config
+
+pytestmark = pytest.mark.xdist_group("evaluate")  # one checkpoint
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
-    from raydetr import recipes
-
-    config = override(
-        recipes.quickstart(),
-        {
-            "data.train": str(tiny_data / "train"),
-            "data.val": str(tiny_data / "val"),
-            "data.synthetic": None,
-            "optim.epochs": 1,
-            "cluster.num_workers": 1,
-            "storage.path": str(tmp_path_factory.mktemp("runs")),
-        },
-    )
-    return run.start(config, local=True)
+    config = tiny_config(tiny_data, tmp_path_factory.mktemp("runs"))
+    return run.start(override(config, {"optim.epochs": 1}), local=True)
 
 
 def test_other_shards_and_batch_sizes(trained: RunResult, tiny_data: Path) -> None:

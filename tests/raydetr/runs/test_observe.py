@@ -18,9 +18,10 @@ import pytest
 from command_line import CommandLine
 from faulty_proxy import Fault, FaultyProxy
 from played_run import PlayedRun, evaluation, started, step, write_run
+from raydetr.runs import lease
 from raydetr.runs import observe as observe_module
 from raydetr.runs.observe import observe
-from raydetr.store.folders import Folder, write_file
+from raydetr.store.folders import Folder, open_folder, write_file
 from raydetr.tracking.events import EventLog, EventReader
 
 
@@ -39,11 +40,13 @@ def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
 
 
 class Watching:
-    """A process of `raydetr watch`."""
+    """A process of `raydetr watch`, which looks ten times as often."""
 
     def __init__(self, folder: Folder, output: Path) -> None:
         code = (
             "import signal, sys\n"
+            "from raydetr.runs import observe\n"
+            "observe.POLL_SECONDS, observe.ALIVE_SECONDS = 0.1, 0.5\n"
             "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             f"sys.argv = ['raydetr', 'watch', {str(folder)!r}]\n"
             "from raydetr.cli.main import main\n"
@@ -154,8 +157,7 @@ def test_an_outage_of_the_storage_is_told_once_and_waited_for(
     s3_proxy: FaultyProxy, s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(observe_module, "RETRY_SECONDS", 0.5)
-    from raydetr.store.folders import open_folder
-
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.5)  # how long the driver's sign of life is tried to be read
     run = write_run(
         open_folder(s3_url) / "run", ("started", started()), ("finished", {"position": 400, "AP": 0.5})
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
+from command_line import CommandLine
 from raydetr.config import ConfigError, RunConfig, from_yaml, override, to_yaml
 from raydetr.runs import run
 from raydetr.runs.resolve import resolve
@@ -125,8 +124,9 @@ def test_a_driver_that_died_while_it_made_the_folder(by_steps: RunConfig, left: 
 
 
 def test_other_settings_are_refused_and_named(
-    by_steps: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    by_steps: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    by_steps = override(by_steps, {"tracking.upload": False})
     folder = die_at(8, by_steps, monkeypatch)
     before = (folder / "config.yaml").read_text()
     changed = override(by_steps, {"optim.lr": 1e-4, "optim.epochs": 3, "storage.checkpoint_steps": None})
@@ -142,9 +142,8 @@ def test_other_settings_are_refused_and_named(
     assert (folder / "config.yaml").read_text() == before
     # What the message says works
     arguments = message.partition("`--resume ")[2].partition("`")[0].split()
-    program = "import sys; from raydetr.cli.main import main; main()"
-    command = [sys.executable, "-c", program, "train", "--local", "--resume", *arguments]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    done = CommandLine(monkeypatch, capsys, "train")("--local", "--resume", *arguments)
+    assert done.code == 0, done.err
     assert "finished" in kinds(folder)
     assert from_yaml(folder / "config.yaml").optim.epochs == 3
 

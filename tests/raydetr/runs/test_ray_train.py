@@ -33,6 +33,7 @@ from raydetr.training import checkpoint
 pytestmark = [
     pytest.mark.xdist_group("ray"),
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning:ray"),
+    pytest.mark.timeout(600),  # a minute; much longer on a busy machine
 ]
 
 
@@ -46,6 +47,24 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def two_workers(tiny_run: RunConfig) -> RunConfig:
     return override(tiny_run, {"cluster.num_workers": 2, "optim.epochs": 3})
+
+
+@pytest.fixture
+def relative_run(
+    two_workers: RunConfig, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> RunConfig:
+    """Everything that a run reads or writes, below the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("shards").symlink_to(tiny_data)
+    torch.save(build_backbone(two_workers.model.backbone).state_dict(), "resnet.pth")
+    paths = {
+        "data.train": "shards/train",
+        "data.val": "shards/val",
+        "model.backbone.weights": "resnet.pth",
+        "storage.path": "runs",
+        "tracking.uri": "sqlite:///tracking/mlflow.db",
+    }
+    return override(two_workers, paths)
 
 
 def started_workers(cluster: Cluster) -> list[int]:
@@ -79,19 +98,22 @@ def kill_a_worker_after(cluster: Cluster, epoch: Path, killed: list[int]) -> Non
         time.sleep(0.05)
 
 
-def test_a_run_with_a_killed_worker_ends_in_the_same_bits(cluster: Cluster, two_workers: RunConfig) -> None:
+def test_a_run_with_a_killed_worker_ends_in_the_same_bits(
+    cluster: Cluster, relative_run: RunConfig, tmp_path: Path
+) -> None:
     """Also with loader processes, which only the workers of the killed run have."""
-    # Few evaluations: scoring has the lowest priority, and waits for the other tests
-    two_workers = override(
-        two_workers, {"optim.epochs": 6, "evaluation.every_epochs": 3, "storage.checkpoint_steps": 6}
+    # One evaluation: scoring has the lowest priority, and waits for the other tests
+    config = override(
+        relative_run, {"optim.epochs": 4, "evaluation.every_epochs": 4, "storage.checkpoint_steps": 2}
     )
-    unbroken = run.start(two_workers)
+    unbroken = run.start(config)
+    assert unbroken.folder.parent == tmp_path / "runs"
     killed: list[int] = []
-    first_epoch = checkpoint.folder_of(Path(two_workers.storage.path) / "hit", 48)
-    killer = threading.Thread(target=kill_a_worker_after, args=(cluster, first_epoch, killed))
+    first = checkpoint.folder_of(tmp_path / "runs" / "hit", 16)
+    killer = threading.Thread(target=kill_a_worker_after, args=(cluster, first, killed))
     killer.start()
     settings = {"data.num_loader_workers": 1, "tracking.upload": True, "evaluation.report": True}
-    hit = run.start(override(two_workers, settings), name="hit")
+    hit = run.start(override(config, settings), name="hit")
     killer.join()
     assert killed, "the run ended before it could be hit"
     (restart,), (resumed,) = (
@@ -105,13 +127,16 @@ def test_a_run_with_a_killed_worker_ends_in_the_same_bits(cluster: Cluster, two_
     for name in weights:
         assert torch.equal(weights[name], expected[name]), name
     assert hit.metrics["AP"] == unbroken.metrics["AP"]
+    assert (tmp_path / "tracking" / "mlflow.db").is_file()
     tracked = mlflow_run.fetch_run(hit.tracking_uri, hit.mlflow_run_id)
     assert tracked.status == "FINISHED"
     assert set(tracked.artifacts) >= {"predictions.png", "curves.png", "evaluation/ap.json"}
-    # Two workers, one process and the evaluation during training give the same digits
-    on_ray, locally = (evaluate_checkpoint(unbroken.checkpoint, None, local=local) for local in (False, True))
-    assert on_ray == locally
-    assert locally["AP"] == unbroken.metrics["AP"]
+    # A run of two workers, evaluated by one of them, and by this process
+    path = Path(os.path.relpath(unbroken.checkpoint))
+    assert not path.is_absolute()
+    on_ray = evaluate_checkpoint(path, {"cluster.num_workers": 1})
+    assert on_ray == evaluate_checkpoint(path, local=True)
+    assert on_ray["AP"] == unbroken.metrics["AP"]
     assert not train_workers(cluster)
 
 
@@ -208,38 +233,18 @@ def test_workers_that_a_local_cluster_cannot_hold_are_refused(cluster: Cluster) 
     check_resources(ClusterConfig(num_workers=9), "ray://elsewhere")  # it may grow
 
 
-@pytest.fixture
-def relative_run(
-    tiny_run: RunConfig, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> RunConfig:
-    """Everything that a run reads or writes, below the working directory."""
-    monkeypatch.chdir(tmp_path)
-    Path("shards").symlink_to(tiny_data)
-    torch.save(build_backbone(tiny_run.model.backbone).state_dict(), "resnet.pth")
-    paths = {
-        "data.train": "shards/train",
-        "data.val": "shards/val",
-        "model.backbone.weights": "resnet.pth",
-        "storage.path": "runs",
-        "tracking.uri": "sqlite:///tracking/mlflow.db",
-        "tracking.upload": True,
-    }
-    return override(tiny_run, paths | {"optim.epochs": 1, "cluster.num_workers": 2})
-
-
-def test_a_run_on_ray_takes_relative_paths_and_so_do_resume_and_evaluation(
-    cluster: Cluster, relative_run: RunConfig, tmp_path: Path
+@pytest.mark.slow
+def test_a_run_on_ray_with_relative_paths_is_resumed_by_one(
+    cluster: Cluster, relative_run: RunConfig
 ) -> None:
-    first = run.start(relative_run)
-    assert first.folder.parent == tmp_path / "runs"
-    assert (tmp_path / "tracking" / "mlflow.db").is_file()
+    first = run.start(override(relative_run, {"optim.epochs": 1}))
     folder = Path(os.path.relpath(first.folder))
     assert not folder.is_absolute()
     resumed = run.resume(folder, overrides={"optim.epochs": 2})
     assert (resumed.folder, resumed.metrics["epoch"]) == (first.folder, 2)
-    # A run of two workers, evaluated by one
-    one = evaluate_checkpoint(Path(os.path.relpath(resumed.checkpoint)), {"cluster.num_workers": 1})
-    assert one["AP"] == resumed.metrics["AP"]
+    # Two workers give the same digits, too
+    two = evaluate_checkpoint(Path(os.path.relpath(resumed.checkpoint)))
+    assert two["AP"] == resumed.metrics["AP"]
 
 
 def test_weights_that_are_not_there_are_found_out_before_anything_starts(relative_run: RunConfig) -> None:

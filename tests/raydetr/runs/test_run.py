@@ -111,16 +111,17 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tiny_run: R
 
 def test_a_resumed_run_ends_in_the_same_bits_as_an_unbroken_one(tiny_run: RunConfig) -> None:
     unbroken = run.start(tiny_run, local=True)
-    broken = run.start(tiny_run, local=True)
+    broken = unbroken.folder.with_name("broken")
+    shutil.copytree(unbroken.folder, broken)
     for late in (3, 4):
-        shutil.rmtree(at(broken.folder, late))
+        shutil.rmtree(at(broken, late))
     # A checkpoint that was damaged after it was written is skipped
-    cut = at(broken.folder, 3)
-    shutil.copytree(at(broken.folder, 2), cut)
+    cut = at(broken, 3)
+    shutil.copytree(at(broken, 2), cut)
     with (cut / "state.pt").open("r+b") as file:
         file.truncate(1000)
-    resumed = run.resume(broken.folder, local=True)
-    assert positions(broken.folder) == [48, 96, 144, 192]
+    resumed = run.resume(broken, local=True)
+    assert positions(broken) == [48, 96, 144, 192]
     assert_same_state(resumed.checkpoint, unbroken.checkpoint)
     assert resumed.metrics["AP"] == unbroken.metrics["AP"]
     rows = Metrics(read_events(resumed.folder)).rows
@@ -145,10 +146,10 @@ def test_a_run_with_fewer_images_than_a_batch_ends_with_an_evaluation(tiny_run: 
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(tiny_run: RunConfig) -> None:
-    kept_all = run.start(tiny_run, local=True)
-    scores = {epoch: checkpoint.read_metrics(at(kept_all.folder, epoch))["AP"] for epoch in (1, 2, 3, 4)}
-    config = override(tiny_run, {"storage.keep_checkpoints": 1, "optim.epochs": 4})
-    result = run.start(config, local=True)
+    result = run.start(override(tiny_run, {"storage.keep_checkpoints": 1}), local=True)
+    evaluations = [event for event in read_events(result.folder) if event["kind"] == "evaluation"]
+    scores = {event["position"] // EPOCH: event["metrics"]["AP"] for event in evaluations}
+    assert list(scores) == [1, 2, 3, 4]
     best = max(scores, key=lambda epoch: (scores[epoch], epoch))
     assert positions(result.folder) == sorted({EPOCH * best, 4 * EPOCH})
     assert checkpoint.best(result.folder) == at(result.folder, best)

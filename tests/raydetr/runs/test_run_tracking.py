@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from raydetr.config import RunConfig, override
+from command_line import CommandLine
+from raydetr.config import RunConfig, override, to_yaml
 from raydetr.locations import sqlite_file
 from raydetr.runs import run, session
 from raydetr.runs.run_folder import read_config
@@ -119,9 +120,11 @@ def test_the_variables_of_mlflow_count_where_settings_are_not_given(
     given = override(
         short, {"tracking.uri": default_uri(tmp_path / "given"), "tracking.experiment": "theirs"}
     )
-    result = run.start(given, local=True)
-    assert result.tracking_uri == default_uri(tmp_path / "given")
-    assert MlflowClient(result.tracking_uri).get_experiment_by_name("theirs") is not None
+    resolved, _ = run.resolve(given)
+    assert (resolved.tracking.uri, resolved.tracking.experiment) == (
+        default_uri(tmp_path / "given"),
+        "theirs",
+    )
 
 
 def test_a_resumed_run_stays_in_its_default_database(
@@ -177,6 +180,28 @@ def test_a_user_without_a_name_starts_a_run(
     assert "mlflow.user" not in launch["tags"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (
+            ["/venv/bin/raydetr", "train", "quickstart", "data.train=my data"],
+            "raydetr train quickstart 'data.train=my data'",
+        ),
+        (["jobs/quickstart.py", "optim.epochs=1"], "python jobs/quickstart.py optim.epochs=1"),
+    ],
+)
+def test_the_command_of_a_run_can_be_pasted(
+    short: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], command: str
+) -> None:
+    config, splits = run.resolve(short)
+    monkeypatch.setattr(sys, "argv", arguments)
+    log = EventLog(tmp_path / "run")
+    log_launch(log, tmp_path / "run", config, splits, "run")
+    assert log.flush()
+    (launch,) = read_events(tmp_path / "run")
+    assert launch["command"] == command
+
+
 def test_a_run_that_fails_before_the_loop_is_marked(short: RunConfig) -> None:
     config = override(short, {"storage.checkpoint_steps": 1})
     broken = override(config, {"init.checkpoint": str(Path(config.data.train))})
@@ -191,19 +216,15 @@ def test_a_run_that_fails_before_the_loop_is_marked(short: RunConfig) -> None:
         assert [found.info.status for found in client.search_runs(experiments)] == ["FAILED"]
 
 
-def test_the_exit_code_tells_that_mlflow_lacks_something(short: RunConfig, tmp_path: Path) -> None:
-    settings = {"data.train": short.data.train, "data.val": short.data.val, "storage.path": str(tmp_path / "runs"),
-                "data.synthetic": "null", "data.limit_images": 8, "optim.epochs": 1, "data.batch_size": 8,
-                "tracking.uri": "http://127.0.0.1:9"}  # fmt: skip
-    command = [sys.executable, "-m", "raydetr.cli.main", "train", "quickstart", "--local", "--name", "pending",
-               *(f"{path}={value}" for path, value in settings.items())]  # fmt: skip
-    code = "import sys; from raydetr.cli.main import main; main()"
-    command[1:3] = ["-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 5, done.stderr
-    assert "raydetr track sync" in done.stderr
-    sync = [sys.executable, "-c", code, "track", "sync", str(tmp_path / "runs" / "pending")]
-    sync += ["--uri", default_uri(tmp_path / "later")]
-    done = subprocess.run(sync, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("pending: sent ")
+def test_the_exit_code_tells_that_mlflow_lacks_something(
+    short: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(to_yaml(override(short, {"tracking.uri": "http://127.0.0.1:9"})))
+    raydetr = CommandLine(monkeypatch, capsys)
+    done = raydetr("train", "--config", tmp_path / "run.yaml", "--local", "--name", "pending")
+    assert done.code == 5, done.err
+    assert "raydetr track sync" in done.err
+    folder = Path(short.storage.path) / "pending"
+    done = raydetr("track", "sync", folder, "--uri", default_uri(tmp_path / "later"))
+    assert done.code == 0, done.err
+    assert done.out.startswith("pending: sent ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import subprocess
 import threading
 import time
@@ -26,19 +27,24 @@ from raydetr.tracking.events import Metrics, read_events
 from raydetr.training import checkpoint, loop
 from raydetr.training.loop import EvaluationReport, StepReport, Training, train
 from raydetr.training.world import World
+from tiny_runs import tiny_config
+
+pytestmark = pytest.mark.xdist_group("scoring")  # one run to compare with
 
 EPOCH = 48  # samples
+SHORT = {"optim.epochs": 3, "tracking.log_every_steps": 1}  # epochs of 6 steps
 
 
 @pytest.fixture
 def short(tiny_run: RunConfig) -> RunConfig:
-    """Three epochs of 6 steps."""
-    return override(tiny_run, {"optim.epochs": 3, "tracking.log_every_steps": 1})
+    return override(tiny_run, SHORT)
 
 
-@pytest.fixture
-def undisturbed(short: RunConfig) -> run.RunResult:
-    return run.start(short, local=True, name="undisturbed")
+@pytest.fixture(scope="module")
+def undisturbed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> run.RunResult:
+    """A run of `short`, which no test may change."""
+    config = override(tiny_config(tiny_data, tmp_path_factory.mktemp("runs")), SHORT)
+    return run.start(config, local=True, name="undisturbed")
 
 
 def die(*arguments: object, **settings: object) -> None:
@@ -339,9 +345,11 @@ def test_a_search_gets_the_ap_of_an_evaluation_before_a_kill(
 
 
 def test_a_resume_after_a_scored_evaluation_scores_nothing_again(
-    short: RunConfig, undisturbed: run.RunResult, monkeypatch: pytest.MonkeyPatch
+    undisturbed: run.RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = checkpoint.read_metrics(undisturbed.checkpoint)
+    folder = shutil.copytree(undisturbed.folder, tmp_path / "copy")
+    last = checkpoint.folder_of(folder, 3 * EPOCH)
+    before = checkpoint.read_metrics(last)
     added: list[int] = []
     add = scoring.Scoring.add
 
@@ -350,21 +358,22 @@ def test_a_resume_after_a_scored_evaluation_scores_nothing_again(
         add(self, evaluated, source)
 
     monkeypatch.setattr(scoring.Scoring, "add", count)
-    run.resume(undisturbed.folder, overrides={"optim.epochs": 4}, local=True)
+    run.resume(folder, overrides={"optim.epochs": 4}, local=True)
     assert added == [4 * EPOCH]
-    assert checkpoint.read_metrics(undisturbed.checkpoint) == before
+    assert checkpoint.read_metrics(last) == before
 
 
 def test_metrics_that_were_not_written_before_a_kill_are_written_by_the_resumed_run(
-    short: RunConfig, undisturbed: run.RunResult
+    undisturbed: run.RunResult, tmp_path: Path
 ) -> None:
     """The AP was in the events by then, and a later checkpoint was complete."""
-    folder = checkpoint.folder_of(undisturbed.folder, EPOCH)
+    copied = shutil.copytree(undisturbed.folder, tmp_path / "copy")
+    folder = checkpoint.folder_of(copied, EPOCH)
     before = checkpoint.read_metrics(folder)
     (folder / checkpoint.METRICS).unlink()
-    run.resume(undisturbed.folder, overrides={"optim.epochs": 4}, local=True)
+    run.resume(copied, overrides={"optim.epochs": 4}, local=True)
     assert checkpoint.read_metrics(folder)["table"] == before["table"]
-    positions = [event["position"] for event in evaluations(undisturbed.folder)]
+    positions = [event["position"] for event in evaluations(copied)]
     assert positions == [EPOCH, 2 * EPOCH, 3 * EPOCH, 4 * EPOCH]  # each once
 
 

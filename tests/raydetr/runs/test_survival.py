@@ -27,8 +27,10 @@ from raydetr.shards.reader import ShardError, open_shards
 from raydetr.tracking.events import EventLog, Metrics, read_events
 from raydetr.training import checkpoint, checkpoint_writer, loop
 from raydetr.training.checkpoint_writer import StorageError
+from tiny_runs import tiny_config
 
 EPOCH = 48  # samples
+BY_STEPS = {"optim.epochs": 2, "storage.checkpoint_steps": 2}  # epochs of 6 steps
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -76,13 +78,14 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], 
 
 @pytest.fixture
 def by_steps(tiny_run: RunConfig) -> RunConfig:
-    """Two epochs of 6 steps, with a checkpoint every two steps."""
-    return override(tiny_run, {"optim.epochs": 2, "storage.checkpoint_steps": 2})
+    return override(tiny_run, BY_STEPS)
 
 
-@pytest.fixture
-def unbroken(by_steps: RunConfig) -> run.RunResult:
-    return run.start(by_steps, local=True, name="unbroken")
+@pytest.fixture(scope="module")
+def unbroken(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> run.RunResult:
+    """A run of `by_steps`, which no test may change."""
+    config = override(tiny_config(tiny_data, tmp_path_factory.mktemp("runs")), BY_STEPS)
+    return run.start(config, local=True, name="unbroken")
 
 
 @pytest.mark.timeout(300)
@@ -91,7 +94,8 @@ def unbroken(by_steps: RunConfig) -> run.RunResult:
     [
         (signal.SIGKILL, -9),
         (signal.SIGTERM, 143),
-        (signal.SIGINT, 130),
+        # Handled as SIGTERM
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
     ],
 )

@@ -88,6 +88,7 @@ def head() -> Iterator[Cluster]:
         yield nodes
 
 
+@pytest.mark.slow  # what is refused is tested above
 def test_a_run_is_refused_before_it_trains(head: Cluster, tiny_run: RunConfig) -> None:
     head.add_node(num_cpus=1, node_ip_address=OTHER_MACHINE)
     began = time.monotonic()

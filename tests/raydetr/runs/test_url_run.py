@@ -24,23 +24,24 @@ from raydetr.runs.evaluate import evaluate_checkpoint
 from raydetr.store.folders import Folder, local_file, open_folder
 from raydetr.tracking.events import Metrics, read_events
 from raydetr.training import checkpoint, checkpoint_writer
+from tiny_runs import tiny_config
 
 EPOCH = 48  # samples
+BY_STEPS = {"optim.epochs": 2, "storage.checkpoint_steps": 2}  # epochs of 6 steps
 
 
 @pytest.fixture
 def at_url(tiny_run: RunConfig, s3_url: str, tmp_path: Path) -> RunConfig:
-    """Two epochs of 6 steps, with a checkpoint every two steps, on a server."""
-    changes = {
-        "optim.epochs": 2, "storage.checkpoint_steps": 2, "storage.path": s3_url,
-        "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db",
-    }  # fmt: skip
-    return override(tiny_run, changes)
+    """On a server."""
+    changes = {"storage.path": s3_url, "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    return override(tiny_run, BY_STEPS | changes)
 
 
-@pytest.fixture
-def on_disk(tiny_run: RunConfig) -> run.RunResult:
-    return run.start(override(tiny_run, {"optim.epochs": 2, "storage.checkpoint_steps": 2}), local=True)
+@pytest.fixture(scope="module")
+def on_disk(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> run.RunResult:
+    """The same run, which no test may change."""
+    config = override(tiny_config(tiny_data, tmp_path_factory.mktemp("runs")), BY_STEPS)
+    return run.start(config, local=True)
 
 
 def state(folder: Folder) -> list[object]:

@@ -27,7 +27,6 @@ from made_results import average_precision
 from raydetr.shards.images import decode_pixels
 from raydetr.shards.reader import open_shards
 
-NUM_CASES = 130  # of each format
 NUM_CORRUPT_SHARDS = 60
 NAMES = ["cat", "dog"]
 TOKENS = [
@@ -276,20 +275,27 @@ def raydetr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return CommandLine(monkeypatch, capsys)
 
 
+# Of the quicker formats, the first cases run always, and the others with the slow tests
+CASES = [
+    ("coco", range(60)),
+    ("webdataset", range(60)),
+    pytest.param("coco", range(60, 130), marks=pytest.mark.slow),
+    pytest.param("webdataset", range(60, 130), marks=pytest.mark.slow),
+    pytest.param("yolo", range(130), marks=pytest.mark.slow),
+    pytest.param("voc", range(130), marks=pytest.mark.slow),
+]
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=[] if kind in ("coco", "webdataset") else [pytest.mark.slow])
-        for kind in FORMATS
-    ],
-)
-def test_faulty_data_sets_are_refused_or_usable(raydetr: CommandLine, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "cases"), CASES)
+def test_faulty_data_sets_are_refused_or_usable(
+    raydetr: CommandLine, tmp_path: Path, kind: str, cases: range
+) -> None:
     contents = photographs(os.environ.get("RAYDETR_COCO_TINY"))
     source = FORMATS[kind](tmp_path / "healthy", contents)
     assert outcome(raydetr, source, tmp_path / "out", []) == "written"
     seen: dict[str, Counter[str]] = {}
-    for number, (fault, rng) in enumerate(faults(range(NUM_CASES))):
+    for number, (fault, rng) in zip(cases, faults(cases), strict=True):
         for folder in ("data", "out"):
             shutil.rmtree(tmp_path / folder, ignore_errors=True)
         shutil.copytree(tmp_path / "healthy", tmp_path / "data")
@@ -308,8 +314,8 @@ def test_faulty_data_sets_are_refused_or_usable(raydetr: CommandLine, tmp_path: 
             raise
         seen.setdefault(fault.__name__, Counter())[found] += 1
     total = sum(seen.values(), Counter[str]())
-    assert total["refused"] > NUM_CASES / 3, seen
-    assert total["written"] > NUM_CASES / 20, seen
+    assert total["refused"] > len(cases) / 3, seen
+    assert total["written"] > len(cases) / 20, seen
 
 
 @pytest.mark.filterwarnings("ignore:Reading .*Python 2:UserWarning")  # a bit in the version of an npz

@@ -20,6 +20,9 @@ from raydetr.data.layout import Layout
 from raydetr.data.transforms.pixels import LazyImage
 from raydetr.training.loop import Training
 from raydetr.training.world import World
+from tiny_runs import tiny_config
+
+pytestmark = pytest.mark.xdist_group("layouts")  # the processes of two workers start once
 
 ARCHITECTURES = ("detr", "conditional", "dab", "deformable_refine", "deformable_two_stage", "dino")
 # Boxes per image; two global batches of six, and one with a different maximum in each half
@@ -82,26 +85,67 @@ def mean_terms(training: Training, terms: dict[str, torch.Tensor]) -> dict[str, 
     return dict(zip(terms, means.tolist(), strict=True))
 
 
-def worker(rank: int, values: dict[str, Any], layouts: list[Layout], folder: str, norm: str) -> None:
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model and how its steps are taken."""
+
+    name: str
+    layout: Layout
+    norm: str = "frozen"
+    bf16_gradients: bool = False
+
+
+def take_steps_of(case: Case, config: RunConfig, world: World) -> dict[str, Any]:
+    changes = {"num_workers": world.size, "bf16_gradients": case.bf16_gradients}
+    cluster = config.cluster.model_copy(update=changes)
+    config = config.model_copy(update={"cluster": cluster})
+    return take_steps(config, case.name, case.layout, world, case.norm)
+
+
+def worker(rank: int, values: dict[str, Any], cases: list[Case], folder: str) -> None:
     torch.set_num_threads(1)
-    size = layouts[0].world_size
+    size = cases[0].layout.world_size
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
     try:
         world = World(rank, size, torch.device("cpu"))
-        found = {
-            (number, name): take_steps(from_dict(values), name, layout, world, norm)
-            for number, layout in enumerate(layouts)
-            for name in ARCHITECTURES
-        }
+        found = [take_steps_of(case, from_dict(values), world) for case in cases]
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-@pytest.fixture
-def config(tiny_run: RunConfig) -> RunConfig:
-    data = tiny_run.data.model_copy(update={"batch_size": BATCH})
-    return tiny_run.model_copy(update={"data": data})
+def steps_of_workers(config: RunConfig, cases: list[Case], folder: Path) -> dict[Case, list[dict[str, Any]]]:
+    """Take the steps of all cases, which have the same number of workers; return those of each worker."""
+    size = cases[0].layout.world_size
+    mp.spawn(worker, args=(to_dict(config), cases, str(folder)), nprocs=size)
+    found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
+    return dict(zip(cases, map(list, zip(*found, strict=True)), strict=True))
+
+
+@pytest.fixture(scope="module")
+def config(tiny_data: Path) -> RunConfig:
+    config = tiny_config(tiny_data, Path("unused"))
+    data = config.data.model_copy(update={"batch_size": BATCH})
+    return config.model_copy(update={"data": data})
+
+
+TWO = Layout(BATCH, 2)
+OF_TWO_WORKERS = {
+    "frozen": [
+        Case(name, layout) for layout in (TWO, Layout(BATCH, 2, micro_batch=1)) for name in ARCHITECTURES
+    ],
+    # One dense and one deformable model: their backbones have the same batch norms
+    "batch": [Case(name, TWO, norm="batch") for name in ("detr", "dino")],
+    "bf16": [Case("detr", TWO, bf16_gradients=True)],
+}
+
+
+@pytest.fixture(scope="module")
+def two_workers(
+    config: RunConfig, tmp_path_factory: pytest.TempPathFactory
+) -> dict[Case, list[dict[str, Any]]]:
+    cases = [case for kind in OF_TWO_WORKERS.values() for case in kind]
+    return steps_of_workers(config, cases, tmp_path_factory.mktemp("workers"))
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], case: object) -> None:
@@ -136,48 +180,48 @@ def test_accumulation_is_the_same_training(
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "layouts",
-    [
-        pytest.param([Layout(BATCH, 2), Layout(BATCH, 2, micro_batch=1)], id="2 workers"),
-        pytest.param(  # shares of 1 and 2 images
-            [Layout(BATCH, 4), Layout(BATCH, 4, micro_batch=1)], id="4 workers", marks=pytest.mark.slow
-        ),
-    ],
-)
-def test_several_workers_are_the_same_training(
-    layouts: list[Layout], config: RunConfig, tmp_path: Path, single_process: dict[str, Any]
+@pytest.mark.parametrize("case", OF_TWO_WORKERS["frozen"], ids=str)
+def test_two_workers_are_the_same_training(
+    case: Case,
+    config: RunConfig,
+    two_workers: dict[Case, list[dict[str, Any]]],
+    single_process: dict[str, Any],
 ) -> None:
-    mp.spawn(worker, args=(to_dict(config), layouts, str(tmp_path), "frozen"), nprocs=layouts[0].world_size)
-    for rank in range(layouts[0].world_size):
-        for case, found in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
-            assert_same(found, expected_steps(single_process, config, case[1]), (rank, *case))
+    for found in two_workers[case]:
+        assert_same(found, expected_steps(single_process, config, case.name), case)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_more_workers_than_images_are_the_same_training(
-    config: RunConfig, tmp_path: Path, single_process: dict[str, Any]
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        [Layout(BATCH, 4), Layout(BATCH, 4, micro_batch=1)],  # shares of 1 and 2 images
+        [Layout(BATCH, 8)],  # more workers than images
+    ],
+)
+def test_more_workers_are_the_same_training(
+    layouts: list[Layout], config: RunConfig, tmp_path: Path, single_process: dict[str, Any]
 ) -> None:
-    layouts = [Layout(BATCH, 8)]
-    assert [] in [list(part) for rank in range(8) for part in layouts[0].micro_batches(rank)]
-    mp.spawn(worker, args=(to_dict(config), layouts, str(tmp_path), "frozen"), nprocs=8)
-    for rank in range(8):
-        for case, found in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
-            assert_same(found, expected_steps(single_process, config, case[1]), (rank, *case))
+    size = layouts[0].world_size
+    has_none = any(not part for rank in range(size) for part in layouts[0].micro_batches(rank))
+    assert has_none == (size > BATCH)
+    cases = [Case(name, layout) for layout in layouts for name in ARCHITECTURES]
+    for case, found in steps_of_workers(config, cases, tmp_path).items():
+        for one in found:
+            assert_same(one, expected_steps(single_process, config, case.name), case)
 
 
 @pytest.mark.timeout(300)
-def test_trained_batch_norms_are_synchronized(config: RunConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", OF_TWO_WORKERS["batch"], ids=str)
+def test_trained_batch_norms_are_synchronized(
+    case: Case, config: RunConfig, two_workers: dict[Case, list[dict[str, Any]]]
+) -> None:
     """Also their running statistics are those of one process with all images."""
-    layouts = [Layout(BATCH, 2)]
-    mp.spawn(worker, args=(to_dict(config), layouts, str(tmp_path), "batch"), nprocs=2)
-    for name in ARCHITECTURES:
-        expected = take_steps(config, name, Layout(BATCH), World.single_process(), "batch")
-        assert any("running_mean" in key for key in expected["state"])
-        for rank in range(2):
-            found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)[(0, name)]
-            assert_same(found, expected, (rank, name))
+    expected = take_steps(config, case.name, Layout(BATCH), World.single_process(), "batch")
+    assert any("running_mean" in key for key in expected["state"])
+    for found in two_workers[case]:
+        assert_same(found, expected, case)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -226,25 +270,12 @@ def test_every_sample_of_a_step_belongs_to_one_worker() -> None:
                     assert max(len(part) for parts in shares for part in parts) <= micro_batch
 
 
-def rounding_worker(rank: int, values: dict[str, Any], folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    try:
-        world = World(rank, 2, torch.device("cpu"))
-        found = take_steps(from_dict(values), "detr", Layout(BATCH, 2), world, "frozen")
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 def test_gradients_in_bfloat16_are_rounded_and_the_same_on_all_workers(
-    config: RunConfig, tmp_path: Path, single_process: dict[str, Any]
+    config: RunConfig, two_workers: dict[Case, list[dict[str, Any]]], single_process: dict[str, Any]
 ) -> None:
-    cluster = config.cluster.model_copy(update={"num_workers": 2, "bf16_gradients": True})
-    config = config.model_copy(update={"cluster": cluster})
-    mp.spawn(rounding_worker, args=(to_dict(config), str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    (case,) = OF_TWO_WORKERS["bf16"]
+    first, second = two_workers[case]
     exact = expected_steps(single_process, config, "detr")
     assert first["losses"][0]["loss"] == pytest.approx(exact["losses"][0]["loss"], rel=1e-9)
     for step in (1, 2):
