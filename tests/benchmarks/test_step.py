@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -50,7 +51,7 @@ def small(config: Any) -> Any:
 
 
 def test_a_row_that_fails_and_one_that_is_late_cost_no_other(bench: ModuleType) -> None:
-    report = bench.Report("this machine", time.monotonic() + 60)
+    report = bench.Report("this machine", time.monotonic() + 60, Path("build/bench/step.json"))
 
     def fail() -> dict[str, Any]:
         raise torch.OutOfMemoryError("no memory\nfor this")
@@ -58,6 +59,7 @@ def test_a_row_that_fails_and_one_that_is_late_cost_no_other(bench: ModuleType) 
     case = {"case": "detr", "size": 320, "threads": 1}
     report.add(case, fail)
     report.add(case, lambda: bench.summarize([[0.5, 0.25, 0.5], [1.0, 0.75, 2.0]], 1))
+    report.add({"case": "compiled"}, fail, needs=120)
     report.deadline = time.monotonic() - 1
     report.add({"case": "dino"}, fail)
     written = json.loads((Path("build/bench/step.json")).read_text())
@@ -66,7 +68,9 @@ def test_a_row_that_fails_and_one_that_is_late_cost_no_other(bench: ModuleType) 
     assert measured == {
         **case, "ours_ms": 500.0, "images_per_second": 2.0, "baseline_ms": 1000.0, "ratio": 3.0
     }  # fmt: skip
-    assert written["left_out"] == ["dino: the time of --minutes is up"]
+    long, late = written["left_out"]
+    assert re.fullmatch(r"compiled: it may need 120 s, and --minutes leaves \d\d s", long)
+    assert late == "dino: the time of --minutes is up"
     assert "no memory" in bench.line(failed)
 
 
@@ -121,6 +125,79 @@ def test_other_work_than_the_anchor_is_an_error(models: ModuleType) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             models.check_same_work("detr", ours, anchor)
+
+
+def run_on_gpu(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
+    """Run the benchmark on the stand-in with small models; return what it has written."""
+    cuda = sys.modules["step_cuda"]
+    for name, config in bench.MODELS.items():
+        monkeypatch.setitem(bench.MODELS, name, small(config))
+    monkeypatch.setattr(bench, "SIZES", {320: (64, 96)})
+    monkeypatch.setattr(cuda, "SIDE", 64)
+    monkeypatch.setattr(torch, "compile", lambda detector: detector)
+    models = ("--models", "detr", "deformable_detr")
+    monkeypatch.setattr(sys, "argv", ["bench_step", "--device", "cuda", *models, "--rounds", "2", *options])
+    bench.main()
+    assert [path.name for path in Path("build/bench").iterdir()] == ["step_gpu.json"]
+    written = json.loads(Path("build/bench/step_gpu.json").read_text())
+    assert not [row for row in written["rows"] if "error" in row]
+    return written
+
+
+def test_rows_of_a_gpu(bench: ModuleType, stand_in_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (bench, sys.modules["step_cuda"]):
+        monkeypatch.setattr(module, "find_transformers", lambda: None)
+    written = run_on_gpu(bench, monkeypatch, "--precisions", "tf32", "bf16", "--minutes", "1")
+    assert [(row["case"], row["precision"]) for row in written["rows"]] == [
+        ("detr", "tf32"),
+        ("deformable_detr", "tf32"),
+        ("detr", "bf16"),
+        ("deformable_detr", "bf16"),
+        ("deformable_detr, fused operator", "bf16"),
+    ]
+    for row in written["rows"]:
+        assert row["images_per_second"] == pytest.approx(2 / (row["ours_ms"] / 1e3))
+    *whole, fused = written["rows"]
+    assert all(row["peak_share"] > 0 for row in whole)
+    assert (fused["baseline"], fused["ratio"] > 0) == ("plain operator", True)
+    _, *compiled = written["left_out"]
+    assert [line.partition(":")[0] for line in compiled] == [
+        f"{name}, compiled 320 bf16 2" for name in ("detr", "deformable_detr")
+    ]
+
+
+def test_rows_of_a_gpu_with_transformers_and_compiled(
+    bench: ModuleType, models: ModuleType, stand_in_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = sys.modules["step_cuda"]
+    for module in (bench, cuda):
+        monkeypatch.setattr(module, "find_transformers", lambda: SimpleNamespace(__version__="5"))
+    monkeypatch.setattr(cuda, "has_anchor", lambda config: config.architecture == "detr")
+    monkeypatch.setattr(
+        cuda, "anchor_step", lambda config, batch, autocast: models.our_step(config, batch, autocast=autocast)
+    )
+    written = run_on_gpu(bench, monkeypatch, "--precisions", "fp32", "--minutes", "10")
+    assert [(row["case"], row.get("baseline")) for row in written["rows"]] == [
+        ("detr", "transformers"),
+        ("deformable_detr", None),
+        ("deformable_detr, fused operator", "plain operator"),
+        ("detr, compiled", "eager"),
+        ("deformable_detr, compiled", "eager"),
+    ]
+    assert all(row["compile_s"] > 0 for row in written["rows"][3:])
+    assert written["left_out"] == []
+
+
+def test_the_loader_does_not_feed_a_gpu(
+    bench: ModuleType,
+    stand_in_gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_step", "--device", "cuda", "--only", "loader"])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "--only loader: not on a GPU, where there are models, variants" in capsys.readouterr().err
 
 
 def test_it_starts_where_only_torch_and_what_the_models_need_is_installed(tmp_path: Path) -> None:
