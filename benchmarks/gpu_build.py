@@ -92,21 +92,22 @@ def start_official(source: Path, module: Path) -> subprocess.Popen[str]:
 
 
 def compile_official(module: Path) -> None:
-    """Compile the copy beside `module`, with torch's flags but without its build tools, which need setuptools."""
+    """Compile the copy beside `module`, without torch's build tools, which need setuptools."""
     from concurrent.futures import ThreadPoolExecutor
     from sysconfig import get_path
 
     import torch
-    from torch.utils.cpp_extension import include_paths, library_paths
 
     source = module.parent / "src"
     files = [*source.glob("*.cpp"), *source.rglob("cuda/*.cu"), *source.rglob("cpu/*.cpp")]
-    nvcc = os.path.join(os.environ["CUDA_HOME"], "bin", "nvcc")  # noqa: PTH118
+    cuda, of_torch = Path(os.environ["CUDA_HOME"]), Path(torch.__file__).parent
+    nvcc = str(cuda / "bin" / "nvcc")
     capability = "".join(map(str, torch.cuda.get_device_capability()))
     # The packages that torch's wheel brings have the headers of cuSPARSE and others, which nvcc may come without
-    packaged = Path(torch.__file__).parents[1].glob("nvidia/*/include")
-    include = [f"-I{path}" for path in (source, *include_paths("cuda"), get_path("include"))]
-    include += [f"-I{path}" for path in packaged]
+    packaged = of_torch.parent.glob("nvidia/*/include")
+    headers = of_torch / "include"
+    folders = (source, headers, headers / "torch/csrc/api/include", cuda / "include", get_path("include"))
+    include = [f"-I{path}" for path in (*folders, *packaged)]
     flags = ["-O3", "-std=c++17", "-DWITH_CUDA", f"-DTORCH_EXTENSION_NAME={module.stem}", "-w", *include]
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
 
@@ -123,7 +124,7 @@ def compile_official(module: Path) -> None:
 
     with ThreadPoolExecutor() as pool:
         objects = [str(path) for path in pool.map(compile_file, files)]
-    libraries = [f"-L{path}" for path in library_paths("cuda")]
+    libraries = [f"-L{path}" for path in (of_torch / "lib", cuda / "lib64")]
     libraries += ["-lc10", "-lc10_cuda", "-ltorch", "-ltorch_cpu", "-ltorch_cuda", "-ltorch_python"]
     run([nvcc, "-shared", "-Xcompiler=-fPIC", *objects, *libraries, "-o", str(module)])
 

@@ -45,9 +45,7 @@ def test_same_numbers(backend: str, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["detr", "conditional", "dab", "deformable", "deformable_two_stage", "dino"]
-)
+@pytest.mark.parametrize("name", ["detr", "conditional", "dab", "deformable", "deformable_two_stage", "dino"])
 def test_seven_image_sizes_are_two_graphs_and_one_exported_program(name: str) -> None:
     """The second graph is for square images, where torch takes height and width for one number."""
     assert int(run("dynamic_sizes.py", name)) <= 2

@@ -1,7 +1,7 @@
 """Run programs for a GPU on the CPU: tensors "on cuda" are copies on the CPU, events are clocks.
 
-It shows that a program runs to its end and what it makes of its numbers. What only a GPU can show, such as a result that
-is read before it is there, it does not.
+It shows that a program runs to its end, and what it makes of its numbers, but not what only a GPU can show, such as a
+result that is read before it is there.
 """
 
 from __future__ import annotations
