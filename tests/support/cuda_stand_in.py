@@ -100,6 +100,7 @@ def replacements(*, captures: bool = True) -> dict[str, Any]:
         "reset_peak_memory_stats": constant(None),
         "synchronize": constant(None),
         "empty_cache": constant(None),
+        "is_current_stream_capturing": constant(False),
         "current_stream": constant(a_stream),
         "Stream": constant(a_stream),
         "stream": stream,
