@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity
 
-from cuda_stand_in import OnCpu, replacements
+from cuda_stand_in import OnCpu, profile, replacements
 
 
 @pytest.fixture
@@ -16,8 +15,7 @@ def stand_in_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let torch find a GPU, whose tensors are on the CPU."""
     for name, value in replacements().items():
         monkeypatch.setattr(torch.cuda, name, value)
-    profile = torch.profiler.profile
-    monkeypatch.setattr(torch.profiler, "profile", lambda **_: profile(activities=[ProfilerActivity.CPU]))
+    monkeypatch.setattr(torch.profiler, "profile", profile)
     for settings in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):  # put back after the test
         monkeypatch.setattr(settings, "fp32_precision", settings.fp32_precision)
     with OnCpu():
