@@ -7,10 +7,11 @@ The fused form is compared with our plain form, including softmax and location a
     make bench-operator ARGS="--device cuda --official PATH"    only the GPU, also against the official kernel
 
 It prints a table and writes build/bench/operator.json, a list of {case, direction, threads, ours_ms, baseline_ms,
-ratio}, and build/bench/operator_memory.json, a list of {case, ours_mb, baseline_mb, ratio}. Ratios are medians over
-pairs of consecutive runs, so that a busy machine slows both. Times are CPU time for one thread, wall time for several,
-and the device's on a GPU (operator_cuda.py), where rows also have `baseline`, the name of the other side, and
-`share_of_bandwidth`: the time that a copy of all inputs and outputs would take, divided by ours.
+ratio}, and build/bench/operator_memory.json, a list of {case, ours_mb, baseline_mb, ratio}; the rows of a GPU alone go
+to operator_gpu.json. Ratios are medians over pairs of consecutive runs, so that a busy machine slows both. Times are
+CPU time for one thread, wall time for several, and the device's on a GPU (operator_cuda.py), where rows also have
+`baseline`, the name of the other side, and `share_of_bandwidth`: the time that a copy of all inputs and outputs would
+take, divided by ours.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from raydetr.environment import cpu_name
 
 Shapes = tuple[tuple[int, int], ...]
 OUT, MEMORY_OUT = Path("build/bench/operator.json"), Path("build/bench/operator_memory.json")
+GPU_OUT = Path("build/bench/operator_gpu.json")
 LEVELS_22K = ((100, 167), (50, 84), (25, 42), (13, 21))  # an image of 800 x 1333
 LEVELS_5K = ((48, 80), (24, 40), (12, 20), (6, 10))  # 384 x 640
 LEVELS_128PX = ((16, 16), (8, 8), (4, 4), (2, 2))
@@ -223,7 +225,7 @@ def main() -> None:
         "--device", choices=("cpu", "cuda"), help="measure only there; default: on both, if possible"
     )
     parser.add_argument("--official", type=Path, help="the official kernel's module (.so), for the GPU")
-    parser.add_argument("--json", type=Path, default=OUT, help=f"where to write the rows (default: {OUT})")
+    parser.add_argument("--json", type=Path, help="where to write the rows (default: build/bench/)")
     parser.add_argument("--peak", type=int, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak is not None:
@@ -238,13 +240,14 @@ def main() -> None:
         )
     print(f"{cpu_name()}, {os.cpu_count()} cores, torch {torch.__version__}, {native_status().reason}")
     print(f"{'case':<36}{'direction':<18}{'threads':>7}{'ours':>11}{'baseline':>11}{'ratio':>9}")
+    out = args.json or (GPU_OUT if args.device == "cuda" else OUT)
     rows = [] if args.device == "cuda" else measure_all(cases, args.threads, args.seconds)
-    write(args.json, rows)
+    write(out, rows)
 
     def show(row: dict[str, object]) -> None:
         rows.append(row)
         print_row(row)
-        write(args.json, rows)  # after every row: the benchmark may be stopped
+        write(out, rows)  # after every row: the benchmark may be stopped
 
     if args.device != "cpu" and torch.cuda.is_available():
         measure_on_gpu(LEVELS_22K, make_inputs, args.seconds, args.official, show)

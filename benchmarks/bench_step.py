@@ -3,7 +3,7 @@
     make bench-step                                        the CPU: all models, 320 and 800 px, one and all threads
     make bench-step ARGS="--models detr dino --sizes 320 --threads 1"
     make bench-step ARGS="--only models"                   or variants, or loader; they come first, and are short
-    make bench-step ARGS="--device cuda --minutes 2"       a GPU: fp32, TF32, bf16
+    make bench-step ARGS="--device cuda --minutes 5"       a GPU: fp32, TF32, bf16, then the variants in bf16
 
 A step is forward pass, criterion, backward pass, clipping and AdamW, on one batch in memory, with new weights. The
 variants compare the fused operator with the plain one, and a compiled detector with an eager one; the loader feeds
@@ -15,8 +15,9 @@ transformers is no dependency. Without it, its rows are left out, with a line. T
 Both sides take turns in one process; a ratio is the median over pairs of consecutive steps, so that a busy machine
 slows both. Times are CPU time for one thread, else wall time. The share of the peak is that of the multiply-adds of
 matrix products and convolutions (deformable attention is not counted) over what one large matrix product reaches in
-the same precision on the same threads. Prints a table and writes build/bench/step.json, {machine, torch, transformers,
-rows, left_out}, after every row: a row that fails has its `error`, and the others follow.
+the same precision on the same threads. Prints a table and writes build/bench/step.json, for a GPU step_gpu.json,
+{machine, torch, transformers, rows, left_out}, after every row: a row that fails has its `error`, and the others
+follow.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from step_cuda import PRECISIONS, measure_on_gpu
+from step_cuda import PRECISIONS, measure_on_gpu, measure_variants_on_gpu
 from step_models import (
     MODELS,
     Step,
@@ -50,11 +51,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from detrs.ops import native_status
 from raydetr.environment import cpu_name
 
-OUT = Path("build/bench/step.json")
+OUT = {"cpu": Path("build/bench/step.json"), "cuda": Path("build/bench/step_gpu.json")}
 SIZES = {320: (320, 426), 800: (800, 1066)}
 MIN_ROUNDS = 3
-COMPILED = ("detr", "deformable_detr")  # on the CPU, compiling takes longer than all else
-KINDS = ("variants", "loader", "models")
+COMPILED = ("detr", "deformable_detr")  # compiling takes longer than all else
+KINDS = {"cpu": ("variants", "loader", "models"), "cuda": ("models", "variants")}  # in this order
 
 Row = dict[str, Any]
 
@@ -65,14 +66,23 @@ class Report:
 
     machine: str
     deadline: float  # of time.monotonic
+    path: Path
     rows: list[Row] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
-    def add(self, case: Row, measure: Callable[[], Row]) -> None:
-        """Measure a row, unless the time is up, and show and write it; a row that fails has an error instead."""
+    def add(self, case: Row, measure: Callable[[], Row], needs: float = 0.0) -> None:
+        """Measure a row, show and write it; a row that fails has an error instead.
+
+        It is left out if the time is up, or if it `needs` more seconds than are left.
+        """
         name = " ".join(str(value) for value in case.values())
-        if time.monotonic() > self.deadline:
-            self.leave_out(f"{name}: the time of --minutes is up")
+        left = self.deadline - time.monotonic()
+        if left < needs:
+            self.leave_out(
+                f"{name}: it may need {needs:.0f} s, and --minutes leaves {max(left, 0):.0f} s"
+                if needs
+                else f"{name}: the time of --minutes is up"
+            )
             return
         if sys.stderr.isatty():
             print(f"{name} ...", end="\r", file=sys.stderr, flush=True)
@@ -103,8 +113,8 @@ class Report:
             "rows": self.rows,
             "left_out": self.left_out,
         }
-        OUT.parent.mkdir(parents=True, exist_ok=True)
-        OUT.write_text(json.dumps(content, indent=1) + "\n")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def main() -> None:
@@ -114,7 +124,7 @@ def main() -> None:
     machine = f"{cpu_name()}, {os.cpu_count()} cores"
     if on_gpu:
         machine = f"{torch.cuda.get_device_name()}, {machine}"
-    report = Report(machine, time.monotonic() + 60 * args.minutes)
+    report = Report(machine, time.monotonic() + 60 * args.minutes, args.json)
     print(f"{machine}, torch {torch.__version__}, {native_status().reason}")
     library = find_transformers()
     if library is None:
@@ -124,7 +134,13 @@ def main() -> None:
     print(HEADER)
     sizes = [(size, SIZES[size]) for size in sorted(args.sizes)]
     if on_gpu:
-        measure_on_gpu(report, args.models, sizes[-1:], args.precisions, args.batch, args.rounds)
+        shape = sizes[-1]
+        if "models" in args.only:
+            measure_on_gpu(report, args.models, shape, args.precisions, args.batch, args.rounds)
+        if "variants" in args.only:
+            measure_variants_on_gpu(
+                report, args.models, COMPILED, shape, args.precisions[-1], args.batch, args.rounds
+            )
         return
     if "variants" in args.only:
         measure_variants(report, args.models, sizes[0], args.threads, args.seconds)
@@ -143,17 +159,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--sizes", nargs="+", type=int, choices=SIZES, default=list(SIZES))
     parser.add_argument("--minutes", type=float, default=25.0, help="rows after this time are left out")
+    parser.add_argument("--json", type=Path, help="where to write the rows (default: build/bench/)")
+    parser.add_argument(
+        "--only", nargs="+", choices=KINDS["cpu"], help="default: all; the loader feeds only steps on the CPU"
+    )
     cpu = parser.add_argument_group("on the CPU, one image a step; variants: the smallest of --sizes")
-    cpu.add_argument("--only", nargs="+", choices=KINDS, default=KINDS)
     cpu.add_argument("--threads", nargs="+", type=int, default=sorted({1, os.cpu_count() or 1}))
     cpu.add_argument("--seconds", type=float, default=8.0, help="per row, but at least three rounds")
-    gpu = parser.add_argument_group("on a GPU, the largest of --sizes")
+    gpu = parser.add_argument_group("on a GPU, the largest of --sizes; variants: the last of --precisions")
     gpu.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     gpu.add_argument("--batch", type=int, default=2, help="images a step")
     gpu.add_argument("--rounds", type=int, default=5, help="steps per row and side")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here; `raydetr doctor` says why")
+    args.only = args.only or KINDS[args.device]
+    if unknown := set(args.only) - set(KINDS[args.device]):
+        parser.error(f"--only {' '.join(unknown)}: not on a GPU, where there are {', '.join(KINDS['cuda'])}")
+    args.json = args.json or OUT[args.device]
     return args
 
 

@@ -60,7 +60,7 @@ class Stage:
     @property
     def results(self) -> Path:
         """The file that the program may write: a list of rows, or a dict with `rows`."""
-        return ROOT / "build" / "bench" / "step.json" if self.name == "step" else OUT / f"{self.name}.json"
+        return OUT / f"{self.name}.json"
 
 
 STAGES = (
@@ -72,6 +72,7 @@ STAGES = (
     Stage("handoff", "hand-off of batches in page-locked memory", 15, "gpu_handoff.py"),
     Stage("training", "a short training in three precisions", 70, "gpu_training.py"),
 )
+STEP_OVERHEAD = 20  # seconds to import torch and transformers, and to end the last row that has begun
 PROBE_SECONDS = 40  # the first import of torch from a cold disk takes half a minute
 
 State = Literal["passed", "failed", "timed out", "not run"]
@@ -130,8 +131,9 @@ def run(stages: Sequence[Stage], official: Path | None) -> int:
             missing = f"benchmarks/{stage.program} does not exist"
             outcomes.append(Outcome(stage.name, stage.title, "failed", missing))
         else:
-            command = command_of(stage, official)
-            outcomes.append(run_stage(stage, command, environment_of(machine), deadline - time.monotonic()))
+            limit = deadline - time.monotonic()
+            command = command_of(stage, official, limit)
+            outcomes.append(run_stage(stage, command, environment_of(machine), limit))
         outcome = outcomes[-1]
         print(f"=== {stage.name}: {outcome.state} {outcome.reason} ({outcome.seconds:.0f} s)", flush=True)
         write_report(machine, outcomes, stages[len(outcomes) :], time.monotonic() - start)
@@ -175,8 +177,8 @@ def output_of(command: list[str], seconds: float) -> str:
     return done.stdout.strip()
 
 
-def command_of(stage: Stage, official: Path | None) -> list[str]:
-    """Return the command of a stage."""
+def command_of(stage: Stage, official: Path | None, limit: float) -> list[str]:
+    """Return the command of a stage that has so many seconds."""
     command = [sys.executable, "-u", str(BENCHMARKS / stage.program), *stage.arguments]
     match stage.name:
         case "build":
@@ -187,7 +189,8 @@ def command_of(stage: Stage, official: Path | None) -> list[str]:
             command += ["--device", "cuda", "--seconds", "0.6", "--json", str(stage.results)]
             command += ["--official", str(OFFICIAL_MODULE)] if OFFICIAL_MODULE.exists() else []
         case "step":
-            command += ["--device", "cuda", "--minutes", "1"]
+            minutes = max(limit - STEP_OVERHEAD, 1) / 60
+            command += ["--device", "cuda", "--minutes", f"{minutes:.2f}", "--json", str(stage.results)]
         case _:
             command += ["--json", str(stage.results)]
     return command
@@ -213,7 +216,6 @@ def run_stage(stage: Stage, command: list[str], environment: dict[str, str], lim
     """Run a stage until it ends, or for `limit` seconds; show its output and keep it in a file."""
     outcome = Outcome(stage.name, stage.title, "failed", limit=round(limit, 1), command=" ".join(command))
     lines: list[str] = []
-    stage.results.unlink(missing_ok=True)
     start = time.monotonic()
     process = subprocess.Popen(
         command,

@@ -18,7 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1].resolve()
 
-# What the official source uses of torch, and torch no longer has
+SUFFIXES = (".h", ".cpp", ".cuh", ".cu")  # of the official source
+# What it uses of torch, and torch no longer has
 RENAMED = (
     (r"THC/THCAtomics\.cuh", "ATen/cuda/Atomic.cuh"),
     (r"\.type\(\)\.is_cuda\(\)", ".is_cuda()"),
@@ -37,7 +38,12 @@ def main() -> None:
     parser.add_argument("--official", type=Path, nargs=2, metavar=("SOURCE", "MODULE"))
     args = parser.parse_args()
     start = time.monotonic()
-    official = start_official(*args.official) if args.official else None
+    official = None
+    if args.official:
+        try:
+            official = start_official(*args.official)
+        except (OSError, UnicodeError) as error:
+            print(f"the official kernel is left out: {error}", flush=True)
     built = subprocess.run([sys.executable, str(ROOT / "csrc" / "build.py")], check=False)
     print(f"csrc/build.py: exit code {built.returncode} after {time.monotonic() - start:.0f} s", flush=True)
     problem = report_operator()
@@ -76,7 +82,7 @@ def start_official(source: Path, module: Path) -> subprocess.Popen[str]:
     folder = module.parent
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(source / "src", folder / "src")
-    for path in (folder / "src").rglob("*.*"):
+    for path in (path for suffix in SUFFIXES for path in (folder / "src").rglob(f"*{suffix}")):
         text = path.read_text()
         for old, new in RENAMED:
             text = re.sub(old, new, text)
@@ -86,21 +92,22 @@ def start_official(source: Path, module: Path) -> subprocess.Popen[str]:
 
 
 def compile_official(module: Path) -> None:
-    """Compile the copy beside `module`, with torch's flags but without its build tools, which need setuptools."""
+    """Compile the copy beside `module`, without torch's build tools, which need setuptools."""
     from concurrent.futures import ThreadPoolExecutor
     from sysconfig import get_path
 
     import torch
-    from torch.utils.cpp_extension import include_paths, library_paths
 
     source = module.parent / "src"
     files = [*source.glob("*.cpp"), *source.rglob("cuda/*.cu"), *source.rglob("cpu/*.cpp")]
-    nvcc = os.path.join(os.environ["CUDA_HOME"], "bin", "nvcc")  # noqa: PTH118
+    cuda, of_torch = Path(os.environ["CUDA_HOME"]), Path(torch.__file__).parent
+    nvcc = str(cuda / "bin" / "nvcc")
     capability = "".join(map(str, torch.cuda.get_device_capability()))
     # The packages that torch's wheel brings have the headers of cuSPARSE and others, which nvcc may come without
-    packaged = Path(torch.__file__).parents[1].glob("nvidia/*/include")
-    include = [f"-I{path}" for path in (source, *include_paths("cuda"), get_path("include"))]
-    include += [f"-I{path}" for path in packaged]
+    packaged = of_torch.parent.glob("nvidia/*/include")
+    headers = of_torch / "include"
+    folders = (source, headers, headers / "torch/csrc/api/include", cuda / "include", get_path("include"))
+    include = [f"-I{path}" for path in (*folders, *packaged)]
     flags = ["-O3", "-std=c++17", "-DWITH_CUDA", f"-DTORCH_EXTENSION_NAME={module.stem}", "-w", *include]
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
 
@@ -117,7 +124,7 @@ def compile_official(module: Path) -> None:
 
     with ThreadPoolExecutor() as pool:
         objects = [str(path) for path in pool.map(compile_file, files)]
-    libraries = [f"-L{path}" for path in library_paths("cuda")]
+    libraries = [f"-L{path}" for path in (of_torch / "lib", cuda / "lib64")]
     libraries += ["-lc10", "-lc10_cuda", "-ltorch", "-ltorch_cpu", "-ltorch_cuda", "-ltorch_python"]
     run([nvcc, "-shared", "-Xcompiler=-fPIC", *objects, *libraries, "-o", str(module)])
 

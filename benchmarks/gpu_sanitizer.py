@@ -6,6 +6,7 @@ Memory comes from CUDA tensor by tensor, not from torch's cache, so that an acce
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -63,6 +64,8 @@ def run_tool(command: str, tool: str, limit: float) -> str:
             found = "errors" if code == ERRORS else f"it failed with exit code {code}"
         except subprocess.TimeoutExpired:
             process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the driver does not end
+                process.wait(1)
             code, found = None, f"did not finish in {limit:.0f} s"
         file.seek(0)
         output = file.read()

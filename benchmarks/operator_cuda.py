@@ -32,6 +32,7 @@ Operator = Callable[[Tensor, Tensor, Tensor], Tensor]  # of value, locations and
 
 SIZES = ((None, 2), (None, 8), (300, 2), (300, 4), (900, 2))  # queries (None: an encoder) and images
 ROUND_MS = 10.0  # of one contender in a round
+COPIED = 2**28  # numbers, of the copy that shows the bandwidth
 
 
 @dataclass(frozen=True)
@@ -285,7 +286,7 @@ class Launches:
 
 def copy_bandwidth() -> float:
     """Measure the bytes per second, read and written, of a large copy."""
-    source = torch.empty(2**28, device="cuda").normal_()
+    source = torch.empty(COPIED, device="cuda").normal_()
     target = torch.empty_like(source)
     times = []
     for _ in range(11):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -50,7 +51,7 @@ def small(config: Any) -> Any:
 
 
 def test_a_row_that_fails_and_one_that_is_late_cost_no_other(bench: ModuleType) -> None:
-    report = bench.Report("this machine", time.monotonic() + 60)
+    report = bench.Report("this machine", time.monotonic() + 60, Path("build/bench/step.json"))
 
     def fail() -> dict[str, Any]:
         raise torch.OutOfMemoryError("no memory\nfor this")
@@ -58,6 +59,7 @@ def test_a_row_that_fails_and_one_that_is_late_cost_no_other(bench: ModuleType) 
     case = {"case": "detr", "size": 320, "threads": 1}
     report.add(case, fail)
     report.add(case, lambda: bench.summarize([[0.5, 0.25, 0.5], [1.0, 0.75, 2.0]], 1))
+    report.add({"case": "compiled"}, fail, needs=120)
     report.deadline = time.monotonic() - 1
     report.add({"case": "dino"}, fail)
     written = json.loads((Path("build/bench/step.json")).read_text())
@@ -66,7 +68,9 @@ def test_a_row_that_fails_and_one_that_is_late_cost_no_other(bench: ModuleType) 
     assert measured == {
         **case, "ours_ms": 500.0, "images_per_second": 2.0, "baseline_ms": 1000.0, "ratio": 3.0
     }  # fmt: skip
-    assert written["left_out"] == ["dino: the time of --minutes is up"]
+    long, late = written["left_out"]
+    assert re.fullmatch(r"compiled: it may need 120 s, and --minutes leaves \d\d s", long)
+    assert late == "dino: the time of --minutes is up"
     assert "no memory" in bench.line(failed)
 
 
@@ -121,6 +125,58 @@ def test_other_work_than_the_anchor_is_an_error(models: ModuleType) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             models.check_same_work("detr", ours, anchor)
+
+
+def test_rows_of_a_gpu(
+    bench: ModuleType, models: ModuleType, stand_in_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small models on the CPU; transformers' is played by ours, and what is compiled is not."""
+    cuda = sys.modules["step_cuda"]
+    for name, config in bench.MODELS.items():
+        monkeypatch.setitem(bench.MODELS, name, small(config))
+    for module in (bench, cuda):
+        monkeypatch.setattr(module, "find_transformers", lambda: SimpleNamespace(__version__="5"))
+    monkeypatch.setattr(cuda, "has_anchor", lambda config: config.architecture == "detr")
+    monkeypatch.setattr(
+        cuda, "anchor_step", lambda config, batch, autocast: models.our_step(config, batch, autocast=autocast)
+    )
+    monkeypatch.setattr(torch, "compile", lambda detector: detector)
+    monkeypatch.setattr(bench, "COMPILED", ("detr",))
+    monkeypatch.setattr(bench, "SIZES", {320: (32, 64)})
+    monkeypatch.setattr(cuda, "SIDE", 64)
+    monkeypatch.setattr(cuda, "WARM_UP", 1)
+    options = ["--models", "detr", "deformable_detr", "--precisions", "bf16", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["bench_step", "--device", "cuda", *options])
+    bench.main()
+    assert [path.name for path in Path("build/bench").iterdir()] == ["step_gpu.json"]
+    written = json.loads(Path("build/bench/step_gpu.json").read_text())
+    assert written["left_out"] == []
+    assert not [row for row in written["rows"] if "error" in row]
+    assert [(row["case"], row.get("baseline")) for row in written["rows"]] == [
+        ("detr", "transformers"),
+        ("deformable_detr", None),
+        ("deformable_detr, fused operator", "plain operator"),
+        ("detr, compiled", "eager"),
+    ]
+    for row in written["rows"]:
+        assert (row["size"], row["precision"], row["batch"]) == (320, "bf16", 2)
+        assert row["images_per_second"] == pytest.approx(2 / (row["ours_ms"] / 1e3))
+        assert ("ratio" in row) == ("baseline" in row)
+        assert (row["kernels"], row["host_syncs"]) == (2, 1)  # the stand-in's
+    assert all(row["peak_share"] > 0 for row in written["rows"][:2])
+    assert written["rows"][3]["compile_s"] > 0
+
+
+def test_the_loader_does_not_feed_a_gpu(
+    bench: ModuleType,
+    stand_in_gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_step", "--device", "cuda", "--only", "loader"])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "--only loader: not on a GPU, where there are models, variants" in capsys.readouterr().err
 
 
 def test_it_starts_where_only_torch_and_what_the_models_need_is_installed(tmp_path: Path) -> None:

@@ -212,6 +212,14 @@ def test_one_head_of_one_image_is_divided_among_threads(num_queries):
     assert min(shares) > 0.15, shares
 
 
+def test_the_cpu_has_no_limit_of_levels():
+    """CUDA has one, of 32."""
+    shapes = tuple((1 + i % 3, 1 + i % 2) for i in range(40))
+    value, *samples = random_inputs(shapes)
+    expected = deform_attn_reference(value, shapes, *samples)
+    torch.testing.assert_close(deform_attn(value, shapes, *samples), expected)
+
+
 def test_gradcheck():
     inputs = [
         tensor.requires_grad_()
