@@ -122,7 +122,7 @@ def kill_worker(chaos: Chaos) -> None:
 
 
 def kill_in_checkpoint(chaos: Chaos) -> None:
-    """Kill rank 0's process while a checkpoint is being written."""
+    """Kill all workers, with the one that writes, while a checkpoint is being written."""
     workers = chaos.workers()
     chaos.wait_for(lambda: list(chaos.folder.glob("checkpoints/*/*.tmp")), "no checkpoint is being written")
     for worker in workers:
@@ -243,6 +243,9 @@ def main() -> None:
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
         disk = stack.enter_context(small_disk(work / "disk"))
+        names = [name for name in arguments.only or DISTURBANCES if name != "disk full" or disk is not None]
+        if not names:
+            sys.exit("nothing is left to draw from")
         server = MlflowServer(work)
         server.start()
         stack.callback(server.kill)
@@ -263,7 +266,6 @@ def main() -> None:
             disk=disk,
             log=work / "driver.log",
         )
-        names = arguments.only or [name for name in DISTURBANCES if name != "disk full" or disk is not None]
         kills = disturb(chaos, names, arguments.kills)
         result = report(chaos.folder, runs / "calm", kills)
     OUT.parent.mkdir(exist_ok=True)
@@ -367,9 +369,6 @@ def longest_pause(events: list[Event], began: float) -> float:
 def report(disturbed: Path, calm: Path, kills: list[dict[str, Any]]) -> dict[str, Any]:
     """Compare both runs; print the table and return the result."""
     events = read_events(disturbed)
-    positions = [row["position"] for row in Metrics(events).rows if "loss" in row]
-    expected = [row["position"] for row in Metrics(read_events(calm)).rows if "loss" in row]
-    wrong = len(set(positions) ^ set(expected)) + len(positions) - len(set(positions))
     seconds = [kill["seconds_to_training"] for kill in kills]
     result = {
         "kills": len(kills),
@@ -377,7 +376,7 @@ def report(disturbed: Path, calm: Path, kills: list[dict[str, Any]]) -> dict[str
         "restarts": sum(event["kind"] in STARTS for event in events) - 1,
         "recomputed_seconds": round(recomputed_seconds(events), 1),
         "seconds_to_training": {"median": median(seconds), "max": max(seconds)},
-        "samples_not_exactly_once": wrong * BATCH,
+        "samples_not_exactly_once": samples_not_exactly_once(events, read_events(calm)),
         "identical": same_weights(disturbed, calm),
         "by_kind": {
             name: {"number": len(own), "median": median(own), "max": max(own)}
@@ -401,6 +400,15 @@ def recoveries(events: list[Event]) -> int:
     kinds = [event["kind"] for event in sorted(events, key=lambda event: event["time"])]
     marks = [kind in STARTS for kind in kinds if kind == "step" or kind in STARTS]
     return sum(is_start and not is_next for is_start, is_next in itertools.pairwise(marks[1:]))
+
+
+def samples_not_exactly_once(disturbed: list[Event], calm: list[Event]) -> int:
+    """Return how many samples only one of two runs has trained on, or the disturbed one more than once."""
+    positions, expected = (
+        [row["position"] for row in Metrics(events).rows if "loss" in row] for events in (disturbed, calm)
+    )
+    steps = len(set(positions) ^ set(expected)) + len(positions) - len(set(positions))
+    return steps * BATCH
 
 
 def recomputed_seconds(events: list[Event]) -> float:

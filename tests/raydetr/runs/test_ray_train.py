@@ -7,14 +7,17 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
+import yaml
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 
@@ -27,7 +30,7 @@ from raydetr.runs.evaluate import evaluate_checkpoint
 from raydetr.runs.ray_cluster import LaunchError, check_resources
 from raydetr.shards.reader import open_shards
 from raydetr.tracking import mlflow_run
-from raydetr.tracking.events import read_events
+from raydetr.tracking.events import Metrics, read_events
 from raydetr.training import checkpoint
 
 pytestmark = [
@@ -82,15 +85,19 @@ def train_workers(cluster: Cluster) -> list[psutil.Process]:
     ]
 
 
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(folder) if event["kind"] == kind]
+
+
 def states(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "state.pt", weights_only=True)["model"]
 
 
-def kill_a_worker_after(cluster: Cluster, epoch: Path, killed: list[int]) -> None:
-    """Wait until a checkpoint is complete, then kill one worker."""
+def kill_a_worker(cluster: Cluster, folder: Path, killed: list[int]) -> None:
+    """Wait until two checkpoints of a run are complete, then kill one worker."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if (epoch / "meta.json").exists() and (workers := train_workers(cluster)):
+        if len(checkpoint.complete_checkpoints(folder)) >= 2 and (workers := train_workers(cluster)):
             victim = workers[0].pid
             os.kill(victim, signal.SIGKILL)
             killed.append(victim)
@@ -98,30 +105,74 @@ def kill_a_worker_after(cluster: Cluster, epoch: Path, killed: list[int]) -> Non
         time.sleep(0.05)
 
 
+class DamagedDisk:
+    """Once a worker was killed, the newest checkpoint is corrupt when the driver looks for one to go on from."""
+
+    def __init__(self, killed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.corrupt: list[Path] = []
+        find = checkpoint.newest_valid
+
+        def look(folder: Path, *arguments: Any) -> Any:
+            if killed and not self.corrupt:
+                newest = checkpoint.complete_checkpoints(folder)[0]
+                assert isinstance(newest, Path)
+                content = bytearray((newest / "state.pt").read_bytes())
+                content[len(content) // 2] ^= 1
+                (newest / "state.pt").write_bytes(content)
+                self.corrupt.append(newest)
+            return find(folder, *arguments)
+
+        monkeypatch.setattr(checkpoint, "newest_valid", look)
+
+
+@pytest.fixture
+def scratch(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The temporary folders of starts, also those that were removed."""
+    made, make = list[Path](), tempfile.mkdtemp
+
+    def remember(*arguments: Any, **keywords: Any) -> str:
+        folder = make(*arguments, **keywords)
+        if Path(folder).name.startswith("raydetr-ray-"):
+            made.append(Path(folder))
+        return folder
+
+    monkeypatch.setattr(tempfile, "mkdtemp", remember)
+    return made
+
+
 def test_a_run_with_a_killed_worker_ends_in_the_same_bits(
-    cluster: Cluster, relative_run: RunConfig, tmp_path: Path
-) -> None:
-    """Also with loader processes, which only the workers of the killed run have."""
+    cluster: Cluster, relative_run: RunConfig, tmp_path: Path, scratch: list[Path], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Also with loader processes, which only the workers of the killed run have, and from the checkpoint before a
+    corrupt one.
+    """
     # One evaluation: scoring has the lowest priority, and waits for the other tests
     config = override(
         relative_run, {"optim.epochs": 4, "evaluation.every_epochs": 4, "storage.checkpoint_steps": 2}
     )
     unbroken = run.start(config)
+    num_starts = len(scratch)
     assert unbroken.folder.parent == tmp_path / "runs"
     killed: list[int] = []
-    first = checkpoint.folder_of(tmp_path / "runs" / "hit", 16)
-    killer = threading.Thread(target=kill_a_worker_after, args=(cluster, first, killed))
+    folder = tmp_path / "runs" / "hit"
+    killer = threading.Thread(target=kill_a_worker, args=(cluster, folder, killed))
     killer.start()
+    disk = DamagedDisk(killed, monkeypatch)
     settings = {"data.num_loader_workers": 1, "tracking.upload": True, "evaluation.report": True}
     hit = run.start(override(config, settings), name="hit")
     killer.join()
     assert killed, "the run ended before it could be hit"
-    (restart,), (resumed,) = (
-        [event for event in read_events(hit.folder) if event["kind"] == kind]
-        for kind in ("restart", "resumed")
-    )
-    assert restart["position"] == resumed["position"] >= 48
+    (corrupt,) = disk.corrupt
+    assert f"skipped: {corrupt}/state.pt: checksum differs from meta.json" in capsys.readouterr().err
+    (restart,) = events(folder, "restart")
+    assert re.match(r"the workers failed: worker [01]: ", restart["reason"])
+    (resumed,) = events(folder, "resumed")
+    assert restart["position"] == resumed["position"]
     assert "workers restarted 1 time)" in " ".join(hit.to_text().split())
+    assert 0 < resumed["position"] < checkpoint.position_of(corrupt)
+    assert 1 <= num_starts <= len(scratch) - 2
+    assert not any(each.exists() for each in scratch)
     weights, expected = states(hit.checkpoint), states(unbroken.checkpoint)
     assert weights.keys() == expected.keys()
     for name in weights:
@@ -161,6 +212,41 @@ def test_a_run_is_resumed_with_another_number_of_workers(cluster: Cluster, two_w
     moved = max(float((expected[name] - before[name]).abs().max()) for name in expected)
     apart = max(float((expected[name] - weights[name]).abs().max()) for name in expected)
     assert apart < 0.05 * moved, (apart, moved)
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_with_changed_settings(
+    cluster: Cluster, two_workers: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one process resumes it."""
+    first = run.start(override(two_workers, {"optim.epochs": 1}))
+    copy = shutil.copytree(str(first.folder), first.folder.with_name("copy"))
+    changed = {"optim.epochs": 2, "optim.lr": 1e-4, "optim.lr_backbone": 1e-5, "optim.weight_decay": 0.5}
+    capsys.readouterr()
+    resumed = run.resume(first.folder, overrides=changed)
+    err = capsys.readouterr().err
+    assert f"changed for the resumed run: optim.lr from {two_workers.optim.lr} to 0.0001\n" in err
+    expected = run.resume(copy, overrides=changed, local=True)
+    rates = [
+        [(row["position"], row["lr/rest"], row["lr/backbone"]) for row in rows if "loss" in row]
+        for rows in (Metrics(read_events(each.folder)).rows for each in (resumed, expected))
+    ]
+    assert rates[0] == rates[1]
+    assert max(rate for position, rate, _ in rates[0] if position > 48) <= 1e-4
+    groups = [
+        [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in torch.load(each.checkpoint / "state.pt", weights_only=True)["optimizer"][
+                "param_groups"
+            ]
+        ]
+        for each in (resumed, expected)
+    ]
+    assert groups[0] == groups[1]
+    assert {group["base_lr"] for group in groups[0]} >= {1e-4, 1e-5}
+    assert {group["weight_decay"] for group in groups[0]} <= {0.5, 0.0}
+    tracked = yaml.safe_load((resumed.folder / "config.yaml").read_text())
+    assert (tracked["optim"]["lr"], tracked["optim"]["weight_decay"]) == (1e-4, 0.5)
 
 
 def test_a_failed_run_has_the_message_of_its_worker_and_is_not_retried(

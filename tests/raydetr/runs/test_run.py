@@ -109,18 +109,24 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tiny_run: R
     assert not any(torch.equal(weights[name], others[name]) for name in drawn)
 
 
-def test_a_resumed_run_ends_in_the_same_bits_as_an_unbroken_one(tiny_run: RunConfig) -> None:
+def test_a_resumed_run_ends_in_the_same_bits_as_an_unbroken_one(
+    tiny_run: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     unbroken = run.start(tiny_run, local=True)
     broken = unbroken.folder.with_name("broken")
     shutil.copytree(unbroken.folder, broken)
     for late in (3, 4):
         shutil.rmtree(at(broken, late))
-    # A checkpoint that was damaged after it was written is skipped
+    # A checkpoint that was damaged after it was written is skipped, with a line
     cut = at(broken, 3)
     shutil.copytree(at(broken, 2), cut)
+    size = (cut / "state.pt").stat().st_size
     with (cut / "state.pt").open("r+b") as file:
         file.truncate(1000)
+    capsys.readouterr()
     resumed = run.resume(broken, local=True)
+    line = f"skipped: {cut}/state.pt: 1000 bytes, expected {size}: the copy is incomplete"
+    assert capsys.readouterr().err.splitlines().count(line) == 1
     assert positions(broken) == [48, 96, 144, 192]
     assert_same_state(resumed.checkpoint, unbroken.checkpoint)
     assert resumed.metrics["AP"] == unbroken.metrics["AP"]

@@ -8,21 +8,26 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 
 from ray_nodes import ray_nodes
 from raydetr.config import ClusterConfig, RunConfig, override, to_yaml
-from raydetr.runs import patience, ray_cluster, run, watch
+from raydetr.runs import patience, ray_cluster, ray_train, run, watch
+from raydetr.runs.lease import LeaseError
 from raydetr.runs.ray_cluster import LaunchError
+from raydetr.runs.run_folder import Run
 from raydetr.runs.signals import StopSignals
+from raydetr.store.folders import Folder, local_file
 from raydetr.tracking.events import EventLog, read_events
 from raydetr.training import checkpoint
 
@@ -84,8 +89,15 @@ class Meanwhile:
             time.sleep(0.02)
 
 
-def weights(result: run.RunResult) -> dict[str, torch.Tensor]:
-    return torch.load(result.checkpoint / "state.pt", weights_only=True)["model"]
+def assert_same_state(first: Folder, second: Folder) -> None:
+    """Bit for bit: weights, EMA, optimizer, position."""
+    one, other = (
+        torch.utils._pytree.tree_leaves(torch.load(local_file(folder / "state.pt"), weights_only=True))
+        for folder in (first, second)
+    )
+    for left, right in zip(one, other, strict=True):
+        same = torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+        assert same, (left, right)
 
 
 @pytest.mark.slow
@@ -179,8 +191,7 @@ def test_a_node_that_will_be_taken_away_is_left_with_a_checkpoint(
     assert "a checkpoint after this step, and on with other nodes" in " ".join(
         capsys.readouterr().err.split()
     )
-    for name, value in weights(unbroken).items():
-        assert torch.equal(value, weights(result)[name]), name
+    assert_same_state(result.checkpoint, unbroken.checkpoint)
     assert spare
 
 
@@ -224,19 +235,66 @@ def test_workers_that_make_no_progress_are_started_again_and_leave_their_stacks(
     stacks = "".join(event["stack"] for event in events(folder, "stack"))
     assert "raydetr/training/loop.py" in stacks  # where the other worker waits
     assert not psutil.pid_exists(stopped[0]) or psutil.Process(stopped[0]).status() == psutil.STATUS_ZOMBIE
-    for name, value in weights(unbroken).items():
-        assert torch.equal(value, weights(result)[name]), name
+    assert_same_state(result.checkpoint, unbroken.checkpoint)
+
+
+@pytest.mark.slow
+def test_the_stacks_of_all_workers_that_make_no_progress_are_kept(
+    cluster: Cluster, two_workers: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both sleep in Python, as in a read that hangs. The one before has a worker that cannot say where it is."""
+
+    def train_and_hang(job: Run, actor: Any) -> None:
+        from raydetr.runs import ray_train
+        from raydetr.training.loop import Training
+
+        train_step = Training.train_step
+
+        def hang(self: Training, *batches: Any) -> Any:
+            if self.step == 8:
+                time.sleep(3600)
+            return train_step(self, *batches)
+
+        if job.resume_from is None:
+            Training.train_step = hang  # type: ignore[method-assign]
+        ray_train._train(job, actor)
+
+    monkeypatch.setattr(ray_train, "_train", train_and_hang)
+    config = override(two_workers, {"cluster.stall_minutes": 0.15})
+    result = run.start(config, name="stalled")
+    assert checkpoint.is_complete(result.checkpoint, config)
+    assert len(events(result.folder, "stalled")) == 1
+    stacks = {event["worker"]: event["stack"] for event in events(result.folder, "stack")}
+    assert sorted(stacks) == ["rank-0", "rank-1"]
+    for stack in stacks.values():
+        assert "test_supervisor.py" in stack
+        assert "in hang" in stack
+    (resumed,) = events(result.folder, "resumed")
+    assert 0 < resumed["position"] <= 8 * 8
 
 
 @pytest.mark.slow
 def test_a_killed_controller_is_replaced(cluster: Cluster, two_workers: RunConfig) -> None:
-    folder = Path(two_workers.storage.path) / "hit"
-    killed = Meanwhile(folder, EPOCH, lambda: processes(cluster, "TrainController")[0].kill())
+    """It and our actor are where the driver is, and not on a node that may be lost."""
+    unbroken = run.start(two_workers, name="unbroken")
+    folder, nodes = Path(two_workers.storage.path) / "hit", defaultdict[str, set[str]](set)
+
+    def look_and_kill() -> None:
+        for actor in list_actors(cluster.address, limit=1000, detail=True):
+            if actor.state == "ALIVE":
+                nodes[actor.class_name.split(".")[-1]].add(actor.node_id)
+        processes(cluster, "TrainController")[0].kill()
+
+    killed = Meanwhile(folder, EPOCH, look_and_kill)
     result = run.start(two_workers, name="hit")
     assert killed.done
-    assert checkpoint.is_complete(result.checkpoint, two_workers)
     assert len(events(folder, "restart")) == 1
+    assert_same_state(result.checkpoint, unbroken.checkpoint)
     assert not processes(cluster, "RayTrainWorker")
+    here = ray.get_runtime_context().get_node_id()
+    assert nodes["RunActor"] == nodes["TrainController"] == {here}
+    assert here not in nodes["RayTrainWorker"]
+    assert len(nodes["RayTrainWorker"]) == 2
 
 
 @pytest.mark.slow
@@ -296,7 +354,7 @@ def driver(config: RunConfig, name: str, tmp_path: Path, address: str) -> subpro
 def test_a_stopped_or_killed_driver_leaves_a_run_that_goes_on(
     number: signal.Signals, code: int, cluster: Cluster, two_workers: RunConfig, tmp_path: Path
 ) -> None:
-    config = override(two_workers, {"optim.epochs": 100})
+    config = override(two_workers, {"optim.epochs": 16})
     folder = Path(config.storage.path) / "hit"
     process = driver(config, "hit", tmp_path, cluster.address)
     signalled = Meanwhile(folder, EPOCH, lambda: process.send_signal(number))
@@ -312,7 +370,37 @@ def test_a_stopped_or_killed_driver_leaves_a_run_that_goes_on(
         time.sleep(0.2)
     last = checkpoint.newest_valid(folder, pytest.fail)
     assert last is not None
-    epochs = int(last.name) // EPOCH + 2
-    resumed = run.resume(folder, overrides={"optim.epochs": epochs})
-    unbroken = run.start(override(config, {"optim.epochs": epochs}), name="unbroken")
-    assert resumed.metrics["position"] == unbroken.metrics["position"]
+    assert not checkpoint.is_complete(last, config)
+    resumed = run.resume(folder)
+    unbroken = run.start(config, name="unbroken")
+    assert_same_state(resumed.checkpoint, unbroken.checkpoint)
+    assert resumed.metrics["AP"] == unbroken.metrics["AP"]
+
+
+@pytest.mark.slow
+def test_a_second_driver_on_the_cluster_is_refused_and_the_first_goes_on(
+    cluster: Cluster, two_workers: RunConfig, tmp_path: Path
+) -> None:
+    config = override(two_workers, {"optim.epochs": 16, "cluster.address": cluster.address})
+    folder = Path(config.storage.path) / "busy"
+    process = driver(config, "busy", tmp_path, cluster.address)
+    try:
+        Meanwhile(folder, EPOCH, lambda: None).join()
+        before = (folder / "config.yaml").read_text()
+        message = f"process {process.pid} on .* is driving this run"
+        with pytest.raises(LeaseError, match=message):
+            run.resume(folder, overrides={"optim.lr": 0.5})
+        with pytest.raises(LeaseError, match=message):
+            run.start(config, name="busy", or_resume=True)
+        assert process.poll() is None
+        assert (folder / "config.yaml").read_text() == before
+        _, err = process.communicate(timeout=200)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    kinds = [event["kind"] for event in read_events(folder)]
+    assert (kinds.count("started"), kinds.count("finished")) == (1, 1)
+    assert not {"resumed", "restart", "failed", "stopped"} & set(kinds)
+    last = checkpoint.newest_valid(folder, pytest.fail)
+    assert last is not None
+    assert_same_state(last, run.start(config, name="unbroken").checkpoint)

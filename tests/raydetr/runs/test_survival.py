@@ -201,10 +201,21 @@ def test_a_signal_at_the_end_does_not_wait_for_scores(
     assert len(events(folder, "step")) == len(events(unbroken.folder, "step"))
 
 
-def test_a_changed_learning_rate_and_weight_decay_take_effect_on_a_resumed_run(tiny_run: RunConfig) -> None:
+def test_a_changed_learning_rate_and_weight_decay_take_effect_on_a_resumed_run(
+    tiny_run: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = run.start(override(tiny_run, {"optim.epochs": 1}), local=True)
+    before = tiny_run.optim
     changed = {"optim.epochs": 2, "optim.lr": 1e-4, "optim.lr_backbone": 1e-5, "optim.weight_decay": 0.5}
+    capsys.readouterr()
     resumed = run.resume(first.folder, overrides=changed, local=True)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("changed for")]
+    assert sorted(said) == [
+        "changed for the resumed run: optim.epochs from 1 to 2",
+        f"changed for the resumed run: optim.lr from {before.lr} to 0.0001",
+        f"changed for the resumed run: optim.lr_backbone from {before.lr_backbone} to 1e-05",
+        f"changed for the resumed run: optim.weight_decay from {before.weight_decay} to 0.5",
+    ]
     groups = torch.load(resumed.checkpoint / "state.pt", weights_only=True)["optimizer"]["param_groups"]
     assert {(group["name"], group["base_lr"]) for group in groups} == {
         ("backbone", 1e-5), ("rest", 1e-4), ("sampling", tiny_run.optim.lr_sampling),
@@ -435,6 +446,30 @@ def test_resuming_a_run_that_is_going_on_is_refused(by_steps: RunConfig, tmp_pat
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_suspended_driver_whose_run_was_taken_over_stops(
+    by_steps: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leaves it to the other one to say how the run ends."""
+    monkeypatch.setattr(lease_module, "BEAT_SECONDS", 0.1)
+    folder = Path(by_steps.storage.path) / "taken"
+    taken, train_step = folder / lease_module.LEASE / "000002.json", loop.Training.train_step
+
+    def be_suspended(self: loop.Training, *batches: Any) -> Any:
+        if self.step == 2:
+            taken.write_text("{}")
+            time.sleep(1.0)
+        return train_step(self, *batches)
+
+    monkeypatch.setattr(loop.Training, "train_step", be_suspended)
+    with pytest.raises(LeaseError, match="taken: another process has taken this run over"):
+        run.start(by_steps, local=True, name="taken")
+    kinds = {event["kind"] for event in read_events(folder)}
+    assert "started" in kinds
+    assert not kinds & {"failed", "stopped", "finished"}
+    assert max(event["position"] for event in events(folder, "step")) < EPOCH
+    assert list(taken.parent.iterdir()) == [taken]
 
 
 def test_a_folder_without_a_checkpoint_says_what_to_do(tiny_run: RunConfig) -> None:

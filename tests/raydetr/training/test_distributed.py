@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from detrs import zoo
 from raydetr.config import RunConfig, from_dict, override, to_dict
@@ -44,7 +46,17 @@ def take_steps(config: RunConfig, world: World) -> list[dict[str, Any]]:
     for batch, _ in zip(batches, range(STEPS), strict=False):
         steps.append(training.mean_terms(training.train_step(batch)))
     weights = {name: value.clone() for name, value in training.detector.state_dict().items()}
-    return [{"terms": steps, "weights": weights}]
+    return [{"terms": steps, "weights": weights, "buffers": buffers_of(training)}]
+
+
+def buffers_of(training: Training) -> dict[str, Any]:
+    """Whether buffers are sent before a forward pass, how many there are, and the types of the batch norms."""
+    replica = training.replica
+    return {
+        "are_sent": isinstance(replica, DistributedDataParallel) and replica.will_sync_module_buffers(),
+        "number": len(list(replica.buffers())),
+        "norms": sorted({type(m).__name__ for m in replica.modules() if isinstance(m, nn.BatchNorm2d)}),
+    }
 
 
 def worker(rank: int, size: int, values: dict[str, Any], folder: str) -> None:
@@ -66,6 +78,9 @@ def test_two_workers_take_the_same_steps_as_one_on_the_same_global_batch(
     (single,) = take_steps(plain_run, World.single_process())
     for name, value in first["weights"].items():
         assert torch.equal(value, second["weights"][name]), name
+    # DistributedDataParallel would send the frozen statistics before every forward pass
+    assert first["buffers"]["number"] > 0
+    assert first["buffers"] == {**first["buffers"], "are_sent": False, "norms": []}
     counts = [len(batch) for batch in first["terms"]]
     assert counts == [len(single["terms"][0])] * STEPS
     # Normalizing per worker instead of over the global batch would be wrong by several percent, because the workers
@@ -102,17 +117,19 @@ def evaluate_worker(rank: int, size: int, values: dict[str, Any], folder: str) -
             if isinstance(report, EvaluationReport):
                 buffers = dict(training.weights.named_buffers())
                 results = report.detections.results().to_coco()
-                torch.save({"results": results, "buffers": buffers}, f"{folder}/{rank}.pt")
+                found = {"results": results, "buffers": buffers, "norms": buffers_of(training)["norms"]}
+                torch.save(found, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
 def test_every_worker_evaluates_the_same_model(tiny_run: RunConfig, tmp_path: Path) -> None:
-    """With batch norm each worker has its own running statistics, also in its moving average."""
+    """Running statistics of batch norm, also those of the moving average, are those of the images of all workers."""
     config = override(tiny_run, {"model.num_classes": 4, "optim.epochs": 1})
     mp.spawn(evaluate_worker, args=(2, to_dict(config), str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert any("running_mean" in name for name in first["buffers"])
+    assert first["norms"] == ["SyncBatchNorm2d"]  # every one of them
     for name, value in first["buffers"].items():
         assert torch.equal(value, second["buffers"][name]), name
     # Each worker has its own images; together they are those of the split
