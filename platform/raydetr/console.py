@@ -105,7 +105,7 @@ class RunActor:
     def __init__(self) -> None:
         self._latest: Any = None
         self._results: dict[int, bytes] = {}
-        self._processes: set[tuple[str, int]] = set()
+        self._processes: dict[tuple[str, int], int] = {}
         self._wish: Literal["stop", "abort"] | None = None
 
     def update(self, value: Any) -> None:
@@ -132,13 +132,13 @@ class RunActor:
         """Ask the workers to write down where they are, and to end at once."""
         self._wish = "abort"
 
-    def wish(self, node: str, pid: int) -> str | None:
+    def wish(self, node: str, pid: int, rank: int) -> str | None:
         """Return "stop", "abort", or None, to a worker, a process on a node."""
-        self._processes.add((node, pid))
+        self._processes[node, pid] = rank
         return self._wish
 
-    def processes(self) -> set[tuple[str, int]]:
-        """Return node and process id of each worker."""
+    def processes(self) -> dict[tuple[str, int], int]:
+        """Return the rank of each worker, by its node and process id."""
         return self._processes
 
 

@@ -169,7 +169,7 @@ class Start:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         if failed:
-            raise watch.explain(failed[0])
+            raise watch.explain(failed[0], actor)
 
     def _follow(
         self, thread: threading.Thread, actor: Any, watch: Watch, display: Display, stop: StopSignals
@@ -304,7 +304,7 @@ def _train(run: Run, actor: Any) -> None:
     if run.config.cluster.deterministic:
         make_deterministic()
     world = _world(run.config.cluster.cpus_per_worker)
-    run_session(run, world, _RayReporter(actor, run.folder / STACKS / f"rank-{world.rank}.txt"))
+    run_session(run, world, _RayReporter(actor, run.folder / STACKS, world.rank))
 
 
 def _work(work: Callable[[World], Any], result: Any, cpus: int) -> None:
@@ -317,8 +317,8 @@ def _work(work: Callable[[World], Any], result: Any, cpus: int) -> None:
 class _RayReporter:
     """Talks to the driver through an actor, and asks it from a thread for what the driver wants."""
 
-    def __init__(self, actor: Any, stacks: Folder) -> None:
-        self._actor, self._stacks = actor, stacks
+    def __init__(self, actor: Any, stacks: Folder, rank: int) -> None:
+        self._actor, self._stacks, self._rank = actor, stacks / f"rank-{rank}.txt", rank
         self._is_stopping = False
         threading.Thread(target=self._listen, name="driver", daemon=True).start()
 
@@ -340,7 +340,7 @@ class _RayReporter:
         node = ray.get_runtime_context().get_node_id()
         while True:
             try:
-                wish = ray.get(self._actor.wish.remote(node, os.getpid()))
+                wish = ray.get(self._actor.wish.remote(node, os.getpid(), self._rank))
             except ray.exceptions.RayError:
                 # The driver has ended, and Ray ends this worker; or only the actor, and the driver starts all again
                 os._exit(1)

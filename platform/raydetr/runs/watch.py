@@ -6,11 +6,14 @@ import math
 import os
 import signal
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.state import list_actors
+from ray.util.state.exception import RayStateApiException
 
 from raydetr.config import ClusterConfig
 from raydetr.console import RunProgress, print_status
@@ -21,6 +24,8 @@ from raydetr.tracking.events import EventLog
 STACKS = "stacks"  # folder of the run
 ABORT_SECONDS = 1.0  # for stalled workers to write down where they are
 LOOK_SECONDS = 10.0  # between two looks for nodes that have joined
+MAX_ACTORS, STATE_SECONDS = 1000, 5  # of a look at Ray's state
+DEATHS = {"WORKER_DIED": "was killed or crashed", "NODE_DIED": "was lost with its node"}  # reasons of Ray
 FIRST_STEP_MINUTES = 10.0  # at least, for the first step: until then there is no progress to see
 
 
@@ -99,10 +104,13 @@ class Watch:
         print_status(f"nodes have joined: going on with {wanted} workers after this step")
         return True
 
-    def explain(self, error: BaseException) -> BaseException:
-        """Return the error of the workers, or why they were ended; log the stacks that they left."""
+    def explain(self, error: BaseException, actor: Any) -> BaseException:
+        """Return the error of the workers and which of them died, or why they were ended; log their stacks."""
         if self._stalled is None:
-            return error
+            if not isinstance(error, LaunchError) or error.is_fatal or error.is_waiting:
+                return error
+            # The error is often that of a worker that waited for the one that died
+            return LaunchError("; ".join([str(error), *_describe_deaths(ray.get(actor.processes.remote()))]))
         with suppress(OSError):  # the storage may be the reason of the stall
             files: list[Folder] = sorted(self._stacks.glob("*.txt"))
             for file in files:
@@ -110,7 +118,32 @@ class Watch:
         return LaunchError(self._stalled)
 
 
-def _kill(processes: set[tuple[str, int]]) -> None:
+def _describe_deaths(processes: Mapping[tuple[str, int], int]) -> list[str]:
+    """Return a phrase for each worker that died, unless Ray Train has ended it; none if Ray's state cannot be read.
+
+    Args:
+        processes: rank of each worker, by its node and process id.
+    """
+    try:
+        actors = list_actors(
+            filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "DEAD")],
+            detail=True,
+            limit=MAX_ACTORS,
+            timeout=STATE_SECONDS,
+        )
+    except RayStateApiException:  # a cluster without a dashboard, or a busy one
+        return []
+    phrases = {}
+    for actor in actors:
+        rank = processes.get((actor.node_id or "", actor.pid or 0))
+        context = (actor.death_cause or {}).get("actor_died_error_context", {})
+        if rank is not None and context.get("reason") in DEATHS:
+            where = f"process {actor.pid} on node {context.get('node_ip_address')}"
+            phrases[rank] = f"worker {rank} ({where}) {DEATHS[context['reason']]}"
+    return [phrases[rank] for rank in sorted(phrases)]
+
+
+def _kill(processes: Iterable[tuple[str, int]]) -> None:
     """Kill workers that could not end themselves, such as stopped ones; Ray would ask them first, for 5 s each time."""
     for node, pid in processes:
         there = NodeAffinitySchedulingStrategy(node, soft=False)

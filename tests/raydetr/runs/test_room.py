@@ -161,21 +161,21 @@ def test_stalls_are_noticed_before_the_first_step_too(
         clock.now += 60
         seen.look(None, actor)
     assert "waiting for 2 workers" in capsys.readouterr().err
-    assert actor.actor.wish("node", 7) is None
+    assert actor.actor.wish("node", 7, 0) is None
     clock.now += 1
     seen.look(None, actor)
     clock.now += 9.9 * 60
     seen.look(None, actor)
-    assert actor.actor.wish("node", 7) is None
+    assert actor.actor.wish("node", 7, 0) is None
     assert "waiting for" not in capsys.readouterr().err  # the workers have started
     clock.now += 0.2 * 60
     seen.look(None, actor)
-    assert actor.actor.wish("node", 7) == "abort"
+    assert actor.actor.wish("node", 7, 0) == "abort"
     clock.now += watch.ABORT_SECONDS + 0.1
     seen.look(None, actor)
     seen.look(None, actor)
     assert killed == [{("node", 7)}]
-    error = seen.explain(LaunchError("worker 1: connection reset"))
+    error = seen.explain(LaunchError("worker 1: connection reset"), actor)
     assert str(error) == "no progress for 10 minutes (cluster.stall_minutes), before the first step"
     assert log.flush()
     assert kinds(tmp_path) == ["stalled"]
@@ -192,10 +192,10 @@ def test_stalls_after_the_first_step_have_the_limit_of_the_setting(
         seen.look(progress(step), actor)
     clock.now += 119
     seen.look(progress(3), actor)
-    assert actor.actor.wish("node", 7) is None
+    assert actor.actor.wish("node", 7, 0) is None
     clock.now += 2
     seen.look(progress(3), actor)
-    assert actor.actor.wish("node", 7) == "abort"
+    assert actor.actor.wish("node", 7, 0) == "abort"
 
 
 def test_storage_that_is_away_when_workers_are_started_again_is_waited_for(
