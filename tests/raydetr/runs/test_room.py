@@ -153,7 +153,7 @@ def test_stalls_are_noticed_before_the_first_step_too(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(watch, "ray", SimpleNamespace(get=lambda value: value))
-    killed: list[set[tuple[str, int]]] = []
+    killed: list[dict[tuple[str, int], int]] = []
     monkeypatch.setattr(watch, "_kill", killed.append)
     actor, log = LocalActor(), EventLog(tmp_path)
     seen = Watch(TWO.model_copy(update={"stall_minutes": 2.0}), log, tmp_path / "stacks")
@@ -174,7 +174,7 @@ def test_stalls_are_noticed_before_the_first_step_too(
     clock.now += watch.ABORT_SECONDS + 0.1
     seen.look(None, actor)
     seen.look(None, actor)
-    assert killed == [{("node", 7)}]
+    assert killed == [{("node", 7): 0}]
     error = seen.explain(LaunchError("worker 1: connection reset"), actor)
     assert str(error) == "no progress for 10 minutes (cluster.stall_minutes), before the first step"
     assert log.flush()
@@ -221,6 +221,6 @@ def test_failures_without_progress_are_followed_by_longer_and_longer_pauses(tmp_
     failures = patience.Failures(-1, EventLog(tmp_path))
     pauses = []
     for position in (0, 0, 0, 0, 0, 0, 8):
-        failures.add(LaunchError("lost"), position)
+        failures.add(LaunchError("lost"), position, position)
         pauses.append(failures.pause)
     assert pauses == [0, 5, 15, 35, 60, 60, 0]
