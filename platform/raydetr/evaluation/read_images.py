@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from raydetr.evaluation.report_images import ReadImage
 from raydetr.shards.images import ImageError, decode_image
 from raydetr.shards.reader import ShardError, Shards
 from raydetr.user_files import read_file
+
+ReadImage = Callable[[int], Image.Image | None]  # by image id; None: it cannot be read
 
 
 def from_shards(shards: Shards) -> ReadImage:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from raydetr.evaluation.analysis import Report as Report
 from raydetr.evaluation.analysis import analyze as analyze
-from raydetr.evaluation.report_images import ReadImage, loss_images, mistake_images
+from raydetr.evaluation.read_images import ReadImage
+from raydetr.evaluation.report_images import loss_images, mistake_images
 from raydetr.evaluation.report_page import page, pictures, plots
 
 PAGE = "report.html"

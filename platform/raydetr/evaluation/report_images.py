@@ -11,11 +11,10 @@ from PIL import Image
 from raydetr.console import counted
 from raydetr.evaluation.analysis import Report
 from raydetr.evaluation.mistakes import Mistake
+from raydetr.evaluation.read_images import ReadImage
 from raydetr.shards.images import ImageError, decode_image
 from raydetr.visualization.boxes import Box, Rectangle, coco_boxes, draw_boxes
 from raydetr.visualization.page import jpeg_url
-
-ReadImage = Callable[[int], Image.Image | None]  # by image id; None: it cannot be read
 
 IMAGE_SIDE = 360  # pixels of the long side, in the page
 CROP_FACTOR = 2.0  # sides of a crop, by those of the boxes it is about

@@ -27,7 +27,6 @@ from raydetr.environment import describe_environment
 from raydetr.evaluation import stored
 from raydetr.evaluation.scoring import Scored, Scoring, Unscored
 from raydetr.evaluation.stored import Evaluated
-from raydetr.runs.pictures import write_pictures
 from raydetr.runs.run_folder import Run
 from raydetr.shards.reader import Shards
 from raydetr.store.background import BackgroundThreads
@@ -504,6 +503,8 @@ class _Session:
 
     def _draw(self, evaluated: Evaluated, so_far: Metrics) -> None:
         """Write the pictures of an evaluation; called in a thread."""
+        from raydetr.runs.pictures import write_pictures  # matplotlib would delay every start of a worker
+
         arrays = self.temporary.pop(evaluated.position, None)
         folder = stored.folder_of(self.quick_folder, evaluated.position)
         source = folder if arrays is None else Path(arrays.name)
