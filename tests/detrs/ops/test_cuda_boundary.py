@@ -67,8 +67,8 @@ def test_a_deterministic_backward_on_a_gpu_adds_in_a_fixed_order(monkeypatch, fu
     calls = []
 
     def spy(grad_out, value, shapes, *samples):
-        calls.append(shapes)
-        return grad_value_in_fixed_order(grad_out, value, shapes, *samples)
+        calls.append((shapes, [tuple(tensor.shape) for tensor in (grad_out, *samples)]))
+        return torch.empty_like(value)
 
     monkeypatch.setattr(native, "grad_value_in_fixed_order", spy)
     with FakeTensorMode():
@@ -82,7 +82,7 @@ def test_a_deterministic_backward_on_a_gpu_adds_in_a_fixed_order(monkeypatch, fu
         assert not calls
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
         gradients = backward(context, torch.empty(2, 5, 24, device="cuda"))
-    assert calls == [((5, 7), (3, 2))]
+    assert calls == [(((5, 7), (3, 2)), [(2, 5, 24), (2, 5, 3, 2, 4, 2), (2, 5, 3, 2, 4)])]
     assert gradients[0].shape == value.shape
     assert gradients[0].device == value.device
 

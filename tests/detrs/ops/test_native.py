@@ -209,7 +209,7 @@ def test_one_head_of_one_image_is_divided_among_threads(num_queries):
     assert result.returncode == 0, result.stderr
     shares = [float(line) for line in result.stdout.splitlines()]
     assert len(shares) == 2
-    assert min(shares) > 0.15, shares
+    assert min(shares) > 0.05, shares  # 0 if one thread computes all
 
 
 def test_the_cpu_has_no_limit_of_levels():
