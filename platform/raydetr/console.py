@@ -106,7 +106,7 @@ class RunActor:
         self._latest: Any = None
         self._results: dict[int, bytes] = {}
         self._processes: dict[tuple[str, int], int] = {}
-        self._wish: Literal["stop", "abort"] | None = None
+        self._wish: Literal["stop", "abort", "leave"] | None = None
 
     def update(self, value: Any) -> None:
         """Replace the value."""
@@ -132,8 +132,12 @@ class RunActor:
         """Ask the workers to write down where they are, and to end at once."""
         self._wish = "abort"
 
+    def request_leave(self) -> None:
+        """Ask the workers to end at once, because the run is another driver's."""
+        self._wish = "leave"
+
     def wish(self, node: str, pid: int, rank: int) -> str | None:
-        """Return "stop", "abort", or None, to a worker, a process on a node."""
+        """Return "stop", "abort", "leave", or None, to a worker, a process on a node."""
         self._processes[node, pid] = rank
         return self._wish
 

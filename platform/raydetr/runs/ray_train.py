@@ -183,7 +183,9 @@ class Start:
             watch.look(progress, actor)
             if progress is not None and not moves:
                 moves = watch.is_leaving(actor) or watch.can_grow(self._cluster.num_workers, wanted)
-            if stop.is_set() or moves:
+            if stop.is_set() and stop.signal is None:  # another driver has taken the run over
+                actor.request_leave.remote()
+            elif stop.is_set() or moves:
                 actor.request_stop.remote()
         self._show(ray.get(actor.read.remote()), display)  # with a warning of the last moment
 
@@ -345,6 +347,8 @@ class _RayReporter:
                 # The driver has ended, and Ray ends this worker; or only the actor, and the driver starts all again
                 os._exit(1)
             self._is_stopping = wish == "stop"
+            if wish == "leave":
+                os._exit(1)
             if wish == "abort":
                 # The main thread may wait in a collective for ever: only the process can end
                 with tempfile.TemporaryFile() as file:

@@ -310,16 +310,20 @@ def _train(run: Run, lease: Lease, log: EventLog, local: bool, callbacks: Sequen
     try:
         with StopSignals(lease.is_lost) as stop:
             if local:
-                train_locally(run, stop.is_set)
+
+                def should_stop() -> bool:
+                    if lease.is_lost():  # at once, and without a last checkpoint
+                        raise _lost(run)
+                    return stop.is_set()
+
+                train_locally(run, should_stop)
             else:
                 from raydetr.runs.ray_train import train_on_ray  # Ray takes seconds to import
 
                 train_on_ray(run, callbacks, stop, log)
             last = checkpoint.newest_valid(run.folder)
             if lease.is_lost():
-                raise LeaseError(
-                    f"{run.folder}: another process has taken this run over, because this one gave no sign for a minute"
-                )
+                raise _lost(run)
             if stop.signal is not None and (last is None or not checkpoint.has_reached(last, run.last_epoch)):
                 raise _stopped(run, last, stop.signal)
         if last is None:
@@ -335,6 +339,12 @@ def _train(run: Run, lease: Lease, log: EventLog, local: bool, callbacks: Sequen
         _flush(log)
         raise
     return last
+
+
+def _lost(run: Run) -> LeaseError:
+    return LeaseError(
+        f"{run.folder}: another process has taken this run over, because this one gave no sign for a minute"
+    )
 
 
 def _log_finished(log: EventLog, last: Folder, metrics: Mapping[str, Any]) -> None:

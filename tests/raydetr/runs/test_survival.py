@@ -470,6 +470,8 @@ def test_a_suspended_driver_whose_run_was_taken_over_stops(
     assert "started" in kinds
     assert not kinds & {"failed", "stopped", "finished"}
     assert max(event["position"] for event in events(folder, "step")) < EPOCH
+    # Nothing is written beside what the other one writes
+    assert [int(path.name) for path in checkpoint.complete_checkpoints(folder)] == [16]
     assert list(taken.parent.iterdir()) == [taken]
 
 
