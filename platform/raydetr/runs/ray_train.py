@@ -287,8 +287,15 @@ def _root_cause(error: BaseException) -> str:
     if not failures:
         # Ray's text about a dead actor begins with what happened, one about an error ends with it
         lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() if line.strip()]
-        return lines[0] if isinstance(error, ray.exceptions.RayActorError) else lines[-1].strip()
-    rank, cause = sorted(failures.items())[0]
+        is_dead = isinstance(error, ray.exceptions.RayActorError)
+        return f"Ray Train's controller died: {lines[0]}" if is_dead else lines[-1].strip()
+    # Rather a worker that died than one that waited for it
+    rank, cause = min(
+        failures.items(), key=lambda item: (not hasattr(item[1], "health_check_failure"), item[0])
+    )
+    if hasattr(cause, "health_check_failure"):
+        first_line, _, _ = str(cause.health_check_failure).partition("\n")
+        return f"worker {rank} does not answer: {first_line}"
     return f"worker {rank}: {getattr(cause, 'cause', None) or cause}"
 
 
