@@ -15,8 +15,8 @@ from raydetr.store.output_folder import atomic_folder, check_out_file, check_out
 
 if TYPE_CHECKING:
     from raydetr.evaluation.coco_metrics import ApTable
-    from raydetr.evaluation.read_images import ReadImage
     from raydetr.evaluation.report import Report
+    from raydetr.shards.images import ReadImage
 
 
 @dataclass(frozen=True)

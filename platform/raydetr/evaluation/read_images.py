@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from raydetr.shards.images import ImageError, decode_image
+from raydetr.shards.images import ImageError, ReadImage, decode_image
 from raydetr.shards.reader import ShardError, Shards
 from raydetr.user_files import read_file
-
-ReadImage = Callable[[int], Image.Image | None]  # by image id; None: it cannot be read
 
 
 def from_shards(shards: Shards) -> ReadImage:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from raydetr.evaluation.analysis import Report as Report
 from raydetr.evaluation.analysis import analyze as analyze
-from raydetr.evaluation.read_images import ReadImage
 from raydetr.evaluation.report_images import loss_images, mistake_images
 from raydetr.evaluation.report_page import page, pictures, plots
+from raydetr.shards.images import ReadImage
 
 PAGE = "report.html"
 NUMBERS = "report.json"

@@ -11,8 +11,7 @@ from PIL import Image
 from raydetr.console import counted
 from raydetr.evaluation.analysis import Report
 from raydetr.evaluation.mistakes import Mistake
-from raydetr.evaluation.read_images import ReadImage
-from raydetr.shards.images import ImageError, decode_image
+from raydetr.shards.images import ImageError, ReadImage, decode_image
 from raydetr.visualization.boxes import Box, Rectangle, coco_boxes, draw_boxes
 from raydetr.visualization.page import jpeg_url
 

@@ -25,7 +25,7 @@ from raydetr.evaluation.detections import PackedDetections
 
 if TYPE_CHECKING:
     from raydetr.config import Engine
-    from raydetr.evaluation.read_images import ReadImage
+    from raydetr.shards.images import ReadImage
 
 NICENESS = 19
 REPORT = "report"  # folder, in that of an evaluation

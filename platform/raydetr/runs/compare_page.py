@@ -13,10 +13,11 @@ from raydetr.evaluation.bootstrap import CONFIDENCE
 from raydetr.evaluation.coco_metrics import NAMES
 from raydetr.evaluation.disagreement import Disagreement, disagreements
 from raydetr.evaluation.matches import TIDE_ERRORS
-from raydetr.evaluation.read_images import ReadImage, from_shards
+from raydetr.evaluation.read_images import from_shards
 from raydetr.evaluation.results import Results
 from raydetr.runs.compare import RunComparison, interval_text
 from raydetr.runs.compared_run import Compared, Detections, Point
+from raydetr.shards.images import ReadImage
 from raydetr.shards.reader import Shards, open_shards
 from raydetr.visualization.boxes import coco_boxes, draw_boxes
 from raydetr.visualization.charts import COLORS, Curve, line_chart

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
@@ -35,6 +36,7 @@ PILLOW_ERRORS = (
 )  # fmt: skip
 
 Pixels = npt.NDArray[np.uint8]  # [h, w, 3], RGB
+ReadImage = Callable[[int], Image.Image | None]  # by image id; None: it cannot be read
 
 
 class ImageError(ValueError):
