@@ -363,6 +363,8 @@ class _RayReporter:
                     file.seek(0)
                     with suppress(OSError):  # the storage may be the reason
                         write_file(with_retry_seconds(self._stacks, ABORT_SECONDS), file.read())
+                # Ray ends all workers when one has ended: those that have not asked yet would leave no stack
+                time.sleep(POLL_SECONDS)
                 os._exit(1)
             time.sleep(POLL_SECONDS)
 

@@ -17,7 +17,14 @@ from ray.util.state.exception import RayStateApiException
 
 from raydetr.config import ClusterConfig
 from raydetr.console import RunProgress, print_status
-from raydetr.runs.ray_cluster import WAITING_SECONDS, LaunchError, leaving_nodes, missing_resources, num_free
+from raydetr.runs.ray_cluster import (
+    POLL_SECONDS,
+    WAITING_SECONDS,
+    LaunchError,
+    leaving_nodes,
+    missing_resources,
+    num_free,
+)
 from raydetr.store.folders import Folder, remove_folder, with_retry_seconds
 from raydetr.tracking.events import EventLog
 
@@ -71,7 +78,7 @@ class Watch:
             self._log.append("stalled", reason=self._stalled)
             print_status(f"{self._stalled}: the stacks of all workers go to {STACKS} in the run's folder")
             actor.request_abort.remote()
-            self._kill_at = now + ABORT_SECONDS
+            self._kill_at = now + ABORT_SECONDS + 2 * POLL_SECONDS
 
     def _wait_for_room(self, now: float) -> None:
         if now > self._wait_until:

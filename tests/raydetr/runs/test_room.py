@@ -171,7 +171,7 @@ def test_stalls_are_noticed_before_the_first_step_too(
     clock.now += 0.2 * 60
     seen.look(None, actor)
     assert actor.actor.wish("node", 7, 0) == "abort"
-    clock.now += watch.ABORT_SECONDS + 0.1
+    clock.now += watch.ABORT_SECONDS + 2 * watch.POLL_SECONDS + 0.1
     seen.look(None, actor)
     seen.look(None, actor)
     assert killed == [{("node", 7): 0}]
