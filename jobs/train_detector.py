@@ -7,7 +7,6 @@ With a name, the run goes on if the job is submitted again.
 
 from __future__ import annotations
 
-import os
 import sys
 
 from _sources import add_sources
@@ -15,9 +14,9 @@ from _sources import add_sources
 add_sources()
 
 from raydetr.cli.main import main  # noqa: E402
+from raydetr.locations import in_ray_job  # noqa: E402
 
 if __name__ == "__main__":
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     is_named = any(argument.partition("=")[0] == "--name" for argument in sys.argv)
-    sys.argv[1:1] = ["train", "--or-resume"] if in_job and is_named else ["train"]
+    sys.argv[1:1] = ["train", "--or-resume"] if in_ray_job() and is_named else ["train"]
     main()

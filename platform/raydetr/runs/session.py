@@ -10,7 +10,7 @@ import resource
 import socket
 import time
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -159,7 +159,7 @@ class _Session:
         self.unscored: list[Unscored] = []
         # Arrays of evaluations, by position, that could not be written into the run's folder
         self.temporary: dict[int, TemporaryDirectory[str]] = {}
-        self.writing = BackgroundThreads(1, "files")
+        self.writing = BackgroundThreads(1, str(run.folder))
         self.drawing = BackgroundThreads(1, "pictures")
         self.drawn: Future[None] | None = None
         self.metrics = Metrics(read_events(run.folder) if self.is_main else ())
@@ -280,7 +280,7 @@ class _Session:
         """Write a skipped step to disk, to find its cause; stop the run, on every worker, after too many of them."""
         training = self.training
         try:
-            skipped.dump(self.quick_folder, training.world.rank)
+            self._write(lambda: skipped.dump(self.quick_folder, training.world.rank))
             problem = ""
         except Exception as error:  # whatever it is: a copy of the batch must not end a run
             problem = f". Not all of it could be written: {type(error).__name__}: {error}"
@@ -330,10 +330,7 @@ class _Session:
         Raises:
             OSError: it cannot be written, or not within WRITE_WAITS.
         """
-        future = self.writing.submit(write)
-        if not wait([future], WRITE_WAITS).done:
-            raise TimeoutError(f"{self.folder} does not answer")
-        future.result()
+        self.writing.call(write, WRITE_WAITS)
 
     # --- Evaluations ---
 

@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -117,7 +117,8 @@ class Watch:
             if not isinstance(error, LaunchError) or error.is_fatal or error.is_waiting:
                 return error
             # The error is often that of a worker that waited for the one that died
-            return LaunchError("; ".join([str(error), *_describe_deaths(ray.get(actor.processes.remote()))]))
+            deaths = _describe_deaths(actor)
+            return LaunchError("; ".join([str(error), *deaths])) if deaths else error
         with suppress(OSError):  # the storage may be the reason of the stall
             files: list[Folder] = sorted(self._stacks.glob("*.txt"))
             for file in files:
@@ -125,24 +126,24 @@ class Watch:
         return LaunchError(self._stalled)
 
 
-def _describe_deaths(processes: Mapping[tuple[str, int], int]) -> list[str]:
-    """Return a phrase for each worker that died, unless Ray Train has ended it; none if Ray's state cannot be read.
-
-    Args:
-        processes: rank of each worker, by its node and process id.
-    """
+def _describe_deaths(run_actor: Any) -> list[str]:
+    """Return a phrase for each worker that died, unless Ray Train has ended it; none if Ray's state cannot be read."""
     try:
+        ranks = ray.get(run_actor.processes.remote())
         actors = list_actors(
             filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "DEAD")],
             detail=True,
             limit=MAX_ACTORS,
             timeout=STATE_SECONDS,
         )
-    except RayStateApiException:  # a cluster without a dashboard, or a busy one
+    except (
+        RayStateApiException,
+        ray.exceptions.RayError,
+    ):  # no dashboard, a busy one, or the actor died as well
         return []
     phrases = {}
     for actor in actors:
-        rank = processes.get((actor.node_id or "", actor.pid or 0))
+        rank = ranks.get((actor.node_id or "", actor.pid or 0))
         context = (actor.death_cause or {}).get("actor_died_error_context", {})
         if rank is not None and context.get("reason") in DEATHS:
             where = f"process {actor.pid} on node {context.get('node_ip_address')}"

@@ -6,7 +6,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 P = ParamSpec("P")
@@ -36,6 +36,17 @@ class BackgroundThreads:
             # The thread references only the queue, so it does not keep this object alive.
             threading.Thread(target=_work, args=(self._waiting,), name=self._name, daemon=True).start()
         return future
+
+    def call(self, function: Callable[[], T], seconds: float) -> T:
+        """Call a function in the background and return its result, waiting for at most `seconds`.
+
+        Raises:
+            TimeoutError: it has no result by then; it is not interrupted.
+        """
+        future = self.submit(function)
+        if not wait([future], seconds).done:
+            raise TimeoutError(f"{self._name} does not answer within {seconds:g} s")
+        return future.result()
 
 
 def _work(waiting: Calls) -> None:

@@ -22,7 +22,7 @@ from ray.util.state import list_actors
 
 from ray_nodes import ray_nodes
 from raydetr.config import ClusterConfig, RunConfig, override, to_yaml
-from raydetr.runs import patience, ray_cluster, ray_train, run, watch
+from raydetr.runs import lease, patience, ray_cluster, ray_train, run, watch
 from raydetr.runs.lease import LeaseError
 from raydetr.runs.ray_cluster import LaunchError
 from raydetr.runs.run_folder import Run
@@ -333,6 +333,27 @@ def test_failures_are_counted_since_the_last_progress(tmp_path: Path) -> None:
 
 
 # --- The driver ---
+
+
+@pytest.mark.slow
+def test_the_workers_of_a_driver_whose_run_was_taken_over_end_at_once(
+    cluster: Cluster, two_workers: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a last checkpoint, which would be beside those of the other driver."""
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.2)
+    config = override(two_workers, {"optim.epochs": 400, "storage.checkpoint_steps": 6})
+    folder = Path(config.storage.path) / "taken"
+    taken = folder / lease.LEASE / "000002.json"
+    taking = Meanwhile(folder, EPOCH, lambda: taken.write_text("{}"))
+    with pytest.raises(LeaseError, match="taken: another process has taken this run over"):
+        run.start(config, name="taken")
+    assert taking.done
+    kinds = {event["kind"] for event in read_events(folder)}
+    assert not kinds & {"failed", "stopped", "finished", "restart"}
+    positions = [int(path.name) for path in checkpoint.complete_checkpoints(folder)]
+    assert positions[0] < 400 * EPOCH
+    assert all(position % EPOCH == 0 for position in positions)
+    assert list(taken.parent.iterdir()) == [taken]
 
 
 def driver(config: RunConfig, name: str, tmp_path: Path, address: str) -> subprocess.Popen[str]:

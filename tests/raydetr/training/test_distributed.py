@@ -136,3 +136,28 @@ def test_every_worker_evaluates_the_same_model(tiny_run: RunConfig, tmp_path: Pa
     images = [{row["image_id"] for row in part["results"]} for part in (first, second)]
     assert not images[0] & images[1]
     assert images[0] | images[1] == set(open_splits(config.data)[1].samples["image_id"].tolist())
+
+
+def stopped_worker(rank: int, size: int, values: dict[str, Any], folder: str) -> None:
+    """Evaluate, while only the last worker is asked to stop."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
+    try:
+        config = from_dict(values)
+        train_shards, val_shards = open_splits(config.data)
+        torch.manual_seed(0)
+        world = World(rank, size, torch.device("cpu"))
+        training = Training(config, zoo.build(config.model), train_shards.num_samples, world)
+        training.should_stop = lambda: rank == size - 1
+        detections = training.evaluate(val_shards)
+        torch.save((detections is None, training.is_stopping), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_an_evaluation_ends_on_all_workers_if_one_is_asked_to_stop(
+    plain_run: RunConfig, tmp_path: Path
+) -> None:
+    mp.spawn(stopped_worker, args=(2, to_dict(plain_run), str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{rank}.pt", weights_only=True) == (True, True)
